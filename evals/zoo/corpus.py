@@ -1,0 +1,72 @@
+"""The zoo's text: what every machine with Python already has on its disk.
+
+"code" is the standard library's source with docstrings removed; "prose" is those docstrings and the pydoc topics.
+A file belongs to the held-out part when the SHA-256 of its name says so, so that the split never moves.
+"""
+
+import ast
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+SKIPPED = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test", "encodings", "pydoc_data"}
+HELD_OUT_ONE_IN = 16
+
+
+class Document(NamedTuple):
+    """One file's worth of text of one kind."""
+
+    name: str
+    kind: str
+    """`code` or `prose`."""
+    text: str
+    held_out: bool
+
+
+def documents() -> list[Document]:
+    """Return every document of the corpus, in a fixed order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = [document for path in sorted(root.rglob("*.py")) for document in _documents_of(path, root)]
+    return found + list(_topics())
+
+
+def _documents_of(path: Path, root: Path) -> Iterator[Document]:
+    name = path.relative_to(root).as_posix()
+    if SKIPPED & set(path.relative_to(root).parts):
+        return
+    try:
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+    except (SyntaxError, UnicodeDecodeError):
+        return
+    docstrings = _docstrings(tree)
+    code = _without(source, docstrings)
+    prose = "\n\n".join(ast.get_docstring(owner, clean=True) or "" for owner, _ in docstrings)
+    for kind, text in (("code", code), ("prose", prose)):
+        if len(text) >= 200:
+            yield Document(name, kind, text, is_held_out(name))
+
+
+def _docstrings(tree: ast.Module) -> list[tuple[ast.AsyncFunctionDef | ast.FunctionDef | ast.ClassDef | ast.Module, ast.stmt]]:
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [(node, node.body[0]) for node in ast.walk(tree) if isinstance(node, owners) and ast.get_docstring(node, clean=False)]
+
+
+def _without(source: str, docstrings: list) -> str:
+    """Drop the docstrings' lines, so that code and prose share no sentence."""
+    dropped = {line for _, statement in docstrings for line in range(statement.lineno, (statement.end_lineno or 0) + 1)}
+    return "\n".join(line for number, line in enumerate(source.splitlines(), 1) if number not in dropped)
+
+
+def _topics() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield Document(f"topics/{name}", "prose", text.strip(), is_held_out(f"topics/{name}"))
+
+
+def is_held_out(name: str) -> bool:
+    """Tell whether a document is kept from training: one in sixteen, by the hash of its name."""
+    return hashlib.sha256(name.encode()).digest()[0] % HELD_OUT_ONE_IN == 0

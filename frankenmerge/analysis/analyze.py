@@ -1,0 +1,77 @@
+"""From a donor to its atlas."""
+
+import platform
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import transformers
+
+import frankenmerge
+from frankenmerge.atlas import Atlas
+from frankenmerge.analysis.complete import complete_search
+from frankenmerge.analysis.probes import probe_activations, probe_hash, random_probes
+from frankenmerge.architectures import quantity
+from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.models import load_model, load_tokenizer
+
+TOP = 10
+
+
+def token_texts(checkpoint: Checkpoint) -> list[str]:
+    """The text of every token of the vocabulary; ids that the tokenizer does not know are shown as `<id>`."""
+    tokenizer = load_tokenizer(checkpoint)
+    size = quantity(checkpoint.config, "vocabulary") or 0
+    known = min(size, len(tokenizer))
+    texts = tokenizer.batch_decode([[index] for index in range(known)], clean_up_tokenization_spaces=False)
+    return [*texts, *(f"<{index}>" for index in range(known, size))]
+
+
+def analyze(
+    checkpoint: Checkpoint, *, k: int = TOP, dtype: str = "float32", device: str = "cpu", progress: Callable[[int], None] = lambda _: None
+) -> Atlas:
+    """Search a donor's features, plain and behind BOS, and record its activations on the random probes.
+
+    `progress` is called with the number of inputs run since its last call; see `work` for their total.
+
+    Raises:
+        FrankenmergeError: for a donor without a tokenizer, or one whose activations are not finite.
+    """
+    vocabulary = token_texts(checkpoint)
+    model = load_model(checkpoint, dtype=dtype, device=device)
+    probes = random_probes(len(vocabulary))
+    top = {
+        context: complete_search(model, k=k, prefix=prefix, progress=progress) for context, prefix in _contexts(checkpoint).items()
+    }
+    activations = probe_activations(model, probes, progress)
+    scale = np.maximum(np.abs(activations).max(axis=1), np.finfo(np.float32).tiny)
+    return Atlas(
+        donor=checkpoint.name,
+        fingerprint=checkpoint.fingerprint,
+        top=top,
+        probes=(activations / scale[:, None]).astype(np.float16),
+        probe_scale=scale,
+        vocabulary=vocabulary,
+        provenance={
+            "frankenmerge": frankenmerge.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "dtype": dtype,
+            "k": k,
+            "probes": {"shape": list(probes.shape), "sha256": probe_hash(probes), "seed": 0},
+            "tokenizer": checkpoint.tokenizer_hash,
+        },
+    )
+
+
+def _contexts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    bos = checkpoint.config.get("bos_token_id")
+    known = isinstance(bos, int) and 0 <= bos < (quantity(checkpoint.config, "vocabulary") or 0)
+    return {"plain": ()} | ({"bos": (bos,)} if known else {})
+
+
+def work(checkpoint: Checkpoint) -> int:
+    """How many inputs `analyze` runs, for a progress bar."""
+    vocabulary = quantity(checkpoint.config, "vocabulary") or 0
+    return vocabulary * len(_contexts(checkpoint)) + len(random_probes(vocabulary))

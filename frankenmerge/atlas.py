@@ -1,0 +1,83 @@
+"""The atlas: what one donor's features are. The artefact that `analyze` writes and `align` reads."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from frankenmerge.errors import fail
+from frankenmerge.files import read_arrays, write_arrays
+
+SUFFIX = ".atlas.safetensors"
+_KIND = "frankenmerge.atlas/1"
+
+
+class TopTokens(NamedTuple):
+    """The tokens that excite every feature most, best first."""
+
+    tokens: np.ndarray
+    """Token ids `[l+1, d, k]`, int32; block 0 is the embedding as it enters the first block."""
+    values: np.ndarray
+    """Their activations `[l+1, d, k]`, float32."""
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """One donor's features and its activations on the probes every donor is shown."""
+
+    donor: str
+    """How the user called the donor."""
+    fingerprint: str
+    top: dict[str, TopTokens]
+    """Complete search by context: `plain` (the token alone) and, where the donor has a BOS, `bos` (the token behind it)."""
+    probes: np.ndarray
+    """Activations `[l+1, n, d]`, float16 after division by `probe_scale`: the residual stream at every probed position."""
+    probe_scale: np.ndarray
+    """`[l+1, d]`, float32: each neuron's largest absolute activation on the probes, so that float16 keeps 11 bits of all."""
+    vocabulary: list[str]
+    """The text of every token."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Versions, dtype, seed, probe hash, tokenizer hash."""
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the donor has."""
+        return len(self.probes) - 1
+
+    @property
+    def width(self) -> int:
+        """Neurons of its residual stream."""
+        return self.probes.shape[2]
+
+    def activations(self, block: int) -> np.ndarray:
+        """The residual stream after `block` on the probes, `[n, d]` float32."""
+        return self.probes[block].astype(np.float32) * self.probe_scale[block]
+
+
+def save_atlas(atlas: Atlas, path: Path) -> None:
+    """Write an atlas, complete or not at all."""
+    arrays = {"probes": atlas.probes, "probe_scale": atlas.probe_scale}
+    for context, top in atlas.top.items():
+        arrays |= {f"{context}.tokens": top.tokens, f"{context}.values": top.values}
+    arrays["vocabulary"] = np.frombuffer(json.dumps(atlas.vocabulary).encode(), dtype=np.uint8)
+    write_arrays(path, _KIND, arrays, {"donor": atlas.donor, "fingerprint": atlas.fingerprint, "provenance": atlas.provenance})
+
+
+def load_atlas(path: Path) -> Atlas:
+    """Read an atlas. Raises FrankenmergeError for a file that is not one."""
+    arrays, metadata = read_arrays(path, _KIND, f"an atlas, as `frankenmerge analyze DONOR -o NAME{SUFFIX}` writes it")
+    contexts = [name.removesuffix(".tokens") for name in arrays if name.endswith(".tokens")]
+    try:
+        return Atlas(
+            donor=metadata["donor"],
+            fingerprint=metadata["fingerprint"],
+            top={context: TopTokens(arrays[f"{context}.tokens"], arrays[f"{context}.values"]) for context in sorted(contexts)},
+            probes=arrays["probes"],
+            probe_scale=arrays["probe_scale"],
+            vocabulary=json.loads(arrays["vocabulary"].tobytes()),
+            provenance=metadata["provenance"],
+        )
+    except KeyError as error:
+        raise fail(str(path), "an atlas with all its parts", f"no {error}", "analyze the donor again") from error

@@ -1,0 +1,138 @@
+"""Models in memory: the only place that loads one, runs its blocks, or stacks blocks of several without writing them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from frankenmerge.architectures import FAMILIES
+from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.errors import fail
+from frankenmerge.recipe import Recipe
+from frankenmerge.splice import result_config, untied, validated
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """Load a checkpoint, ready to run.
+
+    Args:
+        checkpoint: what to load; only its safetensors are read and none of its code runs.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: a torch device, or `auto` to let accelerate spread the model over what there is.
+
+    Raises:
+        FrankenmergeError: when the weights do not fill the model exactly.
+    """
+    logging.disable_progress_bar()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path,
+        dtype=DTYPES[dtype],
+        device_map=device,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, info[kind])):
+            found = f"{kind.replace('_', ' ')}: {', '.join(names[:5])}"
+            raise fail(str(checkpoint.path), "weights that fill the model exactly", found, "use a complete checkpoint")
+    return model.eval()
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer. Raises FrankenmergeError when there is none."""
+    if not checkpoint.has_tokenizer:
+        raise fail(str(checkpoint.path), "a tokenizer", "none of its files", "put the donor's tokenizer.json there")
+    return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's blocks: the first module list as long as its config says there are blocks."""
+    count = getattr(model.config, FAMILIES[model.config.model_type].keys.blocks)
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+
+
+def embedding_of(model: PreTrainedModel) -> Tensor:
+    """The embedding matrix `[v, d]`."""
+    return model.get_input_embeddings().weight  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def block_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect, while the context lasts, the residual stream `[b, s, d]` of the latest forward pass.
+
+    The list holds `l + 1` entries: what enters the first block, then every block's output before any final norm. (The
+    library's own `hidden_states[-1]` is taken behind the final norm.)
+    """
+    states: list[Tensor] = []
+
+    def entering(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        states.clear()
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    def leaving(_module: nn.Module, _args: tuple, output: Any) -> None:
+        states.append(output if isinstance(output, Tensor) else output[0])
+
+    blocks = blocks_of(model)
+    handles = [blocks[0].register_forward_pre_hook(entering, with_kwargs=True)]
+    handles += [block.register_forward_hook(leaving) for block in blocks]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model without its head, for passes that need no logits."""
+    return getattr(model, model.base_model_prefix)
+
+
+@torch.no_grad()
+def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel]) -> PreTrainedModel:
+    """Stack the donors' blocks in memory as `recipe` says, sharing their weights: nothing is copied or written.
+
+    The same model as the checkpoint that a merge of the recipe writes: it is built empty from the result's config, then
+    filled with the donors' own tensors.
+
+    Raises:
+        FrankenmergeError: for a recipe that cannot become a model.
+    """
+    validated(recipe, donors)
+    settings = result_config(recipe, donors)
+    config = AutoConfig.for_model(**settings)
+    first, last = models[recipe.sources[0].model], models[recipe.sources[-1].model]
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=first.dtype, attn_implementation=first.config._attn_implementation)
+    if not untied(recipe, donors):
+        model.tie_weights()
+    prefix = _blocks_name(model)
+    states = {name: donor.state_dict() for name, donor in models.items()}
+    parts: dict[str, Tensor] = {}
+    for position, block in enumerate(recipe.blocks):
+        source = f"{prefix}{block.index}."
+        found = {name.removeprefix(source): value for name, value in states[block.model].items() if name.startswith(source)}
+        parts |= {f"{prefix}{position}.{name}": value for name, value in found.items()}
+    architecture = FAMILIES[settings["model_type"]]
+    for name in model.state_dict():
+        role = architecture.role(name)[0]
+        if role in ("embedding", "final", "head"):
+            parts[name] = (first if role == "embedding" else last).state_dict()[name]
+    model.load_state_dict(parts, strict=True, assign=True)
+    if not untied(recipe, donors):
+        model.tie_weights()
+    model.generation_config = first.generation_config
+    return model.eval()
+
+
+def _blocks_name(model: PreTrainedModel) -> str:
+    blocks = blocks_of(model)
+    return next(name for name, module in model.named_modules() if module is blocks) + "."
