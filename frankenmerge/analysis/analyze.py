@@ -1,17 +1,21 @@
 """From a donor to its atlas."""
 
+import hashlib
+import json
 import platform
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
 import frankenmerge
-from frankenmerge.atlas import Atlas
 from frankenmerge.analysis.complete import complete_search
 from frankenmerge.analysis.probes import probe_activations, probe_hash, random_probes
 from frankenmerge.architectures import quantity
+from frankenmerge.atlas import SUFFIX, Atlas, load_atlas, save_atlas
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.models import load_model, load_tokenizer
 
@@ -63,6 +67,22 @@ def analyze(
             "tokenizer": checkpoint.tokenizer_hash,
         },
     )
+
+
+def cached_analyze(
+    checkpoint: Checkpoint, *, cache: Path, dtype: str = "float32", device: str = "cpu", progress: Callable[[int], None] = lambda _: None
+) -> Atlas:
+    """Return the donor's atlas from the folder `cache`, or analyze the donor and keep the atlas there.
+
+    The fingerprint, the tokenizer, the dtype and the versions that could change a value are part of the key.
+    """
+    key = [checkpoint.fingerprint, checkpoint.tokenizer_hash, dtype, TOP, frankenmerge.__version__, torch.__version__, transformers.__version__]
+    path = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}{SUFFIX}"
+    if path.exists():
+        return replace(load_atlas(path), donor=checkpoint.name)
+    atlas = analyze(checkpoint, dtype=dtype, device=device, progress=progress)
+    save_atlas(atlas, path)
+    return atlas
 
 
 def _contexts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,84 @@
+"""The alignment: how two atlases agree, block by block. The artefact that `align` writes and `plan` reads."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from frankenmerge.errors import fail
+from frankenmerge.files import read_arrays, write_arrays
+
+SUFFIX = ".alignment.safetensors"
+_KIND = "frankenmerge.alignment/1"
+
+
+class Score(NamedTuple):
+    """One measure of agreement, with what it would be without any."""
+
+    matrix: np.ndarray
+    """`[l_a+1, l_b+1]` float32: A after `i` blocks against B after `j`; 1 is full agreement."""
+    nulls: dict[str, np.ndarray]
+    """Matrices of the same shape by name: the score expected under each null."""
+    detail: np.ndarray
+    """`[l_a+1, l_b+1, d]` float16: the score of every shared neuron."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How far donor A after `i` blocks and donor B after `j` agree about what each neuron means."""
+
+    donors: tuple[str, str]
+    fingerprints: tuple[str, str]
+    widths: tuple[int, int]
+    """Neurons of each; the scores compare the indices that both have."""
+    scores: dict[str, Score]
+    tokens: tuple[np.ndarray, np.ndarray]
+    """Each donor's best tokens `[l+1, d, k]`, int32."""
+    vocabulary: list[str]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """How many blocks each donor has."""
+        rows, columns = next(iter(self.scores.values())).matrix.shape
+        return rows - 1, columns - 1
+
+    @property
+    def transposed(self) -> "Alignment":
+        """The same with A and B exchanged; every score is symmetric."""
+        scores = {
+            name: Score(score.matrix.T, {null: matrix.T for null, matrix in score.nulls.items()}, score.detail.transpose(1, 0, 2))
+            for name, score in self.scores.items()
+        }
+        a, b = self.donors
+        prints, widths, tokens = self.fingerprints[::-1], self.widths[::-1], self.tokens[::-1]
+        return Alignment((b, a), prints, widths, scores, tokens, self.vocabulary, self.provenance)
+
+
+def save_alignment(alignment: Alignment, path: Path) -> None:
+    """Write an alignment, complete or not at all."""
+    arrays = {"a.tokens": alignment.tokens[0], "b.tokens": alignment.tokens[1]}
+    for name, score in alignment.scores.items():
+        arrays |= {f"score.{name}": score.matrix, f"detail.{name}": score.detail}
+        arrays |= {f"null.{name}.{null}": matrix for null, matrix in score.nulls.items()}
+    arrays["vocabulary"] = np.frombuffer(json.dumps(alignment.vocabulary).encode(), dtype=np.uint8)
+    told = {key: getattr(alignment, key) for key in ("donors", "fingerprints", "widths", "provenance")}
+    write_arrays(path, _KIND, arrays, told)
+
+
+def load_alignment(path: Path) -> Alignment:
+    """Read an alignment. Raises FrankenmergeError for a file that is not one."""
+    arrays, told = read_arrays(path, _KIND, f"an alignment, as `frankenmerge align A B -o NAME{SUFFIX}` writes it")
+    try:
+        scores = {}
+        for name in (key.removeprefix("score.") for key in arrays if key.startswith("score.")):
+            prefix = f"null.{name}."
+            nulls = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+            scores[name] = Score(arrays[f"score.{name}"], nulls, arrays[f"detail.{name}"])
+        pairs = [tuple(told[key]) for key in ("donors", "fingerprints", "widths")]
+        tokens = arrays["a.tokens"], arrays["b.tokens"]
+        return Alignment(*pairs, scores, tokens, json.loads(arrays["vocabulary"].tobytes()), told["provenance"])
+    except KeyError as error:
+        raise fail(str(path), "an alignment with all its parts", f"no {error}", "align the donors again") from error

@@ -1,0 +1,162 @@
+"""From two atlases to their alignment. Every score is a table entry: a function of two atlases that returns a `Score`."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+import frankenmerge
+from frankenmerge.alignment import Alignment, Score
+from frankenmerge.atlas import Atlas
+from frankenmerge.errors import Fault, raise_all
+
+NULL_SAMPLES = 1024
+"""How many neurons, over all rounds, a permutation null is averaged over at least."""
+
+
+def align(a: Atlas, b: Atlas, *, context: str = "plain") -> Alignment:
+    """Score how A after `i` blocks and B after `j` agree, for every `i` and `j`.
+
+    Args:
+        a: one donor's atlas.
+        b: another's, with the same vocabulary and the same probes; its width may differ, then the indices that both have
+            are compared.
+        context: which complete search to compare, `plain` or `bos`.
+
+    Raises:
+        FrankenmergeError: for atlases that cannot be compared.
+    """
+    raise_all(_faults(a, b, context))
+    width = min(a.width, b.width)
+    return Alignment(
+        donors=(a.donor, b.donor),
+        fingerprints=(a.fingerprint, b.fingerprint),
+        widths=(a.width, b.width),
+        scores={name: score(a, b, context, width) for name, score in SCORES.items()},
+        tokens=(a.top[context].tokens, b.top[context].tokens),
+        vocabulary=a.vocabulary,
+        provenance={
+            "frankenmerge": frankenmerge.__version__,
+            "context": context,
+            "shared_neurons": width,
+            "null_seed": 0,
+            "atlases": [a.provenance, b.provenance],
+        },
+    )
+
+
+def _faults(a: Atlas, b: Atlas, context: str) -> list[Fault]:
+    place = f"{a.donor} | {b.donor}"
+    faults = []
+    if a.vocabulary != b.vocabulary:
+        found = f"{len(a.vocabulary)} and {len(b.vocabulary)} tokens, or other texts for them"
+        faults.append(Fault(place, "donors with the same vocabulary", found, "align donors that share a tokenizer"))
+    if a.provenance["probes"] != b.provenance["probes"]:
+        faults.append(Fault(place, "atlases made with the same probes", "different probes", "analyze both again with one version"))
+    for atlas in (a, b):
+        if context not in atlas.top:
+            remedy = "use another context, or a donor whose config.json names a bos_token_id"
+            faults.append(Fault(atlas.donor, f"an atlas with the context {context!r}", ", ".join(atlas.top), remedy))
+    return faults
+
+
+def argmax_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """Share of neurons whose most exciting token is the same."""
+    return _token_score(a.top[context].tokens[:, :width, :1], b.top[context].tokens[:, :width, :1], len(a.vocabulary))
+
+
+def top_jaccard(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """Mean over neurons of `|A & B| / |A | B|`, A and B the sets of the k most exciting tokens."""
+    k = min(a.top[context].tokens.shape[2], b.top[context].tokens.shape[2])
+    return _token_score(a.top[context].tokens[:, :width, :k], b.top[context].tokens[:, :width, :k], len(a.vocabulary))
+
+
+def _token_score(a: np.ndarray, b: np.ndarray, vocabulary: int) -> Score:
+    detail = jaccard(a, b)
+    generator, rounds = np.random.default_rng(0), _rounds(a.shape[1])
+
+    def other_neurons() -> np.ndarray:
+        return b[:, _derangement(generator, b.shape[1])]
+
+    def other_probes() -> np.ndarray:
+        return generator.permutation(vocabulary)[b]
+
+    nulls = {
+        name: _mean_over(lambda shuffled=shuffled: jaccard(a, shuffled()).mean(axis=2), rounds)
+        for name, shuffled in (("permuted_probes", other_probes), ("permuted_neurons", other_neurons))
+    }
+    return Score(_matrix(detail), nulls, detail.astype(np.float16))
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Jaccard index of token sets `[l_a, d, k]` and `[l_b, d, k]`, as `[l_a, l_b, d]` float32; no token stands twice in a set."""
+    k = a.shape[2]
+    result = np.empty((len(a), len(b), a.shape[1]), dtype=np.float32)
+    for i, tokens_a in enumerate(a):
+        for j, tokens_b in enumerate(b):
+            common = (tokens_a[:, :, None] == tokens_b[:, None, :]).sum(axis=(1, 2), dtype=np.float32)
+            result[i, j] = common / (2 * k - common)
+    return result
+
+
+def probe_correlation(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """Mean over neurons of the correlation, over probes, of A's neuron with B's neuron of the same index.
+
+    The residual law is what the residual stream gives for nothing: where one state is the other plus independent writes,
+    `corr = sqrt(var_i / var_j)`, the smaller variance above the larger.
+    """
+    standard_a, variance_a = _standardised(a, width)
+    standard_b, variance_b = _standardised(b, width)
+    detail = _correlations(standard_a, standard_b)
+    generator, rounds = np.random.default_rng(0), _rounds(width)
+    permuted_probes = _mean_over(
+        lambda: _correlations(standard_a, standard_b[:, :, generator.permutation(standard_b.shape[2])]).mean(axis=2), rounds
+    )
+    permuted_neurons = _mean_over(lambda: _correlations(standard_a, standard_b[_derangement(generator, width)]).mean(axis=2), rounds)
+    low = np.minimum(variance_a[:, None], variance_b[None])
+    high = np.maximum(variance_a[:, None], variance_b[None])
+    law = np.sqrt(np.divide(low, high, out=np.zeros_like(low), where=high > 0)).mean(axis=2)
+    nulls = {"permuted_probes": permuted_probes, "permuted_neurons": permuted_neurons, "residual_law": law.astype(np.float32)}
+    return Score(_matrix(detail), nulls, detail.astype(np.float16))
+
+
+def _standardised(atlas: Atlas, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Activations `[d, l+1, n]` of mean 0 and length 1 over the probes (0 where constant), and variances `[l+1, d]`."""
+    states = np.stack([atlas.activations(block)[:, :width] for block in range(atlas.blocks + 1)])
+    states -= states.mean(axis=1, keepdims=True)
+    variance = (states**2).mean(axis=1)
+    length = np.sqrt(variance * states.shape[1])[:, None]
+    states = np.divide(states, length, out=np.zeros_like(states), where=length > 0)
+    return np.ascontiguousarray(states.transpose(2, 0, 1)), variance
+
+
+def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`[d, l_a, n] x [d, l_b, n] -> [l_a, l_b, d]`."""
+    return np.matmul(a, b.transpose(0, 2, 1)).transpose(1, 2, 0)
+
+
+def _matrix(detail: np.ndarray) -> np.ndarray:
+    return detail.mean(axis=2, dtype=np.float64).astype(np.float32)
+
+
+def _rounds(width: int) -> int:
+    return math.ceil(NULL_SAMPLES / width)
+
+
+def _derangement(generator: np.random.Generator, width: int) -> np.ndarray:
+    """A random cyclic permutation: no neuron stays where it was (unless there is but one)."""
+    order = generator.permutation(width)
+    shifted = np.empty(width, dtype=np.int64)
+    shifted[order] = np.roll(order, 1)
+    return shifted
+
+
+def _mean_over(sample: Callable[[], np.ndarray], rounds: int) -> np.ndarray:
+    return np.mean([sample() for _ in range(rounds)], axis=0).astype(np.float32)
+
+
+SCORES: dict[str, Callable[[Atlas, Atlas, str, int], Score]] = {
+    "argmax": argmax_agreement,
+    "jaccard": top_jaccard,
+    "correlation": probe_correlation,
+}

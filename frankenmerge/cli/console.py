@@ -1,0 +1,69 @@
+"""What the commands share: tables on standard output, progress on standard error, common options."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+download_option = click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache.")
+device_option = click.option("--device", default="cpu", show_default=True, help="A torch device, or `auto` to let accelerate spread the model.")
+dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
+                            help="The type to compute in.")  # fmt: skip
+
+
+def out() -> Console:
+    """Standard output; plain and 80 columns wide where it is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=80)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table: the first column to the left, the others to the right; long cells fold."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    return made
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+class _Rate(ProgressColumn):
+    """Units done per second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        """Show the rate."""
+        rate = task.finished_speed or task.speed
+        told = "" if not rate else f"{size(rate)}/s" if self.unit == "bytes" else f"{rate:,.0f} {self.unit}/s"
+        return Text(told, style="dim")
+
+
+@contextmanager
+def progress(description: str, total: float | None, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show a bar on standard error, with rate and time left; yields what to call with the units done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), _Rate(unit), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.update(task, advance=done)

@@ -1,0 +1,1 @@
+"""Whether a model, however it was made, is any good."""

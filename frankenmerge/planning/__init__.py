@@ -1,0 +1,1 @@
+"""From alignments to recipes. The planner sees scores, never weights."""

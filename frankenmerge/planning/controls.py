@@ -1,0 +1,58 @@
+"""Recipes that people write without scores: what a plan has to beat."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from frankenmerge.recipe import Block, Recipe, recipe_of
+
+GOLIATH_SLICE = 1 / 5
+"""Goliath-120b takes runs of 16 of its donors' 80 blocks."""
+
+
+def naive_interleave(donors: Mapping[str, int], depth: int) -> Recipe:
+    """Change donor at every block, each block from the same relative depth as its place in the result."""
+    names = list(donors)
+    blocks = []
+    for position in range(depth):
+        name = names[position % len(names)]
+        blocks.append(Block(name, position * donors[name] // depth))
+    return recipe_of(blocks)
+
+
+def goliath(donors: Mapping[str, int], depth: int) -> Recipe:
+    """Goliath's pattern scaled to the depth: overlapping runs, donors in turn, starts evenly spread.
+
+    `donors` maps names to their blocks; the runs' lengths differ by one at most, so that they add up to `depth`.
+    """
+    names = list(donors)
+    runs = max(2, round(depth / max(2, max(donors.values()) * GOLIATH_SLICE)))
+    edges = [round(depth * run / runs) for run in range(runs + 1)]
+    blocks = []
+    for run in range(runs):
+        name, taken = names[run % len(names)], edges[run + 1] - edges[run]
+        start = round((donors[name] - taken) * run / (runs - 1))
+        blocks += [Block(name, start + index) for index in range(taken)]
+    return recipe_of(blocks)
+
+
+def random_recipe(donors: Mapping[str, int], depth: int, seed: int, *, max_seams: int = 4, min_slice: int = 2) -> Recipe:
+    """Draw a recipe under a planner's usual constraints: it begins and ends as a donor does, and no donor follows itself.
+
+    `donors` maps at least two names to their blocks; `depth` must be within what they can give.
+    """
+    generator = np.random.default_rng(seed)
+    names = list(donors)
+    while True:
+        count = int(generator.integers(1, max_seams + 1)) + 1
+        lengths = generator.multinomial(depth - min_slice * count, np.full(count, 1 / count)) + min_slice if depth >= min_slice * count else []
+        order = [int(generator.integers(len(names)))]
+        while len(order) < count:
+            order.append((order[-1] + int(generator.integers(1, len(names)))) % len(names))
+        sizes = [donors[names[donor]] for donor in order]
+        if len(lengths) == 0 or any(length > size for length, size in zip(lengths, sizes, strict=True)):
+            continue
+        starts = [int(generator.integers(0, size - length + 1)) for length, size in zip(lengths, sizes, strict=True)]
+        starts[0], starts[-1] = 0, sizes[-1] - int(lengths[-1])
+        pieces = zip(order, starts, lengths, strict=True)
+        return recipe_of([Block(names[donor], start + index) for donor, start, length in pieces for index in range(int(length))])

@@ -1,0 +1,34 @@
+"""Static figures, drawn with matplotlib (the extra `plots`)."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from frankenmerge.alignment import Alignment
+
+TITLES = {"argmax": "same best token", "jaccard": "top tokens shared (Jaccard)", "correlation": "correlation on random tokens"}
+
+
+def plot_alignment(alignment: Alignment, path: Path) -> None:
+    """Draw every score of an alignment as a heatmap, its null in the corner, to a PNG or SVG file."""
+    names = list(alignment.scores)
+    figure = Figure(figsize=(4.2 * len(names), 4.4), layout="constrained")
+    a, b = (Path(donor).name for donor in alignment.donors)
+    image = None
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+        score = alignment.scores[name]
+        image = axes.imshow(score.matrix, vmin=0, vmax=1, cmap="viridis", origin="upper")
+        chance = float(score.nulls["permuted_neurons"].mean())
+        axes.set(title=f"{TITLES.get(name, name)}\nby chance: {chance:.2f}", xlabel=f"{b}, after so many blocks", ylabel=f"{a}, after so many blocks")
+        if max(score.matrix.shape) <= 12:
+            _write_values(axes, score.matrix)
+    figure.colorbar(image, ax=figure.axes, shrink=0.8)  # pyright: ignore[reportArgumentType]
+    figure.suptitle(f"Where {a} and {b} agree about what their neurons mean")
+    figure.savefig(path, dpi=110, metadata={"Software": None} if path.suffix == ".png" else None)
+
+
+def _write_values(axes, matrix: np.ndarray) -> None:
+    for (row, column), value in np.ndenumerate(matrix):
+        shade = "black" if value > 0.6 else "white"
+        axes.text(column, row, f"{value:.2f}".lstrip("0") or "0", ha="center", va="center", fontsize=7, color=shade)
