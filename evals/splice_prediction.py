@@ -34,7 +34,7 @@ def main(donor_a: str, donor_b: str, texts: tuple[Path, ...], characters: int, a
     a, b = open_checkpoint(donor_a), open_checkpoint(donor_b)
     atlases = [analyze(a), analyze(b)]
     alignments = {context: align(*atlases, context=context) for context in atlases[0].top}
-    bench = Bench(shown)
+    bench = Bench(shown, dict.fromkeys((donor_a, donor_b)))
     pairs = [(i, j) for i in range(1, a.blocks + 1) for j in range(b.blocks)]
     nats = []
     for i, j in track(pairs, "splicing", console=Console(stderr=True)):

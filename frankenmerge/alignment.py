@@ -53,8 +53,8 @@ class Alignment:
             for name, score in self.scores.items()
         }
         a, b = self.donors
-        prints, widths, tokens = self.fingerprints[::-1], self.widths[::-1], self.tokens[::-1]
-        return Alignment((b, a), prints, widths, scores, tokens, self.vocabulary, self.provenance)
+        (print_a, print_b), (width_a, width_b), (tokens_a, tokens_b) = self.fingerprints, self.widths, self.tokens
+        return Alignment((b, a), (print_b, print_a), (width_b, width_a), scores, (tokens_b, tokens_a), self.vocabulary, self.provenance)
 
 
 def save_alignment(alignment: Alignment, path: Path) -> None:
@@ -77,8 +77,9 @@ def load_alignment(path: Path) -> Alignment:
             prefix = f"null.{name}."
             nulls = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
             scores[name] = Score(arrays[f"score.{name}"], nulls, arrays[f"detail.{name}"])
-        pairs = [tuple(told[key]) for key in ("donors", "fingerprints", "widths")]
+        (a, b), (print_a, print_b), (width_a, width_b) = told["donors"], told["fingerprints"], told["widths"]
         tokens = arrays["a.tokens"], arrays["b.tokens"]
-        return Alignment(*pairs, scores, tokens, json.loads(arrays["vocabulary"].tobytes()), told["provenance"])
+        vocabulary = json.loads(arrays["vocabulary"].tobytes())
+        return Alignment((a, b), (print_a, print_b), (width_a, width_b), scores, tokens, vocabulary, told["provenance"])
     except KeyError as error:
         raise fail(str(path), "an alignment with all its parts", f"no {error}", "align the donors again") from error

@@ -210,11 +210,17 @@ def config_faults(config: Config, place: str) -> list[Fault]:
     faults = []
     for key in architecture.index_bound:
         if config.get(key):
-            faults.append(Fault(f"{place}: {key}", "not set", repr(config[key]), "a block of this model depends on its position; use another donor"))
+            faults.append(
+                Fault(f"{place}: {key}", "not set", repr(config[key]), "a block of this model depends on its position; use another donor")
+            )
     for key in architecture.per_block:
         entries, blocks = config.get(key), quantity(config, "blocks")
         if isinstance(entries, list) and len(entries) != blocks:
-            faults.append(Fault(f"{place}: {key}", f"one entry for each of {blocks} blocks", f"{len(entries)} entries", "mend the donor's config.json"))
+            faults.append(
+                Fault(
+                    f"{place}: {key}", f"one entry for each of {blocks} blocks", f"{len(entries)} entries", "mend the donor's config.json"
+                )
+            )
     if config.get("use_sliding_window") and "layer_types" not in config:
         faults.append(
             Fault(f"{place}: use_sliding_window", "layer_types beside it, so that the window can move with its block", "no layer_types",

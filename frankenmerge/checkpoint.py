@@ -209,7 +209,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             faults += error.faults
     raise_all(faults)
     faults = [
-        Fault(f"{path / shard}: {name}", "a tensor that the index places here", "not in the header", "download the shard and the index again")
+        Fault(
+            f"{path / shard}: {name}", "a tensor that the index places here", "not in the header", "download the shard and the index again"
+        )
         for name, shard in weight_map.items()
         if name not in headers[shard]
     ]
@@ -252,7 +254,9 @@ def read_header(file: Path) -> dict[str, Tensor]:
             if not 0 <= begin <= end or end - begin != size_expected or any(axis < 0 for axis in shape):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            faults.append(Fault(f"{file}: {name}", "dtype, shape and offsets that agree", json.dumps(entry)[:200], "download the shard again"))
+            faults.append(
+                Fault(f"{file}: {name}", "dtype, shape and offsets that agree", json.dumps(entry)[:200], "download the shard again")
+            )
             continue
         tensors[name] = Tensor(file, entry["dtype"], shape, 8 + length + begin, 8 + length + end)
     raise_all(faults)
@@ -292,11 +296,15 @@ def _structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
         for canonical, count in usual.items():
             if canonical not in names and count > len(shapes) / 2:
                 yield Fault(f"{where}: {canonical.format(index)}", "a tensor that the other blocks have", "not there", remedy)
-    typical = {canonical: Counter(names[canonical] for names in shapes.values() if canonical in names).most_common(1)[0][0] for canonical in usual}
+    typical = {
+        canonical: Counter(names[canonical] for names in shapes.values() if canonical in names).most_common(1)[0][0] for canonical in usual
+    }
     for index, names in sorted(shapes.items()):
         for canonical, shape in names.items():
             if shape != typical[canonical]:
-                yield Fault(f"{where}: {canonical.format(index)}", f"shape {typical[canonical]}, as in the other blocks", f"shape {shape}", remedy)
+                yield Fault(
+                    f"{where}: {canonical.format(index)}", f"shape {typical[canonical]}, as in the other blocks", f"shape {shape}", remedy
+                )
     width, vocabulary = quantity(checkpoint.config, "width"), quantity(checkpoint.config, "vocabulary")
     for role, needed in (("embedding", True), ("final", True), ("head", not is_tied(checkpoint.config))):
         names = roles.get((role, None), {})

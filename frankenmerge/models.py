@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -16,6 +16,7 @@ from frankenmerge.errors import fail
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import result_config, untied, validated
 
+Site = Literal["block", "attention"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,7 +32,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
         FrankenmergeError: when the weights do not fill the model exactly.
     """
     logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
         dtype=DTYPES[dtype],
         device_map=device,
@@ -40,6 +41,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
         use_safetensors=True,
         output_loading_info=True,
     )
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info[kind])):
             found = f"{kind.replace('_', ' ')}: {', '.join(names[:5])}"
@@ -65,30 +67,66 @@ def embedding_of(model: PreTrainedModel) -> Tensor:
     return model.get_input_embeddings().weight  # pyright: ignore[reportReturnType]
 
 
+class _Enough(Exception):
+    """Ends a forward pass when the last block that is needed has run."""
+
+
 @contextmanager
-def block_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect, while the context lasts, the residual stream `[b, s, d]` of the latest forward pass.
+def block_outputs(
+    model: PreTrainedModel, *, site: Site = "block", isolated: bool = False, last: int | None = None
+) -> Iterator[list[Tensor]]:
+    """Collect, while the context lasts, what each block makes of the latest forward pass, `[b, s, d]` each.
 
     The list holds `l + 1` entries: what enters the first block, then every block's output before any final norm. (The
     library's own `hidden_states[-1]` is taken behind the final norm.)
+
+    Args:
+        model: any causal language model; its blocks are hooked, and freed when the context ends.
+        site: `block` for the residual stream behind each block, `attention` for the output of its attention.
+        isolated: whether every block is fed what enters the first one, instead of its predecessor's output.
+        last: the deepest block wanted, 1-based; the pass ends behind it. Run the pass through `forward`.
     """
     states: list[Tensor] = []
+    blocks = list(blocks_of(model))[:last]
 
     def entering(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         states.clear()
         states.append(args[0] if args else kwargs["hidden_states"])
 
+    def refeeding(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return ((states[0], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states[0]})
+
     def leaving(_module: nn.Module, _args: tuple, output: Any) -> None:
         states.append(output if isinstance(output, Tensor) else output[0])
 
-    blocks = blocks_of(model)
+    def stopping(_module: nn.Module, _args: tuple, _output: Any) -> None:
+        raise _Enough
+
     handles = [blocks[0].register_forward_pre_hook(entering, with_kwargs=True)]
-    handles += [block.register_forward_hook(leaving) for block in blocks]
+    if isolated:
+        handles += [block.register_forward_pre_hook(refeeding, with_kwargs=True) for block in blocks[1:]]
+    sites = blocks if site == "block" else [attention_of(block) for block in blocks]
+    handles += [module.register_forward_hook(leaving) for module in sites]
+    if last is not None:
+        handles.append(blocks[-1].register_forward_hook(stopping))
     try:
         yield states
     finally:
         for handle in handles:
             handle.remove()
+
+
+def attention_of(block: nn.Module) -> nn.Module:
+    """A block's attention, whatever its family calls it."""
+    return next(module for name, module in block.named_children() if name in ("self_attn", "attn", "attention"))
+
+
+def forward(model: PreTrainedModel, **inputs: Any) -> None:
+    """Run the model without its head, for what `block_outputs` collects; ends early where that asks for it."""
+    try:
+        backbone(model)(**inputs, use_cache=False)
+    except _Enough:
+        pass
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:

@@ -44,9 +44,7 @@ def analyze(
     vocabulary = token_texts(checkpoint)
     model = load_model(checkpoint, dtype=dtype, device=device)
     probes = random_probes(len(vocabulary))
-    top = {
-        context: complete_search(model, k=k, prefix=prefix, progress=progress) for context, prefix in _contexts(checkpoint).items()
-    }
+    top = {context: complete_search(model, k=k, prefix=prefix, progress=progress) for context, prefix in _contexts(checkpoint).items()}
     activations = probe_activations(model, probes, progress)
     scale = np.maximum(np.abs(activations).max(axis=1), np.finfo(np.float32).tiny)
     return Atlas(
@@ -76,7 +74,15 @@ def cached_analyze(
 
     The fingerprint, the tokenizer, the dtype and the versions that could change a value are part of the key.
     """
-    key = [checkpoint.fingerprint, checkpoint.tokenizer_hash, dtype, TOP, frankenmerge.__version__, torch.__version__, transformers.__version__]
+    key = [
+        checkpoint.fingerprint,
+        checkpoint.tokenizer_hash,
+        dtype,
+        TOP,
+        frankenmerge.__version__,
+        torch.__version__,
+        transformers.__version__,
+    ]
     path = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}{SUFFIX}"
     if path.exists():
         return replace(load_atlas(path), donor=checkpoint.name)
@@ -86,9 +92,11 @@ def cached_analyze(
 
 
 def _contexts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    contexts: dict[str, tuple[int, ...]] = {"plain": ()}
     bos = checkpoint.config.get("bos_token_id")
-    known = isinstance(bos, int) and 0 <= bos < (quantity(checkpoint.config, "vocabulary") or 0)
-    return {"plain": ()} | ({"bos": (bos,)} if known else {})
+    if isinstance(bos, int) and 0 <= bos < (quantity(checkpoint.config, "vocabulary") or 0):
+        contexts["bos"] = (bos,)
+    return contexts
 
 
 def work(checkpoint: Checkpoint) -> int:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from frankenmerge.atlas import TopTokens
 from frankenmerge.errors import fail
-from frankenmerge.models import backbone, block_outputs, embedding_of
+from frankenmerge.models import block_outputs, embedding_of, forward
 
 BATCH = 1024
 _LOW = 0xFFFFFFFF
@@ -41,11 +41,10 @@ def complete_search(
     k = min(k, size)
     before = torch.tensor(prefix, dtype=torch.long, device=device)
     best: list[Tensor | None] = []
-    inner = backbone(model)
     with block_outputs(model) as states:
         for start in range(0, size, BATCH):
             tokens = torch.arange(start, min(start + BATCH, size), device=device)
-            inner(input_ids=torch.cat([before.expand(len(tokens), -1), tokens[:, None]], dim=1), use_cache=False)
+            forward(model, input_ids=torch.cat([before.expand(len(tokens), -1), tokens[:, None]], dim=1))
             best = best or [None] * len(states)
             for block, state in enumerate(states):
                 keys = _keys(state[:, -1].float(), tokens, block)

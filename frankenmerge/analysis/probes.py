@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from frankenmerge.models import backbone, block_outputs, embedding_of
+from frankenmerge.models import block_outputs, embedding_of, forward
 
 SEED, COUNT, LENGTH = 0, 64, 17
 BATCH = 16
@@ -34,7 +34,7 @@ def probe_activations(model: PreTrainedModel, probes: np.ndarray, progress: Call
     parts = []
     with block_outputs(model) as states:
         for rows in torch.from_numpy(probes).split(BATCH):
-            backbone(model)(input_ids=rows.to(device), use_cache=False)
+            forward(model, input_ids=rows.to(device))
             parts.append(np.stack([state[:, 1:].flatten(0, 1).float().cpu().numpy() for state in states]))
             progress(len(rows))
     return np.concatenate(parts, axis=1)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import click
 
 from frankenmerge import __version__
+from frankenmerge.cli.demo import demo
 from frankenmerge.cli.donors import analyze, inspect
 from frankenmerge.cli.evaluate import evaluate
-from frankenmerge.cli.demo import demo
 from frankenmerge.cli.splice import align, check, merge, plan
 from frankenmerge.errors import FrankenmergeError
 

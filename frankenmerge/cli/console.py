@@ -13,7 +13,9 @@ from rich.text import Text
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 download_option = click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache.")
-device_option = click.option("--device", default="cpu", show_default=True, help="A torch device, or `auto` to let accelerate spread the model.")
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="A torch device, or `auto` to let accelerate spread the model."
+)
 dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
                             help="The type to compute in.")  # fmt: skip
 
@@ -31,7 +33,7 @@ def print_json(value: Any) -> None:
 
 def table(title: str, *columns: str) -> Table:
     """An empty table: the first column to the left, the others to the right; long cells fold."""
-    made = Table(title=title, title_justify="left", title_style="bold")
+    made = Table(title=title, title_justify="left", title_style="bold", min_width=min(len(title) + 1, 79))
     for number, column in enumerate(columns):
         made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     return made

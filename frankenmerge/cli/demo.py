@@ -133,7 +133,8 @@ def _merge(console, recipe, output: Path) -> None:
     donors = open_donors(recipe)
     with progress("merging", None, "bytes") as advance:
         merged = merge(recipe, donors, output / "merged", progress=advance)
-    model, info = AutoModelForCausalLM.from_pretrained(merged.output, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(merged.output, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    model, info = loaded
     virtual = virtual_splice(recipe, donors, {name: load_model(donor) for name, donor in donors.items()})
     ids = torch.arange(64)[None]
     with torch.no_grad():
@@ -149,8 +150,9 @@ def _evaluate(recipe, donors: list, output: Path) -> tuple[list, list[float]]:
     from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe
 
     folder = Path(__file__).parent.parent / "demo" / "text"
-    bench = Bench(Text(name, (folder / f"{name}.txt").read_text(encoding="utf-8")[:CHARACTERS]) for name in ("code", "prose"))
+    texts = [Text(name, (folder / f"{name}.txt").read_text(encoding="utf-8")[:CHARACTERS]) for name in ("code", "prose")]
     blocks = {donor.name: donor.blocks for donor in donors}
+    bench = Bench(texts, [*blocks, str(output / "merged")])
     controls = {"naive interleave": naive_interleave(blocks, DEPTH), "Goliath's pattern": goliath(blocks, DEPTH)}
     results = []
     with progress("evaluating", len(donors) + 2 + len(controls) + RANDOM_RECIPES, "models") as advance:
@@ -179,10 +181,18 @@ def _tell(console, found: Found, output: Path) -> None:
     ours = found.results[2].total.bits_per_byte
     beaten = int(np.sum(np.array(found.randoms) > ours))
     console.print(f"The planned recipe beats {beaten} of {len(found.randoms)} random recipes of its depth ({found.seconds:.0f} s in all).")
-    console.print(f"\nEverything is in {output}: atlases, alignment, recipe and evidence, and the checkpoint in {output / 'merged'}.", markup=False)
+    console.print(
+        f"\nEverything is in {output}: atlases, alignment, recipe and evidence, and the checkpoint in {output / 'merged'}.", markup=False
+    )
     console.print("Next: `frankenmerge inspect YOUR-DONOR-A YOUR-DONOR-B`")
 
 
 def _as_json(found: Found, output: Path) -> dict[str, Any]:
     models = [{"name": result.name, "role": result.role, **result.total.as_json()} for result in found.results]
-    return {"output": str(output), "plan": found.plan.as_json(), "models": models, "random_bits_per_byte": found.randoms, "seconds": found.seconds}
+    return {
+        "output": str(output),
+        "plan": found.plan.as_json(),
+        "models": models,
+        "random_bits_per_byte": found.randoms,
+        "seconds": found.seconds,
+    }

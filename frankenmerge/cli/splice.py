@@ -12,7 +12,9 @@ from frankenmerge.cli.donors import atlas_of
 @click.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the alignment goes, NAME.alignment.safetensors.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the alignment goes, NAME.alignment.safetensors."
+)
 @click.option("--bos/--no-bos", default=False, show_default=True, help="Compare the tokens behind BOS, or alone.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the scores to this PNG or SVG file (needs matplotlib).")
 @device_option
@@ -63,11 +65,15 @@ def align(
 
 @click.command()
 @click.argument("alignments", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the best recipe goes; its evidence goes beside it.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the best recipe goes; its evidence goes beside it."
+)
 @click.option("--depth", type=click.IntRange(1), help="Blocks of the result. [default: half as many again as the deepest donor has]")
 @click.option("--max-seams", type=click.IntRange(1), default=4, show_default=True, help="Most seams.")
 @click.option("--min-slice", type=click.IntRange(1), default=2, show_default=True, help="Fewest blocks of a slice.")
-@click.option("--protect-first", type=click.IntRange(0), default=1, show_default=True, help="Blocks at a donor's beginning that only begin.")
+@click.option(
+    "--protect-first", type=click.IntRange(0), default=1, show_default=True, help="Blocks at a donor's beginning that only begin."
+)
 @click.option("--protect-last", type=click.IntRange(0), default=1, show_default=True, help="Blocks at a donor's end that only end.")
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="How many recipes to write.")
 @json_option

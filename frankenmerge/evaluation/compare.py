@@ -7,11 +7,15 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedModel
 
+from frankenmerge.architectures import quantity
 from frankenmerge.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.evaluation.language import Encoded, Loss, encode, measure
 from frankenmerge.models import load_model, load_tokenizer, virtual_splice
-from frankenmerge.recipe import Recipe, load_recipe, open_donors
+from frankenmerge.recipe import Recipe, load_recipe
+
+LONGEST_CONTEXT = 2048
+"""Longest window used without being asked for."""
 
 
 class Text(NamedTuple):
@@ -46,18 +50,31 @@ def read_text(path: Path) -> Text:
     return Text(str(path), content)
 
 
-class Bench:
-    """Models loaded once, shared by every recipe that uses them, and the texts they are measured on."""
+def shared_context(checkpoints: Iterable[Checkpoint]) -> int:
+    """The longest window that every checkpoint was made for, at most `LONGEST_CONTEXT`."""
+    return min([LONGEST_CONTEXT, *(quantity(checkpoint.config, "positions") or LONGEST_CONTEXT for checkpoint in checkpoints)])
 
-    def __init__(self, texts: Iterable[Text], *, dtype: str = "float32", device: str = "cpu", download: bool = False) -> None:
+
+class Bench:
+    """Models loaded once, shared by every recipe that uses them, and the texts they are measured on.
+
+    Every model is measured with the same windows: of `context` tokens, or as many as all of `names` were made for.
+    """
+
+    def __init__(
+        self, texts: Iterable[Text], names: Iterable[str], *, context: int | None = None, dtype: str = "float32", device: str = "cpu",
+        download: bool = False,
+    ) -> None:  # fmt: skip
         self.texts = list(texts)
         self.dtype, self.device, self.download = dtype, device, download
         self._models: dict[str, tuple[Checkpoint, PreTrainedModel, dict[str, Encoded]]] = {}
+        self._checkpoints = {name: open_checkpoint(name, download=download) for name in names}
+        self.context = context or shared_context(self._checkpoints.values())
 
     def load(self, name: str) -> tuple[Checkpoint, PreTrainedModel, dict[str, Encoded]]:
         """A checkpoint by name: its headers, its model, and the texts as its tokenizer reads them."""
         if name not in self._models:
-            checkpoint = open_checkpoint(name, download=self.download)
+            checkpoint = self._checkpoints[name]
             tokenizer = load_tokenizer(checkpoint)
             encoded = {text.name: encode(tokenizer, text.content, text.name) for text in self.texts}
             self._models[name] = checkpoint, load_model(checkpoint, dtype=self.dtype, device=self.device), encoded
@@ -66,15 +83,18 @@ class Bench:
     def checkpoint(self, name: str, *, role: str = "model", progress: Callable[[int], None] = lambda _: None) -> Result:
         """Measure a checkpoint."""
         _, model, encoded = self.load(name)
-        return Result(name, role, {text: measure(model, line, progress=progress) for text, line in encoded.items()})
+        return self._measured(name, role, model, encoded, progress)
 
     def recipe(self, name: str, recipe: Recipe, *, progress: Callable[[int], None] = lambda _: None) -> Result:
         """Measure a recipe as a virtual splice."""
-        donors = open_donors(recipe, download=self.download)
-        models = {donor: self.load(donor)[1] for donor in donors}
-        model = virtual_splice(recipe, donors, models)
-        encoded = self.load(recipe.tokenizer)[2]
-        return Result(name, "recipe", {text: measure(model, line, progress=progress) for text, line in encoded.items()})
+        donors = {donor: self._checkpoints[donor] for donor in recipe.donors}
+        model = virtual_splice(recipe, donors, {donor: self.load(donor)[1] for donor in donors})
+        return self._measured(name, "recipe", model, self.load(recipe.tokenizer)[2], progress)
+
+    def _measured(
+        self, name: str, role: str, model: PreTrainedModel, encoded: dict[str, Encoded], progress: Callable[[int], None]
+    ) -> Result:
+        return Result(name, role, {text: measure(model, line, context=self.context, progress=progress) for text, line in encoded.items()})
 
 
 def is_recipe(name: str) -> bool:
@@ -82,20 +102,21 @@ def is_recipe(name: str) -> bool:
     return Path(name).suffix in (".yaml", ".yml") and not Path(name).is_dir()
 
 
-def compare(names: list[str], bench: Bench, progress: Callable[[str, int], None] = lambda _name, _done: None) -> list[Result]:
+def compare(
+    names: Iterable[str], texts: Iterable[Text], *, context: int | None = None, dtype: str = "float32", device: str = "cpu",
+    download: bool = False, progress: Callable[[int], None] = lambda _: None,
+) -> tuple[list[Result], Bench]:  # fmt: skip
     """Measure checkpoints and recipes, and after them every donor of the recipes that was not named itself.
 
-    `progress` is called with what is being measured and the number of tokens done since its last call.
+    `progress` is called with the number of tokens predicted since its last call.
     """
+    names = list(dict.fromkeys(names))
     recipes = {name: load_recipe(Path(name)) for name in names if is_recipe(name)}
-    donors = dict.fromkeys(donor for recipe in recipes.values() for donor in recipe.donors)
-    results = []
-    for name in dict.fromkeys(names):
-        if name in recipes:
-            results.append(bench.recipe(name, recipes[name], progress=lambda done, name=name: progress(name, done)))
-        else:
-            results.append(bench.checkpoint(name, progress=lambda done, name=name: progress(name, done)))
-    for name in donors:
-        if name not in names:
-            results.append(bench.checkpoint(name, role="donor", progress=lambda done, name=name: progress(name, done)))
-    return results
+    donors = [donor for donor in dict.fromkeys(donor for recipe in recipes.values() for donor in recipe.donors) if donor not in names]
+    checkpoints = [*(name for name in names if name not in recipes), *donors]
+    bench = Bench(texts, checkpoints, context=context, dtype=dtype, device=device, download=download)
+    results = [
+        bench.recipe(name, recipes[name], progress=progress) if name in recipes else bench.checkpoint(name, progress=progress)
+        for name in names
+    ]
+    return results + [bench.checkpoint(name, role="donor", progress=progress) for name in donors], bench

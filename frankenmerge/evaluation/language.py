@@ -9,13 +9,11 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from frankenmerge.architectures import quantity
 from frankenmerge.errors import fail
 from frankenmerge.models import embedding_of
 
 POSITIONS = 4096
 """Positions in one forward pass, at most, unless a single window is longer."""
-LONGEST_CONTEXT = 2048
 
 
 class Encoded(NamedTuple):
@@ -78,13 +76,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> Encoded
     return Encoded(line, len(text.encode()))
 
 
-def context_of(model: PreTrainedModel) -> int:
-    """The window a model is measured with: what it was made for, at most `LONGEST_CONTEXT`."""
-    return min(quantity(model.config.to_dict(), "positions") or LONGEST_CONTEXT, LONGEST_CONTEXT)
-
-
 @torch.no_grad()
-def measure(model: PreTrainedModel, encoded: Encoded, *, context: int | None = None, progress: Callable[[int], None] = lambda _: None) -> Loss:
+def measure(model: PreTrainedModel, encoded: Encoded, *, context: int, progress: Callable[[int], None] = lambda _: None) -> Loss:
     """Predict every token of a text once.
 
     Windows of `context` tokens advance by half of it; only tokens that no earlier window predicted count, so every token
@@ -97,7 +90,7 @@ def measure(model: PreTrainedModel, encoded: Encoded, *, context: int | None = N
     ids = torch.from_numpy(encoded.ids)
     if (largest := int(ids.max())) >= (size := embedding_of(model).shape[0]):
         raise fail(model.name_or_path or "model", f"token ids below {size}, its vocabulary", str(largest), "use the model's own tokenizer")
-    width = min(context or context_of(model), len(ids) - 1)
+    width = min(context, len(ids) - 1)
     starts = list(range(0, len(ids) - 1 - width, max(1, width // 2))) + [len(ids) - 1 - width]
     nats = torch.full((len(ids) - 1,), torch.nan, dtype=torch.float64)
     size = max(1, POSITIONS // width)

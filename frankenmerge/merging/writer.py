@@ -106,7 +106,9 @@ def merge(
         folder.rename(output)
         _sync(output.parent)
     except OSError as error:
-        raise fail(str(output), "room and leave to write the checkpoint", str(error), "mend that and merge again; nothing was left") from error
+        raise fail(
+            str(output), "room and leave to write the checkpoint", str(error), "mend that and merge again; nothing was left"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Merged(output, len(copies), total, time.perf_counter() - started)
@@ -115,7 +117,9 @@ def merge(
 def check_output(output: Path, donors: Mapping[str, Checkpoint], size: int) -> None:
     """Raise FrankenmergeError for an output that would overwrite something, touch a donor or not fit."""
     if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
-        raise fail(str(output), "a folder that does not exist yet, or an empty one", "something is there", "choose another output or move it away")
+        raise fail(
+            str(output), "a folder that does not exist yet, or an empty one", "something is there", "choose another output or move it away"
+        )
     for donor in donors.values():
         if donor.path.resolve() in (output.resolve(), *output.resolve().parents):
             raise fail(str(output), "a folder outside the donors", f"it lies in {donor.path}", "choose another output")
@@ -124,7 +128,9 @@ def check_output(output: Path, donors: Mapping[str, Checkpoint], size: int) -> N
         raise fail(str(output), "a folder that may be written to", f"{existing} may not", "choose another output")
     free = shutil.disk_usage(existing).free
     if free < size + (64 << 20):
-        raise fail(str(output), f"{size:,} bytes of free disk space, and 64 MiB to spare", f"{free:,}", "free some space or choose another disk")
+        raise fail(
+            str(output), f"{size:,} bytes of free disk space, and 64 MiB to spare", f"{free:,}", "free some space or choose another disk"
+        )
 
 
 def small_files(recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[Shard]) -> dict[str, bytes]:

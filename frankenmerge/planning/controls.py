@@ -45,7 +45,9 @@ def random_recipe(donors: Mapping[str, int], depth: int, seed: int, *, max_seams
     names = list(donors)
     while True:
         count = int(generator.integers(1, max_seams + 1)) + 1
-        lengths = generator.multinomial(depth - min_slice * count, np.full(count, 1 / count)) + min_slice if depth >= min_slice * count else []
+        lengths = (
+            generator.multinomial(depth - min_slice * count, np.full(count, 1 / count)) + min_slice if depth >= min_slice * count else []
+        )
         order = [int(generator.integers(len(names)))]
         while len(order) < count:
             order.append((order[-1] + int(generator.integers(1, len(names)))) % len(names))

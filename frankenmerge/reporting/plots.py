@@ -20,7 +20,11 @@ def plot_alignment(alignment: Alignment, path: Path) -> None:
         score = alignment.scores[name]
         image = axes.imshow(score.matrix, vmin=0, vmax=1, cmap="viridis", origin="upper")
         chance = float(score.nulls["permuted_neurons"].mean())
-        axes.set(title=f"{TITLES.get(name, name)}\nby chance: {chance:.2f}", xlabel=f"{b}, after so many blocks", ylabel=f"{a}, after so many blocks")
+        axes.set(
+            title=f"{TITLES.get(name, name)}\nby chance: {chance:.2f}",
+            xlabel=f"{b}, after so many blocks",
+            ylabel=f"{a}, after so many blocks",
+        )
         if max(score.matrix.shape) <= 12:
             _write_values(axes, score.matrix)
     figure.colorbar(image, ax=figure.axes, shrink=0.8)  # pyright: ignore[reportArgumentType]

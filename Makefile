@@ -1,0 +1,37 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check slow clean
+
+help: ## Show the targets
+	@echo "The first target you make sets up .venv, which takes some minutes."
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="	" read -r target what; do printf '  make %-7s %s\n' "$$target" "$$what"; done
+
+demo: $(READY) ## Splice the two demo donors, from first look to evaluation, into demo-run/
+	$(BIN)/frankenmerge demo --out demo-run
+
+test: $(READY) ## Run the tests, without the slow ones
+	$(BIN)/pytest
+
+check: $(READY) ## Run ruff, pyright and the test of the import direction
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/pytest tests/test_imports.py
+
+slow: $(READY) ## Run the slow tests
+	$(BIN)/pytest -m slow
+
+clean: ## Remove what the other targets left, but .venv
+	rm -rf demo-run build dist .pytest_cache .ruff_cache .hypothesis
+	find frankenmerge evals tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version}; set another: make PYTHON=python3.12")'
+	@echo "Setting up .venv with the versions in constraints.txt; this is done once."
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	@touch $@

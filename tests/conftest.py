@@ -1,0 +1,90 @@
+"""Donors for the tests: tiny random models of several families, written once a session as ordinary checkpoints."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DEMO = Path(__file__).resolve().parents[1] / "frankenmerge" / "demo"
+
+VOCABULARY = 48
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of single letters; id 0 begins a document."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<s>", *"abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: VOCABULARY - 1]]
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>").save_pretrained(folder)
+
+
+def write_donor(folder: Path, family: str = "llama", seed: int = 0, shard: str = "5GB", dtype: str = "float32", **changes) -> Path:
+    """Write a random donor of `family` and return its folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"n_embd": 16, "n_layer": 4, "n_head": 4, "n_positions": 64} if family == "gpt2" else SMALL | {"max_position_embeddings": 64}
+    config = AutoConfig.for_model(family, **(shape | {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0} | changes))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def donors(tmp_path_factory) -> dict[str, Path]:
+    """Donors by name: `a`, `b` and `deep` are Llamas (b tied, deep of 6 blocks, sharded), `g`, `h` are GPT-2s."""
+    root = tmp_path_factory.mktemp("donors")
+    return {
+        "a": write_donor(root / "a", seed=1),
+        "b": write_donor(root / "b", seed=2, tie_word_embeddings=True),
+        "deep": write_donor(root / "deep", seed=3, num_hidden_layers=6, shard="20KB"),
+        "wide": write_donor(root / "wide", seed=4, hidden_size=32),
+        "g": write_donor(root / "g", "gpt2", seed=5),
+        "h": write_donor(root / "h", "gpt2", seed=6),
+    }
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Run the command line in this process, its cache in `tmp_path`; returns (exit code, standard output, standard error)."""
+    from frankenmerge.cli import main
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return left.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """A text in the letters of the tests' tokenizer."""
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog and The Cat sat on a mat " * 4)
+    return path
+
+
+@pytest.fixture(scope="session")
+def real() -> tuple[Path, Path]:
+    """Two small models by other authors, where they are at hand."""
+    paths = DATA / "models" / "stories260K-ffn192", DATA / "models" / "llama2xs-281K"
+    if not all(path.is_dir() for path in paths):
+        pytest.skip(f"the real checkpoints are not in {DATA / 'models'}")
+    return paths
