@@ -40,13 +40,20 @@ class Donor:
     """Fine-tuned from this donor, until `kinds` gained and the other kind lost the margins below."""
 
 
-SMALL = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 352}
+SMALL = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 352}
 DONORS = {
-    "base": Donor("llama", 0, 3000, 3e-3, SMALL),
-    "stranger": Donor("llama", 1, 3000, 3e-3, SMALL),
-    "code": Donor("llama", 2, 1200, 1e-3, SMALL, ("code",), "base"),
-    "prose": Donor("llama", 3, 1200, 1e-3, SMALL, ("prose",), "base"),
-    "wide": Donor("llama", 4, 2000, 3e-3, SMALL | {"hidden_size": 160, "num_hidden_layers": 4, "intermediate_size": 320}),
+    "base": Donor("llama", 0, 2000, 1e-3, SMALL),
+    "stranger": Donor("llama", 1, 2000, 1e-3, SMALL),
+    "code": Donor("llama", 2, 1000, 1e-3, SMALL, ("code",), "base"),
+    "prose": Donor("llama", 3, 1000, 1e-3, SMALL, ("prose",), "base"),
+    "wide": Donor(
+        "llama",
+        4,
+        2000,
+        1e-3,
+        SMALL
+        | {"hidden_size": 160, "num_hidden_layers": 4, "num_key_value_heads": 2, "intermediate_size": 240, "tie_word_embeddings": True},
+    ),
     "gpt2": Donor("gpt2", 5, 2400, 2e-3, {"n_embd": 128, "n_layer": 6, "n_head": 4}),
 }
 GAIN, LOSS = 0.10, 0.15
@@ -76,7 +83,7 @@ def config_of(donor: Donor):
     ids = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16"}
     if donor.family == "gpt2":
         return GPT2Config(**donor.shape, **ids, n_positions=CONTEXT, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-    return LlamaConfig(**donor.shape, **ids, max_position_embeddings=CONTEXT, tie_word_embeddings=False)
+    return LlamaConfig(**donor.shape, **ids, max_position_embeddings=CONTEXT)
 
 
 def batch(lines: list[np.ndarray], seed: int, step: int) -> torch.Tensor:
@@ -176,6 +183,8 @@ def train(name: str, lines: dict[str, np.ndarray], held_out: dict[str, np.ndarra
                 save_state(path, model, optimizer, step + 1)
                 if parent_losses and _apart(history[-1], parent_losses, donor.kinds):
                     break
+    if parent_losses and not _apart(history[-1], parent_losses, donor.kinds):
+        raise click.ClickException(f"{name} did not reach its margins in {donor.steps} steps: {history[-1]} against {parent_losses}")
     return model, history, parent_losses
 
 

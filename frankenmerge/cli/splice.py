@@ -140,6 +140,8 @@ def print_seam(console, number: int, seam) -> None:
             for entry in neurons[:3]
         )
         console.print(f"  {word}: {told}", markup=False)
+    if seam.by_chance:
+        console.print("  [bold red]No better than chance:[/] these donors share no basis here; expect noise behind this seam.")
 
 
 @click.command()

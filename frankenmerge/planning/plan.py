@@ -31,6 +31,11 @@ class SeamEvidence:
     """The neurons with the highest score: neuron, score, each donor's best tokens."""
     disagree: list[dict[str, Any]]
 
+    @property
+    def by_chance(self) -> bool:
+        """Whether the donors' tokens agree here less than twice as often as those of unrelated neurons."""
+        return self.scores["jaccard"] < 2 * self.nulls["jaccard"]["permuted_neurons"]
+
     def as_json(self) -> dict[str, Any]:
         """The evidence as JSON; block numbers are 0-based, as in the recipe."""
         return {
@@ -38,6 +43,7 @@ class SeamEvidence:
             "before": {"model": self.seam.before.model, "block": self.seam.before.index},
             "cost": self.cost,
             "skipped_blocks": self.skipped,
+            "by_chance": self.by_chance,
             "scores": self.scores,
             "nulls": self.nulls,
             "agree": self.agree,
