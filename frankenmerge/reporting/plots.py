@@ -13,7 +13,7 @@ TITLES = {"argmax": "same best token", "jaccard": "top tokens shared (Jaccard)",
 def plot_alignment(alignment: Alignment, path: Path) -> None:
     """Draw every score of an alignment as a heatmap, its null in the corner, to a PNG or SVG file."""
     names = list(alignment.scores)
-    figure = Figure(figsize=(4.2 * len(names), 4.4), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(names), 5.2), layout="constrained")
     a, b = (Path(donor).name for donor in alignment.donors)
     image = None
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
@@ -29,7 +29,7 @@ def plot_alignment(alignment: Alignment, path: Path) -> None:
             _write_values(axes, score.matrix)
     figure.colorbar(image, ax=figure.axes, shrink=0.8)  # pyright: ignore[reportArgumentType]
     figure.suptitle(f"Where {a} and {b} agree about what their neurons mean")
-    figure.savefig(path, dpi=110, metadata={"Software": None} if path.suffix == ".png" else None)
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None} if path.suffix == ".png" else None)
 
 
 def _write_values(axes, matrix: np.ndarray) -> None:

@@ -1,0 +1,61 @@
+"""The donors in the package are what their cards say, and merging them is exact."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO
+
+from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.evaluation.compare import Bench, read_text
+from frankenmerge.merging.writer import merge
+from frankenmerge.models import load_model, virtual_splice
+from frankenmerge.recipe import Block, open_donors, recipe_of
+
+NAMES = ("base", "code", "prose", "stranger", "wide", "gpt2")
+
+
+def donor(name: str) -> str:
+    return str(DEMO / "donors" / name)
+
+
+def test_the_package_stays_below_20_megabytes():
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) <= 20e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_donor_is_a_complete_bf16_checkpoint_with_a_card(name):
+    checkpoint = open_checkpoint(donor(name))
+    assert list(checkpoint.dtypes) == ["BF16"] and checkpoint.has_tokenizer
+    assert f"# {name}" in (checkpoint.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [("code", 0, 6), ("prose", 2, 8)],
+        [("base", 0, 3), ("stranger", 2, 5), ("base", 5, 8)],
+        [("gpt2", 0, 4), ("gpt2", 2, 6)],
+        [("gpt2", 0, 1), ("gpt2", 0, 1), ("gpt2", 5, 6)],
+        [("wide", 0, 3), ("wide", 1, 4)],
+    ],
+    ids=str,
+)
+def test_a_merged_checkpoint_has_exactly_the_virtual_splices_logits(pieces, tmp_path):
+    recipe = recipe_of([Block(donor(name), index) for name, start, stop in pieces for index in range(start, stop)])
+    donors = open_donors(recipe)
+    virtual = virtual_splice(recipe, donors, {name: load_model(checkpoint) for name, checkpoint in donors.items()})
+    merged = load_model(open_checkpoint(str(merge(recipe, donors, tmp_path / "merged").output)))
+    ids = torch.randint(1024, (2, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(merged(input_ids=ids).logits, virtual(input_ids=ids).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "other"), [("code", "prose"), ("prose", "code")])
+def test_a_fine_tune_gained_on_its_own_text_and_lost_on_the_others(name, other):
+    texts = {kind: read_text(Path(DEMO / "text" / f"{kind}.txt")) for kind in ("code", "prose")}
+    bench = Bench([text._replace(name=kind) for kind, text in texts.items()], [donor("base"), donor(name)])
+    base, tuned = (bench.checkpoint(donor(which)).losses for which in ("base", name))
+    assert base[name].nats_per_token - tuned[name].nats_per_token >= 0.1
+    assert tuned[other].nats_per_token - base[other].nats_per_token >= 0.15
