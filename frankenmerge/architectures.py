@@ -6,7 +6,7 @@ A family is one entry of `FAMILIES`; nothing else in the package knows a family 
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from frankenmerge.errors import Fault, fail
@@ -88,9 +88,9 @@ DECODER = Architecture("model.", "layers.{}.", ("embed_tokens.",), "norm.", igno
 
 FAMILIES: dict[str, Architecture] = {
     "llama": DECODER,
-    "mistral": DECODER,
-    "qwen2": DECODER,
-    "qwen3": DECODER,
+    "mistral": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"sliding_window": 4096}),
+    "qwen2": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"use_sliding_window": False}),
+    "qwen3": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"use_sliding_window": False}),
     "phi3": DECODER,
     "olmo2": DECODER,
     "gpt2": Architecture(
@@ -124,7 +124,8 @@ _FREE = {
     "resid_pdrop", "hidden_dropout", "classifier_dropout", "summary_type", "summary_use_proj", "summary_activation",
     "summary_proj_to_labels", "summary_first_dropout", "task_specific_params", "pretraining_tp", "vocab_size", "max_window_layers",
     "max_position_embeddings", "n_positions", "n_ctx", "num_hidden_layers", "n_layer", "rope_theta", "rope_scaling",
-    "rope_parameters", "head_dim", "_attn_implementation_autoset", "id2label", "label2id", "problem_type",
+    "rope_parameters", "head_dim", "sliding_window", "use_sliding_window", "rotary_pct", "rotary_emb_base", "partial_rotary_factor",
+    "_attn_implementation_autoset", "id2label", "label2id", "problem_type",
 }  # fmt: skip
 """Config fields in which donors may differ, because no block computes differently for them or they are compared apart."""
 
@@ -134,7 +135,7 @@ _EPSILONS = {"rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"}
 def architecture_of(config: Config, place: str) -> Architecture:
     """The family of a config.json. Raises FrankenmergeError for a family that is not known."""
     family = config.get("model_type")
-    if family in FAMILIES:
+    if isinstance(family, str) and family in FAMILIES:
         return FAMILIES[family]
     raise fail(place, f"model_type, one of: {', '.join(sorted(FAMILIES))}", repr(family), "use donors of a supported family")
 
@@ -159,8 +160,31 @@ def rope(config: Config) -> dict[str, Any]:
     """Rotary position settings in one form, whichever way config.json writes them."""
     settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     settings["rope_type"] = settings.pop("type", None) or settings.get("rope_type") or "default"
-    settings["rope_theta"] = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    settings["rope_theta"] = float(settings.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0)
+    shares = (settings.pop("partial_rotary_factor", None), config.get("partial_rotary_factor"), config.get("rotary_pct"),
+              FAMILIES[config["model_type"]].defaults.get("rotary_pct"))  # fmt: skip
+    if (share := next((share for share in shares if share is not None), 1.0)) != 1.0:
+        settings["partial_rotary_factor"] = share
     return settings
+
+
+def window(config: Config) -> int | None:
+    """How far back a block's attention reaches where it is limited, None where no block's is."""
+    defaults = FAMILIES[config["model_type"]].defaults
+    if isinstance(kinds := config.get("layer_types"), list):
+        limited = "sliding_attention" in kinds
+    else:
+        limited = config.get("use_sliding_window", defaults.get("use_sliding_window", True))
+    return config.get("sliding_window", defaults.get("sliding_window")) if limited else None
+
+
+_USUAL_ENTRY = {"layer_types": "full_attention", "no_rope_layers": 1}
+"""What every block is where a config has no list of them."""
+
+
+def entries(config: Config, key: str) -> list:
+    """A list with one entry a block, also where config.json leaves it out."""
+    return config[key] if isinstance(config.get(key), list) else [_USUAL_ENTRY[key]] * (quantity(config, "blocks") or 0)
 
 
 def head_width(config: Config) -> int | None:
@@ -179,12 +203,15 @@ def differences(first: Config, other: Config) -> tuple[list[str], list[str]]:
         fallback = architecture.defaults.get(key)
         both[key] = (first.get(key, fallback), other.get(key, fallback))
     both["rope_parameters"] = (rope(first), rope(other))
+    both["sliding_window"] = (window(first), window(other))
     for key in architecture.per_block:
-        both[key] = tuple("one entry a block" if isinstance(config.get(key), list) else "absent" for config in (first, other))
+        listed = [isinstance(config.get(key), list) for config in (first, other)]
+        if listed[0] != listed[1] and set(entries(first, key)) | set(entries(other, key)) != {_USUAL_ENTRY[key]}:
+            both[key] = tuple("one entry a block" if has else "absent" for has in listed)
     unequal = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
     told = {key: f"{key}: {a} and {b}" for key, (a, b) in unequal.items()}
     # A field on one side only, and without a default here, is one that the other side's version of the library did not write.
-    one_sided = {key for key in unequal if key not in architecture.defaults and None in unequal[key]}
+    one_sided = {key for key in unequal if key not in architecture.defaults and None in unequal[key]} - {"sliding_window"}
     harmless = (_EPSILONS | one_sided) & set(told)
     return [told[key] for key in told if key not in harmless], [told[key] for key in told if key in harmless]
 
@@ -199,7 +226,7 @@ def spliced_config(base: Config, blocks: Sequence[tuple[Config, int]], tied: boo
     config[architecture.keys.blocks] = len(blocks)
     for key in architecture.per_block:
         if isinstance(base.get(key), list):
-            config[key] = [donor[key][index] for donor, index in blocks]
+            config[key] = [entries(donor, key)[index] for donor, index in blocks]
     config["tie_word_embeddings"] = tied
     return config
 
@@ -214,13 +241,17 @@ def config_faults(config: Config, place: str) -> list[Fault]:
                 Fault(f"{place}: {key}", "not set", repr(config[key]), "a block of this model depends on its position; use another donor")
             )
     for key in architecture.per_block:
-        entries, blocks = config.get(key), quantity(config, "blocks")
-        if isinstance(entries, list) and len(entries) != blocks:
+        listed, blocks = config.get(key), quantity(config, "blocks")
+        if isinstance(listed, list) and len(listed) != blocks:
             faults.append(
-                Fault(
-                    f"{place}: {key}", f"one entry for each of {blocks} blocks", f"{len(entries)} entries", "mend the donor's config.json"
-                )
+                Fault(f"{place}: {key}", f"one entry for each of {blocks} blocks", f"{len(listed)} entries", "mend the donor's config.json")
             )
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key), Mapping | None):
+            faults.append(Fault(f"{place}: {key}", "an object", repr(config[key]), "mend the donor's config.json"))
+    for key in ("rope_theta", "rotary_emb_base"):
+        if not isinstance(config.get(key), int | float | None):
+            faults.append(Fault(f"{place}: {key}", "a number", repr(config[key]), "mend the donor's config.json"))
     if config.get("use_sliding_window") and "layer_types" not in config:
         faults.append(
             Fault(f"{place}: use_sliding_window", "layer_types beside it, so that the window can move with its block", "no layer_types",

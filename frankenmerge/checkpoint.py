@@ -5,6 +5,7 @@ Only safetensors are read, no code comes from a donor's folder, and no path leav
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -147,7 +148,7 @@ def open_checkpoint(name: str, *, download: bool = False) -> Checkpoint:
         raise fail(str(path / "config.json"), "a JSON object", type(config).__name__, "restore the donor's config.json")
     architecture = architecture_of(config, str(path / "config.json"))
     for quantity_name in ("blocks", "width", "heads", "vocabulary"):
-        if not isinstance(value := quantity(config, quantity_name), int) or value < 1:
+        if type(value := quantity(config, quantity_name)) is not int or value < 1:
             key = getattr(architecture.keys, quantity_name)
             raise fail(f"{path / 'config.json'}: {key}", "a positive whole number", repr(value), "restore the donor's config.json")
     raise_all(config_faults(config, str(path / "config.json")))
@@ -182,19 +183,21 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise fail(str(path), what, "no such file", "give the folder of a complete checkpoint") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise fail(str(path), what, f"{error}", "restore the file") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     index_path = path / INDEX_NAME
-    if not index_path.exists():
-        if not (path / SINGLE_NAME).exists():
-            pickles = sorted(file.name for file in path.glob("*.bin"))
-            found = f"only pickle files ({', '.join(pickles)})" if pickles else "no safetensors"
-            raise fail(str(path), f"{SINGLE_NAME} or {INDEX_NAME}", found, "convert or download the donor's weights as safetensors")
+    # Where both are there, transformers reads the single file, and so does this.
+    if (path / SINGLE_NAME).exists():
         return read_header(path / SINGLE_NAME)
-    weight_map = read_json(index_path, "a safetensors index").get("weight_map")
+    if not index_path.exists():
+        pickles = sorted(file.name for file in path.glob("*.bin"))
+        found = f"only pickle files ({', '.join(pickles)})" if pickles else "no safetensors"
+        raise fail(str(path), f"{SINGLE_NAME} or {INDEX_NAME}", found, "convert or download the donor's weights as safetensors")
+    index = read_json(index_path, "a safetensors index")
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise fail(f"{index_path}: weight_map", "an object of tensor and file names", type(weight_map).__name__, "restore the index")
     headers: dict[str, dict[str, Tensor]] = {}
@@ -240,25 +243,26 @@ def read_header(file: Path) -> dict[str, Tensor]:
             header = json.loads(handle.read(length), object_pairs_hook=_without_duplicates)
     except FileNotFoundError as error:
         raise fail(str(file), "a shard that the checkpoint needs", "no such file", "download the missing shard") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise fail(str(file), "a safetensors header", str(error), "download the shard again") from error
+    if not isinstance(header, dict):
+        raise fail(str(file), "a safetensors header, a JSON object", type(header).__name__, "download the shard again")
     header.pop("__metadata__", None)
     tensors, faults = {}, []
     for name, entry in header.items():
         try:
-            begin, end = entry["data_offsets"]
-            shape = tuple(entry["shape"])
-            size_expected = BYTES_OF[entry["dtype"]]
-            for length_of_axis in shape:
-                size_expected *= length_of_axis
-            if not 0 <= begin <= end or end - begin != size_expected or any(axis < 0 for axis in shape):
+            shape, (begin, end) = entry["shape"], entry["data_offsets"]
+            numbers = [*shape, begin, end]
+            if not isinstance(shape, list) or any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
+                raise ValueError
+            if end - begin != BYTES_OF[entry["dtype"]] * math.prod(shape):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             faults.append(
                 Fault(f"{file}: {name}", "dtype, shape and offsets that agree", json.dumps(entry)[:200], "download the shard again")
             )
             continue
-        tensors[name] = Tensor(file, entry["dtype"], shape, 8 + length + begin, 8 + length + end)
+        tensors[name] = Tensor(file, entry["dtype"], tuple(shape), 8 + length + begin, 8 + length + end)
     raise_all(faults)
     position = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -274,6 +278,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(names := [name for name, _ in pairs]) != len(set(names)):
         raise ValueError("a name stands twice in the header")
+    "".join(names).encode()  # raises ValueError for lone surrogates, which are no text
     return dict(pairs)
 
 
@@ -281,6 +286,9 @@ def _structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
     """Hold the tensors against the config: every block there and alike, embedding, norm and head of the right shape."""
     roles, where = checkpoint.by_role, str(checkpoint.path)
     remedy = "use a complete checkpoint whose config.json belongs to its weights"
+    known = {name for names in roles.values() for name in names.values()}
+    for name in sorted(set(checkpoint.tensors) - known):
+        yield Fault(f"{where}: {name}", "each tensor under one name", "another name of the same tensor beside it", remedy)
     present = {index for role, index in roles if role == "block"}
     if missing := sorted(set(range(checkpoint.blocks)) - present):
         yield Fault(where, f"tensors of {checkpoint.blocks} blocks", f"none of block {', '.join(map(str, missing))}", remedy)
@@ -294,8 +302,11 @@ def _structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
     usual = Counter(canonical for names in shapes.values() for canonical in names)
     for index, names in sorted(shapes.items()):
         for canonical, count in usual.items():
-            if canonical not in names and count > len(shapes) / 2:
-                yield Fault(f"{where}: {canonical.format(index)}", "a tensor that the other blocks have", "not there", remedy)
+            usually = 2 * count >= len(shapes)
+            if usually and canonical not in names:
+                yield Fault(f"{where}: {canonical.format(index)}", "a tensor that other blocks have", "not there", remedy)
+            if not usually and canonical in names:
+                yield Fault(f"{where}: {canonical.format(index)}", "a tensor of most blocks", f"only in {count} of {len(shapes)}", remedy)
     typical = {
         canonical: Counter(names[canonical] for names in shapes.values() if canonical in names).most_common(1)[0][0] for canonical in usual
     }
@@ -310,9 +321,13 @@ def _structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
         names = roles.get((role, None), {})
         if needed and not names:
             yield Fault(where, f"tensors of the {role}", "none", remedy)
-        for name in names.values():
+        for canonical, name in names.items():
             shape = checkpoint.tensors[name].shape
+            is_positions = role == "embedding" and canonical.removeprefix(checkpoint.architecture.root).startswith(
+                checkpoint.architecture.embedding[1:]
+            )
+            rows = quantity(checkpoint.config, "positions" if is_positions else "vocabulary")
             if shape and shape[-1] not in (width, vocabulary):
                 yield Fault(f"{where}: {name}", f"last axis {width}, the width in config.json", f"shape {shape}", remedy)
-            if len(shape) == 2 and shape[0] not in (vocabulary, quantity(checkpoint.config, "positions")):
-                yield Fault(f"{where}: {name}", f"first axis {vocabulary}, the vocabulary in config.json", f"shape {shape}", remedy)
+            if len(shape) == 2 and shape[0] != rows:
+                yield Fault(f"{where}: {name}", f"first axis {rows}, as in config.json", f"shape {shape}", remedy)

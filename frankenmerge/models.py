@@ -32,15 +32,24 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
         FrankenmergeError: when the weights do not fill the model exactly.
     """
     logging.disable_progress_bar()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path,
-        dtype=DTYPES[dtype],
-        device_map=device,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise fail(f"device {device}", "a torch device that is there, or auto", str(error), "choose another --device") from error
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=DTYPES[dtype],
+            device_map=device,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:  # shapes that are not the config's
+        found = str(error).strip().splitlines()[0]
+        raise fail(str(checkpoint.path), "weights that fill the model exactly", found, "use a complete checkpoint") from error
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info[kind])):
@@ -160,8 +169,10 @@ def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Map
         found = {name.removeprefix(source): value for name, value in states[block.model].items() if name.startswith(source)}
         parts |= {f"{prefix}{position}.{name}": value for name, value in found.items()}
     architecture = FAMILIES[settings["model_type"]]
+    # In memory the head may have another name than in the file (GPT-NeoX: lm_head, embed_out).
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings()) + "."
     for name in model.state_dict():
-        role = architecture.role(name)[0]
+        role = "head" if name.startswith(head) else architecture.role(name)[0]
         if role in ("embedding", "final", "head"):
             parts[name] = (first if role == "embedding" else last).state_dict()[name]
     model.load_state_dict(parts, strict=True, assign=True)

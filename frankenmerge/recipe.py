@@ -125,8 +125,9 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which a key may stand once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value, strict=True):
+        nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in nodes]
+        for key, key_node in zip(keys, nodes, strict=True):
             if keys.count(key) > 1:
                 mark = f"key {key!r} stands twice"
                 raise yaml.constructor.ConstructorError(None, None, mark, key_node.start_mark)
@@ -137,7 +138,7 @@ def parse_recipe(text: str, place: str) -> Recipe:
     """Read a recipe from YAML. Raises FrankenmergeError with every fault found."""
     try:
         data = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # PyYAML lets scalars' own errors out
         raise fail(place, "YAML", " ".join(str(error).split()), "mend the file") from error
     if not isinstance(data, Mapping):
         raise fail(place, "a recipe with slices and merge_method", f"{type(data).__name__}", "see recipes/ for examples")
@@ -151,7 +152,7 @@ def _fault(place: str, detail: Any) -> Fault:
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).lstrip(".")
     found = "nothing" if detail["type"] == "missing" else repr(detail["input"])[:200]
     if detail["type"] == "extra_forbidden":
-        part = Source if "sources" in detail["loc"] else Slice if "slices" in detail["loc"] else Recipe
+        part = {1: Recipe, 3: Slice}.get(len(detail["loc"]), Source)
         return Fault(f"{place}: {where}", f"one of: {', '.join(part.model_fields)}", "an unknown key", "correct or remove the key")
     return Fault(f"{place}: {where}", detail["msg"].removeprefix("Value error, "), found, "correct the recipe")
 

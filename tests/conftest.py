@@ -90,3 +90,20 @@ def real() -> tuple[Path, Path]:
     if not all(path.is_dir() for path in paths):
         pytest.skip(f"the real checkpoints are not in {DATA / 'models'}")
     return paths
+
+
+def changed(source: Path, folder: Path, tensors=None, config=None) -> Path:
+    """Copy a donor of one file to the new `folder`, its tensors (numpy arrays by name) and its config each put through a function."""
+    import json
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(source, folder)
+    if tensors:
+        arrays = tensors(load_file(folder / "model.safetensors"))
+        save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    if config:
+        settings = config(json.loads((folder / "config.json").read_text()))
+        (folder / "config.json").write_text(json.dumps(settings))
+    return folder

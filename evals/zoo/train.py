@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 BOS, VOCABULARY, CONTEXT, BATCH = "<|endoftext|>", 1024, 128, 16
 SAVE_EVERY = 100
-TEXT_SHOWN = 60_000
+TEXT_SHOWN = 50_000
 
 
 @dataclass(frozen=True)

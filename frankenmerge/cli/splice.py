@@ -183,9 +183,10 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def _bytes(_context, _parameter, value: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B)?\s*", value.upper())
-    if not match or (count := int(float(match[1]) * _UNITS[match[2] or "B"])) < 1:
+    count = float(match[1]) * _UNITS[match[2] or "B"] if match else 0
+    if not 1 <= count < 1 << 63:
         raise click.BadParameter(f"{value!r} is no size; write for example 5GB or 500MB")
-    return count
+    return int(count)
 
 
 @click.command()

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,9 +91,11 @@ def merge(
     copies = schedule(recipe, donors)
     total = sum(copy.tensor.bytes for copy in copies)
     check_output(output, donors, total)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    made = [parent for parent in output.absolute().parents if not parent.exists()]
+    folder = None
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".merge.", suffix=".partial", dir=output.parent))
         shards = plan_shards(copies, shard_size)
         for shard in shards:
             _write_shard(folder / shard.name, shard, progress)
@@ -110,12 +112,22 @@ def merge(
             str(output), "room and leave to write the checkpoint", str(error), "mend that and merge again; nothing was left"
         ) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # it holds the result, or is not there
+                parent.rmdir()
     return Merged(output, len(copies), total, time.perf_counter() - started)
 
 
 def check_output(output: Path, donors: Mapping[str, Checkpoint], size: int) -> None:
     """Raise FrankenmergeError for an output that would overwrite something, touch a donor or not fit."""
+    try:
+        os.lstat(output)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise fail(str(output), "a folder that may be made", str(error), "choose another output") from error
     if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
         raise fail(
             str(output), "a folder that does not exist yet, or an empty one", "something is there", "choose another output or move it away"

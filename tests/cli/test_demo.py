@@ -1,0 +1,80 @@
+"""`frankenmerge demo`: all of it on the donors in the package."""
+
+import json
+import statistics
+
+import pytest
+from conftest import DEMO
+
+
+def files(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def demo(run, tmp_path, monkeypatch):
+    """Run the demo from a folder of its own."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return lambda *arguments: run("demo", *arguments)
+
+
+@pytest.mark.slow
+def test_the_demo_s_plan_keeps_its_word_twice_over(demo, tmp_path):
+    from frankenmerge.alignment import load_alignment
+    from frankenmerge.atlas import load_atlas
+    from frankenmerge.recipe import load_recipe
+
+    if missing := [name for name in ("code", "prose") if not (DEMO / "donors" / name / "model.safetensors").is_file()]:
+        pytest.skip(f"the demo's donors are not there: {', '.join(missing)}")
+    code, out, _ = demo("--json")
+    told = json.loads(out)
+    folder = tmp_path / "here" / "demo-run"
+    assert code == 0 and told["output"] == "demo-run"
+    merged = next(model for model in told["models"] if model["name"].endswith("merged"))
+    randoms = told["random_bits_per_byte"]
+    assert len(randoms) == 20
+    assert merged["bits_per_byte"] < statistics.median(randoms)
+    donors = [model["bits_per_byte"] for model in told["models"] if model["role"] == "donor"]
+    assert len(donors) == 2 and all(0 < bits < 8 for bits in donors)
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert told["plan"]["recipe"] == recipe.model_dump(exclude_none=True) and len(recipe.blocks) == 12
+    alignment = load_alignment(folder / "code-prose.alignment.safetensors")
+    for name, fingerprint in zip(("code", "prose"), alignment.fingerprints, strict=True):
+        assert load_atlas(folder / f"{name}.atlas.safetensors").fingerprint == fingerprint
+    evidence = json.loads((folder / "recipe.evidence.json").read_text())
+    assert evidence["plans"][0] == told["plan"]
+
+    # Again, in the same folder, this time for a reader: the earlier demo's folder is replaced by the same.
+    before = files(folder)
+    (folder / "merged" / "left-over").touch()
+    code, out, _ = demo()
+    shown = " ".join(out.split())
+    assert code == 0 and files(folder) == before
+    assert "0 missing or unexpected keys; its logits equal those of the splice in memory" in shown
+    beaten = sum(bits > merged["bits_per_byte"] for bits in randoms)
+    assert f"beats {beaten} of 20 random recipes" in shown
+    assert f"{merged['bits_per_byte']:.3f}" in shown
+    assert told["logits_equal"] is True
+
+
+def test_the_demo_leaves_a_folder_alone_that_is_not_its_own(demo, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    code, out, err = demo("--out", folder)
+    assert (code, out) == (1, "") and str(folder) in err and "--out" in err
+    assert files(folder) == {"thesis.txt": b"years of work"}
+
+
+def test_the_demo_leaves_a_file_alone(demo, tmp_path):
+    (tmp_path / "mine").write_text("years of work")
+    code, _, err = demo("--out", tmp_path / "mine")
+    assert code == 1 and str(tmp_path / "mine") in err
+    assert (tmp_path / "mine").read_text() == "years of work"
+
+
+def test_an_unknown_option_is_told_and_nothing_is_made(demo, tmp_path):
+    code, _, err = demo("--depth", 3)
+    assert code == 1 and "--depth" in err
+    assert list((tmp_path / "here").iterdir()) == []

@@ -1,0 +1,299 @@
+"""Plans and their evidence, held against the alignments they were made from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from frankenmerge.alignment import Alignment, Score, load_alignment, save_alignment
+from frankenmerge.analysis.align import align
+from frankenmerge.analysis.analyze import analyze
+from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.errors import FrankenmergeError
+from frankenmerge.planning.objectives import Objective, seam_costs
+from frankenmerge.planning.plan import plan
+from frankenmerge.planning.search import Constraints
+from frankenmerge.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def alignments(donors) -> dict[str, Alignment]:
+    atlases = {name: analyze(open_checkpoint(str(donors[name]))) for name in ("a", "b", "deep")}
+    return {f"{a}-{b}": align(atlases[a], atlases[b]) for a, b in (("a", "b"), ("a", "deep"), ("b", "deep"), ("a", "a"))}
+
+
+def invented(names=("x", "y"), blocks=(5, 5), seed=0, **changed: np.ndarray) -> Alignment:
+    """An alignment of random scores; `changed` gives the matrix of a score."""
+    generator = np.random.default_rng(seed)
+    shape = blocks[0] + 1, blocks[1] + 1
+
+    def score(name):
+        matrix = changed.get(name, generator.random(shape)).astype(np.float32)
+        nulls = {null: generator.random(shape, dtype=np.float32) / 10 for null in ("permuted_probes", "permuted_neurons")}
+        return Score(matrix, nulls, generator.random((*shape, 16)).astype(np.float16))
+
+    scores = {name: score(name) for name in ("argmax", "correlation", "jaccard")}
+    tokens = tuple(generator.integers(0, 48, (count + 1, 16, 10), dtype=np.int32) for count in blocks)
+    return Alignment(names, tuple(f"print of {name}" for name in names), (16, 16), scores, tokens, [f"t{n}" for n in range(48)], {})
+
+
+def directed(given: list[Alignment], after: str, before: str) -> Alignment:
+    """The alignment a seam is judged by, A left and B entered."""
+    for alignment in given:
+        if alignment.donors == (after, before):
+            return alignment
+        if alignment.donors == (before, after):
+            return alignment.transposed
+    raise AssertionError(f"a seam from {after} to {before}, which no alignment tells about")
+
+
+def places(seam, given) -> tuple[Alignment, int, int]:
+    """Of a seam: its alignment, blocks of the left donor before it, blocks of the entered donor left out."""
+    return directed(given, seam.seam.after.model, seam.seam.before.model), seam.seam.after.index + 1, seam.seam.before.index
+
+
+GIVEN = {
+    "two donors": (["a-b"], Constraints(7, min_slice=1)),
+    "the other way round": (["a-deep"], Constraints(9)),
+    "with itself": (["a-b", "a-a"], Constraints(8)),
+    "one donor": (["a-a"], Constraints(7, min_slice=1)),
+    "three donors": (["a-b", "a-deep", "b-deep"], Constraints(9)),
+}
+
+
+@pytest.fixture(params=GIVEN)
+def case(request, alignments):
+    names, constraints = GIVEN[request.param]
+    return [alignments[name] for name in names], constraints
+
+
+def test_predicted_damage_is_the_sum_of_the_seams_costs(case):
+    given, constraints = case
+    plans = plan(given, constraints, top=5)
+    assert len(plans) == 5
+    for entry in plans:
+        assert [seam.seam for seam in entry.seams] == entry.recipe.seams
+        costs = []
+        for seam in entry.seams:
+            alignment, i, j = places(seam, given)
+            costs.append(1 - float(alignment.scores["jaccard"].matrix[i, j]) + 0.5 * max(0, j - i))
+        assert [seam.cost for seam in entry.seams] == pytest.approx(costs)
+        assert entry.predicted_damage == pytest.approx(sum(costs))
+
+
+def test_the_cheapest_come_first_and_none_twice(case):
+    given, constraints = case
+    plans = plan(given, constraints, top=8)
+    damages = [entry.predicted_damage for entry in plans]
+    assert damages == sorted(damages)
+    assert len({str(entry.recipe) for entry in plans}) == len(plans) == 8
+    assert plan(given, constraints)[0].recipe == plans[0].recipe
+
+
+def test_plans_keep_to_their_constraints_and_use_every_donor(case):
+    given, constraints = case
+    blocks = {name: count for alignment in given for name, count in zip(alignment.donors, alignment.blocks, strict=True)}
+    for entry in plan(given, constraints, top=5):
+        assert len(entry.recipe.blocks) == constraints.depth
+        assert len(entry.recipe.seams) <= constraints.max_seams
+        assert all(stop - start >= constraints.min_slice for start, stop in (source.layer_range for source in entry.recipe.sources))
+        assert set(entry.recipe.donors) == set(blocks)
+        assert entry.recipe.blocks[0].index == 0
+        assert entry.recipe.blocks[-1].index == blocks[entry.recipe.blocks[-1].model] - 1
+        inner = [*(seam.before for seam in entry.recipe.seams), *(seam.after for seam in entry.recipe.seams)]
+        for block in inner:
+            at_its_end = block == entry.recipe.blocks[-1] or block == entry.recipe.blocks[0]
+            assert at_its_end or 0 < block.index < blocks[block.model] - 1
+
+
+def test_the_evidence_is_what_the_alignment_says_at_the_seam(case):
+    given, constraints = case
+    for seam in (seam for entry in plan(given, constraints, top=5) for seam in entry.seams):
+        alignment, i, j = places(seam, given)
+        assert seam.skipped == j - i
+        assert set(seam.scores) == set(seam.nulls) == set(alignment.scores)
+        for name, score in alignment.scores.items():
+            assert seam.scores[name] == pytest.approx(score.matrix[i, j], abs=6e-5)
+            assert seam.nulls[name] == pytest.approx({null: matrix[i, j] for null, matrix in score.nulls.items()}, abs=6e-5)
+
+
+def test_the_neurons_shown_are_those_that_agree_most_and_least(case):
+    given, constraints = case
+    for seam in plan(given, constraints)[0].seams:
+        alignment, i, j = places(seam, given)
+        detail = {name: score.detail[i, j].astype(float) for name, score in alignment.scores.items()}
+        ranked = sorted(range(16), key=lambda neuron: (detail["jaccard"][neuron], detail["correlation"][neuron]))
+        shown = {"agree": ranked[::-1][:5], "disagree": ranked[:5]}
+        for which, neurons in shown.items():
+            told = getattr(seam, which)
+            for name in ("jaccard", "correlation"):
+                assert [entry["scores"][name] for entry in told] == pytest.approx(detail[name][neurons], abs=6e-5)
+            for entry in told:
+                rows = alignment.tokens[0][i, entry["neuron"]], alignment.tokens[1][j, entry["neuron"]]
+                assert entry["tokens"] == [[alignment.vocabulary[token] for token in row[:4]] for row in rows]
+
+
+def test_a_plan_is_the_best_of_all_single_seams():
+    alignment = invented(blocks=(6, 6))
+    entry = plan([alignment], Constraints(8, max_seams=1))[0]
+    jaccard = alignment.scores["jaccard"].matrix.astype(float)
+    possible = {}
+    for i in range(2, 6):
+        j = i - 2  # 8 blocks: the first i of one, those after j of the other
+        if j >= 1:
+            possible["x", i] = 1 - jaccard[i, j]
+            possible["y", i] = 1 - jaccard[j, i]
+    first = min(possible, key=possible.__getitem__)
+    assert entry.predicted_damage == pytest.approx(possible[first])
+    assert (entry.recipe.sources[0].model, entry.recipe.sources[0].layer_range[1]) == first
+
+
+def test_skipped_blocks_cost_extra_and_repeated_ones_do_not():
+    costs = seam_costs(invented(jaccard=np.full((6, 6), 0.75)), Objective())
+    for i, j in np.ndindex(6, 6):
+        assert costs[i, j] == 0.25 + 0.5 * max(0, j - i)
+
+
+def test_an_objective_may_trust_another_score():
+    matrix = np.zeros((6, 6))
+    matrix[3, 2] = 0.9
+    alignment = invented(correlation=matrix)
+    entry = plan([alignment], Constraints(6, 1), objective=Objective(score="correlation", skipped=2.0))[0]
+    assert entry.predicted_damage == pytest.approx(0.1)
+    assert str(entry.recipe) == "x[0:3] y[2:5]"
+
+
+@pytest.mark.parametrize("jaccard, null, by_chance", [(0.1, 0.06, True), (0.5, 0.06, False), (0.0, 0.0, True)])
+def test_a_seam_that_agrees_no_better_than_unrelated_neurons_says_so(jaccard, null, by_chance):
+    alignment = invented(jaccard=np.full((6, 6), jaccard))
+    alignment.scores["jaccard"].nulls["permuted_neurons"][:] = null
+    assert [seam.by_chance for seam in plan([alignment], Constraints(6, 1))[0].seams] == [by_chance]
+
+
+def test_an_alignment_may_be_given_either_way_round():
+    alignment = invented(blocks=(5, 6))
+    there, back = (plan([given], Constraints(8), top=20) for given in (alignment, alignment.transposed))
+    assert {str(entry.recipe): entry.predicted_damage for entry in there} == pytest.approx(
+        {str(entry.recipe): entry.predicted_damage for entry in back}
+    )
+
+
+def test_the_same_pair_twice_is_refused_or_judged_by_one_of_the_two():
+    one, two = invented(seed=1), invented(seed=2)
+    constraints = Constraints(9, 3)
+    try:
+        both = plan([one, two], constraints, top=10)
+    except FrankenmergeError:
+        return
+    damages = [entry.predicted_damage for entry in both]
+    alone = [[entry.predicted_damage for entry in plan([given], constraints, top=10)] for given in (one, two)]
+    assert damages in alone
+
+
+@pytest.mark.parametrize(
+    "constraints",
+    [Constraints(100), Constraints(3), Constraints(6, 0), Constraints(6, 4, 4), Constraints(6, 4, 2, 3, 3)],
+)
+def test_what_no_recipe_can_keep_to_is_refused(alignments, constraints):
+    with pytest.raises(FrankenmergeError) as refused:
+        plan([alignments["a-b"]], constraints)
+    (fault,) = refused.value.faults
+    assert f"depth {constraints.depth}" in fault.expected and "4 blocks" in fault.found
+
+
+def test_donors_that_no_alignment_connects_are_refused():
+    with pytest.raises(FrankenmergeError):
+        plan([invented(("x", "y")), invented(("v", "w"))], Constraints(12))
+
+
+def test_one_name_for_two_checkpoints_is_refused(alignments):
+    other = replace(alignments["a-deep"], fingerprints=("another", alignments["a-deep"].fingerprints[1]))
+    with pytest.raises(FrankenmergeError) as refused:
+        plan([alignments["a-b"], other], Constraints(6))
+    assert [fault.place for fault in refused.value.faults] == [alignments["a-b"].donors[0]]
+
+
+def test_no_more_plans_are_given_than_there_are():
+    plans = plan([invented(blocks=(3, 3))], Constraints(4, 1), top=50)
+    assert sorted(str(entry.recipe) for entry in plans) == ["x[0:2] y[1:3]", "y[0:2] x[1:3]"]
+
+
+def test_a_plan_as_json_is_json(case):
+    given, constraints = case
+    for entry in plan(given, constraints):
+        told = json.loads(json.dumps(entry.as_json(), allow_nan=False))
+        assert told["depth"] == constraints.depth and told["summary"] == str(entry.recipe)
+        assert told["predicted_damage"] == pytest.approx(sum(seam["cost"] for seam in told["seams"]))
+
+
+@pytest.fixture
+def written(alignments, tmp_path) -> Path:
+    save_alignment(alignments["a-deep"], tmp_path / "ad.alignment.safetensors")
+    return tmp_path / "ad.alignment.safetensors"
+
+
+def test_the_command_line_writes_recipes_that_pass_check(written, run, tmp_path):
+    code, out, _ = run("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8, "--top", 3, "--json")
+    told = json.loads(out)
+    paths = [tmp_path / name for name in ("recipe.yaml", "recipe.2.yaml", "recipe.3.yaml")]
+    assert code == 0 and told["written"] == [str(path) for path in paths]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "ad.alignment.safetensors", "recipe.2.yaml", "recipe.3.yaml", "recipe.evidence.json", "recipe.yaml",
+    ]  # fmt: skip
+    expected = plan([load_alignment(written)], Constraints(8), top=3)
+    for path, entry in zip(paths, expected, strict=True):
+        assert load_recipe(path) == entry.recipe
+        code, out, _ = run("check", path, "--json")
+        assert code == 0 and json.loads(out)["depth"] == 8
+
+
+def test_the_evidence_beside_the_recipes_is_what_was_printed(written, run, tmp_path):
+    code, out, _ = run("plan", written, "-o", tmp_path / "recipe.yaml", "--top", 2, "--json")
+    told, evidence = json.loads(out), json.loads((tmp_path / "recipe.evidence.json").read_text())
+    assert code == 0
+    assert {key: told[key] for key in evidence} == evidence
+    assert evidence["plans"] == [entry.as_json() for entry in plan([load_alignment(written)], Constraints(9), top=2)]
+    assert evidence["constraints"] == {"depth": 9, "max_seams": 4, "min_slice": 2, "protect_first": 1, "protect_last": 1}
+
+
+def test_planning_twice_writes_the_same_bytes(written, run, tmp_path):
+    for folder in ("one", "two"):
+        assert run("plan", written, "-o", tmp_path / folder / "recipe.yaml", "--top", 3)[0] == 0
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_the_command_line_shows_the_plan_and_its_evidence(written, run, tmp_path):
+    code, out, _ = run("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8)
+    entry = plan([load_alignment(written)], Constraints(8))[0]
+    assert code == 0 and f"{entry.predicted_damage:.3f}" in out
+    for number, seam in enumerate(entry.seams, 1):
+        after, before = (f"{Path(block.model).name} block {block.index}" for block in seam.seam)
+        assert f"Seam {number}: {after} -> {before}" in out
+        assert f"{seam.scores['jaccard']:.3f}" in out
+
+
+def test_options_reach_the_planner(written, run, tmp_path):
+    options = ("--depth", 8, "--max-seams", 1, "--min-slice", 3, "--protect-first", 0, "--protect-last", 2)
+    assert run("plan", written, "-o", tmp_path / "recipe.yaml", *options)[0] == 0
+    assert load_recipe(tmp_path / "recipe.yaml") == plan([load_alignment(written)], Constraints(8, 1, 3, 0, 2))[0].recipe
+
+
+def test_a_plan_that_cannot_be_is_one_message_and_no_file(written, run, tmp_path):
+    code, out, err = run("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 100)
+    assert (code, out) == (1, "")
+    assert "depth 100" in err and "Traceback" not in err
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_three_donors_are_planned_from_three_alignments(alignments, run, tmp_path):
+    paths = []
+    for name in ("a-b", "a-deep", "b-deep"):
+        paths.append(tmp_path / f"{name}.alignment.safetensors")
+        save_alignment(alignments[name], paths[-1])
+    assert run("plan", *paths, "-o", tmp_path / "recipe.yaml", "--depth", 9)[0] == 0
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert {Path(name).name for name in recipe.donors} == {"a", "b", "deep"}
+    assert run("check", tmp_path / "recipe.yaml")[0] == 0
