@@ -53,8 +53,9 @@ class Alignment:
             for name, score in self.scores.items()
         }
         a, b = self.donors
+        provenance = self.provenance | {"atlases": self.provenance.get("atlases", [])[::-1]}
         (print_a, print_b), (width_a, width_b), (tokens_a, tokens_b) = self.fingerprints, self.widths, self.tokens
-        return Alignment((b, a), (print_b, print_a), (width_b, width_a), scores, (tokens_b, tokens_a), self.vocabulary, self.provenance)
+        return Alignment((b, a), (print_b, print_a), (width_b, width_a), scores, (tokens_b, tokens_a), self.vocabulary, provenance)
 
 
 def save_alignment(alignment: Alignment, path: Path) -> None:
@@ -81,5 +82,5 @@ def load_alignment(path: Path) -> Alignment:
         tokens = arrays["a.tokens"], arrays["b.tokens"]
         vocabulary = json.loads(arrays["vocabulary"].tobytes())
         return Alignment((a, b), (print_a, print_b), (width_a, width_b), scores, tokens, vocabulary, told["provenance"])
-    except KeyError as error:
-        raise fail(str(path), "an alignment with all its parts", f"no {error}", "align the donors again") from error
+    except (KeyError, ValueError) as error:
+        raise fail(str(path), "an alignment with all its parts", f"{error} missing or broken", "align the donors again") from error

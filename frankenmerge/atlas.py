@@ -62,22 +62,22 @@ def save_atlas(atlas: Atlas, path: Path) -> None:
     for context, top in atlas.top.items():
         arrays |= {f"{context}.tokens": top.tokens, f"{context}.values": top.values}
     arrays["vocabulary"] = np.frombuffer(json.dumps(atlas.vocabulary).encode(), dtype=np.uint8)
-    write_arrays(path, _KIND, arrays, {"donor": atlas.donor, "fingerprint": atlas.fingerprint, "provenance": atlas.provenance})
+    told = {"donor": atlas.donor, "fingerprint": atlas.fingerprint, "contexts": list(atlas.top), "provenance": atlas.provenance}
+    write_arrays(path, _KIND, arrays, told)
 
 
 def load_atlas(path: Path) -> Atlas:
     """Read an atlas. Raises FrankenmergeError for a file that is not one."""
     arrays, metadata = read_arrays(path, _KIND, f"an atlas, as `frankenmerge analyze DONOR -o NAME{SUFFIX}` writes it")
-    contexts = [name.removesuffix(".tokens") for name in arrays if name.endswith(".tokens")]
     try:
         return Atlas(
             donor=metadata["donor"],
             fingerprint=metadata["fingerprint"],
-            top={context: TopTokens(arrays[f"{context}.tokens"], arrays[f"{context}.values"]) for context in sorted(contexts)},
+            top={context: TopTokens(arrays[f"{context}.tokens"], arrays[f"{context}.values"]) for context in metadata["contexts"]},
             probes=arrays["probes"],
             probe_scale=arrays["probe_scale"],
             vocabulary=json.loads(arrays["vocabulary"].tobytes()),
             provenance=metadata["provenance"],
         )
-    except KeyError as error:
-        raise fail(str(path), "an atlas with all its parts", f"no {error}", "analyze the donor again") from error
+    except (KeyError, ValueError) as error:
+        raise fail(str(path), "an atlas with all its parts", f"{error} missing or broken", "analyze the donor again") from error

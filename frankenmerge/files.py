@@ -31,20 +31,13 @@ def write_file(path: Path, content: bytes) -> None:
         raise fail(str(path), "a file that may be written", str(error), "choose another place or make room") from error
 
 
-def write_arrays(path: Path, kind: str, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
-    """Write an artefact: named arrays, and one JSON object under the key `frankenmerge`."""
-    told = {"format": "np", "kind": kind, "frankenmerge": json.dumps(metadata, sort_keys=True)}
+def write_arrays(path: Path, kind: str, arrays: dict[str, np.ndarray], told: dict[str, Any]) -> None:
+    """Write an artefact: named arrays, and one JSON object as metadata, its key the kind of the artefact.
+
+    A single key, because the library writes several in an order that changes from one call to the next.
+    """
     contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
-    write_file(path, save(contiguous, told))
-
-
-def kind_of(path: Path) -> str | None:
-    """What kind of artefact a file is; None when it is none."""
-    try:
-        with safe_open(path, "np") as handle:
-            return (handle.metadata() or {}).get("kind")
-    except (OSError, SafetensorError):
-        return None
+    write_file(path, save(contiguous, {kind: json.dumps(told, sort_keys=True)}))
 
 
 def read_arrays(path: Path, kind: str, expected: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -52,11 +45,11 @@ def read_arrays(path: Path, kind: str, expected: str) -> tuple[dict[str, np.ndar
     try:
         with safe_open(path, "np") as handle:
             metadata = handle.metadata() or {}
-            if metadata.get("kind") == kind:
-                return {name: handle.get_tensor(name) for name in handle.keys()}, json.loads(metadata["frankenmerge"])  # noqa: SIM118
-        found = f"a file of kind {metadata.get('kind')!r}"
+            if kind in metadata:
+                return {name: handle.get_tensor(name) for name in handle.keys()}, json.loads(metadata[kind])  # noqa: SIM118
+        found = f"a file of another kind ({', '.join(metadata) or 'no metadata'})"
     except FileNotFoundError:
         found = "no such file"
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         found = str(error)
     raise fail(str(path), expected, found, "give another file, or make this one anew")

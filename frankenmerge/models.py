@@ -32,24 +32,22 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
         FrankenmergeError: when the weights do not fill the model exactly.
     """
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     if device != "auto":
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise fail(f"device {device}", "a torch device that is there, or auto", str(error), "choose another --device") from error
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
-            dtype=DTYPES[dtype],
-            device_map=device,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except RuntimeError as error:  # shapes that are not the config's
-        found = str(error).strip().splitlines()[0]
-        raise fail(str(checkpoint.path), "weights that fill the model exactly", found, "use a complete checkpoint") from error
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path,
+        dtype=DTYPES[dtype],
+        device_map=device,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        output_loading_info=True,
+    )
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info[kind])):

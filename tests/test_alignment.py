@@ -125,27 +125,27 @@ def prose(path):
 
 
 def an_atlas(path):
-    save_file(load_file(path), path, {"kind": "frankenmerge.atlas/1", "frankenmerge": "{}"})
+    save_file(load_file(path), path, {"frankenmerge.atlas/1": "{}"})
 
 
 def a_later_kind(path):
-    save_file(load_file(path), path, {"kind": "frankenmerge.alignment/2", "frankenmerge": "{}"})
+    save_file(load_file(path), path, {"frankenmerge.alignment/2": "{}"})
 
 
 def a_score_without_detail(path):
     told = {"donors": ["a", "b"], "fingerprints": ["f", "f"], "widths": [6, 8], "provenance": {}}
     arrays = load_file(path)
     del arrays["detail.jaccard"]
-    save_file(arrays, path, {"kind": "frankenmerge.alignment/1", "frankenmerge": json.dumps(told)})
+    save_file(arrays, path, {"frankenmerge.alignment/1": json.dumps(told)})
 
 
 def nothing_told(path):
-    save_file(load_file(path), path, {"kind": "frankenmerge.alignment/1", "frankenmerge": "{}"})
+    save_file(load_file(path), path, {"frankenmerge.alignment/1": "{}"})
 
 
 def one_donor(path):
     told = {"donors": ["a"], "fingerprints": ["f", "f"], "widths": [6, 8], "provenance": {}}
-    save_file(load_file(path), path, {"kind": "frankenmerge.alignment/1", "frankenmerge": json.dumps(told)})
+    save_file(load_file(path), path, {"frankenmerge.alignment/1": json.dumps(told)})
 
 
 BROKEN = [absent, folder, truncated, prose, an_atlas, a_later_kind, a_score_without_detail, nothing_told, one_donor]

@@ -123,22 +123,22 @@ def weights(path):
 
 
 def other_kind(path):
-    save_file(load_file(path), path, {"kind": "frankenmerge.alignment/1", "frankenmerge": "{}"})
+    save_file(load_file(path), path, {"frankenmerge.alignment/1": "{}"})
 
 
 def no_metadata(path):
-    save_file(load_file(path), path, {"kind": "frankenmerge.atlas/1"})
+    save_file(load_file(path), path, {})
 
 
 def broken_metadata(path):
-    save_file(load_file(path), path, {"kind": "frankenmerge.atlas/1", "frankenmerge": "{"})
+    save_file(load_file(path), path, {"frankenmerge.atlas/1": "{"})
 
 
 def a_part_missing(path):
     told = {"donor": "a", "fingerprint": "f", "provenance": {}}
     arrays = load_file(path)
     del arrays["bos.values"]
-    save_file(arrays, path, {"kind": "frankenmerge.atlas/1", "frankenmerge": json.dumps(told)})
+    save_file(arrays, path, {"frankenmerge.atlas/1": json.dumps(told)})
 
 
 BROKEN = [absent, folder, truncated, cut_in_the_header, empty, prose, weights, other_kind, no_metadata, broken_metadata, a_part_missing]

@@ -123,8 +123,10 @@ def probe_correlation(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 def _standardised(atlas: Atlas, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Activations `[d, l+1, n]` of mean 0 and length 1 over the probes (0 where constant), and variances `[l+1, d]`."""
     states = np.stack([atlas.activations(block)[:, :width] for block in range(atlas.blocks + 1)])
-    states -= states.mean(axis=1, keepdims=True)
+    largest = np.abs(states).max(axis=1)
+    states -= states.mean(axis=1, keepdims=True, dtype=np.float64)
     variance = (states**2).mean(axis=1)
+    variance[variance <= (1e-6 * largest) ** 2] = 0  # what a mean in float32 leaves of a constant
     length = np.sqrt(variance * states.shape[1])[:, None]
     states = np.divide(states, length, out=np.zeros_like(states), where=length > 0)
     return np.ascontiguousarray(states.transpose(2, 0, 1)), variance

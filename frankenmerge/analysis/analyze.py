@@ -13,10 +13,11 @@ import transformers
 
 import frankenmerge
 from frankenmerge.analysis.complete import complete_search
-from frankenmerge.analysis.probes import probe_activations, probe_hash, random_probes
+from frankenmerge.analysis.probes import LENGTH, probe_activations, probe_hash, random_probes
 from frankenmerge.architectures import quantity
 from frankenmerge.atlas import SUFFIX, Atlas, load_atlas, save_atlas
 from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.errors import fail
 from frankenmerge.models import load_model, load_tokenizer
 
 TOP = 10
@@ -42,6 +43,8 @@ def analyze(
         FrankenmergeError: for a donor without a tokenizer, or one whose activations are not finite.
     """
     vocabulary = token_texts(checkpoint)
+    if (positions := quantity(checkpoint.config, "positions") or LENGTH) < LENGTH:
+        raise fail(checkpoint.name, f"a donor made for {LENGTH} positions, the length of a probe", str(positions), "use another donor")
     model = load_model(checkpoint, dtype=dtype, device=device)
     probes = random_probes(len(vocabulary))
     top = {context: complete_search(model, k=k, prefix=prefix, progress=progress) for context, prefix in _contexts(checkpoint).items()}

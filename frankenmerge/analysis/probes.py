@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from frankenmerge.errors import fail
 from frankenmerge.models import block_outputs, embedding_of, forward
 
 SEED, COUNT, LENGTH = 0, 64, 17
@@ -29,6 +30,9 @@ def probe_activations(model: PreTrainedModel, probes: np.ndarray, progress: Call
 
     The first position of every probe is left out: trained models put activations there that are no token's own
     (attention sinks), and two or three neurons would drown the others.
+
+    Raises:
+        FrankenmergeError: when an activation is not a number.
     """
     device = embedding_of(model).device
     parts = []
@@ -37,4 +41,7 @@ def probe_activations(model: PreTrainedModel, probes: np.ndarray, progress: Call
             forward(model, input_ids=rows.to(device))
             parts.append(np.stack([state[:, 1:].flatten(0, 1).float().cpu().numpy() for state in states]))
             progress(len(rows))
-    return np.concatenate(parts, axis=1)
+    activations = np.concatenate(parts, axis=1)
+    if broken := np.flatnonzero(~np.isfinite(activations).all(axis=(1, 2))).tolist():
+        raise fail(f"block {broken[0]}", "finite activations", "NaN or infinity", "analyze in float32, or check the donor's weights")
+    return activations

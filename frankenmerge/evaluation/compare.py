@@ -47,6 +47,8 @@ def read_text(path: Path) -> Text:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise fail(str(path), "a UTF-8 text file", str(error), "give another file") from error
+    if not content.strip():
+        raise fail(str(path), "a text", "an empty file", "give another file")
     return Text(str(path), content)
 
 
@@ -70,6 +72,10 @@ class Bench:
         self._models: dict[str, tuple[Checkpoint, PreTrainedModel, dict[str, Encoded]]] = {}
         self._checkpoints = {name: open_checkpoint(name, download=download) for name in names}
         self.context = context or shared_context(self._checkpoints.values())
+        for name, checkpoint in self._checkpoints.items():
+            longest = quantity(checkpoint.config, "positions") or self.context
+            if checkpoint.architecture.learned_positions and self.context > longest:
+                raise fail(f"context for {name}", f"at most {longest} tokens, its positions", str(self.context), "use a shorter --context")
 
     def load(self, name: str) -> tuple[Checkpoint, PreTrainedModel, dict[str, Encoded]]:
         """A checkpoint by name: its headers, its model, and the texts as its tokenizer reads them."""

@@ -26,7 +26,7 @@ def goliath(donors: Mapping[str, int], depth: int) -> Recipe:
     `donors` maps names to their blocks; the runs' lengths differ by one at most, so that they add up to `depth`.
     """
     names = list(donors)
-    runs = max(2, round(depth / max(2, max(donors.values()) * GOLIATH_SLICE)))
+    runs = max(2, round(depth / max(2, max(donors.values()) * GOLIATH_SLICE)), -(-depth // min(donors.values())))
     edges = [round(depth * run / runs) for run in range(runs + 1)]
     blocks = []
     for run in range(runs):

@@ -33,8 +33,8 @@ class SeamEvidence:
 
     @property
     def by_chance(self) -> bool:
-        """Whether the donors' tokens agree here less than twice as often as those of unrelated neurons."""
-        return self.scores["jaccard"] < 2 * self.nulls["jaccard"]["permuted_neurons"]
+        """Whether the donors' tokens agree here at most twice as often as those of unrelated neurons."""
+        return self.scores["jaccard"] <= 2 * self.nulls["jaccard"]["permuted_neurons"]
 
     def as_json(self) -> dict[str, Any]:
         """The evidence as JSON; block numbers are 0-based, as in the recipe."""
@@ -84,6 +84,8 @@ def plan(alignments: list[Alignment], constraints: Constraints, *, top: int = 1,
     directed = {}
     for alignment in alignments:
         a, b = (names.index(name) for name in alignment.donors)
+        if (a, b) in directed:
+            raise fail(" | ".join(alignment.donors), "one alignment of a pair", "several", "give each pair once")
         directed[a, b] = alignment
         directed.setdefault((b, a), alignment.transposed)
     costs = {pair: seam_costs(alignment, objective) for pair, alignment in directed.items()}

@@ -1,17 +1,26 @@
 """Static figures, drawn with matplotlib (the extra `plots`)."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from frankenmerge.alignment import Alignment
+from frankenmerge.errors import fail
+from frankenmerge.files import write_file
 
 TITLES = {"argmax": "same best token", "jaccard": "top tokens shared (Jaccard)", "correlation": "correlation on random tokens"}
 
 
 def plot_alignment(alignment: Alignment, path: Path) -> None:
-    """Draw every score of an alignment as a heatmap, its null in the corner, to a PNG or SVG file."""
+    """Draw every score of an alignment as a heatmap, its null in the corner, to a PNG or SVG file.
+
+    Raises FrankenmergeError for another kind of file, or one that may not be written.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise fail(str(path), "a file name that ends in .png or .svg", path.suffix or "no ending", "choose another name")
     names = list(alignment.scores)
     figure = Figure(figsize=(4.4 * len(names), 5.2), layout="constrained")
     a, b = (Path(donor).name for donor in alignment.donors)
@@ -29,7 +38,12 @@ def plot_alignment(alignment: Alignment, path: Path) -> None:
             _write_values(axes, score.matrix)
     figure.colorbar(image, ax=figure.axes, shrink=0.8)  # pyright: ignore[reportArgumentType]
     figure.suptitle(f"Where {a} and {b} agree about what their neurons mean")
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None} if path.suffix == ".png" else None)
+    drawn = BytesIO()
+    # Without these entries the same alignment gives the same bytes.
+    unstamped = {"Software": None} if path.suffix == ".png" else {"Date": None}
+    with rc_context({"svg.hashsalt": "frankenmerge"}):
+        figure.savefig(drawn, format=path.suffix[1:], dpi=110, bbox_inches="tight", metadata=unstamped)
+    write_file(path, drawn.getvalue())
 
 
 def _write_values(axes, matrix: np.ndarray) -> None:
