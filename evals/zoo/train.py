@@ -44,8 +44,8 @@ SMALL = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "
 DONORS = {
     "base": Donor("llama", 0, 2000, 1e-3, SMALL),
     "stranger": Donor("llama", 1, 2000, 1e-3, SMALL),
-    "code": Donor("llama", 2, 1000, 1e-3, SMALL, ("code",), "base"),
-    "prose": Donor("llama", 3, 1000, 1e-3, SMALL, ("prose",), "base"),
+    "code": Donor("llama", 2, 1000, 4e-4, SMALL, ("code",), "base"),
+    "prose": Donor("llama", 3, 1000, 4e-4, SMALL, ("prose",), "base"),
     "wide": Donor(
         "llama",
         4,

@@ -54,7 +54,7 @@ def assert_best(found, activations, k) -> None:
     assert all(len(set(tokens)) == len(tokens) for tokens in found.tokens.reshape(-1, found.tokens.shape[2]).tolist())
 
 
-@pytest.mark.parametrize("prefix", [(), (0,), (5, 9)])
+@pytest.mark.parametrize("prefix", [(), (0,)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_finds_what_one_token_at_a_time_finds(tmp_path, family, prefix):
     model = loaded(write_donor(tmp_path / "donor", family, seed=11))
@@ -68,16 +68,16 @@ def test_it_finds_what_one_token_at_a_time_finds(tmp_path, family, prefix):
     np.testing.assert_array_equal(found.tokens[clear], order[clear])
 
 
-@pytest.mark.parametrize("batch", [1, 5, 16, 47, 48, 49])
+@pytest.mark.parametrize("batch", [1, 5, 47, 48])
 def test_the_batch_changes_nothing(donors, monkeypatch, batch):
     model = loaded(donors["a"])
-    activations = activations_of(model, (0,))
+    activations = activations_of(model, (5, 9))
     monkeypatch.setattr(complete, "BATCH", batch)
-    assert_best(complete_search(model, k=10, prefix=(0,)), activations, 10)
+    assert_best(complete_search(model, k=10, prefix=(5, 9)), activations, 10)
 
 
 @pytest.mark.parametrize("batch", [3, 1024])
-@pytest.mark.parametrize("k", [1, 47, 48, 49, 500])
+@pytest.mark.parametrize("k", [1, 47, 500])
 def test_it_keeps_no_more_tokens_than_there_are(donors, monkeypatch, k, batch):
     model = loaded(donors["g"])
     monkeypatch.setattr(complete, "BATCH", batch)

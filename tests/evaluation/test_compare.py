@@ -50,6 +50,7 @@ def test_a_recipe_is_measured_exactly_as_the_checkpoint_it_makes(spliced, text):
     assert results[0].total.as_json() == results[1].total.as_json()
 
 
+@pytest.mark.parametrize("spliced", ["first tied, last untied"], indirect=True)
 def test_the_command_line_finds_them_equal_too(spliced, text, run):
     code, out, _ = run("evaluate", *spliced, "--text", text, "--json")
     virtual, merged = json.loads(out)["models"][:2]

@@ -31,7 +31,7 @@ def drawn(alignment: Alignment, path):
     return path
 
 
-@pytest.mark.parametrize("blocks", [(3, 5), (8, 8), (1, 1), (32, 24)])
+@pytest.mark.parametrize("blocks", [(3, 5), (1, 1), (32, 24)])
 def test_a_png_opens_and_is_not_blank(tmp_path, blocks):
     from PIL import Image
 
