@@ -66,6 +66,7 @@ class _Rate(ProgressColumn):
 def progress(description: str, total: float | None, unit: str) -> Iterator[Callable[[int], None]]:
     """Show a bar on standard error, with rate and time left; yields what to call with the units done."""
     columns = (TextColumn("{task.description}"), BarColumn(), _Rate(unit), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield lambda done: bar.update(task, advance=done)

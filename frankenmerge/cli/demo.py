@@ -18,6 +18,7 @@ class Found(NamedTuple):
     """What the demo measured, for its last table and for JSON."""
 
     plan: Any
+    logits_equal: bool
     results: list
     randoms: list[float]
     seconds: float
@@ -40,9 +41,9 @@ def demo(output: Path, as_json: bool) -> None:
     donors = _donors(output)
     _inspect(console, donors)
     alignment, plan = _plan(console, donors, output)
-    _merge(console, plan.recipe, output)
+    equal = _merge(console, plan.recipe, output)
     results, randoms = _evaluate(plan.recipe, donors, output)
-    found = Found(plan, results, randoms, time.perf_counter() - started)
+    found = Found(plan, equal, results, randoms, time.perf_counter() - started)
     _tell(console, found, output)
     if as_json:
         print_json(_as_json(found, output))
@@ -121,7 +122,8 @@ def _plan(console, donors: list, output: Path):
     return alignment, plans[0]
 
 
-def _merge(console, recipe, output: Path) -> None:
+def _merge(console, recipe, output: Path) -> bool:
+    """Write and load the checkpoint; returns whether its logits equal the virtual splice's."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -143,6 +145,7 @@ def _merge(console, recipe, output: Path) -> None:
     console.print(f"{merged.tensors} tensors, {merged.bytes / 1e6:.1f} MB in {merged.output}.", markup=False)
     console.print(f"transformers loads it with {wrong} missing or unexpected keys; "
                   f"its logits {'equal' if equal else 'DIFFER from'} those of the splice in memory.\n")  # fmt: skip
+    return equal
 
 
 def _evaluate(recipe, donors: list, output: Path) -> tuple[list, list[float]]:
@@ -192,6 +195,7 @@ def _as_json(found: Found, output: Path) -> dict[str, Any]:
     return {
         "output": str(output),
         "plan": found.plan.as_json(),
+        "logits_equal": found.logits_equal,
         "models": models,
         "random_bits_per_byte": found.randoms,
         "seconds": found.seconds,

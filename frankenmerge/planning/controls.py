@@ -43,6 +43,8 @@ def random_recipe(donors: Mapping[str, int], depth: int, seed: int, *, max_seams
     """
     generator = np.random.default_rng(seed)
     names = list(donors)
+    if not 2 * min_slice <= depth <= (max_seams + 1) // 2 * sum(sorted(donors.values())[-2:]):
+        raise ValueError(f"no recipe of {depth} blocks can be drawn from {dict(donors)}")
     while True:
         count = int(generator.integers(1, max_seams + 1)) + 1
         lengths = (
