@@ -129,9 +129,13 @@ def attention_of(block: nn.Module) -> nn.Module:
 
 
 def forward(model: PreTrainedModel, **inputs: Any) -> None:
-    """Run the model without its head, for what `block_outputs` collects; ends early where that asks for it."""
+    """Run the model without its head, for what `block_outputs` collects; ends early where that asks for it.
+
+    Keys and values are cached only in a cache that is given, `past_key_values=DynamicCache()`: the pass appends to it, for the
+    blocks it reaches, and goes on behind what it holds.
+    """
     try:
-        backbone(model)(**inputs, use_cache=False)
+        backbone(model)(**inputs, use_cache="past_key_values" in inputs)
     except _Enough:
         pass
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from frankenmerge.analysis.ranking import merge, pack, unpack
 from frankenmerge.atlas import TopTokens
-from frankenmerge.errors import fail
 from frankenmerge.models import block_outputs, embedding_of, forward
 
 BATCH = 1024
-_LOW = 0xFFFFFFFF
 
 
 @torch.no_grad()
@@ -47,32 +46,9 @@ def complete_search(
             forward(model, input_ids=torch.cat([before.expand(len(tokens), -1), tokens[:, None]], dim=1))
             best = best or [None] * len(states)
             for block, state in enumerate(states):
-                keys = _keys(state[:, -1].float(), tokens, block)
-                best[block] = _merge(best[block], keys, k)
+                keys = pack(state[:, -1].float().T, tokens, f"block {block}")
+                best[block] = merge(best[block], keys, k)
             progress(len(tokens))
     stacked = torch.stack([entry.cpu() for entry in best if entry is not None])
-    ids, values = _unpack(stacked)
+    ids, values = unpack(stacked)
     return TopTokens(ids.numpy().astype(np.int32), values.numpy())
-
-
-def _keys(activations: Tensor, tokens: Tensor, block: int) -> Tensor:
-    """Pack activation and token into one integer `[d, b]` that sorts by activation, then by lowest id.
-
-    The bits of a float32, its lower 31 flipped when negative, order as the numbers do; adding 0.0 makes -0.0 equal 0.0.
-    """
-    if not torch.isfinite(activations).all():
-        raise fail(f"block {block}", "finite activations", "NaN or infinity", "analyze in float32, or check the donor's weights")
-    bits = (activations.T + 0.0).contiguous().view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) | (_LOW - tokens)
-
-
-def _merge(best: Tensor | None, keys: Tensor, k: int) -> Tensor:
-    new = keys.topk(min(k, keys.shape[1]), dim=1).values
-    return new if best is None else torch.cat([best, new], dim=1).topk(min(k, best.shape[1] + new.shape[1]), dim=1).values
-
-
-def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    ordered = (keys >> 32).int()
-    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    return _LOW - (keys & _LOW), bits.view(torch.float32)
