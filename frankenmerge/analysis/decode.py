@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from frankenmerge.errors import fail
+from frankenmerge.models import embedding_of
 
 _SCORES = 1 << 24
 """How many scores are held at once."""
@@ -57,9 +58,9 @@ def embedding_table(model: PreTrainedModel) -> Tensor:
     Gemma's embedding module multiplies by `sqrt(d)` before the model sees it; GPT-2's learned positions are added later, to
     whatever the embeddings are, and are no part of this.
     """
-    module = model.get_input_embeddings()
+    weight = embedding_of(model)
     with torch.no_grad():
-        return module(torch.arange(module.weight.shape[0], device=module.weight.device))
+        return model.get_input_embeddings()(torch.arange(len(weight), device=weight.device))
 
 
 def decoder_of(table: Tensor, *, excluded: Sequence[int] | None = ()) -> Decoder:

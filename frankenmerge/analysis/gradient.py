@@ -102,15 +102,13 @@ def gradient_search(
     begin = start_tokens(model, tokens, start, seed)
     check_features(features, blocks=len(blocks_of(model)), width=table.shape[1], tokens=len(begin))
     rates = rates or default_rates(table, optimizer)
-    order = sorted(range(len(features)), key=lambda index: features[index].block)  # the deepest block of a batch ends its pass
+    batches, back = feature_batches(features, batch)
     ends = []
-    for first in range(0, len(order), batch):
-        chunk = [features[index] for index in order[first : first + batch]]
+    for chunk in batches:
         rows = table[list(begin)].float().expand(len(chunk), -1, -1)
         with frozen(model), block_outputs(model, site=site, isolated=isolated, last=max(1, chunk[-1].block)) as states:
-            ends.append(descend(rows, _loss(model, states, chunk, target), steps=steps, optimizer=optimizer, rates=rates))
+            ends.append(descend(rows, feature_loss(model, states, chunk, target), steps=steps, optimizer=optimizer, rates=rates))
         progress(len(chunk))
-    back = torch.tensor(order, device=table.device).argsort()
     embeddings = torch.cat([end.rows for end in ends])[back]
     if decode == "pinv":
         decoder = decoder or decoder_of(table, excluded=None)
@@ -132,12 +130,24 @@ def start_tokens(model: PreTrainedModel, tokens: int, start: Sequence[int] | Non
     vocabulary = len(embedding_of(model))
     if start is None:
         start = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-    longest = getattr(model.config, FAMILIES[model.config.model_type].keys.positions)
-    if not 1 <= len(start) <= longest:
-        raise fail("start", f"1 to {longest} tokens", f"{len(start)} tokens", "search for an input that the model has positions for")
+    check_length(model, len(start))
     if outside := [token for token in start if not 0 <= token < vocabulary]:
         raise fail("start", f"token ids below {vocabulary}", f"{outside}", "take them from the model's own tokenizer")
     return tuple(start)
+
+
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """Raise FrankenmergeError for an input of no tokens, or of more than the model has positions for."""
+    longest = getattr(model.config, FAMILIES[model.config.model_type].keys.positions)
+    if not 1 <= tokens <= longest:
+        raise fail("tokens", f"1 to {longest}", str(tokens), "search for an input that the model has positions for")
+
+
+def feature_batches(features: Sequence[FeatureSpec], size: int) -> tuple[list[list[FeatureSpec]], list[int]]:
+    """Batches of features of similar depth, as the deepest block of a batch ends its pass; and where in them each one is."""
+    order = sorted(range(len(features)), key=lambda index: features[index].block)
+    batches = [[features[index] for index in order[first : first + size]] for first in range(0, len(order), size)]
+    return batches, sorted(range(len(order)), key=order.__getitem__)
 
 
 def default_rates(table: Tensor, optimizer: Optimizer) -> tuple[float, float]:
@@ -146,8 +156,13 @@ def default_rates(table: Tensor, optimizer: Optimizer) -> tuple[float, float]:
     return RATES if optimizer == "descent" else (ADAM_RATES[0] * unit, ADAM_RATES[1] * unit)
 
 
-def _loss(model: PreTrainedModel, states: list[Tensor], features: Sequence[FeatureSpec], target: float) -> Callable[[Tensor], Tensor]:
-    """The loss `[n]` of rows `[n, s, d]`, one a feature; `features` are sorted by block."""
+def feature_loss(
+    model: PreTrainedModel, states: list[Tensor], features: Sequence[FeatureSpec], target: float
+) -> Callable[[Tensor], Tensor]:
+    """The loss `[n]` of rows `[n, s, d]`, one a feature: `0.1 ||C - O_f||_1`, `features` sorted by block.
+
+    `states` is what `block_outputs` fills.
+    """
     groups = {block: len(list(group)) for block, group in groupby(features, key=lambda feature: feature.block)}
 
     def loss(rows: Tensor) -> Tensor:
