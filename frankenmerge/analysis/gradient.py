@@ -110,9 +110,7 @@ def gradient_search(
             ends.append(descend(rows, feature_loss(model, states, chunk, target), steps=steps, optimizer=optimizer, rates=rates))
         progress(len(chunk))
     embeddings = torch.cat([end.rows for end in ends])[back]
-    if decode == "pinv":
-        decoder = decoder or decoder_of(table, excluded=None)
-    decoded = decoder(embeddings) if decode == "pinv" and decoder else decode_hidden(embeddings)
+    decoded, excluded = _decoded(embeddings, table, decode, decoder)
     return GradientResult(
         features=tuple(features),
         tokens=decoded.cpu(),
@@ -120,7 +118,7 @@ def gradient_search(
         losses=torch.cat([end.losses for end in ends], dim=1)[:, back].cpu(),
         start=begin,
         decode=decode,
-        excluded=decoder.left_out if decode == "pinv" and decoder else (),
+        excluded=excluded,
         artefact_share=_artefact_share(features, decoded),
     )
 
@@ -181,6 +179,13 @@ def _mask(features: Sequence[FeatureSpec], rows: Tensor) -> Tensor:
         positions = feature.positions or range(rows.shape[1])
         row[positions.start : positions.stop, feature.neurons.start : feature.neurons.stop] = 1
     return mask
+
+
+def _decoded(embeddings: Tensor, table: Tensor, decode: Decode, decoder: Decoder | None) -> tuple[Tensor, tuple[int, ...]]:
+    if decode == "hidden":
+        return decode_hidden(embeddings), ()
+    decoder = decoder or decoder_of(table, excluded=None)
+    return decoder(embeddings), decoder.left_out
 
 
 def _artefact_share(features: Sequence[FeatureSpec], tokens: Tensor) -> float | None:
