@@ -56,6 +56,23 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
     return model.eval()
 
 
+def untrained_model(checkpoint: Checkpoint, seed: int, *, device: str = "cpu") -> PreTrainedModel:
+    """A model of the checkpoint's config with random weights, float32: the control for what training brings about.
+
+    Args:
+        checkpoint: whose config to take; no weight is read.
+        seed: draws the weights.
+        device: a torch device.
+    """
+    config = AutoConfig.for_model(**checkpoint.config)
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
+    finally:
+        torch.set_rng_state(state)
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer. Raises FrankenmergeError when there is none."""
     if not checkpoint.has_tokenizer:
@@ -129,9 +146,13 @@ def attention_of(block: nn.Module) -> nn.Module:
 
 
 def forward(model: PreTrainedModel, **inputs: Any) -> None:
-    """Run the model without its head, for what `block_outputs` collects; ends early where that asks for it."""
+    """Run the model without its head, for what `block_outputs` collects; ends early where that asks for it.
+
+    Keys and values are cached only in a cache that is given, `past_key_values=DynamicCache()`: the pass appends to it, for the
+    blocks it reaches, and goes on behind what it holds.
+    """
     try:
-        backbone(model)(**inputs, use_cache=False)
+        backbone(model)(**inputs, use_cache="past_key_values" in inputs)
     except _Enough:
         pass
 

@@ -4,24 +4,31 @@ For block `l` and neuron `f` the feature is `argmax_a O^l_f(a)` over all tokens 
 Features"). One pass serves every block and neuron; only a running top-k is kept, `[l+1, d, k]`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from frankenmerge.analysis.ranking import merge, pack, unpack
 from frankenmerge.atlas import TopTokens
-from frankenmerge.errors import fail
-from frankenmerge.models import block_outputs, embedding_of, forward
+from frankenmerge.models import Site, block_outputs, embedding_of, forward
 
 BATCH = 1024
-_LOW = 0xFFFFFFFF
 
 
 @torch.no_grad()
 def complete_search(
-    model: PreTrainedModel, *, k: int = 10, prefix: tuple[int, ...] = (), progress: Callable[[int], None] = lambda _: None
+    model: PreTrainedModel,
+    *,
+    k: int = 10,
+    prefix: tuple[int, ...] = (),
+    site: Site = "block",
+    isolated: bool = False,
+    bottom: bool = False,
+    masked: Sequence[int] = (),
+    progress: Callable[[int], None] = lambda _: None,
 ) -> TopTokens:
     """Find for every feature of every block the `k` tokens that excite it most.
 
@@ -29,6 +36,10 @@ def complete_search(
         model: the donor; block outputs are compared in float32.
         k: how many tokens to keep.
         prefix: tokens put before the searched one, such as BOS; none by default.
+        site: the blocks' outputs, or their attention's.
+        isolated: whether every block is fed the embedding directly.
+        bottom: look for the tokens that excite it least instead, the least first.
+        masked: tokens that are not searched, such as special and never trained ones.
         progress: called with the number of tokens done since its last call.
 
     Returns:
@@ -38,41 +49,19 @@ def complete_search(
         FrankenmergeError: when an activation is not a number.
     """
     size, device = embedding_of(model).shape[0], embedding_of(model).device
-    k = min(k, size)
+    searched = torch.tensor(sorted(set(range(size)) - set(masked)), device=device)
+    k = min(k, len(searched))
     before = torch.tensor(prefix, dtype=torch.long, device=device)
+    sign = -1.0 if bottom else 1.0
     best: list[Tensor | None] = []
-    with block_outputs(model) as states:
-        for start in range(0, size, BATCH):
-            tokens = torch.arange(start, min(start + BATCH, size), device=device)
+    with block_outputs(model, site=site, isolated=isolated) as states:
+        for tokens in searched.split(BATCH):
             forward(model, input_ids=torch.cat([before.expand(len(tokens), -1), tokens[:, None]], dim=1))
             best = best or [None] * len(states)
             for block, state in enumerate(states):
-                keys = _keys(state[:, -1].float(), tokens, block)
-                best[block] = _merge(best[block], keys, k)
+                keys = pack(sign * state[:, -1].float().T, tokens, f"block {block}")
+                best[block] = merge(best[block], keys, k)
             progress(len(tokens))
     stacked = torch.stack([entry.cpu() for entry in best if entry is not None])
-    ids, values = _unpack(stacked)
-    return TopTokens(ids.numpy().astype(np.int32), values.numpy())
-
-
-def _keys(activations: Tensor, tokens: Tensor, block: int) -> Tensor:
-    """Pack activation and token into one integer `[d, b]` that sorts by activation, then by lowest id.
-
-    The bits of a float32, its lower 31 flipped when negative, order as the numbers do; adding 0.0 makes -0.0 equal 0.0.
-    """
-    if not torch.isfinite(activations).all():
-        raise fail(f"block {block}", "finite activations", "NaN or infinity", "analyze in float32, or check the donor's weights")
-    bits = (activations.T + 0.0).contiguous().view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) | (_LOW - tokens)
-
-
-def _merge(best: Tensor | None, keys: Tensor, k: int) -> Tensor:
-    new = keys.topk(min(k, keys.shape[1]), dim=1).values
-    return new if best is None else torch.cat([best, new], dim=1).topk(min(k, best.shape[1] + new.shape[1]), dim=1).values
-
-
-def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    ordered = (keys >> 32).int()
-    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    return _LOW - (keys & _LOW), bits.view(torch.float32)
+    ids, values = unpack(stacked)
+    return TopTokens(ids.numpy().astype(np.int32), sign * values.numpy())

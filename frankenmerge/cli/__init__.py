@@ -9,6 +9,7 @@ from frankenmerge import __version__
 from frankenmerge.cli.demo import demo
 from frankenmerge.cli.donors import analyze, inspect
 from frankenmerge.cli.evaluate import evaluate
+from frankenmerge.cli.features import features
 from frankenmerge.cli.splice import align, check, merge, plan
 from frankenmerge.errors import FrankenmergeError
 
@@ -33,7 +34,7 @@ def cli() -> None:
     """Hold the commands."""
 
 
-for command in (inspect, analyze, align, plan, check, merge, evaluate, demo):
+for command in (inspect, features, analyze, align, plan, check, merge, evaluate, demo):
     cli.add_command(command)
 
 

@@ -7,7 +7,7 @@ from conftest import write_donor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frankenmerge.analysis import complete
+from frankenmerge.analysis import complete, ranking
 from frankenmerge.analysis.complete import complete_search
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
@@ -149,8 +149,8 @@ def test_negative_activations_are_ordered_as_numbers(donors):
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, -0.0]), min_size=1, max_size=40))
 def test_packed_keys_sort_as_numbers_then_ids_and_unpack(values):
     tokens = torch.arange(100, 100 + len(values))
-    keys = complete._keys(torch.tensor(values, dtype=torch.float32)[:, None], tokens, 0)
-    ids, activations = complete._unpack(keys.sort(dim=1, descending=True).values)
+    keys = ranking.pack(torch.tensor(values, dtype=torch.float32)[None], tokens, "here")
+    ids, activations = ranking.unpack(keys.sort(dim=1, descending=True).values)
     expected = sorted(zip(values, tokens.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))
     assert list(zip(activations[0].tolist(), ids[0].tolist(), strict=True)) == expected
 
@@ -158,7 +158,7 @@ def test_packed_keys_sort_as_numbers_then_ids_and_unpack(values):
 def test_the_largest_token_ids_and_numbers_survive_packing():
     extremes = [3.4028234663852886e38, -3.4028234663852886e38, 1e-45, -1e-45]
     tokens = torch.tensor([0, 2**31 - 1, 262_143, 1])
-    ids, activations = complete._unpack(complete._keys(torch.tensor(extremes)[:, None], tokens, 0))
+    ids, activations = ranking.unpack(ranking.pack(torch.tensor(extremes)[None], tokens, "here"))
     assert (ids[0].tolist(), activations[0].tolist()) == (tokens.tolist(), torch.tensor(extremes).tolist())
 
 

@@ -1,0 +1,250 @@
+"""Greedy search: an input built left to right, each token the one that excites a feature most behind those before it.
+
+For block `l` and neuron `f`, `a_n = argmax_a O^l_{f,n}(a | a_{0:n-1})` over all tokens `a`, N times (the document, "Greedy
+Search Features"). Features whose inputs begin alike share their passes: the vocabulary runs once behind every distinct
+prefix, whose keys and values are computed once, and no deeper than the deepest block that one of them needs.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+
+from frankenmerge.analysis.features import Feature, check_features
+from frankenmerge.analysis.ranking import merge, pack, unpack
+from frankenmerge.architectures import FAMILIES
+from frankenmerge.errors import Fault, raise_all
+from frankenmerge.models import Site, block_outputs, blocks_of, embedding_of, forward
+
+Positions = Literal["last", "all"]
+Tokens = tuple[int, ...]
+
+BATCH = 1024
+ROWS = 16
+"""Batches are filled up to a multiple of this, and all to the same size where there are several: equal tokens give equal bits."""
+SCREEN_DEPTH = 4
+"""The screen runs a quarter of the blocks that a feature needs: what excites its neuron there mostly excites it later."""
+RECALL_SAMPLE = 8
+"""How many features are searched exactly to measure what the screen missed."""
+
+
+@dataclass(frozen=True)
+class GreedyResult:
+    """The inputs that were found, feature by feature in the order asked for, and what finding them took."""
+
+    tokens: np.ndarray
+    """Token ids `[features, n]`, int32, without `start`."""
+    values: np.ndarray
+    """The feature's activation at each of these tokens `[features, n]`, float32."""
+    prefixes: tuple[int, ...]
+    """How many distinct prefixes were continued at each of the `n` steps."""
+    passes: int
+    """Passes of the whole vocabulary to the features' full depth: the sum of `prefixes`; with `candidates` the first alone, and
+    one for the screen."""
+    recall: float | None
+    """With `candidates`: of the steps behind prefixes that an exact search reaches too, the share that take the same token.
+    The first step, which is not screened, is left out. Measured on a sample of the features; None for an exact search."""
+
+
+class _Path(NamedTuple):
+    """An input under way: its tokens, and the score of the last one."""
+
+    tokens: Tokens
+    score: float
+
+
+class _Screen(NamedTuple):
+    """What candidates are chosen by, besides what they do early in the model."""
+
+    count: int
+    """How many are to be tried for each feature."""
+    first: Tensor
+    """The tokens `[features, count // 2]` that excite each feature most as the first of the input."""
+
+
+@torch.no_grad()
+def greedy_search(
+    model: PreTrainedModel,
+    features: Sequence[Feature],
+    *,
+    n: int = 4,
+    site: Site = "block",
+    isolated: bool = False,
+    positions: Positions = "last",
+    beam: int = 1,
+    candidates: int | None = None,
+    start: Tokens = (),
+    progress: Callable[[int], None] = lambda _: None,
+) -> GreedyResult:
+    """Build for each feature an input of `n` tokens that excites it.
+
+    Args:
+        model: the donor; activations are compared in float32.
+        features: any number of neurons of any blocks; the more of them share their prefixes, the less each costs.
+        n: how many tokens to find.
+        site: `block` for the residual stream behind the block, `attention` for the output of its attention.
+        isolated: whether every block is fed the embedding instead of its predecessor's output.
+        positions: what a token is chosen by: the feature at the `last` position, or its sum over `all`, those of `start` included.
+            The prefix's part of the sum is the same for every token, so that both choose alike but where rounding makes a tie.
+        beam: how many inputs to go on with at each step, those with the best score; 1 is the greedy search.
+        candidates: from the second token on, try only so many for each feature (features with the same prefix share theirs):
+            one half excites it most as a first token, the other its neuron at a quarter of its depth. None tries all tokens.
+        start: tokens put before the searched ones, such as BOS.
+        progress: called with the number of inputs run since its last call.
+
+    Raises:
+        FrankenmergeError: for features, tokens or lengths that the donor does not have, or activations that are not finite.
+    """
+    _check(model, features, n, beam, candidates, start)
+    runs = _Runs(model, site, isolated, positions, progress)
+    tokens, prefixes = _search(runs, features, n, beam, candidates, start)
+    recall = None
+    if candidates and n > 1:
+        sample = np.unique(np.linspace(0, len(features) - 1, RECALL_SAMPLE).round().astype(int))
+        exact, _ = _search(runs, [features[row] for row in sample], n, beam, None, start)
+        recall = _shared_steps(tokens[sample], exact)
+    passes = 2 if candidates else sum(prefixes)
+    begun = torch.tensor(start, dtype=torch.long).expand(len(features), -1)
+    values = runs.values(features, torch.cat([begun, torch.from_numpy(tokens)], dim=1))[:, len(start) :]
+    return GreedyResult(tokens.astype(np.int32), values.numpy(), prefixes, passes, recall)
+
+
+def _search(
+    runs: "_Runs", features: Sequence[Feature], n: int, beam: int, candidates: int | None, start: Tokens
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Find the inputs: tokens `[features, n]`, int64, and the number of distinct prefixes at each step."""
+    paths = [[_Path(start, 0.0)] for _ in features]
+    screen = None if candidates is None else _Screen(candidates, runs.best(start, features, runs.vocabulary, candidates // 2)[0])
+    prefixes = []
+    for step in range(n):
+        followers = _followers(paths)
+        prefixes.append(len(followers))
+        paths = _grown(runs, features, followers, beam, screen if step else None)
+    return np.array([own[0].tokens[len(start) :] for own in paths], dtype=np.int64), tuple(prefixes)
+
+
+def _followers(paths: list[list[_Path]]) -> dict[Tokens, list[int]]:
+    """The distinct prefixes, each with the rows of the features that it is to be continued for."""
+    followers: dict[Tokens, list[int]] = {}
+    for row, own in enumerate(paths):
+        for path in own:
+            followers.setdefault(path.tokens, []).append(row)
+    return followers
+
+
+def _grown(
+    runs: "_Runs", features: Sequence[Feature], followers: dict[Tokens, list[int]], beam: int, screen: _Screen | None
+) -> list[list[_Path]]:
+    """For each feature the `beam` best inputs that are one token longer, best first; of equal scores the lowest ids."""
+    grown: list[list[_Path]] = [[] for _ in features]
+    for prefix, rows in followers.items():
+        own = [features[row] for row in rows]
+        pool = runs.vocabulary if screen is None else _pool(runs, screen, prefix, own, rows)
+        tokens, scores = runs.best(prefix, own, pool, beam)
+        for row, ids, values in zip(rows, tokens.tolist(), scores.tolist(), strict=True):
+            grown[row] += [_Path((*prefix, token), score) for token, score in zip(ids, values, strict=True)]
+    return [sorted(own, key=lambda path: (-path.score, path.tokens))[:beam] for own in grown]
+
+
+def _pool(runs: "_Runs", screen: _Screen, prefix: Tokens, features: Sequence[Feature], rows: list[int]) -> Tensor:
+    """The candidates of `features`, which are at `rows`, behind `prefix`: distinct ids, ascending."""
+    early = [Feature(math.ceil(block / SCREEN_DEPTH), neuron) for block, neuron in features]
+    fitting, _ = runs.best(prefix, early, runs.vocabulary, screen.count - screen.first.shape[1])
+    return torch.cat([fitting.flatten(), screen.first[rows].flatten()]).unique().to(runs.vocabulary.device)
+
+
+def _shared_steps(found: np.ndarray, exact: np.ndarray) -> float:
+    """Of the steps after the first whose prefix is the same in both, `[features, n]`, the share whose token is the same."""
+    same = np.cumprod(found == exact, axis=1)
+    return float(same[:, 1:].sum() / same[:, :-1].sum())
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs the model, the same way all through a search."""
+
+    model: PreTrainedModel
+    site: Site
+    isolated: bool
+    positions: Positions
+    progress: Callable[[int], None]
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """Every token id `[v]`."""
+        weight = embedding_of(self.model)
+        return torch.arange(weight.shape[0], device=weight.device)
+
+    def best(self, prefix: Tokens, features: Sequence[Feature], candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The `k` candidates with the largest score behind `prefix`, for each feature.
+
+        Returns:
+            Tokens, int64, and scores, float32, both `[features, k]`, best first; of equal scores the lowest id.
+        """
+        best: Tensor | None = None
+        with self._collecting(features) as states:
+            cache, earlier = self._begin(prefix, features, states)
+            size = min(BATCH, math.ceil(len(candidates) / ROWS) * ROWS)
+            for tokens in candidates.split(BATCH):
+                rows = pad(tokens, (0, size - len(tokens)))
+                held = {"past_key_values": _expanded(cache, len(rows))} if prefix else {}
+                forward(self.model, input_ids=rows[:, None], **held)
+                scores = earlier + _activations(states, features)[:, : len(tokens), -1]
+                best = merge(best, pack(scores, tokens, f"the tokens {prefix} and one more"), k)
+                self.progress(len(tokens))
+        assert best is not None
+        return unpack(best.cpu())
+
+    def _begin(self, prefix: Tokens, features: Sequence[Feature], states: list[Tensor]) -> tuple[DynamicCache, Tensor | float]:
+        """The keys and values of a prefix, and what its own positions add to the features' scores, `[features, 1]`."""
+        cache = DynamicCache()
+        if not prefix:
+            return cache, 0.0
+        forward(self.model, input_ids=torch.tensor([prefix], device=embedding_of(self.model).device), past_key_values=cache)
+        return cache, _activations(states, features).sum(2) if self.positions == "all" else 0.0
+
+    def values(self, features: Sequence[Feature], inputs: Tensor) -> Tensor:
+        """Each feature's activations on its own input: `inputs` and result `[features, s]`, float32."""
+        parts = []
+        with self._collecting(features) as states:
+            for start in range(0, len(features), BATCH):
+                forward(self.model, input_ids=inputs[start : start + BATCH].to(embedding_of(self.model).device))
+                own = features[start : start + BATCH]
+                parts += [states[block][row, :, neuron].float().cpu() for row, (block, neuron) in enumerate(own)]
+        return torch.stack(parts)
+
+    def _collecting(self, features: Sequence[Feature]) -> AbstractContextManager[list[Tensor]]:
+        """Collects block outputs as deep as the deepest feature."""
+        deepest = max(block for block, _ in features)
+        return block_outputs(self.model, site=self.site, isolated=self.isolated, last=max(1, deepest))
+
+
+def _activations(states: list[Tensor], features: Sequence[Feature]) -> Tensor:
+    """Take features out of block outputs: `[features, b, s]`, float32."""
+    return torch.stack([states[block][..., neuron].to(states[0].device) for block, neuron in features]).float()
+
+
+def _expanded(cache: DynamicCache, size: int) -> DynamicCache:
+    """A cache of batch `size` for a pass to append to; what `cache`, of batch 1, holds stays as it is."""
+    layers: list[Any] = cache.layers
+    return DynamicCache((layer.keys.expand(size, -1, -1, -1), layer.values.expand(size, -1, -1, -1)) for layer in layers)
+
+
+def _check(model: PreTrainedModel, features: Sequence[Feature], n: int, beam: int, candidates: int | None, start: Tokens) -> None:
+    vocabulary, width = embedding_of(model).shape
+    check_features(features, blocks=len(blocks_of(model)), width=width)
+    counts = {"n": n, "beam": beam, "candidates": 1 if candidates is None else candidates}
+    faults = [Fault(name, "at least 1", str(count), "ask for more") for name, count in counts.items() if count < 1]
+    if unknown := [token for token in start if not 0 <= token < vocabulary]:
+        faults.append(Fault("start", f"token ids in 0..{vocabulary - 1}", str(unknown), "use the donor's own tokens"))
+    longest = getattr(model.config, FAMILIES[model.config.model_type].keys.positions)
+    if len(start) + n > longest:
+        faults.append(Fault("start and n", f"at most {longest} tokens in all", str(len(start) + n), "ask for fewer tokens"))
+    raise_all(faults)
