@@ -205,3 +205,43 @@ def test_the_command_line_shows_the_tokens_found(donors, run, tmp_path):
     letters = "\0abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     assert code == 0
     assert " ".join(repr(letters[token]) for token in best) in out
+
+
+@torch.no_grad()
+def outputs(model, site="block", isolated=False):
+    """`[l, v, d]`: every block's output for every token, from the modules themselves, one block at a time."""
+    caught = []
+    inner, found = model.model, []
+    tokens = torch.arange(48)[:, None]
+    embedded = inner.embed_tokens(tokens)
+    places = inner.rotary_emb(embedded, torch.zeros(48, 1, dtype=torch.long))
+    for block in inner.layers:
+        handle = block.self_attn.register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
+        state = block(embedded if isolated or not found else found[-1], position_embeddings=places)
+        handle.remove()
+        found.append(state)
+    return torch.stack(caught if site == "attention" else found)[:, :, -1]
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("site", ["block", "attention"])
+def test_other_sites_and_isolated_blocks_against_the_modules_themselves(donors, site, isolated):
+    model = loaded(donors["a"])
+    found = complete_search(model, k=1, site=site, isolated=isolated)
+    expected = outputs(model, site, isolated)
+    np.testing.assert_allclose(found.values[1:, :, 0], expected.amax(dim=1).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_bottom_is_the_top_upside_down(donors):
+    model = loaded(donors["a"])
+    every = complete_search(model, k=48)
+    bottom = complete_search(model, k=48, bottom=True)
+    np.testing.assert_array_equal(bottom.values, every.values[:, :, ::-1])
+
+
+def test_masked_tokens_are_not_found_and_the_others_keep_their_order(donors):
+    model = loaded(donors["a"])
+    every, kept = complete_search(model, k=48), complete_search(model, k=48, masked=[0, 7, 47])
+    assert kept.tokens.shape[2] == 45
+    for block, neuron in np.ndindex(every.tokens.shape[:2]):
+        assert kept.tokens[block, neuron].tolist() == [token for token in every.tokens[block, neuron].tolist() if token not in (0, 7, 47)]
