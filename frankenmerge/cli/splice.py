@@ -134,12 +134,13 @@ def print_seam(console, number: int, seam) -> None:
     for name, value in seam.scores.items():
         made.add_row(name, f"{value:.3f}", *(f"{seam.nulls[name][null]:.3f}" if null in seam.nulls[name] else "" for null in nulls))
     console.print(made)
-    for word, neurons in (("agree", seam.agree), ("disagree", seam.disagree)):
-        told = "; ".join(
-            f"{entry['neuron']}: {' '.join(map(repr, entry['tokens'][0][:2]))} | {' '.join(map(repr, entry['tokens'][1][:2]))}"
-            for entry in neurons[:3]
-        )
-        console.print(f"  {word}: {told}", markup=False)
+    agree = "; ".join(f"{entry['neuron']}: {' '.join(map(repr, entry['shared'][:3])) or 'nothing'}" for entry in seam.agree[:3])
+    console.print(f"  Neurons that agree most, with the tokens they share: {agree}", markup=False)
+    disagree = "; ".join(
+        f"{entry['neuron']}: {' '.join(map(repr, entry['tokens'][0][:2]))} | {' '.join(map(repr, entry['tokens'][1][:2]))}"
+        for entry in seam.disagree[:2]
+    )
+    console.print(f"  Neurons that agree least, with each donor's tokens: {disagree}", markup=False)
     if seam.by_chance:
         console.print("  [bold red]No better than chance:[/] these donors share no basis here; expect noise behind this seam.")
 

@@ -28,7 +28,7 @@ class SeamEvidence:
     nulls: dict[str, dict[str, float]]
     """Per score, what it would be under each null."""
     agree: list[dict[str, Any]]
-    """The neurons with the highest score: neuron, score, each donor's best tokens."""
+    """The neurons with the highest score: neuron, scores, each donor's best tokens, and those that both have."""
     disagree: list[dict[str, Any]]
 
     @property
@@ -131,10 +131,11 @@ def _evidence(seam: Seam, alignment: Alignment, left: int, entered: int, cost: f
     ranked = np.lexsort((detail["correlation"], detail["jaccard"]))
 
     def told(neuron: int) -> dict[str, Any]:
-        texts = [[alignment.vocabulary[token] for token in table[block, neuron, :4]]
-                 for table, block in zip(alignment.tokens, (left, entered), strict=True)]  # fmt: skip
+        a, b = (table[block, neuron].tolist() for table, block in zip(alignment.tokens, (left, entered), strict=True))
+        texts = {"tokens": [a[:4], b[:4]], "shared": [[token for token in a if token in b]]}
+        named = {key: [[alignment.vocabulary[token] for token in part] for part in parts] for key, parts in texts.items()}
         values = {name: round(float(values[neuron]), 4) for name, values in detail.items()}
-        return {"neuron": int(neuron), "scores": values, "tokens": texts}
+        return {"neuron": int(neuron), "scores": values, "tokens": named["tokens"], "shared": named["shared"][0]}
 
     agree, disagree = [told(n) for n in ranked[::-1][:SHOWN]], [told(n) for n in ranked[:SHOWN]]
     return SeamEvidence(seam, cost, entered - left, scores, nulls, agree, disagree)

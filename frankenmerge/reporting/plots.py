@@ -30,7 +30,7 @@ def plot_alignment(alignment: Alignment, path: Path) -> None:
         image = axes.imshow(score.matrix, vmin=0, vmax=1, cmap="viridis", origin="upper")
         chance = float(score.nulls["permuted_neurons"].mean())
         axes.set(
-            title=f"{TITLES.get(name, name)}\nby chance: {chance:.2f}",
+            title=f"{TITLES.get(name, name)}\nby chance: {round(chance, 2) + 0:.2f}",
             xlabel=f"{b}, after so many blocks",
             ylabel=f"{a}, after so many blocks",
         )
