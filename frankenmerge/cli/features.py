@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import click
 
@@ -16,7 +16,7 @@ class Asked(NamedTuple):
     layers: list[int]
     neurons: list[int]
     tokens: int
-    site: str
+    site: Literal["block", "attention"]
     isolated: bool
     prefix: tuple[int, ...]
     bottom: bool
@@ -63,7 +63,7 @@ def features(
     layers: list[int] | None,
     neurons: list[int],
     tokens: int,
-    site: str,
+    site: Literal["block", "attention"],
     isolated: bool,
     untrained: int | None,
     bos: bool,
@@ -133,7 +133,7 @@ def _greedy(model: Any, asked: Asked, advance: Callable[[int], None]) -> Found:
         progress=advance,
     )  # fmt: skip
     told = {"vocabulary_passes": result.passes} | ({} if result.recall is None else {"recall": result.recall})
-    return {tuple(feature): row.tolist() for feature, row in zip(wanted, result.tokens, strict=True)}, told
+    return {(feature.block, feature.neuron): row.tolist() for feature, row in zip(wanted, result.tokens, strict=True)}, told
 
 
 def _gradient(model: Any, asked: Asked, advance: Callable[[int], None]) -> Found:
