@@ -13,7 +13,7 @@ import transformers
 
 import frankenmerge
 from frankenmerge.analysis.complete import complete_search
-from frankenmerge.analysis.probes import LENGTH, probe_activations, probe_hash, random_probes
+from frankenmerge.analysis.probes import LENGTH, SEED, probe_activations, probe_hash, random_probes
 from frankenmerge.architectures import quantity
 from frankenmerge.atlas import SUFFIX, Atlas, load_atlas, save_atlas
 from frankenmerge.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ def analyze(
             "python": platform.python_version(),
             "dtype": dtype,
             "k": k,
-            "probes": {"shape": list(probes.shape), "sha256": probe_hash(probes), "seed": 0},
+            "probes": {"shape": list(probes.shape), "sha256": probe_hash(probes), "seed": SEED},
             "tokenizer": checkpoint.tokenizer_hash,
         },
     )

@@ -68,7 +68,7 @@ class Bench:
         download: bool = False,
     ) -> None:  # fmt: skip
         self.texts = list(texts)
-        self.dtype, self.device, self.download = dtype, device, download
+        self.dtype, self.device = dtype, device
         self._models: dict[str, tuple[Checkpoint, PreTrainedModel, dict[str, Encoded]]] = {}
         self._checkpoints = {name: open_checkpoint(name, download=download) for name in names}
         self.context = context or shared_context(self._checkpoints.values())
