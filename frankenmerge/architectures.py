@@ -56,6 +56,12 @@ class Architecture:
     """Whether positions are a matrix beside the embedding."""
     tied: bool = False
     """Whether the head is the embedding when config.json does not say."""
+    queries_keys: tuple[str, ...] = ("q_proj", "k_proj")
+    """Maps of a block's attention that make queries and keys alone; attention to one position does without them."""
+    fused: str | None = None
+    """The map that makes queries, keys and values together, in this order."""
+    fused_by_head: bool = False
+    """Whether the fused outputs are in that order within each head, instead of over all."""
 
     def role(self, name: str) -> tuple[Role, int | None, str]:
         """Tell what a tensor is for: (role, block index or None, canonical name).
@@ -91,7 +97,7 @@ FAMILIES: dict[str, Architecture] = {
     "mistral": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"sliding_window": 4096}),
     "qwen2": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"use_sliding_window": False}),
     "qwen3": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"use_sliding_window": False}),
-    "phi3": DECODER,
+    "phi3": replace(DECODER, queries_keys=(), fused="qkv_proj"),
     "olmo2": DECODER,
     "gpt2": Architecture(
         "transformer.",
@@ -105,6 +111,8 @@ FAMILIES: dict[str, Architecture] = {
         defaults={"activation_function": "gelu_new", "scale_attn_weights": True, "layer_norm_epsilon": 1e-5},
         learned_positions=True,
         tied=True,
+        queries_keys=(),
+        fused="c_attn",
     ),
     "gpt_neox": Architecture(
         "gpt_neox.",
@@ -115,6 +123,9 @@ FAMILIES: dict[str, Architecture] = {
         norm="layer",
         ignored=rf"attention\.(bias|masked_bias)$|{_INV_FREQ}",
         defaults={"hidden_act": "gelu", "use_parallel_residual": True, "rotary_pct": 0.25, "layer_norm_eps": 1e-5},
+        queries_keys=(),
+        fused="query_key_value",
+        fused_by_head=True,
     ),
 }
 

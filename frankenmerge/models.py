@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,40 +21,67 @@ Site = Literal["block", "attention"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    max_memory: Mapping[int | str, str] | None = None,
+    offload: Path | None = None,
+) -> PreTrainedModel:
     """Load a checkpoint, ready to run.
 
     Args:
         checkpoint: what to load; only its safetensors are read and none of its code runs.
         dtype: `float32`, `bfloat16` or `float16`.
         device: a torch device, or `auto` to let accelerate spread the model over what there is.
+        max_memory: with `auto`, how much of each device (`0`, `1`, ..., `cpu`) may be used, such as `20GiB`.
+        offload: with `auto`, a folder for the weights that fit on no device; they are read at every pass.
 
     Raises:
-        FrankenmergeError: when the weights do not fill the model exactly.
+        FrankenmergeError: when the weights do not fill the model exactly, or do not fit.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if device != "auto":
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise fail(f"device {device}", "a torch device that is there, or auto", str(error), "choose another --device") from error
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path,
-        dtype=DTYPES[dtype],
-        device_map=device,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
-        output_loading_info=True,
-    )
+        one_device(device)
+        if max_memory or offload:
+            raise fail(f"device {device}", "auto, where memory is shared out", device, "give --device auto as well")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=DTYPES[dtype],
+            device_map=device,
+            max_memory=dict(max_memory) if max_memory else None,
+            offload_folder=offload,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    except (ValueError, RuntimeError) as error:
+        if not max_memory:
+            raise
+        raise fail("memory of each device", "devices that are there, as 0=20GiB", str(error), "mend --max-memory") from error
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info[kind])):
             found = f"{kind.replace('_', ' ')}: {', '.join(names[:5])}"
             raise fail(str(checkpoint.path), "weights that fill the model exactly", found, "use a complete checkpoint")
+    if embedding_of(model).is_meta:
+        raise fail(str(checkpoint.path), "room for the embedding on a device", "less", "raise --max-memory")
     return model.eval()
+
+
+def one_device(device: str) -> torch.device:
+    """A device by its name; `auto` is an accelerator where there is one. Raises FrankenmergeError for one that is not there."""
+    if device == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise fail(f"device {device}", "a torch device that is there, or auto", str(error), "choose another --device") from error
 
 
 def untrained_model(checkpoint: Checkpoint, seed: int, *, device: str = "cpu") -> PreTrainedModel:

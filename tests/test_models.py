@@ -267,3 +267,29 @@ def test_a_model_computes_in_the_type_asked_for(donors, dtype):
     model = load_model(open_checkpoint(str(donors["a"])), dtype=dtype)
     assert {value.dtype for value in model.parameters()} == {getattr(torch, dtype)}
     assert not model.training
+
+
+@torch.no_grad()
+def test_a_model_spread_over_memory_and_disk_gives_the_same(donors, tmp_path):
+    checkpoint = open_checkpoint(str(donors["deep"]))
+    whole, spread = load_model(checkpoint), load_model(checkpoint, device="auto", max_memory={"cpu": "25KB"}, offload=tmp_path / "offload")
+    assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
+    torch.testing.assert_close(spread(input_ids=IDS).logits, whole(input_ids=IDS).logits)
+    with block_outputs(spread) as states:
+        forward(spread, input_ids=IDS)
+        ours = list(states)
+    with block_outputs(whole) as states:
+        forward(whole, input_ids=IDS)
+    for state, other in zip(ours, states, strict=True):
+        torch.testing.assert_close(state, other)
+
+
+@pytest.mark.parametrize("options", [{"max_memory": {"cpu": "1MB"}}, {"offload": "somewhere"}])
+def test_memory_is_shared_out_over_devices_chosen_automatically_alone(donors, options):
+    with pytest.raises(FrankenmergeError, match="auto"):
+        load_model(open_checkpoint(str(donors["a"])), **options)
+
+
+def test_memory_that_is_no_size_is_refused(donors):
+    with pytest.raises(FrankenmergeError, match="parrots"):
+        load_model(open_checkpoint(str(donors["a"])), device="auto", max_memory={"cpu": "2 parrots"})

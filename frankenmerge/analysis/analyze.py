@@ -1,26 +1,36 @@
-"""From a donor to its atlas."""
+"""From a donor to its atlas, block by block; an analysis that was interrupted goes on behind the last block it finished."""
 
 import hashlib
 import json
 import platform
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
 import frankenmerge
-from frankenmerge.analysis.complete import complete_search
-from frankenmerge.analysis.probes import LENGTH, SEED, probe_activations, probe_hash, random_probes
+from frankenmerge.analysis.complete import Ranked, searched
+from frankenmerge.analysis.probes import LENGTH, SEED, probe_hash, probe_states, random_probes
+from frankenmerge.analysis.ranking import top_tokens
 from frankenmerge.architectures import quantity
-from frankenmerge.atlas import SUFFIX, Atlas, load_atlas, save_atlas
+from frankenmerge.atlas import SUFFIX, Atlas, TopTokens, load_atlas, save_atlas
+from frankenmerge.blockwise import BATCH, Donor, Passage, each_block, stream_model, streamable
 from frankenmerge.checkpoint import Checkpoint
-from frankenmerge.errors import fail
+from frankenmerge.errors import FrankenmergeError, fail
+from frankenmerge.files import read_arrays, write_arrays
 from frankenmerge.models import load_model, load_tokenizer
+from frankenmerge.processes import Share, gathered, own_share
 
 TOP = 10
+PROBE_BATCH = 16
+SAVE_AFTER = 1.0
+"""Seconds since the last save after which a finished block is saved: blocks that are run in less are sooner run again."""
+_KIND = "frankenmerge.analysis-under-way/1"
 
 
 def token_texts(checkpoint: Checkpoint) -> list[str]:
@@ -33,11 +43,27 @@ def token_texts(checkpoint: Checkpoint) -> list[str]:
 
 
 def analyze(
-    checkpoint: Checkpoint, *, k: int = TOP, dtype: str = "float32", device: str = "cpu", progress: Callable[[int], None] = lambda _: None
+    checkpoint: Checkpoint,
+    *,
+    k: int = TOP,
+    dtype: str = "float32",
+    device: str = "cpu",
+    share: Share = Share(),
+    under_way: Path | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Atlas:
     """Search a donor's features, plain and behind BOS, and record its activations on the random probes.
 
-    `progress` is called with the number of inputs run since its last call; see `work` for their total.
+    The donor is read block by block: memory holds one block, the hidden states of all inputs, and what was found.
+
+    Args:
+        checkpoint: the donor.
+        k: how many tokens to keep for every feature.
+        dtype: the type to compute in.
+        device: a torch device.
+        share: which of several processes this is; each searches its batches of the vocabulary, and all return the same atlas.
+        under_way: a file to keep finished blocks in, and to go on from where it is there; removed at the end.
+        progress: called with the number of inputs that passed a block since its last call; see `work` for their total.
 
     Raises:
         FrankenmergeError: for a donor without a tokenizer, or one whose activations are not finite.
@@ -45,17 +71,29 @@ def analyze(
     vocabulary = token_texts(checkpoint)
     if (positions := quantity(checkpoint.config, "positions") or LENGTH) < LENGTH:
         raise fail(checkpoint.name, f"a donor made for {LENGTH} positions, the length of a probe", str(positions), "use another donor")
-    model = load_model(checkpoint, dtype=dtype, device=device)
+    donor = (
+        stream_model(checkpoint, dtype=dtype, device=device)
+        if streamable(checkpoint)
+        else load_model(checkpoint, dtype=dtype, device=device)
+    )
     probes = random_probes(len(vocabulary))
-    top = {context: complete_search(model, k=k, prefix=prefix, progress=progress) for context, prefix in _contexts(checkpoint).items()}
-    activations = probe_activations(model, probes, progress)
-    scale = np.maximum(np.abs(activations).max(axis=1), np.finfo(np.float32).tiny)
+    run = _run_of(donor, checkpoint, probes, k, share)
+    done = run.restore(under_way, progress) if under_way else 0
+    saved = time.monotonic()
+    for index, block in each_block(donor, done + 1):
+        run.through(index, block, progress)
+        if under_way and index < checkpoint.blocks and time.monotonic() - saved >= SAVE_AFTER:
+            run.save(under_way)
+            saved = time.monotonic()
+    top = {context: _best_of_all(run.keys(context, k), share, len(vocabulary)) for context in _contexts(checkpoint)}
+    if under_way:
+        under_way.unlink(missing_ok=True)
     return Atlas(
         donor=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
         top=top,
-        probes=(activations / scale[:, None]).astype(np.float16),
-        probe_scale=scale,
+        probes=np.stack(run.activations),
+        probe_scale=np.stack(run.scales),
         vocabulary=vocabulary,
         provenance={
             "frankenmerge": frankenmerge.__version__,
@@ -70,12 +108,101 @@ def analyze(
     )
 
 
+@dataclass
+class _Run:
+    """An analysis under way: the inputs, as far as they have come, and what was found in the blocks behind them."""
+
+    contexts: dict[str, Passage]
+    probes: Passage
+    ranked: dict[str, Ranked]
+    activations: list[np.ndarray]
+    """The probes' residual stream `[n, d]` after each block, float16 after division by its scale."""
+    scales: list[np.ndarray]
+    """`[d]` after each block, float32."""
+
+    def begin(self) -> None:
+        """Record what enters the first block."""
+        for context, passage in self.contexts.items():
+            self.ranked[context].add(passage.entering())
+        self._record(probe_states(self.probes.entering(), "block 0"))
+
+    def through(self, index: int, block: torch.nn.Module, progress: Callable[[int], None]) -> None:
+        """Take all inputs through a block."""
+        for context, passage in self.contexts.items():
+            self.ranked[context].add(passage.through(index, block), progress)
+        self._record(probe_states(self.probes.through(index, block), f"block {index}"))
+        progress(self.probes.count)
+
+    def _record(self, activations: np.ndarray) -> None:
+        scale = np.maximum(np.abs(activations).max(axis=0), np.finfo(np.float32).tiny)
+        self.activations.append((activations / scale).astype(np.float16))
+        self.scales.append(scale)
+
+    def keys(self, context: str, k: int) -> Tensor:
+        """What was found in a context, packed, `[l+1, d, k]`; filled up with the least of keys where there are fewer tokens."""
+        filled = torch.full((len(self.scales), len(self.scales[0]), k), torch.iinfo(torch.int64).min)
+        if context in self.ranked:
+            found = torch.stack(self.ranked[context].keys)
+            filled[:, :, : found.shape[2]] = found
+        return filled
+
+    def save(self, path: Path) -> None:
+        """Keep the finished blocks and the hidden states behind the last of them."""
+        arrays = {"activations": np.stack(self.activations), "scales": np.stack(self.scales)}
+        for name, passage in {**self.contexts, "probes": self.probes}.items():
+            arrays |= {f"{name}.{part}": _bytes_of(value) for part, value in passage.state.items()}
+        arrays |= {f"{context}.keys": torch.stack(ranked.keys).numpy() for context, ranked in self.ranked.items()}
+        write_arrays(path, _KIND, arrays, {})
+
+    def restore(self, path: Path, progress: Callable[[int], None]) -> int:
+        """Go on from a file, where it is there and fits; returns how many blocks are finished."""
+        try:
+            arrays, _ = read_arrays(path, _KIND, "an analysis under way")
+        except FrankenmergeError:
+            return 0
+        for name, passage in {**self.contexts, "probes": self.probes}.items():
+            passage.state = {part: _tensor_of(arrays[f"{name}.{part}"], value) for part, value in passage.state.items()}
+        for context, ranked in self.ranked.items():
+            ranked.keys = list(torch.from_numpy(arrays[f"{context}.keys"]))
+        self.activations, self.scales = list(arrays["activations"]), list(arrays["scales"])
+        done = len(self.scales) - 1
+        progress(done * sum(passage.count for passage in (*self.contexts.values(), self.probes)))
+        return done
+
+
+def _run_of(donor: Donor, checkpoint: Checkpoint, probes: np.ndarray, k: int, share: Share) -> _Run:
+    batches = searched(donor).split(BATCH)[share.rank :: share.count]
+    tokens = torch.cat(batches) if batches else torch.empty(0, dtype=torch.long)
+    contexts = _contexts(checkpoint) if batches else {}
+    passages = {name: Passage(donor, tokens[:, None], prefix=prefix) for name, prefix in contexts.items()}
+    run = _Run(
+        passages, Passage(donor, torch.from_numpy(probes), batch=PROBE_BATCH), {name: Ranked(tokens, k) for name in contexts}, [], []
+    )
+    run.begin()
+    return run
+
+
+def _best_of_all(keys: Tensor, share: Share, vocabulary: int) -> TopTokens:
+    """The best tokens of all processes' shares."""
+    together = torch.cat(gathered(keys, share), dim=2)
+    return top_tokens(together.topk(min(keys.shape[2], vocabulary), dim=2).values)
+
+
+def _bytes_of(value: Tensor) -> np.ndarray:
+    return value.contiguous().cpu().view(torch.uint8).numpy()
+
+
+def _tensor_of(content: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(content).view(like.dtype).to(like.device)
+
+
 def cached_analyze(
     checkpoint: Checkpoint, *, cache: Path, dtype: str = "float32", device: str = "cpu", progress: Callable[[int], None] = lambda _: None
 ) -> Atlas:
     """Return the donor's atlas from the folder `cache`, or analyze the donor and keep the atlas there.
 
-    The fingerprint, the tokenizer, the dtype and the versions that could change a value are part of the key.
+    The fingerprint, the tokenizer, the dtype and the versions that could change a value are part of the key. An analysis that
+    is interrupted leaves its finished blocks there, and the next goes on behind them.
     """
     key = [
         checkpoint.fingerprint,
@@ -86,11 +213,14 @@ def cached_analyze(
         torch.__version__,
         transformers.__version__,
     ]
-    path = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}{SUFFIX}"
+    name, share = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32], own_share()
+    path = cache / f"{name}{SUFFIX}"
     if path.exists():
         return replace(load_atlas(path), donor=checkpoint.name)
-    atlas = analyze(checkpoint, dtype=dtype, device=device, progress=progress)
-    save_atlas(atlas, path)
+    under_way = cache / f"{name}.{share.rank}-of-{share.count}.under-way.safetensors"
+    atlas = analyze(checkpoint, dtype=dtype, device=device, share=share, under_way=under_way, progress=progress)
+    if share.first:
+        save_atlas(atlas, path)
     return atlas
 
 
@@ -103,6 +233,6 @@ def _contexts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def work(checkpoint: Checkpoint) -> int:
-    """How many inputs `analyze` runs, for a progress bar."""
+    """How many inputs pass blocks in `analyze`, counted once a block, for a progress bar."""
     vocabulary = quantity(checkpoint.config, "vocabulary") or 0
-    return vocabulary * len(_contexts(checkpoint)) + len(random_probes(vocabulary))
+    return (vocabulary * len(_contexts(checkpoint)) + len(random_probes(vocabulary))) * checkpoint.blocks

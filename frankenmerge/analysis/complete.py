@@ -1,26 +1,22 @@
 """Complete search: every token of the vocabulary through the model once, the best of them for every feature.
 
 For block `l` and neuron `f` the feature is `argmax_a O^l_f(a)` over all tokens `a` (the document, "Complete Search
-Features"). One pass serves every block and neuron; only a running top-k is kept, `[l+1, d, k]`.
+Features"). One pass serves every block and neuron; only the top k of the block under way and the blocks behind are kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from frankenmerge.analysis.ranking import merge, pack, unpack
+from frankenmerge.analysis.ranking import merge, pack, top_tokens
 from frankenmerge.atlas import TopTokens
-from frankenmerge.models import Site, block_outputs, embedding_of, forward
+from frankenmerge.blockwise import BATCH, Donor, Passage, each_block, model_of
+from frankenmerge.models import Site, embedding_of
 
-BATCH = 1024
 
-
-@torch.no_grad()
 def complete_search(
-    model: PreTrainedModel,
+    donor: Donor,
     *,
     k: int = 10,
     prefix: tuple[int, ...] = (),
@@ -28,19 +24,21 @@ def complete_search(
     isolated: bool = False,
     bottom: bool = False,
     masked: Sequence[int] = (),
+    shortcut: bool = True,
     progress: Callable[[int], None] = lambda _: None,
 ) -> TopTokens:
     """Find for every feature of every block the `k` tokens that excite it most.
 
     Args:
-        model: the donor; block outputs are compared in float32.
+        donor: a model, or a streamed donor; block outputs are compared in float32.
         k: how many tokens to keep.
         prefix: tokens put before the searched one, such as BOS; none by default.
         site: the blocks' outputs, or their attention's.
         isolated: whether every block is fed the embedding directly.
         bottom: look for the tokens that excite it least instead, the least first.
         masked: tokens that are not searched, such as special and never trained ones.
-        progress: called with the number of tokens done since its last call.
+        shortcut: whether tokens without a prefix go without queries and keys, which changes no attention.
+        progress: called with the number of tokens that passed a block since its last call.
 
     Returns:
         Tokens and activations `[l+1, d, k]`, best first; of equal activations the lowest token id wins.
@@ -48,20 +46,40 @@ def complete_search(
     Raises:
         FrankenmergeError: when an activation is not a number.
     """
-    size, device = embedding_of(model).shape[0], embedding_of(model).device
-    searched = torch.tensor(sorted(set(range(size)) - set(masked)), device=device)
-    k = min(k, len(searched))
-    before = torch.tensor(prefix, dtype=torch.long, device=device)
-    sign = -1.0 if bottom else 1.0
-    best: list[Tensor | None] = []
-    with block_outputs(model, site=site, isolated=isolated) as states:
-        for tokens in searched.split(BATCH):
-            forward(model, input_ids=torch.cat([before.expand(len(tokens), -1), tokens[:, None]], dim=1))
-            best = best or [None] * len(states)
-            for block, state in enumerate(states):
-                keys = pack(sign * state[:, -1].float().T, tokens, f"block {block}")
-                best[block] = merge(best[block], keys, k)
+    tokens = searched(donor, masked)
+    passage = Passage(donor, tokens[:, None], prefix=prefix, site=site, isolated=isolated, batch=BATCH, shortcut=shortcut)
+    ranked = Ranked(tokens, k, bottom)
+    ranked.add(passage.entering())
+    for index, block in each_block(donor):
+        ranked.add(passage.through(index, block), progress)
+    return ranked.top
+
+
+def searched(donor: Donor, masked: Sequence[int] = ()) -> Tensor:
+    """The ids of the vocabulary that are not masked, ascending."""
+    weight = embedding_of(model_of(donor))
+    return torch.tensor(sorted(set(range(len(weight))) - set(masked)), device=weight.device)
+
+
+class Ranked:
+    """The best tokens of every feature, block after block."""
+
+    def __init__(self, tokens: Tensor, k: int, bottom: bool = False) -> None:
+        """Begin with no block: `tokens` `[n]` are searched, the `k` best of them kept, or the least exciting ones."""
+        self.tokens, self.k, self.sign = tokens, min(k, len(tokens)), -1.0 if bottom else 1.0
+        self.keys: list[Tensor] = []
+
+    def add(self, outputs: Iterable[tuple[slice, Tensor]], progress: Callable[[int], None] = lambda _: None) -> None:
+        """Rank the next block's outputs, rows of the tokens and their hidden states `[b, s, d]`, by the last position."""
+        best: Tensor | None = None
+        for rows, states in outputs:
+            tokens = self.tokens[rows].to(states.device)
+            best = merge(best, pack(self.sign * states[:, -1].float().T, tokens, f"block {len(self.keys)}"), self.k)
             progress(len(tokens))
-    stacked = torch.stack([entry.cpu() for entry in best if entry is not None])
-    ids, values = unpack(stacked)
-    return TopTokens(ids.numpy().astype(np.int32), sign * values.numpy())
+        assert best is not None
+        self.keys.append(best.cpu())
+
+    @property
+    def top(self) -> TopTokens:
+        """Tokens and activations of the blocks so far."""
+        return top_tokens(torch.stack(self.keys), self.sign)

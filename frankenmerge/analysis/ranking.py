@@ -1,8 +1,10 @@
 """The best tokens of every feature, kept while the vocabulary goes by: of equal activations the lowest token id wins."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from frankenmerge.atlas import TopTokens
 from frankenmerge.errors import fail
 
 _LOW = 0xFFFFFFFF
@@ -27,6 +29,12 @@ def merge(best: Tensor | None, keys: Tensor, k: int) -> Tensor:
     """The `k` best of two sets of packed keys, `[n, k]`, best first."""
     new = keys.topk(min(k, keys.shape[1]), dim=1).values
     return new if best is None else torch.cat([best, new], dim=1).topk(min(k, best.shape[1] + new.shape[1]), dim=1).values
+
+
+def top_tokens(keys: Tensor, sign: float = 1.0) -> TopTokens:
+    """Packed keys, best first, as tokens and activations; those were multiplied by `sign` before they were packed."""
+    tokens, activations = unpack(keys)
+    return TopTokens(tokens.numpy().astype(np.int32), sign * activations.numpy())
 
 
 def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:

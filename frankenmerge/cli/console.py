@@ -11,10 +11,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from frankenmerge.processes import own_share
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 download_option = click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache.")
 device_option = click.option(
-    "--device", default="cpu", show_default=True, help="A torch device, or `auto` to let accelerate spread the model."
+    "--device", default="cpu", show_default=True, help="A torch device, or `auto`: whatever there is, several where they are needed."
 )
 dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
                             help="The type to compute in.")  # fmt: skip
@@ -67,6 +69,6 @@ def progress(description: str, total: float | None, unit: str) -> Iterator[Calla
     """Show a bar on standard error, with rate and time left; yields what to call with the units done."""
     columns = (TextColumn("{task.description}"), BarColumn(), _Rate(unit), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and own_share().first)) as bar:
         task = bar.add_task(description, total=total)
         yield lambda done: bar.update(task, advance=done)

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from frankenmerge.cli.console import device_option, download_option, dtype_option, json_option, out, print_json, progress, size, table
+from frankenmerge.processes import own_share
 
 
 @click.command()
@@ -69,10 +70,16 @@ def _describe(donor: Any) -> dict[str, Any]:
 @download_option
 @json_option
 def analyze(donor: str, output: Path, device: str, dtype: str, download: bool, as_json: bool) -> None:
-    """Search DONOR's features over the whole vocabulary and write its atlas."""
+    """Search DONOR's features over the whole vocabulary and write its atlas.
+
+    Its blocks are read one at a time, so that it may be larger than memory. What is finished when this is interrupted is
+    kept, and the same command goes on from there. Under `accelerate launch` every process searches its part of the vocabulary.
+    """
     from frankenmerge.atlas import save_atlas
 
     atlas = atlas_of(donor, device=device, dtype=dtype, download=download)
+    if not own_share().first:
+        return
     save_atlas(atlas, output)
     if as_json:
         told = {"output": str(output), "donor": donor, "fingerprint": atlas.fingerprint, "contexts": list(atlas.top)}
@@ -97,7 +104,7 @@ def atlas_of(name: str, *, device: str = "cpu", dtype: str = "float32", download
     from frankenmerge.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(name, download=download)
-    with progress(f"analyzing {Path(name).name}", work(checkpoint), "inputs") as advance:
+    with progress(f"analyzing {Path(name).name}", work(checkpoint), "inputs x blocks") as advance:
         return cached_analyze(checkpoint, cache=cache_folder(), device=device, dtype=dtype, progress=advance)
 
 

@@ -7,6 +7,7 @@ import click
 
 from frankenmerge.cli.console import device_option, download_option, dtype_option, json_option, out, print_json, progress, size, table
 from frankenmerge.cli.donors import atlas_of
+from frankenmerge.processes import own_share
 
 
 @click.command()
@@ -29,6 +30,8 @@ def align(
     from frankenmerge.analysis.align import align as aligned
 
     atlases = [atlas_of(name, device=device, dtype=dtype, download=download) for name in (a, b)]
+    if not own_share().first:
+        return
     alignment = aligned(*atlases, context="bos" if bos else "plain")
     save_alignment(alignment, output)
     if plot:

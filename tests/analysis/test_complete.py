@@ -179,11 +179,11 @@ def test_an_embedding_that_is_no_number_is_block_0(donors):
         complete_search(model)
 
 
-def test_it_runs_every_token_once(donors, monkeypatch):
+def test_it_takes_every_token_through_every_block_once(donors, monkeypatch):
     monkeypatch.setattr(complete, "BATCH", 20)
     done = []
     complete_search(loaded(donors["a"]), progress=done.append)
-    assert done == [20, 20, 8]
+    assert done == [20, 20, 8] * 4
 
 
 def test_the_model_is_free_of_hooks_afterwards(donors):

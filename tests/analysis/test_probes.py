@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import changed, write_donor
 
-from frankenmerge.analysis import probes
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.analysis.probes import probe_activations, probe_hash, random_probes
+from frankenmerge.analysis.probes import probe_hash, probe_states, random_probes
+from frankenmerge.blockwise import Passage, each_block
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models import load_model
@@ -47,13 +47,19 @@ def test_the_same_tokens_in_another_shape_have_another_hash():
     assert probe_hash(tokens) != probe_hash(changed)
 
 
+def states_of(model, tokens, batch=16) -> np.ndarray:
+    """The probes' residual stream after every block, `[l+1, n, d]`."""
+    passage = Passage(model, torch.from_numpy(tokens), batch=batch)
+    found = [probe_states(passage.entering(), "block 0")]
+    return np.stack(found + [probe_states(passage.through(*block), f"block {block[0]}") for block in each_block(model)])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [16, 1, 5])
 @pytest.mark.parametrize("donor, norm", [("a", "norm"), ("g", "ln_f")])
-def test_activations_are_transformers_hidden_states_without_the_first_position(donors, monkeypatch, donor, norm, batch):
-    monkeypatch.setattr(probes, "BATCH", batch)
+def test_activations_are_transformers_hidden_states_without_the_first_position(donors, donor, norm, batch):
     model, tokens = loaded(donors[donor]), random_probes(48)
-    found = probe_activations(model, tokens)
+    found = states_of(model, tokens, batch)
     assert found.shape == (5, 64 * 16, 16) and found.dtype == np.float32
     hidden = model(input_ids=torch.from_numpy(tokens), output_hidden_states=True).hidden_states
     for block in range(4):
@@ -65,13 +71,7 @@ def test_activations_are_transformers_hidden_states_without_the_first_position(d
 def test_rows_stand_in_the_order_of_the_probes(donors):
     model, tokens = loaded(donors["a"]), random_probes(48)
     embedding = model.get_input_embeddings().weight.detach().numpy()
-    np.testing.assert_array_equal(probe_activations(model, tokens)[0], embedding[tokens[:, 1:].ravel()])
-
-
-def test_every_line_is_told_once(donors):
-    done = []
-    probe_activations(loaded(donors["a"]), random_probes(48), done.append)
-    assert done == [16, 16, 16, 16]
+    np.testing.assert_array_equal(states_of(model, tokens)[0], embedding[tokens[:, 1:].ravel()])
 
 
 def test_an_atlas_tells_its_probes(donors):
