@@ -154,8 +154,11 @@ def test_another_family_is_the_only_reason():
     assert reasons(LLAMA, GPT2) == ["family: llama and gpt2 compute differently"]
 
 
-def test_another_window_is_a_reason():
-    assert reasons(QWEN, QWEN | {"sliding_window": 16}) == ["sliding_window: 8 and 16"]
+def test_another_window_is_a_reason_where_a_block_has_one():
+    limited = QWEN | {"max_window_layers": 3}
+    assert reasons(limited, limited | {"sliding_window": 16}) == ["sliding_window: 8 and 16"]
+    assert reasons(limited, QWEN) == ["sliding_window: 8 and None"]
+    assert reasons(QWEN, QWEN | {"sliding_window": 16}) == []
 
 
 @pytest.mark.parametrize("family", ["mistral", "phi3"])
