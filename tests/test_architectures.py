@@ -286,5 +286,3 @@ def test_splicing_configs_leaves_the_donors_configs_alone():
 
 def test_blocks_are_counted_in_the_familys_own_field():
     assert spliced_config(GPT2, [(GPT2, 0)] * 7, tied=True) == GPT2 | {"n_layer": 7, "tie_word_embeddings": True}
-
-
