@@ -1,179 +1,70 @@
-"""What a model family is: where its blocks are, what its config calls things, which fields belong to single blocks.
+"""What config.json tells of a donor, read as its family means it; configs compared, and spliced with their blocks."""
 
-A family is one entry of `FAMILIES`; nothing else in the package knows a family by name.
-"""
-
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
-from frankenmerge.errors import Fault, fail
+from frankenmerge.errors import Fault
+from frankenmerge.families import FAMILIES, FULL, INDEX_BOUND, LAYER_TYPES, SLIDING, USUAL, Architecture, Config, PerBlock
 
-Config = Mapping[str, Any]
-Role = Literal["block", "embedding", "final", "head", "ignored"]
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What a family's config.json calls the quantities that every family has."""
-
-    blocks: str = "num_hidden_layers"
-    width: str = "hidden_size"
-    heads: str = "num_attention_heads"
-    kv_heads: str = "num_key_value_heads"
-    inner: str = "intermediate_size"
-    positions: str = "max_position_embeddings"
-    vocabulary: str = "vocab_size"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One family's names; tensor names are prefixes, as they stand in a checkpoint."""
-
-    root: str
-    """The inner model's prefix; old checkpoints may omit it."""
-    block: str
-    """A block's prefix behind `root`, `{}` for its index."""
-    embedding: tuple[str, ...]
-    """Prefixes behind `root` of what comes before the first block."""
-    final: str
-    """Prefix behind `root` of the final norm."""
-    head: str = "lm_head."
-    """Prefix, without `root`, of the map from the last hidden state to the vocabulary."""
-    norm: Literal["rms", "layer"] = "rms"
-    keys: Keys = field(default_factory=Keys)
-    per_block: tuple[str, ...] = ("layer_types", "no_rope_layers")
-    """Config lists with one entry a block, which move with their blocks."""
-    index_bound: tuple[str, ...] = ()
-    """Config fields that, when set, make a block's computation depend on its index: such donors cannot be respliced."""
-    ignored: str = r"(?!)"
-    """Pattern of constant buffers that old checkpoints carry and no loader reads."""
-    defaults: Config = field(default_factory=dict)
-    """What the family takes for a field that config.json leaves out, for the fields compared between donors."""
-    learned_positions: bool = False
-    """Whether positions are a matrix beside the embedding."""
-    tied: bool = False
-    """Whether the head is the embedding when config.json does not say."""
-    queries_keys: tuple[str, ...] = ("q_proj", "k_proj")
-    """Maps of a block's attention that make queries and keys alone; attention to one position does without them."""
-    fused: str | None = None
-    """The map that makes queries, keys and values together, in this order."""
-    fused_by_head: bool = False
-    """Whether the fused outputs are in that order within each head, instead of over all."""
-
-    def role(self, name: str) -> tuple[Role, int | None, str]:
-        """Tell what a tensor is for: (role, block index or None, canonical name).
-
-        A canonical block tensor name holds `{}` for the index. Raises FrankenmergeError for a tensor of no known role.
-        """
-        if re.search(self.ignored, name):
-            return "ignored", None, name
-        if name.startswith(self.head):
-            return "head", None, name
-        inner = name.removeprefix(self.root)
-        if match := re.match(re.escape(self.block).replace(r"\{\}", r"(\d+)"), inner):
-            return "block", int(match[1]), self.root + self.block + inner[match.end() :]
-        if inner.startswith(self.embedding):
-            return "embedding", None, self.root + inner
-        if inner.startswith(self.final):
-            return "final", None, self.root + inner
-        raise fail(
-            f"tensor {name}",
-            "a tensor of a block, the embedding, the final norm or the head",
-            "a name of none of these",
-            "use a plain causal language model; adapters and multimodal towers cannot be spliced",
-        )
-
-
-_LLAMA_DEFAULTS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-6}
-_INV_FREQ = r"rotary_emb\.inv_freq$"
-DECODER = Architecture("model.", "layers.{}.", ("embed_tokens.",), "norm.", ignored=_INV_FREQ, defaults=_LLAMA_DEFAULTS)
-"""The layout that Llama began and most families follow."""
-
-FAMILIES: dict[str, Architecture] = {
-    "llama": DECODER,
-    "mistral": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"sliding_window": 4096}),
-    "qwen2": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"use_sliding_window": False}),
-    "qwen3": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"use_sliding_window": False}),
-    "phi3": replace(DECODER, queries_keys=(), fused="qkv_proj"),
-    "olmo2": DECODER,
-    "gpt2": Architecture(
-        "transformer.",
-        "h.{}.",
-        ("wte.", "wpe."),
-        "ln_f.",
-        norm="layer",
-        keys=Keys("n_layer", "n_embd", "n_head", "n_head", "n_inner", "n_positions"),
-        index_bound=("scale_attn_by_inverse_layer_idx",),
-        ignored=r"\.attn\.(bias|masked_bias)$",
-        defaults={"activation_function": "gelu_new", "scale_attn_weights": True, "layer_norm_epsilon": 1e-5},
-        learned_positions=True,
-        tied=True,
-        queries_keys=(),
-        fused="c_attn",
-    ),
-    "gpt_neox": Architecture(
-        "gpt_neox.",
-        "layers.{}.",
-        ("embed_in.",),
-        "final_layer_norm.",
-        head="embed_out.",
-        norm="layer",
-        ignored=rf"attention\.(bias|masked_bias)$|{_INV_FREQ}",
-        defaults={"hidden_act": "gelu", "use_parallel_residual": True, "rotary_pct": 0.25, "layer_norm_eps": 1e-5},
-        queries_keys=(),
-        fused="query_key_value",
-        fused_by_head=True,
-    ),
-}
-
-_FREE = {
+FREE = {
     "_name_or_path", "architectures", "torch_dtype", "dtype", "transformers_version", "bos_token_id", "eos_token_id",
     "pad_token_id", "use_cache", "initializer_range", "tie_word_embeddings", "attention_dropout", "attn_pdrop", "embd_pdrop",
     "resid_pdrop", "hidden_dropout", "classifier_dropout", "summary_type", "summary_use_proj", "summary_activation",
-    "summary_proj_to_labels", "summary_first_dropout", "task_specific_params", "pretraining_tp", "vocab_size", "max_window_layers",
+    "summary_proj_to_labels", "summary_first_dropout", "task_specific_params", "pretraining_tp", "vocab_size",
     "max_position_embeddings", "n_positions", "n_ctx", "num_hidden_layers", "n_layer", "rope_theta", "rope_scaling",
-    "rope_parameters", "head_dim", "sliding_window", "use_sliding_window", "rotary_pct", "rotary_emb_base", "partial_rotary_factor",
-    "_attn_implementation_autoset", "id2label", "label2id", "problem_type",
+    "rope_parameters", "head_dim", "sliding_window", "use_sliding_window", "rotary_pct", "rotary_emb_base",
+    "partial_rotary_factor", "_attn_implementation_autoset", "id2label", "label2id", "problem_type", "cache_implementation",
+    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
 }  # fmt: skip
 """Config fields in which donors may differ, because no block computes differently for them or they are compared apart."""
 
 _EPSILONS = {"rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"}
 
 
-def architecture_of(config: Config, place: str) -> Architecture:
-    """The family of a config.json. Raises FrankenmergeError for a family that is not known."""
-    family = config.get("model_type")
-    if isinstance(family, str) and family in FAMILIES:
-        return FAMILIES[family]
-    raise fail(place, f"model_type, one of: {', '.join(sorted(FAMILIES))}", repr(family), "use donors of a supported family")
+def family(config: Config) -> Architecture:
+    """The entry for a config's family; what is usual for a family that has none."""
+    return FAMILIES.get(config["model_type"], USUAL)
 
 
 def quantity(config: Config, name: str) -> int | None:
     """A size by its common name (`blocks`, `width`, `heads`, `kv_heads`, `inner`, `positions`, `vocabulary`)."""
-    keys = FAMILIES[config["model_type"]].keys
+    architecture = family(config)
+    keys = architecture.keys
     value = config.get(getattr(keys, name))
     if value is None and name == "kv_heads":
         return config.get(keys.heads)
-    if value is None and name == "inner" and config["model_type"] == "gpt2":
-        return 4 * config["n_embd"]
+    if value is None and name == "inner" and architecture.widening:
+        return architecture.widening * config[keys.width]
     return value
 
 
 def is_tied(config: Config) -> bool:
     """Whether the head is the embedding matrix."""
-    return config.get("tie_word_embeddings", FAMILIES[config["model_type"]].tied)
+    return config.get("tie_word_embeddings", family(config).tied)
 
 
 def rope(config: Config) -> dict[str, Any]:
-    """Rotary position settings in one form, whichever way config.json writes them."""
-    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    """Rotary position settings in one form, whichever way config.json writes them.
+
+    In a family whose kinds of attention have settings of their own, one such form for each kind.
+    """
+    architecture = family(config)
+    written = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not architecture.rope_kinds:
+        return _rope(config, written, "rope_theta")
+    # The flat form, of older versions, is about the blocks that see everything.
+    apart = written if set(written) & set(architecture.rope_kinds) else {FULL: written}
+    return {kind: _rope(config, apart.get(kind) or {}, base) for kind, base in architecture.rope_kinds.items()}
+
+
+def _rope(config: Config, written: Config, base: str) -> dict[str, Any]:
+    settings, defaults = dict(written), family(config).defaults
     settings["rope_type"] = settings.pop("type", None) or settings.get("rope_type") or "default"
-    settings["rope_theta"] = float(settings.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0)
+    bases = (settings.get("rope_theta"), config.get(base), config.get("rotary_emb_base"), defaults.get(base))
+    settings["rope_theta"] = next((float(value) for value in bases if value), None)
     shares = (settings.pop("partial_rotary_factor", None), config.get("partial_rotary_factor"), config.get("rotary_pct"),
-              FAMILIES[config["model_type"]].defaults.get("rotary_pct"))  # fmt: skip
+              defaults.get("partial_rotary_factor"))  # fmt: skip
     if (share := next((share for share in shares if share is not None), 1.0)) != 1.0:
         settings["partial_rotary_factor"] = share
     return settings
@@ -181,91 +72,117 @@ def rope(config: Config) -> dict[str, Any]:
 
 def window(config: Config) -> int | None:
     """How far back a block's attention reaches where it is limited, None where no block's is."""
-    defaults = FAMILIES[config["model_type"]].defaults
-    if isinstance(kinds := config.get("layer_types"), list):
-        limited = "sliding_attention" in kinds
+    architecture = family(config)
+    kinds = next(part for part in architecture.per_block if part.key == LAYER_TYPES.key)
+    if kinds.rule or isinstance(config.get(kinds.key), list):
+        limited = any(kinds.of(config, index) == SLIDING for index in range(quantity(config, "blocks") or 0))
     else:
-        limited = config.get("use_sliding_window", defaults.get("use_sliding_window", True))
-    return config.get("sliding_window", defaults.get("sliding_window")) if limited else None
-
-
-_USUAL_ENTRY = {"layer_types": "full_attention", "no_rope_layers": 1}
-"""What every block is where a config has no list of them."""
-
-
-def entries(config: Config, key: str) -> list:
-    """A list with one entry a block, also where config.json leaves it out."""
-    return config[key] if isinstance(config.get(key), list) else [_USUAL_ENTRY[key]] * (quantity(config, "blocks") or 0)
+        limited = config.get("use_sliding_window", architecture.defaults.get("use_sliding_window", True))
+    return config.get("sliding_window", architecture.defaults.get("sliding_window")) if limited else None
 
 
 def head_width(config: Config) -> int | None:
     """Width of one attention head."""
     width, heads = quantity(config, "width"), quantity(config, "heads")
-    return config.get("head_dim") or (width // heads if width and heads else None)
+    shared = width // heads if width and heads else None
+    return config.get("head_dim") or family(config).defaults.get("head_dim") or shared
+
+
+def block_kind(config: Config, index: int) -> tuple[Any, ...]:
+    """What decides which tensors a block has: equal for blocks of the same kind."""
+    return tuple(part.of(config, index) for part in family(config).per_block if part.marker)
 
 
 def differences(first: Config, other: Config) -> tuple[list[str], list[str]]:
     """Compare two configs: (reasons why one config cannot describe blocks of both, remarks that do no harm)."""
     if first["model_type"] != other["model_type"]:
         return [f"family: {first['model_type']} and {other['model_type']} compute differently"], []
-    architecture = FAMILIES[first["model_type"]]
+    architecture = family(first)
     both: dict[str, tuple[Any, ...]] = {"head_dim": (head_width(first), head_width(other))}
-    for key in sorted((set(first) | set(other) | set(architecture.defaults)) - _FREE - set(architecture.per_block)):
-        fallback = architecture.defaults.get(key)
-        both[key] = (first.get(key, fallback), other.get(key, fallback))
+    named = [{architecture.synonyms.get(key, key): value for key, value in config.items()} for config in (first, other)]
+    apart = {key for part in architecture.per_block for key in (part.key, *part.numbers)} | set(architecture.rope_kinds.values())
+    for key in sorted((set(named[0]) | set(named[1]) | set(architecture.defaults)) - FREE - apart):
+        both[key] = tuple(config.get(key, architecture.defaults.get(key)) for config in named)
     both["rope_parameters"] = (rope(first), rope(other))
     both["sliding_window"] = (window(first), window(other))
-    for key in architecture.per_block:
-        listed = [isinstance(config.get(key), list) for config in (first, other)]
-        if listed[0] != listed[1] and set(entries(first, key)) | set(entries(other, key)) != {_USUAL_ENTRY[key]}:
-            both[key] = tuple("one entry a block" if has else "absent" for has in listed)
+    if not architecture.listed:
+        for part in architecture.per_block:
+            both[part.key] = tuple("one entry a block" if isinstance(config.get(part.key), list) else None for config in named)
     unequal = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
-    told = {key: f"{key}: {a} and {b}" for key, (a, b) in unequal.items()}
+    reasons = {key: f"{key}: {a} and {b}" for key, (a, b) in unequal.items()}
     # A field on one side only, and without a default here, is one that the other side's version of the library did not write.
     one_sided = {key for key in unequal if key not in architecture.defaults and None in unequal[key]} - {"sliding_window"}
-    harmless = (_EPSILONS | one_sided) & set(told)
-    return [told[key] for key in told if key not in harmless], [told[key] for key in told if key in harmless]
+    harmless = (_EPSILONS | (one_sided if architecture.listed else set())) & set(reasons)
+    return [reasons[key] for key in reasons if key not in harmless], [reasons[key] for key in reasons if key in harmless]
 
 
 def spliced_config(base: Config, blocks: Sequence[tuple[Config, int]], tied: bool) -> dict[str, Any]:
     """The config of a model made of `blocks`, each (config of its donor, its index there), otherwise as `base`.
 
-    Block counts and lists with one entry a block follow the blocks.
+    What config.json tells of single blocks follows them, also where a donor leaves it to its family's rule.
     """
-    architecture = FAMILIES[base["model_type"]]
     config = deepcopy(dict(base))
-    config[architecture.keys.blocks] = len(blocks)
-    for key in architecture.per_block:
-        if isinstance(base.get(key), list):
-            config[key] = [entries(donor, key)[index] for donor, index in blocks]
+    config[family(base).keys.blocks] = len(blocks)
+    for part in family(base).per_block:
+        config = _retold(config, part, [part.of(donor, index) for donor, index in blocks])
     config["tie_word_embeddings"] = tied
     return config
 
 
+def _retold(config: dict[str, Any], part: PerBlock, entries: list[Any]) -> dict[str, Any]:
+    """`config` telling of its blocks what `entries` are: by a list, if it has one or needs one, and by no number that says else."""
+    listed = {part.key: part.written(entries)}
+    rest = {key: value for key, value in config.items() if key != part.key}
+    rule = part.rule or (lambda _config, _index: part.usual)
+
+    def agrees(trial: Config) -> bool:
+        return [rule(trial, index) for index in range(len(entries))] == entries
+
+    for number, least in part.numbers.items():
+        if config.get(number) is not None:
+            values = (config[number], *range(least, len(entries) + 2)) if part.rule else ()
+            read = next(iter(part.numbers))  # the others are what other versions call it
+            fitting = (value for value in values if agrees(rest | (listed if part.marker else {}) | {read: value}))
+            rest[number] = next(fitting, None)
+            if rest[number] is None:
+                del rest[number]
+    return rest | listed if part.key in config or not agrees(rest) else rest
+
+
 def config_faults(config: Config, place: str) -> list[Fault]:
     """What makes a donor's blocks impossible to move, told as faults."""
-    architecture = architecture_of(config, place)
+    architecture = family(config)
+    remedy = "mend the donor's config.json"
     faults = []
-    for key in architecture.index_bound:
+    for key in (*architecture.index_bound, *INDEX_BOUND):
         if config.get(key):
             faults.append(
                 Fault(f"{place}: {key}", "not set", repr(config[key]), "a block of this model depends on its position; use another donor")
             )
-    for key in architecture.per_block:
-        listed, blocks = config.get(key), quantity(config, "blocks")
-        if isinstance(listed, list) and len(listed) != blocks:
-            faults.append(
-                Fault(f"{place}: {key}", f"one entry for each of {blocks} blocks", f"{len(listed)} entries", "mend the donor's config.json")
-            )
+    for part in architecture.per_block:
+        faults += _per_block_faults(config, part, place)
     for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(config.get(key), Mapping | None):
-            faults.append(Fault(f"{place}: {key}", "an object", repr(config[key]), "mend the donor's config.json"))
-    for key in ("rope_theta", "rotary_emb_base"):
+        kinds = architecture.rope_kinds if isinstance(config.get(key), Mapping) else ()
+        for name, value in ((key, config.get(key)), *((f"{key}.{kind}", config[key].get(kind)) for kind in kinds)):
+            if not isinstance(value, Mapping | None):
+                faults.append(Fault(f"{place}: {name}", "an object", repr(value), remedy))
+    for key in ("rope_theta", "rotary_emb_base", *architecture.rope_kinds.values()):
         if not isinstance(config.get(key), int | float | None):
-            faults.append(Fault(f"{place}: {key}", "a number", repr(config[key]), "mend the donor's config.json"))
-    if config.get("use_sliding_window") and "layer_types" not in config:
-        faults.append(
-            Fault(f"{place}: use_sliding_window", "layer_types beside it, so that the window can move with its block", "no layer_types",
-                  "load and save the donor once with a current transformers, which writes layer_types")
-        )  # fmt: skip
+            faults.append(Fault(f"{place}: {key}", "a number", repr(config[key]), remedy))
     return faults
+
+
+def _per_block_faults(config: Config, part: PerBlock, place: str) -> Iterator[Fault]:
+    listed, blocks = config.get(part.key), quantity(config, "blocks") or 0
+    where, remedy = f"{place}: {part.key}", "mend the donor's config.json"
+    if not isinstance(listed, list | None):
+        yield Fault(where, "a list", repr(listed), remedy)
+    elif listed is not None and not part.marker and len(listed) != blocks:
+        yield Fault(where, f"one entry for each of {blocks} blocks", f"{len(listed)} entries", remedy)
+    elif listed and part.marker and any(type(index) is not int or not 0 <= index < blocks for index in listed):
+        yield Fault(where, f"indices of blocks, 0 to {blocks - 1}", repr(listed), remedy)
+    for number, least in part.numbers.items():
+        value = config.get(number, least)
+        unread = value is None and listed is not None
+        if not unread and (type(value) is not int or value < least):
+            yield Fault(f"{place}: {number}", f"a whole number, {least} or more", repr(value), remedy)

@@ -19,9 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.cache_utils import Cache, DynamicLayer
 
 from frankenmerge import checkpoint as stored
-from frankenmerge.architectures import FAMILIES, Config, head_width, quantity
+from frankenmerge.architectures import family, head_width, quantity
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import fail
+from frankenmerge.families import Config
 from frankenmerge.models import DTYPES, Site, attention_of, backbone, blocks_of, embedding_of, one_device
 
 BATCH = 1024
@@ -267,7 +268,7 @@ class Passage:
 @contextmanager
 def values_only(block: nn.Module, config: Config) -> Iterator[None]:
     """Leave out a block's queries and keys, for inputs of one position, while the context lasts: they are taken as zero."""
-    attention, architecture = attention_of(block), FAMILIES[config["model_type"]]
+    attention, architecture = attention_of(block), family(config)
     with ExitStack() as stack:
         for name in architecture.queries_keys:
             projection: Any = attention.get_submodule(name)

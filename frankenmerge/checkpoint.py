@@ -14,8 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from frankenmerge.architectures import Architecture, architecture_of, config_faults, is_tied, quantity
+from frankenmerge.architectures import block_kind, config_faults, family, is_tied, quantity
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.families import Architecture
+from frankenmerge.inferred import architecture_of, family_faults
 
 BYTES_OF = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -62,10 +64,10 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    @property
+    @cached_property
     def architecture(self) -> Architecture:
-        """The family's table entry."""
-        return architecture_of(self.config, str(self.path / "config.json"))
+        """The family's table entry, or what is inferred of one that has none."""
+        return architecture_of(self.config, {name: tensor.shape for name, tensor in self.tensors.items()}, str(self.path / "config.json"))
 
     @property
     def blocks(self) -> int:
@@ -146,10 +148,10 @@ def open_checkpoint(name: str, *, download: bool = False) -> Checkpoint:
     config = read_json(path / "config.json", "a checkpoint's config.json")
     if not isinstance(config, dict):
         raise fail(str(path / "config.json"), "a JSON object", type(config).__name__, "restore the donor's config.json")
-    architecture = architecture_of(config, str(path / "config.json"))
+    raise_all(family_faults(config, str(path / "config.json")))
     for quantity_name in ("blocks", "width", "heads", "vocabulary"):
         if type(value := quantity(config, quantity_name)) is not int or value < 1:
-            key = getattr(architecture.keys, quantity_name)
+            key = getattr(family(config).keys, quantity_name)
             raise fail(f"{path / 'config.json'}: {key}", "a positive whole number", repr(value), "restore the donor's config.json")
     raise_all(config_faults(config, str(path / "config.json")))
     checkpoint = Checkpoint(name, path, config, _read_tensors(path))
@@ -297,8 +299,37 @@ def _structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
     shapes = {
         index: {canonical: checkpoint.tensors[name].shape for canonical, name in names.items()}
         for (role, index), names in roles.items()
-        if role == "block"
+        if role == "block" and index is not None and index < checkpoint.blocks
     }
+    kinds: dict[tuple, dict[int, dict[str, tuple[int, ...]]]] = {}
+    for index, names in sorted(shapes.items()):
+        kinds.setdefault(block_kind(checkpoint.config, index), {})[index] = names
+    for alike in kinds.values():
+        yield from _block_faults(alike, where, remedy)
+    for part, index in ((part, index) for part in checkpoint.architecture.per_block if part.marker for index in shapes):
+        told, held = bool(part.of(checkpoint.config, index)), any(str(part.marker) in canonical for canonical in shapes[index])
+        if told != held:
+            expected, found = (f"{'' if there else 'no '}{part.marker} in block {index}" for there in (told, held))
+            yield Fault(f"{where}: {part.key}", expected, found, remedy)
+    width, vocabulary = quantity(checkpoint.config, "width"), quantity(checkpoint.config, "vocabulary")
+    for role, needed in (("embedding", True), ("final", True), ("head", not is_tied(checkpoint.config))):
+        names = roles.get((role, None), {})
+        if needed and not names:
+            yield Fault(where, f"tensors of the {role}", "none", remedy)
+        for canonical, name in names.items():
+            shape = checkpoint.tensors[name].shape
+            is_positions = role == "embedding" and canonical.removeprefix(checkpoint.architecture.root).startswith(
+                checkpoint.architecture.embedding[1:]
+            )
+            rows = quantity(checkpoint.config, "positions" if is_positions else "vocabulary")
+            if shape and shape[-1] not in (width, vocabulary):
+                yield Fault(f"{where}: {name}", f"last axis {width}, the width in config.json", f"shape {shape}", remedy)
+            if len(shape) == 2 and shape[0] != rows:
+                yield Fault(f"{where}: {name}", f"first axis {rows}, as in config.json", f"shape {shape}", remedy)
+
+
+def _block_faults(shapes: dict[int, dict[str, tuple[int, ...]]], where: str, remedy: str) -> Iterator[Fault]:
+    """Hold the tensors of blocks that should be alike, canonical names and shapes by index, against each other."""
     usual = Counter(canonical for names in shapes.values() for canonical in names)
     for index, names in sorted(shapes.items()):
         for canonical, count in usual.items():
@@ -316,18 +347,3 @@ def _structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
                 yield Fault(
                     f"{where}: {canonical.format(index)}", f"shape {typical[canonical]}, as in the other blocks", f"shape {shape}", remedy
                 )
-    width, vocabulary = quantity(checkpoint.config, "width"), quantity(checkpoint.config, "vocabulary")
-    for role, needed in (("embedding", True), ("final", True), ("head", not is_tied(checkpoint.config))):
-        names = roles.get((role, None), {})
-        if needed and not names:
-            yield Fault(where, f"tensors of the {role}", "none", remedy)
-        for canonical, name in names.items():
-            shape = checkpoint.tensors[name].shape
-            is_positions = role == "embedding" and canonical.removeprefix(checkpoint.architecture.root).startswith(
-                checkpoint.architecture.embedding[1:]
-            )
-            rows = quantity(checkpoint.config, "positions" if is_positions else "vocabulary")
-            if shape and shape[-1] not in (width, vocabulary):
-                yield Fault(f"{where}: {name}", f"last axis {width}, the width in config.json", f"shape {shape}", remedy)
-            if len(shape) == 2 and shape[0] != rows:
-                yield Fault(f"{where}: {name}", f"first axis {rows}, as in config.json", f"shape {shape}", remedy)

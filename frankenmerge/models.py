@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from frankenmerge.architectures import FAMILIES
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.recipe import Recipe
@@ -110,7 +109,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The model's blocks: the first module list as long as its config says there are blocks."""
-    count = getattr(model.config, FAMILIES[model.config.model_type].keys.blocks)
+    count = model.config.num_hidden_layers
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
 
 
@@ -170,7 +169,7 @@ def block_outputs(
 
 def attention_of(block: nn.Module) -> nn.Module:
     """A block's attention, whatever its family calls it."""
-    return next(module for name, module in block.named_children() if name in ("self_attn", "attn", "attention"))
+    return next(module for name, module in block.named_children() if name in ("self_attn", "attn", "attention", "self_attention"))
 
 
 def forward(model: PreTrainedModel, **inputs: Any) -> None:
@@ -215,7 +214,7 @@ def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Map
         source = f"{prefix}{block.index}."
         found = {name.removeprefix(source): value for name, value in states[block.model].items() if name.startswith(source)}
         parts |= {f"{prefix}{position}.{name}": value for name, value in found.items()}
-    architecture = FAMILIES[settings["model_type"]]
+    architecture = donors[recipe.base].architecture
     # In memory the head may have another name than in the file (GPT-NeoX: lm_head, embed_out).
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings()) + "."
     for name in model.state_dict():

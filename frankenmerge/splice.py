@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from frankenmerge.architectures import differences, is_tied, quantity, spliced_config
+from frankenmerge.architectures import block_kind, differences, is_tied, quantity, spliced_config
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.recipe import Recipe
@@ -42,22 +42,30 @@ def compatibility(donors: list[Checkpoint]) -> Compatibility:
 
 
 def _tensor_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
-    """Compare the tensors of the donors' first blocks, names, shapes and types."""
+    """Compare the tensors of the donors' blocks, names, shapes and types: the first of each kind that both have."""
     if first.config["model_type"] != other.config["model_type"]:
         return []
-    described = [
-        {canonical: checkpoint.tensors[name] for canonical, name in checkpoint.by_role["block", 0].items()} for checkpoint in (first, other)
-    ]
+    firsts = [_first_of_kind(donor) for donor in (first, other)]
     told = []
-    for canonical in sorted(set(described[0]) | set(described[1])):
-        a, b = (tensors.get(canonical) for tensors in described)
-        if a is None or b is None:
-            told.append(f"{canonical.format(0)}: only in {first.name if a else other.name}")
-        elif a.shape != b.shape:
-            told.append(f"{canonical.format(0)}: shapes {list(a.shape)} and {list(b.shape)}")
-        elif a.dtype != b.dtype:
-            told.append(f"{canonical.format(0)}: types {a.dtype} and {b.dtype}")
+    for kind in (kind for kind in firsts[0] if kind in firsts[1]):
+        indices = [own[kind] for own in firsts]
+        described = [
+            {canonical: donor.tensors[name] for canonical, name in donor.by_role["block", index].items()}
+            for donor, index in zip((first, other), indices, strict=True)
+        ]
+        for canonical in sorted(set(described[0]) | set(described[1])):
+            a, b = (tensors.get(canonical) for tensors in described)
+            if a is None or b is None:
+                told.append(f"{canonical.format(indices[0 if a else 1])}: only in {first.name if a else other.name}")
+            elif a.shape != b.shape:
+                told.append(f"{canonical.format(indices[0])}: shapes {list(a.shape)} and {list(b.shape)}")
+            elif a.dtype != b.dtype:
+                told.append(f"{canonical.format(indices[0])}: types {a.dtype} and {b.dtype}")
     return told
+
+
+def _first_of_kind(donor: Checkpoint) -> dict[tuple, int]:
+    return {block_kind(donor.config, index): index for index in reversed(range(donor.blocks))}
 
 
 def untied(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> bool:

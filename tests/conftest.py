@@ -13,6 +13,15 @@ DEMO = Path(__file__).resolve().parents[1] / "frankenmerge" / "demo"
 VOCABULARY = 48
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 
+TINY = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8},
+}
+"""What else makes a donor of a family small, where its own defaults are large."""
+
 
 def write_tokenizer(folder: Path) -> None:
     """A tokenizer of single letters; id 0 begins a document."""
@@ -33,7 +42,8 @@ def write_donor(folder: Path, family: str = "llama", seed: int = 0, shard: str =
 
     shape = {"n_embd": 16, "n_layer": 4, "n_head": 4, "n_positions": 64} if family == "gpt2" else SMALL | {"max_position_embeddings": 64}
     config = AutoConfig.for_model(
-        family, **(shape | {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0} | changes)
+        family,
+        **(shape | TINY.get(family, {}) | {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0} | changes),
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)

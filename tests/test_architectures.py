@@ -2,8 +2,10 @@
 
 import pytest
 
-from frankenmerge.architectures import FAMILIES, architecture_of, differences, head_width, is_tied, quantity, rope, spliced_config
+from frankenmerge.architectures import differences, head_width, is_tied, quantity, rope, spliced_config
 from frankenmerge.errors import FrankenmergeError
+from frankenmerge.families import FAMILIES
+from frankenmerge.inferred import architecture_of
 
 LLAMA = {
     "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
@@ -71,7 +73,7 @@ def test_a_name_of_no_role_is_refused(family, name):
 @pytest.mark.parametrize("family", ["mamba", None, 3, ["llama"], {}])
 def test_an_unknown_family_is_refused_and_the_known_ones_are_named(family):
     with pytest.raises(FrankenmergeError, match="gpt2, gpt_neox, llama"):
-        architecture_of({"model_type": family}, "config.json")
+        architecture_of({"model_type": family}, {}, "config.json")
 
 
 # Sizes
@@ -152,8 +154,11 @@ def test_another_family_is_the_only_reason():
     assert reasons(LLAMA, GPT2) == ["family: llama and gpt2 compute differently"]
 
 
-def test_another_window_is_a_reason():
-    assert reasons(QWEN, QWEN | {"sliding_window": 16}) == ["sliding_window: 8 and 16"]
+def test_another_window_is_a_reason_where_a_block_has_one():
+    limited = QWEN | {"max_window_layers": 3}
+    assert reasons(limited, limited | {"sliding_window": 16}) == ["sliding_window: 8 and 16"]
+    assert reasons(limited, QWEN) == ["sliding_window: 8 and None"]
+    assert reasons(QWEN, QWEN | {"sliding_window": 16}) == []
 
 
 @pytest.mark.parametrize("family", ["mistral", "phi3"])
@@ -221,6 +226,29 @@ PUBLISHED = {
     "gpt_neox": {key: value for key, value in LLAMA.items() if key not in ("rms_norm_eps", "num_key_value_heads")}
     | {"model_type": "gpt_neox", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25},
     "gpt2": GPT2 | {"n_ctx": 128, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"},
+    "mixtral": LLAMA
+    | {"model_type": "mixtral", "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None, "num_local_experts": 4}
+    | {"num_experts_per_tok": 2, "output_router_logits": False, "router_aux_loss_coef": 0.02},
+    "qwen3_moe": LLAMA
+    | {"model_type": "qwen3_moe", "rope_theta": 1000000.0, "head_dim": 32, "sliding_window": None, "use_sliding_window": False}
+    | {"max_window_layers": 4, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_experts": 4, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 16, "norm_topk_prob": True, "rope_scaling": None, "attention_bias": False},
+    "gemma2": {key: value for key, value in LLAMA.items() if key != "hidden_act"}
+    | {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 32}
+    | {"query_pre_attn_scalar": 224, "sliding_window": 64, "sliding_window_size": 64, "attn_logit_softcapping": 50.0}
+    | {"final_logit_softcapping": 30.0, "rope_theta": 10000.0, "cache_implementation": "hybrid"},
+    "gemma3_text": {key: value for key, value in LLAMA.items() if key != "hidden_act"}
+    | {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 32, "query_pre_attn_scalar": 256}
+    | {"sliding_window": 64, "sliding_window_pattern": 6, "rope_theta": 1000000, "rope_local_base_freq": 10000}
+    | {"rope_scaling": None, "attn_logit_softcapping": None, "final_logit_softcapping": None, "cache_implementation": "hybrid"},
+    "smollm3": LLAMA
+    | {"model_type": "smollm3", "rope_theta": 5000000.0, "rope_scaling": None, "no_rope_layer_interval": 4, "sliding_window": None}
+    | {"no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4, "use_sliding_window": False, "max_window_layers": 28},
+    "cohere2": {key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}
+    | {"model_type": "cohere2", "layer_norm_eps": 1e-5, "logit_scale": 0.25, "rope_theta": 50000, "rotary_pct": 1.0, "head_dim": 16}
+    | {"sliding_window": 64, "sliding_window_pattern": 4, "layer_switch": 4, "order_of_interleaved_layers": "local_attn_first"},
+    "stablelm": {key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}
+    | {"model_type": "stablelm", "layer_norm_eps": 1e-5, "rope_theta": 10000, "partial_rotary_factor": 0.25, "use_qkv_bias": True},
 }  # fmt: skip
 """Configs in the fields that published checkpoints of each family have."""
 
@@ -258,8 +286,3 @@ def test_splicing_configs_leaves_the_donors_configs_alone():
 
 def test_blocks_are_counted_in_the_familys_own_field():
     assert spliced_config(GPT2, [(GPT2, 0)] * 7, tied=True) == GPT2 | {"n_layer": 7, "tie_word_embeddings": True}
-
-
-def test_a_list_for_each_block_on_one_side_only_is_a_reason():
-    listed = QWEN | {"layer_types": ["full_attention", "sliding_attention"] * 2}
-    assert any(reason.startswith("layer_types: ") for reason in reasons(listed, QWEN))

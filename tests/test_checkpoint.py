@@ -372,7 +372,6 @@ def test_a_config_that_is_no_object_is_refused(donors, tmp_path, content):
         ("num_attention_heads", -1),
         ("vocab_size", [48]),
         ("layer_types", ["full_attention"] * 3),
-        ("use_sliding_window", True),
     ],
 )
 def test_a_config_of_impossible_values_is_refused(donors, tmp_path, key, value):

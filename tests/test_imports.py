@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    {"__init__", "errors", "architectures"},
+    {"__init__", "errors", "families", "architectures", "inferred"},
     {"atlas", "alignment", "recipe", "splice", "files", "models", "checkpoint", "blockwise", "processes"},
     STAGES := {"analysis", "planning", "merging", "evaluation", "reporting"},
     {"demo"},

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from frankenmerge.analysis.decode import Decoder, artefact_share, decode_hidden, decoder_of, embedding_table
 from frankenmerge.analysis.descent import Optimizer, descend, frozen
 from frankenmerge.analysis.specs import FeatureSpec, check_features
-from frankenmerge.architectures import FAMILIES
 from frankenmerge.errors import fail
 from frankenmerge.models import Site, block_outputs, blocks_of, embedding_of, forward
 
@@ -136,7 +135,7 @@ def start_tokens(model: PreTrainedModel, tokens: int, start: Sequence[int] | Non
 
 def check_length(model: PreTrainedModel, tokens: int) -> None:
     """Raise FrankenmergeError for an input of no tokens, or of more than the model has positions for."""
-    longest = getattr(model.config, FAMILIES[model.config.model_type].keys.positions)
+    longest = model.config.max_position_embeddings
     if not 1 <= tokens <= longest:
         raise fail("tokens", f"1 to {longest}", str(tokens), "search for an input that the model has positions for")
 

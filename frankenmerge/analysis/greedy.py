@@ -19,7 +19,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from frankenmerge.analysis.features import Feature, check_features
 from frankenmerge.analysis.ranking import merge, pack, unpack
-from frankenmerge.architectures import FAMILIES
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.models import Site, block_outputs, blocks_of, embedding_of, forward
 
@@ -244,7 +243,7 @@ def _check(model: PreTrainedModel, features: Sequence[Feature], n: int, beam: in
     faults = [Fault(name, "at least 1", str(count), "ask for more") for name, count in counts.items() if count < 1]
     if unknown := [token for token in start if not 0 <= token < vocabulary]:
         faults.append(Fault("start", f"token ids in 0..{vocabulary - 1}", str(unknown), "use the donor's own tokens"))
-    longest = getattr(model.config, FAMILIES[model.config.model_type].keys.positions)
+    longest = model.config.max_position_embeddings
     if len(start) + n > longest:
         faults.append(Fault("start and n", f"at most {longest} tokens in all", str(len(start) + n), "ask for fewer tokens"))
     raise_all(faults)

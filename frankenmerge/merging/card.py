@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from frankenmerge.architectures import FAMILIES
+from frankenmerge.architectures import quantity
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.recipe import Recipe
 
@@ -22,7 +22,7 @@ def model_card(recipe: Recipe, donors: Mapping[str, Checkpoint], config: Mapping
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# A frankenmodel of {config[FAMILIES[config["model_type"]].keys.blocks]} blocks
+# A frankenmodel of {quantity(config, "blocks")} blocks
 
 Made by stacking blocks of other models, their weights unchanged. It has not been trained since; measure it before you use it.
 
