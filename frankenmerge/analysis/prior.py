@@ -30,8 +30,8 @@ from transformers import PreTrainedModel
 
 from frankenmerge.analysis.decode import embedding_table
 from frankenmerge.analysis.descent import frozen
+from frankenmerge.analysis.features import Feature, check_features
 from frankenmerge.analysis.gradient import check_length, feature_batches, feature_loss
-from frankenmerge.analysis.specs import FeatureSpec, check_features
 from frankenmerge.models import Site, block_outputs, blocks_of
 
 STEP = 0.1
@@ -44,7 +44,6 @@ TEMPERATURES = (0.1, 0.01)
 class PriorResult:
     """The inputs that the search with a softmax prior found, one a feature."""
 
-    features: tuple[FeatureSpec, ...]
     tokens: Tensor
     """The token of the largest weight, `[n, s]`."""
     gap: Tensor
@@ -55,7 +54,7 @@ class PriorResult:
 
 def prior_search(
     model: PreTrainedModel,
-    features: Sequence[FeatureSpec],
+    features: Sequence[Feature],
     *,
     tokens: int = 5,
     steps: int = 60,
@@ -98,7 +97,6 @@ def prior_search(
         losses.append(lost)
         progress(len(chunk))
     return PriorResult(
-        features=tuple(features),
         tokens=torch.cat([best.indices for best in found])[back].cpu(),
         gap=1 - torch.cat([best.values for best in found])[back].cpu(),
         losses=torch.cat(losses, dim=1)[:, back].cpu(),

@@ -1,6 +1,6 @@
 import pytest
 
-from frankenmerge.analysis.specs import FeatureSpec, check_features, parse_features
+from frankenmerge.analysis.features import Feature, check_features, check_single, parse_features
 from frankenmerge.errors import FrankenmergeError
 
 ALL = range(16)
@@ -9,14 +9,14 @@ ALL = range(16)
 @pytest.mark.parametrize(
     ("notation", "expected"),
     [
-        ("[:, :, 3]", [FeatureSpec(2, range(3, 4))]),
-        ("[:,:,0-2]", [FeatureSpec(2, range(f, f + 1)) for f in range(3)]),
-        ("[:, :, 0:4]", [FeatureSpec(2, range(0, 4))]),
-        ("[:, 1, 7]", [FeatureSpec(2, range(7, 8), range(1, 2))]),
-        ("[:, 0 - 1, 7]", [FeatureSpec(2, range(7, 8), range(t, t + 1)) for t in range(2)]),
-        ("[:, 0:2, :]", [FeatureSpec(2, ALL, range(0, 2))]),
-        ("[:, 0-1, 2-3]", [FeatureSpec(2, range(f, f + 1), range(t, t + 1)) for t in (0, 1) for f in (2, 3)]),
-        (" [ :, :, : ] ", [FeatureSpec(2, ALL)]),
+        ("[:, :, 3]", [Feature(2, range(3, 4))]),
+        ("[:,:,0-2]", [Feature(2, range(f, f + 1)) for f in range(3)]),
+        ("[:, :, 0:4]", [Feature(2, range(0, 4))]),
+        ("[:, 1, 7]", [Feature(2, range(7, 8), range(1, 2))]),
+        ("[:, 0 - 1, 7]", [Feature(2, range(7, 8), range(t, t + 1)) for t in range(2)]),
+        ("[:, 0:2, :]", [Feature(2, ALL, range(0, 2))]),
+        ("[:, 0-1, 2-3]", [Feature(2, range(f, f + 1), range(t, t + 1)) for t in (0, 1) for f in (2, 3)]),
+        (" [ :, :, : ] ", [Feature(2, ALL)]),
     ],
 )
 def test_notation(notation, expected):
@@ -41,10 +41,10 @@ def test_written_as_read(notation):
 
 def test_every_impossible_feature_is_told_at_once():
     features = [
-        FeatureSpec(5, range(0, 1)),
-        FeatureSpec(1, range(14, 17)),
-        FeatureSpec(1, range(3), range(4, 6)),
-        FeatureSpec(4, ALL, range(5)),
+        Feature(5, range(0, 1)),
+        Feature(1, range(14, 17)),
+        Feature(1, range(3), range(4, 6)),
+        Feature(4, ALL, range(5)),
     ]
     with pytest.raises(FrankenmergeError) as caught:
         check_features(features, blocks=4, width=16, tokens=5)
@@ -57,3 +57,17 @@ def test_every_impossible_feature_is_told_at_once():
 def test_no_features_are_a_mistake():
     with pytest.raises(FrankenmergeError, match="at least one"):
         check_features([], blocks=4, width=16, tokens=5)
+
+
+def test_a_feature_of_one_neuron():
+    feature = Feature.of(2, 7)
+    assert (feature, feature.neuron, feature.notation) == (Feature(2, range(7, 8)), 7, "[:, :, 7]")
+
+
+def test_what_is_not_one_neuron_at_all_positions_is_told_with_the_reason():
+    features = [Feature.of(1, 3), Feature(1, range(2, 4)), Feature(2, range(5, 6), range(1, 2))]
+    check_single(features[:1], "because")
+    with pytest.raises(FrankenmergeError) as caught:
+        check_single(features, "because")
+    told = [(fault.place, fault.found, fault.remedy) for fault in caught.value.faults]
+    assert told == [("block 1 [:, :, 2:4]", "several neurons", "because"), ("block 2 [:, 1, 5]", "chosen positions", "because")]
