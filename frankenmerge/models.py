@@ -20,13 +20,14 @@ Site = Literal["block", "attention"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu", untrained: int | None = None) -> PreTrainedModel:
     """Load a checkpoint, ready to run.
 
     Args:
         checkpoint: what to load; only its safetensors are read and none of its code runs.
         dtype: `float32`, `bfloat16` or `float16`.
         device: a torch device, or `auto` to let accelerate spread the model over what there is.
+        untrained: take the config alone and draw the weights with this seed, see `untrained_model`; on the CPU for `auto`.
 
     Raises:
         FrankenmergeError: when the weights do not fill the model exactly.
@@ -38,6 +39,8 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise fail(f"device {device}", "a torch device that is there, or auto", str(error), "choose another --device") from error
+    if untrained is not None:
+        return untrained_model(checkpoint, untrained, device="cpu" if device == "auto" else device).to(DTYPES[dtype])
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
         dtype=DTYPES[dtype],

@@ -33,10 +33,12 @@ def token_texts(checkpoint: Checkpoint) -> list[str]:
 
 
 def analyze(
-    checkpoint: Checkpoint, *, k: int = TOP, dtype: str = "float32", device: str = "cpu", progress: Callable[[int], None] = lambda _: None
-) -> Atlas:
+    checkpoint: Checkpoint, *, k: int = TOP, untrained: int | None = None, dtype: str = "float32", device: str = "cpu",
+    progress: Callable[[int], None] = lambda _: None,
+) -> Atlas:  # fmt: skip
     """Search a donor's features, plain and behind BOS, and record its activations on the random probes.
 
+    With `untrained`, a seed, the donor is a random model of the same config: the control for what training brings about.
     `progress` is called with the number of inputs run since its last call; see `work` for their total.
 
     Raises:
@@ -45,13 +47,13 @@ def analyze(
     vocabulary = token_texts(checkpoint)
     if (positions := quantity(checkpoint.config, "positions") or LENGTH) < LENGTH:
         raise fail(checkpoint.name, f"a donor made for {LENGTH} positions, the length of a probe", str(positions), "use another donor")
-    model = load_model(checkpoint, dtype=dtype, device=device)
+    model = load_model(checkpoint, dtype=dtype, device=device, untrained=untrained)
     probes = random_probes(len(vocabulary))
     top = {context: complete_search(model, k=k, prefix=prefix, progress=progress) for context, prefix in _contexts(checkpoint).items()}
     activations = probe_activations(model, probes, progress)
     scale = np.maximum(np.abs(activations).max(axis=1), np.finfo(np.float32).tiny)
     return Atlas(
-        donor=checkpoint.name,
+        donor=_name(checkpoint, untrained),
         fingerprint=checkpoint.fingerprint,
         top=top,
         probes=(activations / scale[:, None]).astype(np.float16),
@@ -63,6 +65,7 @@ def analyze(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
             "dtype": dtype,
+            "untrained": untrained,
             "k": k,
             "probes": {"shape": list(probes.shape), "sha256": probe_hash(probes), "seed": SEED},
             "tokenizer": checkpoint.tokenizer_hash,
@@ -71,16 +74,18 @@ def analyze(
 
 
 def cached_analyze(
-    checkpoint: Checkpoint, *, cache: Path, dtype: str = "float32", device: str = "cpu", progress: Callable[[int], None] = lambda _: None
-) -> Atlas:
+    checkpoint: Checkpoint, *, cache: Path, untrained: int | None = None, dtype: str = "float32", device: str = "cpu",
+    progress: Callable[[int], None] = lambda _: None,
+) -> Atlas:  # fmt: skip
     """Return the donor's atlas from the folder `cache`, or analyze the donor and keep the atlas there.
 
-    The fingerprint, the tokenizer, the dtype and the versions that could change a value are part of the key.
+    The fingerprint, the tokenizer, the dtype, the seed of random weights and the versions that could change a value are part of the key.
     """
     key = [
         checkpoint.fingerprint,
         checkpoint.tokenizer_hash,
         dtype,
+        untrained,
         TOP,
         frankenmerge.__version__,
         torch.__version__,
@@ -88,10 +93,14 @@ def cached_analyze(
     ]
     path = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}{SUFFIX}"
     if path.exists():
-        return replace(load_atlas(path), donor=checkpoint.name)
-    atlas = analyze(checkpoint, dtype=dtype, device=device, progress=progress)
+        return replace(load_atlas(path), donor=_name(checkpoint, untrained))
+    atlas = analyze(checkpoint, untrained=untrained, dtype=dtype, device=device, progress=progress)
     save_atlas(atlas, path)
     return atlas
+
+
+def _name(checkpoint: Checkpoint, untrained: int | None) -> str:
+    return checkpoint.name if untrained is None else f"{checkpoint.name}, random weights (seed {untrained})"
 
 
 def _contexts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
