@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,7 @@ def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete
             "frankenmerge": frankenmerge.__version__,
             "context": context,
             "method": method,
+            "searched": None if method == "complete" else _told(a, b, method),
             "shared_neurons": width,
             "null_seed": 0,
             "atlases": [a.provenance, b.provenance],
@@ -82,6 +84,11 @@ def _input_faults(a: Atlas, b: Atlas, method: str) -> list[Fault]:
     if len(shared) < 2:
         faults.append(Fault(place, "at least two neurons searched in both, for the null", f"{len(shared)}", remedy))
     return faults
+
+
+def _told(a: Atlas, b: Atlas, method: str) -> dict[str, Any]:
+    neurons = np.intersect1d(a.inputs[method].neurons, b.inputs[method].neurons)
+    return {"neurons": neurons.tolist(), "tokens": a.inputs[method].tokens.shape[2]}
 
 
 def input_agreement(a: Atlas, b: Atlas, method: str, width: int) -> Score:

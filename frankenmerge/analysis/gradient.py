@@ -49,7 +49,7 @@ class GradientResult:
     excluded: tuple[int, ...]
     """Tokens that nothing decodes to, because their own embedding does not."""
     artefact_share: float | None
-    """Over the features of one neuron: the share of tokens whose id is the neuron's index. None without such features."""
+    """Over the features of one neuron at all positions: the share of tokens whose id is the neuron's index. None without such features."""
 
     @property
     def artefact(self) -> bool:
@@ -185,5 +185,5 @@ def _decoded(embeddings: Tensor, table: Tensor, decode: Decode, decoder: Decoder
 
 
 def _artefact_share(features: Sequence[Feature], tokens: Tensor) -> float | None:
-    single = [index for index, feature in enumerate(features) if len(feature.neurons) == 1]
+    single = [index for index, feature in enumerate(features) if len(feature.neurons) == 1 and feature.positions is None]
     return artefact_share(tokens[single], [features[index].neurons.start for index in single]) if single else None
