@@ -29,7 +29,9 @@ def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete
     Raises:
         FrankenmergeError: for atlases that cannot be compared.
     """
-    raise_all([*_faults(a, b, context), *(_input_faults(a, b, method) if method != "complete" else [])])
+    check_comparable(a, b, context)
+    if method != "complete":
+        raise_all(_input_faults(a, b, method))
     width = min(a.width, b.width)
     scores = {name: score(a, b, context, width) for name, score in sorted(SCORES.items())}
     if method != "complete":
@@ -53,7 +55,8 @@ def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete
     )
 
 
-def _faults(a: Atlas, b: Atlas, context: str) -> list[Fault]:
+def check_comparable(a: Atlas, b: Atlas, context: str = "plain") -> None:
+    """Raise FrankenmergeError, with every fault, for atlases of different vocabularies or probes, or without the context."""
     place = f"{a.donor} | {b.donor}"
     faults = []
     if a.vocabulary != b.vocabulary:
@@ -65,16 +68,19 @@ def _faults(a: Atlas, b: Atlas, context: str) -> list[Fault]:
         if context not in atlas.top:
             remedy = "use another context, or a donor whose config.json names a bos_token_id"
             faults.append(Fault(atlas.donor, f"an atlas with the context {context!r}", ", ".join(atlas.top), remedy))
-    return faults
+    raise_all(faults)
+
+
+def missing_inputs(atlas: Atlas, method: str) -> list[Fault]:
+    """Tell, as a fault, that an atlas does not hold the inputs of a method."""
+    if method in atlas.inputs:
+        return []
+    remedy = f"frankenmerge analyze DONOR --method {method} -o NAME.atlas.safetensors, or give the donor itself"
+    return [Fault(atlas.donor, f"an atlas with the inputs of a {method} search", ", ".join(atlas.inputs) or "none", remedy)]
 
 
 def _input_faults(a: Atlas, b: Atlas, method: str) -> list[Fault]:
-    faults = []
-    for atlas in (a, b):
-        if method not in atlas.inputs:
-            remedy = f"frankenmerge analyze DONOR --method {method} -o NAME.atlas.safetensors, or give the donor itself"
-            faults.append(Fault(atlas.donor, f"an atlas with the inputs of a {method} search", ", ".join(atlas.inputs) or "none", remedy))
-    if faults:
+    if faults := [*missing_inputs(a, method), *missing_inputs(b, method)]:
         return faults
     place, remedy = f"{a.donor} | {b.donor}: {method}", "search both with the same --neurons and --tokens"
     one, other = (atlas.inputs[method] for atlas in (a, b))

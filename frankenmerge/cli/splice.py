@@ -18,7 +18,7 @@ from frankenmerge.cli.console import (
     table,
 )
 from frankenmerge.cli.donors import MEANT_FOR, How, add_inputs, atlas_of, method_option, neurons_option, tokens_option
-from frankenmerge.errors import fail
+from frankenmerge.errors import fail, raise_all
 
 SHOWN = {
     "complete": ("jaccard", "Agreement on the 10 most exciting tokens (Jaccard)"),
@@ -99,9 +99,13 @@ def _with_same_inputs(
     names: tuple[str, str], atlases: list, how: How, method: str, neurons: list[int] | None, tokens: int | None
 ) -> list:  # fmt: skip
     """The atlases, those of donors with inputs for the same neurons and as many tokens as a given atlas has, if one is given."""
+    from frankenmerge.analysis.align import check_comparable, missing_inputs
     from frankenmerge.analysis.inputs import even_neurons
 
-    made = [atlas.inputs[method] for name, atlas in zip(names, atlases, strict=True) if Path(name).is_file() and method in atlas.inputs]
+    check_comparable(*atlases)  # before a search that may take hours
+    given = [atlas for name, atlas in zip(names, atlases, strict=True) if Path(name).is_file()]
+    raise_all(fault for atlas in given for fault in missing_inputs(atlas, method))
+    made = [atlas.inputs[method] for atlas in given]
     if made and (neurons or tokens):
         told = f"{len(made[0].neurons)} neurons, {made[0].tokens.shape[2]} tokens"
         raise fail("--neurons, --tokens", "the ones that the atlas was made with", f"others beside an atlas ({told})", "leave them out")
