@@ -41,15 +41,12 @@ def numbers(_context: Any, parameter: click.Parameter, value: str | None) -> lis
 
 def refuse_others(context: click.Context, method: str, meant_for: dict[str, tuple[str, ...]]) -> None:
     """Raise FrankenmergeError for options that were given and mean nothing to a method; `meant_for` tells the methods of each."""
-    given = [
-        name for name, methods in meant_for.items()
-        if method not in methods and context.get_parameter_source(name) is not ParameterSource.DEFAULT
-    ]  # fmt: skip
     raise_all(
-        Fault(f"--{name.replace('_', '-')}", f"--method {' or '.join(meant_for[name])}", f"--method {method}",
-              "leave the option out, or choose another method")
-        for name in given
-    )  # fmt: skip
+        Fault(option.opts[0], f"--method {' or '.join(methods)}", f"--method {method}", "leave the option out, or choose another method")
+        for option in context.command.params
+        if method not in (methods := meant_for.get(option.name or "", (method,)))
+        and context.get_parameter_source(option.name or "") is not ParameterSource.DEFAULT
+    )
 
 
 def out() -> Console:
