@@ -40,7 +40,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
         except (RuntimeError, AssertionError) as error:
             raise fail(f"device {device}", "a torch device that is there, or auto", str(error), "choose another --device") from error
     if untrained is not None:
-        return untrained_model(checkpoint, untrained, device="cpu" if device == "auto" else device).to(DTYPES[dtype])
+        return untrained_model(checkpoint, untrained, device="cpu" if device == "auto" else device).to(dtype=DTYPES[dtype])
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
         dtype=DTYPES[dtype],

@@ -28,7 +28,7 @@ neurons_option = click.option(
     "--neurons", callback=numbers, help="Which neurons, such as 0-3 or 1,4,8 (greedy and gradient). [default: 16, evenly spaced]"
 )
 tokens_option = click.option("--tokens", type=click.IntRange(1), help="Tokens of an input (greedy and gradient). [default: 4]")
-MEANT_FOR = dict.fromkeys(("neurons", "tokens"), INPUT_METHODS)
+MEANT_FOR: dict[str, tuple[str, ...]] = dict.fromkeys(("neurons", "tokens"), INPUT_METHODS)
 
 
 @click.command()

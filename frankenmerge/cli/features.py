@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from frankenmerge.cli.console import (
     device_option,
@@ -98,7 +99,7 @@ def features(
     from frankenmerge.models import load_model
 
     refuse_others(context, method, MEANT_FOR)
-    if neurons and context.get_parameter_source("notation") is not click.core.ParameterSource.DEFAULT:
+    if neurons and context.get_parameter_source("notation") is not ParameterSource.DEFAULT:
         raise fail("--neurons", "one of --neurons and --features", "both", "write all of it in --features")
     checkpoint = open_checkpoint(donor, download=download)
     layers = layers or sorted({1, *(max(1, checkpoint.blocks * quarter // 4) for quarter in range(1, 5))})
