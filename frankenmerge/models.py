@@ -40,7 +40,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
         except (RuntimeError, AssertionError) as error:
             raise fail(f"device {device}", "a torch device that is there, or auto", str(error), "choose another --device") from error
     if untrained is not None:
-        return untrained_model(checkpoint, untrained, device="cpu" if device == "auto" else device).to(dtype=DTYPES[dtype])
+        return untrained_model(checkpoint, untrained, dtype=dtype, device="cpu" if device == "auto" else device)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
         dtype=DTYPES[dtype],
@@ -59,19 +59,20 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
     return model.eval()
 
 
-def untrained_model(checkpoint: Checkpoint, seed: int, *, device: str = "cpu") -> PreTrainedModel:
-    """A model of the checkpoint's config with random weights, float32: the control for what training brings about.
+def untrained_model(checkpoint: Checkpoint, seed: int, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """A model of the checkpoint's config with random weights: the control for what training brings about.
 
     Args:
         checkpoint: whose config to take; no weight is read.
         seed: draws the weights.
+        dtype: what the weights, drawn in float32, are rounded to.
         device: a torch device.
     """
     config = AutoConfig.for_model(**checkpoint.config)
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device, DTYPES[dtype]).eval()
     finally:
         torch.set_rng_state(state)
 
