@@ -73,28 +73,29 @@ def parse_features(notation: str, block: int, width: int) -> list[Feature]:
 def check_features(features: Sequence[Feature], *, blocks: int, width: int, tokens: int) -> None:
     """Raise FrankenmergeError, with every fault, for features that a model or an input of these sizes does not have, or none."""
     faults = [] if features else [Fault("features", "at least one", "none", "name a block and a neuron")]
-    for feature in dict.fromkeys(features):
-        faults += _outside(feature, "block", range(feature.block, feature.block + 1), blocks + 1, "choose a block the model has")
-        faults += _outside(feature, "neuron", feature.neurons, width, "choose a neuron of the residual stream")
+    for feature in features:
+        block = range(feature.block, feature.block + 1)
+        faults += _outside("features: block", block, blocks + 1, "choose a block the model has")
+        faults += _outside(f"{feature.notation}: neuron", feature.neurons, width, "choose a neuron of the residual stream")
         positions = range(tokens) if feature.positions is None else feature.positions
-        faults += _outside(feature, "position", positions, tokens, "search for more tokens, or choose an earlier position")
-    raise_all(faults)
+        faults += _outside(f"{feature.notation}: position", positions, tokens, "search for more tokens, or choose an earlier position")
+    raise_all(dict.fromkeys(faults))
 
 
 def check_single(features: Sequence[Feature], why: str) -> None:
     """Raise FrankenmergeError, with every fault, for features that are not of one neuron at all positions; `why` tells the reason."""
     expected = "one neuron at all positions, such as `[:, :, 3]`"
     raise_all(
-        Fault(str(feature), expected, "several neurons" if len(feature.neurons) > 1 else "chosen positions", why)
-        for feature in dict.fromkeys(features)
-        if len(feature.neurons) > 1 or feature.positions is not None
+        Fault(notation, expected, "several neurons" if several else "chosen positions", why)
+        for notation, several, positions in dict.fromkeys((f.notation, len(f.neurons) > 1, f.positions) for f in features)
+        if several or positions is not None
     )
 
 
-def _outside(feature: Feature, what: str, chosen: range, size: int, remedy: str) -> list[Fault]:
+def _outside(place: str, chosen: range, size: int, remedy: str) -> list[Fault]:
     if chosen and min(chosen) >= 0 and max(chosen) < size:
         return []
-    return [Fault(f"{feature}: {what}", f"within 0 to {size - 1}", _slice(chosen) if chosen else "none", remedy)]
+    return [Fault(place, f"within 0 to {size - 1}", _slice(chosen) if chosen else "none", remedy)]
 
 
 def _ranges(part: str) -> list[range]:

@@ -21,8 +21,10 @@ token (a standard error of about 0.05), and how far `a` is from one-hot:
 | embedding gradient, no prior: descent | 0.5 to 0.4 | 0.65, 0.53, 0.49 | - |
 | embedding gradient, no prior: Adam | 0.1 | 0.71, 0.59, 0.45 | - |
 
-A temperature makes `a` one-hot and about doubles the excitement; between the settings that do, the differences are noise. The
-prior does not pay for itself: the plain embedding gradient leaves the neuron as excited or more.
+A temperature makes `a` one-hot and raises the excitement; between the settings that do, the differences are hardly more than
+noise. Whether the prior pays depends on the donor: on this one the embedding gradient does as well or better, on the demo's `gpt2`
+(blocks 1, 3, 6) the default reaches 0.92, 0.87, 0.86, as printed (temperature 1) 0.90 to 0.92, 0.79 to 0.84, 0.73 to 0.81, and the
+embedding gradient 0.49, 0.41, 0.36.
 """
 
 import math

@@ -44,6 +44,7 @@ def test_every_impossible_feature_is_told_at_once():
         Feature(5, range(0, 1)),
         Feature(1, range(14, 17)),
         Feature(1, range(3), range(4, 6)),
+        Feature(2, range(14, 17)),
         Feature(4, ALL, range(5)),
     ]
     with pytest.raises(FrankenmergeError) as caught:
@@ -65,9 +66,9 @@ def test_a_feature_of_one_neuron():
 
 
 def test_what_is_not_one_neuron_at_all_positions_is_told_with_the_reason():
-    features = [Feature.of(1, 3), Feature(1, range(2, 4)), Feature(2, range(5, 6), range(1, 2))]
+    features = [Feature.of(1, 3), Feature(1, range(2, 4)), Feature(2, range(2, 4)), Feature(2, range(5, 6), range(1, 2))]
     check_single(features[:1], "because")
     with pytest.raises(FrankenmergeError) as caught:
         check_single(features, "because")
     told = [(fault.place, fault.found, fault.remedy) for fault in caught.value.faults]
-    assert told == [("block 1 [:, :, 2:4]", "several neurons", "because"), ("block 2 [:, 1, 5]", "chosen positions", "because")]
+    assert told == [("[:, :, 2:4]", "several neurons", "because"), ("[:, 1, 5]", "chosen positions", "because")]
