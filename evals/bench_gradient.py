@@ -15,8 +15,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from frankenmerge.analysis.decode import decoder_of, embedding_table
+from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
-from frankenmerge.analysis.specs import FeatureSpec
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.models import blocks_of, load_model
 
@@ -46,7 +46,7 @@ def random_model() -> PreTrainedModel:
 
 def gradient(model: PreTrainedModel, *, features: int = 64, steps: int = 10, repeats: int = 3) -> dict[str, float]:
     """Seconds for all features in one batch and one at a time, five tokens each, and how far the results lie apart."""
-    wanted = [FeatureSpec(len(blocks_of(model)), range(neuron, neuron + 1)) for neuron in range(features)]
+    wanted = [Feature.of(len(blocks_of(model)), neuron) for neuron in range(features)]
     decoder = decoder_of(embedding_table(model), excluded=None)
     found = {}
 

@@ -31,7 +31,7 @@ FEATURES, LENGTH, CANDIDATES, SEED = 64, 4, 64, 0
 def random_features(model: PreTrainedModel, count: int) -> list[Feature]:
     generator = random.Random(SEED)
     blocks, width = len(blocks_of(model)), embedding_of(model).shape[1]
-    return [Feature(generator.randint(1, blocks), generator.randrange(width)) for _ in range(count)]
+    return [Feature.of(generator.randint(1, blocks), generator.randrange(width)) for _ in range(count)]
 
 
 @torch.no_grad()

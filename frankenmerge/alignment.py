@@ -22,7 +22,7 @@ class Score(NamedTuple):
     nulls: dict[str, np.ndarray]
     """Matrices of the same shape by name: the score expected under each null."""
     detail: np.ndarray
-    """`[l_a+1, l_b+1, d]` float16: the score of every shared neuron."""
+    """`[l_a+1, l_b+1, d]` float16: the score of every shared neuron; not a number where a search left it out."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,15 @@ class TopTokens(NamedTuple):
     """Their activations `[l+1, d, k]`, float32."""
 
 
+class Inputs(NamedTuple):
+    """The inputs of several tokens that excite some neurons of every block."""
+
+    neurons: np.ndarray
+    """Which neurons were searched `[m]`, int32."""
+    tokens: np.ndarray
+    """Token ids `[l+1, m, n]`, int32: the `n` tokens found for each of them in every block."""
+
+
 @dataclass(frozen=True)
 class Atlas:
     """One donor's features and its activations on the probes every donor is shown."""
@@ -40,6 +49,8 @@ class Atlas:
     """The text of every token."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions, dtype, seed, probe hash, tokenizer hash."""
+    inputs: dict[str, Inputs] = field(default_factory=dict)
+    """What other searches found, by method: `greedy`, `gradient`."""
 
     @property
     def blocks(self) -> int:
@@ -61,8 +72,11 @@ def save_atlas(atlas: Atlas, path: Path) -> None:
     arrays = {"probes": atlas.probes, "probe_scale": atlas.probe_scale}
     for context, top in atlas.top.items():
         arrays |= {f"{context}.tokens": top.tokens, f"{context}.values": top.values}
+    for method, inputs in atlas.inputs.items():
+        arrays |= {f"inputs.{method}.neurons": inputs.neurons, f"inputs.{method}.tokens": inputs.tokens}
     arrays["vocabulary"] = np.frombuffer(json.dumps(atlas.vocabulary).encode(), dtype=np.uint8)
-    told = {"donor": atlas.donor, "fingerprint": atlas.fingerprint, "contexts": list(atlas.top), "provenance": atlas.provenance}
+    told = {"donor": atlas.donor, "fingerprint": atlas.fingerprint, "provenance": atlas.provenance}
+    told |= {"contexts": list(atlas.top), "inputs": list(atlas.inputs)}
     write_arrays(path, _KIND, arrays, told)
 
 
@@ -78,6 +92,10 @@ def load_atlas(path: Path) -> Atlas:
             probe_scale=arrays["probe_scale"],
             vocabulary=json.loads(arrays["vocabulary"].tobytes()),
             provenance=metadata["provenance"],
+            inputs={
+                method: Inputs(arrays[f"inputs.{method}.neurons"], arrays[f"inputs.{method}.tokens"])
+                for method in metadata.get("inputs", [])  # earlier atlases have none
+            },
         )
     except (KeyError, ValueError) as error:
         raise fail(str(path), "an atlas with all its parts", f"{error} missing or broken", "analyze the donor again") from error

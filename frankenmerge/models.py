@@ -27,6 +27,7 @@ def load_model(
     device: str = "cpu",
     max_memory: Mapping[int | str, str] | None = None,
     offload: Path | None = None,
+    untrained: int | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint, ready to run.
 
@@ -36,6 +37,7 @@ def load_model(
         device: a torch device, or `auto` to let accelerate spread the model over what there is.
         max_memory: with `auto`, how much of each device (`0`, `1`, ..., `cpu`) may be used, such as `20GiB`.
         offload: with `auto`, a folder for the weights that fit on no device; they are read at every pass.
+        untrained: take the config alone and draw the weights with this seed, see `untrained_model`; on the CPU for `auto`.
 
     Raises:
         FrankenmergeError: when the weights do not fill the model exactly, or do not fit.
@@ -46,6 +48,8 @@ def load_model(
         one_device(device)
         if max_memory or offload:
             raise fail(f"device {device}", "auto, where memory is shared out", device, "give --device auto as well")
+    if untrained is not None:
+        return untrained_model(checkpoint, untrained, dtype=dtype, device="cpu" if device == "auto" else device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
@@ -83,19 +87,20 @@ def one_device(device: str) -> torch.device:
         raise fail(f"device {device}", "a torch device that is there, or auto", str(error), "choose another --device") from error
 
 
-def untrained_model(checkpoint: Checkpoint, seed: int, *, device: str = "cpu") -> PreTrainedModel:
-    """A model of the checkpoint's config with random weights, float32: the control for what training brings about.
+def untrained_model(checkpoint: Checkpoint, seed: int, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """A model of the checkpoint's config with random weights: the control for what training brings about.
 
     Args:
         checkpoint: whose config to take; no weight is read.
         seed: draws the weights.
+        dtype: what the weights, drawn in float32, are rounded to.
         device: a torch device.
     """
     config = AutoConfig.for_model(**checkpoint.config)
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device, DTYPES[dtype]).eval()
     finally:
         torch.set_rng_state(state)
 

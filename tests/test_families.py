@@ -12,13 +12,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import changed, write_donor
+from frankenmerge.analysis.specs import FeatureSpec
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from frankenmerge.analysis.complete import complete_search
 from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import greedy_search
-from frankenmerge.analysis.specs import FeatureSpec
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.families import FAMILIES
 from frankenmerge.merging.writer import merge

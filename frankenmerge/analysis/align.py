@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 import frankenmerge
 from frankenmerge.alignment import Alignment, Score
+from frankenmerge.analysis.agreement import token_agreement
 from frankenmerge.atlas import Atlas
 from frankenmerge.errors import Fault, raise_all
 
@@ -14,7 +16,7 @@ NULL_SAMPLES = 1024
 """How many neurons, over all rounds, a permutation null is averaged over at least."""
 
 
-def align(a: Atlas, b: Atlas, *, context: str = "plain") -> Alignment:
+def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete") -> Alignment:
     """Score how A after `i` blocks and B after `j` agree, for every `i` and `j`.
 
     Args:
@@ -22,22 +24,30 @@ def align(a: Atlas, b: Atlas, *, context: str = "plain") -> Alignment:
         b: another's, with the same vocabulary and the same probes; its width may differ, then the indices that both have
             are compared.
         context: which complete search to compare, `plain` or `bos`.
+        method: `greedy` or `gradient` adds the score of that name, over the neurons for which both atlases hold such inputs.
 
     Raises:
         FrankenmergeError: for atlases that cannot be compared.
     """
-    raise_all(_faults(a, b, context))
+    check_comparable(a, b, context)
+    if method != "complete":
+        raise_all(_input_faults(a, b, method))
     width = min(a.width, b.width)
+    scores = {name: score(a, b, context, width) for name, score in sorted(SCORES.items())}
+    if method != "complete":
+        scores[method] = input_agreement(a, b, method, width)
     return Alignment(
         donors=(a.donor, b.donor),
         fingerprints=(a.fingerprint, b.fingerprint),
         widths=(a.width, b.width),
-        scores={name: score(a, b, context, width) for name, score in sorted(SCORES.items())},
+        scores=scores,
         tokens=(a.top[context].tokens, b.top[context].tokens),
         vocabulary=a.vocabulary,
         provenance={
             "frankenmerge": frankenmerge.__version__,
             "context": context,
+            "method": method,
+            "searched": None if method == "complete" else _told(a, b, method),
             "shared_neurons": width,
             "null_seed": 0,
             "atlases": [a.provenance, b.provenance],
@@ -45,7 +55,8 @@ def align(a: Atlas, b: Atlas, *, context: str = "plain") -> Alignment:
     )
 
 
-def _faults(a: Atlas, b: Atlas, context: str) -> list[Fault]:
+def check_comparable(a: Atlas, b: Atlas, context: str = "plain") -> None:
+    """Raise FrankenmergeError, with every fault, for atlases of different vocabularies or probes, or without the context."""
     place = f"{a.donor} | {b.donor}"
     faults = []
     if a.vocabulary != b.vocabulary:
@@ -57,32 +68,72 @@ def _faults(a: Atlas, b: Atlas, context: str) -> list[Fault]:
         if context not in atlas.top:
             remedy = "use another context, or a donor whose config.json names a bos_token_id"
             faults.append(Fault(atlas.donor, f"an atlas with the context {context!r}", ", ".join(atlas.top), remedy))
+    raise_all(faults)
+
+
+def missing_inputs(atlas: Atlas, method: str) -> list[Fault]:
+    """Tell, as a fault, that an atlas does not hold the inputs of a method."""
+    if method in atlas.inputs:
+        return []
+    remedy = f"frankenmerge analyze DONOR --method {method} -o NAME.atlas.safetensors, or give the donor itself"
+    return [Fault(atlas.donor, f"an atlas with the inputs of a {method} search", ", ".join(atlas.inputs) or "none", remedy)]
+
+
+def _input_faults(a: Atlas, b: Atlas, method: str) -> list[Fault]:
+    if faults := [*missing_inputs(a, method), *missing_inputs(b, method)]:
+        return faults
+    place, remedy = f"{a.donor} | {b.donor}: {method}", "search both with the same --neurons and --tokens"
+    one, other = (atlas.inputs[method] for atlas in (a, b))
+    shared = np.intersect1d(one.neurons, other.neurons)
+    if one.tokens.shape[2] != other.tokens.shape[2]:
+        faults.append(Fault(place, "inputs of one length", f"{one.tokens.shape[2]} and {other.tokens.shape[2]} tokens", remedy))
+    if len(shared) < 2:
+        faults.append(Fault(place, "at least two neurons searched in both, for the null", f"{len(shared)}", remedy))
     return faults
+
+
+def _told(a: Atlas, b: Atlas, method: str) -> dict[str, Any]:
+    neurons = np.intersect1d(a.inputs[method].neurons, b.inputs[method].neurons)
+    return {"neurons": neurons.tolist(), "tokens": a.inputs[method].tokens.shape[2]}
+
+
+def input_agreement(a: Atlas, b: Atlas, method: str, width: int) -> Score:
+    """Share of the searched neurons' positions with the same token; the detail of other neurons is not a number."""
+    one, other = a.inputs[method], b.inputs[method]
+    neurons, rows_a, rows_b = np.intersect1d(one.neurons, other.neurons, return_indices=True)
+    score = _agreement(one.tokens[:, rows_a], other.tokens[:, rows_b], len(a.vocabulary))
+    detail = np.full((*score.matrix.shape, width), np.nan, dtype=np.float16)
+    detail[:, :, neurons] = score.detail
+    return score._replace(detail=detail)
 
 
 def argmax_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """Share of neurons whose most exciting token is the same."""
-    return _token_score(a.top[context].tokens[:, :width, :1], b.top[context].tokens[:, :width, :1], len(a.vocabulary))
+    return _agreement(a.top[context].tokens[:, :width, :1], b.top[context].tokens[:, :width, :1], len(a.vocabulary))
+
+
+def _agreement(a: np.ndarray, b: np.ndarray, vocabulary: int) -> Score:
+    """Of tokens `[l_a, m, n]` and `[l_b, m, n]`. Both nulls are exact: whatever they are, relabelled tokens meet one time in `v`."""
+    found = token_agreement(a, b)
+    nulls = {"permuted_probes": np.full_like(found.permuted, 1 / vocabulary), "permuted_neurons": found.permuted}
+    return Score(found.matrix, nulls, found.detail.astype(np.float16))
 
 
 def top_jaccard(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """Mean over neurons of `|A & B| / |A | B|`, A and B the sets of the k most exciting tokens."""
     k = min(a.top[context].tokens.shape[2], b.top[context].tokens.shape[2])
-    return _token_score(a.top[context].tokens[:, :width, :k], b.top[context].tokens[:, :width, :k], len(a.vocabulary))
-
-
-def _token_score(a: np.ndarray, b: np.ndarray, vocabulary: int) -> Score:
-    detail = jaccard(a, b)
-    generator, rounds = np.random.default_rng(0), _rounds(a.shape[1])
+    tokens_a, tokens_b = a.top[context].tokens[:, :width, :k], b.top[context].tokens[:, :width, :k]
+    detail = jaccard(tokens_a, tokens_b)
+    generator, rounds = np.random.default_rng(0), _rounds(width)
 
     def other_neurons() -> np.ndarray:
-        return b[:, _derangement(generator, b.shape[1])]
+        return tokens_b[:, _derangement(generator, width)]
 
     def other_probes() -> np.ndarray:
-        return generator.permutation(vocabulary)[b]
+        return generator.permutation(len(a.vocabulary))[tokens_b]
 
     nulls = {
-        name: _mean_over(lambda shuffled=shuffled: jaccard(a, shuffled()).mean(axis=2), rounds)
+        name: _mean_over(lambda shuffled=shuffled: jaccard(tokens_a, shuffled()).mean(axis=2), rounds)
         for name, shuffled in (("permuted_probes", other_probes), ("permuted_neurons", other_neurons))
     }
     return Score(_matrix(detail), nulls, detail.astype(np.float16))

@@ -46,6 +46,7 @@ def analyze(
     checkpoint: Checkpoint,
     *,
     k: int = TOP,
+    untrained: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     share: Share = Share(),
@@ -59,6 +60,7 @@ def analyze(
     Args:
         checkpoint: the donor.
         k: how many tokens to keep for every feature.
+        untrained: a seed: analyze a random model of the same config, the control for what training brings about.
         dtype: the type to compute in.
         device: a torch device.
         share: which of several processes this is; each searches its batches of the vocabulary, and all return the same atlas.
@@ -71,11 +73,10 @@ def analyze(
     vocabulary = token_texts(checkpoint)
     if (positions := quantity(checkpoint.config, "positions") or LENGTH) < LENGTH:
         raise fail(checkpoint.name, f"a donor made for {LENGTH} positions, the length of a probe", str(positions), "use another donor")
-    donor = (
-        stream_model(checkpoint, dtype=dtype, device=device)
-        if streamable(checkpoint)
-        else load_model(checkpoint, dtype=dtype, device=device)
-    )
+    if untrained is None and streamable(checkpoint):
+        donor = stream_model(checkpoint, dtype=dtype, device=device)
+    else:
+        donor = load_model(checkpoint, dtype=dtype, device=device, untrained=untrained)
     probes = random_probes(len(vocabulary))
     run = _run_of(donor, checkpoint, probes, k, share)
     done = run.restore(under_way, progress) if under_way else 0
@@ -89,7 +90,7 @@ def analyze(
     if under_way:
         under_way.unlink(missing_ok=True)
     return Atlas(
-        donor=checkpoint.name,
+        donor=_name(checkpoint, untrained),
         fingerprint=checkpoint.fingerprint,
         top=top,
         probes=np.stack(run.activations),
@@ -101,6 +102,7 @@ def analyze(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
             "dtype": dtype,
+            "untrained": untrained,
             "k": k,
             "probes": {"shape": list(probes.shape), "sha256": probe_hash(probes), "seed": SEED},
             "tokenizer": checkpoint.tokenizer_hash,
@@ -197,17 +199,19 @@ def _tensor_of(content: np.ndarray, like: Tensor) -> Tensor:
 
 
 def cached_analyze(
-    checkpoint: Checkpoint, *, cache: Path, dtype: str = "float32", device: str = "cpu", progress: Callable[[int], None] = lambda _: None
-) -> Atlas:
+    checkpoint: Checkpoint, *, cache: Path, untrained: int | None = None, dtype: str = "float32", device: str = "cpu",
+    progress: Callable[[int], None] = lambda _: None,
+) -> Atlas:  # fmt: skip
     """Return the donor's atlas from the folder `cache`, or analyze the donor and keep the atlas there.
 
-    The fingerprint, the tokenizer, the dtype and the versions that could change a value are part of the key. An analysis that
-    is interrupted leaves its finished blocks there, and the next goes on behind them.
+    The fingerprint, the tokenizer, the dtype, the seed of random weights and the versions that could change a value are part
+    of the key. An analysis that is interrupted leaves its finished blocks there, and the next goes on behind them.
     """
     key = [
         checkpoint.fingerprint,
         checkpoint.tokenizer_hash,
         dtype,
+        untrained,
         TOP,
         frankenmerge.__version__,
         torch.__version__,
@@ -216,12 +220,16 @@ def cached_analyze(
     name, share = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32], own_share()
     path = cache / f"{name}{SUFFIX}"
     if path.exists():
-        return replace(load_atlas(path), donor=checkpoint.name)
+        return replace(load_atlas(path), donor=_name(checkpoint, untrained))
     under_way = cache / f"{name}.{share.rank}-of-{share.count}.under-way.safetensors"
-    atlas = analyze(checkpoint, dtype=dtype, device=device, share=share, under_way=under_way, progress=progress)
+    atlas = analyze(checkpoint, untrained=untrained, dtype=dtype, device=device, share=share, under_way=under_way, progress=progress)
     if share.first:
         save_atlas(atlas, path)
     return atlas
+
+
+def _name(checkpoint: Checkpoint, untrained: int | None) -> str:
+    return checkpoint.name if untrained is None else f"{checkpoint.name}, random weights (seed {untrained})"
 
 
 def _contexts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from frankenmerge.analysis.decode import Decoder, artefact_share, decode_hidden, decoder_of, embedding_table
 from frankenmerge.analysis.descent import Optimizer, descend, frozen
-from frankenmerge.analysis.specs import FeatureSpec, check_features
+from frankenmerge.analysis.features import Feature, check_features
 from frankenmerge.errors import fail
 from frankenmerge.models import Site, block_outputs, blocks_of, embedding_of, forward
 
@@ -36,7 +36,6 @@ ADAM_RATES = (0.1, 0.1)
 class GradientResult:
     """The inputs that a gradient search found, one a feature."""
 
-    features: tuple[FeatureSpec, ...]
     tokens: Tensor
     """What the embeddings decode to, `[n, s]`."""
     embeddings: Tensor
@@ -49,7 +48,7 @@ class GradientResult:
     excluded: tuple[int, ...]
     """Tokens that nothing decodes to, because their own embedding does not."""
     artefact_share: float | None
-    """Over the features of one neuron: the share of tokens whose id is the neuron's index. None without such features."""
+    """Over the features of one neuron at all positions: the share of tokens whose id is the neuron's index. None without such features."""
 
     @property
     def artefact(self) -> bool:
@@ -59,7 +58,7 @@ class GradientResult:
 
 def gradient_search(
     model: PreTrainedModel,
-    features: Sequence[FeatureSpec],
+    features: Sequence[Feature],
     *,
     tokens: int = 5,
     start: Sequence[int] | None = None,
@@ -111,7 +110,6 @@ def gradient_search(
     embeddings = torch.cat([end.rows for end in ends])[back]
     decoded, excluded = _decoded(embeddings, table, decode, decoder)
     return GradientResult(
-        features=tuple(features),
         tokens=decoded.cpu(),
         embeddings=embeddings.cpu(),
         losses=torch.cat([end.losses for end in ends], dim=1)[:, back].cpu(),
@@ -140,7 +138,7 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
         raise fail("tokens", f"1 to {longest}", str(tokens), "search for an input that the model has positions for")
 
 
-def feature_batches(features: Sequence[FeatureSpec], size: int) -> tuple[list[list[FeatureSpec]], list[int]]:
+def feature_batches(features: Sequence[Feature], size: int) -> tuple[list[list[Feature]], list[int]]:
     """Batches of features of similar depth, as the deepest block of a batch ends its pass; and where in them each one is."""
     order = sorted(range(len(features)), key=lambda index: features[index].block)
     batches = [[features[index] for index in order[first : first + size]] for first in range(0, len(order), size)]
@@ -153,9 +151,7 @@ def default_rates(table: Tensor, optimizer: Optimizer) -> tuple[float, float]:
     return RATES if optimizer == "descent" else (ADAM_RATES[0] * unit, ADAM_RATES[1] * unit)
 
 
-def feature_loss(
-    model: PreTrainedModel, states: list[Tensor], features: Sequence[FeatureSpec], target: float
-) -> Callable[[Tensor], Tensor]:
+def feature_loss(model: PreTrainedModel, states: list[Tensor], features: Sequence[Feature], target: float) -> Callable[[Tensor], Tensor]:
     """The loss `[n]` of rows `[n, s, d]`, one a feature: `0.1 ||C - O_f||_1`, `features` sorted by block.
 
     `states` is what `block_outputs` fills.
@@ -171,7 +167,7 @@ def feature_loss(
     return loss
 
 
-def _mask(features: Sequence[FeatureSpec], rows: Tensor) -> Tensor:
+def _mask(features: Sequence[Feature], rows: Tensor) -> Tensor:
     """Which outputs each feature is about: like `rows`, `[n, s, d]`, 1 or 0."""
     mask = torch.zeros_like(rows)
     for row, feature in zip(mask, features, strict=True):
@@ -187,6 +183,6 @@ def _decoded(embeddings: Tensor, table: Tensor, decode: Decode, decoder: Decoder
     return decoder(embeddings), decoder.left_out
 
 
-def _artefact_share(features: Sequence[FeatureSpec], tokens: Tensor) -> float | None:
-    single = [index for index, feature in enumerate(features) if len(feature.neurons) == 1]
+def _artefact_share(features: Sequence[Feature], tokens: Tensor) -> float | None:
+    single = [index for index, feature in enumerate(features) if len(feature.neurons) == 1 and feature.positions is None]
     return artefact_share(tokens[single], [features[index].neurons.start for index in single]) if single else None

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
-from frankenmerge.analysis.features import Feature, check_features
+from frankenmerge.analysis.features import Feature, check_features, check_single
 from frankenmerge.analysis.ranking import merge, pack, unpack
+from frankenmerge.blockwise import ROWS
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.models import Site, block_outputs, blocks_of, embedding_of, forward
 
@@ -26,12 +27,11 @@ Positions = Literal["last", "all"]
 Tokens = tuple[int, ...]
 
 BATCH = 1024
-ROWS = 16
-"""Batches are filled up to a multiple of this, and all to the same size where there are several: equal tokens give equal bits."""
 SCREEN_DEPTH = 4
 """The screen runs a quarter of the blocks that a feature needs: what excites its neuron there mostly excites it later."""
 RECALL_SAMPLE = 8
 """How many features are searched exactly to measure what the screen missed."""
+WHY_SINGLE = "a token is chosen by one neuron at the position where it stands; use gradient or softmax-prior for others"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def greedy_search(
 
     Args:
         model: the donor; activations are compared in float32.
-        features: any number of neurons of any blocks; the more of them share their prefixes, the less each costs.
+        features: any number of them, each one neuron of any block; the more of them share their prefixes, the less each costs.
         n: how many tokens to find.
         site: `block` for the residual stream behind the block, `attention` for the output of its attention.
         isolated: whether every block is fed the embedding instead of its predecessor's output.
@@ -154,7 +154,7 @@ def _grown(
 
 def _pool(runs: "_Runs", screen: _Screen, prefix: Tokens, features: Sequence[Feature], rows: list[int]) -> Tensor:
     """The candidates of `features`, which are at `rows`, behind `prefix`: distinct ids, ascending."""
-    early = [Feature(math.ceil(block / SCREEN_DEPTH), neuron) for block, neuron in features]
+    early = [Feature.of(math.ceil(feature.block / SCREEN_DEPTH), feature.neuron) for feature in features]
     fitting, _ = runs.best(prefix, early, runs.vocabulary, screen.count - screen.first.shape[1])
     return torch.cat([fitting.flatten(), screen.first[rows].flatten()]).unique().to(runs.vocabulary.device)
 
@@ -216,18 +216,18 @@ class _Runs:
             for start in range(0, len(features), BATCH):
                 forward(self.model, input_ids=inputs[start : start + BATCH].to(embedding_of(self.model).device))
                 own = features[start : start + BATCH]
-                parts += [states[block][row, :, neuron].float().cpu() for row, (block, neuron) in enumerate(own)]
+                parts += [states[feature.block][row, :, feature.neuron].float().cpu() for row, feature in enumerate(own)]
         return torch.stack(parts)
 
     def _collecting(self, features: Sequence[Feature]) -> AbstractContextManager[list[Tensor]]:
         """Collects block outputs as deep as the deepest feature."""
-        deepest = max(block for block, _ in features)
+        deepest = max(feature.block for feature in features)
         return block_outputs(self.model, site=self.site, isolated=self.isolated, last=max(1, deepest))
 
 
 def _activations(states: list[Tensor], features: Sequence[Feature]) -> Tensor:
     """Take features out of block outputs: `[features, b, s]`, float32."""
-    return torch.stack([states[block][..., neuron].to(states[0].device) for block, neuron in features]).float()
+    return torch.stack([states[feature.block][..., feature.neuron].to(states[0].device) for feature in features]).float()
 
 
 def _expanded(cache: DynamicCache, size: int) -> DynamicCache:
@@ -238,7 +238,8 @@ def _expanded(cache: DynamicCache, size: int) -> DynamicCache:
 
 def _check(model: PreTrainedModel, features: Sequence[Feature], n: int, beam: int, candidates: int | None, start: Tokens) -> None:
     vocabulary, width = embedding_of(model).shape
-    check_features(features, blocks=len(blocks_of(model)), width=width)
+    check_features(features, blocks=len(blocks_of(model)), width=width, tokens=max(n, 1))
+    check_single(features, WHY_SINGLE)
     counts = {"n": n, "beam": beam, "candidates": 1 if candidates is None else candidates}
     faults = [Fault(name, "at least 1", str(count), "ask for more") for name, count in counts.items() if count < 1]
     if unknown := [token for token in start if not 0 <= token < vocabulary]:

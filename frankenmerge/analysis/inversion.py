@@ -83,7 +83,11 @@ def invert(
 
 @torch.no_grad()
 def outputs_of(model: PreTrainedModel, tokens: Tensor, block: int, *, site: Site = "block", isolated: bool = False) -> Tensor:
-    """What a block makes of `tokens` `[n, s]`: `[n, s, d]` float32, to be inverted."""
+    """What a block makes of `tokens` `[n, s]`: `[n, s, d]` float32, to be inverted.
+
+    Raises FrankenmergeError for a block that the model does not have.
+    """
+    _check_block(model, block)
     with block_outputs(model, site=site, isolated=isolated, last=max(1, block)) as states:
         forward(model, input_ids=tokens)
         return states[block].float()
@@ -105,9 +109,12 @@ def _cosine(outputs: Tensor, wanted: Tensor) -> Tensor:
 _DISTANCES: dict[Loss, Callable[[Tensor, Tensor], Tensor]] = {"l1": _l1, "cosine": _cosine}
 
 
-def _check(model: PreTrainedModel, block: int, outputs: Tensor, width: int) -> None:
-    blocks = len(blocks_of(model))
-    if not 0 <= block <= blocks:
+def _check_block(model: PreTrainedModel, block: int) -> None:
+    if not 0 <= block <= (blocks := len(blocks_of(model))):
         raise fail("block", f"0 to {blocks}", str(block), "choose a block the model has")
+
+
+def _check(model: PreTrainedModel, block: int, outputs: Tensor, width: int) -> None:
+    _check_block(model, block)
     if outputs.ndim != 3 or outputs.shape[2] != width:
         raise fail("outputs", f"[n, s, {width}]", str(list(outputs.shape)), "take them from a model of this width")

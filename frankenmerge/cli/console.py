@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from frankenmerge.errors import Fault, raise_all
 from frankenmerge.processes import own_share
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
@@ -20,6 +22,32 @@ device_option = click.option(
 )
 dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
                             help="The type to compute in.")  # fmt: skip
+
+
+def numbers(_context: Any, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    """Read an option's `1,4,8` and `0-3`, ends included."""
+    if value is None:
+        return None
+    found: list[int] = []
+    try:
+        for part in value.split(","):
+            first, _, last = part.partition("-")
+            found += range(int(first), int(last or first) + 1)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r}: write numbers and ranges, such as 1,4,8 or 0-3", param=parameter) from error
+    if not found or min(found) < 0:
+        raise click.BadParameter(f"{value!r} names nothing", param=parameter)
+    return list(dict.fromkeys(found))
+
+
+def refuse_others(context: click.Context, method: str, meant_for: dict[str, tuple[str, ...]]) -> None:
+    """Raise FrankenmergeError for options that were given and mean nothing to a method; `meant_for` tells the methods of each."""
+    raise_all(
+        Fault(option.opts[0], f"--method {' or '.join(methods)}", f"--method {method}", "leave the option out, or choose another method")
+        for option in context.command.params
+        if method not in (methods := meant_for.get(option.name or "", (method,)))
+        and context.get_parameter_source(option.name or "") is not ParameterSource.DEFAULT
+    )
 
 
 def out() -> Console:

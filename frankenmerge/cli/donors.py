@@ -1,12 +1,35 @@
 """`inspect` and `analyze`: what one donor is, and what several have in common."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
-from frankenmerge.cli.console import device_option, download_option, dtype_option, json_option, out, print_json, progress, size, table
+from frankenmerge.cli.console import (
+    device_option,
+    download_option,
+    dtype_option,
+    json_option,
+    numbers,
+    out,
+    print_json,
+    progress,
+    refuse_others,
+    size,
+    table,
+)
 from frankenmerge.processes import own_share
+
+INPUT_METHODS = ("greedy", "gradient")
+method_option = click.option(
+    "--method", type=click.Choice(["complete", *INPUT_METHODS]), default="complete", show_default=True,
+    help="What to search besides: inputs of several tokens, for some neurons.",
+)  # fmt: skip
+neurons_option = click.option(
+    "--neurons", callback=numbers, help="Which neurons, such as 0-3 or 1,4,8 (greedy and gradient). [default: 16, evenly spaced]"
+)
+tokens_option = click.option("--tokens", type=click.IntRange(1), help="Tokens of an input (greedy and gradient). [default: 4]")
+MEANT_FOR: dict[str, tuple[str, ...]] = dict.fromkeys(("neurons", "tokens"), INPUT_METHODS)
 
 
 @click.command()
@@ -65,11 +88,19 @@ def _describe(donor: Any) -> dict[str, Any]:
 @click.command()
 @click.argument("donor")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the atlas goes, NAME.atlas.safetensors.")
+@method_option
+@neurons_option
+@tokens_option
+@click.option("--untrained", type=int, metavar="SEED", help="Analyze random weights of the same config instead: the control.")
 @device_option
 @dtype_option
 @download_option
 @json_option
-def analyze(donor: str, output: Path, device: str, dtype: str, download: bool, as_json: bool) -> None:
+@click.pass_context
+def analyze(
+    context: click.Context, donor: str, output: Path, method: str, neurons: list[int] | None, tokens: int | None, untrained: int | None,
+    device: str, dtype: str, download: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Search DONOR's features over the whole vocabulary and write its atlas.
 
     Its blocks are read one at a time, so that it may be larger than memory. What is finished when this is interrupted is
@@ -77,24 +108,45 @@ def analyze(donor: str, output: Path, device: str, dtype: str, download: bool, a
     """
     from frankenmerge.atlas import save_atlas
 
-    atlas = atlas_of(donor, device=device, dtype=dtype, download=download)
+    refuse_others(context, method, MEANT_FOR)
+    how = How(device, dtype, download, untrained)
+    atlas = atlas_of(donor, how)
     if not own_share().first:
         return
+    if method != "complete":
+        atlas = add_inputs(donor, atlas, how, method, neurons, tokens)
     save_atlas(atlas, output)
     if as_json:
-        told = {"output": str(output), "donor": donor, "fingerprint": atlas.fingerprint, "contexts": list(atlas.top)}
-        print_json(told | {"blocks": atlas.blocks, "width": atlas.width, "vocabulary": len(atlas.vocabulary)})
+        told = {"output": str(output), "donor": atlas.donor, "fingerprint": atlas.fingerprint, "contexts": list(atlas.top)}
+        searched = {name: inputs.neurons.tolist() for name, inputs in atlas.inputs.items()}
+        sizes = {"blocks": atlas.blocks, "width": atlas.width, "vocabulary": len(atlas.vocabulary)}
+        print_json(told | sizes | {"untrained": untrained, "searched_neurons": searched})
         return
     blocks = sorted({0, 1, atlas.blocks // 2, atlas.blocks})
-    made = table(f"Most exciting tokens of {Path(donor).name}, alone", "neuron", *(f"block {b}" if b else "embedding" for b in blocks))
+    made = table(
+        f"Most exciting tokens of {Path(atlas.donor).name}, alone", "neuron", *(f"block {b}" if b else "embedding" for b in blocks)
+    )
     for neuron in range(min(4, atlas.width)):
         cells = ([atlas.vocabulary[token] for token in atlas.top["plain"].tokens[block, neuron, :3]] for block in blocks)
         made.add_row(str(neuron), *(" ".join(map(repr, cell)) for cell in cells))
-    out().print(made)
-    out().print(f"Written to {output}", markup=False)
+    console = out()
+    console.print(made)
+    for name, inputs in atlas.inputs.items():
+        _, m, n = inputs.tokens.shape
+        console.print(f"{name}: inputs of {n} tokens for {m} of {atlas.width} neurons in every block")
+    console.print(f"Written to {output}", markup=False)
 
 
-def atlas_of(name: str, *, device: str = "cpu", dtype: str = "float32", download: bool = False) -> Any:
+class How(NamedTuple):
+    """How a donor is run."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    download: bool = False
+    untrained: int | None = None
+
+
+def atlas_of(name: str, how: How) -> Any:
     """The atlas in a file, or that of a donor: from the cache, or analyzed now."""
     from frankenmerge.atlas import load_atlas
 
@@ -103,9 +155,26 @@ def atlas_of(name: str, *, device: str = "cpu", dtype: str = "float32", download
     from frankenmerge.analysis.analyze import cached_analyze, work
     from frankenmerge.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(name, download=download)
+    checkpoint = open_checkpoint(name, download=how.download)
     with progress(f"analyzing {Path(name).name}", work(checkpoint), "inputs x blocks") as advance:
-        return cached_analyze(checkpoint, cache=cache_folder(), device=device, dtype=dtype, progress=advance)
+        return cached_analyze(
+            checkpoint, cache=cache_folder(), untrained=how.untrained, device=how.device, dtype=how.dtype, progress=advance
+        )
+
+
+def add_inputs(name: str, atlas: Any, how: How, method: str, neurons: list[int] | None, tokens: int | None) -> Any:
+    """A donor's atlas with the inputs of a greedy or gradient search: from the cache, or searched now."""
+    from frankenmerge.analysis.inputs import TOKENS, even_neurons, with_inputs
+    from frankenmerge.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(name, download=how.download)
+    neurons = neurons or even_neurons(atlas.width)
+    total, unit = (None, "inputs") if method == "greedy" else ((atlas.blocks + 1) * len(neurons), "features")
+    with progress(f"{method} search in {Path(name).name}", total, unit) as advance:
+        return with_inputs(
+            atlas, checkpoint, method, neurons, cache=cache_folder(), tokens=tokens or TOKENS, untrained=how.untrained, dtype=how.dtype,
+            device=how.device, progress=advance,
+        )  # fmt: skip
 
 
 def cache_folder() -> Path:

@@ -1,49 +1,56 @@
 """`features`: the document's tables, for any donor and by every method."""
 
-from collections.abc import Callable
+import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from frankenmerge.cli.console import device_option, download_option, dtype_option, json_option, out, print_json, progress, table
+from frankenmerge.cli.console import (
+    device_option,
+    download_option,
+    dtype_option,
+    json_option,
+    numbers,
+    out,
+    print_json,
+    progress,
+    refuse_others,
+    table,
+)
+from frankenmerge.cli.searches import METHODS, Asked, recovered
 from frankenmerge.errors import fail
 
-
-class Asked(NamedTuple):
-    """What the user asked for."""
-
-    layers: list[int]
-    neurons: list[int]
-    tokens: int
-    site: Literal["block", "attention"]
-    isolated: bool
-    prefix: tuple[int, ...]
-    bottom: bool
-    candidates: int | None
-
-
-def _numbers(_context: Any, parameter: click.Parameter, value: str | None) -> list[int] | None:
-    """Read `1,4,8` and `0-3`, ends included."""
-    if value is None:
-        return None
-    numbers: list[int] = []
-    try:
-        for part in value.split(","):
-            first, _, last = part.partition("-")
-            numbers += range(int(first), int(last or first) + 1)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r}: write numbers and ranges, such as 1,4,8 or 0-3", param=parameter) from error
-    if not numbers or min(numbers) < 0:
-        raise click.BadParameter(f"{value!r} names nothing", param=parameter)
-    return list(dict.fromkeys(numbers))
+SEARCHES = tuple(METHODS)
+MEANT_FOR: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("neurons", "notation", "tokens"), SEARCHES),
+    "bos": ("complete", "greedy"),
+    **dict.fromkeys(("bottom", "mask_special"), ("complete",)),
+    **dict.fromkeys(("beam", "candidates", "positions"), ("greedy",)),
+    "optimizer": ("gradient", "inversion"),
+    "steps": ("gradient", "softmax-prior", "inversion"),
+    "target": ("gradient", "softmax-prior"),
+    "decode": ("gradient",),
+    **dict.fromkeys(("text", "distance"), ("inversion",)),
+}
+"""The methods to which an option means something; options that are not here mean something to all."""
+MOST_COLUMNS = 12
+"""How many blocks the table of their agreement has at most."""
 
 
 @click.command()
 @click.argument("donor")
-@click.option("--method", type=click.Choice(["complete", "greedy", "gradient", "softmax-prior"]), default="complete", show_default=True)
-@click.option("--layers", callback=_numbers, help="Blocks, 1-based, such as 1,4,8; 0 is the embedding. [default: 1, then every quarter]")
-@click.option("--neurons", callback=_numbers, default="0-3", show_default=True, help="Neurons of the residual stream.")
+@click.option("--method", type=click.Choice([*SEARCHES, "inversion"]), default="complete", show_default=True)
+@click.option("--layers", callback=numbers, help="Blocks, 1-based, such as 1,4,8; 0 is the embedding. [default: 1, then every quarter]")
+@click.option(
+    "--features",
+    "notation",
+    default="[:, :, 0-3]",
+    show_default=True,
+    help="What to excite, as the document writes it: [:, positions, neurons]; 0-3 one after the other, 0:4 together.",
+)
+@click.option("--neurons", callback=numbers, help="Short for --features: single neurons, such as 0-3 or 1,4,8.")
 @click.option(
     "--tokens", type=click.IntRange(1), default=4, show_default=True, help="Tokens of an input; for complete, how many are shown."
 )
@@ -52,120 +59,146 @@ def _numbers(_context: Any, parameter: click.Parameter, value: str | None) -> li
 @click.option("--untrained", type=int, metavar="SEED", help="Search random weights of the same config instead: the control.")
 @click.option("--bos", is_flag=True, help="Put BOS before the tokens (complete and greedy).")
 @click.option("--bottom", is_flag=True, help="The tokens that excite least (complete).")
+@click.option("--mask-special", is_flag=True, help="Leave out special and never-trained tokens (complete).")
+@click.option("--beam", type=click.IntRange(1), default=1, show_default=True, help="Inputs to go on with at each step (greedy).")
+@click.option(
+    "--positions",
+    type=click.Choice(["last", "all"]),
+    default="last",
+    show_default=True,
+    help="Choose a token by the last position or by the sum over all (greedy).",
+)
 @click.option("--candidates", type=click.IntRange(1), help="Try only so many tokens at each later step, and report the recall (greedy).")
+@click.option("--optimizer", type=click.Choice(["descent", "adam"]), help="[default: descent for gradient, adam for inversion]")
+@click.option("--steps", type=click.IntRange(1), help="[default: 100 for gradient, 60 for softmax-prior, 300 for inversion]")
+@click.option("--target", type=float, default=100.0, show_default=True, help="What outputs are driven to (gradient, softmax-prior).")
+@click.option(
+    "--decode",
+    type=click.Choice(["pinv", "hidden"]),
+    default="pinv",
+    show_default=True,
+    help="Read tokens off the vocabulary; `hidden` shows the document's artefact (gradient).",
+)
+@click.option("--input", "text", metavar="TEXT", help="What to recover from a block's output (inversion).")
+@click.option("--distance", type=click.Choice(["l1", "cosine"]), default="l1", show_default=True, help="Between outputs (inversion).")
 @device_option
 @dtype_option
 @download_option
 @json_option
+@click.pass_context
 def features(
-    donor: str,
-    method: str,
-    layers: list[int] | None,
-    neurons: list[int],
-    tokens: int,
-    site: Literal["block", "attention"],
-    isolated: bool,
-    untrained: int | None,
-    bos: bool,
-    bottom: bool,
-    candidates: int | None,
-    device: str,
-    dtype: str,
-    download: bool,
-    as_json: bool,
-) -> None:
-    """Show which tokens excite the neurons of DONOR's blocks most."""
-    from frankenmerge.analysis.analyze import token_texts
-    from frankenmerge.analysis.features import Feature, check_features
-    from frankenmerge.architectures import quantity
-    from frankenmerge.checkpoint import open_checkpoint
-    from frankenmerge.models import load_model, untrained_model
+    context: click.Context, donor: str, method: str, layers: list[int] | None, notation: str, neurons: list[int] | None, bos: bool,
+    untrained: int | None, device: str, dtype: str, download: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Show which tokens excite the neurons of DONOR's blocks most.
 
+    With `--method inversion`, show instead how much of a text each block's output tells.
+    """
+    from frankenmerge.analysis.analyze import token_texts
+    from frankenmerge.checkpoint import open_checkpoint
+    from frankenmerge.models import load_model
+
+    refuse_others(context, method, MEANT_FOR)
+    if neurons and context.get_parameter_source("notation") is not ParameterSource.DEFAULT:
+        raise fail("--neurons", "one of --neurons and --features", "both", "write all of it in --features")
     checkpoint = open_checkpoint(donor, download=download)
     layers = layers or sorted({1, *(max(1, checkpoint.blocks * quarter // 4) for quarter in range(1, 5))})
-    width = quantity(checkpoint.config, "width") or 0
-    check_features([Feature(layer, neuron) for layer in layers for neuron in neurons], blocks=checkpoint.blocks, width=width)
     first = checkpoint.config.get("bos_token_id")
     if bos and not isinstance(first, int):
         raise fail(donor, "a bos_token_id in config.json", repr(first), "search without --bos")
-    vocabulary = token_texts(checkpoint)
-    model = (
-        load_model(checkpoint, dtype=dtype, device=device) if untrained is None else untrained_model(checkpoint, untrained, device=device)
-    )
     prefix = (first,) if bos and isinstance(first, int) else ()
-    asked = Asked(layers, neurons, tokens, site, isolated, prefix, bottom, candidates)
-    with progress(f"{method} search", None, "inputs") as advance:
-        found, told = METHODS[method](model, asked, advance)
-    texts = {key: [vocabulary[token] for token in ids] for key, ids in found.items()}
-    if as_json:
-        rows = [{"block": key[0], "neuron": key[1], "tokens": found[key], "texts": texts[key]} for key in found]
-        print_json({"donor": donor, "method": method, "untrained": untrained, "features": rows, **told})
+    asked = Asked(layers=layers, notation=notation, neurons=neurons, prefix=prefix, **options)
+    wanted = [] if method == "inversion" else asked.features(checkpoint, method)
+    vocabulary = token_texts(checkpoint)
+    told = {"donor": donor, "method": method, "untrained": untrained, "context": "bos" if bos else "plain"}
+    title = f"{Path(donor).name}, {method}, {'behind BOS' if bos else 'plain'}"
+    title += "" if untrained is None else f", random weights (seed {untrained})"
+    model = load_model(checkpoint, dtype=dtype, device=device, untrained=untrained)
+
+    if method == "inversion":
+        with progress("inversion", len(layers), "blocks") as advance:
+            found, true = recovered(checkpoint, model, asked, advance)
+        _show_recovered(asked, found, true, vocabulary, title, told, as_json)
         return
-    title = f"{Path(donor).name}, {method}" + ("" if untrained is None else f", random weights (seed {untrained})")
-    made = table(title, "block", *(f"[:, :, {neuron}]" for neuron in neurons))
-    for layer in layers:
-        made.add_row(str(layer), *(" ".join(map(repr, texts[layer, neuron])) for neuron in neurons))
+    total, unit = {"complete": (len(vocabulary), "inputs"), "greedy": (None, "inputs")}.get(method, (len(wanted), "features"))
+    with progress(f"{method} search", total, unit) as advance:
+        found = METHODS[method](checkpoint, model, asked, wanted, advance)
+    _show_found(asked, found, wanted, vocabulary, title, told, as_json)
+
+
+def _show_found(asked: Asked, found: Any, wanted: list, vocabulary: list[str], title: str, told: dict[str, Any], as_json: bool) -> None:
+    from frankenmerge.analysis.agreement import token_agreement
+
+    agreement = token_agreement(found.compared, found.compared)
+    by_layer = [texts_of(tokens, vocabulary) for tokens in found.tokens]
+    if as_json:
+        rows = [
+            {"block": feature.block, "feature": feature.notation, "neuron": feature.neuron if len(feature.neurons) == 1 else None,
+             "tokens": tokens, "texts": texts}
+            for feature, tokens, texts in zip(wanted, found.tokens.reshape(len(wanted), -1).tolist(), sum(by_layer, []), strict=True)
+        ]  # fmt: skip
+        print_json({**told, "features": rows, **found.told, "agreement": _agreement_as_json(asked.layers, agreement)})
+        return
+    made = table(title, "block", *(feature.notation for feature in wanted[: found.tokens.shape[1]]))
+    for layer, texts in zip(asked.layers, by_layer, strict=True):
+        made.add_row(str(layer), *(" ".join(map(repr, own)) for own in texts))
+    console = out()
+    console.print(made)
+    for name, value in found.told.items():
+        console.print(f"{name.replace('_', ' ')}: {value}", markup=False)
+    if found.told.get("artefact"):
+        console.print("[bold red]An artefact:[/] these are neurons' indices read as token ids; they tell nothing of the donor.")
+    _print_agreement(asked.layers, agreement, "features")
+
+
+def _show_recovered(asked: Asked, found: Any, true: Any, vocabulary: list[str], title: str, told: dict[str, Any], as_json: bool) -> None:
+    from frankenmerge.analysis.agreement import token_agreement
+
+    recall = token_agreement(found.compared, true[None, :, None])
+    agreement = token_agreement(found.compared, found.compared)
+    ((shown,), by_layer) = texts_of(true[None], vocabulary), [texts_of(tokens, vocabulary)[0] for tokens in found.tokens]
+    shares, chances = recall.matrix[:, 0].tolist(), [_known(value) for value in recall.permuted[:, 0].tolist()]
+    if as_json:
+        rows = [
+            {"block": layer, "tokens": tokens[0], "texts": texts, "recall": share, "permuted": chance}
+            for layer, tokens, texts, share, chance in zip(asked.layers, found.tokens.tolist(), by_layer, shares, chances, strict=True)
+        ]
+        given = {"input": {"tokens": true.tolist(), "texts": shown}, "recovered": rows, "chance": 1 / len(vocabulary)}
+        print_json({**told, **given, **found.told, "agreement": _agreement_as_json(asked.layers, agreement)})
+        return
+    made = table(title, "block", "recovered", "recall", "permuted")
+    made.add_row("input", " ".join(map(repr, shown)), "", "")
+    for layer, texts, share, chance in zip(asked.layers, by_layer, shares, chances, strict=True):
+        made.add_row(str(layer), " ".join(map(repr, texts)), f"{share:.2f}", "" if chance is None else f"{chance:.2f}")
+    console = out()
+    console.print(made)
+    console.print(f"A random token is right one time in {len(vocabulary):,}; permuted: the recall when positions are exchanged.")
+    for name, value in found.told.items():
+        console.print(f"{name.replace('_', ' ')}: {value}", markup=False)
+    _print_agreement(asked.layers, agreement, "positions")
+
+
+def texts_of(tokens: Any, vocabulary: list[str]) -> list[list[str]]:
+    """The texts of tokens `[m, n]`, row by row; ids beyond the vocabulary are shown as `<id>`."""
+    return [[vocabulary[token] if token < len(vocabulary) else f"<{token}>" for token in row] for row in tokens.tolist()]
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _agreement_as_json(layers: list[int], agreement: Any) -> dict[str, Any]:
+    permuted = [[_known(value) for value in row] for row in agreement.permuted.tolist()]
+    return {"blocks": layers, "same_tokens": agreement.matrix.tolist(), "permuted": permuted}
+
+
+def _print_agreement(layers: list[int], agreement: Any, permuted: str) -> None:
+    """Show every pair of blocks: above the diagonal the share of tokens that are the same, below it that of permuted features."""
+    if not 2 <= len(layers) <= MOST_COLUMNS:
+        return
+    made = table(f"Same tokens in two blocks (above the diagonal); with {permuted} permuted (below)", "block", *map(str, layers))
+    for i, layer in enumerate(layers):
+        values = [agreement.matrix[i, j] if i < j else agreement.permuted[i, j] for j in range(len(layers))]
+        cells = ["" if i == j or math.isnan(value) else f"{value:.2f}" for j, value in enumerate(values)]
+        made.add_row(str(layer), *cells)
     out().print(made)
-    for name, value in told.items():
-        out().print(f"{name.replace('_', ' ')}: {value}", markup=False)
-
-
-Found = tuple[dict[tuple[int, int], list[int]], dict[str, Any]]
-"""Tokens by (block, neuron), and what else there is to tell."""
-
-
-def _complete(model: Any, asked: Asked, advance: Callable[[int], None]) -> Found:
-    from frankenmerge.analysis.complete import complete_search
-
-    top = complete_search(
-        model, k=asked.tokens, prefix=asked.prefix, site=asked.site, isolated=asked.isolated, bottom=asked.bottom, progress=advance
-    )  # fmt: skip
-    return {(layer, neuron): top.tokens[layer, neuron].tolist() for layer in asked.layers for neuron in asked.neurons}, {}
-
-
-def _greedy(model: Any, asked: Asked, advance: Callable[[int], None]) -> Found:
-    from frankenmerge.analysis.features import Feature
-    from frankenmerge.analysis.greedy import greedy_search
-
-    wanted = [Feature(layer, neuron) for layer in asked.layers for neuron in asked.neurons]
-    result = greedy_search(
-        model, wanted, n=asked.tokens, site=asked.site, isolated=asked.isolated, candidates=asked.candidates, start=asked.prefix,
-        progress=advance,
-    )  # fmt: skip
-    told = {"vocabulary_passes": result.passes} | ({} if result.recall is None else {"recall": result.recall})
-    return {(feature.block, feature.neuron): row.tolist() for feature, row in zip(wanted, result.tokens, strict=True)}, told
-
-
-def _gradient(model: Any, asked: Asked, advance: Callable[[int], None]) -> Found:
-    from frankenmerge.analysis.gradient import gradient_search
-
-    wanted = _specs(asked)
-    result = gradient_search(
-        model, list(wanted.values()), tokens=asked.tokens, site=asked.site, isolated=asked.isolated, progress=advance
-    )  # fmt: skip
-    told = {"excluded_tokens": len(result.excluded), "token_id_equals_neuron": result.artefact_share}
-    return dict(zip(wanted, result.tokens.tolist(), strict=True)), told
-
-
-def _softmax_prior(model: Any, asked: Asked, advance: Callable[[int], None]) -> Found:
-    from frankenmerge.analysis.prior import prior_search
-
-    wanted = _specs(asked)
-    result = prior_search(
-        model, list(wanted.values()), tokens=asked.tokens, site=asked.site, isolated=asked.isolated, progress=advance
-    )  # fmt: skip
-    return dict(zip(wanted, result.tokens.tolist(), strict=True)), {"mean_gap_from_one_hot": float(result.gap.mean())}
-
-
-def _specs(asked: Asked) -> dict[tuple[int, int], Any]:
-    from frankenmerge.analysis.specs import FeatureSpec
-
-    return {(layer, n): FeatureSpec(layer, range(n, n + 1)) for layer in asked.layers for n in asked.neurons}
-
-
-METHODS: dict[str, Callable[[Any, Asked, Callable[[int], None]], Found]] = {
-    "complete": _complete,
-    "greedy": _greedy,
-    "gradient": _gradient,
-    "softmax-prior": _softmax_prior,
-}

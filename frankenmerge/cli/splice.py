@@ -5,9 +5,28 @@ from pathlib import Path
 
 import click
 
-from frankenmerge.cli.console import device_option, download_option, dtype_option, json_option, out, print_json, progress, size, table
-from frankenmerge.cli.donors import atlas_of
+from frankenmerge.cli.console import (
+    device_option,
+    download_option,
+    dtype_option,
+    json_option,
+    out,
+    print_json,
+    progress,
+    refuse_others,
+    size,
+    table,
+)
+from frankenmerge.cli.donors import MEANT_FOR, How, add_inputs, atlas_of, method_option, neurons_option, tokens_option
+from frankenmerge.errors import fail, raise_all
 from frankenmerge.processes import own_share
+
+SHOWN = {
+    "complete": ("jaccard", "Agreement on the 10 most exciting tokens (Jaccard)"),
+    "greedy": ("greedy", "Agreement on the tokens of greedy search"),
+    "gradient": ("gradient", "Agreement on the tokens of gradient search"),
+}
+"""The score that `align` prints for each method, and its title."""
 
 
 @click.command()
@@ -16,23 +35,32 @@ from frankenmerge.processes import own_share
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the alignment goes, NAME.alignment.safetensors."
 )
-@click.option("--bos/--no-bos", default=False, show_default=True, help="Compare the tokens behind BOS, or alone.")
+@method_option
+@neurons_option
+@tokens_option
+@click.option("--bos/--no-bos", default=False, show_default=True, help="Compare the tokens behind BOS, or alone (complete).")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the scores to this PNG or SVG file (needs matplotlib).")
 @device_option
 @dtype_option
 @download_option
 @json_option
+@click.pass_context
 def align(
-    a: str, b: str, output: Path, bos: bool, plot: Path | None, device: str, dtype: str, download: bool, as_json: bool
+    context: click.Context, a: str, b: str, output: Path, method: str, neurons: list[int] | None, tokens: int | None, bos: bool,
+    plot: Path | None, device: str, dtype: str, download: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Score how donors A and B agree, block by block. Each is a donor or an atlas."""
     from frankenmerge.alignment import save_alignment
     from frankenmerge.analysis.align import align as aligned
 
-    atlases = [atlas_of(name, device=device, dtype=dtype, download=download) for name in (a, b)]
+    refuse_others(context, method, {**MEANT_FOR, "bos": ("complete",)})
+    how = How(device, dtype, download)
+    atlases = [atlas_of(name, how) for name in (a, b)]
     if not own_share().first:
         return
-    alignment = aligned(*atlases, context="bos" if bos else "plain")
+    if method != "complete":
+        atlases = _with_same_inputs((a, b), atlases, how, method, neurons, tokens)
+    alignment = aligned(*atlases, context="bos" if bos else "plain", method=method)
     save_alignment(alignment, output)
     if plot:
         from frankenmerge.reporting.plots import plot_alignment
@@ -44,13 +72,15 @@ def align(
             for name, score in alignment.scores.items()
         }
         shared = {"shared_neurons": alignment.provenance["shared_neurons"], "widths": alignment.widths}
+        shared |= {"method": method, "context": alignment.provenance["context"], "searched": alignment.provenance["searched"]}
         print_json({"output": str(output), "donors": alignment.donors, "blocks": alignment.blocks, **shared, "scores": scores})
         return
     console = out()
-    score = alignment.scores["jaccard"]
+    name, title = SHOWN[method]
+    score = alignment.scores[name]
     columns = [str(block) for block in range(alignment.blocks[1] + 1)]
     if len(columns) <= 12:
-        made = table("Agreement on the 10 most exciting tokens (Jaccard): rows A, columns B, after so many blocks", "", *columns)
+        made = table(f"{title}{', behind BOS' if bos else ''}: rows A, columns B, after so many blocks", "", *columns)
         for block, row in enumerate(score.matrix):
             made.add_row(str(block), *(f"{value:.2f}" for value in row))
         console.print(made)
@@ -61,9 +91,34 @@ def align(
         cells = ["" if matrix is None else f"{matrix.diagonal()[1:depth].mean():.3f}" for matrix in nulls]
         summary.add_row(name, f"{entry.matrix.diagonal()[1:depth].mean():.3f}", *cells)
     console.print(summary)
+    if searched := alignment.provenance["searched"]:
+        console.print(f"{method}: {len(searched['neurons'])} of {min(alignment.widths)} neurons, {searched['tokens']} tokens each.")
     if alignment.widths[0] != alignment.widths[1]:
         console.print(f"Widths {alignment.widths[0]} and {alignment.widths[1]}: the first {min(alignment.widths)} neurons are compared.")
     console.print(f"Written to {output}", markup=False)
+
+
+def _with_same_inputs(
+    names: tuple[str, str], atlases: list, how: How, method: str, neurons: list[int] | None, tokens: int | None
+) -> list:  # fmt: skip
+    """The atlases, those of donors with inputs for the same neurons and as many tokens as a given atlas has, if one is given."""
+    from frankenmerge.analysis.align import check_comparable, missing_inputs
+    from frankenmerge.analysis.inputs import even_neurons
+
+    check_comparable(*atlases)  # before a search that may take hours
+    given = [atlas for name, atlas in zip(names, atlases, strict=True) if Path(name).is_file()]
+    raise_all(fault for atlas in given for fault in missing_inputs(atlas, method))
+    made = [atlas.inputs[method] for atlas in given]
+    if made and (neurons or tokens):
+        told = f"{len(made[0].neurons)} neurons, {made[0].tokens.shape[2]} tokens"
+        raise fail("--neurons, --tokens", "the ones that the atlas was made with", f"others beside an atlas ({told})", "leave them out")
+    if made:
+        neurons, tokens = made[0].neurons.tolist(), made[0].tokens.shape[2]
+    neurons = neurons or even_neurons(min(atlas.width for atlas in atlases))
+    return [
+        atlas if Path(name).is_file() else add_inputs(name, atlas, how, method, neurons, tokens)
+        for name, atlas in zip(names, atlases, strict=True)
+    ]
 
 
 @click.command()

@@ -28,7 +28,9 @@ class SeamEvidence:
     nulls: dict[str, dict[str, float]]
     """Per score, what it would be under each null."""
     agree: list[dict[str, Any]]
-    """The neurons with the highest score: neuron, scores, each donor's best tokens, and those that both have."""
+    """The neurons with the highest score: neuron, its scores, each donor's best tokens, and those that both have.
+
+    A search that left a neuron out gives it no score."""
     disagree: list[dict[str, Any]]
 
     @property
@@ -134,7 +136,7 @@ def _evidence(seam: Seam, alignment: Alignment, left: int, entered: int, cost: f
         a, b = (table[block, neuron].tolist() for table, block in zip(alignment.tokens, (left, entered), strict=True))
         texts = {"tokens": [a[:4], b[:4]], "shared": [[token for token in a if token in b]]}
         named = {key: [[alignment.vocabulary[token] for token in part] for part in parts] for key, parts in texts.items()}
-        values = {name: round(float(values[neuron]), 4) for name, values in detail.items()}
+        values = {name: round(float(values[neuron]), 4) for name, values in detail.items() if not np.isnan(values[neuron])}
         return {"neuron": int(neuron), "scores": values, "tokens": named["tokens"], "shared": named["shared"][0]}
 
     agree, disagree = [told(n) for n in ranked[::-1][:SHOWN]], [told(n) for n in ranked[:SHOWN]]

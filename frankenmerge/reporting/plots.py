@@ -11,7 +11,13 @@ from frankenmerge.alignment import Alignment
 from frankenmerge.errors import fail
 from frankenmerge.files import write_file
 
-TITLES = {"argmax": "same best token", "jaccard": "top tokens shared (Jaccard)", "correlation": "correlation on random tokens"}
+TITLES = {
+    "argmax": "same best token",
+    "jaccard": "top tokens shared (Jaccard)",
+    "correlation": "correlation on random tokens",
+    "greedy": "same tokens by greedy search",
+    "gradient": "same tokens by gradient search",
+}
 
 
 def plot_alignment(alignment: Alignment, path: Path) -> None:

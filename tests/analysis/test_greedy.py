@@ -14,7 +14,7 @@ from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models import block_outputs, embedding_of, forward, load_model
 
 FAMILIES = ["llama", "gpt2", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "gpt_neox"]
-FEATURES = [Feature(0, 3), Feature(1, 0), Feature(2, 5), Feature(4, 5), Feature(4, 15), Feature(3, 7), Feature(4, 7), Feature(1, 0)]
+FEATURES = [Feature.of(*place) for place in ((0, 3), (1, 0), (2, 5), (4, 5), (4, 15), (3, 7), (4, 7), (1, 0))]
 
 
 def loaded(path):
@@ -82,12 +82,12 @@ def test_last_and_all_positions_agree(model):
 def test_one_token_is_the_complete_search(model):
     complete = complete_search(model, k=1)
     result = greedy_search(model, FEATURES, n=1)
-    assert [complete.tokens[feature][0] for feature in FEATURES] == result.tokens[:, 0].tolist()
+    assert [complete.tokens[feature.block, feature.neuron, 0] for feature in FEATURES] == result.tokens[:, 0].tolist()
     assert result.passes == 1
 
 
 def test_a_shared_prefix_runs_once(model):
-    features = [Feature(block, neuron) for block in range(1, 5) for neuron in range(16)]
+    features = [Feature.of(block, neuron) for block in range(1, 5) for neuron in range(16)]
     ran = []
     result = greedy_search(model, features, progress=ran.append)
     distinct = [len({tuple(tokens[:step]) for tokens in result.tokens.tolist()}) for step in range(4)]
@@ -104,7 +104,7 @@ def test_a_prefix_is_computed_once_and_ends_at_the_deepest_block(model, monkeypa
     hooks = [
         layer.register_forward_pre_hook(lambda _m, args, shapes=shapes: shapes.append(tuple(args[0].shape[:2]))) for layer, shapes in layers
     ]
-    greedy_search(model, [Feature(2, 1)], n=3)
+    greedy_search(model, [Feature.of(2, 1)], n=3)
     for hook in hooks:
         hook.remove()
     candidates = [(16, 1)] * 3
@@ -136,7 +136,7 @@ def test_of_equal_activations_the_lowest_id_wins(tmp_path, monkeypatch, vocabula
 
 @torch.no_grad()
 def test_a_beam_keeps_the_best_inputs(model):
-    feature, width = Feature(3, 2), 3
+    feature, width = Feature.of(3, 2), 3
     paths = [(0.0, ())]
     for _ in range(3):
         inputs = [(*tokens, token) for _, tokens in paths for token in range(VOCABULARY)]
@@ -152,8 +152,8 @@ def test_a_beam_keeps_the_best_inputs(model):
 
 
 def test_a_beam_wider_than_the_vocabulary(model):
-    narrow = greedy_search(model, [Feature(4, 2)], n=2)
-    wide = greedy_search(model, [Feature(4, 2)], n=2, beam=1000)
+    narrow = greedy_search(model, [Feature.of(4, 2)], n=2)
+    wide = greedy_search(model, [Feature.of(4, 2)], n=2, beam=1000)
     assert wide.prefixes == (1, VOCABULARY)
     assert wide.values[0, -1] >= narrow.values[0, -1]
 
@@ -166,7 +166,7 @@ def test_a_screen_of_the_whole_vocabulary_misses_nothing(model):
 
 
 def test_a_screen_tells_what_it_misses(model):
-    features = [Feature(4, neuron) for neuron in range(8)]
+    features = [Feature.of(4, neuron) for neuron in range(8)]
     exact, screened = greedy_search(model, features), greedy_search(model, features, candidates=1)
     assert np.array_equal(screened.tokens[:, 0], exact.tokens[:, 0])
     together = same = 0
@@ -186,9 +186,11 @@ def test_the_model_is_left_as_it_was(model):
     ("features", "options", "told"),
     [
         ([], {}, "at least one"),
-        ([Feature(5, 0)], {}, r"feature \(5, 0\)"),
-        ([Feature(1, 16)], {}, r"a neuron in 0\.\.15"),
-        ([Feature(1, -1)], {}, r"feature \(1, -1\)"),
+        ([Feature.of(5, 0)], {}, "features: block"),
+        ([Feature.of(1, 16)], {}, "within 0 to 15"),
+        ([Feature.of(1, -1)], {}, r"\[:, :, -1\]: neuron"),
+        ([Feature(1, range(0, 2))], {}, "several neurons"),
+        ([Feature(1, range(0, 1), range(1, 2))], {}, "chosen positions"),
         (FEATURES, {"n": 0}, "n\n"),
         (FEATURES, {"beam": 0}, "beam\n"),
         (FEATURES, {"candidates": 0}, "candidates\n"),

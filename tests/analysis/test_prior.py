@@ -3,8 +3,8 @@ import torch
 from conftest import write_donor
 
 from frankenmerge.analysis.complete import complete_search
+from frankenmerge.analysis.features import Feature, parse_features
 from frankenmerge.analysis.prior import prior_search
-from frankenmerge.analysis.specs import FeatureSpec, parse_features
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models import load_model
@@ -34,7 +34,7 @@ def test_without_temperature_the_weights_stay_flat(model):
 
 
 def test_batches_and_runs_agree(model):
-    features = [*NEURONS[:3], FeatureSpec(3, range(4), range(1, 2)), FeatureSpec(2, range(5, 6))]
+    features = [*NEURONS[:3], Feature(3, range(4), range(1, 2)), Feature(2, range(5, 6))]
     first, again, alone = (prior_search(model, features, tokens=3, steps=3, batch=size) for size in (64, 64, 1))
     assert torch.equal(first.losses, again.losses) and torch.equal(first.tokens, again.tokens)
     torch.testing.assert_close(first.losses, alone.losses, rtol=1e-4, atol=1e-4)
@@ -42,7 +42,7 @@ def test_batches_and_runs_agree(model):
 
 
 def test_positions_that_nothing_asks_about_stay_uniform(model):
-    found = prior_search(model, [FeatureSpec(2, range(1), range(0, 1))], tokens=3, steps=20)
+    found = prior_search(model, [Feature(2, range(1), range(0, 1))], tokens=3, steps=20)
     assert found.gap[0, 0] < 0.1
     torch.testing.assert_close(found.gap[0, 1:], torch.full((2,), 1 - 1 / 48))
 
@@ -54,6 +54,6 @@ def test_the_model_is_left_as_it_was(model):
 
 def test_what_cannot_be_is_told(model):
     with pytest.raises(FrankenmergeError, match="within 0 to 15"):
-        prior_search(model, [FeatureSpec(1, range(16, 17))])
+        prior_search(model, [Feature(1, range(16, 17))])
     with pytest.raises(FrankenmergeError, match="1 to 64"):
         prior_search(model, NEURONS, tokens=65)

@@ -2,13 +2,42 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
+from conftest import changed, write_donor
 
 from frankenmerge.analysis.complete import complete_search
+from frankenmerge.analysis.features import Feature
+from frankenmerge.analysis.gradient import gradient_search
+from frankenmerge.analysis.greedy import greedy_search
+from frankenmerge.analysis.inversion import invert, outputs_of
+from frankenmerge.analysis.prior import prior_search
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.models import load_model, untrained_model
 
 METHODS = ("complete", "greedy", "gradient", "softmax-prior")
+LETTERS = "\0abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def loaded(path):
+    return load_model(open_checkpoint(str(path)))
+
+
+def told(run, *arguments) -> dict:
+    code, out, err = run("features", *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def by_feature(run, *arguments) -> dict[tuple[int, str], list[int]]:
+    return {(row["block"], row["feature"]): row["tokens"] for row in told(run, *arguments)["features"]}
+
+
+def refused(run, *arguments) -> str:
+    code, out, err = run("features", *arguments)
+    assert code == 1 and not out and "Traceback" not in err
+    return err
 
 
 def rows(run, *arguments) -> dict[tuple[int, int], list[int]]:
@@ -60,3 +89,195 @@ def test_every_method_prints_a_table_of_80_columns(donors, run, method):
 def test_what_the_donor_does_not_have_is_a_mistake(donors, run, options):
     code, out, err = run("features", donors["a"], *options)
     assert code == 1 and not out and err and "Traceback" not in err
+
+
+# The document's notation
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_notation_and_its_short_form_find_the_same(donors, run, method):
+    short = told(run, donors["a"], "--method", method, "--layers", "1,3", "--neurons", "2-4", "--tokens", 2)
+    long = told(run, donors["a"], "--method", method, "--layers", "1,3", "--features", "[:, :, 2-4]", "--tokens", 2)
+    assert short == long
+    assert [(row["block"], row["neuron"]) for row in long["features"]] == [(block, neuron) for block in (1, 3) for neuron in (2, 3, 4)]
+
+
+def test_ranges_of_positions_and_neurons_reach_the_gradient_and_prior_searches(donors, run):
+    model = loaded(donors["a"])
+    for method, search in (("gradient", gradient_search), ("softmax-prior", prior_search)):
+        features = [Feature(block, range(3, 7), range(t, t + 1)) for block in (1, 4) for t in (0, 1)]
+        expected = search(model, features, tokens=3).tokens.tolist()
+        found = by_feature(run, donors["a"], "--method", method, "--layers", "1,4", "--features", "[:, 0-1, 3:7]", "--tokens", 3)
+        assert found == {(f.block, f"[:, {f.positions.start}, 3:7]"): row for f, row in zip(features, expected, strict=True)}
+    rows = told(run, donors["a"], "--method", "gradient", "--layers", "1", "--features", "[:, :, 0:2]", "--steps", 1)["features"]
+    assert [row["neuron"] for row in rows] == [None]
+
+
+def test_other_options_reach_the_gradient_and_prior_searches(donors, run):
+    model, features = loaded(donors["a"]), [Feature.of(2, neuron) for neuron in range(4)]
+    gradient = gradient_search(model, features, tokens=2, steps=7, target=30.0, optimizer="adam").tokens.tolist()
+    options = ("--layers", 2, "--tokens", 2, "--steps", 7, "--target", 30)
+    found = rows(run, donors["a"], "--method", "gradient", *options, "--optimizer", "adam")
+    assert list(found.values()) == gradient != gradient_search(model, features, tokens=2).tokens.tolist()
+    prior = prior_search(model, features, tokens=2, steps=7, target=30.0).tokens.tolist()
+    assert list(rows(run, donors["a"], "--method", "softmax-prior", *options).values()) == prior
+
+
+def test_beam_and_positions_reach_the_greedy_search(donors, run):
+    model, features = loaded(donors["g"]), [Feature.of(4, neuron) for neuron in range(16)]
+    expected = greedy_search(model, features, n=3, beam=4, positions="all").tokens.tolist()
+    options = ("--method", "greedy", "--layers", 4, "--neurons", "0-15", "--tokens", 3)
+    assert list(rows(run, donors["g"], *options, "--beam", 4, "--positions", "all").values()) == expected
+    assert list(rows(run, donors["g"], *options).values()) != expected
+
+
+@pytest.mark.parametrize("method", ["complete", "greedy"])
+@pytest.mark.parametrize(("notation", "found"), [("[:, :, 0:2]", "several neurons"), ("[:, 1, 3]", "chosen positions")])
+def test_what_a_search_of_single_neurons_cannot_mean_is_refused_with_the_reason(donors, run, method, notation, found):
+    err = refused(run, donors["a"], "--method", method, "--layers", "1", "--features", notation)
+    assert found in err and "use gradient or softmax-prior" in err and notation in err
+
+
+def test_positions_beyond_the_input_are_a_mistake(donors, run):
+    assert "within 0 to 2" in refused(run, donors["a"], "--method", "gradient", "--features", "[:, 3, 0]", "--tokens", 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "place"),
+    [
+        ("complete", ("--beam", 2), "--beam"),
+        ("complete", ("--steps", 2), "--steps"),
+        ("complete", ("--positions", "last"), "--positions"),
+        ("greedy", ("--decode", "hidden"), "--decode"),
+        ("greedy", ("--mask-special",), "--mask-special"),
+        ("gradient", ("--bos",), "--bos"),
+        ("softmax-prior", ("--optimizer", "adam"), "--optimizer"),
+        ("gradient", ("--input", "abc"), "--input"),
+        ("inversion", ("--neurons", "0", "--input", "abc"), "--neurons"),
+        ("inversion", ("--features", "[:, :, 0]", "--input", "abc"), "--features"),
+        ("inversion", (), "--input"),
+    ],
+)
+def test_an_option_that_means_nothing_to_the_method_is_refused(donors, run, method, options, place):
+    err = refused(run, donors["a"], "--method", method, *options)
+    assert err.startswith(f"frankenmerge: {place}\n") and "remedy:" in err
+
+
+def test_both_forms_at_once_are_refused(donors, run):
+    assert "both" in refused(run, donors["a"], "--neurons", "0", "--features", "[:, :, 0]")
+
+
+# What is printed beside the tokens
+
+
+def test_the_hidden_decode_is_flagged_as_an_artefact(donors, run):
+    options = (donors["a"], "--method", "gradient", "--layers", "1", "--neurons", "0-15")
+    hidden, real = told(run, *options, "--decode", "hidden"), told(run, *options)
+    same = [token == row["neuron"] for row in hidden["features"] for token in row["tokens"]]
+    assert hidden["artefact"] is True and "artefact" not in real
+    assert hidden["token_id_equals_neuron"] == sum(same) / len(same) > 0.5  # 1 / 16 by chance
+    assert "An artefact:" in run("features", *options[:5], "--decode", "hidden")[1]
+    assert "An artefact:" not in run("features", *options[:5])[1]
+
+
+def test_masked_tokens_are_not_shown_and_the_others_keep_their_order(tmp_path, run):
+    """Special is id 0; ids 48 and 49 are beyond the tokenizer; 5, 9 and 30 share an embedding."""
+
+    def doubled(tensors):
+        embedding = tensors["model.embed_tokens.weight"].copy()
+        embedding[[9, 30]] = embedding[5]
+        return tensors | {"model.embed_tokens.weight": embedding}
+
+    donor = changed(write_donor(tmp_path / "plain", seed=31, vocab_size=50), tmp_path / "donor", doubled)
+    masked = [0, 5, 9, 30, 48, 49]
+    found = told(run, donor, "--mask-special", "--layers", "2", "--tokens", 44)
+    assert found["masked_tokens"] == masked
+    every = rows(run, donor, "--layers", "2", "--tokens", 50)
+    for row in found["features"]:
+        assert row["tokens"] == [token for token in every[2, row["neuron"]] if token not in masked]
+    assert "masked_tokens" not in told(run, donor, "--layers", "2")
+
+
+def pairs(tokens, i, j):
+    """Of every feature in one block with every one in another, the share of positions with the same token."""
+    return np.array([[np.mean([x == y for x, y in zip(one, other, strict=True)]) for other in tokens[j]] for one in tokens[i]])
+
+
+@pytest.mark.parametrize("untrained", [(), ("--untrained", "3")])
+@pytest.mark.parametrize("method", METHODS)
+def test_agreement_between_blocks_stands_beside_permuted_features(donors, run, method, untrained):
+    found = told(run, donors["a"], "--method", method, "--layers", "1,2,4", "--neurons", "0-7", "--tokens", 3, *untrained)
+    shown = [[row["tokens"] for row in found["features"] if row["block"] == block] for block in (1, 2, 4)]
+    tokens = [[own[:1] if method == "complete" else own for own in block] for block in shown]
+    agreement = found["agreement"]
+    assert agreement["blocks"] == [1, 2, 4]
+    for i, j in np.ndindex(3, 3):
+        every, others = pairs(tokens, i, j), ~np.eye(8, dtype=bool)
+        assert agreement["same_tokens"][i][j] == pytest.approx(every.diagonal().mean())
+        assert agreement["permuted"][i][j] == pytest.approx(every[others].mean(), abs=1e-7)
+
+
+def test_the_printed_agreement_is_above_the_diagonal_and_chance_below(donors, run):
+    options = (donors["a"], "--layers", "1,2", "--neurons", "0-15")
+    agreement = told(run, *options)["agreement"]
+    _, out, _ = run("features", *options)
+    table = out[out.index("Same tokens in two blocks") :].splitlines()
+    first, second = ([cell.strip() for cell in line.split("│")[1:-1]] for line in table if line.startswith("│"))
+    assert first == ["1", "", f"{agreement['same_tokens'][0][1]:.2f}"]
+    assert second == ["2", f"{agreement['permuted'][1][0]:.2f}", ""]
+
+
+def test_a_single_feature_has_no_null_and_a_single_block_no_agreement(donors, run):
+    assert told(run, donors["a"], "--layers", "1,2", "--neurons", "5")["agreement"]["permuted"] == [[None, None], [None, None]]
+    assert "Same tokens" not in run("features", donors["a"], "--layers", "1")[1]
+
+
+# Inversion
+
+
+@pytest.mark.parametrize("distance", ["l1", "cosine"])
+@pytest.mark.parametrize("name", ["a", "g"])
+def test_inversion_tells_what_it_recovers_beside_chance(donors, run, name, distance):
+    text = "the quick fox"
+    found = told(run, donors[name], "--method", "inversion", "--input", text, "--layers", "0,2", "--distance", distance, "--steps", 150)
+    true = [LETTERS.index(letter) for letter in text]
+    assert found["input"] == {"tokens": true, "texts": list(text)}
+    assert found["chance"] == 1 / 48
+    model = loaded(donors[name])
+    for row, block in zip(found["recovered"], (0, 2), strict=True):
+        outputs = outputs_of(model, torch.tensor([true]), block)
+        assert row["block"] == block
+        assert [row["tokens"]] == invert(model, outputs, block, loss=distance, steps=150).tokens.tolist()
+        same = [[x == y for y in true] for x in row["tokens"]]
+        count = len(true)
+        assert row["recall"] == pytest.approx(sum(same[i][i] for i in range(count)) / count)
+        others = [same[i][j] for i in range(count) for j in range(count) if i != j]
+        assert row["permuted"] == pytest.approx(sum(others) / len(others), abs=1e-7)
+    assert found["recovered"][0]["recall"] > 0.9 > 0.3 > found["recovered"][0]["permuted"]
+
+
+def test_inversion_of_random_weights_is_its_control(donors, run):
+    found = told(run, donors["a"], "--method", "inversion", "--input", "lazy fox", "--layers", "4", "--steps", 3, "--untrained", 7)
+    true = torch.tensor([[LETTERS.index(letter) for letter in "lazy fox"]])
+    model = untrained_model(open_checkpoint(str(donors["a"])), 7)
+    assert [found["recovered"][0]["tokens"]] == invert(model, outputs_of(model, true, 4), 4, steps=3).tokens.tolist()
+    trained = loaded(donors["a"])
+    assert [found["recovered"][0]["tokens"]] != invert(trained, outputs_of(trained, true, 4), 4, steps=3).tokens.tolist()
+
+
+def test_inversion_prints_a_table(donors, run):
+    code, out, _ = run("features", donors["a"], "--method", "inversion", "--input", "fox", "--layers", "0,1", "--steps", 50)
+    assert code == 0 and "recall" in out and "permuted" in out and "one time in 48" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--input", "fox", "--layers", "9"), "0 to 4"),
+        (("--input", ""), "a text to recover"),
+        (("--input", "a" * 65), "1 to 64"),
+    ],
+)
+def test_an_inversion_that_cannot_be_is_told(donors, run, options, words):
+    assert words in refused(run, donors["g"], "--method", "inversion", *options)

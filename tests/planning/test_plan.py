@@ -165,6 +165,20 @@ def test_an_objective_may_trust_another_score():
     assert str(entry.recipe) == "x[0:3] y[2:5]"
 
 
+def test_neurons_that_a_search_left_out_have_no_score_by_it():
+    alignment = invented()
+    detail = np.full((6, 6, 16), np.nan, np.float16)
+    detail[:, :, [2, 9]] = 0.5
+    alignment.scores["greedy"] = alignment.scores["argmax"]._replace(detail=detail)
+    (seam,) = plan([alignment], Constraints(6, 1))[0].seams
+    told = json.loads(json.dumps(seam.as_json(), allow_nan=False))
+    assert set(told["scores"]) == {"argmax", "correlation", "greedy", "jaccard"}
+    for entry in told["agree"] + told["disagree"]:
+        assert entry["scores"].get("greedy") == (0.5 if entry["neuron"] in (2, 9) else None)
+    plain = plan([invented()], Constraints(6, 1))[0].seams[0]
+    assert [entry["neuron"] for entry in seam.agree] == [entry["neuron"] for entry in plain.agree]
+
+
 @pytest.mark.parametrize("jaccard, null, by_chance", [(0.1, 0.06, True), (0.5, 0.06, False), (0.0, 0.0, True)])
 def test_a_seam_that_agrees_no_better_than_unrelated_neurons_says_so(jaccard, null, by_chance):
     alignment = invented(jaccard=np.full((6, 6), jaccard))

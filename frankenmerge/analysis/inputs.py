@@ -1,0 +1,95 @@
+"""Inputs of several tokens for some neurons of every block, by greedy or gradient search: what an atlas may hold besides."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import frankenmerge
+from frankenmerge.analysis.features import Feature, check_features
+from frankenmerge.analysis.gradient import gradient_search
+from frankenmerge.analysis.greedy import greedy_search
+from frankenmerge.atlas import Atlas, Inputs
+from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.files import read_arrays, write_arrays
+from frankenmerge.models import blocks_of, embedding_of, load_model
+
+NEURONS = 16
+"""How many neurons are searched where nobody names them: each costs about as much as a complete search."""
+TOKENS = 4
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "gradient": {"steps": 100, "target": 100.0, "optimizer": "descent", "seed": 0},
+}
+"""How each method searches, told in the provenance. Donors of one vocabulary begin the descent with the same tokens."""
+_KIND = "frankenmerge.inputs/1"
+
+
+def even_neurons(width: int) -> list[int]:
+    """`NEURONS` neurons, or all of fewer, evenly spaced over the width."""
+    count = min(NEURONS, width)
+    return [width * index // count for index in range(count)]
+
+
+def search_inputs(
+    model: PreTrainedModel, method: str, neurons: Sequence[int], *, tokens: int = TOKENS, progress: Callable[[int], None] = lambda _: None
+) -> Inputs:
+    """Search for every block, and what enters the first, the inputs that excite some neurons most.
+
+    Args:
+        model: the donor.
+        method: `greedy` or `gradient`.
+        neurons: which neurons, the same in every block.
+        tokens: how long the inputs are.
+        progress: called with the number of inputs run (greedy) or of features done (gradient) since its last call.
+
+    Raises:
+        FrankenmergeError: for neurons that the donor does not have, or more tokens than it has positions for.
+    """
+    blocks, width = len(blocks_of(model)), embedding_of(model).shape[1]
+    check_features([Feature.of(0, neuron) for neuron in neurons], blocks=blocks, width=width, tokens=tokens)
+    features = [Feature.of(block, neuron) for block in range(blocks + 1) for neuron in neurons]
+    settings = SETTINGS[method]
+    if method == "greedy":
+        found = greedy_search(model, features, n=tokens, progress=progress, **settings).tokens
+    else:
+        found = gradient_search(model, features, tokens=tokens, progress=progress, **settings).tokens.numpy().astype(np.int32)
+    return Inputs(np.array(neurons, dtype=np.int32), found.reshape(blocks + 1, len(neurons), tokens))
+
+
+def with_inputs(
+    atlas: Atlas,
+    checkpoint: Checkpoint,
+    method: str,
+    neurons: Sequence[int],
+    *,
+    cache: Path,
+    tokens: int = TOKENS,
+    untrained: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda _: None,
+) -> Atlas:
+    """The donor's atlas with what `search_inputs` finds, from the folder `cache` or searched now and kept there.
+
+    `untrained`, `dtype` and `device` as for `analyze`.
+    """
+    settings = SETTINGS[method] | {"tokens": tokens}
+    key = [checkpoint.fingerprint, untrained, dtype, method, settings, list(neurons)]
+    key += [frankenmerge.__version__, torch.__version__, transformers.__version__]
+    path = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.inputs.safetensors"
+    if path.exists():
+        inputs = Inputs(**read_arrays(path, _KIND, "inputs that an earlier command found")[0])
+    else:
+        model = load_model(checkpoint, dtype=dtype, device=device, untrained=untrained)
+        inputs = search_inputs(model, method, neurons, tokens=tokens, progress=progress)
+        write_arrays(path, _KIND, inputs._asdict(), {"key": key})
+    told = atlas.provenance.get("inputs", {}) | {method: settings}
+    return replace(atlas, inputs=atlas.inputs | {method: inputs}, provenance=atlas.provenance | {"inputs": told})
