@@ -1,6 +1,7 @@
 """The document's tables: how a cell is scored, and the cells themselves against the searches and other parts of the page."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from click.testing import CliRunner
 from conftest import DATA, VOCABULARY
 
 from frankenmerge.analysis.analyze import token_texts
+from frankenmerge.analysis.gradient import gradient_search
+from frankenmerge.analysis.specs import parse_features
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.models import load_model
 
@@ -88,8 +91,6 @@ def test_models_are_told_by_their_shape(document):
 
 
 def test_every_row_of_the_page_has_a_block_of_its_table_and_a_cell_a_feature(document):
-    from frankenmerge.analysis.specs import parse_features
-
     for table in document.TABLES:
         specs = parse_features(table.features.format(*range(2000, 2005)), 1, 4096)
         for rows in table.pages.values():
@@ -118,7 +119,7 @@ def test_gpt2_cells_are_tokens_of_gpt2(document):
         for cell in cells
         if model.startswith("gpt2")
     ]
-    assert len(strings) == 103
+    assert len(strings) == 95
     assert [string for string, count in strings if document.split(string, ids, count) is None] == ["distruptions"]  # so the page
     known = {"Pwr": 49267, "Claud": 36303, "Peb": 42507, "View": 7680, "ItemTracker": 47198, "watched": 7342, "(@": 4275}
     assert all(token in ids[text] for text, token in known.items())
@@ -156,3 +157,85 @@ def best(model, block: int, neuron: int, prefix: tuple[int, ...] = ()) -> int:
     model(input_ids=inputs)
     handle.remove()
     return int(caught[0][:, -1, neuron].argmax())
+
+
+TINY = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 16, "vocab_size": VOCABULARY}
+
+
+def test_cells_of_the_documents_own_model_are_scored(document, printed, donors, monkeypatch):
+    import document_tables
+
+    checkpoint = open_checkpoint(str(donors["a"]))
+    model, texts = load_model(checkpoint), token_texts(checkpoint)
+    first = [best(model, 2, neuron) for neuron in range(4)]
+    built = [first[0]]
+    for _ in range(3):
+        built.append(best(model, 2, 0, tuple(built)))
+    wrong = texts[(first[1] + 1) % VOCABULARY]
+    specs = parse_features("[:, :, 9-10]", 1, 16) + parse_features("[:, 0-2, 9]", 1, 16)
+    hidden = [[texts[token] for token in row] for row in gradient_search(model, specs, decode="hidden").tokens.tolist()]
+
+    def turned(words: list[str], positions: set[int]) -> str:
+        """The same with another token, also of an id below the width, at some positions."""
+        return "".join(texts[(texts.index(word) + 1) % 16] if place in positions else word for place, word in enumerate(words))
+
+    monkeypatch.setitem(document.MODELS, "ours", TINY)
+    rows = {
+        "complete": (f" {texts[first[0]]}", wrong, None, texts[first[3]]),
+        "greedy": ("".join(texts[token] for token in built),),
+        "gradient": ("".join(hidden[0]), "".join(hidden[1][:4]) + wrong),
+        "position": (turned(hidden[2], {1, 2, 3, 4}), turned(hidden[3], {1}), "XYZ??"),
+        "short": (texts[first[0]], wrong),
+        "control": (wrong,) * 4,
+    }
+    tables = (
+        document.Table("complete", "complete", "[:, :, 0-3]", (2, 4), {"ours": {2: rows["complete"]}}),
+        document.Table("greedy", "greedy", "[:, :, 0-0]", (2,), {"ours": {2: rows["greedy"]}}),
+        document.Table("gradient", "gradient", "[:, :, {1}-{2}]", (1,), {"ours": {1: rows["gradient"]}}),
+        document.Table("position", "gradient", "[:, 0-2, {1}]", (1,), {"ours": {1: rows["position"]}}),
+        document.Table("short", "complete", "[:, :, 0-3]", (2,), {"ours": {2: rows["short"]}}),
+        document.Table("control", "complete", "[:, :, 0-3]", (2,), {"ours": {2: rows["control"]}}, untrained=True, excuse="random"),
+    )
+    monkeypatch.setattr(document_tables, "TABLES", tables)
+    (told,) = printed("--model", donors["a"])["models"]
+    assert told["document_model"] == "ours"
+    found = {table["table"]: table["cells"] for table in told["tables"]}
+    verdicts = {name: [cell["verdict"] for cell in cells if cell["way"] != "E^+"] for name, cells in found.items()}
+    assert verdicts["complete"] == ["agrees", "differs", "not comparable", "agrees", *["not comparable"] * 4]
+    assert verdicts["greedy"] == ["agrees", "agrees"]
+    assert [cell["way"] for cell in found["greedy"]] == ["last position", "all positions"]
+    assert (found["greedy"][0]["page_ids"], found["greedy"][0]["tokens"]) == ([[token] for token in built], built)
+    assert verdicts["gradient"] == ["agrees", "differs"]
+    assert verdicts["position"] == ["agrees", "differs", "not comparable"]
+    assert {cell["verdict"] for cell in found["gradient"] if not cell["artefact"]} == {"not comparable"}
+    assert verdicts["short"] == ["not comparable"] * 4
+    assert "has 2 cells for 4 features" in told["tables"][4]["notes"][0]
+    assert "differs" not in verdicts["control"]
+    assert told["verdicts"] == Counter(cell["verdict"] for cells in found.values() for cell in cells)
+
+
+def test_random_weights_in_a_shape_of_the_document(document, printed, donors, monkeypatch):
+    monkeypatch.setitem(document.MODELS, "gpt2", {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": VOCABULARY})
+
+    def shown(*arguments: object) -> list[dict]:
+        asked = ("--table", "complete search", "--table", "untrained, complete search")
+        (told,) = printed("--random", "gpt2", *asked, *arguments)["models"]
+        assert not told["trained"] and set(told["verdicts"]) == {"not comparable"}
+        return [cell for table in told["tables"] for cell in table["cells"]]
+
+    ids, again, named, other = shown(), shown(), shown("--tokenizer", donors["a"]), shown("--seed", 1)
+    assert ids == again
+    assert [cell["texts"] for cell in ids] == [[f"<{token}>" for token in cell["tokens"]] for cell in ids]
+    assert [cell["tokens"] for cell in named] == [cell["tokens"] for cell in ids]
+    texts = token_texts(open_checkpoint(str(donors["a"])))
+    assert [cell["texts"] for cell in named] == [[texts[token] for token in cell["tokens"]] for cell in named]
+    assert len(ids) == 12  # blocks 1 and 2, and block 1 of the control, which the next seed draws
+    assert [cell["tokens"] for cell in ids[8:]] == [cell["tokens"] for cell in other[:4]] != [cell["tokens"] for cell in ids[:4]]
+
+
+@pytest.mark.parametrize(("arguments", "told"), [((), "--model"), (("--model", "/nowhere"), "/nowhere")])
+def test_mistakes_are_told(document, arguments, told):
+    import document_tables
+
+    done = CliRunner().invoke(document_tables.main, arguments)
+    assert done.exit_code in (1, 2) and told in done.output and isinstance(done.exception, SystemExit)
