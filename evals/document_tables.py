@@ -248,9 +248,8 @@ def random_checkpoint(name: str, tokenizer: Path | None) -> Checkpoint:
 
 def show(told: dict[str, Any], out: Console) -> None:
     """Print one model's tables."""
-    out.print(
-        f"{told['model']}: {told['document_model'] or 'none of the models of the document, by its shape'}\n", style="bold", markup=False
-    )
+    shape = told["document_model"] or "none of the models of the document, by its shape"
+    out.print(f"{told['model']}: {shape}{'' if told['trained'] else ', random weights'}\n", style="bold", markup=False)
     for table in told["tables"]:
         rows = {"block": [], "feature": [], "way": [], "found": [], "document": [], "verdict": []}
         for cell in table["cells"]:
