@@ -17,7 +17,7 @@ MIXED = [
     Feature(1, range(16), range(0, 2)),
     Feature(0, range(9, 10)),
 ]
-"""Of several blocks, out of order; every kind of spec."""
+"""Of several blocks, out of order; every kind of feature."""
 START = [3, 14, 15, 9]
 
 

@@ -281,3 +281,20 @@ def test_inversion_prints_a_table(donors, run):
 )
 def test_an_inversion_that_cannot_be_is_told(donors, run, options, words):
     assert words in refused(run, donors["g"], "--method", "inversion", *options)
+
+
+# Random weights
+
+
+def test_random_weights_on_a_device_that_is_not_there_are_a_mistake(donors, run):
+    assert "--device" in refused(run, donors["a"], "--untrained", 1, "--device", "cuda:99")
+
+
+def test_random_weights_in_half_precision_are_those_of_the_seed_rounded(donors, run):
+    checkpoint = open_checkpoint(str(donors["a"]))
+    whole, half = untrained_model(checkpoint, 5), load_model(checkpoint, untrained=5, dtype="bfloat16", device="auto")
+    for parameter, rounded in zip(whole.parameters(), half.parameters(), strict=True):
+        assert torch.equal(parameter.bfloat16(), rounded)
+    top = complete_search(half, k=4)
+    found = rows(run, donors["a"], "--untrained", 5, "--dtype", "bfloat16", "--layers", "1")
+    assert found == {(1, neuron): top.tokens[1, neuron].tolist() for neuron in range(4)}

@@ -1,0 +1,41 @@
+"""The script that measures how excited the gradient searches leave a neuron."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.models import block_outputs, forward, load_model
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "evals" / "excitement.py"))
+
+
+@torch.no_grad()
+def test_it_is_0_for_the_mean_and_1_for_the_best_token(donors):
+    model = load_model(open_checkpoint(str(donors["a"])))
+    found = SCRIPT["excitement"](model)
+    with block_outputs(model) as states:
+        forward(model, input_ids=torch.arange(48)[:, None])
+    for block, state in enumerate(states):
+        values = state[:, 0].T
+        mean = values.mean(dim=1, keepdim=True)
+        expected = (values - mean) / (values.amax(dim=1, keepdim=True) - mean)
+        np.testing.assert_allclose(found[block], expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_it_tells_every_search(donors):
+    arguments = ["--donor", str(donors["a"]), "--first", "2", "--last", "4", "--block", "1", "--block", "3", "--json"]
+    result = CliRunner().invoke(SCRIPT["main"], arguments)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert len(told["searches"]) == 2 + sum(map(len, SCRIPT["PRIORS"].values())) and told["made"]["blocks"] == [1, 3]
+    for row in told["searches"]:
+        assert len(row["excitement"]) == 2 and max(row["excitement"]) <= 1 + 1e-6
+        assert (row["gap"] is None) == ("gradient" in row["search"])
+    assert max(row["excitement"][0] for row in told["searches"]) > 0.5
+    assert told["searches"][2]["gap"][0] == pytest.approx(1 - 1 / 48, abs=0.02)
