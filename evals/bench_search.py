@@ -32,7 +32,6 @@ from frankenmerge.analysis.decode import decoder_of, embedding_table
 from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import Tokens, greedy_search
-from frankenmerge.analysis.specs import FeatureSpec
 from frankenmerge.atlas import TopTokens
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
@@ -41,8 +40,6 @@ from frankenmerge.models import backbone, block_outputs, blocks_of, embedding_of
 K, SCREEN_K, LENGTH, CANDIDATES, STEPS, SEED = 10, 32, 4, 64, 10, 0
 LISTING_BATCH = 1000
 """The batch of the document's listing."""
-WITHOUT_SHORTCUT: dict[str, Any] = {}
-"""What tells `complete_search` to compute queries and keys at length 1 too; empty while it has no such shortcut."""
 
 
 class Shape(NamedTuple):
@@ -132,11 +129,10 @@ def complete(options: Options) -> dict[str, Any]:
     work: dict[str, Callable[[], Any]] = {
         "ours": lambda: complete_search(model, k=K),
         "bare": lambda: bare_forward(model, vocabulary),
-        "first": lambda: listing(model, Feature(1, 0), listed),
-        "last": lambda: listing(model, Feature(blocks, width - 1), listed),
+        "first": lambda: listing(model, Feature.of(1, 0), listed),
+        "last": lambda: listing(model, Feature.of(blocks, width - 1), listed),
+        "whole": lambda: complete_search(model, k=K, shortcut=False),
     }
-    if WITHOUT_SHORTCUT:
-        work["whole"] = lambda: complete_search(model, k=K, **WITHOUT_SHORTCUT)
     bare_forward(model, min(BATCH, vocabulary))  # warms up
     runs = in_turns(work, options)
     # A pass ends behind the feature's block, so that its time grows evenly with depth: the mean of both ends is that of all.
@@ -150,7 +146,7 @@ def complete(options: Options) -> dict[str, Any]:
         "document_listing_tokens_timed": listed,
         "document_listing_over_ours": statistics.median(per_table),
         "peak_extra_mb": peak_extra_mb(options),
-        "values_only_saves": 1 - 1 / ratio(runs, "whole", "ours") if WITHOUT_SHORTCUT else None,
+        "values_only_saves": 1 - 1 / ratio(runs, "whole", "ours"),
         "blocks": blocks,
         "width": width,
         "tokens": vocabulary,
@@ -261,7 +257,7 @@ def uncached_greedy(model: PreTrainedModel, features: Sequence[Feature]) -> list
 def gradient(options: Options) -> dict[str, Any]:
     """Neurons of the last block, five tokens each, all in one batch beside one at a time, and how far the results lie apart."""
     model = random_model(options.shape.llama, options.device)
-    features = [FeatureSpec(len(blocks_of(model)), range(neuron, neuron + 1)) for neuron in range(options.shape.features)]
+    features = [Feature(len(blocks_of(model)), range(neuron, neuron + 1)) for neuron in range(options.shape.features)]
     decoder = decoder_of(embedding_table(model), excluded=None)
 
     def search(batch: int) -> torch.Tensor:

@@ -27,12 +27,11 @@ import frankenmerge
 from frankenmerge.analysis.analyze import token_texts
 from frankenmerge.analysis.complete import complete_search
 from frankenmerge.analysis.decode import Decoder, decode_hidden, decoder_of, embedding_table
-from frankenmerge.analysis.features import Feature
+from frankenmerge.analysis.features import Feature, parse_features
 from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import greedy_search
 from frankenmerge.analysis.inversion import Loss, invert, outputs_of
 from frankenmerge.analysis.prior import prior_search
-from frankenmerge.analysis.specs import FeatureSpec, parse_features
 from frankenmerge.atlas import TopTokens
 from frankenmerge.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.cli import console
@@ -46,7 +45,7 @@ DECODED, FLAGGED = "E^+", "hidden axis"
 class Asked(NamedTuple):
     """One feature of a table."""
 
-    spec: FeatureSpec
+    spec: Feature
     page: str | None
     """The document's own string, where the model is the one it used."""
 
@@ -87,22 +86,22 @@ class Donor:
 
 Found = dict[str, list[list[int]]]
 """Token ids, an input a feature, by the way they were found."""
-Method = Callable[[Donor, list[FeatureSpec]], Found]
+Method = Callable[[Donor, list[Feature]], Found]
 
 
-def complete(donor: Donor, specs: list[FeatureSpec]) -> Found:
+def complete(donor: Donor, specs: list[Feature]) -> Found:
     return {"": [donor.best.tokens[spec.block, spec.neurons.start].tolist() for spec in specs]}
 
 
-def greedy(donor: Donor, specs: list[FeatureSpec]) -> Found:
-    features = [Feature(spec.block, spec.neurons.start) for spec in specs]
+def greedy(donor: Donor, specs: list[Feature]) -> Found:
+    features = [Feature.of(spec.block, spec.neurons.start) for spec in specs]
     last = greedy_search(donor.model, features, n=GREEDY_TOKENS)
     every = greedy_search(donor.model, features, n=GREEDY_TOKENS, positions="all")
     return {"last position": last.tokens.tolist(), "all positions": every.tokens.tolist()}
 
 
 def gradient(isolated: bool) -> Method:
-    def search(donor: Donor, specs: list[FeatureSpec]) -> Found:
+    def search(donor: Donor, specs: list[Feature]) -> Found:
         found = gradient_search(donor.model, specs, tokens=GRADIENT_TOKENS, isolated=isolated, decoder=donor.decoder)
         return {DECODED: found.tokens.tolist(), FLAGGED: decode_hidden(found.embeddings).tolist()}
 
@@ -110,7 +109,7 @@ def gradient(isolated: bool) -> Method:
 
 
 def inversion(loss: Loss) -> Method:
-    def search(donor: Donor, specs: list[FeatureSpec]) -> Found:
+    def search(donor: Donor, specs: list[Feature]) -> Found:
         found = []
         for block, row in groupby(specs, key=lambda spec: spec.block):
             best = torch.tensor(donor.best.tokens[block, [spec.neurons.start for spec in row]], device=embedding_of(donor.model).device)
@@ -121,7 +120,7 @@ def inversion(loss: Loss) -> Method:
     return search
 
 
-def prior(donor: Donor, specs: list[FeatureSpec]) -> Found:
+def prior(donor: Donor, specs: list[Feature]) -> Found:
     return {"": prior_search(donor.model, specs, tokens=1).tokens.tolist()}
 
 
@@ -159,7 +158,7 @@ def filled(table: Table, donor: Donor, texts: list[str], page: str | None) -> di
     return {"table": table.name, "features": notation, "untrained": table.untrained, "notes": notes + missing, "cells": cells}
 
 
-def own_indices(specs: list[FeatureSpec], inputs: list[list[int]]) -> list[bool]:
+def own_indices(specs: list[Feature], inputs: list[list[int]]) -> list[bool]:
     """Whether each token, where the features of one neuron are, has that neuron's index for its id."""
     return [
         tokens[position] == spec.neurons.start

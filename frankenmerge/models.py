@@ -226,6 +226,9 @@ def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Map
         role = "head" if name.startswith(head) else architecture.role(name)[0]
         if role in ("embedding", "final", "head"):
             parts[name] = (first if role == "embedding" else last).state_dict()[name]
+    if any(value.is_meta for value in parts.values()):
+        remedy = "merge the recipe, then evaluate the checkpoint; or raise --max-memory"
+        raise fail("splice in memory", "donors whose weights are all in memory", "some are offloaded", remedy)
     model.load_state_dict(parts, strict=True, assign=True)
     if not untied(recipe, donors):
         model.tie_weights()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -22,6 +23,25 @@ device_option = click.option(
 )
 dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
                             help="The type to compute in.")  # fmt: skip
+
+
+def _sizes(_context: Any, parameter: click.Parameter, values: tuple[str, ...]) -> dict[int | str, str] | None:
+    """Read an option's `0=20GiB`, given for several devices."""
+    pairs = [value.partition("=") for value in values]
+    if unclear := [value for value, (device, _, amount) in zip(values, pairs, strict=True) if not (device and amount)]:
+        raise click.BadParameter(f"{unclear[0]!r}: write a device and a size, such as 0=20GiB or cpu=60GiB", param=parameter)
+    return {int(device) if device.isdigit() else device: amount for device, _, amount in pairs} or None
+
+
+max_memory_option = click.option(
+    "--max-memory", multiple=True, callback=_sizes, metavar="DEVICE=SIZE",
+    help="With --device auto, how much of a device (0, 1, ..., cpu) may be used, such as 0=20GiB; may be repeated.",
+)  # fmt: skip
+offload_option = click.option(
+    "--offload",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="With --device auto, a folder for weights that fit nowhere else.",
+)
 
 
 def numbers(_context: Any, parameter: click.Parameter, value: str | None) -> list[int] | None:

@@ -5,7 +5,18 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from frankenmerge.cli.console import device_option, download_option, dtype_option, json_option, out, print_json, progress, table
+from frankenmerge.cli.console import (
+    device_option,
+    download_option,
+    dtype_option,
+    json_option,
+    max_memory_option,
+    offload_option,
+    out,
+    print_json,
+    progress,
+    table,
+)
 
 
 @click.command()
@@ -13,12 +24,15 @@ from frankenmerge.cli.console import device_option, download_option, dtype_optio
 @click.option("--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path), help="A UTF-8 text file; may be repeated.")
 @click.option("--context", type=click.IntRange(2), help="Tokens in a window. [default: what every model was made for, at most 2048]")
 @device_option
+@max_memory_option
+@offload_option
 @dtype_option
 @download_option
 @json_option
 def evaluate(
-    models: tuple[str, ...], texts: tuple[Path, ...], context: int | None, device: str, dtype: str, download: bool, as_json: bool
-) -> None:
+    models: tuple[str, ...], texts: tuple[Path, ...], context: int | None, device: str, max_memory: dict | None, offload: Path | None,
+    dtype: str, download: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Measure how well MODELS predict text. A recipe is run as a virtual splice: nothing is written.
 
     Every donor of a recipe is measured beside it.
@@ -27,7 +41,10 @@ def evaluate(
 
     shown = [read_text(text) for text in texts]
     with progress("evaluating", None, "tokens") as advance:
-        results, bench = compare(models, shown, context=context, dtype=dtype, device=device, download=download, progress=advance)
+        results, bench = compare(
+            models, shown, context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
+            progress=advance,
+        )  # fmt: skip
     if as_json:
         told = [
             {"name": result.name, "role": result.role, **result.total.as_json(),

@@ -12,7 +12,9 @@ from frankenmerge.cli.console import (
     download_option,
     dtype_option,
     json_option,
+    max_memory_option,
     numbers,
+    offload_option,
     out,
     print_json,
     progress,
@@ -82,13 +84,16 @@ MOST_COLUMNS = 12
 @click.option("--input", "text", metavar="TEXT", help="What to recover from a block's output (inversion).")
 @click.option("--distance", type=click.Choice(["l1", "cosine"]), default="l1", show_default=True, help="Between outputs (inversion).")
 @device_option
+@max_memory_option
+@offload_option
 @dtype_option
 @download_option
 @json_option
 @click.pass_context
 def features(
     context: click.Context, donor: str, method: str, layers: list[int] | None, notation: str, neurons: list[int] | None, bos: bool,
-    untrained: int | None, device: str, dtype: str, download: bool, as_json: bool, **options: Any,
+    untrained: int | None, device: str, max_memory: dict | None, offload: Path | None, dtype: str, download: bool, as_json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Show which tokens excite the neurons of DONOR's blocks most.
 
@@ -113,7 +118,7 @@ def features(
     told = {"donor": donor, "method": method, "untrained": untrained, "context": "bos" if bos else "plain"}
     title = f"{Path(donor).name}, {method}, {'behind BOS' if bos else 'plain'}"
     title += "" if untrained is None else f", random weights (seed {untrained})"
-    model = load_model(checkpoint, dtype=dtype, device=device, untrained=untrained)
+    model = load_model(checkpoint, dtype=dtype, device=device, max_memory=max_memory, offload=offload, untrained=untrained)
 
     if method == "inversion":
         with progress("inversion", len(layers), "blocks") as advance:

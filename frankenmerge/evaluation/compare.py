@@ -1,8 +1,8 @@
 """Several models and recipes on the same texts, side by side with every donor."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -65,10 +65,10 @@ class Bench:
 
     def __init__(
         self, texts: Iterable[Text], names: Iterable[str], *, context: int | None = None, dtype: str = "float32", device: str = "cpu",
-        download: bool = False,
+        max_memory: Mapping[int | str, str] | None = None, offload: Path | None = None, download: bool = False,
     ) -> None:  # fmt: skip
         self.texts = list(texts)
-        self.dtype, self.device = dtype, device
+        self._placed: dict[str, Any] = {"dtype": dtype, "device": device, "max_memory": max_memory, "offload": offload}
         self._models: dict[str, tuple[Checkpoint, PreTrainedModel, dict[str, Encoded]]] = {}
         self._checkpoints = {name: open_checkpoint(name, download=download) for name in names}
         self.context = context or shared_context(self._checkpoints.values())
@@ -83,7 +83,7 @@ class Bench:
             checkpoint = self._checkpoints[name]
             tokenizer = load_tokenizer(checkpoint)
             encoded = {text.name: encode(tokenizer, text.content, text.name) for text in self.texts}
-            self._models[name] = checkpoint, load_model(checkpoint, dtype=self.dtype, device=self.device), encoded
+            self._models[name] = checkpoint, load_model(checkpoint, **self._placed), encoded
         return self._models[name]
 
     def checkpoint(self, name: str, *, role: str = "model", progress: Callable[[int], None] = lambda _: None) -> Result:
@@ -110,7 +110,8 @@ def is_recipe(name: str) -> bool:
 
 def compare(
     names: Iterable[str], texts: Iterable[Text], *, context: int | None = None, dtype: str = "float32", device: str = "cpu",
-    download: bool = False, progress: Callable[[int], None] = lambda _: None,
+    max_memory: Mapping[int | str, str] | None = None, offload: Path | None = None, download: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[Result], Bench]:  # fmt: skip
     """Measure checkpoints and recipes, and after them every donor of the recipes that was not named itself.
 
@@ -120,7 +121,9 @@ def compare(
     recipes = {name: load_recipe(Path(name)) for name in names if is_recipe(name)}
     donors = [donor for donor in dict.fromkeys(donor for recipe in recipes.values() for donor in recipe.donors) if donor not in names]
     checkpoints = [*(name for name in names if name not in recipes), *donors]
-    bench = Bench(texts, checkpoints, context=context, dtype=dtype, device=device, download=download)
+    bench = Bench(
+        texts, checkpoints, context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download
+    )  # fmt: skip
     results = [
         bench.recipe(name, recipes[name], progress=progress) if name in recipes else bench.checkpoint(name, progress=progress)
         for name in names

@@ -11,8 +11,8 @@ from conftest import DEMO
 
 from frankenmerge.analysis.complete import complete_search
 from frankenmerge.analysis.decode import artefact_share, decode_hidden, embedding_table
+from frankenmerge.analysis.features import parse_features
 from frankenmerge.analysis.gradient import gradient_search
-from frankenmerge.analysis.specs import parse_features
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.models import load_model, untrained_model
 

@@ -71,7 +71,7 @@ def test_the_documents_listing_finds_the_best_token(bench, monkeypatch, listing_
     monkeypatch.setattr(bench, "LISTING_BATCH", listing_batch)
     model = bench.random_model(bench.SHAPES["tiny"].gpt2, "cpu")
     best = bench.complete_search(model, k=1).tokens
-    assert [bench.listing(model, bench.Feature(block, 5), 300) for block in (1, 2, 3)] == best[1:, 5, 0].tolist()
+    assert [bench.listing(model, bench.Feature.of(block, 5), 300) for block in (1, 2, 3)] == best[1:, 5, 0].tolist()
 
 
 def test_the_peak_is_seen_although_it_is_freed_again(bench, monkeypatch):
@@ -79,4 +79,4 @@ def test_the_peak_is_seen_although_it_is_freed_again(bench, monkeypatch):
     extra = bench.extra_bytes(bench.Options("", bench.SHAPES["tiny"], 1, torch.get_num_threads(), "cpu"))
     if extra is None:
         pytest.skip("this system keeps no high water mark that can be reset")
-    assert 64 * 2**20 <= extra < 96 * 2**20
+    assert 60 * 2**20 <= extra < 96 * 2**20  # pages that were resident before are taken again

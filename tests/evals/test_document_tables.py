@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from conftest import DATA, VOCABULARY
 
 from frankenmerge.analysis.analyze import token_texts
+from frankenmerge.analysis.features import parse_features
 from frankenmerge.analysis.gradient import gradient_search
-from frankenmerge.analysis.specs import parse_features
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.models import load_model
 
