@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from frankenmerge.checkpoint import Checkpoint
@@ -28,8 +28,9 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
         device: a torch device, or `auto` to let accelerate spread the model over what there is.
 
     Raises:
-        FrankenmergeError: when the weights do not fill the model exactly.
+        FrankenmergeError: when the weights do not fill the model exactly, or its family is not one that transformers runs.
     """
+    _check_family(checkpoint)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if device != "auto":
@@ -55,6 +56,12 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
     return model.eval()
 
 
+def _check_family(checkpoint: Checkpoint) -> None:
+    if (name := checkpoint.config["model_type"]) not in CONFIG_MAPPING:
+        remedy = "install a transformers that has it; inspect, check and merge do without"
+        raise fail(str(checkpoint.path / "config.json"), "a model_type that transformers can run", name, remedy)
+
+
 def untrained_model(checkpoint: Checkpoint, seed: int, *, device: str = "cpu") -> PreTrainedModel:
     """A model of the checkpoint's config with random weights, float32: the control for what training brings about.
 
@@ -63,6 +70,7 @@ def untrained_model(checkpoint: Checkpoint, seed: int, *, device: str = "cpu") -
         seed: draws the weights.
         device: a torch device.
     """
+    _check_family(checkpoint)
     config = AutoConfig.for_model(**checkpoint.config)
     state = torch.get_rng_state()
     try:
