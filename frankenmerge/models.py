@@ -28,7 +28,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
         device: a torch device, or `auto` to let accelerate spread the model over what there is.
 
     Raises:
-        FrankenmergeError: when the weights do not fill the model exactly, or its family is not one that transformers runs.
+        FrankenmergeError: when the weights do not fill the model exactly.
     """
     _check_family(checkpoint)
     logging.disable_progress_bar()
@@ -56,12 +56,6 @@ def load_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = 
     return model.eval()
 
 
-def _check_family(checkpoint: Checkpoint) -> None:
-    if (name := checkpoint.config["model_type"]) not in CONFIG_MAPPING:
-        remedy = "install a transformers that has it; inspect, check and merge do without"
-        raise fail(str(checkpoint.path / "config.json"), "a model_type that transformers can run", name, remedy)
-
-
 def untrained_model(checkpoint: Checkpoint, seed: int, *, device: str = "cpu") -> PreTrainedModel:
     """A model of the checkpoint's config with random weights, float32: the control for what training brings about.
 
@@ -78,6 +72,12 @@ def untrained_model(checkpoint: Checkpoint, seed: int, *, device: str = "cpu") -
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
     finally:
         torch.set_rng_state(state)
+
+
+def _check_family(checkpoint: Checkpoint) -> None:
+    if (name := checkpoint.config["model_type"]) not in CONFIG_MAPPING:
+        remedy = "install a transformers that has it; inspect, check and merge do without"
+        raise fail(str(checkpoint.path / "config.json"), "a model_type that transformers can run", name, remedy)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
