@@ -126,6 +126,7 @@ def spliced_config(base: Config, blocks: Sequence[tuple[Config, int]], tied: boo
     for part in family(base).per_block:
         config = _retold(config, part, [part.of(donor, index) for donor, index in blocks])
     config["tie_word_embeddings"] = tied
+    config.pop("auto_map", None)  # names files of code, which the result does not have
     return config
 
 
@@ -139,13 +140,10 @@ def _retold(config: dict[str, Any], part: PerBlock, entries: list[Any]) -> dict[
         return [rule(trial, index) for index in range(len(entries))] == entries
 
     for number, least in part.numbers.items():
-        if config.get(number) is not None:
-            values = (config[number], *range(least, len(entries) + 2)) if part.rule else ()
-            read = next(iter(part.numbers))  # the others are what other versions call it
-            fitting = (value for value in values if agrees(rest | (listed if part.marker else {}) | {read: value}))
-            rest[number] = next(fitting, None)
-            if rest[number] is None:
-                del rest[number]
+        own, read = rest.pop(number, None), next(iter(part.numbers))  # the others are what other versions call it
+        values = (own, *range(least, len(entries) + 2)) if part.rule and own is not None else ()
+        fitting = [value for value in values if agrees(rest | (listed if part.marker else {}) | {read: value})]
+        rest |= {number: fitting[0]} if fitting else {}
     return rest | listed if part.key in config or not agrees(rest) else rest
 
 

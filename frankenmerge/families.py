@@ -152,7 +152,7 @@ def _without_rope_sliding(config: Config, index: int) -> str:
 def _is_dense(config: Config, index: int) -> bool:
     """Qwen's mixtures of experts: some blocks have a plain MLP instead."""
     experts = config.get("num_local_experts", config.get("num_experts", 128))
-    sparse = experts > 0 and (index + 1) % config.get("decoder_sparse_step", 1) == 0
+    sparse = isinstance(experts, int) and experts > 0 and (index + 1) % config.get("decoder_sparse_step", 1) == 0
     return index in (config.get("mlp_only_layers") or ()) or not sparse
 
 

@@ -49,14 +49,14 @@ def architecture_of(config: Config, shapes: Shapes, place: str) -> Architecture:
     shapes = {name: shape for name, shape in shapes.items() if not re.search(USUAL.ignored, name)}
     numbered = Counter(match[1] for name in shapes if (match := re.match(r"(.+?\.)\d+\.", name)))
     prefix = max(numbered, key=numbered.__getitem__, default=".")
-    root, stem = re.fullmatch(r"(.*?)([^.]*\.)", prefix).groups()
+    root = prefix[: prefix.removesuffix(".").rfind(".") + 1]
     roles = _roles(config, shapes, root, prefix)
     reasons = [*_block_reasons(shapes, prefix), *_role_reasons(config, shapes, roles)]
     raise_all(_faults(place, (f"{config['model_type']}, which cannot be inferred: {reason}" for reason in reasons)))
     return replace(
         USUAL,
         root=root,
-        block=f"{stem}{{}}.",
+        block=f"{prefix.removeprefix(root)}{{}}.",
         embedding=tuple(module.removeprefix(root) for role in ("embedding", "positions") for module in roles.get(role, ())),
         final=roles["final"][0].removeprefix(root),
         head=roles.get("head", [USUAL.head])[0],

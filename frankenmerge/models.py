@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from frankenmerge.checkpoint import Checkpoint
@@ -42,6 +42,7 @@ def load_model(
     Raises:
         FrankenmergeError: when the weights do not fill the model exactly, or do not fit.
     """
+    _check_family(checkpoint)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if device != "auto":
@@ -96,6 +97,7 @@ def untrained_model(checkpoint: Checkpoint, seed: int, *, dtype: str = "float32"
         dtype: what the weights, drawn in float32, are rounded to.
         device: a torch device.
     """
+    _check_family(checkpoint)
     config = AutoConfig.for_model(**checkpoint.config)
     state = torch.get_rng_state()
     try:
@@ -103,6 +105,12 @@ def untrained_model(checkpoint: Checkpoint, seed: int, *, dtype: str = "float32"
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device, DTYPES[dtype]).eval()
     finally:
         torch.set_rng_state(state)
+
+
+def _check_family(checkpoint: Checkpoint) -> None:
+    if (name := checkpoint.config["model_type"]) not in CONFIG_MAPPING:
+        remedy = "install a transformers that has it; inspect, check and merge do without"
+        raise fail(str(checkpoint.path / "config.json"), "a model_type that transformers can run", name, remedy)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -41,10 +41,8 @@ def write_donor(folder: Path, family: str = "llama", seed: int = 0, shard: str =
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {"n_embd": 16, "n_layer": 4, "n_head": 4, "n_positions": 64} if family == "gpt2" else SMALL | {"max_position_embeddings": 64}
-    config = AutoConfig.for_model(
-        family,
-        **(shape | TINY.get(family, {}) | {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0} | changes),
-    )
+    shape = shape | TINY.get(family, {}) | {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = AutoConfig.for_model(family, **shape | changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

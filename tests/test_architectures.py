@@ -2,7 +2,7 @@
 
 import pytest
 
-from frankenmerge.architectures import differences, head_width, is_tied, quantity, rope, spliced_config
+from frankenmerge.architectures import config_faults, differences, head_width, is_tied, quantity, rope, spliced_config
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.families import FAMILIES
 from frankenmerge.inferred import architecture_of
@@ -212,6 +212,14 @@ def test_a_field_of_one_version_of_the_library_is_a_remark():
     assert differences(LLAMA, LLAMA | {"novelty": 3}) == ([], ["novelty: None and 3"])
 
 
+def test_of_a_family_that_is_not_in_the_table_no_default_is_known():
+    novel = LLAMA | {"model_type": "novel"}
+    assert differences(novel, dict(novel)) == ([], [])
+    for change in ({"novelty": 3}, {"rope_theta": 10000.0}, {"layer_types": ["full_attention"] * 4}, {"head_dim": 32}):
+        (reason,) = reasons(novel, novel | change)
+        assert reason.startswith("rope_parameters: " if "rope_theta" in change else f"{next(iter(change))}: ")
+
+
 PUBLISHED = {
     "llama": LLAMA | {"rope_theta": 500000.0, "rope_scaling": None, "torch_dtype": "bfloat16"},
     "mistral": LLAMA | {"model_type": "mistral", "rope_theta": 10000.0, "sliding_window": 4096},
@@ -286,3 +294,141 @@ def test_splicing_configs_leaves_the_donors_configs_alone():
 
 def test_blocks_are_counted_in_the_familys_own_field():
     assert spliced_config(GPT2, [(GPT2, 0)] * 7, tied=True) == GPT2 | {"n_layer": 7, "tie_word_embeddings": True}
+
+
+S, F = "sliding_attention", "full_attention"
+QWEN_OLD = QWEN | {"max_window_layers": 2}
+GEMMA3 = LLAMA | {"model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window": 8}
+SMOLLM3 = LLAMA | {"model_type": "smollm3", "no_rope_layer_interval": 2}
+MOE = LLAMA | {"model_type": "qwen3_moe", "num_experts": 4}
+
+
+@pytest.mark.parametrize(
+    "base, order, changes",
+    [
+        (QWEN_OLD, [0, 1, 2, 1, 2, 3], {"layer_types": [F, F, S, F, S, S], "max_window_layers": None}),
+        (QWEN_OLD, [0, 1, 0, 1, 2, 3], {"max_window_layers": 4}),
+        (QWEN_OLD | {"layer_types": [F, F, S, S]}, [0, 1, 0, 2], {"layer_types": [F, F, F, S], "max_window_layers": 3}),
+        (QWEN_OLD | {"layer_types": [F, F, S, S]}, [3, 0], {"layer_types": [S, F], "max_window_layers": None}),
+        (QWEN | {"max_window_layers": 4}, [0, 1, 2, 3] * 2, {"max_window_layers": 8}),
+        (QWEN_OLD | {"use_sliding_window": False}, [0, 1, 2, 3] * 2, {}),
+        (LLAMA | {"model_type": "gemma2"}, [0, 1, 1, 2, 3], {"layer_types": [S, F, F, S, F]}),
+        (LLAMA | {"model_type": "gemma2"}, [0, 1, 2, 1, 2, 3], {}),
+        (GEMMA3, [0, 5, 5, 4], {"layer_types": [S, F, F, S]}),
+        (GEMMA3, [0, 1, 2, 3, 4, 5, 0, 1], {}),
+        (GEMMA3 | {"sliding_window_pattern": 3}, [0, 1, 2, 4, 5], {"layer_types": [S, S, F, S, F], "sliding_window_pattern": None}),
+        (GEMMA3 | {"sliding_window_pattern": 3}, [0, 2, 3, 5], {"sliding_window_pattern": 2}),
+        (
+            GEMMA3 | {"_sliding_window_pattern": 6, "layer_types": [S] * 5 + [F]},
+            [0, 5, 1, 5],
+            {"_sliding_window_pattern": 2, "layer_types": [S, F, S, F]},
+        ),
+        (
+            LLAMA | {"model_type": "cohere2", "sliding_window_pattern": 4, "layer_switch": 4},
+            [0, 3, 3],
+            {"layer_types": [S, F, F], "sliding_window_pattern": None, "layer_switch": None},
+        ),
+        (SMOLLM3, [0, 1, 1, 2], {"no_rope_layers": [1, 0, 0, 1], "no_rope_layer_interval": None}),
+        (
+            SMOLLM3 | {"no_rope_layers": [1, 1, 0, 0], "use_sliding_window": True, "sliding_window": 8},
+            [3, 0, 2],
+            {"no_rope_layers": [0, 1, 0], "no_rope_layer_interval": None},
+        ),
+        (
+            SMOLLM3 | {"layer_types": [S, F, F, S], "use_sliding_window": True, "sliding_window": 8},
+            [3, 0, 1],
+            {"no_rope_layers": [0, 1, 0], "layer_types": [S, S, F], "no_rope_layer_interval": None},
+        ),
+        (MOE | {"decoder_sparse_step": 2}, [0, 1, 1, 2], {"mlp_only_layers": [0, 3], "decoder_sparse_step": 1}),
+        (MOE | {"decoder_sparse_step": 2}, [2, 3, 0, 1], {}),
+        (MOE | {"mlp_only_layers": [1]}, [0, 1, 1, 3], {"mlp_only_layers": [1, 2]}),
+        (MOE | {"mlp_only_layers": [], "decoder_sparse_step": 1}, [3, 3], {}),
+        (MOE | {"num_experts": 0, "mlp_only_layers": []}, [3, 3], {"mlp_only_layers": [0, 1]}),
+    ],
+)  # fmt: skip
+def test_what_config_tells_of_blocks_moves_with_them(base, order, changes):
+    expected = {key: value for key, value in (base | changes).items() if value is not None}
+    config = spliced_config(base, [(base, index) for index in order], tied=False)
+    assert config == expected | {"num_hidden_layers": len(order), "tie_word_embeddings": False}
+
+
+def test_blocks_of_donors_that_tell_and_that_do_not_are_told_together():
+    old = GEMMA3 | {"sliding_window_pattern": 2}
+    new = GEMMA3 | {"layer_types": [F, F, S, S, F, F]}
+    order = [(old, 0), (new, 0), (new, 2), (old, 5), (old, 1)]
+    assert spliced_config(old, order, tied=True)["layer_types"] == [S, F, S, F, F]
+    assert spliced_config(new, order, tied=True)["layer_types"] == [S, F, S, F, F]
+
+
+def test_code_of_a_donor_is_not_named_in_the_result():
+    assert "auto_map" not in spliced_config(LLAMA | {"auto_map": {"AutoConfig": "x.Y"}}, [(LLAMA, 0)], tied=False)
+
+
+# Blocks that cannot be moved
+
+
+@pytest.mark.parametrize(
+    "base, changes, place",
+    [
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        (LLAMA, {"num_kv_shared_layers": 2}, "num_kv_shared_layers"),
+        (LLAMA, {"per_layer_config": {"0": {"num_attention_heads": 2}}}, "per_layer_config"),
+        (LLAMA, {"layer_types": [F] * 3}, "layer_types"),
+        (LLAMA, {"layer_types": "full_attention"}, "layer_types"),
+        (SMOLLM3, {"no_rope_layers": [1]}, "no_rope_layers"),
+        (SMOLLM3, {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+        (QWEN, {"max_window_layers": -1}, "max_window_layers"),
+        (QWEN, {"max_window_layers": None}, "max_window_layers"),
+        (GEMMA3, {"sliding_window_pattern": "6"}, "sliding_window_pattern"),
+        (MOE, {"mlp_only_layers": [4]}, "mlp_only_layers"),
+        (MOE, {"mlp_only_layers": [True]}, "mlp_only_layers"),
+        (MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        (GEMMA3, {"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention"),
+        (GEMMA3, {"rope_local_base_freq": "10000"}, "rope_local_base_freq"),
+    ],
+)
+def test_a_config_whose_blocks_cannot_be_moved_is_told(base, changes, place):
+    assert config_faults(base, "config.json") == []
+    (fault,) = config_faults(base | changes, "config.json")
+    assert fault.place == f"config.json: {place}"
+
+
+@pytest.mark.parametrize("changes", [{"num_kv_shared_layers": 0}, {"per_layer_config": None}, {"layer_types": None}])
+def test_a_field_that_binds_no_block_is_no_fault(changes):
+    assert config_faults(LLAMA | changes, "config.json") == []
+
+
+# Rotary positions of their own for each kind of attention
+
+
+def test_rope_settings_for_kinds_of_attention_are_equal_in_both_styles():
+    old = GEMMA3 | {"rope_theta": 5e5, "rope_local_base_freq": 1e4, "rope_scaling": {"type": "linear", "factor": 8.0}}
+    kinds = {F: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}, S: {"rope_type": "default", "rope_theta": 1e4}}
+    assert rope(old) == rope(GEMMA3 | {"rope_parameters": kinds}) == kinds
+    assert rope(GEMMA3) == {F: {"rope_type": "default", "rope_theta": 1e6}, S: {"rope_type": "default", "rope_theta": 1e4}}
+    assert reasons(old, GEMMA3 | {"rope_parameters": kinds}) == []
+    (reason,) = reasons(old, old | {"rope_local_base_freq": 5e4})
+    assert reason.startswith("rope_parameters: ")
+
+
+@pytest.mark.parametrize(
+    "family, key, value",
+    [
+        ("gemma2", "attn_logit_softcapping", None),
+        ("gemma3_text", "final_logit_softcapping", 30.0),
+        ("cohere2", "logit_scale", 1.0),
+        ("stablelm", "use_parallel_residual", True),
+        ("qwen3_moe", "norm_topk_prob", True),
+        ("mixtral", "num_experts_per_tok", 1),
+        ("gemma2", "query_pre_attn_scalar", 64),
+    ],
+)
+def test_an_option_other_than_the_familys_default_is_a_reason_where_the_default_is_left_out(family, key, value):
+    config = LLAMA | {"model_type": family}
+    assert config.get(key) is None
+    assert any(reason.startswith(f"{key}: ") for reason in reasons(config, config | {key: value}))
+
+
+def test_experts_are_counted_under_both_names():
+    assert reasons(MOE, {key: value for key, value in MOE.items() if key != "num_experts"} | {"num_local_experts": 4}) == []
+    assert reasons(MOE, MOE | {"num_experts": 8}) == ["num_local_experts: 4 and 8"]

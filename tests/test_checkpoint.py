@@ -381,6 +381,28 @@ def test_a_config_of_impossible_values_is_refused(donors, tmp_path, key, value):
     assert key in f"{found[0].place} {found[0].expected}"
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A donor whose block 1 has a plain MLP, the others experts."""
+    return write_donor(tmp_path_factory.mktemp("mixture") / "donor", "qwen3_moe", mlp_only_layers=[1])
+
+
+def test_a_tensor_that_only_blocks_of_its_kind_have_is_missed(mixture, tmp_path):
+    name = "model.layers.3.mlp.experts.2.up_proj.weight"
+    folder = changed(mixture, tmp_path / "holes", lambda all: {key: value for key, value in all.items() if key != name})
+    assert places(refused(folder)) == [f"{folder}: {name}"]
+    assert open_checkpoint(str(mixture)).blocks == 4
+
+
+def test_kinds_of_blocks_are_held_against_config(mixture, tmp_path):
+    folder = changed(mixture, tmp_path / "odd", config=lambda config: config | {"mlp_only_layers": [2]})
+    found = [fault for fault in refused(folder) if fault.place == f"{folder}: mlp_only_layers"]
+    assert [(fault.expected, fault.found) for fault in found] == [
+        ("no mlp.gate_proj. in block 1", "mlp.gate_proj. in block 1"),
+        ("mlp.gate_proj. in block 2", "no mlp.gate_proj. in block 2"),
+    ]
+
+
 def test_a_gpt2_whose_blocks_depend_on_their_index_is_refused(donors, tmp_path):
     folder = changed(donors["g"], tmp_path / "scaled", config=lambda config: config | {"scale_attn_by_inverse_layer_idx": True})
     assert refused(folder)[0].place == f"{folder / 'config.json'}: scale_attn_by_inverse_layer_idx"

@@ -52,7 +52,14 @@ OPTIONS = {
     "gpt_neox in sequence": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 6}),
 }
-CASES = {family: (family, KINDS.get(family, {})) for family in FAMILIES} | OPTIONS
+UNLISTED = {
+    "gemma": ("gemma", {"head_dim": 8}),
+    "cohere": ("cohere", {"logit_scale": 0.5}),
+    "granite": ("granite", {"residual_multiplier": 0.7, "embedding_multiplier": 3.0}),
+    "olmo3": ("olmo3", {"sliding_window": 3}),
+}
+"""Families that are not in the table."""
+CASES = {family: (family, KINDS.get(family, {})) for family in FAMILIES} | OPTIONS | UNLISTED
 
 SPLICES = {
     "deeper": [("tied", 0), ("tied", 1), ("tied", 2), ("tied", 1), ("tied", 2), ("tied", 2), ("tied", 3)],
@@ -148,6 +155,18 @@ def test_a_splice_computes_what_its_blocks_compute_in_their_donors(pair, tmp_pat
     assert loaded.config.num_hidden_layers == len(blocks_in(loaded)) == len(order)
     assert torch.equal(on_disk, in_memory)
     torch.testing.assert_close(in_memory, by_the_donors(order, pair(case).models))
+
+
+def test_donors_whose_dense_blocks_lie_elsewhere_are_spliced(pair, tmp_path):
+    first, other = pair("qwen3_moe"), pair("qwen3_moe without dense blocks")
+    both = Pair(*({"tied": one["tied"], "untied": two["untied"]} for one, two in zip(first, other, strict=True)))
+    for splice in ("interleaved", "the other way round"):
+        loaded, on_disk, in_memory = spliced(SPLICES[splice], both, tmp_path / splice)
+        assert loaded.config.mlp_only_layers == [
+            at for at, (name, index) in enumerate(SPLICES[splice]) if name == "tied" and index in (0, 2)
+        ]
+        assert torch.equal(on_disk, in_memory)
+        torch.testing.assert_close(in_memory, by_the_donors(SPLICES[splice], both.models))
 
 
 # Checkpoints from before the lists

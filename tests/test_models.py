@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import block_outputs, blocks_of, embedding_of, forward, load_model, load_tokenizer, virtual_splice
+from frankenmerge.models import block_outputs, blocks_of, embedding_of, forward, load_model, load_tokenizer, untrained_model, virtual_splice
 from frankenmerge.recipe import Block, open_donors, recipe_of
 
 FAMILIES = {
@@ -235,6 +235,15 @@ def test_missing_weights_are_refused(donors, tmp_path):
     path = changed(donors["a"], tmp_path / "holes", without_outputs)
     with pytest.raises(FrankenmergeError, match=r"(?s)missing keys: .*o_proj"):
         loaded(path)
+
+
+def test_a_family_that_the_library_lacks_can_be_opened_and_not_be_run(donors, tmp_path):
+    path = changed(donors["a"], tmp_path / "novel", config=lambda all: all | {"model_type": "novel", "architectures": ["NovelForCausalLM"]})
+    checkpoint = open_checkpoint(str(path))
+    assert checkpoint.blocks == 4
+    for run in (load_model, lambda donor: untrained_model(donor, 0)):
+        with pytest.raises(FrankenmergeError, match="a model_type that transformers can run"):
+            run(checkpoint)
 
 
 def test_weights_that_belong_nowhere_are_refused(donors, tmp_path):
