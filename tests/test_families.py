@@ -12,7 +12,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import changed, write_donor
-from frankenmerge.analysis.specs import FeatureSpec
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from frankenmerge.analysis.complete import complete_search
@@ -220,12 +219,12 @@ def test_complete_search_finds_what_a_forward_pass_shows(pair, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_search_takes_the_best_token_at_every_step(pair, family):
     model = pair(family).models["untied"]
-    features = [Feature(block, neuron) for block, neuron in ((1, 0), (2, 5), (4, 9))]
+    features = [Feature.of(block, neuron) for block, neuron in ((1, 0), (2, 5), (4, 9))]
     result = greedy_search(model, features, n=5)
-    for (block, neuron), tokens, values in zip(features, result.tokens.tolist(), result.values, strict=True):
+    for feature, tokens, values in zip(features, result.tokens.tolist(), result.values, strict=True):
         for step, value in enumerate(values):
             inputs = torch.tensor([[*tokens[:step], token] for token in range(48)])
-            found = passed(model, input_ids=inputs)[0]["out"][block - 1][:, -1, neuron]
+            found = passed(model, input_ids=inputs)[0]["out"][feature.block - 1][:, -1, feature.neuron]
             torch.testing.assert_close(found[tokens[step]], found.max())
             torch.testing.assert_close(torch.tensor(value), found.max())
 
@@ -233,12 +232,12 @@ def test_greedy_search_takes_the_best_token_at_every_step(pair, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_search_descends_on_the_loss_of_a_forward_pass(pair, family):
     model = pair(family).models["untied"]
-    features = [FeatureSpec(block, range(neuron, neuron + 1)) for block, neuron in ((1, 0), (2, 5), (4, 9))]
+    features = [Feature.of(block, neuron) for block, neuron in ((1, 0), (2, 5), (4, 9))]
     start = (7, 30, 12, 41, 3)
     result = gradient_search(model, features, start=start, steps=20, target=100.0)
     seen, _ = passed(model, input_ids=torch.tensor([start]))
     for row, feature in enumerate(features):
-        activations = seen["out"][feature.block - 1][0, :, feature.neurons.start]
+        activations = seen["out"][feature.block - 1][0, :, feature.neuron]
         torch.testing.assert_close(result.losses[0, row], 0.1 * (100 - activations).abs().sum())
     assert (result.losses[-1] < result.losses[0] - 0.01).all()
 
