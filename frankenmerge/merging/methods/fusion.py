@@ -1,12 +1,13 @@
 """Methods that decide element by element: nearswap, arcee_fusion, sce, ram, ramplus_tl."""
 
 from collections.abc import Callable
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from frankenmerge.merging.methods.inputs import Inputs, Plan
-from frankenmerge.merging.methods.select import Rank, before, boundaries, kth_largest
+from frankenmerge.merging.methods.inputs import Inputs, Plan, precise_sum
+from frankenmerge.merging.methods.select import before, boundaries, kth_largest
 from frankenmerge.merging.methods.sparse import agreed, total_of
 
 
@@ -59,8 +60,8 @@ def arcee_fusion(inputs: Inputs) -> Plan:
 def sce(inputs: Inputs) -> Plan:
     """SCE (arXiv 2408.07990, section 3.3): select the elements that vary most between task vectors, calculate weights, erase signs.
 
-    The `select_topk` share with the largest variance stays (of equal variances those with the lower index, none that is 0); a
-    model's weight is the mean square of its task vector there, over the sum of all; then TIES's consensus with the sign of
+    Of the elements that vary at all the `select_topk` share with the largest variance stays (of equal variances those with the
+    lower index); a model's weight is the mean square of its task vector there, over the sum of all; then TIES's consensus with the sign of
     the unweighted sum, and division by the weights that agree, as in mergekit.
     """
     select = _selected(inputs)
@@ -68,7 +69,7 @@ def sce(inputs: Inputs) -> Plan:
     for start, stop in inputs.spans():
         _, deltas = inputs.deltas(start, stop)
         for model, delta in enumerate(select(deltas, start)):
-            squares[model] += float(delta.double().square_().sum())
+            squares[model] += precise_sum(delta.square_())
     whole = sum(squares) or 1.0
     weights = [square / whole for square in squares]
 
@@ -86,18 +87,18 @@ def _selected(inputs: Inputs) -> Callable[[list[Tensor], int], list[Tensor]]:
     if share == 1:
         return lambda deltas, _: deltas
 
-    def variance(deltas: list[Tensor]) -> Tensor:
-        mean = total_of(deltas).div_(len(deltas))
-        return total_of([(delta - mean).square_() for delta in deltas]).view(torch.int32)
+    def spread(deltas: list[Tensor]) -> Tensor:
+        # sum_(i<j) (d_i - d_j)^2 = n^2 times the variance, and exactly 0 where all are equal
+        return total_of([(one - other).square_() for one, other in combinations(deltas, 2)] or [deltas[0] * 0]).view(torch.int32)
 
     def keys(start: int, stop: int) -> Tensor:
-        return variance(inputs.deltas(start, stop)[1])
+        return spread(inputs.deltas(start, stop)[1])
 
-    (end,) = boundaries(keys, inputs.spans, inputs.size, [int(share * inputs.size)])
-    end = Rank(end.key, end.index if end.key else 0)
+    varied = sum(int(keys(start, stop).count_nonzero()) for start, stop in inputs.spans())
+    (end,) = boundaries(keys, inputs.spans, inputs.size, [int(share * varied)])
 
     def select(deltas: list[Tensor], start: int) -> list[Tensor]:
-        mask = before(variance(deltas), start, end)
+        mask = before(spread(deltas), start, end)
         for delta in deltas:
             delta.view(torch.int32).bitwise_and_(mask)
         return deltas
@@ -124,10 +125,10 @@ def ramplus_tl(inputs: Inputs) -> Plan:
         _, deltas = inputs.deltas(start, stop)
         changed = _changed(inputs, deltas)
         alone = total_of(changed).eq_(1.0)
-        for model, change in enumerate(changed):  # counts of at most 2**17 are exact in float32
-            mine = float((change * alone).sum())
+        for model, change in enumerate(changed):
+            mine = precise_sum(change * alone)
             own[model] += mine
-            shared[model] += float(change.sum()) - mine
+            shared[model] += precise_sum(change) - mine
     r, alpha, epsilon = (float(inputs.parameters[name]) for name in ("r", "alpha", "epsilon"))
     ratios = [many / (few or epsilon or 1.0) for many, few in zip(shared, own, strict=True)]
     return _ram(inputs, [1 + r * min(ratio, alpha) for ratio in ratios])

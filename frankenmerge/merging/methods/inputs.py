@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from frankenmerge.merging.methods import Value
@@ -13,6 +14,8 @@ BLOCK = 2**17
 
 It is fixed, so that sums add up in one order whatever the chunks of the result are.
 """
+
+SEGMENT = 1024
 
 Span = tuple[int, int]
 """Flat elements `[start, stop)`."""
@@ -62,6 +65,12 @@ class Inputs(NamedTuple):
         assert self.base
         base = self.base.read(start, stop)
         return base, [part.read(start, stop).sub_(base) for part in self.parts]
+
+
+def precise_sum(values: Tensor) -> float:
+    """Sum flat float32 values in float64; a segment is one output of the reduction, so that no number of threads changes the order."""
+    cut = len(values) // SEGMENT * SEGMENT
+    return float(values[:cut].view(-1, SEGMENT).sum(1, dtype=torch.float64).sum() + values[cut:].sum(dtype=torch.float64))
 
 
 class Plan(NamedTuple):

@@ -5,7 +5,7 @@ by counting, in one pass, then its lower 16 bits among the elements that share t
 lowest index ranks first, so that ranks are distinct.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch

@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from frankenmerge.errors import fail
-from frankenmerge.merging.methods.inputs import Inputs, Plan
+from frankenmerge.merging.methods.inputs import Inputs, Plan, precise_sum
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Coefficients = Callable[[Array], Array]
 """Gram matrices `[k, n, n]`, one for every row or column or one for the tensor, to coefficients `[k, n]`."""
-
-SEGMENT = 1024
-"""Elements summed at once: each segment is one output of the reduction, so no number of threads changes the order."""
 
 
 def passthrough(inputs: Inputs) -> Plan:
@@ -69,7 +66,7 @@ def nuslerp(inputs: Inputs) -> Plan:
     """
     first, second = inputs.each("weight")
     wise = "tensor" if inputs.parameters["nuslerp_flatten"] else "column" if inputs.parameters["nuslerp_row_wise"] else "row"
-    return _wise(inputs, wise, lambda gram: _arc(gram, second / (first + second), straight=1e-6))
+    return _wise(inputs, wise, lambda gram: _arc(gram, second / (first + second), straight=1e-3))
 
 
 def multislerp(inputs: Inputs) -> Plan:
@@ -109,7 +106,7 @@ def karcher(inputs: Inputs) -> Plan:
         for direction in unit[shown]:
             cosine = float(np.clip(direction @ gram @ point, -1, 1))
             sine = math.sqrt(1 - cosine**2)
-            if sine > 1e-8:  # else it is the point itself, or the opposite one, to which no way is the shortest
+            if sine > (0 if cosine > 0 else 1e-3):  # to the opposite point no way is the shortest
                 step += math.acos(cosine) / sine * (direction - cosine * point) / shown.sum()
         length = math.sqrt(max(step @ gram @ step, 0.0))
         if length < float(inputs.parameters["tol"]) or not length:
@@ -135,7 +132,7 @@ def model_stock(inputs: Inputs) -> Plan:
         cosines = _cosines(gram)
         c = (cosines.sum(axis=(1, 2)) - cosines.diagonal(axis1=1, axis2=2).sum(axis=1)) / (count * (count - 1))
         below = 1 + (count - 1) * c
-        t = np.divide(count * c, below, out=np.zeros_like(c), where=below > 1e-9)
+        t = np.divide(count * c, below, out=np.zeros_like(c), where=below > 1e-6)
         return np.repeat(t[:, None] / count, count, axis=1)
 
     return _wise(inputs, "row" if inputs.parameters["filter_wise"] else "tensor", coefficients)
@@ -204,30 +201,26 @@ def _sum(base: Tensor | None, vectors: list[Tensor], coefficients: Array) -> Ten
 
 def _gram(inputs: Inputs, *, columns: bool = False) -> Array:
     """`[1, n, n]`, or `[width, n, n]` for the columns."""
-    total = 0.0
+    count = len(inputs.parts)
+    total = np.zeros((inputs.width if columns else 1, count, count))
     for start, stop in inputs.spans(rows=columns):
         _, vectors = _vectors(inputs, start, stop)
-        if columns:
-            total = total + _products([vector.view(-1, inputs.width) for vector in vectors], dim=0)
-            continue
-        cut = (stop - start) // SEGMENT * SEGMENT
-        for part in ([vector[:cut].view(cut // SEGMENT, SEGMENT) for vector in vectors], [vector[None, cut:] for vector in vectors]):
-            total = total + _products(part, dim=1).sum(axis=0, keepdims=True)
-    return _finite(np.asarray(total), inputs.name)
+        total += _products([vector.view(-1, inputs.width) for vector in vectors], dim=0) if columns else _products(vectors, dim=None)
+    return _finite(total, inputs.name)
 
 
-def _products(vectors: list[Tensor], dim: int) -> Array:
-    """Inner products of matrices `[r, c]` along `dim`, `[c or r, n, n]`: products in float32, sums in float64.
+def _products(vectors: list[Tensor], dim: int | None) -> Array:
+    """Inner products `[k, n, n]` of matrices along `dim`, or of flat vectors (k = 1).
 
-    A product's rounding, 6e-8 of it either way, averages out over the elements; a sum's would not.
+    Products are float32, sums float64: a product's rounding, 6e-8 of it either way, averages out over the elements; a sum's would not.
     """
-    count = len(vectors)
-    result = np.empty((vectors[0].shape[1 - dim], count, count))
-    scratch = torch.empty_like(vectors[0])
+    count, scratch = len(vectors), torch.empty_like(vectors[0])
+    result = np.empty((1 if dim is None else scratch.shape[1 - dim], count, count))
     for i in range(count):
         for j in range(i + 1):
             torch.mul(vectors[i], vectors[j], out=scratch)
-            result[:, i, j] = result[:, j, i] = scratch.sum(dim, dtype=torch.float64).cpu().numpy()
+            found = precise_sum(scratch) if dim is None else scratch.sum(dim, dtype=torch.float64).cpu().numpy()
+            result[:, i, j] = result[:, j, i] = found
     return result
 
 

@@ -11,11 +11,12 @@ it is by the sum of magnitudes.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from frankenmerge.merging.methods.inputs import Inputs, Part, Plan
+from frankenmerge.merging.methods.inputs import Inputs, Part, Plan, precise_sum
 from frankenmerge.merging.methods.noise import SCALE, words
 from frankenmerge.merging.methods.select import before, boundaries, magnitudes
 
@@ -95,7 +96,7 @@ def della_linear(inputs: Inputs) -> Plan:
 
 def _della(inputs: Inputs, *, consensus: bool) -> Plan:
     keeps = [_by_rank(inputs, model) for model in range(len(inputs.parts))]
-    return _task(inputs, keeps, _whole_mass, consensus=consensus, rows=True)
+    return _task(inputs, keeps, partial(_whole_mass, rows=True), consensus=consensus, rows=True)
 
 
 def _task(inputs: Inputs, keeps: list[Keep], whole: Callable[[Inputs, Part, Keep], float], *, consensus: bool, rows: bool = False) -> Plan:
@@ -198,13 +199,12 @@ def _drop(delta: Tensor, noise: Tensor, limit: Tensor | int) -> Tensor:
     return delta
 
 
-def _whole_mass(inputs: Inputs, part: Part, keep: Keep) -> float:
+def _whole_mass(inputs: Inputs, part: Part, keep: Keep, *, rows: bool = False) -> float:
     """What the kept part must be multiplied by to have the whole task vector's sum of magnitudes; 1 where nothing is left."""
     whole = kept = 0.0
-    for start, stop in inputs.spans(rows=True):
+    for start, stop in inputs.spans(rows=rows):
         assert inputs.base
         delta = part.read(start, stop).sub_(inputs.base.read(start, stop))
-        rows = delta.view(-1, inputs.width)
-        whole += float(rows.abs().sum(1, dtype=torch.float64).sum())
-        kept += float(keep(delta, start).abs_().view(-1, inputs.width).sum(1, dtype=torch.float64).sum())
+        whole += precise_sum(delta.abs())
+        kept += precise_sum(keep(delta, start).abs_())
     return whole / kept if kept else 1.0
