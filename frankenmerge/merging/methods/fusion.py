@@ -89,7 +89,9 @@ def _selected(inputs: Inputs) -> Callable[[list[Tensor], int], list[Tensor]]:
 
     def spread(deltas: list[Tensor]) -> Tensor:
         # sum_(i<j) (d_i - d_j)^2 = n^2 times the variance, and exactly 0 where all are equal
-        return total_of([(one - other).square_() for one, other in combinations(deltas, 2)] or [deltas[0] * 0]).view(torch.int32)
+        return total_of([(one - other).square_() for one, other in combinations(deltas, 2)] or [torch.zeros_like(deltas[0])]).view(
+            torch.int32
+        )
 
     def keys(start: int, stop: int) -> Tensor:
         return spread(inputs.deltas(start, stop)[1])
