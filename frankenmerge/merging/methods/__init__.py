@@ -157,7 +157,8 @@ def _joint_faults(method: str, models: Sequence[Mapping[str, Value]], shared: Ma
     weights = [given["weight"] for given in models] if divides and shared.get(divides, True) else [1.0]
     if abs(math.fsum(weights)) <= 1e-8 * math.fsum(map(abs, weights)):
         found = " + ".join(map(str, weights)) + " = 0"
-        yield Fault(place, "weights whose sum is not 0, since they are divided by it", found, "change a weight, or set normalize: false")
+        remedy = f"change a weight, or set {divides}: false" if divides in shared else "change a weight"
+        yield Fault(place, "weights whose sum is not 0, since they are divided by it", found, remedy)
     if "epsilon" in METHODS[method].parameters and METHODS[method].parameters["epsilon"].per_model:
         for number, given in enumerate(models, 1):
             values = resolved(method, given, per_model=True)

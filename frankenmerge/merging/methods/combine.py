@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor
 
 from frankenmerge.errors import raise_all
-from frankenmerge.merging.methods import Value, faults, fusion, resolved, span, sparse
+from frankenmerge.merging.methods import METHODS, Value, faults, fusion, resolved, span, sparse
 from frankenmerge.merging.methods.inputs import BLOCK, Inputs, Part, Plan
 
 RULES: dict[str, Callable[[Inputs], Plan]] = {
@@ -62,12 +62,15 @@ def combine(
         chunk: elements of a chunk. Methods that look at rows take whole ones: as many as fit, at least one.
 
     Raises:
-        FrankenmergeError: for parameters or a number of models that the method cannot take, all faults together; for tensors
+        FrankenmergeError: when the first chunk is asked for: for parameters or a number of models that the method cannot take, all faults together; for tensors
             whose statistics are not finite.
     """
     raise_all(faults(method, [part.parameters for part in parts], parameters, base=base is not None, place=f"{name} ({method})"))
     complete = [Part(part.read, resolved(method, part.parameters, per_model=True)) for part in parts]
-    inputs = Inputs(complete, base, shape, resolved(method, parameters, per_model=False), name, seed)
+    wanted = None if METHODS[method].base == "none" else base
+    inputs = Inputs(complete, wanted, shape, resolved(method, parameters, per_model=False), name, seed)
+    if not inputs.size:
+        return
     plan = RULES[method](inputs)
     for start, stop in inputs.spans(chunk, rows=plan.rows):
         yield plan.chunk(start, stop)

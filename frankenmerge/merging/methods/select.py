@@ -29,8 +29,8 @@ class Rank(NamedTuple):
 
 
 def magnitudes(values: Tensor) -> Tensor:
-    """The bits of `|values|`, float32, in place."""
-    return values.view(torch.int32).bitwise_and_(LARGEST)
+    """The bits of `|values|`, float32, as int32."""
+    return values.view(torch.int32).bitwise_and(LARGEST)
 
 
 def kth_largest(keys: Keys, spans: Callable[[], Iterable[Span]], ranks: Sequence[int]) -> list[tuple[int, int]]:

@@ -154,8 +154,10 @@ def _ranked(inputs: Inputs, part: Part, gamma: float, fewest: int) -> Keep:
     first, end = boundaries(keys, inputs.spans, size, [largest, largest + count])
 
     def keep(delta: Tensor, start: int) -> Tensor:
-        bits = magnitudes(delta.clone())
-        mask = before(bits, start, end).bitwise_and_(before(bits, start, first).bitwise_not_())
+        bits = magnitudes(delta)
+        mask = before(bits, start, end)
+        if largest:
+            mask.bitwise_and_(before(bits, start, first).bitwise_not_())
         delta.view(torch.int32).bitwise_and_(mask)
         return delta
 
@@ -185,7 +187,7 @@ def _by_rank(inputs: Inputs, model: int) -> Keep:
     def keep(delta: Tensor, start: int) -> Tensor:
         if density == 1:
             return delta
-        rows = magnitudes(delta.clone()).view(-1, inputs.width)
+        rows = magnitudes(delta).view(-1, inputs.width)
         order = rows.argsort(dim=1, stable=True)
         limit = torch.empty_like(rows).scatter_(1, order, limits.to(delta.device).expand_as(rows))
         return _drop(delta, words(inputs.seed, inputs.name, model, start, start + len(delta)).to(delta.device), limit.view(-1))

@@ -453,6 +453,15 @@ def test_degenerate_values_give_finite_results_whatever_the_chunks(method, value
     assert found.tobytes() == merged(method, arrays[:count], base, models, chunk=3, **parameters).tobytes()
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0)])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tensor_without_elements_has_no_chunks(method, shape):
+    count, with_base, models, parameters = next(iter(cases(method)))
+    empty = [part_of(np.zeros(shape), given) for given in models]
+    base = part_of(np.zeros(shape)) if with_base else None
+    assert not list(combine(method, empty, base, shape=shape, parameters=parameters, name=NAME, seed=0))
+
+
 ZERO, X = np.zeros((2, 3)), np.arange(1.0, 7.0).reshape(2, 3)
 
 
@@ -518,6 +527,13 @@ def test_random_methods_follow_the_seed_and_the_name_and_keep_what_they_promise(
     by_rank = np.take_along_axis(kept, order, axis=1).mean(axis=0)  # 500 ranks, 400 rows
     expected = np.linspace(density - epsilon, density + epsilon, 500) if "della" in method else np.full(500, density)
     assert np.abs(by_rank - expected).max() < 5.5 * 0.5 / math.sqrt(400)
+
+
+@pytest.mark.parametrize("method", [m for m, spec in METHODS.items() if spec.base == "none"])
+def test_a_method_without_base_does_not_look_at_one(method):
+    base, (x, *_) = example((6, 20))
+    models = [{"weight": 2.0} if method == "linear" else {}]
+    assert (merged(method, [x], base, models) == merged(method, [x], None, models)).all()
 
 
 @pytest.mark.parametrize("method", ["slerp", "nuslerp", "multislerp", "karcher", "model_stock"])
