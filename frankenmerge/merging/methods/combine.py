@@ -62,8 +62,8 @@ def combine(
         chunk: elements of a chunk. Methods that look at rows take whole ones: as many as fit, at least one.
 
     Raises:
-        FrankenmergeError: when the first chunk is asked for: for parameters or a number of models that the method cannot take, all faults together; for tensors
-            whose statistics are not finite.
+        FrankenmergeError: when the first chunk is asked for: for parameters or a number of models that the method cannot
+            take, all faults together; for tensors whose statistics are not finite.
     """
     raise_all(faults(method, [part.parameters for part in parts], parameters, base=base is not None, place=f"{name} ({method})"))
     complete = [Part(part.read, resolved(method, part.parameters, per_model=True)) for part in parts]
