@@ -20,8 +20,9 @@ LAYERS = (
 """What lies directly in the package. A part imports from lower layers and its own; a stage from no other stage."""
 
 HEAVY = ("torch", "transformers", "accelerate", "safetensors.torch")
-MAY_BE_HEAVY = {"models", "blockwise", "analysis", "evaluation", "reporting", "demo"}
-"""The parts that may import these when they are imported; all others do it in the functions that need them."""
+METHODS = {f"merging.methods.{name}" for name in ("combine", "inputs", "span", "sparse", "select", "noise", "fusion")}
+MAY_BE_HEAVY = {"models", "blockwise", "analysis", "evaluation", "reporting", "demo", *METHODS}
+"""The parts and modules that may import these when they are imported; all others do it in the functions that need them."""
 
 
 class Import(NamedTuple):
@@ -60,6 +61,11 @@ def allowed(part: str) -> set[str]:
     return lower | ({part} if part in STAGES or own is None else LAYERS[own])
 
 
+def is_heavy(module: str) -> bool:
+    """Whether a dotted name in the package is one that may be heavy, or lies in one."""
+    return any(f"{module}.".startswith(f"{heavy}.") for heavy in MAY_BE_HEAVY)
+
+
 def imports_of(path: Path, source: str) -> Iterator[Import]:
     for node, at_once in _statements(ast.parse(source), True):
         if isinstance(node, ast.Import):
@@ -87,11 +93,11 @@ def against_direction(found: Import) -> str | None:
 
 
 def against_lightness(found: Import) -> str | None:
-    if found.importer in MAY_BE_HEAVY or not found.at_once:
+    if is_heavy(".".join(found.path.with_suffix("").parts[1:])) or not found.at_once:
         return None
     if any(f"{found.name}.".startswith(f"{heavy}.") for heavy in HEAVY):
         return f"{found} at module level, which makes `--help` slow; import it in the function that needs it"
-    if found.imported in MAY_BE_HEAVY:
+    if found.name.startswith("frankenmerge.") and is_heavy(found.name.removeprefix("frankenmerge.")):
         return f"{found} at module level, which may import torch in its turn; import it in the function that needs it"
     return None
 
@@ -146,6 +152,11 @@ def test_direction(path, source, wrong):
         ("cli/demo.py", "try:\n    import transformers.utils\nexcept ImportError:\n    pass", True),
         ("splice.py", "class Splice:\n    from torch import nn", True),
         ("cli/demo.py", "from frankenmerge.models import load_model", True),
+        ("merging/methods/combine.py", "import torch", False),
+        ("merging/methods/__init__.py", "import torch", True),
+        ("recipe.py", "from frankenmerge.merging.methods import METHODS", False),
+        ("merging/writer.py", "from frankenmerge.merging.methods.combine import combine", True),
+        ("merging/writer.py", "from .methods import combine", True),
     ],
 )
 def test_lightness(path, source, wrong):

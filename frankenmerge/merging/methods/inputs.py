@@ -1,0 +1,82 @@
+"""What a merge method sees of its tensors: flat chunks, read as often as it needs them."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from frankenmerge.merging.methods import Value
+
+BLOCK = 2**17
+"""Elements of a statistics pass's step and of a random stream's block: 512 KiB of float32, which a core's own cache holds.
+
+It is fixed, so that sums add up in one order whatever the chunks of the result are.
+"""
+
+SEGMENT = 1024
+
+Span = tuple[int, int]
+"""Flat elements `[start, stop)`."""
+
+
+class Part(NamedTuple):
+    """One model's tensor."""
+
+    read: Callable[[int, int], Tensor]
+    """Flat elements `[start, stop)`, one-dimensional, contiguous, float32, on the device to compute on. The tensor is
+    overwritten by the method, and not looked at any more once the same part is read again."""
+    parameters: Mapping[str, Value] = {}
+
+
+class Inputs(NamedTuple):
+    """All that a method is given; parameters are complete and sound."""
+
+    parts: Sequence[Part]
+    base: Part | None
+    shape: tuple[int, ...]
+    parameters: Mapping[str, Value]
+    name: str
+    seed: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Length of a row: the tensor is seen as the matrix `[size / width, width]`."""
+        return self.shape[-1] if self.shape else 1
+
+    def each(self, name: str) -> list[float]:
+        """One parameter of every model."""
+        return [float(part.parameters[name]) for part in self.parts]
+
+    def spans(self, step: int = BLOCK, *, rows: bool = False) -> Iterator[Span]:
+        """Cut the tensor into spans of `step` elements; with `rows` into whole rows, at least one."""
+        if rows:
+            step = max(1, step // self.width) * self.width
+        return ((start, min(start + step, self.size)) for start in range(0, self.size, step))
+
+    def deltas(self, start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
+        """The base and the task vectors: every model minus the base."""
+        assert self.base
+        base = self.base.read(start, stop)
+        return base, [part.read(start, stop).sub_(base) for part in self.parts]
+
+
+def precise_sum(values: Tensor) -> float:
+    """Sum flat float32 values in float64; a segment is one output of the reduction, so that no number of threads changes the order."""
+    cut = len(values) // SEGMENT * SEGMENT
+    return float(values[:cut].view(-1, SEGMENT).sum(1, dtype=torch.float64).sum() + values[cut:].sum(dtype=torch.float64))
+
+
+class Plan(NamedTuple):
+    """A method whose statistics are gathered."""
+
+    chunk: Callable[[int, int], Tensor]
+    """The result's flat elements `[start, stop)`, float32."""
+    rows: bool = False
+    """Whether the spans must be whole rows."""
