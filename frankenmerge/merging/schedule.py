@@ -76,6 +76,9 @@ class Combine(NamedTuple):
 
 
 Operation = Copy | Combine
+_NO_SUM = 1e-6
+"""Weights that add up to less cannot be normalised."""
+_AS_IT_IS = {name: parameter.default for name, parameter in METHODS[PLAIN].parameters.items()}
 
 
 def schedule(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "recipe") -> list[Operation]:
@@ -134,10 +137,10 @@ def _tensors(
     def given(source: Source, canonical: str) -> Input:
         donor, name = donors[source.model], names(source)[canonical]
         asked = canonical.format(source.layer_range[0] + offset)
-        parameters = model_parameters(recipe, part, source, asked, t) if method == recipe.merge_method else {}
+        parameters = model_parameters(recipe, part, source, asked, t) if method == recipe.merge_method else _AS_IT_IS
         rows = None
         if vocabulary and _has_a_row_per_token(donor, role, canonical):
-            stand_ins = dict.fromkeys([*([base.model] if base else []), *recipe.tensor_donors])
+            stand_ins: list[str] = list(dict.fromkeys([*([base.model] if base else []), *recipe.tensor_donors]))
             matrices = {other: donors[other].tensors[tensor_names(donors[other], role)[canonical]] for other in stand_ins}
             rows = rows_of(source.model, matrices, vocabulary, recipe)
         return Input(source.model, name, donor.tensors[name], parameters, rows)
@@ -165,25 +168,30 @@ def _seed(recipe: Recipe, name: str) -> int:
 
 def _operation_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], operations: list[Operation], place: str) -> Iterator[Fault]:
     """Parameters that are missing for a tensor, weights that cannot be normalised, filters for no tensor."""
-    told = set()
+    told: set[tuple[str, str]] = set()
     for operation in operations:
         if isinstance(operation, Copy):
             continue
-        unset = [(name, f"{operation.name}") for name, value in operation.parameters.items() if value is None]
-        unset += [(name, f"{given.donor}") for given in operation.inputs for name, value in given.parameters.items() if value is None]
+        unset = [(name, operation.name) for name, value in operation.parameters.items() if value is None]
+        unset += [
+            (name, f"{given.source} of {given.donor}")
+            for given in operation.inputs
+            for name, value in given.parameters.items()
+            if value is None
+        ]
         for name, where in unset:
-            if (name, where) not in told:
-                told.add((name, where))
-                expected = f"a value for every tensor: {operation.method} cannot do without"
-                yield Fault(f"{place}: parameters.{name}", expected, f"none for {operation.name} of {where}", f"say {name}")
-        weights = [given.parameters.get("weight") for given in operation.inputs]
+            if (name, where.partition(" of ")[2]) not in told:
+                told.add((name, where.partition(" of ")[2]))
+                expected = f"a value for every tensor, which {operation.method} cannot do without"
+                yield Fault(f"{place}: parameters.{name}", expected, f"none for {where}", f"say {name}")
+        weights = [weight for given in operation.inputs if (weight := given.parameters.get("weight")) is not None]
         normal = operation.parameters.get("normalize") or operation.parameters.get("normalize_weights")
-        if normal and METHODS[operation.method].base != "required" and None not in weights and abs(sum(weights)) < 1e-6:
-            if "weight" not in told:
-                told.add("weight")
+        if normal and METHODS[operation.method].base != "required" and weights and abs(sum(weights)) < _NO_SUM:
+            if ("weight", "sum") not in told:
+                told.add(("weight", "sum"))
                 found = f"{' and '.join(f'{weight:g}' for weight in weights)} for {operation.name}"
                 yield Fault(f"{place}: parameters.weight", "weights that can be normalised: a sum other than 0", found,
                             "change the weights, or say normalize: false")  # fmt: skip
     heads = [name for donor in donors.values() for name in tensor_names(donor, "head")]
-    asked = [given.source for operation in operations if isinstance(operation, Combine) for given in operation.inputs]
+    asked = [given.source for operation in operations for given in (operation.inputs if isinstance(operation, Combine) else [operation])]
     yield from filter_faults(recipe, [*(operation.name for operation in operations), *asked, *heads], place)
