@@ -71,14 +71,14 @@ def test_a_recipe_is_told_in_one_line():
 
 def test_base_and_tokenizer_are_the_first_donors_when_not_named():
     recipe = parse_recipe(one_slice("[0, 1]", "x/a"), "r.yaml")
-    assert (recipe.base, recipe.tokenizer, recipe.donors) == ("x/a", "x/a", ["x/a"])
+    assert (recipe.base, recipe.tokenizer_donor, recipe.donors) == ("x/a", "x/a", ["x/a"])
 
 
 def test_base_and_tokenizer_are_those_named():
     recipe = parse_recipe(GOOD, "r.yaml")
-    assert (recipe.base, recipe.tokenizer) == ("org/second", "org/second")
+    assert (recipe.base, recipe.tokenizer_donor) == ("org/second", "org/second")
     other = parse_recipe(GOOD.replace("tokenizer_source: base", "tokenizer_source: third"), "r.yaml")
-    assert (other.base, other.tokenizer, other.donors) == ("org/second", "third", ["first", "org/second", "third"])
+    assert (other.base, other.tokenizer_donor, other.donors) == ("org/second", "third", ["first", "org/second", "third"])
 
 
 @pytest.mark.parametrize("text", [GOOD, one_slice("[0, 1]"), one_slice("[5, 40]", '"öß: #x"'), one_slice("[0, 1]", '"123"')])
@@ -318,7 +318,7 @@ def test_relative_donors_are_found_beside_the_recipe(beside):
     recipe = load_recipe(beside / "recipes" / "r.yaml")
     second = str(beside / "recipes" / "org" / "second")
     assert recipe.donors == [str(beside / "recipes" / "first"), second]
-    assert (recipe.base, recipe.tokenizer) == (second, second)
+    assert (recipe.base, recipe.tokenizer_donor) == (second, second)
 
 
 def test_relative_donors_are_looked_for_in_the_working_directory_first(beside):

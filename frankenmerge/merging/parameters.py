@@ -5,12 +5,10 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from frankenmerge.errors import Fault
-from frankenmerge.merging.methods import METHODS, Method, Parameter
+from frankenmerge.merging.methods import METHODS, Method, Parameter, resolved
 from frankenmerge.recipe import Recipe, Slice, Source, Whole
 from frankenmerge.settings import Value, filters, resolve, values
 
-IGNORED = ("int8_mask",)
-"""Parameters of mergekit's that change how it computes and not what."""
 PLAIN = "passthrough"
 """The method of tensors that a single donor gives."""
 
@@ -45,26 +43,21 @@ def _lone(method: Method, sources: Sequence[Source | Whole]) -> bool:
     return len(sources) == 1 and method.models[0] + (method.base == "required") > 1
 
 
-def model_parameters(recipe: Recipe, part: Slice, source: Source, tensor: str, t: float) -> dict[str, Value | None]:
-    """A method's parameters of one model for one of its tensors; None for one that has to be given and is not."""
+def model_parameters(recipe: Recipe, part: Slice, source: Source, tensor: str, t: float) -> dict[str, Value]:
+    """A method's parameters of one model for one of its tensors; those that have to be given and are not are left out."""
     return _resolved(recipe, [source.parameters, part.parameters], tensor, t, per_model=True)
 
 
-def common_parameters(recipe: Recipe, part: Slice, tensor: str, t: float) -> dict[str, Value | None]:
+def common_parameters(recipe: Recipe, part: Slice, tensor: str, t: float) -> dict[str, Value]:
     """A method's other parameters, for one tensor of the result."""
     return _resolved(recipe, [part.parameters], tensor, t, per_model=False)
 
 
-def _resolved(recipe: Recipe, narrow: list[Mapping[str, Any] | None], tensor: str, t: float, *, per_model: bool) -> dict[str, Value | None]:
+def _resolved(recipe: Recipe, narrow: list[Mapping[str, Any] | None], tensor: str, t: float, *, per_model: bool) -> dict[str, Value]:
     """Source before slice before module before recipe."""
     levels = [*narrow, recipe.stack.parameters, recipe.parameters]
-    found = {}
-    for name, parameter in METHODS[recipe.merge_method].parameters.items():
-        if parameter.per_model == per_model:
-            value = resolve(name, levels, tensor, t)
-            value = parameter.default if value is None else value
-            found[name] = value if value is None or parameter.default is None else type(parameter.default)(value)
-    return found
+    found = {name: resolve(name, levels, tensor, t) for name in METHODS[recipe.merge_method].parameters}
+    return resolved(recipe.merge_method, {name: value for name, value in found.items() if value is not None}, per_model=per_model)
 
 
 class _Level(NamedTuple):
@@ -134,8 +127,6 @@ def _model_faults(recipe: Recipe, method: Method, place: str) -> Iterator[Fault]
 def _level_faults(recipe: Recipe, method: Method, level: _Level, place: str) -> Iterator[Fault]:
     for name, written in level.parameters.items():
         where = f"{place}: {level.place}parameters.{name}"
-        if name in IGNORED:
-            continue
         if name not in method.parameters:
             near = get_close_matches(name, method.parameters, 1)
             expected = f"one of: {', '.join(method.parameters) or 'none'}, the parameters of {recipe.merge_method}"
@@ -158,16 +149,7 @@ def _unfit(parameter: Parameter, value: Value) -> str | None:
         return "a number"
     if isinstance(parameter.default, int) and value != int(value):
         return "a whole number"
-    low, high = parameter.low, parameter.high
-    if (low is None or value >= low) and (high is None or value <= high):
-        return None
-    return (
-        f"a number from {low:g} to {high:g}"
-        if low is not None and high is not None
-        else f"a number of at least {low:g}"
-        if high is None
-        else f"a number of at most {high:g}"
-    )
+    return None if parameter.low <= value <= parameter.high else f"a number from {parameter.low:g} to {parameter.high:g}"
 
 
 def filter_faults(recipe: Recipe, tensors: Sequence[str], place: str = "recipe") -> Iterator[Fault]:

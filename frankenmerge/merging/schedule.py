@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from frankenmerge.checkpoint import BYTES_OF, Checkpoint, Tensor
-from frankenmerge.errors import Fault, raise_all
-from frankenmerge.merging.methods import METHODS
+from frankenmerge.errors import Fault, fail, raise_all
+from frankenmerge.merging.methods import METHODS, faults, resolved
 from frankenmerge.merging.parameters import PLAIN, common_parameters, filter_faults, method_faults, model_parameters, taken
 from frankenmerge.recipe import Recipe, Slice, Source
 from frankenmerge.splice import result_dtype, spelled_out, tensor_names, untied
@@ -76,9 +76,8 @@ class Combine(NamedTuple):
 
 
 Operation = Copy | Combine
-_NO_SUM = 1e-6
-"""Weights that add up to less cannot be normalised."""
-_AS_IT_IS = {name: parameter.default for name, parameter in METHODS[PLAIN].parameters.items()}
+_ALIKE = "name donors with the same tensors; for other vocabularies say tokenizer_source"
+_AS_IT_IS = resolved(PLAIN, {}, per_model=True)
 
 
 def schedule(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "recipe") -> list[Operation]:
@@ -134,8 +133,15 @@ def _tensors(
     def names(source: Source) -> dict[str, str]:
         return tensor_names(donors[source.model], role, source.layer_range[0] + offset if role == "block" else None)
 
+    def shape_of(source: Source, canonical: str) -> tuple[int, ...]:
+        return donors[source.model].tensors[names(source)[canonical]].shape
+
     def given(source: Source, canonical: str) -> Input:
-        donor, name = donors[source.model], names(source)[canonical]
+        donor, name = donors[source.model], names(source).get(canonical)
+        if name is None or (vocabulary is None and donor.tensors[name].shape != shape_of(sources[0], canonical)):
+            where = f"{source.model}: {canonical.format(source.layer_range[0] + offset)}"
+            found = f"shape {list(donor.tensors[name].shape)}" if name else "no such tensor"
+            raise fail(where, f"shape {list(shape_of(sources[0], canonical))}, to be merged", found, _ALIKE)
         asked = canonical.format(source.layer_range[0] + offset)
         parameters = model_parameters(recipe, part, source, asked, t) if method == recipe.merge_method else _AS_IT_IS
         rows = None
@@ -168,30 +174,15 @@ def _seed(recipe: Recipe, name: str) -> int:
 
 def _operation_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], operations: list[Operation], place: str) -> Iterator[Fault]:
     """Parameters that are missing for a tensor, weights that cannot be normalised, filters for no tensor."""
-    told: set[tuple[str, str]] = set()
+    told: dict[tuple[str, ...], Fault] = {}
     for operation in operations:
-        if isinstance(operation, Copy):
-            continue
-        unset = [(name, operation.name) for name, value in operation.parameters.items() if value is None]
-        unset += [
-            (name, f"{given.source} of {given.donor}")
-            for given in operation.inputs
-            for name, value in given.parameters.items()
-            if value is None
-        ]
-        for name, where in unset:
-            if (name, where.partition(" of ")[2]) not in told:
-                told.add((name, where.partition(" of ")[2]))
-                expected = f"a value for every tensor, which {operation.method} cannot do without"
-                yield Fault(f"{place}: parameters.{name}", expected, f"none for {where}", f"say {name}")
-        weights = [weight for given in operation.inputs if (weight := given.parameters.get("weight")) is not None]
-        normal = operation.parameters.get("normalize") or operation.parameters.get("normalize_weights")
-        if normal and METHODS[operation.method].base != "required" and weights and abs(sum(weights)) < _NO_SUM:
-            if ("weight", "sum") not in told:
-                told.add(("weight", "sum"))
-                found = f"{' and '.join(f'{weight:g}' for weight in weights)} for {operation.name}"
-                yield Fault(f"{place}: parameters.weight", "weights that can be normalised: a sum other than 0", found,
-                            "change the weights, or say normalize: false")  # fmt: skip
+        if isinstance(operation, Combine):
+            models = [given.parameters for given in operation.inputs]
+            base = operation.base is not None
+            for fault in faults(operation.method, models, operation.parameters, base=base, place=f"{place}: {operation.name}"):
+                # What is wrong with one tensor is wrong with many: the first stands for all.
+                told.setdefault(fault[1:], fault)
+    yield from told.values()
     heads = [name for donor in donors.values() for name in tensor_names(donor, "head")]
     asked = [given.source for operation in operations for given in (operation.inputs if isinstance(operation, Combine) else [operation])]
     yield from filter_faults(recipe, [*(operation.name for operation in operations), *asked, *heads], place)

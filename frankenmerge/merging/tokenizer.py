@@ -55,7 +55,9 @@ def _json(value: Any) -> bytes:
 
 def _added_tokens(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str, dict[str, Any]]:
     """How donors, the first that has it, and the recipe describe the tokens that stand beside a vocabulary."""
-    described = {token: {"content": token, **_ADDED} for token in (recipe.tokenizer and recipe.tokenizer.tokens) or {}}
+    described: dict[str, dict[str, Any]] = {
+        token: {"content": token, **_ADDED} for token in (recipe.tokenizer and recipe.tokenizer.tokens) or {}
+    }
     for name in reversed(recipe.donors):
         data = read_json(donors[name].path / "tokenizer.json", "a tokenizer.json")
         described |= {entry["content"]: entry for entry in data.get("added_tokens") or []}
@@ -77,8 +79,12 @@ def _extended(donor: Checkpoint, tokens: Tokens, added: Mapping[str, dict[str, A
     new = [{**added[token], "id": index} for token, index in tokens.items() if token in added and token not in known]
     # Ids of added tokens are only kept for those that the vocabulary holds too.
     data["model"]["vocab"] = tokens
-    data["added_tokens"] = sorted([*(data.get("added_tokens") or []), *new], key=lambda entry: entry["id"])
+    data["added_tokens"] = sorted([*(data.get("added_tokens") or []), *new], key=_id)
     return data
+
+
+def _id(entry: Mapping[str, Any]) -> int:
+    return entry["id"]
 
 
 def chat_template(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> str:
