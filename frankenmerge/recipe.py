@@ -234,14 +234,14 @@ class Recipe(_Part):
         return self.stack.slices
 
     @property
-    def inputs(self) -> Sequence[Source | Whole]:
+    def sources(self) -> Sequence[Source | Whole]:
         """Everything that blocks are taken from, in order."""
         return self.stack.models or [source for part in self.parts for source in part.sources]
 
     @property
     def base(self) -> str:
         """The donor of config and generation config."""
-        return self.base_model or self.inputs[0].model
+        return self.base_model or self.sources[0].model
 
     @property
     def vocabulary(self) -> str | None:
@@ -260,7 +260,7 @@ class Recipe(_Part):
         bases = [part.base_model for part in self.stack.slices or []]
         tokens = [token.source for token in (self.tokenizer.tokens or {}).values()] if self.tokenizer else []
         rows = [token.model if isinstance(token, Row) else token for token in tokens if not isinstance(token, Zero)]
-        names = [*(source.model for source in self.inputs), *bases, self.base, self.embedding, self.final_norm, self.head, *rows]
+        names = [*(source.model for source in self.sources), *bases, self.base, self.embedding, self.final_norm, self.head, *rows]
         return list(dict.fromkeys(name for name in names if name))
 
     @property
@@ -271,17 +271,20 @@ class Recipe(_Part):
     @property
     def embedding_donors(self) -> list[str]:
         """What the embedding is merged from."""
-        return [self.embedding] if self.embedding else [source.model for source in self.parts[0].sources]
+        return [self.embedding] if self.embedding else self._models_of(0)
 
     @property
     def final_donors(self) -> list[str]:
         """What the final norm is merged from."""
-        return [self.final_norm] if self.final_norm else [source.model for source in self.parts[-1].sources]
+        return [self.final_norm] if self.final_norm else self._models_of(-1)
 
     @property
     def head_donors(self) -> list[str]:
         """What the head is merged from."""
-        return [self.head] if self.head else [source.model for source in self.parts[-1].sources]
+        return [self.head] if self.head else self._models_of(-1)
+
+    def _models_of(self, number: int) -> list[str]:
+        return [source.model for source in self.stack.models or self.parts[number].sources]
 
     @property
     def blocks(self) -> list[Block]:

@@ -171,7 +171,11 @@ def _type_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str) -
     for name, stored in types.items():
         if unfit := [dtype for dtype in stored if dtype not in DTYPE_NAMES]:
             yield Fault(name, "tensors of floating types", ", ".join(unfit), "use an unquantised donor")
-    if not recipe.dtype and not recipe.out_dtype and len({dtype for stored in types.values() for dtype in stored}) > 1:
+    if (
+        not recipe.dtype
+        and not recipe.out_dtype
+        and len({dtype for stored in types.values() for dtype in stored if dtype in DTYPE_NAMES}) > 1
+    ):
         found = "; ".join(f"{name}: {', '.join(DTYPE_NAMES.get(dtype, dtype) for dtype in stored)}" for name, stored in types.items())
         yield Fault(f"{place}: dtype", "donors of one floating type, or dtype", found, "say dtype: it is the type of the result's tensors")
 
@@ -249,7 +253,7 @@ def stacked(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "reci
         faults.append(Fault(f"{place}: merge_method", "passthrough, to be run without being written", recipe.merge_method, remedy))
     validated(recipe, donors, place)
     recipe = spelled_out(recipe, donors, place)
-    levels = [recipe, recipe.stack, *recipe.parts, *recipe.inputs]
+    levels = [recipe, recipe.stack, *recipe.parts, *recipe.sources]
     if any(level.parameters for level in levels):
         faults.append(Fault(f"{place}: parameters", "none, in a recipe that is run without being written", "some", remedy))
     stored = {dtype for name in recipe.tensor_donors for dtype in donors[name].dtypes}

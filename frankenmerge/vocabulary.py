@@ -54,29 +54,40 @@ def result_vocabulary(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Vocab
     """
     if recipe.vocabulary is None:
         return None
-    read: dict[str, Tokens] = {}
-    faults: list[Fault] = []
-    for name in recipe.donors:
-        try:
-            read[name] = tokens_of(donors[name])
-        except FrankenmergeError as error:
-            faults += error.faults
-    raise_all(faults)
-    tokens = dict(read[recipe.tokenizer_donor])
     asked = (recipe.tokenizer and recipe.tokenizer.tokens) or {}
+    padding = recipe.tokenizer and recipe.tokenizer.pad_to_multiple_of
+    # A base model that passthrough makes no use of gives no row.
+    bases = [] if recipe.merge_method == "passthrough" else [recipe.base]
+    used = {*recipe.embedding_donors, *recipe.head_donors, *bases}
+    plain = not asked and not padding and len({quantity(donors[name].config, "vocabulary") for name in used}) == 1
+    files = {donors[name].tokenizer_hash for name in (recipe.tensor_donors if recipe.vocabulary == "union" else used)}
+    if plain and files <= {donors[recipe.tokenizer_donor].tokenizer_hash, None}:
+        return None
+    read = _read(recipe, donors)
+    tokens = dict(read[recipe.tokenizer_donor])
     others = [token for name in recipe.tensor_donors for token in read[name]] if recipe.vocabulary == "union" else []
     following = count(1 + max(tokens.values(), default=-1))
     for token in (token for token in dict.fromkeys([*others, *asked]) if token not in tokens):
         tokens[token] = next(following)
-    padding = recipe.tokenizer and recipe.tokenizer.pad_to_multiple_of
-    if not asked and not padding and all(read[name] == tokens for name in recipe.tensor_donors) and _one_size(recipe, donors):
+    if plain and all(read[name] == tokens for name in used):
         return None
     rows = 1 + max(tokens.values(), default=-1)
     return Vocabulary(tokens, read, -(-rows // padding) * padding if padding else rows)
 
 
-def _one_size(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> bool:
-    return len({quantity(donors[name].config, "vocabulary") for name in recipe.tensor_donors}) == 1
+def _read(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str, Tokens]:
+    """The tokens of all donors; those of one without a tokenizer are those of the result's."""
+    chosen = donors[recipe.tokenizer_donor]
+    read: dict[str | None, Tokens] = {}
+    faults: list[Fault] = []
+    for donor in (chosen, *(donors[name] for name in recipe.tensor_donors)):
+        try:
+            if donor.tokenizer_hash not in read:
+                read[donor.tokenizer_hash] = tokens_of(donor) if donor.has_tokenizer or donor is chosen else read[chosen.tokenizer_hash]
+        except FrankenmergeError as error:
+            faults += error.faults
+    raise_all(faults)
+    return {name: read[donors[name].tokenizer_hash] for name in recipe.donors}
 
 
 class Rows(NamedTuple):

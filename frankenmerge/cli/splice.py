@@ -178,7 +178,7 @@ def _tell(stages: list, as_json: bool) -> None:
     for recipe, found in told:
         made = table(f"Stage {recipe.name} makes" if recipe is not told[-1][0] else "The recipe is sound. It makes", "", "")
         rows = {
-            "blocks": found.blocks, "seams": found.seams, "tensors": f"{found.tensors:,}", "of these computed": f"{found.computed:,}",
+            "blocks": found.depth, "seams": found.seams, "tensors": f"{found.tensors:,}", "of these computed": f"{found.computed:,}",
             "parameters": f"{found.parameters:,}", "weights": f"{size(found.bytes)}, {found.dtype}",
             "memory to load": ", ".join(f"{size(count)} in {dtype}" for dtype, count in found.memory.items()),
             "KV cache per token": size(found.kv_cache_per_token),

@@ -17,9 +17,10 @@ def model_card(recipe: Recipe, donors: Mapping[str, Checkpoint], config: Mapping
     spelled = spelled_out(recipe, donors)
     rows, position = [], 0
     for part in spelled.parts:
-        sources = [f"{source.model} {source.layer_range[0]}-{source.layer_range[1] - 1}" for source in part.sources]
+        ranges = [f"{source.layer_range[0]}-{source.layer_range[1] - 1}" for source in part.sources]
         count = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
-        rows.append(f"| {position}-{position + count - 1} | {' + '.join(sources)} |")
+        names = " + ".join(source.model for source in part.sources)
+        rows.append(f"| {position}-{position + count - 1} | {names} | {' + '.join(ranges)} |")
         position += count
     plain = recipe.merge_method == "passthrough"
     made = (
@@ -35,8 +36,8 @@ def model_card(recipe: Recipe, donors: Mapping[str, Checkpoint], config: Mapping
 
 Made {made}, by the method {recipe.merge_method}. It has not been trained since; measure it before you use it.
 
-| blocks here | donor and its blocks |
-|---|---|
+| blocks here | donor | its blocks |
+|---|---|---|
 {chr(10).join(rows)}
 
 {" ".join(f"{role}: {' + '.join(names)}." for role, names in ends.items())}

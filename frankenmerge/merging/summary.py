@@ -13,7 +13,8 @@ from frankenmerge.splice import DTYPE_NAMES, result_config, result_dtype, spelle
 class Summary(NamedTuple):
     """The size of a result."""
 
-    blocks: int
+    depth: int
+    """In blocks."""
     seams: int
     tensors: int
     computed: int

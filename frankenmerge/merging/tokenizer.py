@@ -75,16 +75,13 @@ def _extended(donor: Checkpoint, tokens: Tokens, added: Mapping[str, dict[str, A
     if data["model"].get("type", "BPE") != "BPE" or not isinstance(data["model"]["vocab"], dict):
         remedy = "say tokenizer_source: base, or the donor whose tokenizer the result gets"
         raise fail(str(path), "a BPE vocabulary, to add tokens to", str(data["model"].get("type")), remedy)
-    known = {entry["content"] for entry in data.get("added_tokens") or []}
-    new = [{**added[token], "id": index} for token, index in tokens.items() if token in added and token not in known]
+    listed: list[dict[str, Any]] = data.get("added_tokens") or []
+    known = {entry["content"] for entry in listed}
+    new: list[dict[str, Any]] = [{**added[token], "id": index} for token, index in tokens.items() if token in added and token not in known]
     # Ids of added tokens are only kept for those that the vocabulary holds too.
     data["model"]["vocab"] = tokens
-    data["added_tokens"] = sorted([*(data.get("added_tokens") or []), *new], key=_id)
+    data["added_tokens"] = sorted([*listed, *new], key=lambda entry: entry["id"])
     return data
-
-
-def _id(entry: Mapping[str, Any]) -> int:
-    return entry["id"]
 
 
 def chat_template(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> str:
