@@ -341,7 +341,8 @@ def test_a_merge_by_every_method_has_the_tensors_of_its_model(donors, tmp_path, 
         ("merge_method: linear\nmodels: [{model: a}, {model: wide}]\nparameters: {weight: 1}", "recipe", "hidden_size"),
         ("merge_method: linear\nmodels: [{model: a}, {model: g}]\nparameters: {weight: 1}", "recipe", "gpt2"),
         ("merge_method: linear\nparameters: {weight: 1}\n"
-         "slices: [{sources: [{model: a, layer_range: [2, 6]}, {model: b, layer_range: [0, 4]}]}]", "slices[0].sources[0].layer_range", "[0, 4]"),
+         "slices: [{sources: [{model: a, layer_range: [2, 6]}, {model: b, layer_range: [0, 4]}]}]",
+         "slices[0].sources[0].layer_range", "[0, 4]"),
     ],
 )  # fmt: skip
 def test_a_fault_is_told_with_its_place(donors, tmp_path, text, place, said):

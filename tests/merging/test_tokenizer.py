@@ -91,7 +91,8 @@ def test_tokens_are_not_added_to_a_vocabulary_that_is_no_bpe(donors, chatty, tmp
 
 
 EXPECTED = {
-    "chatml": "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n",
+    "chatml": "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>\n"
+    "<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n",
     "mistral": "<s>[INST] hello [/INST] hi<s>[INST] bye [/INST]",
     "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nhi<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nbye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
