@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from frankenmerge.architectures import differences, is_tied, quantity, spliced_config
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
-from frankenmerge.recipe import Recipe, Slice, Source, Whole
+from frankenmerge.recipe import Recipe
+from frankenmerge.schema import Slice, Source, Whole
 from frankenmerge.vocabulary import result_vocabulary
 
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}

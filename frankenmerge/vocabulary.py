@@ -9,7 +9,8 @@ import numpy as np
 from frankenmerge.architectures import quantity
 from frankenmerge.checkpoint import Checkpoint, Tensor, read_json
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
-from frankenmerge.recipe import Recipe, Row, Zero
+from frankenmerge.recipe import Recipe
+from frankenmerge.schema import Row, Zero
 
 Tokens = dict[str, int]
 """Ids by token."""

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     {"__init__", "errors", "architectures"},
-    {"atlas", "alignment", "recipe", "settings", "splice", "vocabulary", "files", "models", "checkpoint"},
+    {"atlas", "alignment", "recipe", "schema", "settings", "splice", "vocabulary", "files", "models", "checkpoint"},
     STAGES := {"analysis", "planning", "merging", "evaluation", "reporting"},
     {"demo"},
     {"cli"},

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from frankenmerge.errors import Fault
 from frankenmerge.merging.methods import METHODS, Method, Parameter, resolved
-from frankenmerge.recipe import Recipe, Slice, Source, Whole
+from frankenmerge.recipe import Recipe
+from frankenmerge.schema import Slice, Source, Whole
 from frankenmerge.settings import Value, filters, resolve, values
 
 PLAIN = "passthrough"

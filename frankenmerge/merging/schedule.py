@@ -9,7 +9,8 @@ from frankenmerge.checkpoint import BYTES_OF, Checkpoint, Tensor
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.merging.methods import METHODS, faults, resolved
 from frankenmerge.merging.parameters import PLAIN, common_parameters, filter_faults, method_faults, model_parameters, taken
-from frankenmerge.recipe import Recipe, Slice, Source
+from frankenmerge.recipe import Recipe
+from frankenmerge.schema import Slice, Source
 from frankenmerge.splice import result_dtype, spelled_out, tensor_names, untied
 from frankenmerge.vocabulary import Rows, Vocabulary, result_vocabulary, rows_of
 
