@@ -22,10 +22,11 @@ def model_card(recipe: Recipe, donors: Mapping[str, Checkpoint], config: Mapping
         names = " + ".join(source.model for source in part.sources)
         rows.append(f"| {position}-{position + count - 1} | {names} | {' + '.join(ranges)} |")
         position += count
-    plain = recipe.merge_method == "passthrough"
-    made = (
-        "by stacking blocks of other models, their weights unchanged" if plain and not recipe.parameters else "from blocks of other models"
+    touched = (
+        recipe.dtype or recipe.out_dtype or any(level.parameters for level in (recipe, recipe.stack, *spelled.parts, *spelled.sources))
     )
+    plain = recipe.merge_method == "passthrough" and not touched
+    made = "by stacking blocks of other models, their weights unchanged" if plain else "from blocks of other models"
     ends = {"Embedding": spelled.embedding_donors, "Final norm": spelled.final_donors, "Head": spelled.head_donors}
     ends["Tokenizer"] = ["union of all"] if recipe.vocabulary == "union" else [recipe.tokenizer_donor]
     return f"""---

@@ -391,7 +391,7 @@ def test_the_card_says_what_was_stacked(order, tmp_path):
     assert "# A frankenmodel of 5 blocks" in body
     rows = [f"| 0-1 | {a} | 0-1 |", f"| 2-2 | {deep} | 1-1 |", f"| 3-3 | {deep} | 5-5 |", f"| 4-4 | {c} | 3-3 |"]
     assert re.findall(r"^\| \d.*$", body, re.M) == rows
-    assert f"Embedding: {a}. Final norm and head: {c}. Tokenizer: {a}." in body
+    assert f"Embedding: {a}. Final norm: {c}. Head: {c}. Tokenizer: {a}." in body
     assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0]) == recipe_for(order).model_dump(exclude_none=True)
 
 
