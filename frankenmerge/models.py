@@ -14,7 +14,7 @@ from transformers.utils import logging
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.recipe import Recipe
-from frankenmerge.splice import result_config, untied, validated
+from frankenmerge.splice import result_config, stacked, untied
 
 Site = Literal["block", "attention"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -210,12 +210,13 @@ def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Map
     filled with the donors' own tensors.
 
     Raises:
-        FrankenmergeError: for a recipe that cannot become a model.
+        FrankenmergeError: for a recipe that cannot become a model, or does more than stack the donors' own tensors.
     """
-    validated(recipe, donors)
+    recipe = stacked(recipe, donors)
     settings = result_config(recipe, donors)
     config = AutoConfig.for_model(**settings)
-    first, last = models[recipe.sources[0].model], models[recipe.sources[-1].model]
+    ends = {"embedding": recipe.embedding_donors, "final": recipe.final_donors, "head": recipe.head_donors}
+    first = models[recipe.embedding_donors[0]]
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=first.dtype, attn_implementation=first.config._attn_implementation)
     if not untied(recipe, donors):
@@ -232,8 +233,8 @@ def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Map
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings()) + "."
     for name in model.state_dict():
         role = "head" if name.startswith(head) else architecture.role(name)[0]
-        if role in ("embedding", "final", "head"):
-            parts[name] = (first if role == "embedding" else last).state_dict()[name]
+        if role in ends:
+            parts[name] = states[ends[role][0]][name]
     if any(value.is_meta for value in parts.values()):
         remedy = "merge the recipe, then evaluate the checkpoint; or raise --max-memory"
         raise fail("splice in memory", "donors whose weights are all in memory", "some are offloaded", remedy)

@@ -1,14 +1,19 @@
-"""The recipe: which blocks of which donors, in what order. YAML in mergekit's terms."""
+"""The recipe: which tensors of which donors make the result, and how. YAML in mergekit's terms.
 
-from collections.abc import Hashable, Mapping
+docs/recipes.md tells what every key means. Those that mergekit does not know are `embedding`, `final_norm`, `head` and `seed`.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import Field, StrictInt, ValidationError
 
 from frankenmerge.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.schema import Dtype, Model, Module, Parameters, Part, Row, Slice, Source, Token, Tokenizer, Whole, Zero, reference
 
 
 class Block(NamedTuple):
@@ -28,72 +33,105 @@ class Seam(NamedTuple):
     """The first block behind it."""
 
 
-def _ordered(value: list[int]) -> list[int]:
-    if value[0] < 0:
-        raise ValueError("the first block of a range is 0 or more")
-    if value[0] >= value[1]:
-        raise ValueError("a range [start, stop] holds at least one block: start < stop")
-    return value
+class Recipe(Part):
+    """A whole result: exactly one of `slices`, `models` and `modules` tells what it is merged from."""
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Source(_Part):
-    """A run of blocks of one donor."""
-
-    model: Annotated[str, Field(min_length=1)]
-    """A checkpoint's folder or a hub id."""
-    layer_range: Annotated[list[StrictInt], Field(min_length=2, max_length=2), AfterValidator(_ordered)]
-    """`[start, stop]`: 0-based, half-open."""
-
-
-class Slice(_Part):
-    """A run of blocks of the result; in a passthrough it has one source."""
-
-    sources: Annotated[list[Source], Field(min_length=1, max_length=1)]
-
-
-class Recipe(_Part):
-    """A whole frankenmodel."""
-
-    slices: Annotated[list[Slice], Field(min_length=1)]
-    merge_method: Literal["passthrough"]
-    base_model: str | None = None
-    """The donor of config, tokenizer and generation config; the first slice's when absent.
-
-    The embedding is always the first slice's donor's, final norm and head the last one's.
-    """
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """The type of the result's tensors; a passthrough copies bytes, so it must be the donors' own."""
-    tokenizer_source: str | None = None
-    """`base`, or the donor whose tokenizer the result gets."""
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
+    """What other stages of the same file call it."""
+    slices: Annotated[list[Slice], Field(min_length=1)] | None = None
+    models: Annotated[list[Whole], Field(min_length=1)] | None = None
+    modules: Annotated[dict[str, Module], Field(min_length=1, max_length=1)] | None = None
+    """`slices` or `models` under the name of the family's one module."""
+    merge_method: Annotated[str, Field(min_length=1)]
+    base_model: Model | None = None
+    """What the methods that need one start from; donor of config, tokenizer and generation config. The first source's when absent."""
+    parameters: Parameters | None = None
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
+    """The type of the result's tensors; `dtype` when absent, and the donors' own when that is absent too."""
+    tokenizer_source: Model | None = None
+    """Short for `tokenizer: {source: ...}`."""
+    tokenizer: Tokenizer | None = None
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """`auto`, a built-in template's name, or jinja."""
+    embedding: Model | None = None
+    """The donor whose embedding the result gets as it is; merged from the first slice's sources when absent."""
+    final_norm: Model | None = None
+    """The same for the final norm; merged from the last slice's sources when absent."""
+    head: Model | None = None
+    """The same for the head; merged from the last slice's sources when absent."""
+    seed: Annotated[StrictInt, Field(ge=0, lt=1 << 63)] | None = None
+    """Draws what the methods that drop at random drop; 0 when absent."""
 
     @property
-    def sources(self) -> list[Source]:
-        """The slices' sources in order."""
-        return [part.sources[0] for part in self.slices]
+    def stack(self) -> "Recipe | Module":
+        """What holds `slices` or `models`: the recipe, or its module."""
+        return next(iter(self.modules.values())) if self.modules else self
+
+    @property
+    def parts(self) -> list[Slice]:
+        """The slices; a recipe of whole models must be spelled out first."""
+        assert self.stack.slices is not None, "spell the recipe out first"
+        return self.stack.slices
+
+    @property
+    def sources(self) -> Sequence[Source | Whole]:
+        """Everything that blocks are taken from, in order."""
+        return self.stack.models or [source for part in self.parts for source in part.sources]
 
     @property
     def base(self) -> str:
-        """The donor of config and tokenizer."""
+        """The donor of config and generation config."""
         return self.base_model or self.sources[0].model
 
     @property
-    def tokenizer(self) -> str:
-        """The donor of the tokenizer."""
-        return self.base if self.tokenizer_source in (None, "base") else self.tokenizer_source
+    def vocabulary(self) -> str | None:
+        """What the tokenizer is asked to be: `base`, `union`, a donor, or None where nothing is said."""
+        source = self.tokenizer.source if self.tokenizer else self.tokenizer_source
+        return source.removeprefix("model:") if source else None
+
+    @property
+    def tokenizer_donor(self) -> str:
+        """The donor of the tokenizer's files; a union begins with the base's."""
+        return self.base if self.vocabulary in (None, "base", "union") else self.vocabulary
+
+    @property
+    def tensor_donors(self) -> list[str]:
+        """Every donor of tensors or config once, in order of appearance."""
+        bases = [part.base_model for part in self.stack.slices or []]
+        tokens = [token.source for token in (self.tokenizer.tokens or {}).values()] if self.tokenizer else []
+        rows = [token.model if isinstance(token, Row) else token for token in tokens if not isinstance(token, Zero)]
+        names = [*(source.model for source in self.sources), *bases, self.base, self.embedding, self.final_norm, self.head, *rows]
+        return list(dict.fromkeys(name for name in names if name))
 
     @property
     def donors(self) -> list[str]:
         """Every donor once, in order of appearance."""
-        return list(dict.fromkeys([*(source.model for source in self.sources), self.base, self.tokenizer]))
+        return list(dict.fromkeys([*self.tensor_donors, self.tokenizer_donor]))
+
+    @property
+    def embedding_donors(self) -> list[str]:
+        """What the embedding is merged from."""
+        return [self.embedding] if self.embedding else self._models_of(0)
+
+    @property
+    def final_donors(self) -> list[str]:
+        """What the final norm is merged from."""
+        return [self.final_norm] if self.final_norm else self._models_of(-1)
+
+    @property
+    def head_donors(self) -> list[str]:
+        """What the head is merged from."""
+        return [self.head] if self.head else self._models_of(-1)
+
+    def _models_of(self, number: int) -> list[str]:
+        return [source.model for source in self.stack.models or self.parts[number].sources]
 
     @property
     def blocks(self) -> list[Block]:
-        """The result's blocks in order."""
-        return [Block(source.model, index) for source in self.sources for index in range(*source.layer_range)]
+        """The result's blocks in order, each as its slice's first source has it."""
+        firsts = [part.sources[0] for part in self.parts]
+        return [Block(source.model, index) for source in firsts for index in range(*source.layer_range)]
 
     @property
     def seams(self) -> list[Seam]:
@@ -106,8 +144,14 @@ class Recipe(_Part):
         return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False)
 
     def __str__(self) -> str:
-        """One line: donor[start:stop] for every slice."""
-        return " ".join(f"{Path(source.model).name}[{source.layer_range[0]}:{source.layer_range[1]}]" for source in self.sources)
+        """One line: donor[start:stop] for every slice, sources of one slice joined by +."""
+        if self.stack.models:
+            return f"{self.merge_method}: " + "+".join(Path(whole.model).name for whole in self.stack.models)
+        told = [
+            "+".join(f"{Path(source.model).name}[{source.layer_range[0]}:{source.layer_range[1]}]" for source in part.sources)
+            for part in self.parts
+        ]
+        return " ".join(told if self.merge_method == "passthrough" else [f"{self.merge_method}:", *told])
 
 
 def recipe_of(blocks: list[Block], **fields: Any) -> Recipe:
@@ -134,60 +178,132 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_recipe(text: str, place: str) -> Recipe:
-    """Read a recipe from YAML. Raises FrankenmergeError with every fault found."""
+def parse_recipes(text: str, place: str) -> list[Recipe]:
+    """Read the stages of a YAML text: one recipe, a list of them, or one in each document.
+
+    Raises FrankenmergeError with every fault found in any of them.
+    """
     try:
-        data = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        documents = [document for document in yaml.load_all(text, _Loader) if document is not None]  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # PyYAML lets scalars' own errors out
         raise fail(place, "YAML", " ".join(str(error).split()), "mend the file") from error
+    if len(documents) == 1 and isinstance(documents[0], list) and documents[0] and all(isinstance(part, Mapping) for part in documents[0]):
+        documents = documents[0]
+    recipes, faults = [], []
+    for number, document in enumerate(documents or [None], 1):
+        try:
+            recipes.append(_recipe(document, place if len(documents) <= 1 else f"{place}: stage {number}"))
+        except FrankenmergeError as error:
+            faults += error.faults
+    raise_all(faults)
+    return recipes
+
+
+def parse_recipe(text: str, place: str) -> Recipe:
+    """Read a single recipe from YAML. Raises FrankenmergeError with every fault found."""
+    return _single(parse_recipes(text, place), place)
+
+
+def _single(recipes: list[Recipe], place: str) -> Recipe:
+    if len(recipes) > 1:
+        raise fail(place, "a single recipe", f"{len(recipes)} stages", "merge them: only check and merge take stages")
+    return recipes[0]
+
+
+def _recipe(data: Any, place: str) -> Recipe:
     if not isinstance(data, Mapping):
-        raise fail(place, "a recipe with slices and merge_method", f"{type(data).__name__}", "see recipes/ for examples")
+        raise fail(place, "a recipe: slices, models or modules, and merge_method", type(data).__name__, "see recipes/ for examples")
+    faults = []
+    for keys, remedy in ((("slices", "models", "modules"), "keep one"), (("tokenizer", "tokenizer_source"), "remove tokenizer_source")):
+        given = [key for key in keys if data.get(key) is not None]
+        if len(given) > 1 or (not given and "slices" in keys):
+            faults.append(Fault(place, f"one of {', '.join(keys)}", " and ".join(given) or "none of them", remedy))
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise FrankenmergeError(*(_fault(place, detail) for detail in error.errors())) from error
+        faults += [_fault(place, detail) for detail in error.errors()]
+    raise_all(faults)
+    return recipe  # pyright: ignore[reportPossiblyUnbound] - unless it raised
+
+
+_HOLDERS = {"slices": Slice, "sources": Source, "models": Whole, "modules": Module, "tokenizer": Tokenizer, "tokens": Token,
+            "model_token": Row, "zero": Zero}  # fmt: skip
 
 
 def _fault(place: str, detail: Any) -> Fault:
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).lstrip(".")
+    loc = detail["loc"]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    where = f"{place}: {where}" if where else place
     found = "nothing" if detail["type"] == "missing" else repr(detail["input"])[:200]
     if detail["type"] == "extra_forbidden":
-        part = {1: Recipe, 3: Slice}.get(len(detail["loc"]), Source)
-        return Fault(f"{place}: {where}", f"one of: {', '.join(part.model_fields)}", "an unknown key", "correct or remove the key")
-    return Fault(f"{place}: {where}", detail["msg"].removeprefix("Value error, "), found, "correct the recipe")
+        # A holder stands one step above the key where it is one, two above where it is one of a list or mapping.
+        known = list(next((_HOLDERS[part] for part in loc[-2:-4:-1] if part in _HOLDERS), Recipe).model_fields)
+        near = get_close_matches(str(loc[-1]), known, 1)
+        return Fault(where, f"one of: {', '.join(known)}", "an unknown key", f"write {near[0]}" if near else "remove the key")
+    return Fault(where, detail["msg"].removeprefix("Value error, "), found, "correct the recipe")
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a recipe file; donors' relative paths are taken from the working directory first, then from the file's folder."""
+def load_recipes(path: Path) -> list[Recipe]:
+    """Read a recipe file's stages; relative paths are taken from the working directory first, then from the file's folder."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise fail(str(path), "a recipe file", str(error), "give the path of a YAML recipe") from error
-    recipe = parse_recipe(text, str(path))
-    return _with_paths(recipe, path.parent)
+    recipes = parse_recipes(text, str(path))
+    stages = {recipe.name for recipe in recipes}
 
-
-def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
     def found(name: str) -> str:
-        beside = folder / name
-        return str(beside) if not Path(name).is_dir() and beside.is_dir() else name
+        if name in stages:
+            return name
+        parts = (part.partition("@") for part in ([name] if Path(name).is_dir() or (path.parent / name).is_dir() else name.split("+")))
+        return "+".join(_beside(path.parent, model) + at + revision for model, at, revision in parts)
 
-    data = recipe.model_dump(exclude_none=True)
-    for part in data["slices"]:
-        part["sources"][0]["model"] = found(part["sources"][0]["model"])
-    for key in ("base_model", "tokenizer_source"):
-        if key in data:
-            data[key] = found(data[key])
-    return Recipe.model_validate(data)
+    return [renamed(recipe, found) for recipe in recipes]
 
 
-def open_donors(recipe: Recipe, *, download: bool = False) -> dict[str, Checkpoint]:
-    """Open every donor of a recipe. Raises FrankenmergeError with the faults of all of them."""
+def load_recipe(path: Path) -> Recipe:
+    """Read a file of a single recipe, as `load_recipes` does."""
+    return _single(load_recipes(path), str(path))
+
+
+def _beside(folder: Path, name: str) -> str:
+    return str(folder / name) if name and not Path(name).is_dir() and (folder / name).is_dir() else name
+
+
+_NAMES = ("model", "base_model", "tokenizer_source", "source", "embedding", "final_norm", "head")
+
+
+def renamed(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
+    """The same recipe with every model's name put through `rename`."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, list):
+            return [walk(entry) for entry in value]
+        if not isinstance(value, dict):
+            return value
+        return {key: rename(entry) if key in _NAMES and _is_name(key, entry) else walk(entry) for key, entry in value.items()}
+
+    return Recipe.model_validate(walk(recipe.model_dump(exclude_none=True)))
+
+
+def _is_name(key: str, value: Any) -> bool:
+    return isinstance(value, str) and not (key in ("source", "tokenizer_source") and value in ("base", "union"))
+
+
+def open_donors(recipe: Recipe, *, download: bool = False, opened: Mapping[str, Checkpoint] | None = None) -> dict[str, Checkpoint]:
+    """Open every donor of a recipe, but for those that are `opened` already. Raises FrankenmergeError with the faults of all."""
     donors, faults = {}, []
     for name in recipe.donors:
         try:
-            donors[name] = open_checkpoint(name, download=download)
+            donors[name] = opened[name] if opened and name in opened else _opened(name, download)
         except FrankenmergeError as error:
             faults += error.faults
     raise_all(faults)
     return donors
+
+
+def _opened(name: str, download: bool) -> Checkpoint:
+    if lora := reference(name).lora:
+        remedy = f"fold {lora} into its model with peft's merge_and_unload, save that, and name its folder"
+        raise fail(name, "a model without an adapter", f"the adapter {lora}", remedy)
+    return open_checkpoint(name, download=download)

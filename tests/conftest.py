@@ -115,3 +115,33 @@ def changed(source: Path, folder: Path, tensors=None, config=None) -> Path:
         settings = config(json.loads((folder / "config.json").read_text()))
         (folder / "config.json").write_text(json.dumps(settings))
     return folder
+
+
+def write_stand_in(folder: Path, family: str, dtype: str = "BF16", tokens: int | None = None, **sizes) -> Path:
+    """Write a donor of any size that takes no disk: transformers' own tensor names and shapes, a header, and a hole for the weights.
+
+    Its tokenizer has the tokens t0, t1, ..., as many as the vocabulary or `tokens`.
+    """
+    import json
+    from math import prod
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, tie_word_embeddings=False, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    header, position = {}, 0
+    for name, tensor in model.state_dict().items():
+        stop = position + prod(tensor.shape) * {"BF16": 2, "F16": 2, "F32": 4}[dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(header).encode()
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config.to_json_string())
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + position)
+    vocabulary = {f"t{index}": index for index in range(tokens or config.vocab_size)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": []}))
+    return folder

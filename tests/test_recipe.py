@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.recipe import Block, Seam, load_recipe, open_donors, parse_recipe, recipe_of
+from frankenmerge.recipe import (
+    Block,
+    Recipe,
+    Seam,
+    load_recipe,
+    load_recipes,
+    open_donors,
+    parse_recipe,
+    parse_recipes,
+    recipe_of,
+    reference,
+)
 
 GOOD = """\
 slices:
@@ -71,14 +82,14 @@ def test_a_recipe_is_told_in_one_line():
 
 def test_base_and_tokenizer_are_the_first_donors_when_not_named():
     recipe = parse_recipe(one_slice("[0, 1]", "x/a"), "r.yaml")
-    assert (recipe.base, recipe.tokenizer, recipe.donors) == ("x/a", "x/a", ["x/a"])
+    assert (recipe.base, recipe.tokenizer_donor, recipe.donors) == ("x/a", "x/a", ["x/a"])
 
 
 def test_base_and_tokenizer_are_those_named():
     recipe = parse_recipe(GOOD, "r.yaml")
-    assert (recipe.base, recipe.tokenizer) == ("org/second", "org/second")
+    assert (recipe.base, recipe.tokenizer_donor) == ("org/second", "org/second")
     other = parse_recipe(GOOD.replace("tokenizer_source: base", "tokenizer_source: third"), "r.yaml")
-    assert (other.base, other.tokenizer, other.donors) == ("org/second", "third", ["first", "org/second", "third"])
+    assert (other.base, other.tokenizer_donor, other.donors) == ("org/second", "third", ["first", "org/second", "third"])
 
 
 @pytest.mark.parametrize("text", [GOOD, one_slice("[0, 1]"), one_slice("[5, 40]", '"öß: #x"'), one_slice("[0, 1]", '"123"')])
@@ -136,28 +147,30 @@ slices:
   - sources:
       - model: a
         layer_range: [0, 3]
-        weight: 1
+        wieght: 1
     name: first
   - sources:
       - model: b
         layer_range: [1, 4]
-        parameters: {scale: 2}
+        layer_ranges: [1, 4]
 merge_method: passthrough
 merge_methods: linear
 speed: 3
 """
     found = refused(text)
     assert {fault.place for fault in found} == {
-        "r.yaml: slices[0].sources[0].weight",
+        "r.yaml: slices[0].sources[0].wieght",
         "r.yaml: slices[0].name",
-        "r.yaml: slices[1].sources[0].parameters",
+        "r.yaml: slices[1].sources[0].layer_ranges",
         "r.yaml: merge_methods",
         "r.yaml: speed",
     }
     expected = {fault.place.rpartition(".")[2].rpartition(" ")[2]: fault.expected for fault in found}
-    assert expected["weight"] == expected["parameters"] == "one of: model, layer_range"
-    assert expected["name"] == "one of: sources"
-    assert expected["speed"].startswith("one of: slices, merge_method")
+    assert expected["wieght"] == expected["layer_ranges"] == "one of: model, layer_range, parameters"
+    assert expected["name"] == "one of: sources, base_model, parameters"
+    assert expected["speed"].startswith("one of: name, slices, models, modules, merge_method")
+    remedies = {fault.place.rpartition(".")[2].rpartition(" ")[2]: fault.remedy for fault in found}
+    assert (remedies["merge_methods"], remedies["layer_ranges"]) == ("write merge_method", "write layer_range")
 
 
 def test_a_misplaced_key_is_told_the_keys_of_its_own_level():
@@ -166,8 +179,9 @@ def test_a_misplaced_key_is_told_the_keys_of_its_own_level():
 
 
 def test_unknown_keys_and_wrong_values_are_told_together():
-    text = GOOD.replace("[0, 3]", "[3, 0]").replace("passthrough", "slerp").replace("dtype:", "dtyp:")
-    assert places(text) == {"r.yaml: slices[0].sources[0].layer_range", "r.yaml: merge_method", "r.yaml: dtyp"}
+    text = GOOD.replace("[0, 3]", "[3, 0]").replace("passthrough", "[slerp]").replace("dtype:", "dtyp:")
+    text += "models: [{model: a}]\n"
+    assert places(text) == {"r.yaml: slices[0].sources[0].layer_range", "r.yaml: merge_method", "r.yaml: dtyp", "r.yaml"}
 
 
 @pytest.mark.parametrize("layer_range", ["[3, 0]", "[2, 2]", "[-1, 2]", "[-3, -1]", "[0]", "[0, 1, 2]", "[]", "3", "'[0, 1]'", "[0.0, 2.0]",
@@ -185,17 +199,14 @@ def test_a_missing_range_is_told():
 def test_a_missing_part_is_told(missing):
     text = {"slices": "merge_method: passthrough\n", "merge_method": one_slice("[0, 1]").partition("\n")[2]}[missing]
     (fault,) = refused(text)
-    assert (fault.place, fault.found) == (f"r.yaml: {missing}", "nothing")
+    wanted = {"slices": ("r.yaml", "none of them"), "merge_method": ("r.yaml: merge_method", "nothing")}
+    assert (fault.place, fault.found) == wanted[missing]
 
 
 @pytest.mark.parametrize("slices", ["[]", "null", "3", "{}", "[null]", "[{}]", "[{sources: []}]", "[{sources: null}]", "[3]"])
 def test_slices_that_hold_no_block_are_refused(slices):
-    assert all(place.startswith("r.yaml: slices") for place in places(f"merge_method: passthrough\nslices: {slices}\n"))
-
-
-def test_two_sources_in_a_slice_are_refused():
-    part = "{model: a, layer_range: [0, 1]}"
-    assert places(f"merge_method: passthrough\nslices: [{{sources: [{part}, {part}]}}]") == {"r.yaml: slices[0].sources"}
+    found = places(f"merge_method: passthrough\nslices: {slices}\n")
+    assert all(place.startswith("r.yaml: slices") for place in found) or (slices == "null" and found == {"r.yaml"})
 
 
 @pytest.mark.parametrize("model", ["''", "3", "null", "[a]", "true"])
@@ -203,10 +214,10 @@ def test_a_model_that_is_no_name_is_refused(model):
     assert places(one_slice("[0, 1]", model)) == {"r.yaml: slices[0].sources[0].model"}
 
 
-@pytest.mark.parametrize("method", ["linear", "slerp", "Passthrough", "''", "null", "[passthrough]"])
-def test_a_merge_method_that_is_not_passthrough_is_refused(method):
+@pytest.mark.parametrize("method", ["''", "null", "[passthrough]", "3"])
+def test_a_merge_method_that_is_no_name_is_refused(method):
     (fault,) = refused(GOOD.replace("passthrough", method))
-    assert fault.place == "r.yaml: merge_method" and "passthrough" in fault.expected
+    assert fault.place == "r.yaml: merge_method"
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bf16", "3", "[float16]"])
@@ -263,23 +274,203 @@ def test_keys_that_are_no_words_are_refused():
     assert len(refused(GOOD + "7: x\nnull: y\n")) == 2
 
 
-KEYS = st.sampled_from(["slices", "sources", "model", "layer_range", "merge_method", "x"])
+KEYS = st.sampled_from(
+    "slices sources model layer_range merge_method models modules parameters weight t filter value base_model dtype out_dtype "
+    "tokenizer tokenizer_source source tokens kind force pad_to_multiple_of chat_template embedding head seed name lora path x".split()
+)
+WORDS = st.sampled_from(["passthrough", "linear", "slerp", "union", "base", "zero", "model_token", "float16", "a@b+c", "1e-3", ".nan", "*"])
 documents = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
-    max_leaves=12,
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=3) | st.integers(), inner, max_size=5),
+    max_leaves=20,
+)
+SETTINGS = st.recursive(
+    st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.none(),
+    lambda inner: st.lists(inner, max_size=3) | st.fixed_dictionaries({}, optional={"filter": inner, "value": inner, "x": inner}),
+    max_leaves=8,
 )
 
 
-@given(documents)
-@settings(max_examples=200, deadline=None)
-def test_any_document_is_a_recipe_or_refused(value):
+def is_a_recipe_or_refused(text: str) -> None:
     try:
-        recipe = parse_recipe(yaml.safe_dump(value), "r.yaml")
+        recipes = parse_recipes(text, "r.yaml")
     except FrankenmergeError as error:
-        assert error.faults
+        assert error.faults and all(all(isinstance(part, str) and part.strip() for part in fault) for fault in error.faults)
     else:
-        assert recipe.blocks
+        for recipe in recipes:
+            assert recipe.donors and str(recipe)
+            assert parse_recipe(recipe.dump(), "again") == recipe
+
+
+@given(documents)
+@settings(max_examples=300, deadline=None)
+def test_any_document_is_a_recipe_or_refused(value):
+    is_a_recipe_or_refused(yaml.safe_dump(value))
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_a_recipe_or_refused(text):
+    is_a_recipe_or_refused(text)
+
+
+@given(st.dictionaries(st.sampled_from(["weight", "t", "x"]), SETTINGS, max_size=2), st.lists(st.tuples(KEYS, documents), max_size=2))
+@settings(max_examples=300, deadline=None)
+def test_any_change_of_a_sound_recipe_is_a_recipe_or_refused(parameters, changes):
+    data = yaml.safe_load(GOOD) | {"parameters": parameters}
+    data["slices"][0]["sources"][0]["parameters"] = parameters
+    is_a_recipe_or_refused(yaml.safe_dump(data | dict(changes)))
+
+
+# The rest of the schema
+
+
+def sound(text: str) -> Recipe:
+    return parse_recipe(text, "r.yaml")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "models: [{model: a, parameters: {weight: 1}}, {model: b}]",
+        "modules: {default: {models: [{model: a}, {model: b}], parameters: {weight: 1}}}",
+        "slices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [2, 4]}], base_model: b, parameters: {t: 0}}]",
+        "modules: {default: {slices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [2, 4]}]}]}}",
+    ],
+)
+def test_slices_models_and_modules_name_their_donors(body):
+    recipe = sound(f"merge_method: linear\n{body}\n")
+    assert [source.model for source in recipe.sources] == ["a", "b"] == recipe.donors
+    assert parse_recipe(recipe.dump(), "again") == recipe
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "models: [{model: a}]\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]",
+        "models: [{model: a}]\nmodules: {x: {models: [{model: a}]}}",
+        "models: []",
+        "modules: {}",
+        "modules: {x: {}}",
+        "modules: {x: {models: [{model: a}], slices: [{sources: [{model: a, layer_range: [0, 2]}]}]}}",
+        "modules: {x: {models: [{model: a}]}, y: {models: [{model: a}]}}",
+        "models: [{model: a, layer_range: [0, 2]}]",
+        "models: [{model: a}]\ntokenizer_source: base\ntokenizer: {source: union}",
+        "models: [{model: a}]\nseed: -1",
+        "models: [{model: a}]\ntokenizer: {pad_to_multiple_of: 0}",
+        "models: [{model: a}]\ntokenizer: {tokens: {x: {source: {kind: one, model: a}}}}",
+        "models: [{model: a}]\ntokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}",
+        "models: [{model: a}]\ntokenizer: {tokens: {x: {source: {kind: model_token, model: a, token: b, token_id: 3}}}}",
+    ],
+)
+def test_what_contradicts_itself_is_refused(body):
+    refused(f"merge_method: linear\n{body}\n")
+
+
+def test_sources_of_other_lengths_are_refused():
+    text = "merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]}]\n"
+    (fault,) = refused(text)
+    assert fault.place == "r.yaml: slices[0]" and "2 and 3 blocks" in fault.expected
+
+
+@pytest.mark.parametrize("level", ["", "slices[0].", "slices[0].sources[0]."])
+@pytest.mark.parametrize(
+    "value",
+    [".nan", ".inf", "-.inf", "word", "null", "[]", "[1, .nan]", "[1, true]", "{filter: a}", "[{filter: a}]", "[{value: .inf}]", "{}",
+     "[{filter: '', value: 1}]", "[{filter: 3, value: 1}]", "[{value: 1, filtre: a}]", "[1, {value: 1}]",
+     "[{value: 1}, {filter: a, value: 2}]",
+     "[{value: [{value: 1}]}]", "[[1]]", "1" + "0" * 400],
+)  # fmt: skip
+def test_a_parameter_that_is_no_value_is_refused(level, value):
+    data = yaml.safe_load(GOOD)
+    holder = {"": data, "slices[0].": data["slices"][0], "slices[0].sources[0].": data["slices"][0]["sources"][0]}[level]
+    holder["parameters"] = {"scale": yaml.safe_load(value), "other": 1}
+    assert places(yaml.safe_dump(data)) == {f"r.yaml: {level}parameters.scale"}
+
+
+@pytest.mark.parametrize("name, parts", [("a/b", ("a/b", None, None)), ("a/b@main", ("a/b", "main", None)), ("a+l", ("a", None, "l")),
+                                         ("a/b@v1+c/l@v2", ("a/b", "v1", "c/l@v2"))])  # fmt: skip
+def test_a_reference_is_path_revision_and_adapter(name, parts):
+    assert reference(name) == parts
+
+
+@pytest.mark.parametrize("name", ["a@b@c", "a+b+c", "+b", "a+", "a@", "@b"])
+def test_what_is_no_reference_is_refused(name):
+    with pytest.raises(FrankenmergeError):
+        reference(name)
+
+
+def test_a_folder_of_that_very_name_is_a_folder(tmp_path):
+    (tmp_path / "c++@x").mkdir()
+    assert reference(str(tmp_path / "c++@x")) == (str(tmp_path / "c++@x"), None, None)
+
+
+def test_a_reference_written_out_is_the_same():
+    written = "{model: {path: a/b, revision: v1}, lora: {path: c/l}}"
+    assert sound(f"merge_method: linear\nmodels: [{{model: {written}}}]\nbase_model: {{model: {{path: d}}}}\n").donors == [
+        "a/b@v1+c/l",
+        "d",
+    ]
+
+
+def test_an_adapter_is_refused_with_a_remedy(donors):
+    name = f"{donors['a']}+some/lora"
+    with pytest.raises(FrankenmergeError) as caught:
+        open_donors(sound(f"merge_method: linear\nmodels: [{{model: {name}}}]\n"))
+    assert caught.value.faults[0].place == name and "some/lora" in caught.value.faults[0].remedy
+
+
+STAGED = """\
+name: one
+merge_method: linear
+models: [{model: a}, {model: b}]
+---
+merge_method: passthrough
+models: [{model: one}]
+"""
+
+
+def test_stages_are_documents_or_a_list():
+    documents = parse_recipes(STAGED, "r.yaml")
+    assert [recipe.name for recipe in documents] == ["one", None]
+    assert parse_recipes(yaml.safe_dump(list(yaml.safe_load_all(STAGED))), "r.yaml") == documents
+    assert parse_recipes(STAGED + "---\n", "r.yaml") == documents
+
+
+def test_faults_of_all_stages_are_told_together():
+    with pytest.raises(FrankenmergeError) as caught:
+        parse_recipes(STAGED.replace("linear", "3").replace("models: [{model: one", "model: [{model: one"), "r.yaml")
+    assert [fault.place for fault in caught.value.faults] == ["r.yaml: stage 1: merge_method", "r.yaml: stage 2", "r.yaml: stage 2: model"]
+
+
+def test_stages_where_one_recipe_is_wanted_are_refused():
+    assert "2 stages" in refused(STAGED)[0].found
+
+
+def test_a_stage_s_name_is_no_path(beside):
+    (beside / "recipes" / "one").mkdir()
+    (beside / "recipes" / "r.yaml").write_text(STAGED.replace("model: a", "model: first"))
+    stages = load_recipes(beside / "recipes" / "r.yaml")
+    assert stages[0].donors == [str(beside / "recipes" / "first"), "b"] and stages[1].donors == ["one"]
+
+
+def test_every_name_of_a_recipe_is_looked_for_beside_it(beside):
+    text = """\
+models: [{model: first}]
+merge_method: linear
+base_model: first
+embedding: first
+final_norm: first@main
+head: first+org/second
+tokenizer: {source: first, tokens: {first: {source: first}, b: {source: {kind: model_token, model: first, token: first}}}}
+"""
+    (beside / "recipes" / "r.yaml").write_text(text)
+    first, second = str(beside / "recipes" / "first"), str(beside / "recipes" / "org" / "second")
+    data = load_recipe(beside / "recipes" / "r.yaml").model_dump(exclude_none=True)
+    assert data["models"][0]["model"] == data["base_model"] == data["embedding"] == data["tokenizer"]["source"] == first
+    assert (data["final_norm"], data["head"]) == (f"{first}@main", f"{first}+{second}")
+    tokens = data["tokenizer"]["tokens"]
+    assert tokens["first"]["source"] == tokens["b"]["source"]["model"] == first and tokens["b"]["source"]["token"] == "first"
 
 
 # Files and donors
@@ -318,7 +509,7 @@ def test_relative_donors_are_found_beside_the_recipe(beside):
     recipe = load_recipe(beside / "recipes" / "r.yaml")
     second = str(beside / "recipes" / "org" / "second")
     assert recipe.donors == [str(beside / "recipes" / "first"), second]
-    assert (recipe.base, recipe.tokenizer) == (second, second)
+    assert (recipe.base, recipe.tokenizer_donor) == (second, second)
 
 
 def test_relative_donors_are_looked_for_in_the_working_directory_first(beside):

@@ -209,32 +209,42 @@ def print_seam(console, number: int, seam) -> None:
 @json_option
 def check(recipe: Path, download: bool, as_json: bool) -> None:
     """Hold RECIPE against its donors' configs and headers, reading no weights, and tell what it would make."""
-    from frankenmerge.recipe import load_recipe, open_donors
-    from frankenmerge.splice import validated
-
-    loaded = load_recipe(recipe)
-    donors = open_donors(loaded, download=download)
-    validated(loaded, donors, str(recipe))
-    _tell_schedule(loaded, donors, as_json)
+    _tell(_checked(recipe, download), as_json)
 
 
-def _tell_schedule(recipe, donors, as_json: bool) -> None:
-    from frankenmerge.checkpoint import BYTES_OF
-    from frankenmerge.merging.schedule import schedule
+def _checked(path: Path, download: bool) -> list:
+    """The sound stages of a recipe file, the result last."""
+    from tempfile import TemporaryDirectory
 
-    copies = schedule(recipe, donors)
-    total = sum(copy.tensor.bytes for copy in copies)
-    parameters = sum(copy.tensor.bytes // BYTES_OF[copy.tensor.dtype] for copy in copies)
+    from frankenmerge.merging.stages import checked
+    from frankenmerge.recipe import load_recipes
+
+    with TemporaryDirectory() as scratch:
+        return checked(load_recipes(path), Path(scratch), download=download, place=str(path))
+
+
+def _tell(stages: list, as_json: bool) -> None:
+    from frankenmerge.merging.summary import summary
+
+    told = [(stage.recipe, summary(stage)) for stage in stages]
     if as_json:
-        print_json({"recipe": str(recipe), "depth": len(recipe.blocks), "tensors": len(copies), "parameters": parameters, "bytes": total})
+        result, before = told[-1], told[:-1]
+        named = {recipe.name: {"recipe": str(recipe), **found._asdict()} for recipe, found in before}
+        print_json({"recipe": str(result[0]), **result[1]._asdict()} | ({"stages": named} if named else {}))
         return
     console = out()
-    made = table("The recipe is sound. It makes", "", "")
-    for name, value in (("blocks", len(recipe.blocks)), ("seams", len(recipe.seams)), ("tensors", f"{len(copies):,}"),
-                        ("parameters", f"{parameters:,}"), ("weights", size(total))):  # fmt: skip
-        made.add_row(name, str(value))
-    console.print(made)
-    console.print(str(recipe), markup=False)
+    for recipe, found in told:
+        made = table(f"Stage {recipe.name} makes" if recipe is not told[-1][0] else "The recipe is sound. It makes", "", "")
+        rows = {
+            "blocks": found.depth, "seams": found.seams, "tensors": f"{found.tensors:,}", "of these computed": f"{found.computed:,}",
+            "parameters": f"{found.parameters:,}", "weights": f"{size(found.bytes)}, {found.dtype}",
+            "memory to load": ", ".join(f"{size(count)} in {dtype}" for dtype, count in found.memory.items()),
+            "KV cache per token": size(found.kv_cache_per_token),
+        }  # fmt: skip
+        for name, value in rows.items():
+            made.add_row(name, str(value))
+        console.print(made)
+        console.print(str(recipe), markup=False)
 
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -257,24 +267,27 @@ def _bytes(_context, _parameter, value: str) -> int:
 @json_option
 def merge(recipe: Path, output: Path, dry_run: bool, shard_size: int, download: bool, as_json: bool) -> None:
     """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all."""
-    from frankenmerge.merging.schedule import schedule
+    from functools import partial
+
+    from frankenmerge.merging.schedule import Copy
+    from frankenmerge.merging.stages import merge_stages
     from frankenmerge.merging.writer import check_output
     from frankenmerge.merging.writer import merge as merged
-    from frankenmerge.recipe import load_recipe, open_donors
-    from frankenmerge.splice import validated
 
-    loaded = load_recipe(recipe)
-    donors = open_donors(loaded, download=download)
-    validated(loaded, donors, str(recipe))
-    total = sum(copy.tensor.bytes for copy in schedule(loaded, donors))
+    stages = _checked(recipe, download)
+    total = sum(operation.bytes for stage in stages for operation in stage.operations)
+    check_output(output, {name: donor for stage in stages for name, donor in stage.donors.items()}, total)
     if dry_run:
-        check_output(output, donors, total)
-        _tell_schedule(loaded, donors, as_json)
+        _tell(stages, as_json)
         return
     with progress(f"merging into {output.name}", total, "bytes") as advance:
-        result = merged(loaded, donors, output, shard_size=shard_size, progress=advance)
+        result = merge_stages(
+            [stage.recipe for stage in stages], output, partial(merged, shard_size=shard_size, progress=advance), download=download
+        )
     if as_json:
         print_json(result._asdict() | {"output": str(result.output)})
         return
     rate = f"{size(result.bytes)} in {result.seconds:.1f} s"
-    out().print(f"{result.output}: {result.tensors} tensors, {rate}, every one its donor's bytes", markup=False)
+    computed = sum(not isinstance(operation, Copy) for operation in stages[-1].operations)
+    told = f"{computed} of them computed" if computed else "every one its donor's bytes"
+    out().print(f"{result.output}: {result.tensors} tensors, {rate}, {told}", markup=False)

@@ -95,7 +95,7 @@ class Bench:
         """Measure a recipe as a virtual splice."""
         donors = {donor: self._checkpoints[donor] for donor in recipe.donors}
         model = virtual_splice(recipe, donors, {donor: self.load(donor)[1] for donor in donors})
-        return self._measured(name, "recipe", model, self.load(recipe.tokenizer)[2], progress)
+        return self._measured(name, "recipe", model, self.load(recipe.tokenizer_donor)[2], progress)
 
     def _measured(
         self, name: str, role: str, model: PreTrainedModel, encoded: dict[str, Encoded], progress: Callable[[int], None]

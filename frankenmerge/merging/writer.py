@@ -18,7 +18,8 @@ import frankenmerge
 from frankenmerge.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.merging.card import model_card
-from frankenmerge.merging.schedule import Copy, schedule
+from frankenmerge.merging.schedule import Copy, Operation, schedule
+from frankenmerge.merging.tokenizer import tokenizer_files
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import result_config, validated
 
@@ -88,7 +89,7 @@ def merge(
     """
     started = time.perf_counter()
     validated(recipe, donors)
-    copies = schedule(recipe, donors)
+    copies = _copies(schedule(recipe, donors))
     total = sum(copy.tensor.bytes for copy in copies)
     check_output(output, donors, total)
     made = [parent for parent in output.absolute().parents if not parent.exists()]
@@ -120,6 +121,15 @@ def merge(
     return Merged(output, len(copies), total, time.perf_counter() - started)
 
 
+def _copies(operations: list[Operation]) -> list[Copy]:
+    """The operations, where the writer can do them all."""
+    copies = [operation for operation in operations if isinstance(operation, Copy)]
+    if len(copies) < len(operations):
+        name = next(operation.name for operation in operations if not isinstance(operation, Copy))
+        raise fail(name, "a tensor that is copied", "one that has to be computed", "write a passthrough recipe without scale and dtype")
+    return copies
+
+
 def check_output(output: Path, donors: Mapping[str, Checkpoint], size: int) -> None:
     """Raise FrankenmergeError for an output that would overwrite something, touch a donor or not fit."""
     try:
@@ -147,14 +157,14 @@ def check_output(output: Path, donors: Mapping[str, Checkpoint], size: int) -> N
 
 def small_files(recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[Shard]) -> dict[str, bytes]:
     """Everything beside the weights, by name: config, index, tokenizer, recipe, card, provenance."""
-    base, tokenizer = donors[recipe.base], donors[recipe.tokenizer]
+    base = donors[recipe.base]
     config = result_config(recipe, donors)
     files = {"config.json": _json(config)}
     if len(shards) > 1:
         total = sum(copy.tensor.bytes for shard in shards for copy in shard.copies)
         weight_map = {copy.name: shard.name for shard in shards for copy in shard.copies}
         files[INDEX_NAME] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
-    files |= {path.name: path.read_bytes() for path in tokenizer.tokenizer_files}
+    files |= tokenizer_files(recipe, donors)
     if (generation := base.path / "generation_config.json").is_file():
         files[generation.name] = generation.read_bytes()
     files["recipe.yaml"] = recipe.dump().encode()

@@ -179,9 +179,9 @@ def test_donors_that_do_not_fit_are_refused_before_anything_is_measured(donors, 
 
 def test_the_tokenizer_is_the_one_the_recipe_names(donors, text, tmp_path):
     other = write_donor(tmp_path / "other", seed=9)
-    tokenizer = (other / "tokenizer.json").read_text()
-    assert tokenizer.count('"e": 5') == 1
-    (other / "tokenizer.json").write_text(tokenizer.replace('"e": 5', '"é": 5'))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "e"}, "content": ""}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     blocks = [Block(str(donors["a"]), 0), Block(str(other), 1)]
     counts = []
     for number, source in enumerate((None, str(other))):
