@@ -1,5 +1,6 @@
 """`align`, `plan`, `check` and `merge`: from donors to a checkpoint."""
 
+import os
 import re
 from pathlib import Path
 
@@ -161,18 +162,22 @@ def check(recipe: Path, download: bool, as_json: bool) -> None:
 
 
 def _tell_schedule(recipe, donors, as_json: bool) -> None:
-    from frankenmerge.checkpoint import BYTES_OF
-    from frankenmerge.merging.schedule import schedule
+    from math import prod
 
-    copies = schedule(recipe, donors)
-    total = sum(copy.tensor.bytes for copy in copies)
-    parameters = sum(copy.tensor.bytes // BYTES_OF[copy.tensor.dtype] for copy in copies)
+    from frankenmerge.merging.schedule import schedule
+    from frankenmerge.merging.shards import form_of, size_of
+
+    operations = schedule(recipe, donors)
+    total = sum(map(size_of, operations))
+    parameters = sum(prod(form_of(operation)[1]) for operation in operations)
     if as_json:
-        print_json({"recipe": str(recipe), "depth": len(recipe.blocks), "tensors": len(copies), "parameters": parameters, "bytes": total})
+        print_json(
+            {"recipe": str(recipe), "depth": len(recipe.blocks), "tensors": len(operations), "parameters": parameters, "bytes": total}
+        )
         return
     console = out()
     made = table("The recipe is sound. It makes", "", "")
-    for name, value in (("blocks", len(recipe.blocks)), ("seams", len(recipe.seams)), ("tensors", f"{len(copies):,}"),
+    for name, value in (("blocks", len(recipe.blocks)), ("seams", len(recipe.seams)), ("tensors", f"{len(operations):,}"),
                         ("parameters", f"{parameters:,}"), ("weights", size(total))):  # fmt: skip
         made.add_row(name, str(value))
     console.print(made)
@@ -194,13 +199,23 @@ def _bytes(_context, _parameter, value: str) -> int:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Check everything and tell what would be written.")
+@click.option("--resume", is_flag=True, help="Go on with a merge that was cut off, and keep finished shards if this one fails.")
 @click.option("--shard-size", default="5GB", show_default=True, callback=_bytes, help="Largest file of weights.")
+@click.option("--reflink/--no-reflink", default=True, help="Share blocks with the donors where the file system can (XFS, btrfs).")
+@click.option("--device", default="cpu", show_default=True, help="The torch device that computes tensors; copies need none.")
+@click.option("--allow-nan", is_flag=True, help="Go on where a computed tensor holds NaN or Inf, or is made of any.")
+@click.option("--check-finite", is_flag=True, help="Read all of the donors first, and refuse NaN and Inf in copied tensors too.")
+@click.option("--checksums", is_flag=True, help="Put the SHA-256 of every file of weights into frankenmerge.json.")
 @download_option
 @json_option
-def merge(recipe: Path, output: Path, dry_run: bool, shard_size: int, download: bool, as_json: bool) -> None:
-    """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all."""
+def merge(recipe: Path, output: Path, dry_run: bool, download: bool, as_json: bool, **options) -> None:
+    """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all.
+
+    Under `accelerate launch` the processes share the work, shard by shard.
+    """
+    from frankenmerge.merging.plan import Options, planned
     from frankenmerge.merging.schedule import schedule
-    from frankenmerge.merging.writer import check_output
+    from frankenmerge.merging.shards import size_of
     from frankenmerge.merging.writer import merge as merged
     from frankenmerge.recipe import load_recipe, open_donors
     from frankenmerge.splice import validated
@@ -208,15 +223,29 @@ def merge(recipe: Path, output: Path, dry_run: bool, shard_size: int, download: 
     loaded = load_recipe(recipe)
     donors = open_donors(loaded, download=download)
     validated(loaded, donors, str(recipe))
-    total = sum(copy.tensor.bytes for copy in schedule(loaded, donors))
+    process, options["device"] = _place(options["device"])
     if dry_run:
-        check_output(output, donors, total)
+        planned(loaded, donors, output, Options(**options), process)
         _tell_schedule(loaded, donors, as_json)
         return
+    total = sum(map(size_of, schedule(loaded, donors)))
     with progress(f"merging into {output.name}", total, "bytes") as advance:
-        result = merged(loaded, donors, output, shard_size=shard_size, progress=advance)
+        result = merged(loaded, donors, output, process=process, progress=advance, **options)
+    if process.rank:
+        return
     if as_json:
         print_json(result._asdict() | {"output": str(result.output)})
         return
+    made = f"{result.computed} of them computed, the others" if result.computed else "every one"
+    kept = f", {result.kept} files of weights kept from an earlier run" if result.kept else ""
     rate = f"{size(result.bytes)} in {result.seconds:.1f} s"
-    out().print(f"{result.output}: {result.tensors} tensors, {rate}, every one its donor's bytes", markup=False)
+    out().print(f"{result.output}: {result.tensors} tensors, {rate}, {made} its donor's bytes{kept}", markup=False)
+
+
+def _place(device: str):
+    """This process among those of `accelerate launch`, and its own device."""
+    from frankenmerge.merging.journal import Process
+
+    rank, count, local = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    process = Process(int(rank), int(count)) if rank.isdecimal() and count.isdecimal() and int(rank) < int(count) else Process()
+    return process, f"cuda:{local}" if device == "cuda" and local.isdecimal() else device

@@ -1,7 +1,7 @@
 """What a recipe means, tensor by tensor. Touches no tensor data."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from frankenmerge.architectures import is_tied
 from frankenmerge.checkpoint import Checkpoint, Tensor
@@ -17,6 +17,35 @@ class Copy(NamedTuple):
     source: str
     """The tensor's name in the donor."""
     tensor: Tensor
+
+
+class Input(NamedTuple):
+    """One donor's part in a computed tensor."""
+
+    donor: str
+    source: str
+    """The tensor's name in the donor."""
+    tensor: Tensor
+    parameters: dict[str, Any]
+    """This donor's: weight, density, ..."""
+
+
+class Combine(NamedTuple):
+    """One tensor of the result: computed from tensors of several donors."""
+
+    name: str
+    dtype: str
+    """The type it is rounded to, as safetensors names it."""
+    shape: tuple[int, ...]
+    method: str
+    inputs: tuple[Input, ...]
+    base: Input | None
+    parameters: dict[str, Any]
+    """The method's own: t, lambda, normalize, ..."""
+    seed: int
+
+
+Operation = Copy | Combine
 
 
 def schedule(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> list[Copy]:

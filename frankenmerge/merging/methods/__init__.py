@@ -1,0 +1,1 @@
+"""How tensors of several donors become one."""

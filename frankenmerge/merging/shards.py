@@ -1,0 +1,200 @@
+"""Which tensor goes into which file of the result, and where in it. Reads and writes nothing."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from frankenmerge.checkpoint import BYTES_OF, SINGLE_NAME
+from frankenmerge.errors import Fault
+from frankenmerge.merging.schedule import Combine, Copy, Input, Operation
+from frankenmerge.splice import DTYPE_NAMES
+
+BLOCK = 4096
+"""File systems clone whole blocks of this many bytes."""
+WORTH_CLONING = 1 << 20
+"""Bytes from which on a tensor may begin a shard of its own in order to be cloned."""
+
+
+class Place(NamedTuple):
+    """Where an operation's bytes go in their shard."""
+
+    operation: Operation
+    start: int
+
+
+class Shard(NamedTuple):
+    """One file of the result."""
+
+    name: str
+    header: bytes
+    """The eight bytes of its length included."""
+    operations: tuple[Operation, ...]
+    cloned: bool = False
+    """Whether every tensor lies as its donor's does within a block, so that blocks can be cloned."""
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(map(size_of, self.operations))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + self.tensor_bytes
+
+    @property
+    def places(self) -> Iterator[Place]:
+        """Every operation with its first byte in the file."""
+        position = len(self.header)
+        for operation in self.operations:
+            yield Place(operation, position)
+            position += size_of(operation)
+
+
+class Range(NamedTuple):
+    """Bytes that lie side by side in a donor and in the result: of one tensor, or of several in a row."""
+
+    file: Path
+    start: int
+    """First byte in the donor's file."""
+    position: int
+    """First byte in the shard."""
+    bytes: int
+
+
+def form_of(operation: Operation) -> tuple[str, tuple[int, ...]]:
+    """The type and the shape of what an operation makes."""
+    return (operation.tensor.dtype, operation.tensor.shape) if isinstance(operation, Copy) else (operation.dtype, operation.shape)
+
+
+def size_of(operation: Operation) -> int:
+    """Bytes of what an operation makes."""
+    dtype, shape = form_of(operation)
+    return BYTES_OF[dtype] * math.prod(shape)
+
+
+def parts_of(operation: Operation) -> list[Copy | Input]:
+    """What an operation reads: a donor's tensor, or several."""
+    return [operation] if isinstance(operation, Copy) else [*operation.inputs, *filter(None, [operation.base])]
+
+
+def operation_faults(operations: Sequence[Operation]) -> Iterator[Fault]:
+    """Hold every operation against itself and the files it reads from: names, types, shapes, bytes."""
+    remedy = "report this: the recipe was checked before"
+    names: set[str] = set()
+    needed: dict[Path, int] = {}
+    for operation in operations:
+        if operation.name in names:
+            yield Fault(operation.name, "each tensor of the result once", "twice", remedy)
+        names.add(operation.name)
+        dtype, shape = form_of(operation)
+        if isinstance(operation, Combine) and dtype not in DTYPE_NAMES:
+            yield Fault(operation.name, f"one of the types {', '.join(DTYPE_NAMES)}", dtype, "choose another dtype")
+            continue
+        for part in parts_of(operation):
+            place, tensor = f"{part.donor}: {part.source}", part.tensor
+            if tensor.bytes != BYTES_OF[tensor.dtype] * math.prod(tensor.shape):
+                yield Fault(place, f"bytes for the shape {list(tensor.shape)} of {tensor.dtype}", f"{tensor.bytes:,}", "restore the donor")
+            if tensor.shape != shape:
+                yield Fault(place, f"the shape {list(shape)} of {operation.name}", str(list(tensor.shape)), "merge donors of one shape")
+            if isinstance(operation, Combine) and tensor.dtype not in DTYPE_NAMES:
+                yield Fault(place, f"one of the types {', '.join(DTYPE_NAMES)}", tensor.dtype, "use an unquantised donor")
+            needed[tensor.file] = max(tensor.stop, needed.get(tensor.file, 0))
+    for file, stop in needed.items():
+        size = file.stat().st_size if file.exists() else 0
+        if size < stop:
+            yield Fault(str(file), f"{stop:,} bytes or more, as its header said", f"{size:,}", "restore the donor")
+
+
+def plan_shards(operations: Sequence[Operation], limit: int, clonable: Collection[Path] = frozenset()) -> list[Shard]:
+    """Share the operations out to files of at most `limit` bytes of tensors (one tensor may exceed it).
+
+    Without `clonable` files the tensors stay in their order. From `clonable` files blocks can be cloned where the tensor
+    begins at the same byte of a block here as there: those tensors are chained into shards in which they do, and the
+    others follow in shards of their own.
+    """
+    chains, rest = _chained(operations, limit, clonable)
+    groups = [(group, group[0].tensor.start % BLOCK) for group in chains] + [(group, None) for group in _in_order(rest, limit)]
+    names = [SINGLE_NAME] if len(groups) == 1 else [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+    return [
+        Shard(name, _header(group, residue), tuple(group), residue is not None)
+        for name, (group, residue) in zip(names, groups, strict=True)
+    ]
+
+
+def _in_order(operations: Sequence[Operation], limit: int) -> list[list[Operation]]:
+    groups: list[list[Operation]] = []
+    filled = 0
+    for operation in operations:
+        if not groups or filled + size_of(operation) > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(operation)
+        filled += size_of(operation)
+    return groups
+
+
+def _chained(operations: Sequence[Operation], limit: int, clonable: Collection[Path]) -> tuple[list[list[Copy]], list[Operation]]:
+    """Chains of copies, and the operations that are in none.
+
+    A tensor may follow another where the one's bytes end at the same byte of a block as the other's begin. Sizes are mostly
+    whole blocks, so that there is about one chain for every `start % BLOCK` that occurs.
+    """
+    chains: list[list[Copy]] = []
+    ending: dict[int, list[int]] = defaultdict(list)
+    """The chains that can be continued, by the byte of a block at which they end."""
+    filled: list[int] = []
+    rest: list[Operation] = []
+    for operation in operations:
+        if not isinstance(operation, Copy) or operation.tensor.file not in clonable:
+            rest.append(operation)
+            continue
+        candidates, size = ending[operation.tensor.start % BLOCK], operation.tensor.bytes
+        number = next((number for number in reversed(candidates) if filled[number] + size <= limit), None)
+        if number is not None:
+            candidates.remove(number)
+        elif size >= WORTH_CLONING:
+            number = len(chains)
+            chains.append([])
+            filled.append(0)
+        else:
+            rest.append(operation)
+            continue
+        chains[number].append(operation)
+        filled[number] += size
+        ending[operation.tensor.stop % BLOCK].append(number)
+    return chains, rest
+
+
+def _header(operations: Sequence[Operation], residue: int | None) -> bytes:
+    """A safetensors header; with a `residue`, padded so that the data begin at that byte of a block."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for operation in operations:
+        dtype, shape = form_of(operation)
+        stop = position + size_of(operation)
+        entries[operation.name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8 if residue is None else (residue - 8 - len(text)) % BLOCK)
+    return len(text).to_bytes(8, "little") + text
+
+
+def ranges_of(shard: Shard) -> Iterator[Range]:
+    """What is copied into a shard, neighbours that are neighbours in the donor too taken together."""
+    last: Range | None = None
+    for operation, position in shard.places:
+        if not isinstance(operation, Copy):
+            continue
+        file, start, size = operation.tensor.file, operation.tensor.start, operation.tensor.bytes
+        if last and (file, start, position) == (last.file, last.start + last.bytes, last.position + last.bytes):
+            last = last._replace(bytes=last.bytes + size)
+            continue
+        if last:
+            yield last
+        last = Range(file, start, position, size)
+    if last:
+        yield last
