@@ -631,9 +631,10 @@ def test_a_donor_that_has_shrunk_since_it_was_opened_is_refused(coded, tmp_path,
     assert fault.place == str(donor / "model.safetensors") and fault.found == "9,000"
 
 
-@pytest.mark.parametrize("way", ["short copies", "no such call"])
+@pytest.mark.parametrize("way", ["short chunks", "no such call"])
 def test_a_donor_that_shrinks_meanwhile_leaves_nothing(coded, tmp_path, room, monkeypatch, way):
     donor = Path(shutil.copytree(coded["a"], tmp_path / "donor"))
+    monkeypatch.setattr("frankenmerge.merging.copying.CHUNK", 100)
     otherwise(monkeypatch, way)
     before = tree(room)
     with pytest.raises(FrankenmergeError) as caught:
