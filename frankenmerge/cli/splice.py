@@ -147,18 +147,43 @@ def print_seam(console, number: int, seam) -> None:
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("target", metavar="RECIPE|OUTPUT", type=click.Path(path_type=Path))
 @download_option
 @json_option
-def check(recipe: Path, download: bool, as_json: bool) -> None:
-    """Hold RECIPE against its donors' configs and headers, reading no weights, and tell what it would make."""
+def check(target: Path, download: bool, as_json: bool) -> None:
+    """Hold a recipe against its donors, or a finished merge against its provenance.
+
+    For a RECIPE configs and headers are read, no weights, and it is told what it would make. For the folder OUTPUT of a merge
+    every file is held against frankenmerge.json, and copied tensors, where their donors are at hand, against the donors' bytes.
+    """
     from frankenmerge.recipe import load_recipe, open_donors
     from frankenmerge.splice import validated
 
-    loaded = load_recipe(recipe)
+    if target.is_dir():
+        _verify(target, download, as_json)
+        return
+    loaded = load_recipe(target)
     donors = open_donors(loaded, download=download)
-    validated(loaded, donors, str(recipe))
+    validated(loaded, donors, str(target))
     _tell_schedule(loaded, donors, as_json)
+
+
+def _verify(folder: Path, download: bool, as_json: bool) -> None:
+    from frankenmerge.merging.verify import verify
+
+    with progress(f"comparing {folder.name}", None, "bytes") as advance:
+        found = verify(folder, download=download, progress=advance)
+    if as_json:
+        print_json(found._asdict() | {"output": str(folder)})
+        return
+    console = out()
+    console.print(
+        f"{folder}: {found.shards} files and {found.tensors} tensors are what {folder / 'frankenmerge.json'} says; "
+        f"{found.compared} tensors have their donor's bytes, {found.hashed} files their checksum.",
+        markup=False,
+    )
+    for name in found.absent:
+        console.print(f"Not compared: the tensors of {name}, which is not at hand as it was.", markup=False)
 
 
 def _tell_schedule(recipe, donors, as_json: bool) -> None:
