@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     {"__init__", "errors", "architectures"},
-    {"atlas", "alignment", "recipe", "splice", "files", "models", "checkpoint"},
+    {"atlas", "alignment", "recipe", "splice", "files", "models", "checkpoint", "processes", "vocabulary"},
     STAGES := {"analysis", "planning", "merging", "evaluation", "reporting"},
     {"demo"},
     {"cli"},

@@ -8,6 +8,7 @@ import click
 
 from frankenmerge.cli.console import device_option, download_option, dtype_option, json_option, out, print_json, progress, size, table
 from frankenmerge.cli.donors import atlas_of
+from frankenmerge.processes import own_share
 
 
 @click.command()
@@ -190,11 +191,10 @@ def _tell_schedule(recipe, donors, as_json: bool) -> None:
     from math import prod
 
     from frankenmerge.merging.schedule import schedule
-    from frankenmerge.merging.shards import form_of, size_of
 
     operations = schedule(recipe, donors)
-    total = sum(map(size_of, operations))
-    parameters = sum(prod(form_of(operation)[1]) for operation in operations)
+    total = sum(operation.bytes for operation in operations)
+    parameters = sum(prod(operation.shape) for operation in operations)
     if as_json:
         print_json(
             {"recipe": str(recipe), "depth": len(recipe.blocks), "tensors": len(operations), "parameters": parameters, "bytes": total}
@@ -240,7 +240,6 @@ def merge(recipe: Path, output: Path, dry_run: bool, download: bool, as_json: bo
     """
     from frankenmerge.merging.plan import Options, planned
     from frankenmerge.merging.schedule import schedule
-    from frankenmerge.merging.shards import size_of
     from frankenmerge.merging.writer import merge as merged
     from frankenmerge.recipe import load_recipe, open_donors
     from frankenmerge.splice import validated
@@ -248,15 +247,17 @@ def merge(recipe: Path, output: Path, dry_run: bool, download: bool, as_json: bo
     loaded = load_recipe(recipe)
     donors = open_donors(loaded, download=download)
     validated(loaded, donors, str(recipe))
-    process, options["device"] = _place(options["device"])
+    share = own_share()
+    if options["device"] == "cuda" and "LOCAL_RANK" in os.environ:
+        options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     if dry_run:
-        planned(loaded, donors, output, Options(**options), process)
+        planned(loaded, donors, output, Options(**options), share)
         _tell_schedule(loaded, donors, as_json)
         return
-    total = sum(map(size_of, schedule(loaded, donors)))
+    total = sum(operation.bytes for operation in schedule(loaded, donors))
     with progress(f"merging into {output.name}", total, "bytes") as advance:
-        result = merged(loaded, donors, output, process=process, progress=advance, **options)
-    if process.rank:
+        result = merged(loaded, donors, output, share=share, progress=advance, **options)
+    if not share.first:
         return
     if as_json:
         print_json(result._asdict() | {"output": str(result.output)})
@@ -265,12 +266,3 @@ def merge(recipe: Path, output: Path, dry_run: bool, download: bool, as_json: bo
     kept = f", {result.kept} files of weights kept from an earlier run" if result.kept else ""
     rate = f"{size(result.bytes)} in {result.seconds:.1f} s"
     out().print(f"{result.output}: {result.tensors} tensors, {rate}, {made} its donor's bytes{kept}", markup=False)
-
-
-def _place(device: str):
-    """This process among those of `accelerate launch`, and its own device."""
-    from frankenmerge.merging.journal import Process
-
-    rank, count, local = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    process = Process(int(rank), int(count)) if rank.isdecimal() and count.isdecimal() and int(rank) < int(count) else Process()
-    return process, f"cuda:{local}" if device == "cuda" and local.isdecimal() else device

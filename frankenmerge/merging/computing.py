@@ -1,9 +1,9 @@
 """Computed tensors, in chunks: read, combined, rounded once, written. Nothing larger than a few chunks is held."""
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,9 @@ from frankenmerge.checkpoint import BYTES_OF, Tensor
 from frankenmerge.errors import Fault, FrankenmergeError, fail
 from frankenmerge.merging.copying import CHUNK, flush, write_fully
 from frankenmerge.merging.schedule import Combine, Input, Operation
-from frankenmerge.merging.shards import parts_of
+from frankenmerge.merging.shards import readings
 from frankenmerge.splice import DTYPE_NAMES
+from frankenmerge.vocabulary import Rows
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +60,8 @@ def compute(
     from frankenmerge.merging.methods.combine import Part, combine
 
     def part(given: Input) -> Part:
-        read = partial(_read, given, handles[given.tensor.file], device=device, allow_nan=allow_nan)
-        return Part(read, given.parameters)
+        read = _read if given.rows is None else _read_rows
+        return Part(partial(read, given, handles, device=device, allow_nan=allow_nan), given.parameters)
 
     parts, base = [part(given) for given in operation.inputs], part(operation.base) if operation.base else None
     chunks = combine(
@@ -82,16 +83,48 @@ def compute(
     flush(target, flushed, written - flushed)
 
 
-def _read(given: Input, handle: int, start: int, stop: int, *, device: str, allow_nan: bool) -> "torch.Tensor":
+def _read(given: Input, handles: Mapping[Path, int], start: int, stop: int, *, device: str, allow_nan: bool) -> "torch.Tensor":
     """Flat elements [start, stop) of an input in float32."""
-    import torch
-
-    width = BYTES_OF[given.tensor.dtype]
-    content = read_fully(handle, given.tensor, start * width, stop * width)
-    made = torch.frombuffer(content, dtype=getattr(torch, DTYPE_NAMES[given.tensor.dtype])).to(device, torch.float32)
+    made = _elements(given.tensor, handles, start, stop).to(device)
     if not allow_nan and not _finite(made):
         raise FrankenmergeError(_not_finite(given.donor, given.source))
     return made
+
+
+def _read_rows(given: Input, handles: Mapping[Path, int], start: int, stop: int, *, device: str, allow_nan: bool) -> "torch.Tensor":
+    """Flat elements [start, stop), in float32, of a matrix whose rows come from several donors' matrices."""
+    import torch
+
+    assert given.rows
+    width = math.prod(given.tensor.shape[1:])
+    first, last = start // width, -(-stop // width)
+    made = torch.zeros((last - first) * width)
+    for donor, row, place, count in _runs(given.rows, first, last):
+        taken = _elements(given.rows.tensors[donor], handles, row * width, (row + count) * width)
+        if not allow_nan and not _finite(taken):
+            raise FrankenmergeError(_not_finite(given.rows.donors[donor], given.source))
+        made[(place - first) * width : (place - first + count) * width] = taken
+    return made[start - first * width : stop - first * width].to(device)
+
+
+def _runs(rows: Rows, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
+    """Rows [first, last) of the result as (donor, its row, the result's row, how many follow one another); zeros left out."""
+    place = first
+    while place < last:
+        donor, row, count = int(rows.origin[place]), int(rows.row[place]), 1
+        while place + count < last and rows.origin[place + count] == donor and rows.row[place + count] == row + count:
+            count += 1
+        if donor >= 0:
+            yield donor, row, place, count
+        place += count
+
+
+def _elements(tensor: Tensor, handles: Mapping[Path, int], start: int, stop: int) -> "torch.Tensor":
+    import torch
+
+    width = BYTES_OF[tensor.dtype]
+    content = read_fully(handles[tensor.file], tensor, start * width, stop * width)
+    return torch.frombuffer(content, dtype=getattr(torch, DTYPE_NAMES[tensor.dtype])).to(torch.float32)
 
 
 def read_fully(handle: int, tensor: Tensor, start: int, stop: int) -> bytearray:
@@ -110,7 +143,7 @@ def _finite(values: "torch.Tensor") -> bool:
     """Whether all are finite; a sum tells it in one pass, unless finite numbers overflow it."""
     import torch
 
-    return isfinite(values.sum(dtype=torch.float32).item()) or bool(values.isfinite().all())
+    return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(values.isfinite().all())
 
 
 def _not_finite(donor: str, source: str) -> Fault:
@@ -122,7 +155,7 @@ def not_finite(operations: Sequence[Operation]) -> list[Fault]:
     import numpy as np
 
     faults = []
-    for (donor, source), tensor in {(part.donor, part.source): part.tensor for made in operations for part in parts_of(made)}.items():
+    for donor, source, tensor in dict.fromkeys(reading for operation in operations for reading in readings(operation)):
         if tensor.dtype not in _EXPONENTS:
             continue
         unsigned, mask = _EXPONENTS[tensor.dtype]

@@ -14,26 +14,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from frankenmerge.errors import fail
 from frankenmerge.merging.shards import Shard
+from frankenmerge.processes import Share
 
 JOURNAL, GROWING = "journal.json", "checkpoint"
 PATIENCE = 60.0
 """Seconds that other processes of a merge wait for the first one to begin."""
 _PAUSE = 0.05
 _LONGEST = 255
-
-
-class Process(NamedTuple):
-    """One of the processes that write one checkpoint together, as `accelerate launch` numbers them."""
-
-    rank: int = 0
-    count: int = 1
-
-
-ALONE = Process()
 
 
 def work_folder(output: Path) -> Path:
@@ -188,19 +178,19 @@ def is_finished(folder: Path, shard: Shard) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes
 
 
-def write_shards(folder: Path, shards: Sequence[Shard], fill: Callable[[Shard, int], None], process: Process) -> Iterator[Shard]:
+def write_shards(folder: Path, shards: Sequence[Shard], fill: Callable[[Shard, int], None], share: Share) -> Iterator[Shard]:
     """Have every shard written, and yield each that is finished once.
 
     `fill` writes a shard to a file that has its size. Processes share the shards by locking them, each beginning with
     its own; those of a process that ends are taken over, and the first process stays until all are there.
     """
-    missing = sorted(shards, key=lambda shard: ((shards.index(shard) - process.rank) % process.count, shards.index(shard)))
+    missing = sorted(shards, key=lambda shard: ((shards.index(shard) - share.rank) % share.count, shards.index(shard)))
     while missing:
         for shard in list(missing):
             if is_finished(folder, shard) or _written(folder, shard, fill):
                 missing.remove(shard)
                 yield shard
-        if process.rank:
+        if not share.first:
             return
         if missing:
             time.sleep(_PAUSE)

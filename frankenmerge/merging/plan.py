@@ -11,9 +11,10 @@ from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.merging.computing import check_device, not_finite
 from frankenmerge.merging.copying import clonable
-from frankenmerge.merging.journal import ALONE, Process, work_folder
+from frankenmerge.merging.journal import work_folder
 from frankenmerge.merging.schedule import Combine, Operation, schedule
-from frankenmerge.merging.shards import Shard, operation_faults, parts_of, plan_shards
+from frankenmerge.merging.shards import Shard, operation_faults, plan_shards, readings
+from frankenmerge.processes import Share
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import recipe_faults
 
@@ -62,28 +63,27 @@ class Plan(NamedTuple):
     @property
     def files(self) -> set[Path]:
         """The donors' files that are read."""
-        return {part.tensor.file for operation in self.operations for part in parts_of(operation)}
+        return {reading.tensor.file for operation in self.operations for reading in readings(operation)}
 
 
 def planned(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], output: Path, options: Options, process: Process = ALONE
+    recipe: Recipe, donors: Mapping[str, Checkpoint], output: Path, options: Options, share: Share
 ) -> Plan:  # fmt: skip
     """Check everything that can be known before the first byte and cut the result into shards. Writes nothing.
 
     Raises FrankenmergeError with all faults of recipe and output, or all of donors' tensors, room and device.
     """
-    first = process.rank == 0
-    raise_all([*recipe_faults(recipe, donors), *(output_faults(output, donors) if first else ())])
+    raise_all([*recipe_faults(recipe, donors), *(output_faults(output, donors) if share.first else ())])
     operations: list[Operation] = list(schedule(recipe, donors))
     raise_all(operation_faults(operations))
-    files = {part.tensor.file for operation in operations for part in parts_of(operation)}
+    files = {reading.tensor.file for operation in operations for reading in readings(operation)}
     sharing = clonable(files, _existing(output)) if options.reflink else frozenset()
     plan = Plan(operations, plan_shards(operations, options.shard_size, sharing), sharing)
     if plan.computed:
         check_device(options.device)
-    if first:
-        faults = not_finite(operations) if options.check_finite else []
-        raise_all([*room_faults(plan, output), *faults])
+    if share.first:
+        new = sum(shard.bytes for shard in plan.shards if not shard.cloned)
+        raise_all([*room_faults(output, new), *(not_finite(operations) if options.check_finite else ())])
     return plan
 
 
@@ -108,9 +108,13 @@ def output_faults(output: Path, donors: Mapping[str, Checkpoint]) -> Iterator[Fa
         yield Fault(place, "a folder that may be written to", f"{existing} may not", "choose another output")
 
 
-def room_faults(plan: Plan, output: Path) -> Iterator[Fault]:
-    """Tell why a plan does not fit on the output's disk; shared blocks and those of an unfinished merge need no room."""
-    needed = sum(shard.bytes for shard in plan.shards if not shard.cloned)
+def check_output(output: Path, donors: Mapping[str, Checkpoint], size: int) -> None:
+    """Raise FrankenmergeError for an output that would overwrite something, touch a donor or not fit."""
+    raise_all([*output_faults(output, donors), *room_faults(output, size)])
+
+
+def room_faults(output: Path, needed: int) -> Iterator[Fault]:
+    """Tell why so many bytes do not fit on the output's disk; those of an unfinished merge that are there need no room."""
     there = sum(path.stat().st_blocks * 512 for path in work_folder(output).rglob("*") if path.is_file())
     free = shutil.disk_usage(_existing(output)).free
     if free < needed - there + SPARE:

@@ -8,7 +8,7 @@ from typing import Any
 
 import frankenmerge
 from frankenmerge.checkpoint import Checkpoint
-from frankenmerge.merging.schedule import Copy, Input, Operation
+from frankenmerge.merging.schedule import Combine, Copy, Input, Operation
 from frankenmerge.merging.shards import Shard
 
 PROVENANCE = "frankenmerge.json"
@@ -54,7 +54,8 @@ def origin(operation: Operation) -> dict[str, Any]:
 
 
 def _part(part: Input) -> dict[str, Any]:
-    return {"donor": part.donor, "tensor": part.source, "parameters": part.parameters}
+    rows = {"rows_of": list(part.rows.donors)} if part.rows else {}
+    return {"donor": part.donor, "tensor": part.source, "parameters": part.parameters, **rows}
 
 
 def plan_hash(shards: Sequence[Shard]) -> str:
@@ -64,6 +65,9 @@ def plan_hash(shards: Sequence[Shard]) -> str:
         digest.update(f"{shard.name} {len(shard.header)} ".encode() + shard.header)
         for operation in shard.operations:
             digest.update(f"{operation.name} {origin(operation)}\n".encode())
+            for part in [*operation.inputs, operation.base] if isinstance(operation, Combine) else []:
+                if part and part.rows:
+                    digest.update(part.rows.origin.tobytes() + part.rows.row.tobytes())
     return digest.hexdigest()
 
 

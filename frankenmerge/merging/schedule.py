@@ -1,12 +1,14 @@
 """What a recipe means, tensor by tensor. Touches no tensor data."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from frankenmerge.architectures import is_tied
-from frankenmerge.checkpoint import Checkpoint, Tensor
+from frankenmerge.checkpoint import BYTES_OF, Checkpoint, Tensor
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import untied
+from frankenmerge.vocabulary import Rows
 
 
 class Copy(NamedTuple):
@@ -18,31 +20,56 @@ class Copy(NamedTuple):
     """The tensor's name in the donor."""
     tensor: Tensor
 
+    @property
+    def dtype(self) -> str:
+        """As safetensors names it."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The donor's."""
+        return self.tensor.shape
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return self.tensor.bytes
+
 
 class Input(NamedTuple):
-    """One donor's part in a computed tensor."""
+    """What one model gives to a tensor of the result."""
 
     donor: str
     source: str
     """The tensor's name in the donor."""
     tensor: Tensor
     parameters: dict[str, Any]
-    """This donor's: weight, density, ..."""
+    """The method's parameters of single models, for this tensor at this depth."""
+    rows: Rows | None = None
+    """Where embedding and head are put together token by token: what stands in place of `tensor`."""
 
 
 class Combine(NamedTuple):
-    """One tensor of the result: computed from tensors of several donors."""
+    """One tensor of the result: computed from tensors of donors in float32 or better, rounded once to `dtype`."""
 
     name: str
     dtype: str
-    """The type it is rounded to, as safetensors names it."""
+    """As safetensors names it."""
     shape: tuple[int, ...]
     method: str
+    """An entry of METHODS."""
     inputs: tuple[Input, ...]
     base: Input | None
+    """The base model's, where the method has one; it is none of the inputs."""
     parameters: dict[str, Any]
-    """The method's own: t, lambda, normalize, ..."""
+    """The method's parameters of the whole, for this tensor at this depth."""
     seed: int
+    """Draws what a method drops at random: another for every tensor, the same at every run."""
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return BYTES_OF[self.dtype] * math.prod(self.shape)
 
 
 Operation = Copy | Combine

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from frankenmerge.checkpoint import BYTES_OF, SINGLE_NAME
+from frankenmerge.checkpoint import BYTES_OF, SINGLE_NAME, Tensor
 from frankenmerge.errors import Fault
-from frankenmerge.merging.schedule import Combine, Copy, Input, Operation
+from frankenmerge.merging.schedule import Combine, Copy, Operation
 from frankenmerge.splice import DTYPE_NAMES
 
 BLOCK = 4096
@@ -38,7 +38,7 @@ class Shard(NamedTuple):
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(map(size_of, self.operations))
+        return sum(operation.bytes for operation in self.operations)
 
     @property
     def bytes(self) -> int:
@@ -51,7 +51,7 @@ class Shard(NamedTuple):
         position = len(self.header)
         for operation in self.operations:
             yield Place(operation, position)
-            position += size_of(operation)
+            position += operation.bytes
 
 
 class Range(NamedTuple):
@@ -65,48 +65,60 @@ class Range(NamedTuple):
     bytes: int
 
 
-def form_of(operation: Operation) -> tuple[str, tuple[int, ...]]:
-    """The type and the shape of what an operation makes."""
-    return (operation.tensor.dtype, operation.tensor.shape) if isinstance(operation, Copy) else (operation.dtype, operation.shape)
+class Reading(NamedTuple):
+    """A donor's tensor that is read."""
+
+    donor: str
+    source: str
+    """The tensor's name in the donor."""
+    tensor: Tensor
 
 
-def size_of(operation: Operation) -> int:
-    """Bytes of what an operation makes."""
-    dtype, shape = form_of(operation)
-    return BYTES_OF[dtype] * math.prod(shape)
-
-
-def parts_of(operation: Operation) -> list[Copy | Input]:
-    """What an operation reads: a donor's tensor, or several."""
-    return [operation] if isinstance(operation, Copy) else [*operation.inputs, *filter(None, [operation.base])]
+def readings(operation: Operation) -> list[Reading]:
+    """What an operation reads; of a matrix put together from rows of several donors, each one's."""
+    if isinstance(operation, Copy):
+        return [Reading(operation.donor, operation.source, operation.tensor)]
+    found = []
+    for part in (*operation.inputs, *filter(None, [operation.base])):
+        if part.rows is None:
+            found.append(Reading(part.donor, part.source, part.tensor))
+        else:
+            found += [Reading(donor, part.source, tensor) for donor, tensor in zip(part.rows.donors, part.rows.tensors, strict=True)]
+    return found
 
 
 def operation_faults(operations: Sequence[Operation]) -> Iterator[Fault]:
     """Hold every operation against itself and the files it reads from: names, types, shapes, bytes."""
-    remedy = "report this: the recipe was checked before"
     names: set[str] = set()
     needed: dict[Path, int] = {}
     for operation in operations:
         if operation.name in names:
-            yield Fault(operation.name, "each tensor of the result once", "twice", remedy)
+            yield Fault(operation.name, "each tensor of the result once", "twice", "remove what makes it a second time")
         names.add(operation.name)
-        dtype, shape = form_of(operation)
-        if isinstance(operation, Combine) and dtype not in DTYPE_NAMES:
-            yield Fault(operation.name, f"one of the types {', '.join(DTYPE_NAMES)}", dtype, "choose another dtype")
-            continue
-        for part in parts_of(operation):
-            place, tensor = f"{part.donor}: {part.source}", part.tensor
+        if isinstance(operation, Combine):
+            yield from _combine_faults(operation)
+        for donor, source, tensor in readings(operation):
             if tensor.bytes != BYTES_OF[tensor.dtype] * math.prod(tensor.shape):
-                yield Fault(place, f"bytes for the shape {list(tensor.shape)} of {tensor.dtype}", f"{tensor.bytes:,}", "restore the donor")
-            if tensor.shape != shape:
-                yield Fault(place, f"the shape {list(shape)} of {operation.name}", str(list(tensor.shape)), "merge donors of one shape")
-            if isinstance(operation, Combine) and tensor.dtype not in DTYPE_NAMES:
-                yield Fault(place, f"one of the types {', '.join(DTYPE_NAMES)}", tensor.dtype, "use an unquantised donor")
+                expected = f"bytes for the shape {list(tensor.shape)} of {tensor.dtype}"
+                yield Fault(f"{donor}: {source}", expected, f"{tensor.bytes:,}", "restore the donor")
             needed[tensor.file] = max(tensor.stop, needed.get(tensor.file, 0))
     for file, stop in needed.items():
         size = file.stat().st_size if file.exists() else 0
         if size < stop:
             yield Fault(str(file), f"{stop:,} bytes or more, as its header said", f"{size:,}", "restore the donor")
+
+
+def _combine_faults(operation: Combine) -> Iterator[Fault]:
+    if operation.dtype not in DTYPE_NAMES:
+        yield Fault(operation.name, f"one of the types {', '.join(DTYPE_NAMES)}", operation.dtype, "choose another dtype")
+    for donor, source, tensor in readings(operation):
+        if tensor.dtype not in DTYPE_NAMES:
+            yield Fault(f"{donor}: {source}", f"one of the types {', '.join(DTYPE_NAMES)}", tensor.dtype, "use an unquantised donor")
+    for part in (*operation.inputs, *filter(None, [operation.base])):
+        shape = part.tensor.shape if part.rows is None else (len(part.rows.row), *part.tensor.shape[1:])
+        if shape != operation.shape:
+            expected = f"the shape {list(operation.shape)} of {operation.name}"
+            yield Fault(f"{part.donor}: {part.source}", expected, str(list(shape)), "merge donors of one shape")
 
 
 def plan_shards(operations: Sequence[Operation], limit: int, clonable: Collection[Path] = frozenset()) -> list[Shard]:
@@ -129,11 +141,11 @@ def _in_order(operations: Sequence[Operation], limit: int) -> list[list[Operatio
     groups: list[list[Operation]] = []
     filled = 0
     for operation in operations:
-        if not groups or filled + size_of(operation) > limit:
+        if not groups or filled + operation.bytes > limit:
             groups.append([])
             filled = 0
         groups[-1].append(operation)
-        filled += size_of(operation)
+        filled += operation.bytes
     return groups
 
 
@@ -174,9 +186,8 @@ def _header(operations: Sequence[Operation], residue: int | None) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for operation in operations:
-        dtype, shape = form_of(operation)
-        stop = position + size_of(operation)
-        entries[operation.name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, stop]}
+        stop = position + operation.bytes
+        entries[operation.name] = {"dtype": operation.dtype, "shape": operation.shape, "data_offsets": [position, stop]}
         position = stop
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8 if residue is None else (residue - 8 - len(text)) % BLOCK)

@@ -22,9 +22,7 @@ from frankenmerge.merging.card import model_card
 from frankenmerge.merging.computing import compute, one_thread
 from frankenmerge.merging.copying import copy_range, pieces, write_fully
 from frankenmerge.merging.journal import (
-    ALONE,
     GROWING,
-    Process,
     begin,
     is_finished,
     joined,
@@ -38,6 +36,7 @@ from frankenmerge.merging.plan import Options, Plan, planned
 from frankenmerge.merging.provenance import PROVENANCE, file_hash, plan_hash, provenance
 from frankenmerge.merging.schedule import Combine
 from frankenmerge.merging.shards import Shard, ranges_of
+from frankenmerge.processes import Share
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import result_config
 
@@ -60,7 +59,7 @@ def merge(
     donors: Mapping[str, Checkpoint],
     output: Path,
     *,
-    process: Process = ALONE,
+    share: Share = Share(),  # noqa: B008 - it is immutable
     progress: Callable[[int], None] = lambda _: None,
     **options: Any,
 ) -> Merged:
@@ -72,7 +71,7 @@ def merge(
     has no room; nothing is left behind when writing fails, unless it was to be resumed.
     """
     started, chosen = time.perf_counter(), Options(**options)
-    plan = planned(recipe, donors, output, chosen, process)
+    plan = planned(recipe, donors, output, chosen, share)
     inputs = {"recipe": hashlib.sha256(recipe.dump().encode()).hexdigest(), "plan of shards": plan_hash(plan.shards)}
     inputs |= {f"donor {name}": donor.fingerprint for name, donor in donors.items()}
     inputs["version of frankenmerge"] = frankenmerge.__version__
@@ -80,14 +79,14 @@ def merge(
         inputs["device"] = chosen.device.partition(":")[0]
     kept = 0
     try:
-        if process.rank:
+        if not share.first:
             if folder := joined(output, inputs):
-                _write(plan, folder, chosen, process, progress)
+                _write(plan, folder, chosen, share, progress)
         else:
             with workplace(output, resume=chosen.resume) as folder:
                 begin(folder, inputs, plan.shards)
                 kept = sum(is_finished(folder, shard) for shard in plan.shards)
-                _write(plan, folder, chosen, process, progress)
+                _write(plan, folder, chosen, share, progress)
                 grown = folder / GROWING
                 checksums = {shard.name: file_hash(grown / shard.name) for shard in plan.shards} if chosen.checksums else {}
                 for name, content in small_files(recipe, donors, plan.shards, checksums).items():
@@ -96,7 +95,7 @@ def merge(
                 grown.rename(output)
                 sync(output.absolute().parent)
     except OSError as error:
-        if process.rank and output.is_dir():  # the first process has finished meanwhile
+        if not share.first and output.is_dir():  # the first process has finished meanwhile
             return Merged(output, len(plan.operations), plan.bytes, time.perf_counter() - started, plan.computed)
         left = f"the finished shards are kept in {work_folder(output)}" if chosen.resume else "nothing was left"
         remedy = f"mend that and merge again; {left}"
@@ -104,7 +103,7 @@ def merge(
     return Merged(output, len(plan.operations), plan.bytes, time.perf_counter() - started, plan.computed, kept)
 
 
-def _write(plan: Plan, folder: Path, options: Options, process: Process, progress: Callable[[int], None]) -> None:
+def _write(plan: Plan, folder: Path, options: Options, share: Share, progress: Callable[[int], None]) -> None:
     """Write the shards that are missing; returns when this process has no more to do."""
     stop, lock, made = threading.Event(), threading.Lock(), set()
 
@@ -121,7 +120,7 @@ def _write(plan: Plan, folder: Path, options: Options, process: Process, progres
             write_fully(target, shard.header, 0)
             _run(_jobs(shard, plan, handles, target, options, moved), pool, stop)
 
-        for shard in write_shards(folder, plan.shards, fill, process):
+        for shard in write_shards(folder, plan.shards, fill, share):
             if shard.name not in made:
                 moved(shard.tensor_bytes)
 

@@ -17,6 +17,7 @@ from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging import journal
 from frankenmerge.merging.journal import work_folder
 from frankenmerge.merging.writer import merge
+from frankenmerge.processes import Share
 from frankenmerge.recipe import Block, Recipe, open_donors, recipe_of
 
 KILLED = """
@@ -302,11 +303,11 @@ def together(tmp_path: Path, output: Path, count: int, *options: str, delay: flo
     running = []
     for rank in reversed(range(count)):
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
-        running.append(
-            subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        running.append(subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         time.sleep(delay)
-    return [subprocess.CompletedProcess(one.args, one.returncode, out, err) for one in running for out, err in [one.communicate(timeout=120)]]
+    return [
+        subprocess.CompletedProcess(one.args, one.returncode, out, err) for one in running for out, err in [one.communicate(timeout=120)]
+    ]
 
 
 @pytest.mark.parametrize("count, delay", [(2, 0), (3, 0.3)])
@@ -329,11 +330,11 @@ def test_shards_of_a_process_that_ends_are_taken_over(recipe, whole, room):
     plan = []
     real = journal.write_shards
 
-    def others_first(folder, shards, fill, process):
+    def others_first(folder, shards, fill, share):
         # another process began a shard, and was killed
         (folder / f"{shards[0].name}.writing").write_bytes(b"torn")
         plan.extend(shards)
-        return real(folder, shards, fill, process)
+        return real(folder, shards, fill, share)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("frankenmerge.merging.writer.write_shards", others_first)
@@ -344,5 +345,5 @@ def test_shards_of_a_process_that_ends_are_taken_over(recipe, whole, room):
 def test_a_process_whose_first_one_does_not_begin_says_so(recipe, room, monkeypatch):
     monkeypatch.setattr(journal, "PATIENCE", 0.2)
     with pytest.raises(FrankenmergeError, match="RANK 0"):
-        merge(recipe, open_donors(recipe), room / "out", process=journal.Process(1, 2))
+        merge(recipe, open_donors(recipe), room / "out", share=Share(1, 2))
     assert not list(room.iterdir())

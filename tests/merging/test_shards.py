@@ -14,7 +14,7 @@ from frankenmerge.checkpoint import Tensor, read_header
 from frankenmerge.merging import shards as module
 from frankenmerge.merging.copying import PIECE, pieces
 from frankenmerge.merging.schedule import Combine, Copy, Input
-from frankenmerge.merging.shards import BLOCK, Range, operation_faults, plan_shards, ranges_of, size_of
+from frankenmerge.merging.shards import BLOCK, Range, operation_faults, plan_shards, ranges_of
 
 DONOR = Path("donor.safetensors")
 
@@ -41,9 +41,7 @@ def every_size(monkeypatch):
 # The cut
 
 
-@pytest.mark.parametrize(
-    "limit, held", [(100, [5]), (99, [4, 1]), (40, [2, 2, 1]), (39, [1, 1, 1, 1, 1]), (20, [1] * 5), (1, [1] * 5)]
-)
+@pytest.mark.parametrize("limit, held", [(100, [5]), (99, [4, 1]), (40, [2, 2, 1]), (39, [1, 1, 1, 1, 1]), (20, [1] * 5), (1, [1] * 5)])
 def test_files_hold_what_fits_in_order(limit, held):
     shards = plan_shards(copies(*[20] * 5), limit)
     assert [len(shard.operations) for shard in shards] == held
@@ -54,7 +52,7 @@ def test_files_hold_what_fits_in_order(limit, held):
 def test_computed_tensors_take_the_bytes_of_their_type():
     source = Tensor(DONOR, "F32", (3, 5), 0, 60)
     made = Combine("t", "BF16", (3, 5), "linear", (Input("d", "t", source, {}),), None, {}, 0)
-    assert size_of(made) == 30
+    assert made.bytes == 30
     (shard,) = plan_shards([made], 100)
     header = json.loads(shard.header[8:])
     assert header["t"] == {"dtype": "BF16", "shape": [3, 5], "data_offsets": [0, 30]} and shard.bytes == len(shard.header) + 30
