@@ -305,9 +305,8 @@ def together(tmp_path: Path, output: Path, count: int, *options: str, delay: flo
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
         running.append(subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         time.sleep(delay)
-    return [
-        subprocess.CompletedProcess(one.args, one.returncode, out, err) for one in running for out, err in [one.communicate(timeout=120)]
-    ]
+    told = [one.communicate(timeout=120) for one in running]
+    return [subprocess.CompletedProcess(one.args, one.returncode, *texts) for one, texts in zip(running, told, strict=True)]
 
 
 @pytest.mark.parametrize("count, delay", [(2, 0), (3, 0.3)])
