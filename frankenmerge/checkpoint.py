@@ -1,6 +1,7 @@
 """A donor on disk: its config, its safetensors headers, its bytes. Nothing here imports torch.
 
-Only safetensors are read, no code comes from a donor's folder, and no path leaves it.
+Only safetensors are read, no code comes from a donor's folder, and no path leaves it: neither one of the index nor a link,
+but for links into the blobs of a hub cache, where its snapshots keep their files.
 """
 
 import hashlib
@@ -34,6 +35,8 @@ TOKENIZER_FILES = (
 """Files that make up a tokenizer; the first, or one with the vocabulary, must be there."""
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+"""Of the files that are read, or copied to a result."""
 _SAMPLED = 4096
 
 
@@ -145,6 +148,7 @@ def open_checkpoint(name: str, *, download: bool = False) -> Checkpoint:
     Raises FrankenmergeError, naming every fault found, for a folder that is not a complete, consistent checkpoint.
     """
     path = _resolve(name, download)
+    raise_all(_link_faults(path))
     config = read_json(path / "config.json", "a checkpoint's config.json")
     if not isinstance(config, dict):
         raise fail(str(path / "config.json"), "a JSON object", type(config).__name__, "restore the donor's config.json")
@@ -179,10 +183,24 @@ def _resolve(name: str, download: bool) -> Path:
         raise fail(name, "a folder, or a hub id that is in the local cache", "neither", remedy) from error
 
 
+def _link_faults(path: Path) -> Iterator[Fault]:
+    """Tell the links that lead out of the folder: what they lead to would end up in a result that is then given away."""
+    for file in sorted(file for file in path.iterdir() if file.is_symlink() and file.suffix in _SUFFIXES):
+        target = file.resolve()
+        in_hub_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if not in_hub_cache and not target.is_relative_to(path.resolve()):
+            yield Fault(
+                str(file), "a file in the donor's folder, or a link into a hub cache", f"a link to {target}",
+                "if you trust it, put the file itself there, or give the folder in which it lies",
+            )  # fmt: skip
+
+
 def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file. Raises FrankenmergeError when it is absent or no JSON."""
+    """Read a JSON file. Raises FrankenmergeError when it is absent, no JSON, or gives a name twice."""
+    if path.exists() and not path.is_file():
+        raise fail(str(path), what, "no ordinary file", "restore the file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except FileNotFoundError as error:
         raise fail(str(path), what, "no such file", "give the folder of a complete checkpoint") from error
     except (ValueError, RecursionError, OSError) as error:
@@ -235,6 +253,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
     Raises FrankenmergeError for a missing or truncated file and for offsets that overlap, leave gaps or run past the end.
     """
+    if file.exists() and not file.is_file():
+        raise fail(str(file), "a safetensors file", "no ordinary file", "download the shard again")
     try:
         size = file.stat().st_size
         with file.open("rb") as handle:
@@ -279,7 +299,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(names := [name for name, _ in pairs]) != len(set(names)):
-        raise ValueError("a name stands twice in the header")
+        raise ValueError("a name stands twice")
     "".join(names).encode()  # raises ValueError for lone surrogates, which are no text
     return dict(pairs)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -280,6 +281,76 @@ def test_an_index_that_leaves_its_folder_is_refused(donors, tmp_path, outside):
 
     folder = edited_index(donors, tmp_path, edit)
     assert str(folder) in refused(folder)[0].place
+
+
+def test_a_name_that_stands_twice_in_the_index_or_the_config_is_refused(donors, tmp_path):
+    folder = copied(donors, "deep", tmp_path)
+    text = (folder / INDEX).read_text()
+    (folder / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"model.norm.weight": "x.safetensors",'))
+    (fault,) = refused(folder)
+    assert fault.place == str(folder / INDEX) and "twice" in fault.found
+    (folder / INDEX).write_text(text)
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("{", '{"hidden_size": 32,', 1))
+    (fault,) = refused(folder)
+    assert fault.place == str(folder / "config.json") and "twice" in fault.found
+
+
+# Links
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("how", ["absolute", "relative", "by way of a link in the folder", "to a folder outside"])
+def test_a_link_out_of_the_folder_is_refused(donors, tmp_path, name, how):
+    folder = copied(donors, "a", tmp_path)
+    outside = tmp_path / "secrets"
+    outside.mkdir()
+    (folder / name).rename(outside / name)
+    match how:
+        case "absolute":
+            (folder / name).symlink_to(outside / name)
+        case "relative":
+            (folder / name).symlink_to(Path("..") / "secrets" / name)
+        case "by way of a link in the folder":
+            (folder / "via").symlink_to(outside)
+            (folder / name).symlink_to(Path("via") / name)
+        case _:
+            (folder / name).symlink_to(outside)
+    assert str(folder / name) in places(refused(folder))
+
+
+def test_a_link_in_the_folder_and_a_folder_that_is_a_link_are_followed(donors, tmp_path):
+    folder = copied(donors, "a", tmp_path)
+    (folder / "kept").mkdir()
+    (folder / "model.safetensors").rename(folder / "kept" / "weights")
+    (folder / "model.safetensors").symlink_to(Path("kept") / "weights")
+    (tmp_path / "link").symlink_to(folder)
+    assert open_checkpoint(str(tmp_path / "link")).fingerprint == open_checkpoint(str(donors["a"])).fingerprint
+
+
+def test_a_snapshot_of_a_hub_cache_is_read_through_its_links(donors, tmp_path):
+    store = tmp_path / "hub" / "models--org--name"
+    snapshot = store / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (store / "blobs").mkdir()
+    for number, file in enumerate(sorted(donors["a"].iterdir())):
+        shutil.copy(file, store / "blobs" / f"{number:040x}")
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / f"{number:040x}")
+    assert open_checkpoint(str(snapshot)).fingerprint == open_checkpoint(str(donors["a"])).fingerprint
+
+
+def test_a_link_of_another_kind_of_file_is_no_matter(donors, tmp_path):
+    folder = copied(donors, "a", tmp_path)
+    (folder / "runs").symlink_to(tmp_path)
+    (folder / "notes.md").symlink_to("/etc/hostname")
+    assert open_checkpoint(str(folder)).blocks == 4
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", INDEX])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(donors, tmp_path, name):
+    folder = copied(donors, "deep" if name == INDEX else "a", tmp_path)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert str(folder / name) in places(refused(folder))
 
 
 def test_a_tensor_of_the_index_that_its_shard_lacks_is_named(donors, tmp_path):

@@ -11,7 +11,20 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     {"__init__", "errors", "families", "architectures", "inferred"},
-    {"atlas", "alignment", "recipe", "schema", "settings", "splice", "vocabulary", "files", "models", "checkpoint", "blockwise", "processes"},
+    {
+        "atlas",
+        "alignment",
+        "recipe",
+        "schema",
+        "settings",
+        "splice",
+        "vocabulary",
+        "files",
+        "models",
+        "checkpoint",
+        "blockwise",
+        "processes",
+    },
     STAGES := {"analysis", "planning", "merging", "evaluation", "reporting"},
     {"demo"},
     {"cli"},

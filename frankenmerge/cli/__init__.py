@@ -51,6 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(f"frankenmerge: {error}", err=True)
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("frankenmerge: interrupted; nothing half-written was left", err=True)
+        click.echo("frankenmerge: interrupted; nothing that looks finished was left", err=True)
         sys.exit(130)
     sys.exit(0)

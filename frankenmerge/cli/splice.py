@@ -1,5 +1,6 @@
 """`align`, `plan`, `check` and `merge`: from donors to a checkpoint."""
 
+import os
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from frankenmerge.cli.console import (
 )
 from frankenmerge.cli.donors import MEANT_FOR, How, add_inputs, atlas_of, method_option, neurons_option, tokens_option
 from frankenmerge.errors import fail, raise_all
-from frankenmerge.processes import own_share
+from frankenmerge.processes import Share, own_share
 
 SHOWN = {
     "complete": ("jaccard", "Agreement on the 10 most exciting tokens (Jaccard)"),
@@ -204,12 +205,37 @@ def print_seam(console, number: int, seam) -> None:
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("target", metavar="RECIPE|OUTPUT", type=click.Path(path_type=Path))
 @download_option
 @json_option
-def check(recipe: Path, download: bool, as_json: bool) -> None:
-    """Hold RECIPE against its donors' configs and headers, reading no weights, and tell what it would make."""
-    _tell(_checked(recipe, download), as_json)
+def check(target: Path, download: bool, as_json: bool) -> None:
+    """Hold a recipe against its donors, or a finished merge against its provenance.
+
+    For a RECIPE configs and headers are read, no weights, and it is told what it would make. For the folder OUTPUT of a merge
+    every file is held against frankenmerge.json, and copied tensors, where their donors are at hand, against the donors' bytes.
+    """
+    if target.is_dir():
+        _verify(target, download, as_json)
+    else:
+        _tell(_checked(target, download), as_json)
+
+
+def _verify(folder: Path, download: bool, as_json: bool) -> None:
+    from frankenmerge.merging.verify import verify
+
+    with progress(f"comparing {folder.name}", None, "bytes") as advance:
+        found = verify(folder, download=download, progress=advance)
+    if as_json:
+        print_json(found._asdict() | {"output": str(folder)})
+        return
+    console = out()
+    console.print(
+        f"{folder}: {found.shards} files and {found.tensors} tensors are what {folder / 'frankenmerge.json'} says; "
+        f"{found.compared} tensors have their donor's bytes, {found.hashed} files their checksum.",
+        markup=False,
+    )
+    for name in found.absent:
+        console.print(f"Not compared: the tensors of {name}, which is not at hand as it was.", markup=False)
 
 
 def _checked(path: Path, download: bool) -> list:
@@ -262,32 +288,51 @@ def _bytes(_context, _parameter, value: str) -> int:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Check everything and tell what would be written.")
+@click.option("--resume", is_flag=True, help="Go on with a merge that was cut off, and keep finished shards if this one fails.")
 @click.option("--shard-size", default="5GB", show_default=True, callback=_bytes, help="Largest file of weights.")
+@click.option("--reflink/--no-reflink", default=True, help="Share blocks with the donors where the file system can (XFS, btrfs).")
+@click.option("--device", default="cpu", show_default=True, help="The torch device that computes tensors; copies need none.")
+@click.option("--allow-nan", is_flag=True, help="Go on where a computed tensor holds NaN or Inf, or is made of any.")
+@click.option("--check-finite", is_flag=True, help="Read all of the donors first, and refuse NaN and Inf in copied tensors too.")
+@click.option("--checksums", is_flag=True, help="Put the SHA-256 of every file of weights into frankenmerge.json.")
 @download_option
 @json_option
-def merge(recipe: Path, output: Path, dry_run: bool, shard_size: int, download: bool, as_json: bool) -> None:
-    """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all."""
+def merge(recipe: Path, output: Path, dry_run: bool, download: bool, as_json: bool, **options) -> None:
+    """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all.
+
+    Stages that it uses are written to OUTPUT.stages, and made again only when what they are made of has changed. Under
+    `accelerate launch` the processes share the work of a recipe without stages, shard by shard.
+    """
     from functools import partial
 
-    from frankenmerge.merging.schedule import Copy
+    from frankenmerge.merging.plan import Options, output_faults, planned, room_faults
     from frankenmerge.merging.stages import merge_stages
-    from frankenmerge.merging.writer import check_output
     from frankenmerge.merging.writer import merge as merged
 
-    stages = _checked(recipe, download)
+    stages, share = _checked(recipe, download), own_share()
+    if len(stages) > 1 and not share.first:
+        return
+    if options["device"] == "cuda" and "LOCAL_RANK" in os.environ:
+        options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     total = sum(operation.bytes for stage in stages for operation in stage.operations)
-    check_output(output, {name: donor for stage in stages for name, donor in stage.donors.items()}, total)
+    if len(stages) > 1:
+        donors = {name: donor for stage in stages for name, donor in stage.donors.items()}
+        raise_all([*output_faults(output, donors), *room_faults(output, total)])
+        share = Share()
+    elif dry_run:
+        planned(stages[0].recipe, stages[0].donors, output, Options(**options), share)
     if dry_run:
         _tell(stages, as_json)
         return
     with progress(f"merging into {output.name}", total, "bytes") as advance:
-        result = merge_stages(
-            [stage.recipe for stage in stages], output, partial(merged, shard_size=shard_size, progress=advance), download=download
-        )
+        write = partial(merged, share=share, progress=advance, **options)
+        result = merge_stages([stage.recipe for stage in stages], output, write, download=download)
+    if not share.first:
+        return
     if as_json:
         print_json(result._asdict() | {"output": str(result.output)})
         return
+    made = f"{result.computed} of them computed, the others" if result.computed else "every one"
+    kept = f", {result.kept} files of weights kept from an earlier run" if result.kept else ""
     rate = f"{size(result.bytes)} in {result.seconds:.1f} s"
-    computed = sum(not isinstance(operation, Copy) for operation in stages[-1].operations)
-    told = f"{computed} of them computed" if computed else "every one its donor's bytes"
-    out().print(f"{result.output}: {result.tensors} tensors, {rate}, {told}", markup=False)
+    out().print(f"{result.output}: {result.tensors} tensors, {rate}, {made} its donor's bytes{kept}", markup=False)

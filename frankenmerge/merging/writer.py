@@ -1,31 +1,45 @@
-"""Write a checkpoint: complete or absent. Tensor bytes go from file to file inside the kernel where it can.
+"""Write a checkpoint: complete or absent, and able to be gone on with after a kill.
 
-The floor is one read and one write of every byte; nothing larger than a chunk is ever held here.
+The floor is one read and one write of every byte; nothing larger than a few chunks is ever held here.
 """
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import frankenmerge
-from frankenmerge.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from frankenmerge.checkpoint import INDEX_NAME, Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.merging.card import model_card
-from frankenmerge.merging.schedule import Copy, Operation, schedule
+from frankenmerge.merging.computing import compute, one_thread
+from frankenmerge.merging.copying import copy_range, pieces, write_fully
+from frankenmerge.merging.journal import (
+    GROWING,
+    begin,
+    is_finished,
+    joined,
+    sync,
+    work_folder,
+    workplace,
+    write_shards,
+    write_synced,
+)
+from frankenmerge.merging.plan import Options, Plan, planned
+from frankenmerge.merging.provenance import PROVENANCE, file_hash, plan_hash, provenance
+from frankenmerge.merging.schedule import Combine
+from frankenmerge.merging.shards import Shard, ranges_of
 from frankenmerge.merging.tokenizer import tokenizer_files
+from frankenmerge.processes import Share
 from frankenmerge.recipe import Recipe
-from frankenmerge.splice import result_config, validated
-
-CHUNK = 8 << 20
-"""Bytes asked of the kernel at a time, so that progress shows and Ctrl-C is heard."""
-DEFAULT_SHARD = 5 * 10**9
+from frankenmerge.splice import result_config
 
 
 class Merged(NamedTuple):
@@ -35,42 +49,10 @@ class Merged(NamedTuple):
     tensors: int
     bytes: int
     seconds: float
-
-
-class Shard(NamedTuple):
-    """One file of the result."""
-
-    name: str
-    header: bytes
-    """The eight bytes of its length included."""
-    copies: list[Copy]
-
-
-def plan_shards(copies: list[Copy], limit: int) -> list[Shard]:
-    """Cut the schedule, in order, into files of at most `limit` bytes of tensors (one tensor may exceed it)."""
-    groups: list[list[Copy]] = [[]]
-    filled = 0
-    for copy in copies:
-        if groups[-1] and filled + copy.tensor.bytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(copy)
-        filled += copy.tensor.bytes
-    if len(groups) == 1:
-        return [Shard(SINGLE_NAME, _header(groups[0]), groups[0])]
-    return [Shard(f"model-{n:05d}-of-{len(groups):05d}.safetensors", _header(group), group) for n, group in enumerate(groups, 1)]
-
-
-def _header(copies: list[Copy]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for copy in copies:
-        stop = position + copy.tensor.bytes
-        entries[copy.name] = {"dtype": copy.tensor.dtype, "shape": copy.tensor.shape, "data_offsets": [position, stop]}
-        position = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    computed: int = 0
+    """Tensors that were computed; the others are their donor's bytes."""
+    kept: int = 0
+    """Shards that an earlier run had finished."""
 
 
 def merge(
@@ -78,147 +60,147 @@ def merge(
     donors: Mapping[str, Checkpoint],
     output: Path,
     *,
-    shard_size: int = DEFAULT_SHARD,
+    share: Share = Share(),  # noqa: B008 - it is immutable
     progress: Callable[[int], None] = lambda _: None,
+    **options: Any,
 ) -> Merged:
     """Write the checkpoint that `recipe` describes to the folder `output`.
 
-    Everything is written to a neighbour folder, synced, and renamed at the end. `progress` is called with the bytes
-    written since its last call. Raises FrankenmergeError before writing for a recipe that cannot become a model, an output
-    that exists, lies inside a donor or has no room; nothing is left behind when writing fails.
+    `options` are the fields of `Options`. Everything is written to a work folder beside the output, synced, and renamed at the
+    end. `progress` is called, from several threads but one at a time, with the bytes written since its last call. Raises
+    FrankenmergeError before writing for a recipe that cannot become a model, an output that exists, lies inside a donor or
+    has no room; nothing is left behind when writing fails, unless it was to be resumed.
     """
-    started = time.perf_counter()
-    validated(recipe, donors)
-    copies = _copies(schedule(recipe, donors))
-    total = sum(copy.tensor.bytes for copy in copies)
-    check_output(output, donors, total)
-    made = [parent for parent in output.absolute().parents if not parent.exists()]
-    folder = None
+    started, chosen = time.perf_counter(), Options(**options)
+    plan = planned(recipe, donors, output, chosen, share)
+    inputs = {"recipe": hashlib.sha256(recipe.dump().encode()).hexdigest(), "plan of shards": plan_hash(plan.shards)}
+    inputs |= {f"donor {name}": donor.fingerprint for name, donor in donors.items()}
+    inputs["version of frankenmerge"] = frankenmerge.__version__
+    if plan.computed:
+        inputs["device"] = chosen.device.partition(":")[0]
+    kept = 0
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".merge.", suffix=".partial", dir=output.parent))
-        shards = plan_shards(copies, shard_size)
-        for shard in shards:
-            _write_shard(folder / shard.name, shard, progress)
-        for name, content in small_files(recipe, donors, shards).items():
-            _write_synced(folder / name, content)
-        folder.chmod(0o755)
-        _sync(folder)
-        if output.is_dir():
-            output.rmdir()
-        folder.rename(output)
-        _sync(output.parent)
+        if not share.first:
+            if folder := joined(output, inputs):
+                _write(plan, folder, chosen, share, progress)
+        else:
+            with workplace(output, resume=chosen.resume) as folder:
+                begin(folder, inputs, plan.shards)
+                kept = sum(is_finished(folder, shard) for shard in plan.shards)
+                _write(plan, folder, chosen, share, progress)
+                grown = folder / GROWING
+                checksums = {shard.name: file_hash(grown / shard.name) for shard in plan.shards} if chosen.checksums else {}
+                for name, content in small_files(recipe, donors, plan.shards, checksums).items():
+                    write_synced(grown / name, content)
+                sync(grown)
+                grown.rename(output)
+                sync(output.absolute().parent)
     except OSError as error:
-        raise fail(
-            str(output), "room and leave to write the checkpoint", str(error), "mend that and merge again; nothing was left"
-        ) from error
+        if not share.first and output.is_dir():  # the first process has finished meanwhile
+            return Merged(output, len(plan.operations), plan.bytes, time.perf_counter() - started, plan.computed)
+        left = f"the finished shards are kept in {work_folder(output)}" if chosen.resume else "nothing was left"
+        remedy = f"mend that and merge again; {left}"
+        raise fail(str(output), "room and leave to write the checkpoint", str(error), remedy) from error
+    return Merged(output, len(plan.operations), plan.bytes, time.perf_counter() - started, plan.computed, kept)
+
+
+def _write(plan: Plan, folder: Path, options: Options, share: Share, progress: Callable[[int], None]) -> None:
+    """Write the shards that are missing; returns when this process has no more to do."""
+    stop, lock, made = threading.Event(), threading.Lock(), set()
+
+    def moved(count: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        with lock:
+            progress(count)
+
+    with _open(plan.files) as handles, _crew(plan) as pool:
+
+        def fill(shard: Shard, target: int) -> None:
+            made.add(shard.name)
+            write_fully(target, shard.header, 0)
+            _run(_jobs(shard, plan, handles, target, options, moved), pool, stop)
+
+        for shard in write_shards(folder, plan.shards, fill, share):
+            if shard.name not in made:
+                moved(shard.tensor_bytes)
+
+
+class _Stopped(Exception):
+    """Raised in the threads that are to end because another one failed."""
+
+
+def _jobs(
+    shard: Shard, plan: Plan, handles: Mapping[Path, int], target: int, options: Options, moved: Callable[[int], None]
+) -> Iterator[Callable[[], None]]:
+    for whole in ranges_of(shard):
+        for piece in pieces(whole):
+            yield partial(copy_range, piece, handles[piece.file], target, moved, cloning=shard.cloned)
+    for operation, position in shard.places:
+        if isinstance(operation, Combine):
+            yield partial(compute, operation, handles, target, position, moved, device=options.device, allow_nan=options.allow_nan)
+
+
+def _run(jobs: Iterator[Callable[[], None]], pool: ThreadPoolExecutor, stop: threading.Event) -> None:
+    futures = [pool.submit(job) for job in jobs]
+    try:
+        for future in as_completed(futures):
+            future.result()
+    except BaseException:
+        stop.set()
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        raise
+
+
+@contextmanager
+def _crew(plan: Plan) -> Iterator[ThreadPoolExecutor]:
+    """The threads that work: as many as cores for arithmetic, two for copies, which wait for the disk."""
+    if not plan.computed:
+        with ThreadPoolExecutor(2) as pool:
+            yield pool
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(cores(), initializer=one_thread) as pool:
+            yield pool
     finally:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # it holds the result, or is not there
-                parent.rmdir()
-    return Merged(output, len(copies), total, time.perf_counter() - started)
+        torch.set_num_threads(threads)
 
 
-def _copies(operations: list[Operation]) -> list[Copy]:
-    """The operations, where the writer can do them all."""
-    copies = [operation for operation in operations if isinstance(operation, Copy)]
-    if len(copies) < len(operations):
-        name = next(operation.name for operation in operations if not isinstance(operation, Copy))
-        raise fail(name, "a tensor that is copied", "one that has to be computed", "write a passthrough recipe without scale and dtype")
-    return copies
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_output(output: Path, donors: Mapping[str, Checkpoint], size: int) -> None:
-    """Raise FrankenmergeError for an output that would overwrite something, touch a donor or not fit."""
-    try:
-        os.lstat(output)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise fail(str(output), "a folder that may be made", str(error), "choose another output") from error
-    if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
-        raise fail(
-            str(output), "a folder that does not exist yet, or an empty one", "something is there", "choose another output or move it away"
-        )
-    for donor in donors.values():
-        if donor.path.resolve() in (output.resolve(), *output.resolve().parents):
-            raise fail(str(output), "a folder outside the donors", f"it lies in {donor.path}", "choose another output")
-    existing = next(parent for parent in output.resolve().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise fail(str(output), "a folder that may be written to", f"{existing} may not", "choose another output")
-    free = shutil.disk_usage(existing).free
-    if free < size + (64 << 20):
-        raise fail(
-            str(output), f"{size:,} bytes of free disk space, and 64 MiB to spare", f"{free:,}", "free some space or choose another disk"
-        )
+@contextmanager
+def _open(files: set[Path]) -> Iterator[dict[Path, int]]:
+    with ExitStack() as stack:
+        yield {file: stack.enter_context(file.open("rb", buffering=0)).fileno() for file in sorted(files)}
 
 
-def small_files(recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[Shard]) -> dict[str, bytes]:
+def small_files(
+    recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[Shard], checksums: Mapping[str, str] | None = None
+) -> dict[str, bytes]:
     """Everything beside the weights, by name: config, index, tokenizer, recipe, card, provenance."""
     base = donors[recipe.base]
     config = result_config(recipe, donors)
     files = {"config.json": _json(config)}
     if len(shards) > 1:
-        total = sum(copy.tensor.bytes for shard in shards for copy in shard.copies)
-        weight_map = {copy.name: shard.name for shard in shards for copy in shard.copies}
+        total = sum(shard.tensor_bytes for shard in shards)
+        weight_map = {operation.name: shard.name for shard in shards for operation in shard.operations}
         files[INDEX_NAME] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
     files |= tokenizer_files(recipe, donors)
     if (generation := base.path / "generation_config.json").is_file():
         files[generation.name] = generation.read_bytes()
     files["recipe.yaml"] = recipe.dump().encode()
-    provenance = {
-        "frankenmerge": frankenmerge.__version__,
-        "recipe_sha256": hashlib.sha256(files["recipe.yaml"]).hexdigest(),
-        "donors": {name: {"fingerprint": donor.fingerprint} for name, donor in donors.items()},
-        "tensors": {
-            copy.name: {"donor": copy.donor, "tensor": copy.source, "method": "copy"} for shard in shards for copy in shard.copies
-        },
-    }  # fmt: skip
-    files["frankenmerge.json"] = _json(provenance)
+    files[PROVENANCE] = _json(provenance(recipe.dump(), donors, shards, checksums or {}))
     files["README.md"] = model_card(recipe, donors, config).encode()
     return files
 
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write_shard(path: Path, shard: Shard, progress: Callable[[int], None]) -> None:
-    with ExitStack() as stack:
-        files = sorted({copy.tensor.file for copy in shard.copies})
-        sources = {file: stack.enter_context(file.open("rb", buffering=0)) for file in files}
-        target = stack.enter_context(path.open("wb", buffering=0))
-        target.write(shard.header)
-        for copy in shard.copies:
-            _copy_range(sources[copy.tensor.file].fileno(), target.fileno(), copy, progress)
-        os.fsync(target.fileno())
-
-
-def _copy_range(source: int, target: int, copy: Copy, progress: Callable[[int], None]) -> None:
-    position, left = copy.tensor.start, copy.tensor.bytes
-    while left:
-        try:
-            moved = os.copy_file_range(source, target, min(left, CHUNK), position)
-        except (OSError, AttributeError):  # file systems, kernels and systems without it
-            moved = os.write(target, os.pread(source, min(left, CHUNK), position))
-        if not moved:
-            raise OSError(f"{copy.tensor.file} ended at byte {position:,} while {copy.source} was copied")
-        position, left = position + moved, left - moved
-        progress(moved)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -155,7 +155,7 @@ def test_check_and_merge_tell_the_same_sizes(told, recipe, tmp_path):
     merged = told("merge", recipe, tmp_path / "out")
     assert checked == planned
     assert (checked["depth"], checked["tensors"], checked["parameters"]) == (6, 6 * 9 + 3, checked["bytes"] // 4)
-    assert merged.keys() == {"output", "tensors", "bytes", "seconds"}
+    assert merged.keys() == {"output", "tensors", "bytes", "seconds", "computed", "kept"}
     assert (merged["output"], merged["tensors"], merged["bytes"]) == (str(tmp_path / "out"), checked["tensors"], checked["bytes"])
     assert told("inspect", tmp_path / "out")["donors"][0]["bytes"] == merged["bytes"]
 

@@ -1,0 +1,77 @@
+"""`frankenmerge.json`: where every tensor of a checkpoint comes from, and how to tell whether it is still the same."""
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import frankenmerge
+from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.merging.schedule import Combine, Copy, Input, Operation
+from frankenmerge.merging.shards import Shard
+
+PROVENANCE = "frankenmerge.json"
+
+
+def provenance(recipe: str, donors: Mapping[str, Checkpoint], shards: Sequence[Shard], checksums: Mapping[str, str]) -> dict[str, Any]:
+    """Return what `frankenmerge.json` holds.
+
+    A shard is told by its size and the hash of its header, which cost nothing; `checksums`, hashes of whole shards by name,
+    cost a read of every byte and are there when they were asked for.
+    """
+    operations = [operation for shard in shards for operation in shard.operations]
+    versions = {"python": platform.python_version()}
+    if any(not isinstance(operation, Copy) for operation in operations):
+        from importlib.metadata import version
+
+        versions["torch"] = version("torch")
+    return {
+        "frankenmerge": frankenmerge.__version__,
+        "versions": versions,
+        "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
+        "donors": {name: {"fingerprint": donor.fingerprint} for name, donor in donors.items()},
+        "shards": {
+            shard.name: {"bytes": shard.bytes, "header_sha256": hashlib.sha256(shard.header).hexdigest()}
+            | ({"sha256": checksums[shard.name]} if shard.name in checksums else {})
+            for shard in shards
+        },
+        "tensors": {operation.name: origin(operation) for operation in operations},
+    }
+
+
+def origin(operation: Operation) -> dict[str, Any]:
+    """Where one tensor comes from."""
+    if isinstance(operation, Copy):
+        return {"donor": operation.donor, "tensor": operation.source, "method": "copy"}
+    return {
+        "method": operation.method,
+        "parameters": operation.parameters,
+        "seed": operation.seed,
+        "inputs": [_part(part) for part in operation.inputs],
+        **({"base": _part(operation.base)} if operation.base else {}),
+    }
+
+
+def _part(part: Input) -> dict[str, Any]:
+    rows = {"rows_of": list(part.rows.donors)} if part.rows else {}
+    return {"donor": part.donor, "tensor": part.source, "parameters": part.parameters, **rows}
+
+
+def plan_hash(shards: Sequence[Shard]) -> str:
+    """A hash of everything that decides the bytes of the shards, but for the donors' bytes."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.name} {len(shard.header)} ".encode() + shard.header)
+        for operation in shard.operations:
+            digest.update(f"{operation.name} {origin(operation)}\n".encode())
+            for part in [*operation.inputs, operation.base] if isinstance(operation, Combine) else []:
+                if part and part.rows:
+                    digest.update(part.rows.origin.tobytes() + part.rows.row.tobytes())
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a whole file, as the hub names the files of a repository."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,107 @@
+"""Whether a finished checkpoint still is what its provenance says."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from frankenmerge.checkpoint import Checkpoint, Tensor, open_checkpoint, read_json
+from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.merging.computing import read_fully
+from frankenmerge.merging.copying import CHUNK
+from frankenmerge.merging.provenance import PROVENANCE, file_hash
+
+_REMEDY = "merge again"
+
+
+class Verified(NamedTuple):
+    """What was found right."""
+
+    output: Path
+    shards: int
+    tensors: int
+    hashed: int
+    """Shards whose every byte was held against a checksum."""
+    compared: int
+    """Tensors whose every byte was held against their donor's."""
+    absent: list[str]
+    """Donors that are not at hand, or are not what they were: their tensors were not compared."""
+
+
+def verify(folder: Path, *, download: bool = False, progress: Callable[[int], None] = lambda _: None) -> Verified:
+    """Hold the checkpoint in `folder` against its `frankenmerge.json`.
+
+    Files, sizes, headers and names always; the bytes of copied tensors where their donors are at hand, unchanged; whole
+    shards where they have checksums. `progress` is called with bytes compared. Raises FrankenmergeError with all that differs.
+    """
+    path = folder / PROVENANCE
+    told = read_json(path, "the provenance that a merge writes")
+    try:
+        checkpoint = open_checkpoint(str(folder))
+        raise_all([*_file_faults(folder, told), *_name_faults(checkpoint, told)])
+        at_hand = {name: donor for name, given in told["donors"].items() if (donor := _donor(name, given["fingerprint"], download))}
+        pairs = [
+            (name, checkpoint.tensors[name], at_hand[given["donor"]], given["tensor"])
+            for name, given in told["tensors"].items()
+            if given["method"] == "copy" and given["donor"] in at_hand
+        ]
+        hashed = sum("sha256" in shard for shard in told["shards"].values())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise fail(str(path), "the provenance that this version's merge writes", f"something else: {error!r}", _REMEDY) from error
+    with ThreadPoolExecutor(2) as pool:
+        differences = [pool.submit(_difference, *pair, progress) for pair in pairs]
+    raise_all(filter(None, (difference.result() for difference in differences)))
+    absent = [name for name in told["donors"] if name not in at_hand]
+    return Verified(folder, len(told["shards"]), len(checkpoint.tensors), hashed, len(pairs), absent)
+
+
+def _file_faults(folder: Path, told: dict[str, Any]) -> Iterator[Fault]:
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file() or hashlib.sha256(recipe.read_bytes()).hexdigest() != told["recipe_sha256"]:
+        yield Fault(str(recipe), "the recipe that was merged", "another one, or none", _REMEDY)
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name not in told["shards"]:
+            yield Fault(str(file), "only files of the merge", "a file that it did not write", "remove the file")
+    for name, shard in told["shards"].items():
+        file = folder / name
+        if not file.is_file():
+            yield Fault(str(file), "a file that the merge wrote", "no such file", _REMEDY)
+            continue
+        with file.open("rb") as handle:
+            length = handle.read(8)
+            header = length + handle.read(int.from_bytes(length, "little"))
+        if file.stat().st_size != shard["bytes"]:
+            yield Fault(str(file), f"{shard['bytes']:,} bytes", f"{file.stat().st_size:,}", _REMEDY)
+        elif hashlib.sha256(header).hexdigest() != shard["header_sha256"]:
+            yield Fault(str(file), "the header that the merge wrote", "another one", _REMEDY)
+        elif "sha256" in shard and file_hash(file) != shard["sha256"]:
+            yield Fault(str(file), f"SHA-256 {shard['sha256']}", "other bytes", _REMEDY)
+
+
+def _name_faults(checkpoint: Checkpoint, told: dict[str, Any]) -> Iterator[Fault]:
+    for name in sorted(checkpoint.tensors.keys() ^ told["tensors"].keys()):
+        there = name in checkpoint.tensors
+        yield Fault(f"{checkpoint.path}: {name}", "the tensors of the provenance", "one more" if there else "not there", _REMEDY)
+
+
+def _donor(name: str, fingerprint: str, download: bool) -> Checkpoint | None:
+    try:
+        donor = open_checkpoint(name, download=download)
+        return donor if donor.fingerprint == fingerprint else None
+    except FrankenmergeError:
+        return None
+
+
+def _difference(name: str, ours: Tensor, donor: Checkpoint, source: str, progress: Callable[[int], None]) -> Fault | None:
+    theirs = donor.tensors.get(source)
+    if theirs is None or (theirs.dtype, theirs.shape) != (ours.dtype, ours.shape):
+        return Fault(f"{ours.file}: {name}", f"the type and shape of {donor.name}: {source}", f"{ours.dtype} {list(ours.shape)}", _REMEDY)
+    with ours.file.open("rb", buffering=0) as here, theirs.file.open("rb", buffering=0) as there:
+        for start in range(0, ours.bytes, CHUNK):
+            stop = min(start + CHUNK, ours.bytes)
+            if read_fully(here.fileno(), ours, start, stop) != read_fully(there.fileno(), theirs, start, stop):
+                found = f"others, between bytes {start:,} and {stop:,} of the tensor"
+                return Fault(f"{ours.file}: {name}", f"the bytes of {donor.name}: {source}", found, _REMEDY)
+            progress(stop - start)
+    return None
