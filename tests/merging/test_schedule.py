@@ -269,6 +269,7 @@ def test_embedding_norm_and_head_come_from_the_donors_named(plan, donors):
     ("merge_method: passthrough\nmodels: [{model: b}]\n", None),
     ("merge_method: passthrough\nmodels: [{model: b}]\nembedding: t\n", [EMBEDDING]),
     ("merge_method: passthrough\nmodels: [{model: b}]\nembedding: b\nhead: b\n", None),
+    ("merge_method: linear\nmodels: [{model: b}]\nbase_model: t\nembedding: b\nparameters: {weight: 1}\n", [EMBEDDING]),
 ])  # fmt: skip
 def test_the_head_is_written_where_it_parts_from_the_embedding(donors, tmp_path, text, head):
     tied = write_donor(tmp_path / "t", seed=7, tie_word_embeddings=True)
@@ -449,6 +450,15 @@ def test_a_union_has_every_token_and_the_donors_own_rows(speakers, tmp_path):
         assert origins(more, speakers) == [("few", index) for index in range(5)] + shared + [("more", 5), ("more", 6)]
     assert made[NORM].inputs[0].rows is None
     assert result_config(stage.recipe, stage.donors)["vocab_size"] == 12
+
+
+def test_a_token_beyond_the_donor_s_matrix_has_another_donor_s_row_or_zeros(speakers, tmp_path):
+    path = speakers["few"] / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"] |= {"<u>": 10, "<w>": 11}
+    path.write_text(json.dumps(data))
+    stage = whole(BOTH + "tokenizer_source: base\n", speakers, tmp_path)
+    assert origins(stage.operations[0].inputs[0], speakers)[9:] == [("few", 9), ("more", 5), None]
 
 
 def test_a_named_tokenizer_has_its_donor_s_order(speakers, tmp_path):
