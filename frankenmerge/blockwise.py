@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.cache_utils import Cache, DynamicLayer
 
 from frankenmerge import checkpoint as stored
-from frankenmerge.architectures import family, head_width, quantity
+from frankenmerge.architectures import block_kind, family, head_width, quantity, spliced_config
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.families import Config
@@ -56,13 +56,19 @@ def stream_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str 
     Raises:
         FrankenmergeError: when its tensors do not fill the model exactly.
     """
-    with init_empty_weights(include_buffers=False):
-        config = AutoConfig.for_model(**checkpoint.config)
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval().requires_grad_(False)
+    model = _without_weights(checkpoint.config, DTYPES[dtype])
     donor = Streamed(checkpoint, model, one_device(device), DTYPES[dtype])
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(donor.device))
+    # Constants such as rotary frequencies are no tensors of the checkpoint: they are made with a model that has one block of each
+    # kind and hardly any vocabulary, which takes no memory to speak of.
+    kinds = {block_kind(checkpoint.config, index): index for index in reversed(range(checkpoint.blocks))}
+    config = spliced_config(checkpoint.config, [(checkpoint.config, index) for index in kinds.values()], tied=False)
+    small = {checkpoint.architecture.keys.vocabulary: 1, "pad_token_id": None}
+    with init_empty_weights(include_buffers=False):
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | small), dtype=DTYPES[dtype])
+    constants = dict(made.named_buffers())
+    for name, _ in list(model.named_buffers()):
+        path, _, last = name.rpartition(".")
+        setattr(model.get_submodule(path), last, constants[name].to(donor.device))
     inner = backbone(model)
     for canonical, name in checkpoint.by_role["embedding", None].items():
         path, _, parameter = canonical.removeprefix(checkpoint.architecture.root).rpartition(".")
@@ -71,10 +77,15 @@ def stream_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str 
 
 
 def streamable(checkpoint: Checkpoint) -> bool:
-    """Whether the tensors of a block on disk are those of the block in memory; some families' experts are packed otherwise."""
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoint.config))
-    return all(set(block.state_dict()) == set(_tensors(checkpoint, index)) for index, block in enumerate(blocks_of(model)))
+    """Whether the tensors of a block on disk are all that the block is in memory; some families' experts are packed otherwise."""
+    blocks = list(enumerate(blocks_of(_without_weights(checkpoint.config, torch.float32))))
+    named = all(set(block.state_dict()) == set(_tensors(checkpoint, index)) for index, block in blocks)
+    return named and not any(list(block.buffers()) for _, block in blocks)
+
+
+def _without_weights(config: Config, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype).eval().requires_grad_(False)
 
 
 def model_of(donor: Donor) -> PreTrainedModel:
