@@ -3,32 +3,45 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from frankenmerge.errors import fail
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write beside `path`, sync, rename. Raises FrankenmergeError when the disk will not have it."""
+@contextmanager
+def growing(path: Path) -> Iterator[Path]:
+    """Give a file beside `path` to write to; it is synced and takes its place at the end, and goes if that is not reached.
+
+    Raises FrankenmergeError when the disk will not have it.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        os.close(handle)
+        beside = Path(name)
         try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(beside, 0o644)
-            os.replace(beside, path)
+            yield beside
+            with beside.open("rb") as written:
+                os.fsync(written.fileno())
+            beside.chmod(0o644)
+            beside.replace(path)
         finally:
-            Path(beside).unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
     except OSError as error:
         raise fail(str(path), "a file that may be written", str(error), "choose another place or make room") from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, complete or not at all."""
+    with growing(path) as beside:
+        beside.write_bytes(content)
 
 
 def write_arrays(path: Path, kind: str, arrays: dict[str, np.ndarray], told: dict[str, Any]) -> None:
@@ -37,7 +50,8 @@ def write_arrays(path: Path, kind: str, arrays: dict[str, np.ndarray], told: dic
     A single key, because the library writes several in an order that changes from one call to the next.
     """
     contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
-    write_file(path, save(contiguous, {kind: json.dumps(told, sort_keys=True)}))
+    with growing(path) as beside:
+        save_file(contiguous, beside, {kind: json.dumps(told, sort_keys=True)})
 
 
 def read_arrays(path: Path, kind: str, expected: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

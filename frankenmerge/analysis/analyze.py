@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ PROBE_BATCH = 16
 SAVE_AFTER = 1.0
 """Seconds since the last save after which a finished block is saved: blocks that are run in less are sooner run again."""
 _KIND = "frankenmerge.analysis-under-way/1"
+_STATE = "state.safetensors"
 
 
 def token_texts(checkpoint: Checkpoint) -> list[str]:
@@ -64,7 +66,7 @@ def analyze(
         dtype: the type to compute in.
         device: a torch device.
         share: which of several processes this is; each searches its batches of the vocabulary, and all return the same atlas.
-        under_way: a file to keep finished blocks in, and to go on from where it is there; removed at the end.
+        under_way: a folder to keep finished blocks in, and to go on from where it is there; removed at the end.
         progress: called with the number of inputs that passed a block since its last call; see `work` for their total.
 
     Raises:
@@ -84,17 +86,17 @@ def analyze(
     for index, block in each_block(donor, done + 1):
         run.through(index, block, progress)
         if under_way and index < checkpoint.blocks and time.monotonic() - saved >= SAVE_AFTER:
-            run.save(under_way)
+            run.save(under_way, index)
             saved = time.monotonic()
     top = {context: _best_of_all(run.keys(context, k), share, len(vocabulary)) for context in _contexts(checkpoint)}
     if under_way:
-        under_way.unlink(missing_ok=True)
+        shutil.rmtree(under_way, ignore_errors=True)
     return Atlas(
         donor=_name(checkpoint, untrained),
         fingerprint=checkpoint.fingerprint,
         top=top,
-        probes=np.stack(run.activations),
-        probe_scale=np.stack(run.scales),
+        probes=run.activations,
+        probe_scale=run.scales,
         vocabulary=vocabulary,
         provenance={
             "frankenmerge": frankenmerge.__version__,
@@ -117,59 +119,66 @@ class _Run:
     contexts: dict[str, Passage]
     probes: Passage
     ranked: dict[str, Ranked]
-    activations: list[np.ndarray]
-    """The probes' residual stream `[n, d]` after each block, float16 after division by its scale."""
-    scales: list[np.ndarray]
-    """`[d]` after each block, float32."""
+    activations: np.ndarray
+    """The probes' residual stream `[l+1, n, d]`, float16 after division by its scale; filled up to the last finished block."""
+    scales: np.ndarray
+    """`[l+1, d]`, float32."""
+    kept: int = -1
+    """The last block whose findings are in files."""
 
     def begin(self) -> None:
         """Record what enters the first block."""
         for context, passage in self.contexts.items():
             self.ranked[context].add(passage.entering())
-        self._record(probe_states(self.probes.entering(), "block 0"))
+        self._record(0, probe_states(self.probes.entering(), "block 0"))
 
     def through(self, index: int, block: torch.nn.Module, progress: Callable[[int], None]) -> None:
         """Take all inputs through a block."""
         for context, passage in self.contexts.items():
             self.ranked[context].add(passage.through(index, block), progress)
-        self._record(probe_states(self.probes.through(index, block), f"block {index}"))
+        self._record(index, probe_states(self.probes.through(index, block), f"block {index}"))
         progress(self.probes.count)
 
-    def _record(self, activations: np.ndarray) -> None:
-        scale = np.maximum(np.abs(activations).max(axis=0), np.finfo(np.float32).tiny)
-        self.activations.append((activations / scale).astype(np.float16))
-        self.scales.append(scale)
+    def _record(self, index: int, states: np.ndarray) -> None:
+        self.scales[index] = np.maximum(np.abs(states).max(axis=0), np.finfo(np.float32).tiny)
+        self.activations[index] = states / self.scales[index]
 
     def keys(self, context: str, k: int) -> Tensor:
         """What was found in a context, packed, `[l+1, d, k]`; filled up with the least of keys where there are fewer tokens."""
-        filled = torch.full((len(self.scales), len(self.scales[0]), k), torch.iinfo(torch.int64).min)
+        filled = torch.full((*self.scales.shape, k), torch.iinfo(torch.int64).min)
         if context in self.ranked:
             found = torch.stack(self.ranked[context].keys)
             filled[:, :, : found.shape[2]] = found
         return filled
 
-    def save(self, path: Path) -> None:
-        """Keep the finished blocks and the hidden states behind the last of them."""
-        arrays = {"activations": np.stack(self.activations), "scales": np.stack(self.scales)}
-        for name, passage in {**self.contexts, "probes": self.probes}.items():
-            arrays |= {f"{name}.{part}": _bytes_of(value) for part, value in passage.state.items()}
-        arrays |= {f"{context}.keys": torch.stack(ranked.keys).numpy() for context, ranked in self.ranked.items()}
-        write_arrays(path, _KIND, arrays, {})
+    def save(self, folder: Path, index: int) -> None:
+        """Keep what was found up to a finished block, a file for each, and at last the hidden states behind it."""
+        for block in range(self.kept + 1, index + 1):
+            arrays = {"activations": self.activations[block], "scale": self.scales[block]}
+            arrays |= {f"{context}.keys": ranked.keys[block].numpy() for context, ranked in self.ranked.items()}
+            write_arrays(folder / f"block-{block}.safetensors", _KIND, arrays, {})
+        passages = {**self.contexts, "probes": self.probes}
+        arrays = {f"{name}.{part}": _bytes_of(value) for name, passage in passages.items() for part, value in passage.state.items()}
+        write_arrays(folder / _STATE, _KIND, arrays, {"block": index})
+        self.kept = index
 
-    def restore(self, path: Path, progress: Callable[[int], None]) -> int:
-        """Go on from a file, where it is there and fits; returns how many blocks are finished."""
+    def restore(self, folder: Path, progress: Callable[[int], None]) -> int:
+        """Go on from a folder, where it is there and sound; returns the last finished block."""
         try:
-            arrays, _ = read_arrays(path, _KIND, "an analysis under way")
+            states, told = read_arrays(folder / _STATE, _KIND, "an analysis under way")
+            found = [read_arrays(folder / f"block-{block}.safetensors", _KIND, "a block's")[0] for block in range(told["block"] + 1)]
         except FrankenmergeError:
             return 0
-        for name, passage in {**self.contexts, "probes": self.probes}.items():
-            passage.state = {part: _tensor_of(arrays[f"{name}.{part}"], value) for part, value in passage.state.items()}
+        passages = {**self.contexts, "probes": self.probes}
+        for name, passage in passages.items():
+            passage.state = {part: _tensor_of(states[f"{name}.{part}"], value) for part, value in passage.state.items()}
         for context, ranked in self.ranked.items():
-            ranked.keys = list(torch.from_numpy(arrays[f"{context}.keys"]))
-        self.activations, self.scales = list(arrays["activations"]), list(arrays["scales"])
-        done = len(self.scales) - 1
-        progress(done * sum(passage.count for passage in (*self.contexts.values(), self.probes)))
-        return done
+            ranked.keys = [torch.from_numpy(block[f"{context}.keys"]) for block in found]
+        for block, arrays in enumerate(found):
+            self.activations[block], self.scales[block] = arrays["activations"], arrays["scale"]
+        self.kept = told["block"]
+        progress(self.kept * sum(passage.count for passage in passages.values()))
+        return self.kept
 
 
 def _run_of(donor: Donor, checkpoint: Checkpoint, probes: np.ndarray, k: int, share: Share) -> _Run:
@@ -177,9 +186,11 @@ def _run_of(donor: Donor, checkpoint: Checkpoint, probes: np.ndarray, k: int, sh
     tokens = torch.cat(batches) if batches else torch.empty(0, dtype=torch.long)
     contexts = _contexts(checkpoint) if batches else {}
     passages = {name: Passage(donor, tokens[:, None], prefix=prefix) for name, prefix in contexts.items()}
-    run = _Run(
-        passages, Passage(donor, torch.from_numpy(probes), batch=PROBE_BATCH), {name: Ranked(tokens, k) for name in contexts}, [], []
-    )
+    shown = Passage(donor, torch.from_numpy(probes), batch=PROBE_BATCH)
+    positions, width = shown.states[:, 1:].flatten(0, 1).shape
+    activations = np.empty((checkpoint.blocks + 1, positions, width), np.float16)
+    ranked = {name: Ranked(tokens, k) for name in contexts}
+    run = _Run(passages, shown, ranked, activations, np.empty((checkpoint.blocks + 1, width), np.float32))
     run.begin()
     return run
 
@@ -221,7 +232,7 @@ def cached_analyze(
     path = cache / f"{name}{SUFFIX}"
     if path.exists():
         return replace(load_atlas(path), donor=_name(checkpoint, untrained))
-    under_way = cache / f"{name}.{share.rank}-of-{share.count}.under-way.safetensors"
+    under_way = cache / f"{name}.{share.rank}-of-{share.count}.under-way"
     atlas = analyze(checkpoint, untrained=untrained, dtype=dtype, device=device, share=share, under_way=under_way, progress=progress)
     if share.first:
         save_atlas(atlas, path)

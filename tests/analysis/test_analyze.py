@@ -62,7 +62,7 @@ def test_an_interrupted_analysis_goes_on_behind_the_last_finished_block(donors, 
         assert_same(cached_analyze(checkpoint, cache=tmp_path, progress=told.append), expected)
     assert begun == list(range(block, 7))
     assert sum(told) == module.work(checkpoint)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 1  # the atlas
 
 
 def test_what_another_donor_left_is_not_taken_up(donors, tmp_path, monkeypatch):
@@ -75,9 +75,16 @@ def test_what_another_donor_left_is_not_taken_up(donors, tmp_path, monkeypatch):
     assert_same(cached_analyze(other, cache=tmp_path), analyze(other))
 
 
-def test_a_broken_file_of_an_analysis_under_way_is_begun_anew(donors, tmp_path):
-    checkpoint, under_way = open_checkpoint(str(donors["a"])), tmp_path / "under-way.safetensors"
-    under_way.write_bytes(b"broken")
+@pytest.mark.parametrize("name", ["state.safetensors", "block-0.safetensors", "block-2.safetensors"])
+def test_a_broken_file_of_an_analysis_under_way_is_begun_anew(donors, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(module, "SAVE_AFTER", 0)
+    checkpoint, under_way = open_checkpoint(str(donors["a"])), tmp_path / "under-way"
+    with monkeypatch.context() as patched:
+        stop_in(patched, 3)
+        with pytest.raises(Stop):
+            analyze(checkpoint, under_way=under_way)
+    assert sorted(path.name for path in under_way.iterdir()) == [*(f"block-{block}.safetensors" for block in range(3)), "state.safetensors"]
+    (under_way / name).write_bytes(b"broken")
     assert_same(analyze(checkpoint, under_way=under_way), analyze(checkpoint))
     assert not under_way.exists()
 
