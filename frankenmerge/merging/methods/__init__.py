@@ -49,7 +49,7 @@ _INT8_MASK = {"int8_mask": Parameter(False, False)}
 
 
 def _task(
-    normalize: bool, rescale: bool, extra: Mapping[str, Parameter] | None = None, *, random: bool = False, consensus: bool = False
+    normalize: bool, rescale: bool, extra: dict[str, Parameter] | None = None, *, random: bool = False, consensus: bool = False
 ) -> Method:
     shared = {"normalize": Parameter(normalize, False), "rescale": Parameter(rescale, False), "lambda": Parameter(1.0, False)}
     parameters = _WEIGHT | _DENSITY | (extra or {}) | shared | _INT8_MASK
@@ -95,14 +95,12 @@ METHODS: dict[str, Method] = {
 
 
 def resolved(method: str, given: Mapping[str, Value], *, per_model: bool) -> dict[str, Value]:
-    """The parameters of one model (or of the whole tensor), defaults filled in, each of its own type."""
-    table = {name: parameter for name, parameter in METHODS[method].parameters.items() if parameter.per_model == per_model}
-    values = {name: given.get(name, parameter.default) for name, parameter in table.items()}
-    return {
-        name: value if table[name].default is None else type(table[name].default)(value)
-        for name, value in values.items()
-        if value is not None
-    }
+    """The parameters of one model (or of the whole tensor), defaults filled in, each of its own type; `given` has no faults."""
+    values: dict[str, Value] = {}
+    for name, parameter in METHODS[method].parameters.items():
+        if parameter.per_model == per_model:
+            values[name] = given[name] if parameter.default is None else type(parameter.default)(given.get(name, parameter.default))
+    return values
 
 
 def faults(method: str, models: Sequence[Mapping[str, Value]], parameters: Mapping[str, Value], *, base: bool, place: str) -> list[Fault]:
@@ -139,17 +137,19 @@ def _number_faults(spec: Method, method: str, count: int, base: bool, place: str
 
 
 def _value_faults(name: str, parameter: Parameter, value: Value | None, owner: str) -> Iterator[Fault]:
-    expected = "a finite number"
-    if isinstance(parameter.default, bool):
-        good, expected = value in (0, 1), "true or false"
-    else:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if isinstance(parameter.default, int):
-            good, expected = good and value == int(value), "a whole number"
-        if good and not parameter.low <= value <= parameter.high:
-            good, expected = False, f"a number from {parameter.low:g} to {parameter.high:g}"
-    if not good:
+    if (expected := _expected(parameter, value)) is not None:
         yield Fault(owner, f"{name}: {expected}", "nothing" if value is None else repr(value), f"set {name}")
+
+
+def _expected(parameter: Parameter, value: Value | None) -> str | None:
+    """What should stand there, where `value` is wrong."""
+    if isinstance(parameter.default, bool):
+        return None if value in (0, 1) else "true or false"
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return "a finite number"
+    if isinstance(parameter.default, int) and value != int(value):
+        return "a whole number"
+    return None if parameter.low <= value <= parameter.high else f"a number from {parameter.low:g} to {parameter.high:g}"
 
 
 def _joint_faults(method: str, models: Sequence[Mapping[str, Value]], shared: Mapping[str, Value], place: str) -> Iterator[Fault]:
@@ -157,7 +157,8 @@ def _joint_faults(method: str, models: Sequence[Mapping[str, Value]], shared: Ma
     weights = [given["weight"] for given in models] if divides and shared.get(divides, True) else [1.0]
     if abs(math.fsum(weights)) <= 1e-8 * math.fsum(map(abs, weights)):
         found = " + ".join(map(str, weights)) + " = 0"
-        yield Fault(place, "weights whose sum is not 0, since they are divided by it", found, "change a weight, or set normalize: false")
+        remedy = f"change a weight, or set {divides}: false" if divides in shared else "change a weight"
+        yield Fault(place, "weights whose sum is not 0, since they are divided by it", found, remedy)
     if "epsilon" in METHODS[method].parameters and METHODS[method].parameters["epsilon"].per_model:
         for number, given in enumerate(models, 1):
             values = resolved(method, given, per_model=True)
