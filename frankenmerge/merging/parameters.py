@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from frankenmerge.errors import Fault
-from frankenmerge.merging.methods import METHODS, Method, Parameter, resolved
+from frankenmerge.merging.methods import METHODS, Method, Parameter
 from frankenmerge.recipe import Recipe
 from frankenmerge.schema import Slice, Source, Whole
 from frankenmerge.settings import Value, filters, resolve, values
@@ -57,8 +57,14 @@ def common_parameters(recipe: Recipe, part: Slice, tensor: str, t: float) -> dic
 def _resolved(recipe: Recipe, narrow: list[Mapping[str, Any] | None], tensor: str, t: float, *, per_model: bool) -> dict[str, Value]:
     """Source before slice before module before recipe."""
     levels = [*narrow, recipe.stack.parameters, recipe.parameters]
-    found = {name: resolve(name, levels, tensor, t) for name in METHODS[recipe.merge_method].parameters}
-    return resolved(recipe.merge_method, {name: value for name, value in found.items() if value is not None}, per_model=per_model)
+    found: dict[str, Value] = {}
+    for name, parameter in METHODS[recipe.merge_method].parameters.items():
+        if parameter.per_model == per_model:
+            value = resolve(name, levels, tensor, t)
+            value = parameter.default if value is None else value
+            if value is not None:
+                found[name] = value if parameter.default is None else type(parameter.default)(value)
+    return found
 
 
 class _Level(NamedTuple):
