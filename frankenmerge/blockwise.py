@@ -62,9 +62,10 @@ def stream_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str 
     # kind and hardly any vocabulary, which takes no memory to speak of.
     kinds = {block_kind(checkpoint.config, index): index for index in reversed(range(checkpoint.blocks))}
     config = spliced_config(checkpoint.config, [(checkpoint.config, index) for index in kinds.values()], tied=False)
-    small = {checkpoint.architecture.keys.vocabulary: 1} | dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    nothing = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    small: dict[str, Any] = {**config, checkpoint.architecture.keys.vocabulary: 1, **nothing}
     with init_empty_weights(include_buffers=False):
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | small), dtype=DTYPES[dtype])
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small), dtype=DTYPES[dtype])
     constants = dict(made.named_buffers())
     for name, _ in list(model.named_buffers()):
         path, _, last = name.rpartition(".")
