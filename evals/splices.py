@@ -54,10 +54,10 @@ def excerpts(texts: Iterable[Text], start: int, characters: int) -> list[Text]:
 class Bank:
     """Measured losses in nats per token, by what was measured on what; kept in a file where one is given."""
 
-    def __init__(self, texts: Sequence[Text], names: Iterable[str], cache: Path | None = None) -> None:
+    def __init__(self, texts: Sequence[Text], names: Iterable[str], cache: Path | None = None, *, context: int | None = None) -> None:
         self.names = list(dict.fromkeys(names))
         self.checkpoints = {name: open_checkpoint(name) for name in self.names}
-        self.bench = Bench(texts, self.names)
+        self.bench = Bench(texts, self.names, context=context)
         content = "\0".join(text.content for text in texts)
         self.place = hashlib.sha256(f"{self.bench.context} {content}".encode()).hexdigest()[:16]
         self.cache = cache

@@ -40,6 +40,7 @@ def align(a: Atlas, b: Atlas, *, context: str = "plain") -> Alignment:
             "null_seed": 0,
             "atlases": [a.provenance, b.provenance],
         },
+        gram=geometry.gram(a, b, width),
     )
 
 

@@ -163,6 +163,12 @@ def relative_depth(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     return _certain(1 - np.abs(left / a.blocks - right / b.blocks))
 
 
+def gram(a: Atlas, b: Atlas, width: int) -> np.ndarray:
+    """Inner products of A's states, then B's, with one another, a mean over the probes: `[l_a+l_b+2, l_a+l_b+2]` float64."""
+    states = np.concatenate([_states(a, width), _states(b, width)]).reshape(a.blocks + b.blocks + 2, -1)
+    return states.astype(np.float64) @ states.T / a.probes.shape[1]
+
+
 def _states(atlas: Atlas, width: int, *, spread: bool = False) -> np.ndarray:
     """The probes' states `[l+1, n, d]`; with `spread` at most `MOST_PROBES` of them, evenly taken."""
     count = atlas.probes.shape[1]

@@ -100,7 +100,7 @@ class _Node(NamedTuple):
 
 
 def cheapest_paths(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints) -> Iterator[Path]:
-    """Yield paths that use every donor at least once, the cheapest first.
+    """Give paths that use every donor at least once, the cheapest first.
 
     Args:
         lengths: blocks of each donor.
@@ -111,7 +111,21 @@ def cheapest_paths(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarra
         FrankenmergeError: when more blocks are required than the search can keep in mind, or shares make it too long.
     """
     problem = _problem(lengths, costs, constraints)
-    to_go = _cost_to_go(problem)
+    return _cheapest(problem, _cost_to_go(problem))
+
+
+def cheapest_by_depth(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints) -> dict[int, Path]:
+    """The cheapest path of every depth up to the one that is asked for, where there is one."""
+    problem = _problem(lengths, costs, constraints)
+    to_go = _cost_to_go(problem)  # of every number of blocks left, so of every depth
+    depths = range(1, constraints.depth + 1)
+    first = {depth: next(_cheapest(problem._replace(constraints=replace(constraints, depth=depth)), to_go), None) for depth in depths}
+    return {depth: path for depth, path in first.items() if path}
+
+
+def _cheapest(problem: _Problem, to_go: np.ndarray) -> Iterator[Path]:
+    """The enumeration, best first."""
+    lengths, constraints = problem.lengths, problem.constraints
     order, steps = count(), count()
     heap: list[_Node] = []
     for donor in range(len(lengths)):
@@ -130,15 +144,6 @@ def cheapest_paths(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarra
             pieces = (*node.pieces, piece)
             if _keeps_shares(problem, pieces, 0 if follower is None else follower.blocks):
                 heapq.heappush(heap, _Node(node.cost + step + rest, next(order), node.cost + step, pieces, follower))
-
-
-def cheapest_by_depth(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints) -> dict[int, Path]:
-    """The cheapest path of every depth up to the one that is asked for, where there is one."""
-    found = {}
-    for depth in range(1, constraints.depth + 1):
-        if path := next(cheapest_paths(lengths, costs, replace(constraints, depth=depth)), None):
-            found[depth] = path
-    return found
 
 
 def _problem(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints) -> _Problem:
