@@ -30,7 +30,9 @@ class Score(NamedTuple):
     def transposed(self) -> "Score":
         """The same with A and B exchanged."""
         nulls = {null: matrix.T for null, matrix in self.nulls.items()}
-        return Score(self.matrix.T, nulls, self.detail.transpose(1, 0, 2), None if self.interval is None else self.interval.transpose(0, 2, 1))
+        return Score(
+            self.matrix.T, nulls, self.detail.transpose(1, 0, 2), None if self.interval is None else self.interval.transpose(0, 2, 1)
+        )
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,7 @@ class Passage:
     def _shortened(self, block: nn.Module) -> AbstractContextManager:
         return values_only(block, self.model.config.to_dict()) if self.alone else nullcontext()
 
+
 def enter(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, list[Call]]:
     """What enters the first block, and what every block would be called with: a pass in which no block runs."""
     entered, calls = [], []

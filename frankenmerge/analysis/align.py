@@ -12,6 +12,7 @@ from frankenmerge.analysis.nulls import derangement, mean_interval, mean_over, r
 from frankenmerge.atlas import Atlas
 from frankenmerge.errors import Fault, raise_all
 
+
 def align(a: Atlas, b: Atlas, *, context: str = "plain") -> Alignment:
     """Score how A after `i` blocks and B after `j` agree, for every `i` and `j`.
 

@@ -62,7 +62,9 @@ def _groups(length: int, context: int) -> tuple[int, list[_Group]]:
     return width, groups
 
 
-def _logits(stacks: Sequence[Sequence[Block]], models: Mapping[str, PreTrainedModel], ids: Tensor, kept: int) -> Iterator[tuple[int, Tensor]]:
+def _logits(
+    stacks: Sequence[Sequence[Block]], models: Mapping[str, PreTrainedModel], ids: Tensor, kept: int
+) -> Iterator[tuple[int, Tensor]]:
     """The logits of the last `kept` positions, stack by stack; neighbours share what they begin with."""
     ids = ids.to(next(iter(models.values())).device)
     blocks = {name: list(blocks_of(model)) for name, model in models.items()}

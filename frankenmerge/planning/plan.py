@@ -97,9 +97,7 @@ class _Task(NamedTuple):
     model: Model
 
 
-def plan(
-    alignments: list[Alignment], constraints: Constraints, *, top: int = 1, differ: int = 0, model: Model | None = None
-) -> list[Plan]:
+def plan(alignments: list[Alignment], constraints: Constraints, *, top: int = 1, differ: int = 0, model: Model | None = None) -> list[Plan]:
     """Return the `top` recipes that use every donor of the alignments and are predicted to do the least damage, the best first.
 
     Seams lead from one donor to another wherever an alignment of the two is given, either way; within one donor where
@@ -133,6 +131,23 @@ def front(alignments: list[Alignment], constraints: Constraints, *, model: Model
     task = _task(alignments, model or default_model())
     found = cheapest_by_depth(task.lengths, task.costs, _numbered(constraints, task))
     return sorted(_plans(list(found.values()), task), key=lambda entry: len(entry.recipe.blocks))
+
+
+def spread_splices(alignments: list[Alignment], count: int, *, model: Model | None = None) -> list[Recipe]:
+    """Return `count` splices of one seam, from the least to the most damage predicted: what to measure to calibrate a model by."""
+    task = _task(alignments, model or default_model())
+    found = sorted(
+        (float(cost[i, j]), pair, i, j)
+        for pair, cost in task.costs.items()
+        for i, j in np.ndindex(cost.shape)
+        if i and j < cost.shape[1] - 1 and (pair[0] != pair[1] or i != j)
+    )
+    recipes = []
+    for place in np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int):
+        _, (left, entered), i, j = found[place]
+        after = [Block(task.names[entered], index) for index in range(j, task.lengths[entered])]
+        recipes.append(recipe_of([Block(task.names[left], index) for index in range(i)] + after))
+    return recipes
 
 
 def _task(alignments: list[Alignment], model: Model) -> _Task:

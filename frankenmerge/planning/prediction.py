@@ -181,7 +181,9 @@ def refined(model: Model, found: np.ndarray, damage: np.ndarray, origin: dict[st
     slope, middle = line(everyone)
     intercept = middle + slope * (model.intercept - predicted.mean())
     low, high = np.quantile(off, [0.05, 0.95])
-    return Model(float(intercept), tuple(float(slope * weight) for weight in model.weights), (float(min(low, 0)), float(max(high, 0))), origin)
+    return Model(
+        float(intercept), tuple(float(slope * weight) for weight in model.weights), (float(min(low, 0)), float(max(high, 0))), origin
+    )
 
 
 def default_model() -> Model:

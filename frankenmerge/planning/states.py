@@ -16,7 +16,12 @@ def states_of(alignments: Sequence[Alignment]) -> States:
         FrankenmergeError: for alignments without inner products, made by an earlier version.
     """
     raise_all(
-        Fault(" | ".join(alignment.donors), "an alignment with the donors' inner products", "one of an earlier version", "align the donors again")
+        Fault(
+            " | ".join(alignment.donors),
+            "an alignment with the donors' inner products",
+            "one of an earlier version",
+            "align the donors again",
+        )
         for alignment in alignments
         if alignment.gram is None
     )
