@@ -15,7 +15,6 @@ import numpy as np
 
 from frankenmerge.errors import fail
 
-
 MOST_REQUIRED = 8
 """Blocks that may be required: the states of the search double with every one."""
 MOST_STEPS = 200_000

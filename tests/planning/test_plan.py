@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from frankenmerge.planning.objectives import Objective, seam_costs
 
 from frankenmerge.alignment import Alignment, Score, load_alignment, save_alignment
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.planning.objectives import Objective, seam_costs
 from frankenmerge.planning.plan import plan
 from frankenmerge.planning.search import Constraints
 from frankenmerge.recipe import load_recipe
