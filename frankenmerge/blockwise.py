@@ -304,6 +304,7 @@ def _some(weight: Tensor, bias: Tensor | None, chosen: Tensor, states: Tensor) -
 
 
 def run_block(block: nn.Module, states: Tensor, call: Call) -> Tensor:
+    """What a block makes of hidden states `[b, s, d]`."""
     return _first(block(states, *call.args, **call.kwargs))
 
 

@@ -45,8 +45,8 @@ def evaluate(
     out().print(f"Windows of {bench.context} tokens, {dtype}.")
     for promise in kept_promises(results):
         verdict = "the prediction held" if promise.held else "[bold red]the prediction did not hold[/]"
-        out().print(f"{Path(promise.recipe).name}: predicted {promise.predicted:.3f} ({promise.low:.3f} to {promise.high:.3f}) nats per token "
-                    f"above its donors, measured {promise.measured:.3f}: {verdict}.")  # fmt: skip
+        around = f"{promise.predicted:.3f} ({promise.low:.3f} to {promise.high:.3f}) nats per token above its donors"
+        out().print(f"{Path(promise.recipe).name}: predicted {around}, measured {promise.measured:.3f}: {verdict}.")
 
 
 class Promise(NamedTuple):
