@@ -335,9 +335,8 @@ def test_three_donors_are_planned_from_three_alignments(alignments, run, tmp_pat
 
 
 def test_verified_plans_are_ranked_by_what_was_measured(written, run, tmp_path, text):
-    code, out, _ = run(
-        "plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8, "--top", 4, "--verify", text, "--calibrate", text, "--json"
-    )
+    measured_on = ("--verify", text, "--calibrate", text)
+    code, out, _ = run("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8, "--top", 4, *measured_on, "--json")
     told = json.loads(out)
     assert code == 0 and told["model"]["origin"]["splices"] == 16
     measured = [entry["measured_damage"] for entry in told["plans"]]
