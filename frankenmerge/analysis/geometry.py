@@ -90,7 +90,8 @@ def angular(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """`1 - arccos(cos(x, y)) / pi`, mean over probes: one less the angular distance of Gromov et al. (arXiv:2403.17887)."""
 
     def detail(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return 1 - np.arccos(np.clip((_directions(x) * _directions(y)).sum(axis=1), -1, 1)) / np.pi
+        chord = np.linalg.norm(_directions(x) - _directions(y), axis=1)  # arccos would lose small angles to rounding
+        return 1 - 2 * np.arcsin(np.minimum(1, chord / 2)) / np.pi
 
     return _pairwise(a, b, width, detail)
 
