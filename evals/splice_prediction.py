@@ -7,6 +7,7 @@ over all; beside them the prediction of whole recipes, by the default weights, a
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -108,7 +109,8 @@ def main(
 
 
 def _rho(one: np.ndarray, other: np.ndarray) -> float:
-    return float(spearmanr(one, other).statistic)
+    found: Any = spearmanr(one, other)  # scipy's types do not know the result's names
+    return float(found.statistic)
 
 
 def _interval(one: np.ndarray, other: np.ndarray) -> list[float]:
