@@ -84,11 +84,10 @@ def main(
 def _regret(bank: Bank, names: list[str], alignment) -> float:
     """The single-seam choice's loss above the best of its depth, over the spread of that depth; mean over depths with a choice."""
     blocks, regrets = alignment.blocks, []
-    whole = [
-        *single_seams(names[0], names[1], blocks).items(),
-        *((pair, recipe) for pair, recipe in single_seams(names[1], names[0], blocks[::-1]).items()),
-    ]
-    inner = [recipe for (i, j), recipe in whole if i >= 2 and j >= 1 and i < blocks[0] and len(recipe.blocks) - i >= 2]
+    both = [(names[0], names[1], blocks), (names[1], names[0], blocks[::-1])]
+    whole = [(i, j, sizes, recipe) for a, b, sizes in both for (i, j), recipe in single_seams(a, b, sizes).items()]
+    # What the planner's own constraints allow: two blocks on either side, no seam at a donor's end.
+    inner = [recipe for i, j, sizes, recipe in whole if 2 <= i < sizes[0] and 1 <= j <= sizes[1] - 2]
     for depth in sorted({len(recipe.blocks) for recipe in inner}):
         losses = np.array(bank.losses([recipe for recipe in inner if len(recipe.blocks) == depth]))
         try:
