@@ -22,7 +22,18 @@ class Score(NamedTuple):
     nulls: dict[str, np.ndarray]
     """Matrices of the same shape by name: the score expected under each null."""
     detail: np.ndarray
-    """`[l_a+1, l_b+1, d]` float16: the score of every shared neuron; not a number where a search left it out."""
+    """`[l_a+1, l_b+1, d]` float16: the score of every shared neuron, not a number where a search left it out; of none, `[..., 0]`,
+    where it is not made of neurons' scores."""
+    interval: np.ndarray | None = None
+    """`[2, l_a+1, l_b+1]` float32: ends of the 95 % bootstrap interval over neurons or probes; files from before 0.2 have none."""
+
+    @property
+    def transposed(self) -> "Score":
+        """The same with A and B exchanged."""
+        nulls = {null: matrix.T for null, matrix in self.nulls.items()}
+        return Score(
+            self.matrix.T, nulls, self.detail.transpose(1, 0, 2), None if self.interval is None else self.interval.transpose(0, 2, 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,8 @@ class Alignment:
     """Each donor's best tokens `[l+1, d, k]`, int32."""
     vocabulary: list[str]
     provenance: dict[str, Any] = field(default_factory=dict)
+    gram: np.ndarray | None = None
+    """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, a mean over the probes; absent from older files."""
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -48,14 +61,12 @@ class Alignment:
     @property
     def transposed(self) -> "Alignment":
         """The same with A and B exchanged; every score is symmetric."""
-        scores = {
-            name: Score(score.matrix.T, {null: matrix.T for null, matrix in score.nulls.items()}, score.detail.transpose(1, 0, 2))
-            for name, score in self.scores.items()
-        }
+        scores = {name: score.transposed for name, score in self.scores.items()}
         a, b = self.donors
         provenance = self.provenance | {"atlases": self.provenance.get("atlases", [])[::-1]}
         (print_a, print_b), (width_a, width_b), (tokens_a, tokens_b) = self.fingerprints, self.widths, self.tokens
-        return Alignment((b, a), (print_b, print_a), (width_b, width_a), scores, (tokens_b, tokens_a), self.vocabulary, provenance)
+        gram = None if self.gram is None else np.roll(self.gram, [self.blocks[1] + 1] * 2, axis=(0, 1))
+        return Alignment((b, a), (print_b, print_a), (width_b, width_a), scores, (tokens_b, tokens_a), self.vocabulary, provenance, gram)
 
 
 def save_alignment(alignment: Alignment, path: Path) -> None:
@@ -63,7 +74,9 @@ def save_alignment(alignment: Alignment, path: Path) -> None:
     arrays = {"a.tokens": alignment.tokens[0], "b.tokens": alignment.tokens[1]}
     for name, score in alignment.scores.items():
         arrays |= {f"score.{name}": score.matrix, f"detail.{name}": score.detail}
+        arrays |= {} if score.interval is None else {f"interval.{name}": score.interval}
         arrays |= {f"null.{name}.{null}": matrix for null, matrix in score.nulls.items()}
+    arrays |= {} if alignment.gram is None else {"gram": alignment.gram}
     arrays["vocabulary"] = np.frombuffer(json.dumps(alignment.vocabulary).encode(), dtype=np.uint8)
     told = {key: getattr(alignment, key) for key in ("donors", "fingerprints", "widths", "provenance")}
     write_arrays(path, _KIND, arrays, told)
@@ -77,10 +90,11 @@ def load_alignment(path: Path) -> Alignment:
         for name in (key.removeprefix("score.") for key in arrays if key.startswith("score.")):
             prefix = f"null.{name}."
             nulls = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
-            scores[name] = Score(arrays[f"score.{name}"], nulls, arrays[f"detail.{name}"])
+            scores[name] = Score(arrays[f"score.{name}"], nulls, arrays[f"detail.{name}"], arrays.get(f"interval.{name}"))
         (a, b), (print_a, print_b), (width_a, width_b) = told["donors"], told["fingerprints"], told["widths"]
         tokens = arrays["a.tokens"], arrays["b.tokens"]
         vocabulary = json.loads(arrays["vocabulary"].tobytes())
-        return Alignment((a, b), (print_a, print_b), (width_a, width_b), scores, tokens, vocabulary, told["provenance"])
+        prints, widths = (print_a, print_b), (width_a, width_b)
+        return Alignment((a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], arrays.get("gram"))
     except (KeyError, ValueError) as error:
         raise fail(str(path), "an alignment with all its parts", f"{error} missing or broken", "align the donors again") from error

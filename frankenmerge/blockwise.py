@@ -147,16 +147,16 @@ def _announce(checkpoint: Checkpoint, index: int) -> None:
             os.posix_fadvise(file.fileno(), tensor.start, tensor.bytes, os.POSIX_FADV_WILLNEED)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What a block is called with, besides its hidden states."""
 
     args: tuple
     kwargs: dict[str, Any]
 
-    def behind(self, cache: Cache | None) -> "_Call":
+    def behind(self, cache: Cache | None) -> "Call":
         """The same with `cache` in the place of the cache."""
         args = tuple(cache if isinstance(value, Cache) else value for value in self.args)
-        return _Call(args, {key: cache if isinstance(value, Cache) else value for key, value in self.kwargs.items()})
+        return Call(args, {key: cache if isinstance(value, Cache) else value for key, value in self.kwargs.items()})
 
 
 class _Enough(Exception):
@@ -204,12 +204,12 @@ class Passage:
         held = None
         self.before: Tensor | None = None
         if prefix:
-            self.before, self.calls_before = self._enter(torch.tensor([prefix], device=ids.device), DynamicCache())
+            self.before, self.calls_before = enter(self.model, torch.tensor([prefix], device=ids.device), DynamicCache())
             unknown = torch.zeros(1, 1, len(prefix), 1, device=ids.device)  # positions and masks come from its length alone
             held = _cache(len(self.calls_before), unknown, unknown)
         entered = []
         for rows in ids.split(self.size):
-            states, self.calls = self._enter(pad(rows, (0, 0, 0, self.size - len(rows))), held)
+            states, self.calls = enter(self.model, pad(rows, (0, 0, 0, self.size - len(rows))), held)
             entered.append(states[: len(rows)])
         self.states = torch.cat(entered)
 
@@ -236,7 +236,7 @@ class Passage:
         shared = None
         if self.before is not None:
             passed = DynamicCache()
-            before = _run(block, self.before, self.calls_before[index - 1].behind(passed))
+            before = run_block(block, self.before, self.calls_before[index - 1].behind(passed))
             self.before = self.before if self.isolated else before
             layer: Any = passed.layers[index - 1]
             shared = layer.keys, layer.values
@@ -246,7 +246,7 @@ class Passage:
                 # The prefix's keys and values are the same for all rows: expanded, never computed again.
                 cache = _cache(index, *(part.expand(self.size, -1, -1, -1) for part in shared)) if shared else None
                 call = self.calls[index - 1].behind(cache)
-                output = _run(block, pad(states, (0, 0, 0, 0, 0, self.size - len(states))), call)
+                output = run_block(block, pad(states, (0, 0, 0, 0, 0, self.size - len(states))), call)
                 if not self.isolated:
                     self.states[rows] = output[: len(states)].to(self.states.device)
                 yield rows, collected.pop()[: len(states)]
@@ -257,24 +257,33 @@ class Passage:
     def _shortened(self, block: nn.Module) -> AbstractContextManager:
         return values_only(block, self.model.config.to_dict()) if self.alone else nullcontext()
 
-    def _enter(self, ids: Tensor, cache: Cache | None) -> tuple[Tensor, list[_Call]]:
-        """What enters the first block, and what every block would be called with: a pass in which no block runs."""
-        blocks = list(blocks_of(self.model))
-        entered, calls = [], []
 
-        def passed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            entered.append(hidden_states)
-            calls.append(_Call(args, kwargs))
-            if len(calls) == len(blocks):
-                raise _Enough
-            return hidden_states
+def enter(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, list[Call]]:
+    """What enters the first block, and what every block would be called with: a pass in which no block runs."""
+    entered, calls = [], []
+    blocks = list(blocks_of(model))
 
-        with ExitStack() as stack:
-            for block in blocks:
-                stack.enter_context(_replaced(block, passed))
-            stack.enter_context(suppress(_Enough))
-            backbone(self.model)(input_ids=ids, use_cache=cache is not None, past_key_values=cache)
-        return entered[0], calls
+    def passed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        entered.append(hidden_states)
+        calls.append(Call(args, kwargs))
+        if len(calls) == len(blocks):
+            raise _Enough
+        return hidden_states
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_replaced(block, passed))
+        stack.enter_context(suppress(_Enough))
+        backbone(model)(input_ids=ids, use_cache=cache is not None, past_key_values=cache)
+    return entered[0], calls
+
+
+def leave(model: PreTrainedModel, ids: Tensor, states: Tensor) -> Tensor:
+    """The logits that a model's final norm and head make of `states` `[b, s, d]`, as if its last block had left them."""
+    with ExitStack() as stack:
+        for block in blocks_of(model):
+            stack.enter_context(_replaced(block, lambda *_args, **_kwargs: states))
+        return model(input_ids=ids, use_cache=False).logits
 
 
 @contextmanager
@@ -307,7 +316,8 @@ def _some(weight: Tensor, bias: Tensor | None, chosen: Tensor, states: Tensor) -
     return outputs
 
 
-def _run(block: nn.Module, states: Tensor, call: _Call) -> Tensor:
+def run_block(block: nn.Module, states: Tensor, call: Call) -> Tensor:
+    """What a block makes of hidden states `[b, s, d]`."""
     return _first(block(states, *call.args, **call.kwargs))
 
 

@@ -1,19 +1,18 @@
 """From two atlases to their alignment. Every score is a table entry: a function of two atlases that returns a `Score`."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 import frankenmerge
 from frankenmerge.alignment import Alignment, Score
+from frankenmerge.analysis import geometry
 from frankenmerge.analysis.agreement import token_agreement
+from frankenmerge.analysis.nulls import derangement, mean_interval, mean_over, rounds_for
 from frankenmerge.atlas import Atlas
 from frankenmerge.errors import Fault, raise_all
-
-NULL_SAMPLES = 1024
-"""How many neurons, over all rounds, a permutation null is averaged over at least."""
 
 
 def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete") -> Alignment:
@@ -40,7 +39,7 @@ def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete
         donors=(a.donor, b.donor),
         fingerprints=(a.fingerprint, b.fingerprint),
         widths=(a.width, b.width),
-        scores=scores,
+        scores={name: _with_interval(score) for name, score in scores.items()},
         tokens=(a.top[context].tokens, b.top[context].tokens),
         vocabulary=a.vocabulary,
         provenance={
@@ -52,7 +51,12 @@ def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete
             "null_seed": 0,
             "atlases": [a.provenance, b.provenance],
         },
+        gram=geometry.gram(a, b, width),
     )
+
+
+def _with_interval(score: Score) -> Score:
+    return score if score.interval is not None else score._replace(interval=mean_interval(score.detail))
 
 
 def check_comparable(a: Atlas, b: Atlas, context: str = "plain") -> None:
@@ -104,7 +108,7 @@ def input_agreement(a: Atlas, b: Atlas, method: str, width: int) -> Score:
     score = _agreement(one.tokens[:, rows_a], other.tokens[:, rows_b], len(a.vocabulary))
     detail = np.full((*score.matrix.shape, width), np.nan, dtype=np.float16)
     detail[:, :, neurons] = score.detail
-    return score._replace(detail=detail)
+    return score._replace(detail=detail, interval=mean_interval(score.detail))
 
 
 def argmax_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
@@ -124,16 +128,16 @@ def top_jaccard(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     k = min(a.top[context].tokens.shape[2], b.top[context].tokens.shape[2])
     tokens_a, tokens_b = a.top[context].tokens[:, :width, :k], b.top[context].tokens[:, :width, :k]
     detail = jaccard(tokens_a, tokens_b)
-    generator, rounds = np.random.default_rng(0), _rounds(width)
+    generator, rounds = np.random.default_rng(0), rounds_for(width)
 
     def other_neurons() -> np.ndarray:
-        return tokens_b[:, _derangement(generator, width)]
+        return tokens_b[:, derangement(generator, width)]
 
     def other_probes() -> np.ndarray:
         return generator.permutation(len(a.vocabulary))[tokens_b]
 
     nulls = {
-        name: _mean_over(lambda shuffled=shuffled: jaccard(tokens_a, shuffled()).mean(axis=2), rounds)
+        name: mean_over(lambda shuffled=shuffled: jaccard(tokens_a, shuffled()).mean(axis=2), rounds)
         for name, shuffled in (("permuted_probes", other_probes), ("permuted_neurons", other_neurons))
     }
     return Score(_matrix(detail), nulls, detail.astype(np.float16))
@@ -156,26 +160,38 @@ def probe_correlation(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     The residual law is what the residual stream gives for nothing: where one state is the other plus independent writes,
     `corr = sqrt(var_i / var_j)`, the smaller variance above the larger.
     """
-    standard_a, variance_a = _standardised(a, width)
-    standard_b, variance_b = _standardised(b, width)
-    detail = _correlations(standard_a, standard_b)
-    generator, rounds = np.random.default_rng(0), _rounds(width)
-    permuted_probes = _mean_over(
-        lambda: _correlations(standard_a, standard_b[:, :, generator.permutation(standard_b.shape[2])]).mean(axis=2), rounds
-    )
-    permuted_neurons = _mean_over(lambda: _correlations(standard_a, standard_b[_derangement(generator, width)]).mean(axis=2), rounds)
+    (standard_a, variance_a), (standard_b, variance_b) = (_standardised(_activations(atlas, width)) for atlas in (a, b))
     low = np.minimum(variance_a[:, None], variance_b[None])
     high = np.maximum(variance_a[:, None], variance_b[None])
     law = np.sqrt(np.divide(low, high, out=np.zeros_like(low), where=high > 0)).mean(axis=2)
-    nulls = {"permuted_probes": permuted_probes, "permuted_neurons": permuted_neurons, "residual_law": law.astype(np.float32)}
-    return Score(_matrix(detail), nulls, detail.astype(np.float16))
+    return _correlation_score(standard_a, standard_b, {"residual_law": law.astype(np.float32)})
 
 
-def _standardised(atlas: Atlas, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Activations `[d, l+1, n]` of mean 0 and length 1 over the probes (0 where constant), and variances `[l+1, d]`."""
-    states = np.stack([atlas.activations(block)[:, :width] for block in range(atlas.blocks + 1)])
+def rank_correlation(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """The same of the activations' ranks among the probes (Spearman's): a few large activations count no more than others."""
+    ranked = (rankdata(_activations(atlas, width), axis=1).astype(np.float32) for atlas in (a, b))
+    return _correlation_score(*(_standardised(ranks)[0] for ranks in ranked), {})
+
+
+def _correlation_score(a: np.ndarray, b: np.ndarray, nulls: dict[str, np.ndarray]) -> Score:
+    detail = _correlations(a, b)
+    generator, rounds = np.random.default_rng(0), rounds_for(len(a))
+    permutations = {
+        "permuted_probes": mean_over(lambda: _correlations(a, b[:, :, generator.permutation(b.shape[2])]).mean(axis=2), rounds),
+        "permuted_neurons": mean_over(lambda: _correlations(a, b[derangement(generator, len(b))]).mean(axis=2), rounds),
+    }
+    return Score(_matrix(detail), permutations | nulls, detail.astype(np.float16))
+
+
+def _activations(atlas: Atlas, width: int) -> np.ndarray:
+    """`[l+1, n, width]`."""
+    return np.stack([atlas.activations(block)[:, :width] for block in range(atlas.blocks + 1)])
+
+
+def _standardised(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """States `[l+1, n, d]` as `[d, l+1, n]` of mean 0 and length 1 over the probes (0 where constant), and variances `[l+1, d]`."""
     largest = np.abs(states).max(axis=1)
-    states -= states.mean(axis=1, keepdims=True, dtype=np.float64)
+    states = states - states.mean(axis=1, keepdims=True, dtype=np.float64)
     variance = (states**2).mean(axis=1)
     variance[variance <= (1e-6 * largest) ** 2] = 0  # what a mean in float32 leaves of a constant
     length = np.sqrt(variance * states.shape[1])[:, None]
@@ -192,24 +208,17 @@ def _matrix(detail: np.ndarray) -> np.ndarray:
     return detail.mean(axis=2, dtype=np.float64).astype(np.float32)
 
 
-def _rounds(width: int) -> int:
-    return math.ceil(NULL_SAMPLES / width)
-
-
-def _derangement(generator: np.random.Generator, width: int) -> np.ndarray:
-    """A random cyclic permutation: no neuron stays where it was (unless there is but one)."""
-    order = generator.permutation(width)
-    shifted = np.empty(width, dtype=np.int64)
-    shifted[order] = np.roll(order, 1)
-    return shifted
-
-
-def _mean_over(sample: Callable[[], np.ndarray], rounds: int) -> np.ndarray:
-    return np.mean([sample() for _ in range(rounds)], axis=0).astype(np.float32)
-
-
 SCORES: dict[str, Callable[[Atlas, Atlas, str, int], Score]] = {
     "argmax": argmax_agreement,
     "jaccard": top_jaccard,
     "correlation": probe_correlation,
+    "rank_correlation": rank_correlation,
+    "cka": geometry.debiased_cka,
+    "neighbours": geometry.mutual_neighbours,
+    "angular": geometry.angular,
+    "relative_error": geometry.relative_error,
+    "norm_ratio": geometry.norm_ratio,
+    "influence": geometry.influence,
+    "distance": geometry.distance,
+    "relative_depth": geometry.relative_depth,
 }

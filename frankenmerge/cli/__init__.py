@@ -10,7 +10,8 @@ from frankenmerge.cli.demo import demo
 from frankenmerge.cli.donors import analyze, inspect
 from frankenmerge.cli.evaluate import evaluate
 from frankenmerge.cli.features import features
-from frankenmerge.cli.splice import align, check, merge, plan
+from frankenmerge.cli.plan import plan
+from frankenmerge.cli.splice import align, check, merge
 from frankenmerge.errors import FrankenmergeError
 
 WAY = """\

@@ -89,8 +89,9 @@ def _plan(console, donors: list, output: Path):
     from frankenmerge.analysis.align import align
     from frankenmerge.analysis.analyze import analyze, work
     from frankenmerge.atlas import save_atlas
-    from frankenmerge.cli.splice import print_seam, write_plans
+    from frankenmerge.cli.plan import print_seam, write_plans
     from frankenmerge.planning.plan import plan
+    from frankenmerge.planning.prediction import default_model
     from frankenmerge.planning.search import Constraints
 
     atlases = []
@@ -115,8 +116,8 @@ def _plan(console, donors: list, output: Path):
         console.print("Install matplotlib to have the whole matrix drawn.\n")
     console.rule(f"3. The plan: {DEPTH} blocks out of {donors[0].blocks} + {donors[1].blocks}")
     plans = plan([alignment], Constraints(DEPTH), top=3)
-    write_plans(plans, output / "recipe.yaml", Constraints(DEPTH))
-    console.print(f"{plans[0].recipe}   predicted damage {plans[0].predicted_damage:.3f}\n", markup=False)
+    write_plans(plans, output / "recipe.yaml", Constraints(DEPTH), default_model())
+    console.print(f"{plans[0].recipe}   predicted damage {plans[0].predicted_damage:.2f} nats per token\n", markup=False)
     for number, seam in enumerate(plans[0].seams, 1):
         print_seam(console, number, seam)
     return alignment, plans[0]

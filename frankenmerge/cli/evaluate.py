@@ -1,6 +1,8 @@
 """`evaluate`: checkpoints and recipes on text, beside their donors."""
 
+import json
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 from rich.table import Table
@@ -51,10 +53,54 @@ def evaluate(
              "texts": {name: loss.as_json() for name, loss in result.losses.items()}}
             for result in results
         ]  # fmt: skip
-        print_json({"models": told, "dtype": dtype, "context": bench.context, "texts": [str(text) for text in texts]})
+        promises = [promise._asdict() for promise in kept_promises(results)]
+        print_json(
+            {"models": told, "predictions": promises, "dtype": dtype, "context": bench.context, "texts": [str(text) for text in texts]}
+        )
         return
     out().print(results_table(results, "On text (bits per byte; lower is better)"))
     out().print(f"Windows of {bench.context} tokens, {dtype}.")
+    for promise in kept_promises(results):
+        verdict = "the prediction held" if promise.held else "[bold red]the prediction did not hold[/]"
+        around = f"{promise.predicted:.3f} ({promise.low:.3f} to {promise.high:.3f}) nats per token above its donors"
+        out().print(f"{Path(promise.recipe).name}: predicted {around}, measured {promise.measured:.3f}: {verdict}.")
+
+
+class Promise(NamedTuple):
+    """What a plan predicted of a recipe, and what was measured."""
+
+    recipe: str
+    predicted: float
+    low: float
+    high: float
+    measured: float
+    held: bool
+
+
+def kept_promises(results) -> list[Promise]:
+    """Hold recipes against the evidence files in their folders, where one tells of them."""
+    from frankenmerge.planning.prediction import donor_loss
+    from frankenmerge.recipe import load_recipe
+
+    losses = {result.name: result.total.nats_per_token for result in results if result.role != "recipe"}
+    promises = []
+    for result in (result for result in results if result.role == "recipe"):
+        recipe = load_recipe(Path(result.name))
+        if told := _foretold(Path(result.name).parent, str(recipe)):
+            measured = result.total.nats_per_token - donor_loss(recipe.blocks, losses)
+            low, high = told["interval"]
+            promises.append(Promise(result.name, told["predicted_damage"], low, high, measured, low <= measured <= high))
+    return promises
+
+
+def _foretold(folder: Path, summary: str) -> dict | None:
+    for path in sorted(folder.glob("*.evidence.json")):
+        try:
+            plans = json.loads(path.read_text(encoding="utf-8"))["plans"]
+            return next(entry for entry in plans if entry["summary"] == summary and "interval" in entry)
+        except (OSError, ValueError, LookupError, TypeError, StopIteration):
+            continue  # another program's file, or another recipe's evidence: nothing is foretold there
+    return None
 
 
 def results_table(results, title: str) -> Table:

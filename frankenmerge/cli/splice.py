@@ -1,4 +1,4 @@
-"""`align`, `plan`, `check` and `merge`: from donors to a checkpoint."""
+"""`align`, `check` and `merge`: from donors to a checkpoint."""
 
 import os
 import re
@@ -120,88 +120,6 @@ def _with_same_inputs(
         atlas if Path(name).is_file() else add_inputs(name, atlas, how, method, neurons, tokens)
         for name, atlas in zip(names, atlases, strict=True)
     ]
-
-
-@click.command()
-@click.argument("alignments", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the best recipe goes; its evidence goes beside it."
-)
-@click.option("--depth", type=click.IntRange(1), help="Blocks of the result. [default: half as many again as the deepest donor has]")
-@click.option("--max-seams", type=click.IntRange(1), default=4, show_default=True, help="Most seams.")
-@click.option("--min-slice", type=click.IntRange(1), default=2, show_default=True, help="Fewest blocks of a slice.")
-@click.option(
-    "--protect-first", type=click.IntRange(0), default=1, show_default=True, help="Blocks at a donor's beginning that only begin."
-)
-@click.option("--protect-last", type=click.IntRange(0), default=1, show_default=True, help="Blocks at a donor's end that only end.")
-@click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="How many recipes to write.")
-@json_option
-def plan(
-    alignments: tuple[Path, ...], output: Path, depth: int | None, max_seams: int, min_slice: int, protect_first: int, protect_last: int,
-    top: int, as_json: bool,
-) -> None:  # fmt: skip
-    """Choose the splices that ALIGNMENTS predict to do the least damage, and write them as recipes.
-
-    Every donor of the alignments is used. The evidence for every seam is written beside the recipe, as NAME.evidence.json.
-    """
-    from frankenmerge.alignment import load_alignment
-    from frankenmerge.planning.plan import plan as planned
-    from frankenmerge.planning.search import Constraints
-
-    loaded = [load_alignment(path) for path in alignments]
-    deepest = max(blocks for alignment in loaded for blocks in alignment.blocks)
-    constraints = Constraints(depth or deepest * 3 // 2, max_seams, min_slice, protect_first, protect_last)
-    plans = planned(loaded, constraints, top=top)
-    paths = write_plans(plans, output, constraints)
-    if as_json:
-        print_json(_plans_as_json(plans, constraints) | {"written": [str(path) for path in paths]})
-        return
-    console = out()
-    made = table(f"Plans of {constraints.depth} blocks", "recipe", "seams", "damage", "file")
-    for path, entry in zip(paths, plans, strict=True):
-        made.add_row(str(entry.recipe), str(len(entry.seams)), f"{entry.predicted_damage:.3f}", path.name)
-    console.print(made)
-    for number, seam in enumerate(plans[0].seams, 1):
-        print_seam(console, number, seam)
-    console.print("Damage is a sum of seam costs; it ranks plans and is not in nats.")
-
-
-def write_plans(plans, output: Path, constraints) -> list[Path]:
-    """Write the best recipe to `output`, the others to NAME.2.yaml and on, the evidence of all to NAME.evidence.json."""
-    import json
-
-    from frankenmerge.files import write_file
-
-    paths = [output, *(output.with_name(f"{output.stem}.{rank}{output.suffix}") for rank in range(2, len(plans) + 1))]
-    for path, entry in zip(paths, plans, strict=True):
-        write_file(path, entry.recipe.dump().encode())
-    told = json.dumps(_plans_as_json(plans, constraints), indent=1, ensure_ascii=False) + "\n"
-    write_file(output.with_suffix(".evidence.json"), told.encode())
-    return paths
-
-
-def _plans_as_json(plans, constraints) -> dict:
-    return {"plans": [entry.as_json() for entry in plans], "constraints": vars(constraints)}
-
-
-def print_seam(console, number: int, seam) -> None:
-    """Show one seam's evidence: scores beside their nulls, and the neurons that agree and disagree most."""
-    after, before = (f"{Path(block.model).name} block {block.index}" for block in seam.seam)
-    kind = f"{seam.skipped} skipped" if seam.skipped > 0 else f"{-seam.skipped} gone through again" if seam.skipped else "same depth"
-    nulls = list(dict.fromkeys(null for entry in seam.nulls.values() for null in entry))
-    made = table(f"Seam {number}: {after} -> {before} ({kind})", "score", "here", *nulls)
-    for name, value in seam.scores.items():
-        made.add_row(name, f"{value:.3f}", *(f"{seam.nulls[name][null]:.3f}" if null in seam.nulls[name] else "" for null in nulls))
-    console.print(made)
-    agree = "; ".join(f"{entry['neuron']}: {' '.join(map(repr, entry['shared'][:3])) or 'nothing'}" for entry in seam.agree[:3])
-    console.print(f"  Neurons that agree most, with the tokens they share: {agree}", markup=False)
-    disagree = "; ".join(
-        f"{entry['neuron']}: {' '.join(map(repr, entry['tokens'][0][:2]))} | {' '.join(map(repr, entry['tokens'][1][:2]))}"
-        for entry in seam.disagree[:2]
-    )
-    console.print(f"  Neurons that agree least, with each donor's tokens: {disagree}", markup=False)
-    if seam.by_chance:
-        console.print("  [bold red]No better than chance:[/] these donors share no basis here; expect noise behind this seam.")
 
 
 @click.command()

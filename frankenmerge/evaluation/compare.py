@@ -1,6 +1,6 @@
 """Several models and recipes on the same texts, side by side with every donor."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,10 @@ from frankenmerge.architectures import quantity
 from frankenmerge.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.evaluation.language import Encoded, Loss, encode, measure
+from frankenmerge.evaluation.together import measure_together
 from frankenmerge.models import load_model, load_tokenizer, virtual_splice
 from frankenmerge.recipe import Recipe, load_recipe
+from frankenmerge.splice import validated
 
 LONGEST_CONTEXT = 2048
 """Longest window used without being asked for."""
@@ -96,6 +98,21 @@ class Bench:
         donors = {donor: self._checkpoints[donor] for donor in recipe.donors}
         model = virtual_splice(recipe, donors, {donor: self.load(donor)[1] for donor in donors})
         return self._measured(name, "recipe", model, self.load(recipe.tokenizer_donor)[2], progress)
+
+    def recipes(self, recipes: Sequence[Recipe], *, progress: Callable[[int], None] = lambda _: None) -> list[Result]:
+        """Measure many recipes; what they begin with alike is run once. `progress` is called for every recipe on every text."""
+        for recipe in recipes:
+            validated(recipe, {donor: self._checkpoints[donor] for donor in recipe.donors})
+        losses: list[dict[str, Loss]] = [{} for _ in recipes]
+        for tokenizer in dict.fromkeys(recipe.tokenizer_donor for recipe in recipes):
+            chosen = [index for index, recipe in enumerate(recipes) if recipe.tokenizer_donor == tokenizer]
+            models = {donor: self.load(donor)[1] for index in chosen for donor in recipes[index].donors}
+            for text, line in self.load(tokenizer)[2].items():
+                measured = measure_together([recipes[index].blocks for index in chosen], models, line, context=self.context)
+                for index, loss in zip(chosen, measured, strict=True):
+                    losses[index][text] = loss
+                progress(len(chosen))
+        return [Result(str(recipe), "recipe", loss) for recipe, loss in zip(recipes, losses, strict=True)]
 
     def _measured(
         self, name: str, role: str, model: PreTrainedModel, encoded: dict[str, Encoded], progress: Callable[[int], None]

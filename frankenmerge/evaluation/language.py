@@ -76,6 +76,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> Encoded
     return Encoded(line, len(text.encode()))
 
 
+def windows(length: int, context: int) -> tuple[int, list[int]]:
+    """How long the windows over `length` tokens are, and where they start; see `measure`."""
+    width = min(context, length - 1)
+    return width, [*range(0, length - 1 - width, max(1, width // 2)), length - 1 - width]
+
+
 @torch.no_grad()
 def measure(model: PreTrainedModel, encoded: Encoded, *, context: int, progress: Callable[[int], None] = lambda _: None) -> Loss:
     """Predict every token of a text once.
@@ -90,8 +96,7 @@ def measure(model: PreTrainedModel, encoded: Encoded, *, context: int, progress:
     ids = torch.from_numpy(encoded.ids)
     if (largest := int(ids.max())) >= (size := embedding_of(model).shape[0]):
         raise fail(model.name_or_path or "model", f"token ids below {size}, its vocabulary", str(largest), "use the model's own tokenizer")
-    width = min(context, len(ids) - 1)
-    starts = list(range(0, len(ids) - 1 - width, max(1, width // 2))) + [len(ids) - 1 - width]
+    width, starts = windows(len(ids), context)
     nats = torch.full((len(ids) - 1,), torch.nan, dtype=torch.float64)
     size = max(1, POSITIONS // width)
     done = 0

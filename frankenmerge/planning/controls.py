@@ -36,6 +36,23 @@ def goliath(donors: Mapping[str, int], depth: int) -> Recipe:
     return recipe_of(blocks)
 
 
+def solar(donors: Mapping[str, int], depth: int) -> Recipe:
+    """SOLAR's depth up-scaling (arXiv:2312.15166): the first donor without its end, then the second without its beginning.
+
+    `donors` maps one or two names to their blocks.
+    """
+    first, last = (list(donors) * 2)[:2]
+    taken = (depth + 1) // 2
+    start = donors[last] - (depth - taken)
+    return recipe_of([*(Block(first, index) for index in range(taken)), *(Block(last, index) for index in range(start, donors[last]))])
+
+
+def uniform_repetition(donors: Mapping[str, int], depth: int) -> Recipe:
+    """The first donor alone, its blocks repeated or left out evenly."""
+    name = next(iter(donors))
+    return recipe_of([Block(name, position * donors[name] // depth) for position in range(depth)])
+
+
 def random_recipe(donors: Mapping[str, int], depth: int, seed: int, *, max_seams: int = 4, min_slice: int = 2) -> Recipe:
     """Draw a recipe under a planner's usual constraints: it begins and ends as a donor does, and no donor follows itself.
 

@@ -1,19 +1,26 @@
-"""From alignments to plans: the cheapest recipes, each with the evidence for every seam."""
+"""From alignments to plans: the recipes predicted to do the least damage, each with the evidence for every seam."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from frankenmerge.alignment import Alignment
-from frankenmerge.errors import fail
-from frankenmerge.planning.objectives import Objective, seam_costs
-from frankenmerge.planning.search import Constraints, Path, cheapest_paths
+from frankenmerge.errors import Fault, fail, raise_all
+from frankenmerge.planning.prediction import Model, States, default_model, features, seam_damage
+from frankenmerge.planning.search import Constraints, Path, cheapest_by_depth, cheapest_paths
+from frankenmerge.planning.states import states_of
 from frankenmerge.recipe import Block, Recipe, Seam, recipe_of
 
 SHOWN = 5
 """How many agreeing and disagreeing neurons the evidence names."""
+POOL = 256
+"""Recipes of the least summed seam costs that are judged as a whole."""
+DIVERSE = 20_000
+"""Recipes that are looked through for such as differ."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,7 @@ class SeamEvidence:
 
     seam: Seam
     cost: float
+    """Nats per token that a recipe with this seam alone is predicted to lose."""
     skipped: int
     """Blocks jumped over; negative when blocks are gone through again."""
     scores: dict[str, float]
@@ -58,29 +66,93 @@ class Plan(NamedTuple):
 
     recipe: Recipe
     predicted_damage: float
-    """Sum of the seams' costs: 0 for an unspliced donor; it ranks plans and is not in nats."""
+    """Nats per token above the donors' own loss, each donor's by its share of the blocks."""
+    interval: tuple[float, float]
+    """Where nine of ten measured damages lay around such a prediction, on donors the model was not fitted on."""
     seams: list[SeamEvidence]
+    measured: float | None = None
+    """Measured damage, where the plan was verified."""
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON."""
+        verified = {} if self.measured is None else {"measured_damage": self.measured}
         return {
             "recipe": self.recipe.model_dump(exclude_none=True),
             "summary": str(self.recipe),
             "depth": len(self.recipe.blocks),
             "predicted_damage": self.predicted_damage,
+            "interval": list(self.interval),
+            **verified,
             "seams": [seam.as_json() for seam in self.seams],
         }
 
 
-def plan(alignments: list[Alignment], constraints: Constraints, *, top: int = 1, objective: Objective = Objective()) -> list[Plan]:
-    """Return the `top` cheapest recipes that use every donor of the alignments, the cheapest first.
+class _Task(NamedTuple):
+    """What plans are made of."""
+
+    names: list[str]
+    lengths: list[int]
+    directed: dict[tuple[int, int], Alignment]
+    """By (donor left, donor entered)."""
+    states: States
+    costs: dict[tuple[int, int], np.ndarray]
+    model: Model
+
+
+def plan(alignments: list[Alignment], constraints: Constraints, *, top: int = 1, differ: int = 0, model: Model | None = None) -> list[Plan]:
+    """Return the `top` recipes that use every donor of the alignments and are predicted to do the least damage, the best first.
 
     Seams lead from one donor to another wherever an alignment of the two is given, either way; within one donor where
-    its alignment with itself is given.
+    its alignment with itself is given. The exact search finds the `POOL` recipes of the least summed costs of seams; those
+    are ranked by the damage that is predicted of each as a whole.
+
+    Args:
+        alignments: of pairs of donors, each pair once.
+        constraints: what every recipe keeps to.
+        top: how many to return.
+        differ: in how many blocks each must differ from all that are better.
+        model: what predicts; the default that comes with the package.
 
     Raises:
         FrankenmergeError: when the alignments contradict each other, or no recipe keeps to the constraints.
     """
+    task = _task(alignments, model or default_model())
+    numbered = _numbered(constraints, task)
+    paths = cheapest_paths(task.lengths, task.costs, numbered)
+    chosen = list(islice(paths if not differ else _different(islice(paths, DIVERSE), differ), max(top, 1) if differ else max(POOL, top)))
+    if not chosen:
+        kept = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in constraints.as_json().items())
+        blocks = ", ".join(f"{name} ({count} blocks)" for name, count in zip(task.names, task.lengths, strict=True))
+        remedy = "ask for another depth, more seams, shorter slices or fewer protected blocks"
+        raise fail("plan", f"a recipe of all donors that keeps to {kept}", f"none can be made of {blocks}", remedy)
+    return _plans(chosen, task)[:top]
+
+
+def front(alignments: list[Alignment], constraints: Constraints, *, model: Model | None = None) -> list[Plan]:
+    """Return, for every depth up to the one asked for, the plan of the least summed seam costs: depth against damage."""
+    task = _task(alignments, model or default_model())
+    found = cheapest_by_depth(task.lengths, task.costs, _numbered(constraints, task))
+    return sorted(_plans(list(found.values()), task), key=lambda entry: len(entry.recipe.blocks))
+
+
+def spread_splices(alignments: list[Alignment], count: int, *, model: Model | None = None) -> list[Recipe]:
+    """Return `count` splices of one seam, from the least to the most damage predicted: what to measure to calibrate a model by."""
+    task = _task(alignments, model or default_model())
+    found = sorted(
+        (float(cost[i, j]), pair, i, j)
+        for pair, cost in task.costs.items()
+        for i, j in np.ndindex(cost.shape)
+        if i and j < cost.shape[1] - 1 and (pair[0] != pair[1] or i != j)
+    )
+    recipes = []
+    for place in np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int):
+        _, (left, entered), i, j = found[place]
+        after = [Block(task.names[entered], index) for index in range(j, task.lengths[entered])]
+        recipes.append(recipe_of([Block(task.names[left], index) for index in range(i)] + after))
+    return recipes
+
+
+def _task(alignments: list[Alignment], model: Model) -> _Task:
     donors = _donors(alignments)
     names = list(donors)
     directed = {}
@@ -90,14 +162,47 @@ def plan(alignments: list[Alignment], constraints: Constraints, *, top: int = 1,
             raise fail(" | ".join(alignment.donors), "one alignment of a pair", "several", "give each pair once")
         directed[a, b] = alignment
         directed.setdefault((b, a), alignment.transposed)
-    costs = {pair: seam_costs(alignment, objective) for pair, alignment in directed.items()}
-    paths = list(islice(cheapest_paths(list(donors.values()), costs, constraints), top))
-    if not paths:
-        kept = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in vars(constraints).items())
-        blocks = ", ".join(f"{name} ({count} blocks)" for name, count in donors.items())
-        remedy = "ask for another depth, more seams, shorter slices or fewer protected blocks"
-        raise fail("plan", f"a recipe of all donors that keeps to {kept}", f"none can be made of {blocks}", remedy)
-    return [_plan_of(path, names, directed, costs) for path in paths]
+    states = states_of(alignments)
+    costs = {(a, b): seam_damage(model, states, names[a], names[b]) for a, b in directed}
+    return _Task(names, list(donors.values()), directed, states, costs, model)
+
+
+def _numbered(constraints: Constraints, task: _Task) -> Constraints:
+    """The constraints with donors as the search numbers them."""
+    named = {*(donor for donor, _ in constraints.required | constraints.avoided), *constraints.shares}
+    raise_all(Fault("plan", f"a donor of the alignments: {', '.join(task.names)}", name, "name it as `align` did")
+              for name in sorted(named - set(task.names)))  # fmt: skip
+    number = {name: index for index, name in enumerate(task.names)}
+    blocks = [(number[donor], block) for donor, block in constraints.required | constraints.avoided]
+    raise_all(Fault("plan", f"a block of {task.names[donor]}: 0 to {task.lengths[donor] - 1}", str(block), "correct the block")
+              for donor, block in blocks if not 0 <= block < task.lengths[donor])  # fmt: skip
+    return replace(
+        constraints,
+        required=frozenset((number[donor], block) for donor, block in constraints.required),
+        avoided=frozenset((number[donor], block) for donor, block in constraints.avoided),
+        shares={number[donor]: share for donor, share in constraints.shares.items()},
+    )
+
+
+def _different(paths: Iterator[Path], differ: int) -> Iterator[Path]:
+    """Paths that differ from every earlier one in `differ` blocks or more."""
+    kept: list[Counter] = []
+    for path in paths:
+        blocks = Counter((piece.donor, block) for piece in path.pieces for block in range(piece.start, piece.stop))
+        if all((blocks - other).total() >= differ for other in kept):
+            kept.append(blocks)
+            yield path
+
+
+def _plans(paths: list[Path], task: _Task) -> list[Plan]:
+    """Judge whole recipes, and give them in the order of what is predicted."""
+    recipes = [
+        recipe_of([Block(task.names[piece.donor], index) for piece in path.pieces for index in range(piece.start, piece.stop)])
+        for path in paths
+    ]
+    damage = task.model.damage(features([recipe.blocks for recipe in recipes], task.states))
+    damage[[not recipe.seams for recipe in recipes]] = 0.0
+    return [_plan_of(recipes[index], paths[index], float(damage[index]), task) for index in np.argsort(damage, kind="stable")]
 
 
 def _donors(alignments: list[Alignment]) -> dict[str, int]:
@@ -112,14 +217,13 @@ def _donors(alignments: list[Alignment]) -> dict[str, int]:
     return donors
 
 
-def _plan_of(path: Path, names: list[str], directed: dict, costs: dict) -> Plan:
-    recipe = recipe_of([Block(names[piece.donor], index) for piece in path.pieces for index in range(piece.start, piece.stop)])
+def _plan_of(recipe: Recipe, path: Path, damage: float, task: _Task) -> Plan:
     seams = []
     for left, entered in zip(path.pieces, path.pieces[1:], strict=False):
         pair = left.donor, entered.donor
-        seam = Seam(Block(names[left.donor], left.stop - 1), Block(names[entered.donor], entered.start))
-        seams.append(_evidence(seam, directed[pair], left.stop, entered.start, float(costs[pair][left.stop, entered.start])))
-    return Plan(recipe, path.cost, seams)
+        seam = Seam(Block(task.names[left.donor], left.stop - 1), Block(task.names[entered.donor], entered.start))
+        seams.append(_evidence(seam, task.directed[pair], left.stop, entered.start, float(task.costs[pair][left.stop, entered.start])))
+    return Plan(recipe, damage, task.model.interval(damage) if seams else (0.0, 0.0), seams)
 
 
 def _evidence(seam: Seam, alignment: Alignment, left: int, entered: int, cost: float) -> SeamEvidence:
@@ -128,7 +232,7 @@ def _evidence(seam: Seam, alignment: Alignment, left: int, entered: int, cost: f
         name: {null: round(float(matrix[left, entered]), 4) for null, matrix in score.nulls.items()}
         for name, score in alignment.scores.items()
     }
-    detail = {name: score.detail[left, entered].astype(np.float32) for name, score in alignment.scores.items()}
+    detail = {name: score.detail[left, entered].astype(np.float32) for name, score in alignment.scores.items() if score.detail.shape[2]}
     # Many neurons tie on the tokens; among those the correlation tells which agree most.
     ranked = np.lexsort((detail["correlation"], detail["jaccard"]))
 

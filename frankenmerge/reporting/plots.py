@@ -15,19 +15,20 @@ TITLES = {
     "argmax": "same best token",
     "jaccard": "top tokens shared (Jaccard)",
     "correlation": "correlation on random tokens",
+    "rank_correlation": "rank correlation on random tokens",
     "greedy": "same tokens by greedy search",
     "gradient": "same tokens by gradient search",
 }
 
 
 def plot_alignment(alignment: Alignment, path: Path) -> None:
-    """Draw every score of an alignment as a heatmap, its null in the corner, to a PNG or SVG file.
+    """Draw every score that neurons have as a heatmap, its null in the title, to a PNG or SVG file.
 
     Raises FrankenmergeError for another kind of file, or one that may not be written.
     """
     if path.suffix not in (".png", ".svg"):
         raise fail(str(path), "a file name that ends in .png or .svg", path.suffix or "no ending", "choose another name")
-    names = list(alignment.scores)
+    names = [name for name, score in alignment.scores.items() if score.detail.shape[2]]
     figure = Figure(figsize=(4.4 * len(names), 5.2), layout="constrained")
     a, b = (Path(donor).name for donor in alignment.donors)
     image = None

@@ -123,9 +123,9 @@ def test_align_tells_its_scores(told, donors, tmp_path):
     value = told("align", donors["a"], donors["deep"], "-o", tmp_path / "x.alignment.safetensors")
     assert (value["donors"], value["blocks"], value["widths"]) == ([str(donors["a"]), str(donors["deep"])], [4, 6], [16, 16])
     assert value["scores"]
-    for score in value["scores"].values():
+    for name, score in value["scores"].items():
         assert [len(row) for row in score["matrix"]] == [7] * 5
-        assert score["nulls"]
+        assert score["nulls"] or name in {"influence", "distance", "relative_depth"}
 
 
 def test_plan_tells_its_recipes_and_writes_them(told, donors, alignment, tmp_path):
@@ -141,7 +141,8 @@ def test_plan_tells_its_recipes_and_writes_them(told, donors, alignment, tmp_pat
         pairs = [[seam["after"], seam["before"]] for seam in plan["seams"]]
         assert pairs == [[{"model": block.model, "block": block.index} for block in seam] for seam in recipe.seams]
         assert all(seam["scores"] for seam in plan["seams"])
-        assert plan["predicted_damage"] == pytest.approx(sum(seam["cost"] for seam in plan["seams"]))
+        low, high = plan["interval"]
+        assert low <= plan["predicted_damage"] <= high
     damages = [plan["predicted_damage"] for plan in value["plans"]]
     assert damages == sorted(damages)
     evidence = json.loads((tmp_path / "planned.evidence.json").read_text())

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "evals" / "splice_prediction.py"
 
 def test_every_single_seam_splice_is_measured_and_ranked(donors, text):
     a, b = str(donors["a"]), str(donors["deep"])
-    arguments = ["--donor-a", a, "--donor-b", b, "--text", str(text), "--json"]
+    arguments = ["--donor-a", a, "--donor-b", b, "--text", str(text), "--several", "20", "--json"]
     done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
     assert result["splices"] == 4 * 6 == len(result["measured"])
@@ -32,3 +32,6 @@ def test_every_single_seam_splice_is_measured_and_ranked(donors, text):
     recipe = recipe_of([Block(a, 0), Block(a, 1), Block(a, 2), *(Block(b, index) for index in range(1, 6))])
     alone = Bench([read_text(text)], [a, b]).recipe("3,1", recipe).total.nats_per_token
     assert nats[pairs.index((3, 1))] == pytest.approx(alone)
+    assert result["several"] == 20 and set(result["predicted"]) >= {"non_skipping", "all", "multi_seam", "ci"}
+    low, high = result["spearman"]["jaccard"]["ci"]
+    assert -1 <= low <= result["spearman"]["jaccard"]["non_skipping"] <= high <= 1

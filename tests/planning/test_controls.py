@@ -2,7 +2,7 @@
 
 import pytest
 
-from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe
+from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe, solar, uniform_repetition
 from frankenmerge.recipe import Block
 
 PAIR = {"a": 8, "b": 8}
@@ -108,3 +108,16 @@ def test_random_recipes_keep_to_the_limits_given(max_seams, min_slice):
         recipe = random_recipe(PAIR, 12, seed, max_seams=max_seams, min_slice=min_slice)
         assert len(recipe.seams) <= max_seams
         assert all(source.layer_range[1] - source.layer_range[0] >= min_slice for source in recipe.sources)
+
+
+def test_solar_of_its_own_donor_is_solar():
+    """Two copies of 32 blocks, each without eight: 48."""
+    assert [source.layer_range for source in solar({"mistral": 32}, 48).sources] == [[0, 24], [8, 32]]
+
+
+def test_solar_of_two_donors_takes_the_first_s_beginning_and_the_second_s_end():
+    assert str(solar(PAIR, 12)) == "a[0:6] b[2:8]"
+
+
+def test_uniform_repetition_repeats_every_other_block():
+    assert [block.index for block in uniform_repetition({"a": 4}, 6).blocks] == [0, 0, 1, 2, 2, 3]

@@ -1,6 +1,7 @@
 """Plans and their evidence, held against the alignments they were made from."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.planning.objectives import Objective, seam_costs
-from frankenmerge.planning.plan import plan
+from frankenmerge.planning.plan import front, plan
+from frankenmerge.planning.prediction import FLOOR, default_model, features, seam_damage
 from frankenmerge.planning.search import Constraints
-from frankenmerge.recipe import load_recipe
+from frankenmerge.planning.states import states_of
+from frankenmerge.recipe import Block, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,11 @@ def invented(names=("x", "y"), blocks=(5, 5), seed=0, **changed: np.ndarray) -> 
 
     scores = {name: score(name) for name in ("argmax", "correlation", "jaccard")}
     tokens = tuple(generator.integers(0, 48, (count + 1, 16, 10), dtype=np.int32) for count in blocks)
-    return Alignment(names, tuple(f"print of {name}" for name in names), (16, 16), scores, tokens, [f"t{n}" for n in range(48)], {})
+    # Every block moves the stream by a little, the second donor's a little otherwise.
+    walks = [generator.standard_normal((count + 1, 64)).cumsum(axis=0) for count in blocks]
+    states = np.concatenate([walks[0], walks[1] * 0.2 + walks[0][:1]])
+    prints = tuple(f"print of {name}" for name in names)
+    return Alignment(names, prints, (16, 16), scores, tokens, [f"t{n}" for n in range(48)], {}, states @ states.T)
 
 
 def directed(given: list[Alignment], after: str, before: str) -> Alignment:
@@ -69,18 +75,23 @@ def case(request, alignments):
     return [alignments[name] for name in names], constraints
 
 
-def test_predicted_damage_is_the_sum_of_the_seams_costs(case):
+def test_predicted_damage_is_the_model_s_of_the_whole_recipe(case):
     given, constraints = case
+    model, states = default_model(), states_of(given)
     plans = plan(given, constraints, top=5)
     assert len(plans) == 5
     for entry in plans:
         assert [seam.seam for seam in entry.seams] == entry.recipe.seams
-        costs = []
+        x = features([entry.recipe.blocks], states)[0]
+        expected = max(0, np.exp(model.intercept + sum(w * v for w, v in zip(model.weights, x, strict=True))) - FLOOR)
+        assert entry.predicted_damage == pytest.approx(expected)
+        low, high = entry.interval
+        assert 0 <= low <= entry.predicted_damage <= high
         for seam in entry.seams:
             alignment, i, j = places(seam, given)
-            costs.append(1 - float(alignment.scores["jaccard"].matrix[i, j]) + 0.5 * max(0, j - i))
-        assert [seam.cost for seam in entry.seams] == pytest.approx(costs)
-        assert entry.predicted_damage == pytest.approx(sum(costs))
+            a, b = (list(states.first).index(block.model) for block in seam.seam)
+            names = list(states.first)
+            assert seam.cost == pytest.approx(seam_damage(model, states, names[a], names[b])[i, j])
 
 
 def test_the_cheapest_come_first_and_none_twice(case):
@@ -138,31 +149,54 @@ def test_the_neurons_shown_are_those_that_agree_most_and_least(case):
 def test_a_plan_is_the_best_of_all_single_seams():
     alignment = invented(blocks=(6, 6))
     entry = plan([alignment], Constraints(8, max_seams=1))[0]
-    jaccard = alignment.scores["jaccard"].matrix.astype(float)
+    model, states = default_model(), states_of([alignment])
     possible = {}
     for i in range(2, 6):
         j = i - 2  # 8 blocks: the first i of one, those after j of the other
         if j >= 1:
-            possible["x", i] = 1 - jaccard[i, j]
-            possible["y", i] = 1 - jaccard[j, i]
+            for a, b in (("x", "y"), ("y", "x")):
+                blocks = [Block(a, index) for index in range(i)] + [Block(b, index) for index in range(j, 6)]
+                possible[a, i] = model.damage(features([blocks], states))[0]
     first = min(possible, key=possible.__getitem__)
     assert entry.predicted_damage == pytest.approx(possible[first])
     assert (entry.recipe.sources[0].model, entry.recipe.sources[0].layer_range[1]) == first
 
 
-def test_skipped_blocks_cost_extra_and_repeated_ones_do_not():
-    costs = seam_costs(invented(jaccard=np.full((6, 6), 0.75)), Objective())
-    for i, j in np.ndindex(6, 6):
-        assert costs[i, j] == 0.25 + 0.5 * max(0, j - i)
+def test_an_alignment_of_an_earlier_version_is_refused():
+    with pytest.raises(FrankenmergeError, match="align the donors again"):
+        plan([replace(invented(), gram=None)], Constraints(6))
 
 
-def test_an_objective_may_trust_another_score():
-    matrix = np.zeros((6, 6))
-    matrix[3, 2] = 0.9
-    alignment = invented(correlation=matrix)
-    entry = plan([alignment], Constraints(6, 1), objective=Objective(score="correlation", skipped=2.0))[0]
-    assert entry.predicted_damage == pytest.approx(0.1)
-    assert str(entry.recipe) == "x[0:3] y[2:5]"
+def test_plans_that_must_differ_do():
+    plans = plan([invented(blocks=(8, 8))], Constraints(12), top=4, differ=3)
+    blocks = [Counter(entry.recipe.blocks) for entry in plans]
+    assert len(plans) == 4
+    assert all((one - other).total() >= 3 for k, one in enumerate(blocks) for other in blocks[:k])
+
+
+def test_required_avoided_and_shared_blocks_are_kept_to():
+    constraints = Constraints(10, required=frozenset({("x", 3)}), avoided=frozenset({("y", 2)}), shares={"x": (0.5, 0.6)}, max_back=4)
+    plans = plan([invented(blocks=(6, 6))], constraints, top=8)
+    assert plans
+    for entry in plans:
+        blocks = entry.recipe.blocks
+        assert Block("x", 3) in blocks and Block("y", 2) not in blocks
+        assert 5 <= sum(block.model == "x" for block in blocks) <= 6
+        assert all(seam.after.index + 1 - seam.before.index <= 4 for seam in entry.recipe.seams)
+
+
+@pytest.mark.parametrize("wrong", [{"required": frozenset({("z", 1)})}, {"avoided": frozenset({("x", 9)})}, {"shares": {"z": (0, 1)}}])
+def test_constraints_on_what_is_not_there_are_refused(wrong):
+    with pytest.raises(FrankenmergeError, match="z|9"):
+        plan([invented()], Constraints(6, **wrong))
+
+
+def test_the_front_holds_the_best_of_every_depth():
+    alignment = invented(blocks=(4, 4))
+    entries = front([alignment], Constraints(6, 1))
+    assert [len(entry.recipe.blocks) for entry in entries] == [4, 5, 6]  # one block less would put the seam among protected ones
+    for entry in entries:
+        assert entry.seams[0].cost == plan([alignment], Constraints(len(entry.recipe.blocks), 1))[0].seams[0].cost
 
 
 def test_neurons_that_a_search_left_out_have_no_score_by_it():
@@ -239,7 +273,7 @@ def test_a_plan_as_json_is_json(case):
     for entry in plan(given, constraints):
         told = json.loads(json.dumps(entry.as_json(), allow_nan=False))
         assert told["depth"] == constraints.depth and told["summary"] == str(entry.recipe)
-        assert told["predicted_damage"] == pytest.approx(sum(seam["cost"] for seam in told["seams"]))
+        assert told["predicted_damage"] == entry.predicted_damage and told["interval"] == list(entry.interval)
 
 
 @pytest.fixture
@@ -270,6 +304,7 @@ def test_the_evidence_beside_the_recipes_is_what_was_printed(written, run, tmp_p
     assert {key: told[key] for key in evidence} == evidence
     assert evidence["plans"] == [entry.as_json() for entry in plan([load_alignment(written)], Constraints(9), top=2)]
     assert evidence["constraints"] == {"depth": 9, "max_seams": 4, "min_slice": 2, "protect_first": 1, "protect_last": 1}
+    assert evidence["model"]["origin"]["pairs"]
 
 
 def test_planning_twice_writes_the_same_bytes(written, run, tmp_path):
@@ -311,3 +346,17 @@ def test_three_donors_are_planned_from_three_alignments(alignments, run, tmp_pat
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert {Path(name).name for name in recipe.donors} == {"a", "b", "deep"}
     assert run("check", tmp_path / "recipe.yaml")[0] == 0
+
+
+def test_verified_plans_are_ranked_by_what_was_measured(written, run, tmp_path, text):
+    measured_on = ("--verify", text, "--calibrate", text)
+    code, out, _ = run("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8, "--top", 4, *measured_on, "--json")
+    told = json.loads(out)
+    assert code == 0 and told["model"]["origin"]["splices"] == 16
+    measured = [entry["measured_damage"] for entry in told["plans"]]
+    assert len(measured) == 4 and measured == sorted(measured)
+    code, out, _ = run("evaluate", tmp_path / "recipe.yaml", "--text", text, "--json")
+    (promise,) = json.loads(out)["predictions"]
+    assert promise["measured"] == pytest.approx(measured[0], abs=1e-6)
+    assert promise["predicted"] == told["plans"][0]["predicted_damage"]
+    assert promise["held"] == (promise["low"] <= promise["measured"] <= promise["high"])

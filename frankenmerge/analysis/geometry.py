@@ -1,0 +1,196 @@
+"""Scores of whole states, from the probes: what the literature compares layers by. Each takes two atlases, as in `SCORES`.
+
+1 is full agreement in all of them. Those of `BLIND` do not see in which order, or in which basis, the neurons stand.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from frankenmerge.alignment import Score
+from frankenmerge.analysis.nulls import between, derangement, mean_over, resamples
+from frankenmerge.atlas import Atlas
+
+NEIGHBOURS = 10
+MOST_PROBES = 512
+"""Probes that scores of pairs of probes are taken over: their cost grows with the square."""
+ROUNDS = 4
+"""Permutations for each null; every one is averaged over hundreds of probes."""
+BLIND = frozenset({"cka", "neighbours", "norm_ratio", "influence", "distance", "relative_depth"})
+
+
+def debiased_cka(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """Linear CKA with the unbiased estimator of HSIC (Kornblith et al., arXiv:1905.00414; Song et al., 2012).
+
+    With U-centred kernels `K~` (Szekely and Rizzo, 2014) HSIC is their inner product; the bootstrap draws its summands,
+    probe by probe.
+    """
+    a_kernels, b_kernels = (_centred_kernels(_states(atlas, width, spread=True)) for atlas in (a, b))
+    self_a, self_b = (np.einsum("lpq,lpq->lp", kernels, kernels) for kernels in (a_kernels, b_kernels))
+
+    def summands(kernels: np.ndarray) -> np.ndarray:
+        return np.matmul(a_kernels.transpose(1, 0, 2), kernels.transpose(1, 2, 0)).transpose(1, 2, 0)
+
+    def ratio(shared: np.ndarray, own_a: np.ndarray, own_b: np.ndarray) -> np.ndarray:
+        scale = np.sqrt(np.maximum(own_a[:, None] * own_b[None], 0))
+        return np.divide(shared, scale, out=np.zeros_like(shared), where=scale > 0)
+
+    shared, generator, weights = summands(b_kernels), np.random.default_rng(0), resamples(self_a.shape[1]).T
+    scale = self_a.sum(axis=1), self_b.sum(axis=1)
+
+    def other_probes() -> np.ndarray:
+        order = generator.permutation(b_kernels.shape[1])
+        return ratio(summands(b_kernels[:, order][:, :, order]).sum(axis=2), *scale)
+
+    drawn = ratio(shared @ weights, self_a @ weights, self_b @ weights)
+    return _score(ratio(shared.sum(axis=2), *scale), {"permuted_probes": mean_over(other_probes, ROUNDS)}, between(drawn))
+
+
+def _centred_kernels(states: np.ndarray) -> np.ndarray:
+    """U-centred linear kernels `[l, n, n]`, float32, of states `[l, n, d]`, each scaled to unit size."""
+    kernels = np.empty((len(states), states.shape[1], states.shape[1]), dtype=np.float32)
+    for index, state in enumerate(states):
+        kernel = (state @ state.T).astype(np.float64)
+        np.fill_diagonal(kernel, 0)
+        count, sums = len(kernel), kernel.sum(axis=0)
+        kernel += sums.sum() / ((count - 1) * (count - 2)) - (sums[:, None] + sums[None]) / (count - 2)
+        np.fill_diagonal(kernel, 0)
+        kernels[index] = kernel / (np.sqrt((kernel**2).sum()) or 1)
+    return kernels
+
+
+def mutual_neighbours(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """Share of each probe's 10 nearest probes, by cosine, that are the same in both (Huh et al., arXiv:2405.07987)."""
+    near_a, near_b = (_nearest(_states(atlas, width, spread=True)) for atlas in (a, b))
+    generator, count = np.random.default_rng(0), near_a.shape[1]
+
+    def shared(near: np.ndarray) -> np.ndarray:
+        return np.stack([np.stack([(x & y).sum(axis=1) for y in near]) for x in near_a]) / min(NEIGHBOURS, count - 1)
+
+    def other_probes() -> np.ndarray:
+        order = generator.permutation(count)
+        return shared(near_b[:, order][:, :, order]).mean(axis=2)
+
+    return _mean_score(shared(near_b), {"permuted_probes": mean_over(other_probes, ROUNDS)})
+
+
+def _nearest(states: np.ndarray) -> np.ndarray:
+    """Whether probe `q` is among the nearest of probe `p`, `[l, n, n]`."""
+    near = np.zeros((len(states), states.shape[1], states.shape[1]), dtype=bool)
+    for index, state in enumerate(states):
+        direction = _directions(state)
+        cosine = direction @ direction.T
+        np.fill_diagonal(cosine, -np.inf)
+        chosen = np.argsort(-cosine, axis=1, kind="stable")[:, : min(NEIGHBOURS, len(state) - 1)]
+        np.put_along_axis(near[index], chosen, True, axis=1)
+    return near
+
+
+def angular(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """`1 - arccos(cos(x, y)) / pi`, mean over probes: one less the angular distance of Gromov et al. (arXiv:2403.17887)."""
+
+    def detail(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        chord = np.linalg.norm(_directions(x) - _directions(y), axis=1)  # arccos would lose small angles to rounding
+        return 1 - 2 * np.arcsin(np.minimum(1, chord / 2)) / np.pi
+
+    return _pairwise(a, b, width, detail)
+
+
+def relative_error(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """`1 - |x - y| / sqrt(|x| |y|)`, mean over probes: how far off one state is in place of the other."""
+
+    def detail(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        size = np.sqrt(np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
+        return 1 - np.divide(np.linalg.norm(x - y, axis=1), size, out=np.ones_like(size), where=size > 0)
+
+    return _pairwise(a, b, width, detail)
+
+
+def _pairwise(a: Atlas, b: Atlas, width: int, detail: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Score:
+    """A score that compares A's state with B's, probe by probe and neuron by neuron, with both permutation nulls."""
+    left, right, generator = _states(a, width), _states(b, width), np.random.default_rng(0)
+
+    def table(states: np.ndarray) -> np.ndarray:
+        return np.stack([np.stack([detail(x, y) for y in states]) for x in left])
+
+    nulls = {
+        "permuted_probes": mean_over(lambda: table(right[:, generator.permutation(right.shape[1])]).mean(axis=2), ROUNDS),
+        "permuted_neurons": mean_over(lambda: table(right[:, :, derangement(generator, width)]).mean(axis=2), ROUNDS),
+    }
+    return _mean_score(table(right), nulls)
+
+
+def norm_ratio(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """The smaller norm over the larger, mean over probes."""
+    norms = [np.linalg.norm(_states(atlas, width), axis=2) for atlas in (a, b)]
+    generator = np.random.default_rng(0)
+
+    def ratio(other: np.ndarray) -> np.ndarray:
+        low, high = np.minimum(norms[0][:, None], other[None]), np.maximum(norms[0][:, None], other[None])
+        return np.divide(low, high, out=np.ones_like(low), where=high > 0)
+
+    shuffled = mean_over(lambda: ratio(norms[1][:, generator.permutation(norms[1].shape[1])]).mean(axis=2), ROUNDS)
+    return _mean_score(ratio(norms[1]), {"permuted_probes": shuffled})
+
+
+def influence(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """One less the influence of the blocks that lie between: `1 - |c_A(i) - c_B(j)|`.
+
+    `c(i)` sums `1 - cos(x_(l-1), x_l)` over a donor's first `i` blocks: ShortGPT's block influence (arXiv:2403.03853).
+    """
+    passed = [_passed(_states(atlas, atlas.width)) for atlas in (a, b)]
+    drawn = [line @ resamples(line.shape[1]).T for line in passed]
+    means = [line.mean(axis=1) for line in passed]
+    interval = between(1 - np.abs(drawn[0][:, None] - drawn[1][None]))
+    return _score(1 - np.abs(means[0][:, None] - means[1][None]), {}, interval)
+
+
+def _passed(states: np.ndarray) -> np.ndarray:
+    """Influence summed over the blocks so far, by probe, `[l+1, n]`."""
+    directions = np.stack([_directions(state) for state in states])
+    turned = 1 - (directions[1:] * directions[:-1]).sum(axis=2)
+    return np.concatenate([np.zeros_like(turned[:1]), turned.cumsum(axis=0)])
+
+
+def distance(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """`-abs(i - j)`: the guess that needs no model at all."""
+    left, right = np.indices((a.blocks + 1, b.blocks + 1))
+    return _certain(-np.abs(left - right))
+
+
+def relative_depth(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """`1 - |i / l_a - j / l_b|`."""
+    left, right = np.indices((a.blocks + 1, b.blocks + 1))
+    return _certain(1 - np.abs(left / a.blocks - right / b.blocks))
+
+
+def gram(a: Atlas, b: Atlas, width: int) -> np.ndarray:
+    """Inner products of A's states, then B's, with one another, a mean over the probes: `[l_a+l_b+2, l_a+l_b+2]` float64."""
+    states = np.concatenate([_states(a, width), _states(b, width)]).reshape(a.blocks + b.blocks + 2, -1)
+    return states.astype(np.float64) @ states.T / a.probes.shape[1]
+
+
+def _states(atlas: Atlas, width: int, *, spread: bool = False) -> np.ndarray:
+    """The probes' states `[l+1, n, d]`; with `spread` at most `MOST_PROBES` of them, evenly taken."""
+    count = atlas.probes.shape[1]
+    step = -(-count // MOST_PROBES) if spread else 1
+    return np.stack([atlas.activations(block)[::step, :width] for block in range(atlas.blocks + 1)])
+
+
+def _directions(states: np.ndarray) -> np.ndarray:
+    length = np.linalg.norm(states, axis=-1, keepdims=True)
+    return np.divide(states, length, out=np.zeros_like(states), where=length > 0)
+
+
+def _mean_score(detail: np.ndarray, nulls: dict[str, np.ndarray]) -> Score:
+    drawn = detail.astype(np.float32) @ resamples(detail.shape[2]).T
+    return _score(detail.mean(axis=2), nulls, between(drawn))
+
+
+def _certain(matrix: np.ndarray) -> Score:
+    return _score(matrix, {}, np.stack([matrix, matrix]))
+
+
+def _score(matrix: np.ndarray, nulls: dict[str, np.ndarray], interval: np.ndarray) -> Score:
+    """A score that no single neuron has."""
+    return Score(matrix.astype(np.float32), nulls, np.zeros((*matrix.shape, 0), dtype=np.float16), interval.astype(np.float32))

@@ -1,0 +1,141 @@
+"""Superposition, held against a plain simulation with vectors, and the ridge regression against its closed form."""
+
+import numpy as np
+import pytest
+
+from frankenmerge.planning.prediction import (
+    FEATURES,
+    FLOOR,
+    RIDGE,
+    Model,
+    States,
+    default_model,
+    drift,
+    features,
+    fitted,
+    refined,
+    seam_damage,
+)  # fmt: skip
+from frankenmerge.recipe import Block
+
+
+@pytest.fixture(scope="module")
+def walks() -> dict[str, np.ndarray]:
+    """Two donors' states `[l+1, d]`: one probe, so that inner products are plain."""
+    generator = np.random.default_rng(0)
+    first = generator.standard_normal((6, 32)).cumsum(axis=0)
+    return {"x": first, "y": first[:5] + 0.3 * generator.standard_normal((5, 32)).cumsum(axis=0)}
+
+
+@pytest.fixture(scope="module")
+def states(walks) -> States:
+    together = np.concatenate([walks["x"], walks["y"]])
+    return States({"x": 0, "y": 6}, {"x": 5, "y": 4}, together @ together.T)
+
+
+def stack(text: str) -> list[Block]:
+    return [Block(part[0], int(part[1])) for part in text.split()]
+
+
+STACKS = ["x0 x1 x2 x3 x4", "x0 x1 y2 y3", "y0 y1 y2 x1 x2 x3 x4", "x0 x3 x4", "x0 x1 x2 x1 x2 x1 x2 x3 x4", "y0 x0 y1 x4"]
+
+
+def cosine(x, y) -> float:
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
+@pytest.mark.parametrize("text", STACKS)
+def test_plain_superposition_adds_what_blocks_added_at_home(walks, states, text):
+    blocks, roots = stack(text), 0.0
+    stream = walks[blocks[0].model][0]
+    for name, index in blocks:
+        roots += np.sqrt(max(0.0, 1 - cosine(stream, walks[name][index])))
+        stream = stream + walks[name][index + 1] - walks[name][index]
+    name, index = blocks[-1]
+    given = np.array([[states.first[block.model] + block.index for block in blocks]])
+    found = drift(states.gram, given[:, 0], given, lossy=False)
+    assert found.roots[0] == pytest.approx(roots, abs=1e-5)
+    assert found.final[0] == pytest.approx(max(0, 1 - cosine(stream, walks[name][index + 1])), abs=1e-9)
+
+
+@pytest.mark.parametrize("text", STACKS)
+def test_lossy_superposition_turns_what_is_lost_into_noise(walks, states, text):
+    """Noise is a vector of its own dimension for every block: orthogonal to all else."""
+    blocks = stack(text)
+    wide = {name: np.pad(walk, ((0, 0), (0, len(blocks)))) for name, walk in walks.items()}
+    stream = wide[blocks[0].model][0].copy()
+    for step, (name, index) in enumerate(blocks):
+        kept = max(0.0, cosine(stream, wide[name][index]))
+        added = wide[name][index + 1] - wide[name][index]
+        stream = stream + kept * added
+        stream[32 + step] += np.sqrt(1 - min(1, kept) ** 2) * np.linalg.norm(added)
+    name, index = blocks[-1]
+    given = np.array([[states.first[block.model] + block.index for block in blocks]])
+    assert drift(states.gram, given[:, 0], given, lossy=True).final[0] == pytest.approx(
+        max(0, 1 - cosine(stream, wide[name][index + 1])), abs=1e-7
+    )
+
+
+def test_a_whole_donor_is_at_home(states):
+    np.testing.assert_allclose(features([stack("x0 x1 x2 x3 x4"), stack("y0 y1 y2 y3")], states), 0, atol=1e-6)
+
+
+def test_stacks_together_are_as_each_alone(states):
+    together = features([stack(text) for text in STACKS], states)
+    for row, text in zip(together, STACKS, strict=True):
+        np.testing.assert_allclose(row, features([stack(text)], states)[0], atol=1e-12)
+
+
+def test_third_times_and_skipped_influence_are_counted(walks, states):
+    found = dict(zip(FEATURES, features([stack("x0 x1 x2 x1 x2 x1 x2 x3 x4")], states)[0], strict=True))
+    assert found["third"] == pytest.approx(2 / 5) and found["skipped"] == 0
+    found = dict(zip(FEATURES, features([stack("x0 x3 x4")], states)[0], strict=True))
+    assert found["skipped"] == pytest.approx(sum(1 - cosine(walks["x"][k], walks["x"][k + 1]) for k in (1, 2)))
+    assert found["third"] == 0
+
+
+def test_a_jump_back_over_what_was_skipped_is_counted_once(states):
+    once, twice = features([stack("x0 x3 x4"), stack("x0 x3 x0 x3 x4")], states)[:, FEATURES.index("skipped")]
+    assert once == pytest.approx(twice)
+
+
+def test_the_table_of_seams_is_what_whole_recipes_are_predicted(states):
+    model = default_model()
+    table = seam_damage(model, states, "x", "y")
+    assert table.shape == (6, 5)
+    for i, j in ((1, 0), (2, 2), (5, 3), (1, 3)):
+        blocks = [Block("x", index) for index in range(i)] + [Block("y", index) for index in range(j, 4)]
+        assert table[i, j] == pytest.approx(model.damage(features([blocks], states))[0])
+
+
+def test_the_ridge_regression_minimises_its_objective():
+    generator = np.random.default_rng(1)
+    found, share = generator.random((60, len(FEATURES))), generator.random(60)
+    damage = np.exp(found @ np.arange(1, len(FEATURES) + 1) - 3) + 0.1 * generator.random(60)
+    intercept, weights = fitted(found, damage, share)
+    share = share / share.sum()
+    spread = np.sqrt(share @ (found - share @ found) ** 2)
+
+    def objective(shift, slopes):
+        return share @ (np.log(FLOOR + damage) - shift - found @ slopes) ** 2 + RIDGE * ((slopes * spread) ** 2).sum()
+
+    least = objective(intercept, weights)
+    for _ in range(50):
+        assert objective(intercept + 0.01 * generator.standard_normal(), weights + 0.01 * generator.standard_normal(len(FEATURES))) >= least
+
+
+def test_calibration_finds_a_scale_and_keeps_the_order():
+    model = Model(-3.0, (1.0, 0.5, 2.0, 0.0, 1.0), (-1.0, 1.0))
+    found = np.random.default_rng(2).random((16, len(FEATURES)))
+    damage = 3 * (FLOOR + model.damage(found)) - FLOOR  # three times as much everywhere
+    new = refined(model, found, damage, {"texts": ["t"]})
+    np.testing.assert_allclose(FLOOR + new.damage(found), FLOOR + damage, rtol=1e-6)
+    assert new.spread == pytest.approx((0, 0), abs=1e-6) and new.origin == {"texts": ["t"]}
+    assert (np.argsort(new.damage(found)) == np.argsort(model.damage(found))).all()
+
+
+def test_the_default_model_names_its_origin():
+    origin = default_model().origin
+    assert origin["pairs"] and origin["text"]["sha256"] and origin["versions"]["torch"] and origin["fingerprints"]
+    low, high = default_model().spread
+    assert low < 0 < high
