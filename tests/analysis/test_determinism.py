@@ -11,7 +11,7 @@ from conftest import VOCABULARY, write_donor
 
 from frankenmerge.analysis import complete, greedy
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.analysis.complete import Ranked, complete_search, searched
+from frankenmerge.analysis.complete import Ranked, complete_search
 from frankenmerge.analysis.decode import decoder_of
 from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
@@ -174,7 +174,7 @@ def test_shares_and_blocks_read_in_turn_change_nothing(tmp_path):
     streamed = stream_model(checkpoint)
     whole, ours = complete_search(resident, k=5), complete_search(streamed, k=5)
     assert (whole.tokens == ours.tokens).all() and whole.values.tobytes() == ours.values.tobytes()
-    tokens = searched(streamed)
+    tokens = complete.searched(streamed)
     parts = []
     for share in (tokens[:16], tokens[16:]):  # as two processes would share batches of 16
         ranked, passage = Ranked(share, 5), Passage(streamed, share[:, None], batch=16)
