@@ -11,12 +11,14 @@ from conftest import VOCABULARY, write_donor
 
 from frankenmerge.analysis import complete, greedy
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.analysis.complete import complete_search
+from frankenmerge.analysis.complete import Ranked, complete_search
 from frankenmerge.analysis.decode import decoder_of
 from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import greedy_search
+from frankenmerge.analysis.ranking import top_tokens
 from frankenmerge.atlas import save_atlas
+from frankenmerge.blockwise import Passage, each_block, stream_model
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.models import embedding_of, load_model
 
@@ -31,7 +33,7 @@ def loaded(path, dtype="float32"):
 def test_every_clause_has_a_test_of_its_name():
     text = (Path(__file__).parents[2] / "docs" / "determinism.md").read_text(encoding="utf-8")
     clauses = [name.lower() for name in re.findall(r"^\d+\. \*\*(\w+)\.\*\*", text, re.MULTILINE)]
-    assert len(clauses) == 6
+    assert len(clauses) == 8
     assert all(any(name.startswith(f"test_{clause}") for name in globals()) for clause in clauses)
 
 
@@ -162,3 +164,37 @@ def test_chance_comes_from_seeds(donors, tmp_path):
         torch.manual_seed(number)
         searches.append(gradient_search(load_model(checkpoint), FEATURES, steps=2).embeddings)
     assert torch.equal(*searches)
+
+
+def test_shares_and_blocks_read_in_turn_change_nothing(tmp_path):
+    checkpoint = open_checkpoint(str(write_donor(tmp_path / "donor", seed=27)))
+    resident = load_model(checkpoint)
+    for value in resident.parameters():
+        value.data = value.data.clone()  # at torch's own addresses
+    streamed = stream_model(checkpoint)
+    whole, ours = complete_search(resident, k=5), complete_search(streamed, k=5)
+    assert (whole.tokens == ours.tokens).all() and whole.values.tobytes() == ours.values.tobytes()
+    tokens = complete.searched(streamed)
+    parts = []
+    for share in (tokens[:16], tokens[16:]):  # as two processes would share batches of 16
+        ranked, passage = Ranked(share, 5), Passage(streamed, share[:, None], batch=16)
+        ranked.add(passage.entering())
+        for index, block in each_block(streamed):
+            ranked.add(passage.through(index, block))
+        parts.append(torch.stack(ranked.keys))
+    joined = top_tokens(torch.cat(parts, dim=2).topk(5, dim=2).values)
+    by_16 = Ranked(tokens, 5)
+    passage = Passage(streamed, tokens[:, None], batch=16)
+    by_16.add(passage.entering())
+    for index, block in each_block(streamed):
+        by_16.add(passage.through(index, block))
+    assert (joined.tokens == by_16.top.tokens).all() and joined.values.tobytes() == by_16.top.values.tobytes()
+
+
+def test_alone_a_token_needs_no_queries_and_keys(tmp_path):
+    model = loaded(write_donor(tmp_path / "donor", seed=28))
+    short, full = (complete_search(model, k=5, shortcut=shortcut) for shortcut in (True, False))
+    assert (short.tokens == full.tokens).all() and short.values.tobytes() == full.values.tobytes()
+    fused = loaded(write_donor(tmp_path / "fused", "gpt2", seed=28))
+    short, full = (complete_search(fused, k=5, shortcut=shortcut) for shortcut in (True, False))
+    np.testing.assert_allclose(short.values, full.values, rtol=1e-4, atol=1e-5)
