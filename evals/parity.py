@@ -120,10 +120,14 @@ def write_donors(folder: Path) -> dict[str, dict[str, Tensor]]:
 def ours(recipes: list[Path]) -> None:
     """Merge every recipe as a user would, each into the folder of its name with `-ours` behind it."""
     for recipe in recipes:
-        command = [sys.executable, "-m", "frankenmerge", "merge", str(recipe), f"{recipe.with_suffix('')}-ours"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
+        checked_run([sys.executable, "-m", "frankenmerge", "merge", str(recipe), f"{recipe.with_suffix('')}-ours"])
+
+
+def checked_run(command: list[Any]) -> None:
+    """Run a program; end with what it said where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))[:300]} ended with {done.returncode}:\n{done.stderr}")
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -171,9 +175,7 @@ def main(environment: Path, as_json: bool) -> None:
         for recipe, case in zip(recipes, listed, strict=True):
             recipe.write_text(yaml.safe_dump(case.recipe(folder)))
         ours(recipes)
-        done = subprocess.run([python, "-c", PEER, folder], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
+        checked_run([python, "-c", PEER, folder])
         rows = []
         for recipe, case in zip(recipes, listed, strict=True):
             found, peer = tensors_of(folder / f"{recipe.stem}-ours"), tensors_of(folder / recipe.stem)
