@@ -11,7 +11,6 @@ import platform
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -26,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from frankenmerge.merging.methods import METHODS
-from frankenmerge.merging.methods.combine import Part, combine
 
 MERGEKIT = "0.1.5"
 NEEDS = ("accelerate", "click", "huggingface_hub", "immutables", "peft", "protobuf", "pydantic", "safetensors", "scipy", "sentencepiece")
@@ -105,6 +103,7 @@ def write_donors(folder: Path) -> dict[str, dict[str, Tensor]]:
         **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": vocabulary, "rms_norm_eps": 1e-5},
         **{"tie_word_embeddings": False, "torch_dtype": "float32", "max_position_embeddings": 64},
     }
+    tokenizer = {"model": {"type": "BPE", "vocab": {f"t{index}": index for index in range(vocabulary)}, "merges": []}}
     generator = torch.Generator().manual_seed(SEED)
     base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     donors = {"base": base}
@@ -113,22 +112,26 @@ def write_donors(folder: Path) -> dict[str, dict[str, Tensor]]:
     for name, tensors in donors.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
+        (folder / name / "tokenizer.json").write_text(json.dumps(tokenizer))
         save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
     return donors
 
 
-def ours(case: Case, donors: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    def part(donor: str, name: str, parameters: dict[str, float]) -> Part:
-        flat = donors[donor][name].reshape(-1)
-        return Part(lambda start, stop: flat[start:stop].clone(), parameters)
+def ours(recipes: list[Path]) -> None:
+    """Merge every recipe as a user would, each into the folder of its name with `-ours` behind it."""
+    for recipe in recipes:
+        checked_run([sys.executable, "-m", "frankenmerge", "merge", str(recipe), f"{recipe.with_suffix('')}-ours"])
 
-    result = {}
-    for name, tensor in donors["base"].items():
-        parts = [part(str(number), name, own) for number, own in enumerate(case.models)]
-        base = part("base", name, {}) if case.base else None
-        chunks = combine(case.method, parts, base, shape=tuple(tensor.shape), parameters=case.parameters, name=name, seed=SEED)
-        result[name] = torch.cat([chunk.clone() for chunk in chunks]).view(tensor.shape)
-    return result
+
+def checked_run(command: list[Any]) -> None:
+    """Run a program; end with what it said where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))[:300]} ended with {done.returncode}:\n{done.stderr}")
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def peer_python(folder: Path) -> Path:
@@ -162,25 +165,23 @@ def compare(case: Case, found: dict[str, Tensor], peer: dict[str, Tensor], base:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(environment: Path, as_json: bool) -> None:
-    """Run every method here and in mergekit, and print how far they are apart."""
+    """Merge by every method with `frankenmerge merge` and with mergekit, and print how far the results are apart."""
     python = peer_python(environment.absolute())
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         donors = write_donors(folder)
         listed = cases()
-        for number, case in enumerate(listed):
-            (folder / f"{number:02}.yaml").write_text(yaml.safe_dump(case.recipe(folder)))
-        done = subprocess.run([python, "-c", PEER, folder], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
+        recipes = [folder / f"{number:02}.yaml" for number in range(len(listed))]
+        for recipe, case in zip(recipes, listed, strict=True):
+            recipe.write_text(yaml.safe_dump(case.recipe(folder)))
+        ours(recipes)
+        checked_run([python, "-c", PEER, folder])
         rows = []
-        for number, case in enumerate(listed):
-            peer = {}
-            for file in sorted((folder / f"{number:02}").glob("*.safetensors")):
-                peer |= load_file(file)
-            assert peer.keys() == donors["base"].keys()
+        for recipe, case in zip(recipes, listed, strict=True):
+            found, peer = tensors_of(folder / f"{recipe.stem}-ours"), tensors_of(folder / recipe.stem)
+            assert found.keys() == peer.keys() == donors["base"].keys()
             rows.append({"recipe": str(case) + ", base" * (METHODS[case.method].base == "optional" and case.base)})
-            rows[-1] |= compare(case, ours(case, donors), peer, donors["base"])
+            rows[-1] |= compare(case, found, peer, donors["base"])
     versions = {"mergekit": MERGEKIT, "torch": torch.__version__, "python": platform.python_version()}
     if as_json:
         click.echo(json.dumps({"rows": rows, "seed": SEED, "versions": versions}))

@@ -281,13 +281,13 @@ def renamed(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
             return [walk(entry) for entry in value]
         if not isinstance(value, dict):
             return value
-        return {key: rename(entry) if key in _NAMES and _is_name(key, entry) else walk(entry) for key, entry in value.items()}
+        return {key: rename(entry.removeprefix("model:")) if _is_name(key, entry) else walk(entry) for key, entry in value.items()}
 
     return Recipe.model_validate(walk(recipe.model_dump(exclude_none=True)))
 
 
 def _is_name(key: str, value: Any) -> bool:
-    return isinstance(value, str) and not (key in ("source", "tokenizer_source") and value in ("base", "union"))
+    return key in _NAMES and isinstance(value, str) and not (key in ("source", "tokenizer_source") and value in ("base", "union"))
 
 
 def open_donors(recipe: Recipe, *, download: bool = False, opened: Mapping[str, Checkpoint] | None = None) -> dict[str, Checkpoint]:

@@ -112,6 +112,10 @@ def _model_faults(recipe: Recipe, method: Method, place: str) -> Iterator[Fault]
             (f"{prefix}slices[{number}].sources", part.sources, part.base_model or recipe.base_model)
             for number, part in enumerate(recipe.parts) if not _lone(method, part.sources)
         ]  # fmt: skip
+    for number, part in enumerate(recipe.stack.slices or []):
+        if _lone(method, part.sources) and (part.parameters or part.sources[0].parameters):
+            yield Fault(f"{prefix}slices[{number}]", f"no parameters, since {recipe.merge_method} leaves a single source as it is", "some",
+                        "remove them, or list what it is merged with (the base model too)")  # fmt: skip
     fewest, most = method.models
     for where, sources, base in groups:
         if method.base == "required" and base is None:

@@ -142,14 +142,22 @@ def merge_stages(
         if _made_already(recipe, donors, folder):
             skipped(str(stage.name))
             continue
-        if (folder / _PROVENANCE).is_file():
-            shutil.rmtree(folder)
+        _remove(folder)
         merge(recipe, donors, folder)
     recipe = placed(result)
     return merge(recipe, open_donors(recipe, download=download), output)
 
 
 _PROVENANCE = "frankenmerge.json"
+
+
+def _remove(folder: Path) -> None:
+    """Remove a stage that is no longer right, under another name, so that a kill leaves nothing that would be in the way."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if (folder / _PROVENANCE).is_file():
+        folder.rename(old)
+        shutil.rmtree(old)
 
 
 def _made_already(recipe: Recipe, donors: Mapping[str, Checkpoint], folder: Path) -> bool:
