@@ -200,14 +200,12 @@ def _pairing_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str
                 names = f"{first.model} block {left}", f"{other.model} block {right}"
                 for told in _shape_differences(shapes, names):
                     yield Fault(place, "blocks of the same tensors to merge", told.format("*"), remedy)
-    configs = [
-        spliced_config(donors[recipe.base].config, _blocks(recipe, donors, number), tied=False)
-        for number in range(max(len(part.sources) for part in recipe.parts))
-    ]
-    for config in configs[1:]:
-        for key in sorted(key for key in config if config[key] != configs[0].get(key)):
-            found = f"{configs[0].get(key)} and {config[key]}"
-            yield Fault(f"{place}: {key}", "the same setting in all blocks that are merged into one", found[:400], "shift the ranges")
+    runs = [_blocks(recipe, donors, number) for number in range(max(len(part.sources) for part in recipe.parts))]
+    for setting in donors[recipe.base].architecture.per_block:
+        first, *others = ([setting.of(config, index) for config, index in run] for run in runs)
+        for other in (other for other in others if other != first):
+            found = f"{first} and {other}"[:400]
+            yield Fault(f"{place}: {setting.key}", "the same setting in all blocks that are merged into one", found, "shift the ranges")
     ends = {"embedding": recipe.embedding_donors, "final": recipe.final_donors, "head": recipe.head_donors}
     for role, names in ends.items():
         if role == "final" or recipe.vocabulary is None:

@@ -326,6 +326,7 @@ def test_a_merge_of_stages_killed_in_any_of_them_is_finished_with_the_same_bytes
         assert sorted(entry.name for entry in folder.iterdir()) == ["out", "out.stages"]
     assert reached == {False, True}
     # A stage that is there and must be made again: what is left of the old one stands in nobody's way, and does not stay.
+    folder = tmp_path / "whole"
     (folder / "out").rename(folder / "before")
     for after in (2, 3, 4, 10, 10**6):  # the first calls remove what was written to check the recipe
         assert merge(changed_path, folder, after).returncode == (0 if after == 10**6 else -signal.SIGKILL)
