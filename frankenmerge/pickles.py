@@ -45,7 +45,7 @@ def converted(folder: Path, others: Iterable[Path]) -> Path:
     with growing_folder(path) as beside:
         for file in files:
             shutil.copyfile(file, beside / file.name)
-        index = {"weight_map": {}}
+        index = {"metadata": {}, "weight_map": {}}
         for number, file in enumerate(weights, 1):
             shard = f"model-{number:05}.safetensors"
             index["weight_map"] |= dict.fromkeys(_convert(file, beside / shard), shard)
@@ -75,8 +75,10 @@ def _tensors(file: Path) -> "dict[str, torch.Tensor]":
     try:
         # Files from before PyTorch 1.6 are no archives, and cannot be mapped.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise fail(str(file), "pickled tensors and nothing that would have to be run", str(error)[:300], _REMEDY) from error
-    if not isinstance(loaded, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()):
-        raise fail(str(file), "tensors by name", "something else", _REMEDY)
+    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
+        found = str(error)[:300] or type(error).__name__
+        raise fail(str(file), "pickled tensors and nothing that would have to be run", found, _REMEDY) from error
+    named = isinstance(loaded, dict) and all(isinstance(name, str) for name in loaded)
+    if not named or not all(isinstance(value, torch.Tensor) and value.layout == torch.strided for value in loaded.values()):
+        raise fail(str(file), "dense tensors by name", "something else", _REMEDY)
     return loaded

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging.writer import merge
-from frankenmerge.recipe import Block, open_donor, open_donors, parse_recipe, recipe_of
+from frankenmerge.recipe import Block, open_donor, open_donors, recipe_of
 
 RANK = 3
 PROJECTIONS = ("self_attn.q_proj", "mlp.down_proj")
@@ -94,8 +93,8 @@ def test_a_gpt2_whose_weights_lie_the_other_way(donors, tmp_path):
         np.testing.assert_allclose(weight, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_what_is_computed_is_rounded_once(tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "digits"), [("bfloat16", 8), ("float16", 11)])
+def test_what_is_computed_is_rounded_once(tmp_path, dtype, digits):
     import torch
     from safetensors.torch import load_file as load_torch
 
@@ -108,9 +107,9 @@ def test_what_is_computed_is_rounded_once(tmp_path, dtype):
     made = load_torch(open_donor(f"{base}+{lora}").path / "model.safetensors")
     for name, exact in by_hand(wide, lora, 5 / RANK).items():
         assert made[name].dtype == getattr(torch, dtype)
-        once = torch.from_numpy(exact).float().to(made[name].dtype)
-        # The sum in float32 may itself fall on the other side of a tie, rarely; a second rounding would show in many places.
-        assert (made[name] != once).float().mean() < 0.002, name
+        half_a_step = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(exact), 2.0**-14))) - digits)
+        # One rounding is off by half a step at most, two by a whole one; the sum in float32 adds a little.
+        assert (np.abs(made[name].double().numpy() - exact) <= half_a_step + 1e-5).all(), name
 
 
 def test_all_but_the_weights_is_the_bases_byte_by_byte(donors, tmp_path):
@@ -125,7 +124,8 @@ def test_all_but_the_weights_is_the_bases_byte_by_byte(donors, tmp_path):
 
 def test_names_and_shards_of_an_old_file_stay(donors, tmp_path):
     def old(tensors):
-        return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()} | {"h.0.attn.bias": np.ones((1, 1), np.uint8)}
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        return tensors | {"h.0.attn.bias": np.ones((1, 1), np.uint8)}
 
     base = changed(donors["g"], tmp_path / "base", old)
     lora = write_lora(tmp_path / "lora", donors["g"], modules=("attn.c_attn",), fan_in_fan_out=True)
