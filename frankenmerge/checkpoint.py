@@ -1,7 +1,7 @@
 """A donor on disk: its config, its safetensors headers, its bytes. Nothing here imports torch.
 
-Only safetensors are read, no code comes from a donor's folder, and no path leaves it: neither one of the index nor a link,
-but for links into the blobs of a hub cache, where its snapshots keep their files.
+Only safetensors are read, pickles being converted first where that is allowed; no code comes from a donor's folder, and no path
+leaves it: neither one of the index nor a link, but for links into the blobs of a hub cache, where its snapshots keep their files.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from frankenmerge.architectures import block_kind, config_faults, family, is_tie
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.families import Architecture
 from frankenmerge.inferred import architecture_of, family_faults
+from frankenmerge.pickles import PICKLES, converted, pickles
 
 BYTES_OF = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -37,6 +38,8 @@ VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja"}
 """Of the files that are read, or copied to a result."""
+_PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
+"""What is fetched of a donor on the hub."""
 _SAMPLED = 4096
 
 
@@ -142,13 +145,19 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
 
-def open_checkpoint(name: str, *, download: bool = False) -> Checkpoint:
+def open_checkpoint(name: str, *, download: bool = False, allow_pickle: bool = False) -> Checkpoint:
     """Open a local folder or a hub id, reading its config and its headers alone.
+
+    With `allow_pickle`, a donor that has nothing but `pytorch_model*.bin` is first converted, once, and opened from the cache.
 
     Raises FrankenmergeError, naming every fault found, for a folder that is not a complete, consistent checkpoint.
     """
-    path = _resolve(name, download)
-    raise_all(_link_faults(path))
+    path = resolve(name, _PATTERNS, download)
+    if allow_pickle and not _has_safetensors(path):
+        path = resolve(name, (*_PATTERNS, PICKLES), download)
+        raise_all(link_faults(path, {*_SUFFIXES, ".bin"}))
+        path = converted(path, (file for file in path.iterdir() if file.suffix in _SUFFIXES)) if pickles(path) else path
+    raise_all(link_faults(path))
     config = read_json(path / "config.json", "a checkpoint's config.json")
     if not isinstance(config, dict):
         raise fail(str(path / "config.json"), "a JSON object", type(config).__name__, "restore the donor's config.json")
@@ -163,7 +172,15 @@ def open_checkpoint(name: str, *, download: bool = False) -> Checkpoint:
     return checkpoint
 
 
-def _resolve(name: str, download: bool) -> Path:
+def _has_safetensors(path: Path) -> bool:
+    return (path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists()
+
+
+def resolve(name: str, patterns: Iterable[str], download: bool) -> Path:
+    """Find the folder of a local path, `org/name` or `org/name@revision`; of the hub, the files that fit `patterns`.
+
+    Raises FrankenmergeError when there is none.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -175,17 +192,16 @@ def _resolve(name: str, download: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns, local_files_only=not download))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns), local_files_only=not download))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         remedy = "check the name and the network" if download else "give the path of a folder, or allow the download with --download"
         raise fail(name, "a folder, or a hub id that is in the local cache", "neither", remedy) from error
 
 
-def _link_faults(path: Path) -> Iterator[Fault]:
+def link_faults(path: Path, suffixes: Iterable[str] = frozenset(_SUFFIXES)) -> Iterator[Fault]:
     """Tell the links that lead out of the folder: what they lead to would end up in a result that is then given away."""
-    for file in sorted(file for file in path.iterdir() if file.is_symlink() and file.suffix in _SUFFIXES):
+    for file in sorted(file for file in path.iterdir() if file.is_symlink() and file.suffix in suffixes):
         target = file.resolve()
         in_hub_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
         if not in_hub_cache and not target.is_relative_to(path.resolve()):
@@ -213,9 +229,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if (path / SINGLE_NAME).exists():
         return read_header(path / SINGLE_NAME)
     if not index_path.exists():
-        pickles = sorted(file.name for file in path.glob("*.bin"))
-        found = f"only pickle files ({', '.join(pickles)})" if pickles else "no safetensors"
-        raise fail(str(path), f"{SINGLE_NAME} or {INDEX_NAME}", found, "convert or download the donor's weights as safetensors")
+        others = sorted(file.name for file in path.glob("*.bin"))
+        found = f"only pickle files ({', '.join(others)})" if others else "no safetensors"
+        remedy = "convert or download the donor's weights as safetensors"
+        remedy += ", or have them converted with --allow-pickle" if pickles(path) else ""
+        raise fail(str(path), f"{SINGLE_NAME} or {INDEX_NAME}", found, remedy)
     index = read_json(index_path, "a safetensors index")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,35 @@ def growing(path: Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise fail(str(path), "a file that may be written", str(error), "choose another place or make room") from error
+
+
+@contextmanager
+def growing_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder of files. Where another process was faster, what it made stays.
+
+    Raises FrankenmergeError when the disk will not have it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        try:
+            yield beside
+            for file in beside.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            beside.chmod(0o755)
+            if not path.is_dir():
+                beside.rename(path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        if not path.is_dir():
+            raise fail(str(path), "a folder that may be written", str(error), "choose another place or make room") from error
+
+
+def cache_folder() -> Path:
+    """Where that is kept which takes long to make again: atlases, and donors that had to be converted."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frankenmerge"
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -4,6 +4,7 @@ docs/recipes.md tells what every key means. Those that mergekit does not know ar
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -13,6 +14,7 @@ from pydantic import Field, StrictInt, ValidationError
 
 from frankenmerge.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.lora import find_adapter, folded
 from frankenmerge.schema import Dtype, Model, Module, Parameters, Part, Row, Slice, Source, Token, Tokenizer, Whole, Zero, reference
 
 
@@ -290,20 +292,39 @@ def _is_name(key: str, value: Any) -> bool:
     return key in _NAMES and isinstance(value, str) and not (key in ("source", "tokenizer_source") and value in ("base", "union"))
 
 
-def open_donors(recipe: Recipe, *, download: bool = False, opened: Mapping[str, Checkpoint] | None = None) -> dict[str, Checkpoint]:
+def open_donors(
+    recipe: Recipe, *, download: bool = False, allow_pickle: bool = False, fold: bool = True,
+    opened: Mapping[str, Checkpoint] | None = None,
+) -> dict[str, Checkpoint]:  # fmt: skip
     """Open every donor of a recipe, but for those that are `opened` already. Raises FrankenmergeError with the faults of all."""
+    options = {"download": download, "allow_pickle": allow_pickle, "fold": fold}
     donors, faults = {}, []
     for name in recipe.donors:
         try:
-            donors[name] = opened[name] if opened and name in opened else _opened(name, download)
+            donors[name] = opened[name] if opened and name in opened else open_donor(name, **options)
         except FrankenmergeError as error:
             faults += error.faults
     raise_all(faults)
     return donors
 
 
-def _opened(name: str, download: bool) -> Checkpoint:
-    if lora := reference(name).lora:
-        remedy = f"fold {lora} into its model with peft's merge_and_unload, save that, and name its folder"
-        raise fail(name, "a model without an adapter", f"the adapter {lora}", remedy)
-    return open_checkpoint(name, download=download)
+def open_donor(name: str, *, download: bool = False, allow_pickle: bool = False, fold: bool = True) -> Checkpoint:
+    """Open a donor by the name that a recipe gives it, `path@revision+lora`.
+
+    Args:
+        name: the donor's; what is opened keeps it.
+        download: whether it may be fetched from the hub.
+        allow_pickle: whether weights that are there as pickles alone are converted.
+        fold: whether the LoRA is folded in. Without it the LoRA is looked for, and its base opened: the names, shapes and types
+            are the same, and no weights are read.
+
+    Raises:
+        FrankenmergeError: for a donor or a LoRA that is not there or cannot be used.
+    """
+    path, revision, lora = reference(name)
+    model = name if lora is None else path + (f"@{revision}" if revision else "")
+    base = open_checkpoint(model, download=download, allow_pickle=allow_pickle)
+    if lora is None:
+        return base
+    adapter = find_adapter(lora, download=download)
+    return replace(folded(base, adapter) if fold else base, name=name)

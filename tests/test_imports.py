@@ -14,6 +14,8 @@ LAYERS = (
     {
         "atlas",
         "alignment",
+        "lora",
+        "pickles",
         "recipe",
         "schema",
         "settings",

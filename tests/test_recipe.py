@@ -413,13 +413,6 @@ def test_a_reference_written_out_is_the_same():
     ]
 
 
-def test_an_adapter_is_refused_with_a_remedy(donors):
-    name = f"{donors['a']}+some/lora"
-    with pytest.raises(FrankenmergeError) as caught:
-        open_donors(sound(f"merge_method: linear\nmodels: [{{model: {name}}}]\n"))
-    assert caught.value.faults[0].place == name and "some/lora" in caught.value.faults[0].remedy
-
-
 STAGED = """\
 name: one
 merge_method: linear

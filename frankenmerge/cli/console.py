@@ -18,6 +18,9 @@ from frankenmerge.processes import own_share
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 download_option = click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache.")
+pickle_option = click.option(
+    "--allow-pickle", is_flag=True, help="Convert donors that have no safetensors, once, running nothing that their pickles hold."
+)
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="A torch device, or `auto`: whatever there is, several where they are needed."
 )

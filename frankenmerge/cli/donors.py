@@ -12,12 +12,14 @@ from frankenmerge.cli.console import (
     json_option,
     numbers,
     out,
+    pickle_option,
     print_json,
     progress,
     refuse_others,
     size,
     table,
 )
+from frankenmerge.files import cache_folder
 from frankenmerge.processes import own_share
 
 INPUT_METHODS = ("greedy", "gradient")
@@ -35,13 +37,14 @@ MEANT_FOR: dict[str, tuple[str, ...]] = dict.fromkeys(("neurons", "tokens"), INP
 @click.command()
 @click.argument("donors", nargs=-1, required=True)
 @download_option
+@pickle_option
 @json_option
-def inspect(donors: tuple[str, ...], download: bool, as_json: bool) -> None:
+def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json: bool) -> None:
     """Tell what DONORS are and whether their blocks can be spliced, from configs and headers alone."""
-    from frankenmerge.checkpoint import open_checkpoint
+    from frankenmerge.recipe import open_donor
     from frankenmerge.splice import compatibility
 
-    opened = [open_checkpoint(donor, download=download) for donor in donors]
+    opened = [open_donor(donor, download=download, allow_pickle=allow_pickle) for donor in donors]
     verdict = compatibility(opened)
     told = [_describe(donor) for donor in opened]
     if as_json:
@@ -95,11 +98,12 @@ def _describe(donor: Any) -> dict[str, Any]:
 @device_option
 @dtype_option
 @download_option
+@pickle_option
 @json_option
 @click.pass_context
 def analyze(
     context: click.Context, donor: str, output: Path, method: str, neurons: list[int] | None, tokens: int | None, untrained: int | None,
-    device: str, dtype: str, download: bool, as_json: bool,
+    device: str, dtype: str, download: bool, allow_pickle: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Search DONOR's features over the whole vocabulary and write its atlas.
 
@@ -109,7 +113,7 @@ def analyze(
     from frankenmerge.atlas import save_atlas
 
     refuse_others(context, method, MEANT_FOR)
-    how = How(device, dtype, download, untrained)
+    how = How(device, dtype, download, allow_pickle, untrained)
     atlas = atlas_of(donor, how)
     if not own_share().first:
         return
@@ -143,6 +147,7 @@ class How(NamedTuple):
     device: str = "cpu"
     dtype: str = "float32"
     download: bool = False
+    allow_pickle: bool = False
     untrained: int | None = None
 
 
@@ -153,9 +158,9 @@ def atlas_of(name: str, how: How) -> Any:
     if Path(name).is_file():
         return load_atlas(Path(name))
     from frankenmerge.analysis.analyze import cached_analyze, work
-    from frankenmerge.checkpoint import open_checkpoint
+    from frankenmerge.recipe import open_donor
 
-    checkpoint = open_checkpoint(name, download=how.download)
+    checkpoint = open_donor(name, download=how.download, allow_pickle=how.allow_pickle)
     with progress(f"analyzing {Path(name).name}", work(checkpoint), "inputs x blocks") as advance:
         return cached_analyze(
             checkpoint, cache=cache_folder(), untrained=how.untrained, device=how.device, dtype=how.dtype, progress=advance
@@ -165,9 +170,9 @@ def atlas_of(name: str, how: How) -> Any:
 def add_inputs(name: str, atlas: Any, how: How, method: str, neurons: list[int] | None, tokens: int | None) -> Any:
     """A donor's atlas with the inputs of a greedy or gradient search: from the cache, or searched now."""
     from frankenmerge.analysis.inputs import TOKENS, even_neurons, with_inputs
-    from frankenmerge.checkpoint import open_checkpoint
+    from frankenmerge.recipe import open_donor
 
-    checkpoint = open_checkpoint(name, download=how.download)
+    checkpoint = open_donor(name, download=how.download, allow_pickle=how.allow_pickle)
     neurons = neurons or even_neurons(atlas.width)
     total, unit = (None, "inputs") if method == "greedy" else ((atlas.blocks + 1) * len(neurons), "features")
     with progress(f"{method} search in {Path(name).name}", total, unit) as advance:
@@ -175,10 +180,3 @@ def add_inputs(name: str, atlas: Any, how: How, method: str, neurons: list[int] 
             atlas, checkpoint, method, neurons, cache=cache_folder(), tokens=tokens or TOKENS, untrained=how.untrained, dtype=how.dtype,
             device=how.device, progress=advance,
         )  # fmt: skip
-
-
-def cache_folder() -> Path:
-    """Where atlases are kept."""
-    import os
-
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frankenmerge"

@@ -15,6 +15,7 @@ from frankenmerge.cli.console import (
     max_memory_option,
     offload_option,
     out,
+    pickle_option,
     print_json,
     progress,
     table,
@@ -30,10 +31,11 @@ from frankenmerge.cli.console import (
 @offload_option
 @dtype_option
 @download_option
+@pickle_option
 @json_option
 def evaluate(
     models: tuple[str, ...], texts: tuple[Path, ...], context: int | None, device: str, max_memory: dict | None, offload: Path | None,
-    dtype: str, download: bool, as_json: bool,
+    dtype: str, download: bool, allow_pickle: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how well MODELS predict text. A recipe is run as a virtual splice: nothing is written.
 
@@ -45,7 +47,7 @@ def evaluate(
     with progress("evaluating", None, "tokens") as advance:
         results, bench = compare(
             models, shown, context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
-            progress=advance,
+            allow_pickle=allow_pickle, progress=advance,
         )  # fmt: skip
     if as_json:
         told = [

@@ -16,6 +16,7 @@ from frankenmerge.cli.console import (
     numbers,
     offload_option,
     out,
+    pickle_option,
     print_json,
     progress,
     refuse_others,
@@ -88,25 +89,26 @@ MOST_COLUMNS = 12
 @offload_option
 @dtype_option
 @download_option
+@pickle_option
 @json_option
 @click.pass_context
 def features(
     context: click.Context, donor: str, method: str, layers: list[int] | None, notation: str, neurons: list[int] | None, bos: bool,
-    untrained: int | None, device: str, max_memory: dict | None, offload: Path | None, dtype: str, download: bool, as_json: bool,
-    **options: Any,
+    untrained: int | None, device: str, max_memory: dict | None, offload: Path | None, dtype: str, download: bool,
+    allow_pickle: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Show which tokens excite the neurons of DONOR's blocks most.
 
     With `--method inversion`, show instead how much of a text each block's output tells.
     """
     from frankenmerge.analysis.analyze import token_texts
-    from frankenmerge.checkpoint import open_checkpoint
     from frankenmerge.models import load_model
+    from frankenmerge.recipe import open_donor
 
     refuse_others(context, method, MEANT_FOR)
     if neurons and context.get_parameter_source("notation") is not ParameterSource.DEFAULT:
         raise fail("--neurons", "one of --neurons and --features", "both", "write all of it in --features")
-    checkpoint = open_checkpoint(donor, download=download)
+    checkpoint = open_donor(donor, download=download, allow_pickle=allow_pickle)
     layers = layers or sorted({1, *(max(1, checkpoint.blocks * quarter // 4) for quarter in range(1, 5))})
     first = checkpoint.config.get("bos_token_id")
     if bos and not isinstance(first, int):

@@ -12,6 +12,7 @@ from frankenmerge.cli.console import (
     dtype_option,
     json_option,
     out,
+    pickle_option,
     print_json,
     progress,
     refuse_others,
@@ -44,18 +45,19 @@ SHOWN = {
 @device_option
 @dtype_option
 @download_option
+@pickle_option
 @json_option
 @click.pass_context
 def align(
     context: click.Context, a: str, b: str, output: Path, method: str, neurons: list[int] | None, tokens: int | None, bos: bool,
-    plot: Path | None, device: str, dtype: str, download: bool, as_json: bool,
+    plot: Path | None, device: str, dtype: str, download: bool, allow_pickle: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Score how donors A and B agree, block by block. Each is a donor or an atlas."""
     from frankenmerge.alignment import save_alignment
     from frankenmerge.analysis.align import align as aligned
 
     refuse_others(context, method, {**MEANT_FOR, "bos": ("complete",)})
-    how = How(device, dtype, download)
+    how = How(device, dtype, download, allow_pickle)
     atlases = [atlas_of(name, how) for name in (a, b)]
     if not own_share().first:
         return
@@ -125,24 +127,25 @@ def _with_same_inputs(
 @click.command()
 @click.argument("target", metavar="RECIPE|OUTPUT", type=click.Path(path_type=Path))
 @download_option
+@pickle_option
 @json_option
-def check(target: Path, download: bool, as_json: bool) -> None:
+def check(target: Path, download: bool, allow_pickle: bool, as_json: bool) -> None:
     """Hold a recipe against its donors, or a finished merge against its provenance.
 
     For a RECIPE configs and headers are read, no weights, and it is told what it would make. For the folder OUTPUT of a merge
     every file is held against frankenmerge.json, and copied tensors, where their donors are at hand, against the donors' bytes.
     """
     if target.is_dir():
-        _verify(target, download, as_json)
+        _verify(target, download, allow_pickle, as_json)
     else:
-        _tell(_checked(target, download), as_json)
+        _tell(_checked(target, download, allow_pickle), as_json)
 
 
-def _verify(folder: Path, download: bool, as_json: bool) -> None:
+def _verify(folder: Path, download: bool, allow_pickle: bool, as_json: bool) -> None:
     from frankenmerge.merging.verify import verify
 
     with progress(f"comparing {folder.name}", None, "bytes") as advance:
-        found = verify(folder, download=download, progress=advance)
+        found = verify(folder, download=download, allow_pickle=allow_pickle, progress=advance)
     if as_json:
         print_json(found._asdict() | {"output": str(folder)})
         return
@@ -156,7 +159,7 @@ def _verify(folder: Path, download: bool, as_json: bool) -> None:
         console.print(f"Not compared: the tensors of {name}, which is not at hand as it was.", markup=False)
 
 
-def _checked(path: Path, download: bool) -> list:
+def _checked(path: Path, download: bool, allow_pickle: bool) -> list:
     """The sound stages of a recipe file, the result last."""
     from tempfile import TemporaryDirectory
 
@@ -164,7 +167,7 @@ def _checked(path: Path, download: bool) -> list:
     from frankenmerge.recipe import load_recipes
 
     with TemporaryDirectory() as scratch:
-        return checked(load_recipes(path), Path(scratch), download=download, place=str(path))
+        return checked(load_recipes(path), Path(scratch), download=download, allow_pickle=allow_pickle, place=str(path))
 
 
 def _tell(stages: list, as_json: bool) -> None:
@@ -214,8 +217,9 @@ def _bytes(_context, _parameter, value: str) -> int:
 @click.option("--check-finite", is_flag=True, help="Read all of the donors first, and refuse NaN and Inf in copied tensors too.")
 @click.option("--checksums", is_flag=True, help="Put the SHA-256 of every file of weights into frankenmerge.json.")
 @download_option
+@pickle_option
 @json_option
-def merge(recipe: Path, output: Path, dry_run: bool, download: bool, as_json: bool, **options) -> None:
+def merge(recipe: Path, output: Path, dry_run: bool, download: bool, allow_pickle: bool, as_json: bool, **options) -> None:
     """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all.
 
     Stages that it uses are written to OUTPUT.stages, and made again only when what they are made of has changed. Under
@@ -227,7 +231,7 @@ def merge(recipe: Path, output: Path, dry_run: bool, download: bool, as_json: bo
     from frankenmerge.merging.stages import merge_stages
     from frankenmerge.merging.writer import merge as merged
 
-    stages, share = _checked(recipe, download), own_share()
+    stages, share = _checked(recipe, download, allow_pickle), own_share()
     if len(stages) > 1 and not share.first:
         return
     if options["device"] == "cuda" and "LOCAL_RANK" in os.environ:
@@ -244,7 +248,7 @@ def merge(recipe: Path, output: Path, dry_run: bool, download: bool, as_json: bo
         return
     with progress(f"merging into {output.name}", total, "bytes") as advance:
         write = partial(merged, share=share, progress=advance, **options)
-        result = merge_stages([stage.recipe for stage in stages], output, write, download=download)
+        result = merge_stages([stage.recipe for stage in stages], output, write, download=download, allow_pickle=allow_pickle)
     if not share.first:
         return
     if as_json:

@@ -8,12 +8,12 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from frankenmerge.architectures import quantity
-from frankenmerge.checkpoint import Checkpoint, open_checkpoint
+from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.evaluation.language import Encoded, Loss, encode, measure
 from frankenmerge.evaluation.together import measure_together
 from frankenmerge.models import load_model, load_tokenizer, virtual_splice
-from frankenmerge.recipe import Recipe, load_recipe
+from frankenmerge.recipe import Recipe, load_recipe, open_donor
 from frankenmerge.splice import validated
 
 LONGEST_CONTEXT = 2048
@@ -68,11 +68,12 @@ class Bench:
     def __init__(
         self, texts: Iterable[Text], names: Iterable[str], *, context: int | None = None, dtype: str = "float32", device: str = "cpu",
         max_memory: Mapping[int | str, str] | None = None, offload: Path | None = None, download: bool = False,
+        allow_pickle: bool = False,
     ) -> None:  # fmt: skip
         self.texts = list(texts)
         self._placed: dict[str, Any] = {"dtype": dtype, "device": device, "max_memory": max_memory, "offload": offload}
         self._models: dict[str, tuple[Checkpoint, PreTrainedModel, dict[str, Encoded]]] = {}
-        self._checkpoints = {name: open_checkpoint(name, download=download) for name in names}
+        self._checkpoints = {name: open_donor(name, download=download, allow_pickle=allow_pickle) for name in names}
         self.context = context or shared_context(self._checkpoints.values())
         for name, checkpoint in self._checkpoints.items():
             longest = quantity(checkpoint.config, "positions") or self.context
@@ -128,7 +129,7 @@ def is_recipe(name: str) -> bool:
 def compare(
     names: Iterable[str], texts: Iterable[Text], *, context: int | None = None, dtype: str = "float32", device: str = "cpu",
     max_memory: Mapping[int | str, str] | None = None, offload: Path | None = None, download: bool = False,
-    progress: Callable[[int], None] = lambda _: None,
+    allow_pickle: bool = False, progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[Result], Bench]:  # fmt: skip
     """Measure checkpoints and recipes, and after them every donor of the recipes that was not named itself.
 
@@ -139,7 +140,8 @@ def compare(
     donors = [donor for donor in dict.fromkeys(donor for recipe in recipes.values() for donor in recipe.donors) if donor not in names]
     checkpoints = [*(name for name in names if name not in recipes), *donors]
     bench = Bench(
-        texts, checkpoints, context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download
+        texts, checkpoints, context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
+        allow_pickle=allow_pickle,
     )  # fmt: skip
     results = [
         bench.recipe(name, recipes[name], progress=progress) if name in recipes else bench.checkpoint(name, progress=progress)

@@ -54,13 +54,16 @@ def in_order(recipes: Sequence[Recipe], place: str = "recipe") -> list[Recipe]:
     return [recipes[number] for number in order if number != result] + [recipes[result]]
 
 
-def checked(recipes: Sequence[Recipe], scratch: Path, *, download: bool = False, place: str = "recipe") -> list[Stage]:
+def checked(
+    recipes: Sequence[Recipe], scratch: Path, *, download: bool = False, allow_pickle: bool = False, place: str = "recipe"
+) -> list[Stage]:
     """Hold every stage against its donors' configs and headers.
 
     Args:
         recipes: the stages of one file.
         scratch: an empty folder for the small files of stages that later ones use.
         download: whether donors may be fetched.
+        allow_pickle: whether donors that are pickles alone are converted.
         place: what faults are told to be in.
 
     Raises:
@@ -76,7 +79,7 @@ def checked(recipes: Sequence[Recipe], scratch: Path, *, download: bool = False,
             faults += method_faults(recipe, where)
             continue
         try:
-            stages.append(_checked(recipe, planned, where, download))
+            stages.append(_checked(recipe, planned, where, download, allow_pickle))
             if recipe.name:
                 planned[recipe.name] = _planned(stages[-1], scratch / recipe.name)
         except FrankenmergeError as error:
@@ -86,10 +89,10 @@ def checked(recipes: Sequence[Recipe], scratch: Path, *, download: bool = False,
     return stages
 
 
-def _checked(recipe: Recipe, planned: Mapping[str, Checkpoint], place: str, download: bool) -> Stage:
+def _checked(recipe: Recipe, planned: Mapping[str, Checkpoint], place: str, download: bool, allow_pickle: bool) -> Stage:
     faults = method_faults(recipe, place)
     try:
-        donors = open_donors(recipe, download=download, opened=planned)
+        donors = open_donors(recipe, download=download, allow_pickle=allow_pickle, fold=False, opened=planned)
     except FrankenmergeError as error:
         raise FrankenmergeError(*faults, *error.faults) from error
     raise_all([*faults, *recipe_faults(recipe, donors, place)])
@@ -113,6 +116,7 @@ def merge_stages(
     merge: Callable[[Recipe, Mapping[str, Checkpoint], Path], Any],
     *,
     download: bool = False,
+    allow_pickle: bool = False,
     skipped: Callable[[str], None] = lambda _: None,
 ) -> Any:
     """Merge stages in order, the result into `output`, the others into folders of their names in `OUTPUT.stages`.
@@ -125,6 +129,7 @@ def merge_stages(
         output: where the result goes.
         merge: writes one recipe's checkpoint to a folder.
         download: whether donors may be fetched.
+        allow_pickle: whether donors that are pickles alone are converted.
         skipped: called with the names of the stages that need not be made again.
 
     Returns:
@@ -138,14 +143,14 @@ def merge_stages(
 
     for stage in stages:
         recipe, folder = placed(stage), folders[stage.name]
-        donors = open_donors(recipe, download=download)
+        donors = open_donors(recipe, download=download, allow_pickle=allow_pickle)
         if _made_already(recipe, donors, folder):
             skipped(str(stage.name))
             continue
         _remove(folder)
         merge(recipe, donors, folder)
     recipe = placed(result)
-    return merge(recipe, open_donors(recipe, download=download), output)
+    return merge(recipe, open_donors(recipe, download=download, allow_pickle=allow_pickle), output)
 
 
 _PROVENANCE = "frankenmerge.json"

@@ -11,6 +11,7 @@ from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.merging.computing import read_fully
 from frankenmerge.merging.copying import CHUNK
 from frankenmerge.merging.provenance import PROVENANCE, file_hash
+from frankenmerge.recipe import open_donor
 
 _REMEDY = "merge again"
 
@@ -29,7 +30,9 @@ class Verified(NamedTuple):
     """Donors that are not at hand, or are not what they were: their tensors were not compared."""
 
 
-def verify(folder: Path, *, download: bool = False, progress: Callable[[int], None] = lambda _: None) -> Verified:
+def verify(
+    folder: Path, *, download: bool = False, allow_pickle: bool = False, progress: Callable[[int], None] = lambda _: None
+) -> Verified:
     """Hold the checkpoint in `folder` against its `frankenmerge.json`.
 
     Files, sizes, headers and names always; the bytes of copied tensors where their donors are at hand, unchanged; whole
@@ -40,7 +43,8 @@ def verify(folder: Path, *, download: bool = False, progress: Callable[[int], No
     try:
         checkpoint = open_checkpoint(str(folder))
         raise_all([*_file_faults(folder, told), *_name_faults(checkpoint, told)])
-        at_hand = {name: donor for name, given in told["donors"].items() if (donor := _donor(name, given["fingerprint"], download))}
+        opened = {name: _donor(name, given["fingerprint"], download, allow_pickle) for name, given in told["donors"].items()}
+        at_hand = {name: donor for name, donor in opened.items() if donor}
         pairs = [
             (name, checkpoint.tensors[name], at_hand[given["donor"]], given["tensor"])
             for name, given in told["tensors"].items()
@@ -85,9 +89,9 @@ def _name_faults(checkpoint: Checkpoint, told: dict[str, Any]) -> Iterator[Fault
         yield Fault(f"{checkpoint.path}: {name}", "the tensors of the provenance", "one more" if there else "not there", _REMEDY)
 
 
-def _donor(name: str, fingerprint: str, download: bool) -> Checkpoint | None:
+def _donor(name: str, fingerprint: str, download: bool, allow_pickle: bool) -> Checkpoint | None:
     try:
-        donor = open_checkpoint(name, download=download)
+        donor = open_donor(name, download=download, allow_pickle=allow_pickle)
         return donor if donor.fingerprint == fingerprint else None
     except FrankenmergeError:
         return None
