@@ -125,7 +125,7 @@ def test_a_recipe_file_becomes_what_the_method_gives_on_whole_tensors(three, tmp
     assert len(set(seeds.values())) == len(made)
     for name, tensor in made.items():
         assert torch.equal(tensor, expected(method, base, slices, name, tensors, seeds[name])), name
-    _, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out1", output_loading_info=True)  # pyright: ignore[reportGeneralTypeIssues] - a pair, when asked for
+    _, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out1", output_loading_info=True)
     assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert len(made) == 9 * (6 if slices else 4) + 3
 

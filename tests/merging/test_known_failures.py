@@ -28,7 +28,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def loaded(folder: Path):
     """The model, which takes every tensor of the folder and lacks none."""
-    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")  # pyright: ignore[reportGeneralTypeIssues] - a pair, when asked for
+    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
     assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
     return model
