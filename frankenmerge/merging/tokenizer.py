@@ -1,6 +1,7 @@
 """The result's tokenizer: a donor's files, with the tokens that a union adds and the chat template that the recipe names."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,7 +102,19 @@ def chat_template(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> str:
         return TEMPLATES[asked].read_text(encoding="utf-8")
     if "{" not in asked:
         raise fail("recipe: chat_template", f"auto, jinja, or one of: {', '.join(TEMPLATES)}", repr(asked)[:200], "correct the name")
+    _check_jinja(asked)
     return asked
+
+
+def _check_jinja(template: str) -> None:
+    from jinja2 import Environment, TemplateSyntaxError
+
+    # A tag of transformers' own, without effect on the text.
+    plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except TemplateSyntaxError as error:
+        raise fail("recipe: chat_template", "jinja", f"line {error.lineno}: {error.message}", "correct the template") from error
 
 
 def _template_of(donor: Checkpoint) -> str | None:

@@ -144,3 +144,16 @@ def test_a_template_of_no_known_name_is_refused(donors, tmp_path):
     with pytest.raises(FrankenmergeError) as caught:
         made(linear(donors["a"], more="chat_template: chatlm"), tmp_path / "out")
     assert "chatml" in caught.value.faults[0].expected
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ messages", "{% for message in messages %}{{ message.content }}"])
+def test_a_template_that_is_no_jinja_is_refused(donors, tmp_path, template):
+    with pytest.raises(FrankenmergeError) as caught:
+        made(linear(donors["a"], more=f"chat_template: {json.dumps(template)}"), tmp_path / "out")
+    assert caught.value.faults[0].place == "recipe: chat_template" and "line 1" in caught.value.faults[0].found
+
+
+def test_a_template_may_mark_what_the_model_generates(donors, tmp_path):
+    template = "{% for message in messages %}{%- generation -%}{{ message.content }}{% endgeneration %}{% break %}{% endfor %}"
+    tokenizer, _ = made(linear(donors["a"], more=f"chat_template: {json.dumps(template)}"), tmp_path / "out")
+    assert tokenizer.apply_chat_template(TALK, tokenize=False) == TALK[0]["content"]
