@@ -40,7 +40,10 @@ MEANT_FOR: dict[str, tuple[str, ...]] = dict.fromkeys(("neurons", "tokens"), INP
 @pickle_option
 @json_option
 def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json: bool) -> None:
-    """Tell what DONORS are and whether their blocks can be spliced, from configs and headers alone."""
+    """Tell what DONORS are and whether their blocks can be spliced, from configs and headers alone.
+
+    A LoRA in a name is folded in first, and kept in the cache; a pickled donor that is allowed is converted likewise.
+    """
     from frankenmerge.recipe import open_donor
     from frankenmerge.splice import compatibility
 
