@@ -8,7 +8,7 @@ import pytest
 from conftest import write_donor
 
 from frankenmerge.alignment import load_alignment
-from frankenmerge.analysis.align import align
+from frankenmerge.analysis.align import SCORES, align
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
@@ -121,7 +121,7 @@ def test_the_score_compares_the_neurons_that_both_have_searched(atlases, method)
     np.testing.assert_allclose(score.detail[:, :, [2, 4, 9]], every.diagonal(axis1=2, axis2=3), atol=2**-11)
     assert np.isnan(score.detail[:, :, [n for n in range(16) if n not in (2, 4, 9)]]).all()
     assert alignment.provenance["searched"] == {"neurons": [2, 4, 9], "tokens": 3}
-    assert set(alignment.scores) == {"argmax", "correlation", "jaccard", method}
+    assert set(alignment.scores) == {*SCORES, method}
     assert method not in align(a, b).scores
 
 
