@@ -29,6 +29,22 @@ class Keys:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """How a block's tensors meet the residual stream, so that it can be turned to another basis; names behind the block's prefix."""
+
+    norms: Mapping[str, tuple[str, ...]]
+    """Norms of the stream, each with the maps that read what it makes."""
+    writes: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    """Maps whose outputs are added to the stream."""
+    inside: tuple[str, ...] = ()
+    """What meets the stream nowhere, such as norms of single heads."""
+    behind: tuple[str, ...] = ()
+    """Norms of what a map writes: their gains belong to the donor's own basis, so such a block cannot be turned."""
+    transposed: bool = False
+    """Whether maps are stored `[in, out]`."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family's names; tensor names are prefixes, as they stand in a checkpoint."""
 
@@ -62,6 +78,8 @@ class Architecture:
     """The map that makes queries, keys and values together, in this order."""
     fused_by_head: bool = False
     """Whether the fused outputs are in that order within each head, instead of over all."""
+    stream: Stream | None = None
+    """How its blocks meet the residual stream; None where nobody has said."""
 
     def role(self, name: str) -> tuple[Role, int | None, str]:
         """Tell what a tensor is for: (role, block index or None, canonical name).
@@ -89,16 +107,27 @@ class Architecture:
 
 _LLAMA_DEFAULTS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-6}
 _INV_FREQ = r"rotary_emb\.inv_freq$"
-DECODER = Architecture("model.", "layers.{}.", ("embed_tokens.",), "norm.", ignored=_INV_FREQ, defaults=_LLAMA_DEFAULTS)
+_QKV, _GATED = tuple(f"self_attn.{name}_proj" for name in "qkv"), ("mlp.gate_proj", "mlp.up_proj")
+_STREAM = Stream({"input_layernorm": _QKV, "post_attention_layernorm": _GATED})
+DECODER = Architecture("model.", "layers.{}.", ("embed_tokens.",), "norm.", ignored=_INV_FREQ, defaults=_LLAMA_DEFAULTS, stream=_STREAM)
 """The layout that Llama began and most families follow."""
 
 FAMILIES: dict[str, Architecture] = {
     "llama": DECODER,
     "mistral": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"sliding_window": 4096}),
     "qwen2": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"use_sliding_window": False}),
-    "qwen3": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"use_sliding_window": False}),
-    "phi3": replace(DECODER, queries_keys=(), fused="qkv_proj"),
-    "olmo2": DECODER,
+    "qwen3": replace(
+        DECODER,
+        defaults=_LLAMA_DEFAULTS | {"use_sliding_window": False},
+        stream=replace(_STREAM, inside=("self_attn.q_norm", "self_attn.k_norm")),
+    ),
+    "phi3": replace(
+        DECODER,
+        queries_keys=(),
+        fused="qkv_proj",
+        stream=Stream({"input_layernorm": ("self_attn.qkv_proj",), "post_attention_layernorm": ("mlp.gate_up_proj",)}),
+    ),
+    "olmo2": replace(DECODER, stream=Stream({}, behind=("post_attention_layernorm", "post_feedforward_layernorm"))),
     "gpt2": Architecture(
         "transformer.",
         "h.{}.",
@@ -113,6 +142,7 @@ FAMILIES: dict[str, Architecture] = {
         tied=True,
         queries_keys=(),
         fused="c_attn",
+        stream=Stream({"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)}, ("attn.c_proj", "mlp.c_proj"), transposed=True),
     ),
     "gpt_neox": Architecture(
         "gpt_neox.",
@@ -126,6 +156,10 @@ FAMILIES: dict[str, Architecture] = {
         queries_keys=(),
         fused="query_key_value",
         fused_by_head=True,
+        stream=Stream(
+            {"input_layernorm": ("attention.query_key_value",), "post_attention_layernorm": ("mlp.dense_h_to_4h",)},
+            ("attention.dense", "mlp.dense_4h_to_h"),
+        ),
     ),
 }
 
