@@ -9,14 +9,14 @@ Norms divide by the stream's length, so `scale` changes nothing but the weight o
 """
 
 import hashlib
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from frankenmerge.architectures import Architecture
-from frankenmerge.errors import fail
+from frankenmerge.errors import Fault, FrankenmergeError, fail
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["gain", "shift", "read", "write", "added", "rows", "inside"]
 
@@ -24,7 +24,7 @@ Kind = Literal["gain", "shift", "read", "write", "added", "rows", "inside"]
 class Turn(NamedTuple):
     """From a donor's basis to another one: the state `x [d]` becomes `scale * x @ matrix`."""
 
-    matrix: Tensor
+    matrix: "Tensor"
     """`[d, d]`, float64, orthogonal."""
     scale: float = 1.0
 
@@ -75,7 +75,7 @@ def meeting(architecture: Architecture, canonical: str) -> Meeting:
     raise fail(canonical, "a tensor that reads or writes the residual stream in a known way", "neither", "splice without a gauge")
 
 
-def turned(tensor: Tensor, met: Meeting, turn: Turn, gain: Tensor | None = None) -> Tensor:
+def turned(tensor: "Tensor", met: Meeting, turn: Turn, gain: "Tensor | None" = None) -> "Tensor":
     """One tensor as the turned slice has it, in float64.
 
     Args:
@@ -91,7 +91,7 @@ def turned(tensor: Tensor, met: Meeting, turn: Turn, gain: Tensor | None = None)
     if met.kind == "inside":
         return tensor
     if met.kind == "gain":
-        return torch.ones_like(tensor)
+        return tensor.new_ones(tensor.shape)
     if met.kind in ("added", "rows") or (met.kind == "write" and met.transposed):
         return scale * tensor @ matrix
     if met.kind == "write":
@@ -105,7 +105,7 @@ def turned(tensor: Tensor, met: Meeting, turn: Turn, gain: Tensor | None = None)
     return (tensor / gain) @ matrix
 
 
-def turned_all(tensors: Mapping[str, Tensor], architecture: Architecture, turn: Turn) -> dict[str, Tensor]:
+def turned_all(tensors: Mapping[str, "Tensor"], architecture: Architecture, turn: Turn) -> dict[str, "Tensor"]:
     """Tensors of one block, or of what lies outside the blocks, as the turned slice has them, in float64.
 
     Args:
@@ -117,7 +117,7 @@ def turned_all(tensors: Mapping[str, Tensor], architecture: Architecture, turn: 
     return {name: turned(tensors[name], met, turn, tensors[met.gain] if met.gain else None) for name, met in places.items()}
 
 
-def procrustes(source: Tensor, target: Tensor, *, centred: bool = False) -> Turn:
+def procrustes(source: "Tensor", target: "Tensor", *, centred: bool = False) -> Turn:
     """The turn and scale that bring `source` closest to `target` in the sum of squares (Schoenemann 1966).
 
     Args:
@@ -125,6 +125,8 @@ def procrustes(source: Tensor, target: Tensor, *, centred: bool = False) -> Turn
         target: states of the other one on the same inputs, `[n, d]`.
         centred: whether the norms centre: then both are centred first and the all-ones direction stays where it is.
     """
+    import torch
+
     source, target = source.double(), target.double()
     if centred:
         source, target = (states - states.mean(1, keepdim=True) for states in (source, target))
@@ -136,7 +138,7 @@ def procrustes(source: Tensor, target: Tensor, *, centred: bool = False) -> Turn
     return Turn(matrix, float((product * matrix).sum() / source.square().sum()))
 
 
-def residual(turn: Turn, source: Tensor, target: Tensor) -> float:
+def residual(turn: Turn, source: "Tensor", target: "Tensor") -> float:
     """Share of the target's squared length that the turn leaves over, for states `[n, d]`: 1 minus R^2 about the origin."""
     left = target.double() - turn.scale * source.double() @ turn.matrix
     return float(left.square().sum() / target.double().square().sum())
@@ -144,5 +146,17 @@ def residual(turn: Turn, source: Tensor, target: Tensor) -> float:
 
 def random_turn(width: int, seed: int, *, centred: bool = False) -> Turn:
     """A turn drawn uniformly, the null of any fit; `centred` keeps the all-ones direction."""
+    import torch
+
     drawn = torch.randn(2, width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return Turn(procrustes(drawn[0], drawn[1], centred=centred).matrix)
+
+
+def gauge_faults(architecture: Architecture, names: Iterable[str], place: str) -> list[Fault]:
+    """What keeps the tensors of these canonical names from being turned, told once for a family."""
+    try:
+        for name in names:
+            meeting(architecture, name)
+    except FrankenmergeError as error:
+        return [fault._replace(place=f"{place}: {fault.place}") for fault in error.faults]
+    return []

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from frankenmerge.architectures import FAMILIES
+from frankenmerge.architectures import FAMILIES, Architecture
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import fail
+from frankenmerge.gauge import Turn, turned_all
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import result_config, untied, validated
 
@@ -192,7 +193,7 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 @torch.no_grad()
 def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel]) -> PreTrainedModel:
-    """Stack the donors' blocks in memory as `recipe` says, sharing their weights: nothing is copied or written.
+    """Stack the donors' blocks in memory as `recipe` says, sharing their weights: only those of turned slices are made anew.
 
     The same model as the checkpoint that a merge of the recipe writes: it is built empty from the result's config, then
     filled with the donors' own tensors.
@@ -211,22 +212,51 @@ def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Map
     prefix = _blocks_name(model)
     states = {name: donor.state_dict() for name, donor in models.items()}
     parts: dict[str, Tensor] = {}
-    for position, block in enumerate(recipe.blocks):
-        source = f"{prefix}{block.index}."
-        found = {name.removeprefix(source): value for name, value in states[block.model].items() if name.startswith(source)}
-        parts |= {f"{prefix}{position}.{name}": value for name, value in found.items()}
     architecture = FAMILIES[settings["model_type"]]
+    turns = _turns(recipe, donors)
+    position = 0
+    for number, source in enumerate(recipe.sources):
+        for index in range(*source.layer_range):
+            start = f"{prefix}{index}."
+            found = {name.removeprefix(start): value for name, value in states[source.model].items() if name.startswith(start)}
+            found = _turned(found, architecture.root + architecture.block, architecture, turns.get(number))
+            parts |= {f"{prefix}{position}.{name}": value for name, value in found.items()}
+            position += 1
     # In memory the head may have another name than in the file (GPT-NeoX: lm_head, embed_out).
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings()) + "."
+    ends: dict[str, dict[str, Tensor]] = {"embedding": {}, "behind": {}}
     for name in model.state_dict():
-        role = "head" if name.startswith(head) else architecture.role(name)[0]
-        if role in ("embedding", "final", "head"):
-            parts[name] = (first if role == "embedding" else last).state_dict()[name]
+        is_head = name.startswith(head)
+        role = "head" if is_head else architecture.role(name)[0]
+        canonical = architecture.head + name.removeprefix(head) if is_head else name
+        if role == "embedding":
+            ends["embedding"][canonical] = first.state_dict()[name]
+        elif role in ("final", "head"):
+            ends["behind"][canonical] = last.state_dict()[name]
+    ends["embedding"] = _turned(ends["embedding"], "", architecture, turns.get(0))
+    ends["behind"] = _turned(ends["behind"], "", architecture, turns.get(len(recipe.slices) - 1))
+    for name, value in (ends["embedding"] | ends["behind"]).items():
+        parts[head + name.removeprefix(architecture.head) if name.startswith(architecture.head) else name] = value
     model.load_state_dict(parts, strict=True, assign=True)
     if not untied(recipe, donors):
         model.tie_weights()
     model.generation_config = first.generation_config
     return model.eval()
+
+
+def _turns(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Mapping[int, Turn]:
+    """The turns of the slices that have a gauge, by slice."""
+    from frankenmerge.fitting import fitted_turns  # which runs models, and so imports this
+
+    return {part: fit.turn for part, fit in fitted_turns(recipe, donors).items()} if any(part.gauge for part in recipe.slices) else {}
+
+
+def _turned(tensors: dict[str, Tensor], prefix: str, architecture: Architecture, turn: Turn | None) -> dict[str, Tensor]:
+    """Tensors by name behind `prefix`, turned and in the type they had; as they are where there is no turn."""
+    if turn is None:
+        return tensors
+    result = turned_all({prefix + name: value for name, value in tensors.items()}, architecture, turn)
+    return {name: result[prefix + name].to(value.dtype) for name, value in tensors.items()}
 
 
 def _blocks_name(model: PreTrainedModel) -> str:

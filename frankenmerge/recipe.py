@@ -49,10 +49,20 @@ class Source(_Part):
     """`[start, stop]`: 0-based, half-open."""
 
 
+class Gauge(_Part):
+    """Into whose basis of the residual stream a slice is turned, and by what it is fitted. No key of mergekit's."""
+
+    to: Literal["base", "previous"]
+    """The base donor's basis, or the one that the slice before is in."""
+    fit: Annotated[str, Field(min_length=1)] = "probes"
+    """`probes` for random tokens, which need no data, or a text file."""
+
+
 class Slice(_Part):
     """A run of blocks of the result; in a passthrough it has one source."""
 
     sources: Annotated[list[Source], Field(min_length=1, max_length=1)]
+    gauge: Gauge | None = None
 
 
 class Recipe(_Part):
@@ -152,7 +162,7 @@ def _fault(place: str, detail: Any) -> Fault:
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).lstrip(".")
     found = "nothing" if detail["type"] == "missing" else repr(detail["input"])[:200]
     if detail["type"] == "extra_forbidden":
-        part = {1: Recipe, 3: Slice}.get(len(detail["loc"]), Source)
+        part = Gauge if "gauge" in detail["loc"] else {1: Recipe, 3: Slice}.get(len(detail["loc"]), Source)
         return Fault(f"{place}: {where}", f"one of: {', '.join(part.model_fields)}", "an unknown key", "correct or remove the key")
     return Fault(f"{place}: {where}", detail["msg"].removeprefix("Value error, "), found, "correct the recipe")
 
@@ -175,6 +185,8 @@ def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
     data = recipe.model_dump(exclude_none=True)
     for part in data["slices"]:
         part["sources"][0]["model"] = found(part["sources"][0]["model"])
+        if (gauge := part.get("gauge")) and not Path(gauge["fit"]).is_file() and (folder / gauge["fit"]).is_file():
+            gauge["fit"] = str(folder / gauge["fit"])
     for key in ("base_model", "tokenizer_source"):
         if key in data:
             data[key] = found(data[key])

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from frankenmerge.architectures import differences, is_tied, quantity, spliced_config
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
+from frankenmerge.gauge import gauge_faults
 from frankenmerge.recipe import Recipe
 
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -61,9 +63,13 @@ def _tensor_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
 
 
 def untied(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> bool:
-    """Whether the result needs a head of its own: the head belongs to the last donor, the embedding to the first."""
+    """Whether the result needs a head of its own: the head belongs to the last donor, the embedding to the first.
+
+    A turned head has taken in the final norm's gain, which the embedding has not.
+    """
     first, last = recipe.sources[0].model, recipe.sources[-1].model
-    return first != last or not is_tied(donors[last].config)
+    turned = recipe.slices[0].gauge or recipe.slices[-1].gauge
+    return first != last or turned is not None or not is_tied(donors[last].config)
 
 
 def result_config(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str, Any]:
@@ -83,7 +89,7 @@ def result_config(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str,
 
 def recipe_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "recipe") -> list[Fault]:
     """Everything that keeps `recipe` from becoming a model, found before anything is written."""
-    faults = list(_range_faults(recipe, donors, place))
+    faults = [*_range_faults(recipe, donors, place), *_gauge_faults(recipe, donors, place)]
     opened = {id(donor): donor for donor in donors.values()}
     for reason in compatibility(list(opened.values())).reasons:
         faults.append(Fault(place, "donors whose blocks one config can describe", reason, "splice donors of one family and shape"))
@@ -115,6 +121,28 @@ def _range_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str) 
         if source.layer_range[1] > blocks:
             where = f"{place}: slices[{number}].sources[0].layer_range"
             yield Fault(where, f"a range within [0, {blocks}], the blocks of {source.model}", str(source.layer_range), "shorten the range")
+
+
+def _gauge_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str) -> Iterator[Fault]:
+    for number, part in enumerate(recipe.slices):
+        if part.gauge is None:
+            continue
+        where, donor = f"{place}: slices[{number}].gauge", donors[part.sources[0].model]
+        if part.gauge.to == "previous" and number == 0:
+            yield Fault(f"{where}.to", "base, for the first slice", "previous", "correct the recipe")
+        if part.gauge.fit != "probes" and not Path(part.gauge.fit).is_file():
+            yield Fault(f"{where}.fit", "probes, or a text file", part.gauge.fit, "correct the path")
+        other = donors[recipe.base if part.gauge.to == "base" else recipe.sources[max(0, number - 1)].model]
+        if donor.tokenizer_hash != other.tokenizer_hash:
+            yield Fault(
+                where, f"the tokenizer of {other.name}, so that both see the same tokens", "another one", "turn donors that share one"
+            )
+        names = [
+            name
+            for role in ("block", "embedding", "final", "head")
+            for name in donor.by_role.get((role, 0 if role == "block" else None), {})
+        ]
+        yield from gauge_faults(donor.architecture, names, where)
 
 
 def validated(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "recipe") -> Recipe:

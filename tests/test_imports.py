@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     {"__init__", "errors", "architectures"},
-    {"atlas", "alignment", "recipe", "splice", "files", "models", "checkpoint", "blockwise", "processes", "gauge"},
+    {"atlas", "alignment", "recipe", "splice", "files", "models", "checkpoint", "blockwise", "processes", "gauge", "fitting"},
     STAGES := {"analysis", "planning", "merging", "evaluation", "reporting"},
     {"demo"},
     {"cli"},
@@ -20,7 +20,7 @@ LAYERS = (
 """What lies directly in the package. A part imports from lower layers and its own; a stage from no other stage."""
 
 HEAVY = ("torch", "transformers", "accelerate", "safetensors.torch")
-MAY_BE_HEAVY = {"models", "gauge", "blockwise", "analysis", "evaluation", "reporting", "demo"}
+MAY_BE_HEAVY = {"models", "fitting", "blockwise", "analysis", "evaluation", "reporting", "demo"}
 """The parts that may import these when they are imported; all others do it in the functions that need them."""
 
 

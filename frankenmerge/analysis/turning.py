@@ -185,6 +185,7 @@ def refine(
         skew.grad = logs.grad = None
         loss.backward()
         with torch.no_grad():
+            assert skew.grad is not None
             momentum = MOMENTUM * momentum + skew.grad
             left, _, right = torch.linalg.svd(momentum[j:] - momentum[j:].mT)
             skew[j:] -= rate * share / 2 * (left @ right)

@@ -18,13 +18,14 @@ def model_card(recipe: Recipe, donors: Mapping[str, Checkpoint], config: Mapping
         count = source.layer_range[1] - source.layer_range[0]
         rows.append(f"| {position}-{position + count - 1} | {source.model} | {source.layer_range[0]}-{source.layer_range[1] - 1} |")
         position += count
+    told = "some turned to another basis" if any(part.gauge for part in recipe.slices) else "their weights unchanged"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
 # A frankenmodel of {config[FAMILIES[config["model_type"]].keys.blocks]} blocks
 
-Made by stacking blocks of other models, their weights unchanged. It has not been trained since; measure it before you use it.
+Made by stacking blocks of other models, {told}. It has not been trained since; measure it before you use it.
 
 | blocks here | donor | its blocks |
 |---|---|---|

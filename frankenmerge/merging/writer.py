@@ -12,15 +12,19 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import frankenmerge
 from frankenmerge.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from frankenmerge.errors import fail
+from frankenmerge.gauge import Turn, turned
 from frankenmerge.merging.card import model_card
-from frankenmerge.merging.schedule import Copy, schedule
+from frankenmerge.merging.schedule import Copy, Operation, Rotate, schedule
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import result_config, validated
+
+if TYPE_CHECKING:
+    from frankenmerge.fitting import Fit
 
 CHUNK = 8 << 20
 """Bytes asked of the kernel at a time, so that progress shows and Ctrl-C is heard."""
@@ -42,12 +46,12 @@ class Shard(NamedTuple):
     name: str
     header: bytes
     """The eight bytes of its length included."""
-    copies: list[Copy]
+    copies: list[Operation]
 
 
-def plan_shards(copies: list[Copy], limit: int) -> list[Shard]:
+def plan_shards(copies: list[Operation], limit: int) -> list[Shard]:
     """Cut the schedule, in order, into files of at most `limit` bytes of tensors (one tensor may exceed it)."""
-    groups: list[list[Copy]] = [[]]
+    groups: list[list[Operation]] = [[]]
     filled = 0
     for copy in copies:
         if groups[-1] and filled + copy.tensor.bytes > limit:
@@ -60,7 +64,7 @@ def plan_shards(copies: list[Copy], limit: int) -> list[Shard]:
     return [Shard(f"model-{n:05d}-of-{len(groups):05d}.safetensors", _header(group), group) for n, group in enumerate(groups, 1)]
 
 
-def _header(copies: list[Copy]) -> bytes:
+def _header(copies: list[Operation]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for copy in copies:
@@ -91,6 +95,7 @@ def merge(
     copies = schedule(recipe, donors)
     total = sum(copy.tensor.bytes for copy in copies)
     check_output(output, donors, total)
+    turns = _turns(recipe, donors)
     made = [parent for parent in output.absolute().parents if not parent.exists()]
     folder = None
     try:
@@ -98,8 +103,8 @@ def merge(
         folder = Path(tempfile.mkdtemp(prefix=".merge.", suffix=".partial", dir=output.parent))
         shards = plan_shards(copies, shard_size)
         for shard in shards:
-            _write_shard(folder / shard.name, shard, progress)
-        for name, content in small_files(recipe, donors, shards).items():
+            _write_shard(folder / shard.name, shard, turns, progress)
+        for name, content in small_files(recipe, donors, shards, turns).items():
             _write_synced(folder / name, content)
         folder.chmod(0o755)
         _sync(folder)
@@ -118,6 +123,14 @@ def merge(
             with suppress(OSError):  # it holds the result, or is not there
                 parent.rmdir()
     return Merged(output, len(copies), total, time.perf_counter() - started)
+
+
+def _turns(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[int, "Fit"]:
+    if not any(part.gauge for part in recipe.slices):
+        return {}
+    from frankenmerge.fitting import fitted_turns
+
+    return fitted_turns(recipe, donors)
 
 
 def check_output(output: Path, donors: Mapping[str, Checkpoint], size: int) -> None:
@@ -145,7 +158,7 @@ def check_output(output: Path, donors: Mapping[str, Checkpoint], size: int) -> N
         )
 
 
-def small_files(recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[Shard]) -> dict[str, bytes]:
+def small_files(recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[Shard], turns: Mapping[int, "Fit"]) -> dict[str, bytes]:
     """Everything beside the weights, by name: config, index, tokenizer, recipe, card, provenance."""
     base, tokenizer = donors[recipe.base], donors[recipe.tokenizer]
     config = result_config(recipe, donors)
@@ -163,7 +176,11 @@ def small_files(recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[S
         "recipe_sha256": hashlib.sha256(files["recipe.yaml"]).hexdigest(),
         "donors": {name: {"fingerprint": donor.fingerprint} for name, donor in donors.items()},
         "tensors": {
-            copy.name: {"donor": copy.donor, "tensor": copy.source, "method": "copy"} for shard in shards for copy in shard.copies
+            copy.name: {"donor": copy.donor, "tensor": copy.source, "method": "rotate" if isinstance(copy, Rotate) else "copy"}
+            for shard in shards for copy in shard.copies
+        },
+        "gauges": {
+            part: {"rotation": fit.turn.hash, "scale": fit.turn.scale, "held_out_r2": 1 - fit.residual} for part, fit in turns.items()
         },
     }  # fmt: skip
     files["frankenmerge.json"] = _json(provenance)
@@ -175,15 +192,31 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _write_shard(path: Path, shard: Shard, progress: Callable[[int], None]) -> None:
+def _write_shard(path: Path, shard: Shard, turns: Mapping[int, "Fit"], progress: Callable[[int], None]) -> None:
     with ExitStack() as stack:
         files = sorted({copy.tensor.file for copy in shard.copies})
         sources = {file: stack.enter_context(file.open("rb", buffering=0)) for file in files}
         target = stack.enter_context(path.open("wb", buffering=0))
         target.write(shard.header)
         for copy in shard.copies:
-            _copy_range(sources[copy.tensor.file].fileno(), target.fileno(), copy, progress)
+            if isinstance(copy, Rotate):
+                target.write(_rotated(copy, turns[copy.part].turn))
+                progress(copy.tensor.bytes)
+            else:
+                _copy_range(sources[copy.tensor.file].fileno(), target.fileno(), copy, progress)
         os.fsync(target.fileno())
+
+
+def _rotated(operation: Rotate, turn: Turn) -> memoryview:
+    """The bytes of a turned tensor: computed in float64, rounded once to the type that the donor has it in."""
+    import torch
+
+    from frankenmerge.blockwise import read_tensor
+
+    tensor = read_tensor(operation.tensor)
+    gain = read_tensor(operation.gain) if operation.gain else None
+    result: Any = turned(tensor, operation.met, turn, gain).to(tensor.dtype).contiguous()
+    return memoryview(result.flatten().view(torch.uint8).numpy())
 
 
 def _copy_range(source: int, target: int, copy: Copy, progress: Callable[[int], None]) -> None:
