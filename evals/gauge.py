@@ -1,8 +1,8 @@
 """Can blocks of donors that never shared a basis be spliced? All single-seam splices of two donors, raw and turned.
 
 A splice is A's blocks `[0, i)` and B's blocks `[j, L)`. Every splice is measured raw; with B's slice turned by a fit on text, and
-on tokens alone (drawn from the donors themselves: no data); with the best signed permutation in place of a rotation; and with a
-random rotation. The first half of the text is fitted on, windows of the second half are what is measured.
+on tokens alone (drawn from the donors themselves: no data; the fit on text sees them too); with the best signed permutation in place
+of a rotation; and with a random rotation. The first half of the text is fitted on, windows of the second half are what is measured.
 """
 
 import json
@@ -24,33 +24,36 @@ from transformers import PreTrainedModel
 from frankenmerge.analysis.turning import Shown, Turns, at_seam, drawn, fit_over_blocks, flat, refine, show, turning
 from frankenmerge.architectures import quantity
 from frankenmerge.checkpoint import open_checkpoint
-from frankenmerge.evaluation.compare import read_text
+from frankenmerge.evaluation.compare import read_text, shared_context
 from frankenmerge.evaluation.language import encode
 from frankenmerge.gauge import Turn, procrustes, random_turn
 from frankenmerge.models import load_model, load_tokenizer, virtual_splice
 from frankenmerge.recipe import Block, recipe_of
 
-LENGTH = 128
-ROWS = 64
+LONGEST = 128
+ROWS = 128
+"""Windows that are fitted on, at most: of text, and drawn from the donors."""
 
 
 @click.command()
 @click.option("--donor-a", required=True, help="The donor of the first slice.")
 @click.option("--donor-b", required=True, help="The donor of the second slice.")
 @click.option("--text", "texts", required=True, multiple=True, type=click.Path(path_type=Path), help="A text; may be repeated.")
-@click.option("--windows", default=16, show_default=True, help=f"Windows of {LENGTH} tokens that are measured, of all texts together.")
+@click.option(
+    "--windows", default=16, show_default=True, help=f"Windows of at most {LONGEST} tokens that are measured, of all texts together."
+)
 @click.option("--joint", default=150, show_default=True, help="Steps of descent on the turns of all seams together; 0 for none.")
 @click.option("--steps", default=25, show_default=True, help="Steps of descent on a seam's own turns; with neither, a plain fit.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(donor_a: str, donor_b: str, texts: tuple[Path, ...], windows: int, joint: int, steps: int, as_json: bool) -> None:
     """Measure every single-seam splice, raw and turned."""
-    torch.set_grad_enabled(True)
     checkpoints = {name: open_checkpoint(name) for name in (donor_a, donor_b)}
     models = {name: load_model(checkpoint).requires_grad_(False) for name, checkpoint in checkpoints.items()}
     a, b = models[donor_a], models[donor_b]
     tokenizer = load_tokenizer(checkpoints[donor_a])
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    halves = [_halves(encode(tokenizer, read_text(text).content, str(text)).ids, start, windows // len(texts)) for text in texts]
+    length = min(LONGEST, shared_context(checkpoints.values()))
+    halves = [_halves(encode(tokenizer, read_text(text).content, str(text)).ids, start, length, len(texts), windows) for text in texts]
     fitted, tested = (torch.cat(parts) for parts in zip(*halves, strict=True))
     centred = checkpoints[donor_a].architecture.norm == "layer"
     depths = [quantity(checkpoints[name].config, "blocks") or 0 for name in (donor_a, donor_b)]
@@ -60,8 +63,8 @@ def main(donor_a: str, donor_b: str, texts: tuple[Path, ...], windows: int, join
         recipe = recipe_of([Block(donor_b, index) for index in range(j, depths[1])])
         slices[j] = virtual_splice(recipe, checkpoints, models).requires_grad_(False)
 
-    donor_text = torch.cat([drawn(model, ROWS // 2, LENGTH, start, seed) for seed, model in enumerate((a, b))])
-    shown = {"text": show(a, b, fitted), "probes": show(a, b, donor_text)}
+    donor_text = torch.cat([drawn(model, ROWS // 2, length, start, seed) for seed, model in enumerate((a, b))])
+    shown = {"text": show(a, b, torch.cat([fitted, donor_text])), "probes": show(a, b, donor_text)}
     test = show(a, b, tested)
     near = [(i, j) for i, j in seams if i >= j - 2]
     turns = {}
@@ -87,12 +90,12 @@ def main(donor_a: str, donor_b: str, texts: tuple[Path, ...], windows: int, join
     click.echo(json.dumps(result)) if as_json else _print(result)
 
 
-def _halves(ids: Any, start: int, windows: int) -> tuple[Tensor, Tensor]:
-    """Windows behind `start`: of the text's first half to fit on, of its second to measure."""
-    rows = torch.from_numpy(ids[1:]).unfold(0, LENGTH - 1, LENGTH - 1)
+def _halves(ids: Any, start: int, length: int, texts: int, windows: int) -> tuple[Tensor, Tensor]:
+    """Windows behind `start`: of the text's first half to fit on, of its second to measure; of each, a share for one of `texts`."""
+    rows = torch.from_numpy(ids[1:]).unfold(0, length - 1, length - 1)
     rows = torch.cat([torch.full((len(rows), 1), start), rows], 1)
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    return first[: ROWS // 2], second[:windows]
+    return first[: ROWS // texts], second[: windows // texts]
 
 
 def _own(

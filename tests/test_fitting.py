@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import changed, write_donor
+from conftest import changed, turned_donor, write_donor
 from safetensors.torch import load_file
-from test_gauge import turned_donor
 
 from frankenmerge.architectures import FAMILIES
 from frankenmerge.checkpoint import open_checkpoint

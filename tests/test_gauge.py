@@ -2,39 +2,18 @@
 
 import pytest
 import torch
-from conftest import changed, write_donor
-from safetensors.torch import load_file, save_file
+from conftest import turned_donor, write_donor
+from safetensors.torch import load_file
 
 from frankenmerge.architectures import FAMILIES
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.gauge import Turn, meeting, procrustes, random_turn, residual, turned, turned_all
+from frankenmerge.gauge import Turn, meeting, procrustes, random_turn, residual, turned
 from frankenmerge.models import load_model
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41], [5, 5, 2, 47, 19, 1]])
 TURNED = [name for name, architecture in FAMILIES.items() if architecture.stream and not architecture.stream.behind]
-EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 REFUSED = sorted(set(FAMILIES) - set(TURNED))
-
-
-def turned_donor(source, folder, turn):
-    """The donor with its whole stream turned, its head parted from its embedding, as a checkpoint."""
-    checkpoint = open_checkpoint(str(source))
-    architecture = checkpoint.architecture
-    stored = load_file(source / "model.safetensors")
-    head, embedding = f"{architecture.head}weight", f"{architecture.root}{architecture.embedding[0]}weight"
-    outside = {
-        name: stored[found] for role in ("embedding", "final", "head") for name, found in checkpoint.by_role.get((role, None), {}).items()
-    }
-    result = turned_all(outside | {head: outside.get(head, outside[embedding])}, architecture, turn)
-    for index in range(checkpoint.blocks):
-        block = {canonical: stored[name] for canonical, name in checkpoint.by_role["block", index].items()}
-        result |= {name.format(index): value for name, value in turned_all(block, architecture, turn).items()}
-    # A norm's small constant is added to the stream's mean square, which the scale has changed.
-    constants = {key: value * turn.scale**2 for key, value in checkpoint.config.items() if key in EPSILONS}
-    path = changed(source, folder, config=lambda config: config | constants | {"tie_word_embeddings": False})
-    save_file({name: value.float().contiguous() for name, value in result.items()}, path / "model.safetensors", {"format": "pt"})
-    return path
 
 
 @torch.no_grad()
