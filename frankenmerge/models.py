@@ -213,13 +213,13 @@ def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Map
     states = {name: donor.state_dict() for name, donor in models.items()}
     parts: dict[str, Tensor] = {}
     architecture = FAMILIES[settings["model_type"]]
-    turns = _turns(recipe, donors)
+    turns, stored = _turns(recipe, donors), getattr(torch, settings.get("dtype") or settings["torch_dtype"])
     position = 0
     for number, source in enumerate(recipe.sources):
         for index in range(*source.layer_range):
             start = f"{prefix}{index}."
             found = {name.removeprefix(start): value for name, value in states[source.model].items() if name.startswith(start)}
-            found = _turned(found, architecture.root + architecture.block, architecture, turns.get(number))
+            found = _turned(found, architecture.root + architecture.block, architecture, turns.get(number), stored)
             parts |= {f"{prefix}{position}.{name}": value for name, value in found.items()}
             position += 1
     # In memory the head may have another name than in the file (GPT-NeoX: lm_head, embed_out).
@@ -233,8 +233,8 @@ def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Map
             ends["embedding"][canonical] = first.state_dict()[name]
         elif role in ("final", "head"):
             ends["behind"][canonical] = last.state_dict()[name]
-    ends["embedding"] = _turned(ends["embedding"], "", architecture, turns.get(0))
-    ends["behind"] = _turned(ends["behind"], "", architecture, turns.get(len(recipe.slices) - 1))
+    ends["embedding"] = _turned(ends["embedding"], "", architecture, turns.get(0), stored)
+    ends["behind"] = _turned(ends["behind"], "", architecture, turns.get(len(recipe.slices) - 1), stored)
     for name, value in (ends["embedding"] | ends["behind"]).items():
         parts[head + name.removeprefix(architecture.head) if name.startswith(architecture.head) else name] = value
     model.load_state_dict(parts, strict=True, assign=True)
@@ -251,12 +251,14 @@ def _turns(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Mapping[int, Tur
     return {part: fit.turn for part, fit in fitted_turns(recipe, donors).items()} if any(part.gauge for part in recipe.slices) else {}
 
 
-def _turned(tensors: dict[str, Tensor], prefix: str, architecture: Architecture, turn: Turn | None) -> dict[str, Tensor]:
-    """Tensors by name behind `prefix`, turned and in the type they had; as they are where there is no turn."""
+def _turned(
+    tensors: dict[str, Tensor], prefix: str, architecture: Architecture, turn: Turn | None, stored: torch.dtype
+) -> dict[str, Tensor]:
+    """Tensors by name behind `prefix`, turned and rounded as a merge stores them; as they are where there is no turn."""
     if turn is None:
         return tensors
     result = turned_all({prefix + name: value for name, value in tensors.items()}, architecture, turn)
-    return {name: result[prefix + name].to(value.dtype) for name, value in tensors.items()}
+    return {name: result[prefix + name].to(stored).to(value.dtype) for name, value in tensors.items()}
 
 
 def _blocks_name(model: PreTrainedModel) -> str:

@@ -107,6 +107,8 @@ def test_a_turned_tensor_is_rounded_once_to_the_donors_type(dtype, tmp_path):
     recipe = recipe_of((first, 0, 2, None), (second, 2, 4, {"to": "previous"}))
     donors = open_donors(recipe)
     merge(recipe, donors, tmp_path / "merged", shard_size=20_000)
+    written = alone(tmp_path / "merged")
+    torch.testing.assert_close(written, in_memory(recipe), atol=1e-5, rtol=1e-5)
     tensors = {name: value for file in (tmp_path / "merged").glob("*.safetensors") for name, value in load_file(file).items()}
     source = {name: value for file in second.glob("*.safetensors") for name, value in load_file(file).items()}
     turn = fitted_turns(recipe, donors)[1].turn
