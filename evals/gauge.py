@@ -31,7 +31,7 @@ from frankenmerge.models import load_model, load_tokenizer, virtual_splice
 from frankenmerge.recipe import Block, recipe_of
 
 LONGEST = 128
-ROWS = 128
+ROWS = 256
 """Windows that are fitted on, at most: of text, and drawn from the donors."""
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import changed, turned_donor, write_donor
+from conftest import DEMO, changed, turned_donor, write_donor
 from safetensors.torch import load_file
 
 from frankenmerge.architectures import FAMILIES
@@ -123,6 +123,22 @@ def test_a_gauge_fitted_on_text_is_found_as_well(twins, text, tmp_path):
     first, second = twins
     recipe = recipe_of((first, 0, 2, None), (second, 2, 4, {"to": "previous", "fit": str(text)}))
     torch.testing.assert_close(in_memory(recipe), alone(first), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_strangers_understand_each_other_in_one_basis():
+    from frankenmerge.evaluation.compare import Bench, Text
+
+    base, stranger = (DEMO / "donors" / name for name in ("base", "stranger"))
+    prose = (DEMO / "text" / "prose.txt").read_text()[:6000]
+    bench = Bench([Text("prose", prose)], [str(base), str(stranger)])
+    alone, raw, turned = (
+        bench.checkpoint(str(stranger)).total.nats_per_token,
+        bench.recipe("raw", recipe_of((base, 0, 6, None), (stranger, 6, 8, None))).total.nats_per_token,
+        bench.recipe("turned", recipe_of((base, 0, 6, None), (stranger, 6, 8, {"to": "previous"}))).total.nats_per_token,
+    )
+    assert raw > 6.5  # guessing costs log(1024), 6.9
+    assert (raw - turned) / (raw - alone) > 0.8
 
 
 def refused(recipe, message):

@@ -156,7 +156,7 @@ speed: 3
     }
     expected = {fault.place.rpartition(".")[2].rpartition(" ")[2]: fault.expected for fault in found}
     assert expected["weight"] == expected["parameters"] == "one of: model, layer_range"
-    assert expected["name"] == "one of: sources"
+    assert expected["name"] == "one of: sources, gauge"
     assert expected["speed"].startswith("one of: slices, merge_method")
 
 

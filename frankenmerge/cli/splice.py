@@ -222,4 +222,5 @@ def merge(recipe: Path, output: Path, dry_run: bool, shard_size: int, download: 
         print_json(result._asdict() | {"output": str(result.output)})
         return
     rate = f"{size(result.bytes)} in {result.seconds:.1f} s"
-    out().print(f"{result.output}: {result.tensors} tensors, {rate}, every one its donor's bytes", markup=False)
+    whose = "those of turned slices computed, the others" if any(part.gauge for part in loaded.slices) else "every one"
+    out().print(f"{result.output}: {result.tensors} tensors, {rate}, {whose} as the donor has them", markup=False)
