@@ -42,8 +42,8 @@ ROWS = 256
 @click.option(
     "--windows", default=16, show_default=True, help=f"Windows of at most {LONGEST} tokens that are measured, of all texts together."
 )
-@click.option("--joint", default=150, show_default=True, help="Steps of descent on the turns of all seams together; 0 for none.")
-@click.option("--steps", default=25, show_default=True, help="Steps of descent on a seam's own turns; with neither, a plain fit.")
+@click.option("--joint", default=400, show_default=True, help="Steps of descent on the turns of all seams together; 0 for none.")
+@click.option("--steps", default=0, show_default=True, help="Steps of descent on a seam's own turns; with neither, a plain fit.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(donor_a: str, donor_b: str, texts: tuple[Path, ...], windows: int, joint: int, steps: int, as_json: bool) -> None:
     """Measure every single-seam splice, raw and turned."""
