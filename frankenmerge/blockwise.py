@@ -117,7 +117,7 @@ def _tensors(checkpoint: Checkpoint, index: int) -> dict[str, str]:
 
 def _fill(donor: Streamed, module: nn.Module, names: Mapping[str, str]) -> None:
     """Give a module the tensors of the checkpoint that `names` names, by their names in the module."""
-    values = {name: _read(donor.checkpoint.tensors[stored]).to(donor.device, donor.dtype) for name, stored in names.items()}
+    values = {name: read_tensor(donor.checkpoint.tensors[stored]).to(donor.device, donor.dtype) for name, stored in names.items()}
     try:
         module.load_state_dict(values, strict=True, assign=True)
     except RuntimeError as error:
@@ -126,7 +126,7 @@ def _fill(donor: Streamed, module: nn.Module, names: Mapping[str, str]) -> None:
     module.requires_grad_(False)
 
 
-def _read(tensor: stored.Tensor) -> Tensor:
+def read_tensor(tensor: stored.Tensor) -> Tensor:
     """A tensor's values; read, not mapped, so that they count once and are freed at once."""
     content = torch.empty(tensor.bytes, dtype=torch.uint8)  # aligned as every tensor is: products depend on that in their last bits
     buffer: Any = content.numpy()

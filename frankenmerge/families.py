@@ -61,6 +61,22 @@ NO_ROPE_LAYERS = PerBlock("no_rope_layers", 1)
 
 
 @dataclass(frozen=True)
+class Stream:
+    """How a block's tensors meet the residual stream, so that it can be turned to another basis; names behind the block's prefix."""
+
+    norms: Mapping[str, tuple[str, ...]]
+    """Norms of the stream, each with the maps that read what it makes."""
+    writes: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    """Maps whose outputs are added to the stream."""
+    inside: tuple[str, ...] = ()
+    """What meets the stream nowhere, such as norms of single heads."""
+    behind: tuple[str, ...] = ()
+    """Norms of what a map writes: their gains belong to the donor's own basis, so such a block cannot be turned."""
+    transposed: bool = False
+    """Whether maps are stored `[in, out]`."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family's names; tensor names are prefixes, as they stand in a checkpoint."""
 
@@ -100,6 +116,8 @@ class Architecture:
     """The map that makes queries, keys and values together, in this order."""
     fused_by_head: bool = False
     """Whether the fused outputs are in that order within each head, instead of over all."""
+    stream: Stream | None = None
+    """How its blocks meet the residual stream; None where nobody has said."""
     listed: bool = True
     """Whether this is an entry of the table, whose `defaults` are known."""
 
@@ -166,6 +184,8 @@ _GEMMA_DEFAULTS = {
     "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "head_dim": 256,
     "query_pre_attn_scalar": 256, "sliding_window": 4096,
 }  # fmt: skip
+_QKV, _GATED = tuple(f"self_attn.{name}_proj" for name in "qkv"), ("mlp.gate_proj", "mlp.up_proj")
+_STREAM = Stream({"input_layernorm": _QKV, "post_attention_layernorm": _GATED})
 _INV_FREQ = r"rotary_emb\.inv_freq$"
 DECODER = Architecture("model.", "layers.{}.", ("embed_tokens.",), "norm.", ignored=_INV_FREQ, defaults=_LLAMA_DEFAULTS)
 """The layout that Llama began and most families follow."""
@@ -183,15 +203,20 @@ USUAL = replace(
 """What a family that is not in the table is taken to have, where `inferred` finds no reason against it."""
 
 FAMILIES: dict[str, Architecture] = {
-    "llama": DECODER,
-    "mistral": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"sliding_window": 4096}),
+    "llama": replace(DECODER, stream=_STREAM),
+    "mistral": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"sliding_window": 4096}, stream=_STREAM),
     "mixtral": replace(
         DECODER,
         synonyms={"num_experts": "num_local_experts"},
         defaults=_LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2, "num_local_experts": 8},
     ),
-    "qwen2": replace(DECODER, per_block=(_QWEN_TYPES,), defaults=_QWEN_DEFAULTS),
-    "qwen3": replace(DECODER, per_block=(_QWEN_TYPES,), defaults=_QWEN_DEFAULTS | {"head_dim": 128}),
+    "qwen2": replace(DECODER, per_block=(_QWEN_TYPES,), defaults=_QWEN_DEFAULTS, stream=_STREAM),
+    "qwen3": replace(
+        DECODER,
+        per_block=(_QWEN_TYPES,),
+        defaults=_QWEN_DEFAULTS | {"head_dim": 128},
+        stream=replace(_STREAM, inside=("self_attn.q_norm", "self_attn.k_norm")),
+    ),
     "qwen3_moe": replace(
         DECODER,
         per_block=(_DENSE_BLOCKS, LAYER_TYPES),
@@ -225,13 +250,19 @@ FAMILIES: dict[str, Architecture] = {
         queries_keys=(),
         fused="qkv_proj",
         defaults=_LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "sliding_window": None, "original_max_position_embeddings": 4096},
+        stream=Stream({"input_layernorm": ("self_attn.qkv_proj",), "post_attention_layernorm": ("mlp.gate_up_proj",)}),
     ),
-    "olmo2": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5}),
+    "olmo2": replace(
+        DECODER,
+        defaults=_LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5},
+        stream=Stream({}, behind=("post_attention_layernorm", "post_feedforward_layernorm")),
+    ),
     "smollm3": replace(
         DECODER,
         per_block=(_SMOLLM3_ROPE, replace(LAYER_TYPES, rule=_without_rope_sliding)),
         defaults=_LLAMA_DEFAULTS | {"rope_theta": 2e6, "use_sliding_window": False, "sliding_window": None},
         tied=True,
+        stream=_STREAM,
     ),
     "cohere2": replace(
         DECODER,
@@ -267,6 +298,7 @@ FAMILIES: dict[str, Architecture] = {
         widening=4,
         queries_keys=(),
         fused="c_attn",
+        stream=Stream({"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)}, ("attn.c_proj", "mlp.c_proj"), transposed=True),
     ),
     "gpt_neox": Architecture(
         "gpt_neox.",
@@ -281,6 +313,10 @@ FAMILIES: dict[str, Architecture] = {
         queries_keys=(),
         fused="query_key_value",
         fused_by_head=True,
+        stream=Stream(
+            {"input_layernorm": ("attention.query_key_value",), "post_attention_layernorm": ("mlp.dense_h_to_4h",)},
+            ("attention.dense", "mlp.dense_4h_to_h"),
+        ),
     ),
 }
 

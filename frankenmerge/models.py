@@ -13,6 +13,8 @@ from transformers.utils import logging
 
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import fail
+from frankenmerge.families import Architecture
+from frankenmerge.gauge import Turn, turned_all
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import result_config, stacked, untied
 
@@ -204,7 +206,7 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 @torch.no_grad()
 def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel]) -> PreTrainedModel:
-    """Stack the donors' blocks in memory as `recipe` says, sharing their weights: nothing is copied or written.
+    """Stack the donors' blocks in memory as `recipe` says, sharing their weights: only those of turned slices are made anew.
 
     The same model as the checkpoint that a merge of the recipe writes: it is built empty from the result's config, then
     filled with the donors' own tensors.
@@ -238,11 +240,37 @@ def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Map
     if any(value.is_meta for value in parts.values()):
         remedy = "merge the recipe, then evaluate the checkpoint; or raise --max-memory"
         raise fail("splice in memory", "donors whose weights are all in memory", "some are offloaded", remedy)
+    if any(part.gauge for part in recipe.parts):
+        from frankenmerge.fitting import fitted_turns  # which runs models, and so imports this
+
+        turns = {number: fit.turn for number, fit in fitted_turns(recipe, donors).items()}
+        stored = getattr(torch, settings.get("dtype") or settings["torch_dtype"])
+        parts = _turned(parts, head, recipe, architecture, turns, stored)
     model.load_state_dict(parts, strict=True, assign=True)
     if not untied(recipe, donors):
         model.tie_weights()
     model.generation_config = first.generation_config
     return model.eval()
+
+
+def _turned(
+    parts: Mapping[str, Tensor], head: str, recipe: Recipe, architecture: Architecture, turns: Mapping[int, Turn], stored: torch.dtype
+) -> dict[str, Tensor]:
+    """A splice's tensors, those of turned slices turned and rounded as a merge stores them; `head` is the head's prefix in memory."""
+    slice_of = [number for number, part in enumerate(recipe.parts) for _ in range(*part.sources[0].layer_range)]
+    groups: dict[tuple[int, str, int | None], dict[str, str]] = {}
+    for name in parts:
+        is_head = name.startswith(head)
+        role, position, canonical = architecture.role(architecture.head + name.removeprefix(head) if is_head else name)
+        number = slice_of[position] if position is not None else 0 if role == "embedding" else len(recipe.parts) - 1
+        if number in turns:
+            # The head takes in the final norm's gain: they are turned together.
+            groups.setdefault((number, "final" if is_head else role, position), {})[canonical] = name
+    made = dict(parts)
+    for (number, *_), names in groups.items():
+        result = turned_all({canonical: parts[name] for canonical, name in names.items()}, architecture, turns[number])
+        made |= {name: result[canonical].to(stored).to(parts[name].dtype) for canonical, name in names.items()}
+    return made
 
 
 def _blocks_name(model: PreTrainedModel) -> str:

@@ -1,6 +1,7 @@
 """The recipe: which tensors of which donors make the result, and how. YAML in mergekit's terms.
 
-docs/recipes.md tells what every key means. Those that mergekit does not know are `embedding`, `final_norm`, `head` and `seed`.
+docs/recipes.md tells what every key means. Those that mergekit does not know are `embedding`, `final_norm`, `head`,
+`seed` and `gauge`.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -15,7 +16,7 @@ from pydantic import Field, StrictInt, ValidationError
 from frankenmerge.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.lora import find_adapter, folded
-from frankenmerge.schema import Dtype, Model, Module, Parameters, Part, Row, Slice, Source, Token, Tokenizer, Whole, Zero, reference
+from frankenmerge.schema import Dtype, Gauge, Model, Module, Parameters, Part, Row, Slice, Source, Token, Tokenizer, Whole, Zero, reference
 
 
 class Block(NamedTuple):
@@ -228,7 +229,7 @@ def _recipe(data: Any, place: str) -> Recipe:
     return recipe  # pyright: ignore[reportPossiblyUnbound] - unless it raised
 
 
-_HOLDERS = {"slices": Slice, "sources": Source, "models": Whole, "modules": Module, "tokenizer": Tokenizer, "tokens": Token,
+_HOLDERS = {"slices": Slice, "gauge": Gauge, "sources": Source, "models": Whole, "modules": Module, "tokenizer": Tokenizer, "tokens": Token,
             "model_token": Row, "zero": Zero}  # fmt: skip
 
 
@@ -260,7 +261,11 @@ def load_recipes(path: Path) -> list[Recipe]:
         parts = (part.partition("@") for part in ([name] if Path(name).is_dir() or (path.parent / name).is_dir() else name.split("+")))
         return "+".join(_beside(path.parent, model) + at + revision for model, at, revision in parts)
 
-    return [renamed(recipe, found) for recipe in recipes]
+    def beside(key: str, value: str) -> str:
+        is_text = key == "fit" and value != "probes" and not Path(value).is_file() and (path.parent / value).is_file()
+        return str(path.parent / value) if is_text else value
+
+    return [_changed(renamed(recipe, found), beside) for recipe in recipes]
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -277,19 +282,24 @@ _NAMES = ("model", "base_model", "tokenizer_source", "source", "embedding", "fin
 
 def renamed(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
     """The same recipe with every model's name put through `rename`."""
+    return _changed(recipe, lambda key, value: rename(value.removeprefix("model:")) if _is_name(key, value) else value)
+
+
+def _changed(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
+    """The same recipe with every text put through `change`, together with its key."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, list):
             return [walk(entry) for entry in value]
         if not isinstance(value, dict):
             return value
-        return {key: rename(entry.removeprefix("model:")) if _is_name(key, entry) else walk(entry) for key, entry in value.items()}
+        return {key: change(key, entry) if isinstance(entry, str) else walk(entry) for key, entry in value.items()}
 
     return Recipe.model_validate(walk(recipe.model_dump(exclude_none=True)))
 
 
-def _is_name(key: str, value: Any) -> bool:
-    return key in _NAMES and isinstance(value, str) and not (key in ("source", "tokenizer_source") and value in ("base", "union"))
+def _is_name(key: str, value: str) -> bool:
+    return key in _NAMES and not (key in ("source", "tokenizer_source") and value in ("base", "union"))
 
 
 def open_donors(

@@ -87,6 +87,15 @@ class Source(Part):
     parameters: Parameters | None = None
 
 
+class Gauge(Part):
+    """Into whose basis of the residual stream a slice is turned, and by what it is fitted."""
+
+    to: Literal["base", "previous"]
+    """The base donor's basis, or the one that the slice before is in."""
+    fit: Annotated[str, Field(min_length=1)] = "probes"
+    """`probes` for random tokens, which need no data, or a text file."""
+
+
 class Slice(Part):
     """A run of blocks of the result, each merged from the blocks that stand at its place in all sources."""
 
@@ -94,6 +103,7 @@ class Slice(Part):
     base_model: Model | None = None
     """In place of the recipe's, in this slice."""
     parameters: Parameters | None = None
+    gauge: Gauge | None = None
 
     @model_validator(mode="after")
     def _of_one_length(self) -> Self:

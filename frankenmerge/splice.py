@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from frankenmerge.architectures import block_kind, differences, is_tied, quantity, spliced_config
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.gauge import gauge_faults
 from frankenmerge.recipe import Recipe
 from frankenmerge.schema import Slice, Source, Whole
 from frankenmerge.vocabulary import result_vocabulary
@@ -103,8 +105,10 @@ def untied(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> bool:
     """Whether the result of a spelled-out recipe needs a head of its own.
 
     It needs none where embedding and head come from the same donors and all of these use the embedding as head; then
-    the merged embedding is the merged head.
+    the merged embedding is the merged head. A turned head has taken in the final norm's gain, which no embedding has.
     """
+    if recipe.parts[0].gauge or recipe.parts[-1].gauge:
+        return True
     ends = []
     for explicit, names, part in (
         (recipe.embedding, recipe.embedding_donors, recipe.parts[0]),
@@ -144,7 +148,7 @@ def _blocks(recipe: Recipe, donors: Mapping[str, Checkpoint], number: int) -> li
 
 def recipe_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "recipe") -> list[Fault]:
     """Everything that keeps the donors from being put together as `recipe` says, whatever the method."""
-    faults = list(_range_faults(recipe, donors, place))
+    faults = [*_range_faults(recipe, donors, place), *_gauge_faults(recipe, donors, place)]
     opened = list({id(donor): donor for name in recipe.tensor_donors if (donor := donors[name])}.values())
     reasons = compatibility(opened).reasons
     for reason in reasons:
@@ -173,6 +177,37 @@ def _range_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str) 
                 yield Fault(
                     where, f"a range within [0, {blocks}], the blocks of {source.model}", str(source.layer_range), "shorten the range"
                 )
+
+
+def _gauge_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str) -> Iterator[Fault]:
+    parts = recipe.stack.slices or []
+    prefix = f"modules.{next(iter(recipe.modules))}." if recipe.modules else ""
+    for number, part in enumerate(parts):
+        if part.gauge is None:
+            continue
+        where, source = f"{place}: {prefix}slices[{number}].gauge", part.sources[0]
+        if recipe.merge_method != "passthrough" or len(part.sources) > 1:
+            yield Fault(
+                where, "a slice of one source, in a passthrough", f"one of {recipe.merge_method}", "merge first, then turn the stage"
+            )
+            continue
+        if any(level.parameters for level in (recipe, recipe.stack, part, source)):
+            yield Fault(where, "a slice without parameters", "some", "remove the parameters, or the gauge")
+        ends = {"embedding": (0, recipe.embedding), "final_norm": (-1, recipe.final_norm), "head": (-1, recipe.head)}
+        for key in (key for key, (end, named) in ends.items() if named and part is parts[end]):
+            yield Fault(f"{place}: {key}", "none beside a gauge, which turns it with its slice", "one", f"remove {key}, or the gauge")
+        if part.gauge.to == "previous" and number == 0:
+            yield Fault(f"{where}.to", "base, for the first slice", "previous", "correct the recipe")
+        if part.gauge.fit != "probes" and not Path(part.gauge.fit).is_file():
+            yield Fault(f"{where}.fit", "probes, or a text file", part.gauge.fit, "correct the path")
+        donor = donors[source.model]
+        other = donors[recipe.base if part.gauge.to == "base" else parts[max(0, number - 1)].sources[0].model]
+        if donor.tokenizer_hash != other.tokenizer_hash:
+            expected = f"the tokenizer of {other.name}, so that both see the same tokens"
+            yield Fault(where, expected, "another one", "turn donors that share one")
+        roles = [*(("block", index) for index in range(*source.layer_range)), ("embedding", None), ("final", None), ("head", None)]
+        names = {name: None for role in roles for name in donor.by_role.get(role, {})}
+        yield from gauge_faults(donor.architecture, names, where)
 
 
 def _type_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str) -> Iterator[Fault]:
@@ -218,6 +253,9 @@ def _pairing_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str
     except FrankenmergeError as error:
         yield from error.faults
         return
+    if matched is not None and (recipe.parts[0].gauge or recipe.parts[-1].gauge):
+        expected = "rows as they are, beside a gauge of the first or last slice"
+        yield Fault(f"{place}: tokenizer", expected, "rows matched by their tokens", "leave the tokenizer to the base, or remove the gauge")
     sizes = [quantity(donors[names[0]].config, "vocabulary") for names in (ends["embedding"], ends["head"])]
     if matched is None and sizes[0] != sizes[1]:
         yield Fault(place, "first and last slice of donors with one vocabulary", f"{sizes[0]} and {sizes[1]} tokens", _MATCH_TOKENS)

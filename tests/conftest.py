@@ -145,3 +145,32 @@ def write_stand_in(folder: Path, family: str, dtype: str = "BF16", tokens: int |
     vocabulary = {f"t{index}": index for index in range(tokens or config.vocab_size)}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": []}))
     return folder
+
+
+def turned_donor(source, folder, turn):
+    """The donor with its whole stream turned, its head parted from its embedding, as a checkpoint."""
+    from safetensors.torch import load_file, save_file
+
+    from frankenmerge.checkpoint import open_checkpoint
+    from frankenmerge.gauge import turned_all
+
+    checkpoint = open_checkpoint(str(source))
+    architecture = checkpoint.architecture
+    stored = load_file(source / "model.safetensors")
+    head, embedding = f"{architecture.head}weight", f"{architecture.root}{architecture.embedding[0]}weight"
+    outside = {
+        name: stored[found] for role in ("embedding", "final", "head") for name, found in checkpoint.by_role.get((role, None), {}).items()
+    }
+    result = turned_all(outside | {head: outside.get(head, outside[embedding])}, architecture, turn)
+    for index in range(checkpoint.blocks):
+        block = {canonical: stored[name] for canonical, name in checkpoint.by_role["block", index].items()}
+        result |= {name.format(index): value for name, value in turned_all(block, architecture, turn).items()}
+    # A norm's small constant is added to the stream's mean square, which the scale has changed.
+    constants = {
+        key: value * turn.scale**2
+        for key, value in checkpoint.config.items()
+        if key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+    }
+    path = changed(source, folder, config=lambda config: config | constants | {"tie_word_embeddings": False})
+    save_file({name: value.float().contiguous() for name, value in result.items()}, path / "model.safetensors", {"format": "pt"})
+    return path

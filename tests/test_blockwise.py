@@ -167,8 +167,8 @@ def test_a_block_that_lacks_a_tensor_is_refused(donors, tmp_path):
 def test_a_block_is_announced_before_it_is_read(donors, monkeypatch):
     told, read = [], []
     monkeypatch.setattr(os, "posix_fadvise", lambda _file, start, count, _advice: told.append((start, count)))
-    original = blockwise._read
-    monkeypatch.setattr(blockwise, "_read", lambda tensor: read.append((tensor.start, tensor.bytes)) or original(tensor))
+    original = blockwise.read_tensor
+    monkeypatch.setattr(blockwise, "read_tensor", lambda tensor: read.append((tensor.start, tensor.bytes)) or original(tensor))
     streamed = stream_model(open_checkpoint(str(donors["a"])))
     read.clear()
     blocks = each_block(streamed)

@@ -167,7 +167,7 @@ speed: 3
     }
     expected = {fault.place.rpartition(".")[2].rpartition(" ")[2]: fault.expected for fault in found}
     assert expected["wieght"] == expected["layer_ranges"] == "one of: model, layer_range, parameters"
-    assert expected["name"] == "one of: sources, base_model, parameters"
+    assert expected["name"] == "one of: sources, base_model, parameters, gauge"
     assert expected["speed"].startswith("one of: name, slices, models, modules, merge_method")
     remedies = {fault.place.rpartition(".")[2].rpartition(" ")[2]: fault.remedy for fault in found}
     assert (remedies["merge_methods"], remedies["layer_ranges"]) == ("write merge_method", "write layer_range")

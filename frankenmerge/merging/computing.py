@@ -1,16 +1,17 @@
-"""Computed tensors, in chunks: read, combined, rounded once, written. Nothing larger than a few chunks is held."""
+"""Computed tensors: read, combined, rounded once, written. Nothing larger than a few chunks is held, but for what is turned."""
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frankenmerge.checkpoint import BYTES_OF, Tensor
 from frankenmerge.errors import Fault, FrankenmergeError, fail
+from frankenmerge.gauge import Turn, turned
 from frankenmerge.merging.copying import CHUNK, flush, write_fully
-from frankenmerge.merging.schedule import Combine, Input, Operation
+from frankenmerge.merging.schedule import Combine, Input, Operation, Rotate
 from frankenmerge.merging.shards import readings
 from frankenmerge.splice import DTYPE_NAMES
 from frankenmerge.vocabulary import Rows
@@ -55,8 +56,6 @@ def compute(
     float32, and each element is rounded once. Raises FrankenmergeError, unless `allow_nan`, for NaN and Inf in an input,
     named, or in the result.
     """
-    import torch
-
     from frankenmerge.merging.methods.combine import Part, combine
 
     def part(given: Input) -> Part:
@@ -67,12 +66,38 @@ def compute(
     chunks = combine(
         operation.method, parts, base, shape=operation.shape, parameters=operation.parameters, name=operation.name, seed=operation.seed
     )
+    _write(chunks, operation, operation.method, target, position, moved, allow_nan=allow_nan)
+
+
+def rotate(
+    operation: Rotate, turn: Turn, handles: Mapping[Path, int], target: int, position: int, moved: Callable[[int], None], *, allow_nan: bool
+) -> None:
+    """Turn one tensor, held whole, and write it as `compute` does; the arithmetic is in float64, on the CPU."""
+    import torch
+
+    def read(given: Input) -> "torch.Tensor":
+        values = _elements(given.tensor, handles, 0, math.prod(given.tensor.shape), torch.float64)
+        if not allow_nan and not _finite(values):
+            raise FrankenmergeError(_not_finite(given.donor, given.source))
+        return values.view(given.tensor.shape)
+
+    made = turned(read(operation.given), operation.met, turn, read(operation.gain) if operation.gain else None)
+    _write([made.flatten()], operation, "a turn", target, position, moved, allow_nan=allow_nan)
+
+
+def _write(
+    chunks: Iterable["torch.Tensor"], operation: Combine | Rotate, by: str, target: int, position: int, moved: Callable[[int], None], *,
+    allow_nan: bool,
+) -> None:  # fmt: skip
+    """Round a tensor's flat chunks and write them one behind the other; `by` is what made them."""
+    import torch
+
     written, flushed = position, position
     for chunk in chunks:
         rounded = chunk.to(getattr(torch, DTYPE_NAMES[operation.dtype])).cpu().contiguous()
         if not allow_nan and not _finite(rounded):
             remedy = f"look at the method's parameters, choose a dtype wider than {operation.dtype}, or go on with --allow-nan"
-            raise fail(operation.name, f"finite numbers from {operation.method}", "NaN or Inf", remedy)
+            raise fail(operation.name, f"finite numbers from {by}", "NaN or Inf", remedy)
         content = rounded.view(torch.uint8).numpy().data
         write_fully(target, content, written)
         written += len(content)
@@ -119,12 +144,15 @@ def _runs(rows: Rows, first: int, last: int) -> Iterator[tuple[int, int, int, in
         place += count
 
 
-def _elements(tensor: Tensor, handles: Mapping[Path, int], start: int, stop: int) -> "torch.Tensor":
+def _elements(
+    tensor: Tensor, handles: Mapping[Path, int], start: int, stop: int, dtype: "torch.dtype | None" = None
+) -> "torch.Tensor":  # fmt: skip
+    """Flat elements [start, stop) as the file has them, in `dtype`, float32 when absent."""
     import torch
 
     width = BYTES_OF[tensor.dtype]
     content = read_fully(handles[tensor.file], tensor, start * width, stop * width)
-    return torch.frombuffer(content, dtype=getattr(torch, DTYPE_NAMES[tensor.dtype])).to(torch.float32)
+    return torch.frombuffer(content, dtype=getattr(torch, DTYPE_NAMES[tensor.dtype])).to(dtype or torch.float32)
 
 
 def read_fully(handle: int, tensor: Tensor, start: int, stop: int) -> bytearray:

@@ -4,17 +4,22 @@ import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import frankenmerge
 from frankenmerge.checkpoint import Checkpoint
-from frankenmerge.merging.schedule import Combine, Copy, Input, Operation
+from frankenmerge.merging.schedule import Combine, Copy, Input, Operation, Rotate
 from frankenmerge.merging.shards import Shard
+
+if TYPE_CHECKING:
+    from frankenmerge.fitting import Fit
 
 PROVENANCE = "frankenmerge.json"
 
 
-def provenance(recipe: str, donors: Mapping[str, Checkpoint], shards: Sequence[Shard], checksums: Mapping[str, str]) -> dict[str, Any]:
+def provenance(
+    recipe: str, donors: Mapping[str, Checkpoint], shards: Sequence[Shard], checksums: Mapping[str, str], turns: Mapping[int, "Fit"]
+) -> dict[str, Any]:
     """Return what `frankenmerge.json` holds.
 
     A shard is told by its size and the hash of its header, which cost nothing; `checksums`, hashes of whole shards by name,
@@ -26,6 +31,9 @@ def provenance(recipe: str, donors: Mapping[str, Checkpoint], shards: Sequence[S
         from importlib.metadata import version
 
         versions["torch"] = version("torch")
+    gauges = {
+        str(number): {"rotation": fit.turn.hash, "scale": fit.turn.scale, "held_out_r2": 1 - fit.residual} for number, fit in turns.items()
+    }
     return {
         "frankenmerge": frankenmerge.__version__,
         "versions": versions,
@@ -37,6 +45,7 @@ def provenance(recipe: str, donors: Mapping[str, Checkpoint], shards: Sequence[S
             for shard in shards
         },
         "tensors": {operation.name: origin(operation) for operation in operations},
+        **({"gauges": gauges} if gauges else {}),
     }
 
 
@@ -44,6 +53,9 @@ def origin(operation: Operation) -> dict[str, Any]:
     """Where one tensor comes from."""
     if isinstance(operation, Copy):
         return {"donor": operation.donor, "tensor": operation.source, "method": "copy"}
+    if isinstance(operation, Rotate):
+        gain = {"gain": operation.gain.source} if operation.gain else {}
+        return {"donor": operation.given.donor, "tensor": operation.given.source, "method": "rotate", "slice": operation.part, **gain}
     return {
         "method": operation.method,
         "parameters": operation.parameters,

@@ -2,11 +2,12 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from frankenmerge.checkpoint import BYTES_OF, Checkpoint, Tensor
 from frankenmerge.errors import Fault, fail, raise_all
+from frankenmerge.gauge import Meeting, meeting
 from frankenmerge.merging.methods import METHODS, faults, resolved
 from frankenmerge.merging.parameters import PLAIN, common_parameters, filter_faults, method_faults, model_parameters, taken
 from frankenmerge.recipe import Recipe
@@ -75,8 +76,42 @@ class Combine(NamedTuple):
         """Size in the file."""
         return BYTES_OF[self.dtype] * math.prod(self.shape)
 
+    @property
+    def read(self) -> tuple[Input, ...]:
+        """Everything that it is computed from."""
+        return (*self.inputs, self.base) if self.base else self.inputs
 
-Operation = Copy | Combine
+
+class Rotate(NamedTuple):
+    """One tensor of the result: a donor's, turned to another basis of the residual stream in float64, rounded once to `dtype`."""
+
+    name: str
+    dtype: str
+    """As safetensors names it."""
+    given: Input
+    gain: Input | None
+    """The norm's gain that it takes in."""
+    met: Meeting
+    part: int
+    """The slice whose turn is meant."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The donor's."""
+        return self.given.tensor.shape
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return BYTES_OF[self.dtype] * math.prod(self.shape)
+
+    @property
+    def read(self) -> tuple[Input, ...]:
+        """Everything that it is computed from."""
+        return (self.given, self.gain) if self.gain else (self.given,)
+
+
+Operation = Copy | Combine | Rotate
 _ALIKE = "name donors with the same tensors; for other vocabularies say tokenizer_source"
 _AS_IT_IS = resolved(PLAIN, {}, per_model=True)
 
@@ -98,24 +133,47 @@ def schedule(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "rec
 
 
 def _operations(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Iterator[Operation]:
-    first, last = recipe.parts[0], recipe.parts[-1]
+    first, last, ends = recipe.parts[0], recipe.parts[-1], len(recipe.parts) - 1
     vocabulary = result_vocabulary(recipe, donors)
-    yield from _end(recipe, donors, "embedding", recipe.embedding, first, 0.0, vocabulary)
+    yield from _turned(_end(recipe, donors, "embedding", recipe.embedding, first, 0.0, vocabulary), recipe, donors, 0)
     position = 0
-    for part in recipe.parts:
+    for number, part in enumerate(recipe.parts):
         length = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
         for offset in range(length):
             t = offset / (length - 1) if length > 1 else 1.0
-            yield from _tensors(recipe, donors, part, "block", t, offset=offset, position=position)
+            yield from _turned(_tensors(recipe, donors, part, "block", t, offset=offset, position=position), recipe, donors, number)
             position += 1
-    yield from _end(recipe, donors, "final", recipe.final_norm, last, 1.0, vocabulary)
+    yield from _turned(_end(recipe, donors, "final", recipe.final_norm, last, 1.0, vocabulary), recipe, donors, ends)
     if untied(recipe, donors):
-        yield from _end(recipe, donors, "head", recipe.head, last, 1.0, vocabulary)
+        yield from _turned(_end(recipe, donors, "head", recipe.head, last, 1.0, vocabulary), recipe, donors, ends)
+
+
+def _turned(
+    operations: Iterable[Copy | Combine], recipe: Recipe, donors: Mapping[str, Checkpoint], number: int
+) -> Iterator[Operation]:  # fmt: skip
+    """The operations of slice `number`, as those of a slice that is turned where the recipe says so."""
+    if recipe.parts[number].gauge is None:
+        yield from operations
+        return
+    for operation in operations:
+        given = Input(operation.donor, operation.source, operation.tensor, {}) if isinstance(operation, Copy) else operation.inputs[0]
+        donor = donors[given.donor]
+        # A tied head is stored under the embedding's name: how it meets the stream goes by the name it gets.
+        met = meeting(donor.architecture, donor.architecture.role(operation.name)[2])
+        if met.kind == "inside":
+            yield operation
+            continue
+        gain = None
+        if met.gain:
+            role, index, _ = donor.architecture.role(given.source)
+            name = donor.by_role["block", index][met.gain] if role == "block" else donor.by_role["final", None][met.gain]
+            gain = Input(given.donor, name, donor.tensors[name], {})
+        yield Rotate(operation.name, operation.dtype, given, gain, met, number)
 
 
 def _end(
     recipe: Recipe, donors: Mapping[str, Checkpoint], role: str, donor: str | None, part: Slice, t: float, vocabulary: Vocabulary | None
-) -> Iterator[Operation]:  # fmt: skip
+) -> Iterator[Copy | Combine]:  # fmt: skip
     """Embedding, final norm or head: merged as `part` is, or as `donor` has it."""
     if donor:
         recipe = recipe.model_copy(update={"merge_method": PLAIN, "parameters": None, "modules": None, "slices": recipe.parts})
@@ -126,7 +184,7 @@ def _end(
 def _tensors(
     recipe: Recipe, donors: Mapping[str, Checkpoint], part: Slice, role: str, t: float, *, offset: int = 0, position: int | None = None,
     vocabulary: Vocabulary | None = None,
-) -> Iterator[Operation]:  # fmt: skip
+) -> Iterator[Copy | Combine]:  # fmt: skip
     """The tensors of one role, or of the slice's block `offset`, which becomes block `position` of the result."""
     method, sources, base = taken(recipe, part)
     dtype = result_dtype(recipe, donors)
@@ -169,6 +227,11 @@ def _has_a_row_per_token(donor: Checkpoint, role: str, canonical: str) -> bool:
     return role == "head" or (role == "embedding" and canonical.startswith(architecture.root + architecture.embedding[0]))
 
 
+def _asked(operation: Operation) -> Sequence[Copy | Input]:
+    """What parameters of single models may be filtered by: what an operation is made from, but for the base."""
+    return [operation] if isinstance(operation, Copy) else operation.inputs if isinstance(operation, Combine) else [operation.given]
+
+
 def _seed(recipe: Recipe, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{recipe.seed or 0} {name}".encode()).digest()[:8], "big") >> 1
 
@@ -185,5 +248,5 @@ def _operation_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], operatio
                 told.setdefault(fault[1:], fault)
     yield from told.values()
     heads = [name for donor in donors.values() for name in tensor_names(donor, "head")]
-    asked = [given.source for operation in operations for given in (operation.inputs if isinstance(operation, Combine) else [operation])]
+    asked = [given.source for operation in operations for given in _asked(operation)]
     yield from filter_faults(recipe, [*(operation.name for operation in operations), *asked, *heads], place)

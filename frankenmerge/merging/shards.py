@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from frankenmerge.checkpoint import BYTES_OF, SINGLE_NAME, Tensor
 from frankenmerge.errors import Fault
-from frankenmerge.merging.schedule import Combine, Copy, Operation
+from frankenmerge.merging.schedule import Combine, Copy, Operation, Rotate
 from frankenmerge.splice import DTYPE_NAMES
 
 BLOCK = 4096
@@ -79,7 +79,7 @@ def readings(operation: Operation) -> list[Reading]:
     if isinstance(operation, Copy):
         return [Reading(operation.donor, operation.source, operation.tensor)]
     found = []
-    for part in (*operation.inputs, *filter(None, [operation.base])):
+    for part in operation.read:
         if part.rows is None:
             found.append(Reading(part.donor, part.source, part.tensor))
         else:
@@ -95,8 +95,8 @@ def operation_faults(operations: Sequence[Operation]) -> Iterator[Fault]:
         if operation.name in names:
             yield Fault(operation.name, "each tensor of the result once", "twice", "remove what makes it a second time")
         names.add(operation.name)
-        if isinstance(operation, Combine):
-            yield from _combine_faults(operation)
+        if not isinstance(operation, Copy):
+            yield from _computed_faults(operation)
         for donor, source, tensor in readings(operation):
             if tensor.bytes != BYTES_OF[tensor.dtype] * math.prod(tensor.shape):
                 expected = f"bytes for the shape {list(tensor.shape)} of {tensor.dtype}"
@@ -108,13 +108,13 @@ def operation_faults(operations: Sequence[Operation]) -> Iterator[Fault]:
             yield Fault(str(file), f"{stop:,} bytes or more, as its header said", f"{size:,}", "restore the donor")
 
 
-def _combine_faults(operation: Combine) -> Iterator[Fault]:
+def _computed_faults(operation: Combine | Rotate) -> Iterator[Fault]:
     if operation.dtype not in DTYPE_NAMES:
         yield Fault(operation.name, f"one of the types {', '.join(DTYPE_NAMES)}", operation.dtype, "choose another dtype")
     for donor, source, tensor in readings(operation):
         if tensor.dtype not in DTYPE_NAMES:
             yield Fault(f"{donor}: {source}", f"one of the types {', '.join(DTYPE_NAMES)}", tensor.dtype, "use an unquantised donor")
-    for part in (*operation.inputs, *filter(None, [operation.base])):
+    for part in operation.read if isinstance(operation, Combine) else ():
         shape = part.tensor.shape if part.rows is None else (len(part.rows.row), *part.tensor.shape[1:])
         if shape != operation.shape:
             expected = f"the shape {list(operation.shape)} of {operation.name}"

@@ -1,6 +1,7 @@
 """Write a checkpoint: complete or absent, and able to be gone on with after a kill.
 
-The floor is one read and one write of every byte; nothing larger than a few chunks is ever held here.
+The floor is one read and one write of every byte; nothing larger than a few chunks is ever held here, but for tensors that
+are turned, one in each thread.
 """
 
 import hashlib
@@ -13,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import frankenmerge
 from frankenmerge.checkpoint import INDEX_NAME, Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.merging.card import model_card
-from frankenmerge.merging.computing import compute, one_thread
+from frankenmerge.merging.computing import compute, one_thread, rotate
 from frankenmerge.merging.copying import copy_range, pieces, write_fully
 from frankenmerge.merging.journal import (
     GROWING,
@@ -34,12 +35,15 @@ from frankenmerge.merging.journal import (
 )
 from frankenmerge.merging.plan import Options, Plan, planned
 from frankenmerge.merging.provenance import PROVENANCE, file_hash, plan_hash, provenance
-from frankenmerge.merging.schedule import Combine
+from frankenmerge.merging.schedule import Combine, Rotate
 from frankenmerge.merging.shards import Shard, ranges_of
 from frankenmerge.merging.tokenizer import tokenizer_files
 from frankenmerge.processes import Share
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import result_config
+
+if TYPE_CHECKING:
+    from frankenmerge.fitting import Fit
 
 
 class Merged(NamedTuple):
@@ -78,6 +82,8 @@ def merge(
     inputs["version of frankenmerge"] = frankenmerge.__version__
     if plan.computed:
         inputs["device"] = chosen.device.partition(":")[0]
+    # A fit may differ in its last bits with the number of threads: shards of one merge are of one fit.
+    inputs |= {f"turn of slice {number}": fit.turn.hash for number, fit in plan.turns.items()}
     kept = 0
     try:
         if not share.first:
@@ -90,7 +96,7 @@ def merge(
                 _write(plan, folder, chosen, share, progress)
                 grown = folder / GROWING
                 checksums = {shard.name: file_hash(grown / shard.name) for shard in plan.shards} if chosen.checksums else {}
-                for name, content in small_files(recipe, donors, plan.shards, checksums).items():
+                for name, content in small_files(recipe, donors, plan.shards, checksums, plan.turns).items():
                     write_synced(grown / name, content)
                 sync(grown)
                 grown.rename(output)
@@ -139,6 +145,9 @@ def _jobs(
     for operation, position in shard.places:
         if isinstance(operation, Combine):
             yield partial(compute, operation, handles, target, position, moved, device=options.device, allow_nan=options.allow_nan)
+        elif isinstance(operation, Rotate):
+            turn = plan.turns[operation.part].turn
+            yield partial(rotate, operation, turn, handles, target, position, moved, allow_nan=options.allow_nan)
 
 
 def _run(jobs: Iterator[Callable[[], None]], pool: ThreadPoolExecutor, stop: threading.Event) -> None:
@@ -183,7 +192,7 @@ def _open(files: set[Path]) -> Iterator[dict[Path, int]]:
 
 
 def small_files(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[Shard], checksums: Mapping[str, str] | None = None
+    recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[Shard], checksums: Mapping[str, str], turns: Mapping[int, "Fit"]
 ) -> dict[str, bytes]:
     """Everything beside the weights, by name: config, index, tokenizer, recipe, card, provenance."""
     base = donors[recipe.base]
@@ -197,7 +206,7 @@ def small_files(
     if (generation := base.path / "generation_config.json").is_file():
         files[generation.name] = generation.read_bytes()
     files["recipe.yaml"] = recipe.dump().encode()
-    files[PROVENANCE] = _json(provenance(recipe.dump(), donors, shards, checksums or {}))
+    files[PROVENANCE] = _json(provenance(recipe.dump(), donors, shards, checksums, turns))
     files["README.md"] = model_card(recipe, donors, config).encode()
     return files
 
