@@ -51,7 +51,7 @@ def main(donor_a: str, donor_b: str, texts: tuple[Path, ...], windows: int, join
     models = {name: load_model(checkpoint).requires_grad_(False) for name, checkpoint in checkpoints.items()}
     a, b = models[donor_a], models[donor_b]
     tokenizer = load_tokenizer(checkpoints[donor_a])
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     length = min(LONGEST, shared_context(checkpoints.values()))
     halves = [_halves(encode(tokenizer, read_text(text).content, str(text)).ids, start, length, len(texts), windows) for text in texts]
     fitted, tested = (torch.cat(parts) for parts in zip(*halves, strict=True))

@@ -14,7 +14,7 @@ from frankenmerge.fitting import fitted_turns
 from frankenmerge.gauge import random_turn
 from frankenmerge.merging.writer import merge
 from frankenmerge.models import load_model, virtual_splice
-from frankenmerge.recipe import Recipe, open_donors
+from frankenmerge.recipe import Recipe, load_recipe, open_donors
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41, 3, 3], [5, 5, 2, 47, 19, 1, 8, 0]])
 FOUND_AGAIN = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
@@ -97,7 +97,7 @@ def test_embedding_and_a_tied_head_are_turned_with_a_first_and_last_slice(tmp_pa
     torch.testing.assert_close(virtual, alone(first), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(written, virtual, atol=1e-5, rtol=1e-5)
     embeddings = [load_file(path / "model.safetensors")["model.embed_tokens.weight"] for path in (tmp_path / "merged", first)]
-    assert not torch.allclose(*embeddings, atol=0.1)
+    assert (embeddings[0] - embeddings[1]).abs().max() > 0.1
     assert not json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
 
 
@@ -155,6 +155,36 @@ def test_gauges_that_cannot_be_are_refused(donors, tmp_path):
     refused(recipe_of((a, 0, 2, None), (b, 2, 4, {"to": "base", "fit": str(short)})), "128 tokens")
     norms = write_donor(tmp_path / "norms", "olmo2", seed=1)
     refused(recipe_of((norms, 0, 2, None), (norms, 2, 4, {"to": "base"})), "post_attention_layernorm")
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"parameters": {"scale": 0.5}}, r"slices\[1\]\.gauge.*without parameters"),
+    ({"head": "b"}, "head.*none beside a gauge"),
+    ({"final_norm": "b"}, "final_norm.*none beside a gauge"),
+    ({"merge_method": "linear"}, r"slices\[1\]\.gauge.*passthrough"),
+    ({"tokenizer": {"pad_to_multiple_of": 64}}, "tokenizer.*rows as they are"),
+])  # fmt: skip
+def test_what_cannot_stand_beside_a_gauge_is_refused(fields, message, donors):
+    recipe = recipe_of((donors["a"], 0, 2, None), (donors["b"], 2, 4, {"to": "previous"})).model_dump(exclude_none=True)
+    fields = {key: str(donors["b"]) if value == "b" else value for key, value in fields.items()}
+    refused(Recipe.model_validate(recipe | fields), "(?s)" + message)
+
+
+def test_a_turned_slice_is_rounded_to_the_recipes_type(twins, tmp_path):
+    first, second = twins
+    recipe = recipe_of((first, 0, 2, None), (second, 2, 4, {"to": "previous"}), dtype="bfloat16")
+    assert (on_disk(recipe, tmp_path / "merged") - alone(first)).abs().max() < 0.2
+    turn = fitted_turns(recipe, open_donors(recipe))[1].turn
+    made, source = load_file(tmp_path / "merged" / "model.safetensors"), load_file(second / "model.safetensors")
+    assert {value.dtype for value in made.values()} == {torch.bfloat16}
+    expected = turn.scale * turn.matrix.T @ source["model.layers.2.mlp.down_proj.weight"].double()
+    assert torch.equal(made["model.layers.2.mlp.down_proj.weight"], expected.bfloat16())
+
+
+def test_a_text_beside_the_recipe_is_found(donors, text, tmp_path):
+    recipe = recipe_of((donors["a"], 0, 2, None), (donors["b"], 2, 4, {"to": "previous", "fit": text.name}))
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    assert load_recipe(tmp_path / "recipe.yaml").parts[1].gauge.fit == str(text)
 
 
 def test_donors_that_read_tokens_differently_cannot_be_fitted(donors, tmp_path):
