@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from frankenmerge.errors import Fault
-from frankenmerge.merging.methods import METHODS, Method, Parameter
+from frankenmerge.merging.methods import METHODS, Method, unfit
 from frankenmerge.recipe import Recipe
 from frankenmerge.schema import Slice, Source, Whole
 from frankenmerge.settings import Value, filters, resolve, values
@@ -148,19 +148,8 @@ def _level_faults(recipe: Recipe, method: Method, level: _Level, place: str) -> 
             )
         else:
             for value in values(written):
-                if told := _unfit(method.parameters[name], value):
+                if told := unfit(method.parameters[name], value):
                     yield Fault(where, told, repr(value), "correct the value")
-
-
-def _unfit(parameter: Parameter, value: Value) -> str | None:
-    """What a value should be, None where it is fit."""
-    if isinstance(parameter.default, bool):
-        return None if value in (0, 1) else "true or false"
-    if isinstance(value, bool):
-        return "a number"
-    if isinstance(parameter.default, int) and value != int(value):
-        return "a whole number"
-    return None if parameter.low <= value <= parameter.high else f"a number from {parameter.low:g} to {parameter.high:g}"
 
 
 def filter_faults(recipe: Recipe, tensors: Sequence[str], place: str = "recipe") -> Iterator[Fault]:

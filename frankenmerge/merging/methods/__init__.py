@@ -137,15 +137,17 @@ def _number_faults(spec: Method, method: str, count: int, base: bool, place: str
 
 
 def _value_faults(name: str, parameter: Parameter, value: Value | None, owner: str) -> Iterator[Fault]:
-    if (expected := _expected(parameter, value)) is not None:
+    if (expected := unfit(parameter, value)) is not None:
         yield Fault(owner, f"{name}: {expected}", "nothing" if value is None else repr(value), f"set {name}")
 
 
-def _expected(parameter: Parameter, value: Value | None) -> str | None:
-    """What should stand there, where `value` is wrong."""
+def unfit(parameter: Parameter, value: Value | None) -> str | None:
+    """What a value should be, None where it is fit."""
     if isinstance(parameter.default, bool):
         return None if value in (0, 1) else "true or false"
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if isinstance(value, bool):
+        return "a number"
+    if not isinstance(value, int | float) or not math.isfinite(value):
         return "a finite number"
     if isinstance(parameter.default, int) and value != int(value):
         return "a whole number"
