@@ -6,58 +6,35 @@ leaves it: neither one of the index nor a link, but for links into the blobs of 
 
 import hashlib
 import json
-import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from frankenmerge.architectures import block_kind, config_faults, family, is_tied, quantity
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.families import Architecture
+from frankenmerge.headers import BYTES_OF, Tensor, read_header, read_json, tensors_of
+from frankenmerge.hub import header, repository_of, resolve
 from frankenmerge.inferred import architecture_of, family_faults
 from frankenmerge.pickles import PICKLES, converted, pickles
 
-BYTES_OF = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-"""Bytes an element takes, by the name safetensors gives its type."""
-
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-HEADER_LIMIT = 100_000_000
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "vocab.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Files that make up a tokenizer; the first, or one with the vocabulary, must be there."""
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja"}
 """Of the files that are read, or copied to a result."""
-_PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
-"""What is fetched of a donor on the hub."""
+_WEIGHTS = "*.safetensors"
+_PATTERNS = ("*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
+"""What is fetched of a donor on the hub beside its weights, or their headers."""
 _SAMPLED = 4096
-
-
-class Tensor(NamedTuple):
-    """Where a tensor's bytes are."""
-
-    file: Path
-    dtype: str
-    """As safetensors names it: `BF16`, `F32`, ..."""
-    shape: tuple[int, ...]
-    start: int
-    """First byte in the file."""
-    stop: int
-
-    @property
-    def bytes(self) -> int:
-        """Size on disk."""
-        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -69,6 +46,9 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    whole: bool = True
+    """Whether the tensors' bytes are at hand: they are not where headers alone were fetched, a LoRA is still to be folded in, or a
+    stage to be made."""
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -145,16 +125,22 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
 
-def open_checkpoint(name: str, *, download: bool = False, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(name: str, *, download: bool = False, allow_pickle: bool = False, weights: bool = True) -> Checkpoint:
     """Open a local folder or a hub id, reading its config and its headers alone.
 
-    With `allow_pickle`, a donor that has nothing but `pytorch_model*.bin` is first converted, once, and opened from the cache.
+    Args:
+        name: a folder, `org/name` or `org/name@revision`.
+        download: whether a hub id that is not in the local cache may be fetched.
+        allow_pickle: whether a donor that has nothing but `pytorch_model*.bin` is first converted, once, and opened from the cache.
+        weights: whether they will be read. Without, nothing but the headers of a donor's weights is fetched.
 
-    Raises FrankenmergeError, naming every fault found, for a folder that is not a complete, consistent checkpoint.
+    Raises:
+        FrankenmergeError: naming every fault found, for a folder that is not a complete, consistent checkpoint.
     """
-    path = resolve(name, _PATTERNS, download)
-    if allow_pickle and not _has_safetensors(path):
-        path = resolve(name, (*_PATTERNS, PICKLES), download)
+    path = resolve(name, (*_PATTERNS, _WEIGHTS) if weights else _PATTERNS, download)
+    read = partial(tensors_in, repository=repository_of(name, weights), download=download)
+    if allow_pickle and not (path / INDEX_NAME).exists() and read(path / SINGLE_NAME) is None:
+        path = resolve(name, (*_PATTERNS, _WEIGHTS, PICKLES), download)
         raise_all(link_faults(path, {*_SUFFIXES, ".bin"}))
         path = converted(path, (file for file in path.iterdir() if file.suffix in _SUFFIXES)) if pickles(path) else path
     raise_all(link_faults(path))
@@ -167,36 +153,19 @@ def open_checkpoint(name: str, *, download: bool = False, allow_pickle: bool = F
             key = getattr(family(config).keys, quantity_name)
             raise fail(f"{path / 'config.json'}: {key}", "a positive whole number", repr(value), "restore the donor's config.json")
     raise_all(config_faults(config, str(path / "config.json")))
-    checkpoint = Checkpoint(name, path, config, _read_tensors(path))
+    tensors = _read_tensors(path, read)
+    checkpoint = Checkpoint(name, path, config, tensors, all(file.exists() for file in {tensor.file for tensor in tensors.values()}))
     raise_all(_structure_faults(checkpoint))
     return checkpoint
 
 
-def _has_safetensors(path: Path) -> bool:
-    return (path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists()
-
-
-def resolve(name: str, patterns: Iterable[str], download: bool) -> Path:
-    """Find the folder of a local path, `org/name` or `org/name@revision`; of the hub, the files that fit `patterns`.
-
-    Raises FrankenmergeError when there is none.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise fail(name, "a checkpoint's folder", "a file", "give the folder that holds config.json")
-    if not _HUB_ID.fullmatch(name):
-        raise fail(name, "a checkpoint's folder or a hub id such as org/name", "neither", "check the path")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repository, _, revision = name.partition("@")
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns), local_files_only=not download))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        remedy = "check the name and the network" if download else "give the path of a folder, or allow the download with --download"
-        raise fail(name, "a folder, or a hub id that is in the local cache", "neither", remedy) from error
+def tensors_in(file: Path, repository: str | None, download: bool) -> dict[str, Tensor] | None:
+    """The tensors of a file, or by its header alone of one that is in a `repository` of the hub; None where there is no such file."""
+    if file.exists():
+        return read_header(file)
+    if repository and (found := header(repository, file, download)):
+        return tensors_of(found.text, found.size, file)
+    return None
 
 
 def link_faults(path: Path, suffixes: Iterable[str] = frozenset(_SUFFIXES)) -> Iterator[Fault]:
@@ -211,23 +180,12 @@ def link_faults(path: Path, suffixes: Iterable[str] = frozenset(_SUFFIXES)) -> I
             )  # fmt: skip
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file. Raises FrankenmergeError when it is absent, no JSON, or gives a name twice."""
-    if path.exists() and not path.is_file():
-        raise fail(str(path), what, "no ordinary file", "restore the file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-    except FileNotFoundError as error:
-        raise fail(str(path), what, "no such file", "give the folder of a complete checkpoint") from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise fail(str(path), what, f"{error}", "restore the file") from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, read: Callable[[Path], dict[str, Tensor] | None]) -> dict[str, Tensor]:
     index_path = path / INDEX_NAME
     # Where both are there, transformers reads the single file, and so does this.
-    if (path / SINGLE_NAME).exists():
-        return read_header(path / SINGLE_NAME)
+    whole = index_path.exists() and any(path.glob(_WEIGHTS)) and not (path / SINGLE_NAME).exists()
+    if not whole and (single := read(path / SINGLE_NAME)) is not None:
+        return single
     if not index_path.exists():
         others = sorted(file.name for file in path.glob("*.bin"))
         found = f"only pickle files ({', '.join(others)})" if others else "no safetensors"
@@ -238,17 +196,23 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise fail(f"{index_path}: weight_map", "an object of tensor and file names", type(weight_map).__name__, "restore the index")
+    shards = sorted(set(weight_map.values()))
     headers: dict[str, dict[str, Tensor]] = {}
-    faults = []
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            faults.append(Fault(f"{index_path}: {shard}", "the name of a file in this folder", "a path", "do not use this donor"))
-            continue
+    faults: list[Fault] = []
+
+    def attempt(shard: str) -> None:
         try:
-            headers[shard] = read_header(path / shard)
+            if Path(shard).name != shard:
+                raise fail(f"{index_path}: {shard}", "the name of a file in this folder", "a path", "do not use this donor")
+            if (found := read(path / shard)) is None:
+                raise fail(str(path / shard), "a shard that the checkpoint needs", "no such file", "download the missing shard")
+            headers[shard] = found
         except FrankenmergeError as error:
-            faults += error.faults
-    raise_all(faults)
+            faults.extend(error.faults)
+
+    with ThreadPoolExecutor(8) as pool:  # a shard of the hub is two answers to wait for
+        list(pool.map(attempt, shards))
+    raise_all(sorted(faults))
     faults = [
         Fault(
             f"{path / shard}: {name}", "a tensor that the index places here", "not in the header", "download the shard and the index again"
@@ -264,62 +228,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     ]  # fmt: skip
     raise_all(faults)
     return {name: headers[shard][name] for name, shard in weight_map.items()}
-
-
-def read_header(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file's header and hold every entry against the file.
-
-    Raises FrankenmergeError for a missing or truncated file and for offsets that overlap, leave gaps or run past the end.
-    """
-    if file.exists() and not file.is_file():
-        raise fail(str(file), "a safetensors file", "no ordinary file", "download the shard again")
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(HEADER_LIMIT, size - 8):
-                found = f"{size:,} bytes, and a header said to take {length:,}"
-                raise fail(str(file), "a complete safetensors file", found, "download the shard again")
-            header = json.loads(handle.read(length), object_pairs_hook=_without_duplicates)
-    except FileNotFoundError as error:
-        raise fail(str(file), "a shard that the checkpoint needs", "no such file", "download the missing shard") from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise fail(str(file), "a safetensors header", str(error), "download the shard again") from error
-    if not isinstance(header, dict):
-        raise fail(str(file), "a safetensors header, a JSON object", type(header).__name__, "download the shard again")
-    header.pop("__metadata__", None)
-    tensors, faults = {}, []
-    for name, entry in header.items():
-        try:
-            shape, (begin, end) = entry["shape"], entry["data_offsets"]
-            numbers = [*shape, begin, end]
-            if not isinstance(shape, list) or any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
-                raise ValueError
-            if end - begin != BYTES_OF[entry["dtype"]] * math.prod(shape):
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            faults.append(
-                Fault(f"{file}: {name}", "dtype, shape and offsets that agree", json.dumps(entry)[:200], "download the shard again")
-            )
-            continue
-        tensors[name] = Tensor(file, entry["dtype"], tuple(shape), 8 + length + begin, 8 + length + end)
-    raise_all(faults)
-    position = 8 + length
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if tensor.start != position:
-            raise fail(f"{file}: {name}", f"its bytes to begin at {position:,}", f"{tensor.start:,}", "download the shard again")
-        position = tensor.stop
-    if position != size:
-        found = f"{size:,} bytes ({'truncated' if size < position else 'bytes too many'})"
-        raise fail(str(file), f"{position:,} bytes, as its header says", found, "download the shard again")
-    return tensors
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(names := [name for name, _ in pairs]) != len(set(names)):
-        raise ValueError("a name stands twice")
-    "".join(names).encode()  # raises ValueError for lone surrogates, which are no text
-    return dict(pairs)
 
 
 def _structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:

@@ -14,9 +14,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from frankenmerge import __version__
-from frankenmerge.checkpoint import Checkpoint, link_faults, open_checkpoint, read_header, read_json, resolve
+from frankenmerge.checkpoint import Checkpoint, link_faults, open_checkpoint, tensors_in
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.files import cache_folder, growing_folder
+from frankenmerge.headers import read_json
+from frankenmerge.hub import repository_of, resolve
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -24,22 +26,22 @@ _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _REMEDY = "name the model that the LoRA was trained on, or fold it in with peft's merge_and_unload and name the result"
 
 
-def find_adapter(name: str, *, download: bool = False) -> Path:
-    """Find a LoRA's folder, reading its config and its header alone.
+def find_adapter(name: str, *, download: bool = False, weights: bool = True) -> Path:
+    """Find a LoRA's folder, reading its config and its header alone, and of the hub, where `weights` is not set, fetching no more.
 
     Raises FrankenmergeError for a folder without either, for pickled weights, and for adapters of another kind.
     """
-    folder = resolve(name, (CONFIG_NAME, WEIGHTS_NAME), download)
+    repository = repository_of(name, weights)
+    folder = resolve(name, (CONFIG_NAME, WEIGHTS_NAME) if weights else (CONFIG_NAME,), download)
     raise_all(link_faults(folder))
     config = read_json(folder / CONFIG_NAME, "an adapter's adapter_config.json")
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise fail(f"{folder / CONFIG_NAME}: peft_type", "LORA", repr(kind), "name a LoRA")
-    if not (folder / WEIGHTS_NAME).is_file():
+    if tensors_in(folder / WEIGHTS_NAME, repository, download) is None:
         others = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
         remedy = "load the adapter with peft and save it again, which writes safetensors"
         raise fail(str(folder), WEIGHTS_NAME, f"only pickle files ({others})" if others else "no safetensors", remedy)
-    read_header(folder / WEIGHTS_NAME)
     return folder
 
 

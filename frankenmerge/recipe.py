@@ -303,11 +303,11 @@ def _is_name(key: str, value: str) -> bool:
 
 
 def open_donors(
-    recipe: Recipe, *, download: bool = False, allow_pickle: bool = False, fold: bool = True,
+    recipe: Recipe, *, download: bool = False, allow_pickle: bool = False, weights: bool = True,
     opened: Mapping[str, Checkpoint] | None = None,
 ) -> dict[str, Checkpoint]:  # fmt: skip
     """Open every donor of a recipe, but for those that are `opened` already. Raises FrankenmergeError with the faults of all."""
-    options = {"download": download, "allow_pickle": allow_pickle, "fold": fold}
+    options = {"download": download, "allow_pickle": allow_pickle, "weights": weights}
     donors, faults = {}, []
     for name in recipe.donors:
         try:
@@ -318,23 +318,23 @@ def open_donors(
     return donors
 
 
-def open_donor(name: str, *, download: bool = False, allow_pickle: bool = False, fold: bool = True) -> Checkpoint:
+def open_donor(name: str, *, download: bool = False, allow_pickle: bool = False, weights: bool = True) -> Checkpoint:
     """Open a donor by the name that a recipe gives it, `path@revision+lora`.
 
     Args:
         name: the donor's; what is opened keeps it.
         download: whether it may be fetched from the hub.
         allow_pickle: whether weights that are there as pickles alone are converted.
-        fold: whether the LoRA is folded in. Without it the LoRA is looked for, and its base opened: the names, shapes and types
-            are the same, and no weights are read.
+        weights: whether they will be read. Without, headers are enough of a donor on the hub, and a LoRA is looked for and not folded
+            in: what is opened is its base, whose names, shapes and types are the same.
 
     Raises:
         FrankenmergeError: for a donor or a LoRA that is not there or cannot be used.
     """
     path, revision, lora = reference(name)
     model = name if lora is None else path + (f"@{revision}" if revision else "")
-    base = open_checkpoint(model, download=download, allow_pickle=allow_pickle)
+    base = open_checkpoint(model, download=download, allow_pickle=allow_pickle, weights=weights)
     if lora is None:
         return base
-    adapter = find_adapter(lora, download=download)
-    return replace(folded(base, adapter) if fold else base, name=name)
+    adapter = find_adapter(lora, download=download, weights=weights)
+    return replace(folded(base, adapter), name=name) if weights else replace(base, name=name, whole=False)

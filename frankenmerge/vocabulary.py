@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from frankenmerge.architectures import quantity
-from frankenmerge.checkpoint import Checkpoint, Tensor, read_json
+from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.headers import Tensor, read_json
 from frankenmerge.recipe import Recipe
 from frankenmerge.schema import Row, Zero
 

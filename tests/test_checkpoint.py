@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
-from frankenmerge.checkpoint import BYTES_OF, HEADER_LIMIT, open_checkpoint, read_header
+from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.headers import BYTES_OF, HEADER_LIMIT, read_header
 from frankenmerge.errors import FrankenmergeError
 
 INDEX = "model.safetensors.index.json"

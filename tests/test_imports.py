@@ -22,6 +22,8 @@ LAYERS = (
         "splice",
         "vocabulary",
         "files",
+        "headers",
+        "hub",
         "models",
         "checkpoint",
         "blockwise",

@@ -197,7 +197,7 @@ def test_commands_take_a_lora(donors, tmp_path, run, text, cache):
 def test_check_reads_no_weights(donors, tmp_path):
     base = Path(shutil.copytree(donors["a"], tmp_path / "base"))
     lora = write_lora(tmp_path / "lora", base)
-    opened = open_donor(f"{base}+{lora}", fold=False)
+    opened = open_donor(f"{base}+{lora}", weights=False)
     assert (opened.name, opened.path) == (f"{base}+{lora}", base)
 
 
@@ -231,10 +231,10 @@ def test_a_lora_that_is_not_finite_is_refused(donors, tmp_path):
     assert "NaN" in refused(f"{donors['a']}+{lora}").found
 
 
-@pytest.mark.parametrize("fold", [True, False])
-def test_other_adapters_are_refused(donors, tmp_path, fold):
+@pytest.mark.parametrize("weights", [True, False])
+def test_other_adapters_are_refused(donors, tmp_path, weights):
     lora = write_lora(tmp_path / "lora", donors["a"], peft_type="IA3")
-    fault = refused(f"{donors['a']}+{lora}", fold=fold)
+    fault = refused(f"{donors['a']}+{lora}", weights=weights)
     assert fault.place == f"{lora / 'adapter_config.json'}: peft_type" and "IA3" in fault.found
 
 
@@ -243,18 +243,18 @@ def test_a_lora_setting_that_peft_does_not_know_is_refused(donors, tmp_path):
     assert refused(f"{donors['a']}+{lora}").place == str(lora)
 
 
-@pytest.mark.parametrize("fold", [True, False])
-def test_a_lora_without_its_config_is_refused(donors, tmp_path, fold):
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_lora_without_its_config_is_refused(donors, tmp_path, weights):
     lora = write_lora(tmp_path / "lora", donors["a"])
     (lora / "adapter_config.json").unlink()
-    assert refused(f"{donors['a']}+{lora}", fold=fold).place == str(lora / "adapter_config.json")
+    assert refused(f"{donors['a']}+{lora}", weights=weights).place == str(lora / "adapter_config.json")
 
 
-@pytest.mark.parametrize("fold", [True, False])
-def test_a_pickled_lora_is_refused(donors, tmp_path, fold):
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_pickled_lora_is_refused(donors, tmp_path, weights):
     lora = write_lora(tmp_path / "lora", donors["a"])
     (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
-    fault = refused(f"{donors['a']}+{lora}", fold=fold, allow_pickle=True)
+    fault = refused(f"{donors['a']}+{lora}", weights=weights, allow_pickle=True)
     assert fault.place == str(lora) and "adapter_model.bin" in fault.found
 
 

@@ -42,12 +42,12 @@ MEANT_FOR: dict[str, tuple[str, ...]] = dict.fromkeys(("neurons", "tokens"), INP
 def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json: bool) -> None:
     """Tell what DONORS are and whether their blocks can be spliced, from configs and headers alone.
 
-    A LoRA in a name is folded in first, and kept in the cache; a pickled donor that is allowed is converted likewise.
+    Of a donor on the hub nothing else is fetched; a pickled donor that is allowed is converted first, and kept in the cache.
     """
     from frankenmerge.recipe import open_donor
     from frankenmerge.splice import compatibility
 
-    opened = [open_donor(donor, download=download, allow_pickle=allow_pickle) for donor in donors]
+    opened = [open_donor(donor, download=download, allow_pickle=allow_pickle, weights=False) for donor in donors]
     verdict = compatibility(opened)
     told = [_describe(donor) for donor in opened]
     if as_json:
@@ -57,7 +57,7 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
     shown = {
         "family": str, "blocks": str, "width": str, "heads": str, "kv_heads": str, "head_width": str, "inner": str, "vocabulary": str,
         "positions": str, "tied": lambda tied: "yes" if tied else "no", "dtype": str, "parameters": "{:,}".format, "bytes": size,
-        "tokenizer": str, "fingerprint": lambda text: text[:12],
+        "tokenizer": str, "fingerprint": lambda text: text[:12] if text else "weights not at hand",
     }  # fmt: skip
     for key, text in shown.items():
         made.add_row(key.replace("_", " "), *(text(row[key]) for row in told))
@@ -87,7 +87,7 @@ def _describe(donor: Any) -> dict[str, Any]:
         "parameters": donor.parameters,
         "bytes": donor.bytes,
         "tokenizer": donor.tokenizer_hash or "none",
-        "fingerprint": donor.fingerprint,
+        "fingerprint": donor.fingerprint if donor.whole else None,
     }
 
 

@@ -242,7 +242,7 @@ def merge(recipe: Path, output: Path, dry_run: bool, download: bool, allow_pickl
         raise_all([*output_faults(output, donors), *room_faults(output, total)])
         share = Share()
     elif dry_run:
-        planned(stages[0].recipe, stages[0].donors, output, Options(**options), share)
+        planned(stages[0].recipe, stages[0].donors, output, Options(**options), share, dry=True)
     if dry_run:
         _tell(stages, as_json)
         return

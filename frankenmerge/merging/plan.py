@@ -72,17 +72,21 @@ class Plan(NamedTuple):
 
 
 def planned(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], output: Path, options: Options, share: Share
+    recipe: Recipe, donors: Mapping[str, Checkpoint], output: Path, options: Options, share: Share, *, dry: bool = False
 ) -> Plan:  # fmt: skip
     """Check everything that can be known before the first byte and cut the result into shards. Writes nothing.
 
-    Slices that have a gauge are fitted, which runs their donors. Raises FrankenmergeError with all faults of recipe and output,
-    or all of donors' tensors, room and device.
+    Slices that have a gauge are fitted, which runs their donors. A `dry` plan, after which nothing is written, does without that, and
+    without the weights of donors on the hub. Raises FrankenmergeError with all faults of recipe and output, or all of donors'
+    tensors, room and device.
     """
     raise_all([*recipe_faults(recipe, donors), *(output_faults(output, donors) if share.first else ())])
+    if not dry or options.check_finite:
+        raise_all(_absence_faults(donors))
     operations: list[Operation] = list(schedule(recipe, donors))
-    raise_all(operation_faults(operations))
-    files = {reading.tensor.file for operation in operations for reading in readings(operation)}
+    files = {tensor.file for donor in donors.values() if donor.whole for tensor in donor.tensors.values()}
+    raise_all(operation_faults(operations, files))
+    files &= {reading.tensor.file for operation in operations for reading in readings(operation)}
     sharing = clonable(files, _existing(output)) if options.reflink else frozenset()
     plan = Plan(operations, plan_shards(operations, options.shard_size, sharing), sharing, {})
     if plan.computed:
@@ -90,7 +94,13 @@ def planned(
     if share.first:
         new = sum(shard.bytes for shard in plan.shards if not shard.cloned)
         raise_all([*room_faults(output, new), *(not_finite(operations) if options.check_finite else ())])
-    return plan._replace(turns=_turns(recipe, donors))
+    return plan if dry else plan._replace(turns=_turns(recipe, donors))
+
+
+def _absence_faults(donors: Mapping[str, Checkpoint]) -> Iterator[Fault]:
+    for name, donor in donors.items():
+        if not donor.whole:
+            yield Fault(name, "a donor whose weights are at hand", "its headers alone", "open it with its weights, see --download")
 
 
 def _turns(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Mapping[int, "Fit"]:

@@ -5,9 +5,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from frankenmerge.checkpoint import BYTES_OF, Checkpoint, Tensor
+from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.gauge import Meeting, meeting
+from frankenmerge.headers import BYTES_OF, Tensor
 from frankenmerge.merging.methods import METHODS, faults, resolved
 from frankenmerge.merging.parameters import PLAIN, common_parameters, filter_faults, method_faults, model_parameters, taken
 from frankenmerge.recipe import Recipe

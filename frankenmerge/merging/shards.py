@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from frankenmerge.checkpoint import BYTES_OF, SINGLE_NAME, Tensor
+from frankenmerge.checkpoint import SINGLE_NAME
 from frankenmerge.errors import Fault
+from frankenmerge.headers import BYTES_OF, Tensor
 from frankenmerge.merging.schedule import Combine, Copy, Operation, Rotate
 from frankenmerge.splice import DTYPE_NAMES
 
@@ -87,8 +88,8 @@ def readings(operation: Operation) -> list[Reading]:
     return found
 
 
-def operation_faults(operations: Sequence[Operation]) -> Iterator[Fault]:
-    """Hold every operation against itself and the files it reads from: names, types, shapes, bytes."""
+def operation_faults(operations: Sequence[Operation], files: Collection[Path]) -> Iterator[Fault]:
+    """Hold every operation against itself, names, types, shapes, bytes, and against those of the donors' `files` it reads from."""
     names: set[str] = set()
     needed: dict[Path, int] = {}
     for operation in operations:
@@ -102,7 +103,7 @@ def operation_faults(operations: Sequence[Operation]) -> Iterator[Fault]:
                 expected = f"bytes for the shape {list(tensor.shape)} of {tensor.dtype}"
                 yield Fault(f"{donor}: {source}", expected, f"{tensor.bytes:,}", "restore the donor")
             needed[tensor.file] = max(tensor.stop, needed.get(tensor.file, 0))
-    for file, stop in needed.items():
+    for file, stop in ((file, stop) for file, stop in needed.items() if file in files):
         size = file.stat().st_size if file.exists() else 0
         if size < stop:
             yield Fault(str(file), f"{stop:,} bytes or more, as its header said", f"{size:,}", "restore the donor")

@@ -8,8 +8,9 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from frankenmerge.checkpoint import SINGLE_NAME, Checkpoint, Tensor, open_checkpoint
+from frankenmerge.checkpoint import SINGLE_NAME, Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.headers import Tensor
 from frankenmerge.merging.parameters import method_faults
 from frankenmerge.merging.schedule import Operation, schedule
 from frankenmerge.merging.tokenizer import tokenizer_files
@@ -92,7 +93,7 @@ def checked(
 def _checked(recipe: Recipe, planned: Mapping[str, Checkpoint], place: str, download: bool, allow_pickle: bool) -> Stage:
     faults = method_faults(recipe, place)
     try:
-        donors = open_donors(recipe, download=download, allow_pickle=allow_pickle, fold=False, opened=planned)
+        donors = open_donors(recipe, download=download, allow_pickle=allow_pickle, weights=False, opened=planned)
     except FrankenmergeError as error:
         raise FrankenmergeError(*faults, *error.faults) from error
     raise_all([*faults, *recipe_faults(recipe, donors, place)])
@@ -107,7 +108,7 @@ def _planned(stage: Stage, folder: Path) -> Checkpoint:
     for name, content in tokenizer_files(stage.recipe, stage.donors).items():
         (folder / name).write_bytes(content)
     tensors = {made.name: Tensor(folder / SINGLE_NAME, made.dtype, tuple(made.shape), 0, made.bytes) for made in stage.operations}
-    return Checkpoint(stage.recipe.name or "", folder, config, tensors)
+    return Checkpoint(stage.recipe.name or "", folder, config, tensors, whole=False)
 
 
 def merge_stages(

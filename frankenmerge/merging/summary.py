@@ -4,7 +4,7 @@ from math import prod
 from typing import NamedTuple
 
 from frankenmerge.architectures import head_width, quantity
-from frankenmerge.checkpoint import BYTES_OF
+from frankenmerge.headers import BYTES_OF
 from frankenmerge.merging.schedule import Copy
 from frankenmerge.merging.stages import Stage
 from frankenmerge.splice import DTYPE_NAMES, result_config, result_dtype, spelled_out

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from frankenmerge.checkpoint import Checkpoint, read_json
+from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import fail
+from frankenmerge.headers import read_json
 from frankenmerge.recipe import Recipe
 from frankenmerge.vocabulary import Tokens, result_vocabulary, tokens_of
 

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from frankenmerge.checkpoint import Checkpoint, Tensor, open_checkpoint, read_json
+from frankenmerge.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.headers import Tensor, read_json
 from frankenmerge.merging.computing import read_fully
 from frankenmerge.merging.copying import CHUNK
 from frankenmerge.merging.provenance import PROVENANCE, file_hash

@@ -16,9 +16,10 @@ from conftest import changed, write_donor
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from frankenmerge.checkpoint import open_checkpoint, read_header
+from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.families import FAMILIES
+from frankenmerge.headers import read_header
 from frankenmerge.merging.schedule import schedule
 from frankenmerge.merging.writer import merge
 from frankenmerge.models import load_model, virtual_splice

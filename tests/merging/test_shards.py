@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save_file
 
-from frankenmerge.checkpoint import Tensor, read_header
+from frankenmerge.headers import Tensor, read_header
 from frankenmerge.merging import shards as module
 from frankenmerge.merging.copying import PIECE, pieces
 from frankenmerge.merging.schedule import Combine, Copy, Input
@@ -192,7 +192,7 @@ def test_faults_of_operations_are_told_together(tmp_path):
         Combine("base", "F32", (5,), "linear", (Input("d", "a", good, {}),), Input("e", "z", good._replace(shape=(1, 5)), {}), {}, 0),
         Combine("odd type", "I8", (5,), "linear", (Input("d", "a", good, {}),), None, {}, 0),
     ]
-    assert [(fault.place, fault.found) for fault in operation_faults(operations)] == [
+    assert [(fault.place, fault.found) for fault in operation_faults(operations, {file})] == [
         ("twice", "twice"), ("d: b", "24"), ("d: a", "[5]"), ("d: i", "I8"), ("e: z", "[1, 5]"), ("odd type", "I8"), (str(file), "100"),
     ]  # fmt: skip
 
@@ -202,4 +202,6 @@ def test_no_fault_is_found_in_sound_operations(tmp_path):
     file.write_bytes(bytes(28))
     good = Tensor(file, "F32", (5,), 8, 28)
     assert math.prod(good.shape) * 4 == good.bytes
-    assert not list(operation_faults([Copy("a", "d", "a", good), Copy("b", "d", "a", good)]))
+    assert not list(operation_faults([Copy("a", "d", "a", good), Copy("b", "d", "a", good)], {file}))
+    absent = good._replace(file=tmp_path / "on the hub.safetensors")
+    assert not list(operation_faults([Copy("a", "d", "a", absent)], {file}))
