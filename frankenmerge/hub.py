@@ -12,7 +12,7 @@ from frankenmerge.errors import Fault, FrankenmergeError, fail
 from frankenmerge.files import cache_folder, write_file
 from frankenmerge.headers import header_length
 
-_ID = re.compile(r"[\w.-]+/[\w.-]+(@(?!.*\.\.)[\w./-]+)?")
+_ID = re.compile(r"([\w.-]+/[\w.-]+)(@(?!.*\.\.)[\w./-]+)?")
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _TIMEOUT = 30.0
 """Seconds that a server may be silent during a range request."""
@@ -136,3 +136,59 @@ def _range(url: str, start: int, stop: int, place: str) -> tuple[bytes, int]:
     if len(content) < stop - start:
         raise fail(place, f"{stop - start:,} bytes", f"{len(content):,}", "try again: the answer was cut off")
     return content[: stop - start], int(told[3])
+
+
+def hub_ids(names: Iterable[str]) -> list[str]:
+    """The repositories among models' names, `org/name@revision+lora`, each once; what is a folder here is none."""
+    parts = (part for name in names if not Path(name).expanduser().is_dir() for part in name.split("+"))
+    found = (_ID.fullmatch(part) for part in parts if not Path(part).expanduser().is_dir())
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def check_push(repository: str) -> None:
+    """Raise FrankenmergeError where a merge cannot be put into `repository`: nobody is logged in, has the right, or it is in use."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repository):
+        raise fail(repository, "a repository's name, org/name", "something else", "correct --push-to-hub")
+    api = HfApi()
+    try:
+        told = api.whoami()
+        own = [told["name"], *(group["name"] for group in told.get("orgs", []))]
+    except (HTTPError, OSError, KeyError, TypeError) as error:
+        raise fail(
+            "the hub", "somebody who is logged in", str(error).split("\n")[0][:300], f"{_LOG_IN} with a token that may write"
+        ) from error
+    namespace, _, name = repository.rpartition("/")
+    if namespace and namespace not in own:
+        raise fail(repository, f"a repository of {', '.join(own)}", f"one of {namespace}", "correct the name, or log in as somebody else")
+    try:
+        there = set(api.list_repo_files(f"{namespace or own[0]}/{name}")) - {".gitattributes"}
+    except RepositoryNotFoundError:
+        return
+    except (HTTPError, OSError, ValueError) as error:
+        raise FrankenmergeError(_fault(repository, error, True)) from error
+    if there:
+        found = f"one with {', '.join(sorted(there)[:3])}"
+        raise fail(repository, "a repository that does not exist yet, or an empty one", found, "choose another name")
+
+
+def push(folder: Path, repository: str, *, private: bool) -> str:
+    """Put the files of a finished merge into a repository of the hub, made where it is not there, and return its address.
+
+    Raises FrankenmergeError, the merge staying where it is, when the hub will not have it.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        made = api.create_repo(repository, private=private or None, exist_ok=True)  # None: as the namespace has it
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Upload a merge")
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        remedy = f"mend that, then `hf upload {repository} {folder}`: the merge is whole there"
+        found = " ".join(f"{error} {error.__cause__ or ''}".split())[:400]
+        raise fail(repository, "a repository that may be written to", found, remedy) from error
+    return str(made)

@@ -79,8 +79,11 @@ def serving():
                 hub.asked.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
             if self.command in ("POST", "PUT") or path == "/api/whoami-v2":
                 return self.written(path, body)
-            for pattern, answer in ((r"/api/models/(\w+/[\w-]+)/(revision|tree)/([^/]+)", self.told), (r"/(\w+/[\w-]+)/resolve/([^/]+)/(.+)", self.file),
-                                    (r"/api/models/(\w+/[\w-]+)()()", self.told)):  # fmt: skip
+            for pattern, answer in (
+                (r"/api/models/(\w+/[\w-]+)/(revision|tree)/([^/]+)", self.told),
+                (r"/api/models/(\w+/[\w-]+)()()", self.told),
+                (r"/(\w+/[\w-]+)/resolve/([^/]+)/(.+)", self.file),
+            ):
                 if match := re.fullmatch(pattern, path):
                     repository = hub.repositories.get(match[1])
                     if repository is None:
@@ -116,6 +119,9 @@ def serving():
 
         def written(self, path, body):
             """Everything that needs a token."""
+            if path.startswith("/upload/"):  # whose address is the permission
+                hub.blobs[hashlib.sha256(body).hexdigest()] = body
+                return self.send(200)
             if self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 return self.send(401, b'{"error": "Invalid credentials in Authorization header"}')
             if path == "/api/whoami-v2":
@@ -127,7 +133,7 @@ def serving():
                 name = f"{asked.get('organization') or 'me'}/{asked['name']}"
                 if name in hub.repositories:
                     return self.send(409, json.dumps({"url": f"{hub.address}/{name}"}).encode())
-                hub.repositories[name], hub.private[name] = Repository(Path("/nonexistent")), bool(asked.get("private"))
+                hub.repositories[name], hub.private[name] = Repository(Path("/nonexistent")), asked.get("visibility") == "private"
                 hub.repositories[name].names = lambda: sorted(hub.repositories[name].files)
                 return self.send(200, json.dumps({"url": f"{hub.address}/{name}", "id": name}).encode())
             if match := re.fullmatch(r"/api/models/(\w+/[\w-]+)/preupload/main", path):
@@ -145,7 +151,8 @@ def serving():
                     {"oid": each["oid"], "size": each["size"], "actions": {"upload": {"href": f"{hub.address}/upload/{each['oid']}"}}}
                     for each in json.loads(body)["objects"]
                 ]
-                return self.send(200, json.dumps({"transfer": "basic", "objects": objects}).encode(), {"Content-Type": "application/vnd.git-lfs+json"})  # fmt: skip
+                kind = {"Content-Type": "application/vnd.git-lfs+json"}
+                return self.send(200, json.dumps({"transfer": "basic", "objects": objects}).encode(), kind)
             if match := re.fullmatch(r"/api/models/(\w+/[\w-]+)/commit/main", path):
                 for line in map(json.loads, body.splitlines()):
                     value = line["value"]
@@ -157,9 +164,6 @@ def serving():
                 return self.send(200, json.dumps(told).encode())
             if path == "/api/validate-yaml":
                 return self.send(200, b'{"errors": [], "warnings": []}')
-            if path.startswith("/upload/"):
-                hub.blobs[hashlib.sha256(body).hexdigest()] = body
-                return self.send(200)
             return self.send(404)
 
         def send(self, status, content=b"", headers=None, *, error="", name=""):

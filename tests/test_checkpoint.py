@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
 from frankenmerge.checkpoint import open_checkpoint
-from frankenmerge.headers import BYTES_OF, HEADER_LIMIT, read_header
 from frankenmerge.errors import FrankenmergeError
+from frankenmerge.headers import BYTES_OF, HEADER_LIMIT, read_header
 
 INDEX = "model.safetensors.index.json"
 

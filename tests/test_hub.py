@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_donor
-from hub_server import COMMIT, Repository, serving
+from hub_server import COMMIT, TOKEN, Repository, serving
 
 SMALL = (".json", ".txt", ".model", ".jinja")
 
@@ -219,3 +219,79 @@ def test_repositories_of_pickles_alone_are_told(refused, hub, tmp_path, folders)
 @pytest.mark.parametrize("name", ["a/b--c", "a/.b", "a/b@../../c", "a/b@x/../y"])
 def test_a_name_that_the_hub_does_not_know_is_refused(refused, name):
     assert name in refused("inspect", name, "--download")
+
+
+# A merge put on the hub
+
+
+@pytest.fixture
+def local(folders, tmp_path) -> Path:
+    parts = [{"sources": [{"model": str(folders[name]), "layer_range": [0, 4]}]} for name in ("one", "sharded")]
+    path = tmp_path / "local.yaml"
+    path.write_text(yaml.safe_dump({"slices": parts, "merge_method": "passthrough"}))
+    return path
+
+
+@pytest.mark.parametrize("name, private", [("me/merged", True), ("us/merged", False), ("merged", False)])
+def test_a_finished_merge_is_put_into_a_new_repository(call, hub, local, tmp_path, name, private):
+    options = ["--private"] if private else []
+    code, out, err = call(
+        "merge", local, tmp_path / "out", "--push-to-hub", name, "--shard-size", "20KB", *options, "--json", HF_TOKEN=TOKEN
+    )
+    assert code == 0, err
+    full = name if "/" in name else f"me/{name}"
+    assert json.loads(out)["repository"] == f"{hub.address}/{full}"
+    assert hub.private[full] == private
+    assert hub.repositories[full].files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert sum(file.endswith(".safetensors") for file in hub.repositories[full].files) > 1
+
+
+def test_a_merge_that_was_put_there_is_a_donor(call, hub, local, tmp_path):
+    assert call("merge", local, tmp_path / "out", "--push-to-hub", "me/merged", HF_TOKEN=TOKEN)[0] == 0
+    hub.repositories["me/merged"] = Repository(tmp_path / "out", files=hub.repositories["me/merged"].files)
+    code, out, err = call("inspect", "me/merged", "--download", "--json")
+    assert code == 0, err
+    assert json.loads(out)["donors"][0]["blocks"] == 8
+
+
+def test_nothing_is_put_anywhere_unless_it_was_asked_for(call, hub, local, tmp_path):
+    assert call("merge", local, tmp_path / "out", HF_TOKEN=TOKEN)[0] == 0
+    assert call("merge", local, tmp_path / "other", "--push-to-hub", "me/merged", "--dry-run", HF_TOKEN=TOKEN)[0] == 0
+    assert not any(asked.startswith(("POST", "PUT")) for asked in hub.asked)
+
+
+@pytest.mark.parametrize("name, token, told", [
+    ("me/merged", "", "log in with"),
+    ("me/merged", "hf_wrong", "log in with"),
+    ("them/merged", TOKEN, "a repository of me, us"),
+    ("a/b/c", TOKEN, "correct --push-to-hub"),
+    ("../merged", TOKEN, "a repository of me, us"),
+    ("me/full", TOKEN, "one with model.safetensors"),
+])  # fmt: skip
+def test_what_cannot_be_put_there_is_told_before_the_merge(refused, hub, local, folders, tmp_path, name, token, told):
+    hub.repositories["me/full"] = Repository(tmp_path / "full")
+    (tmp_path / "full").mkdir()
+    shutil.copy(folders["one"] / "model.safetensors", tmp_path / "full")
+    assert told in refused("merge", local, tmp_path / "out", "--push-to-hub", name, HF_TOKEN=token)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_right_that_is_missing_is_told_and_the_merge_stays(refused, call, hub, local, tmp_path):
+    hub.refused = True
+    told = refused("merge", local, tmp_path / "out", "--push-to-hub", "me/merged", HF_TOKEN=TOKEN)
+    assert "do not have the rights" in told and f"hf upload me/merged {tmp_path / 'out'}" in told
+    assert call("check", tmp_path / "out")[0] == 0
+
+
+def test_private_alone_is_a_mistake(refused, local, tmp_path):
+    assert "--push-to-hub" in refused("merge", local, tmp_path / "out", "--private")
+
+
+def test_a_card_names_the_repositories_and_no_folders(call, hub, folders, recipe, tmp_path):
+    text = yaml.safe_load(recipe.read_text())
+    text["slices"][0]["sources"][0]["model"] = str(folders["one"])
+    recipe.write_text(yaml.safe_dump(text))
+    code, _, err = call("merge", recipe, tmp_path / "out", "--download")
+    assert code == 0, err
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
+    assert front["base_model"] == ["org/sharded"]

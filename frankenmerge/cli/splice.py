@@ -216,10 +216,15 @@ def _bytes(_context, _parameter, value: str) -> int:
 @click.option("--allow-nan", is_flag=True, help="Go on where a computed tensor holds NaN or Inf, or is made of any.")
 @click.option("--check-finite", is_flag=True, help="Read all of the donors first, and refuse NaN and Inf in copied tensors too.")
 @click.option("--checksums", is_flag=True, help="Put the SHA-256 of every file of weights into frankenmerge.json.")
+@click.option("--push-to-hub", metavar="REPOSITORY", help="Put the finished merge into a new repository of the hub, org/name.")
+@click.option("--private", is_flag=True, help="With --push-to-hub: nobody else may see the repository.")
 @download_option
 @pickle_option
 @json_option
-def merge(recipe: Path, output: Path, dry_run: bool, download: bool, allow_pickle: bool, as_json: bool, **options) -> None:
+def merge(
+    recipe: Path, output: Path, dry_run: bool, push_to_hub: str | None, private: bool, download: bool, allow_pickle: bool, as_json: bool,
+    **options,
+) -> None:  # fmt: skip
     """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all.
 
     Stages that it uses are written to OUTPUT.stages, and made again only when what they are made of has changed. Under
@@ -227,6 +232,7 @@ def merge(recipe: Path, output: Path, dry_run: bool, download: bool, allow_pickl
     """
     from functools import partial
 
+    from frankenmerge.hub import check_push, push
     from frankenmerge.merging.plan import Options, output_faults, planned, room_faults
     from frankenmerge.merging.stages import merge_stages
     from frankenmerge.merging.writer import merge as merged
@@ -243,6 +249,10 @@ def merge(recipe: Path, output: Path, dry_run: bool, download: bool, allow_pickl
         share = Share()
     elif dry_run:
         planned(stages[0].recipe, stages[0].donors, output, Options(**options), share, dry=True)
+    if private and not push_to_hub:
+        raise fail("--private", "--push-to-hub", "none", "say which repository is meant, or leave --private out")
+    if push_to_hub and share.first:
+        check_push(push_to_hub)
     if dry_run:
         _tell(stages, as_json)
         return
@@ -251,10 +261,13 @@ def merge(recipe: Path, output: Path, dry_run: bool, download: bool, allow_pickl
         result = merge_stages([stage.recipe for stage in stages], output, write, download=download, allow_pickle=allow_pickle)
     if not share.first:
         return
+    address = push(result.output, push_to_hub, private=private) if push_to_hub else None
     if as_json:
-        print_json(result._asdict() | {"output": str(result.output)})
+        print_json(result._asdict() | {"output": str(result.output)} | ({"repository": address} if address else {}))
         return
     made = f"{result.computed} of them computed, the others" if result.computed else "every one"
     kept = f", {result.kept} files of weights kept from an earlier run" if result.kept else ""
     rate = f"{size(result.bytes)} in {result.seconds:.1f} s"
     out().print(f"{result.output}: {result.tensors} tensors, {rate}, {made} its donor's bytes{kept}", markup=False)
+    if address:
+        out().print(f"Put into {address}", markup=False)

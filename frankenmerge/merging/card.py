@@ -7,13 +7,16 @@ import yaml
 
 from frankenmerge.architectures import quantity
 from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.hub import hub_ids
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import spelled_out
 
 
 def model_card(recipe: Recipe, donors: Mapping[str, Checkpoint], config: Mapping[str, Any]) -> str:
     """Return the card: front matter for the hub, the slices as a table, the recipe."""
-    front = {"library_name": "transformers", "base_model": list(donors), "tags": ["merge", "frankenmerge"]}
+    # The hub takes no other names for base models than its own.
+    bases = {"base_model": ids} if (ids := hub_ids(donors)) else {}
+    front = {"library_name": "transformers", **bases, "tags": ["merge", "frankenmerge"]}
     spelled = spelled_out(recipe, donors)
     rows, position = [], 0
     for part in spelled.parts:

@@ -389,7 +389,7 @@ def test_the_card_says_what_was_stacked(order, tmp_path):
     merged(order, tmp_path / "out")
     a, deep, c = (str(folder) for folder in dict.fromkeys(folder for folder, _ in order))
     _, front, body = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front) == {"library_name": "transformers", "base_model": [a, deep, c], "tags": ["merge", "frankenmerge"]}
+    assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["merge", "frankenmerge"]}
     assert "# A frankenmodel of 5 blocks" in body
     rows = [f"| 0-1 | {a} | 0-1 |", f"| 2-2 | {deep} | 1-1 |", f"| 3-3 | {deep} | 5-5 |", f"| 4-4 | {c} | 3-3 |"]
     assert re.findall(r"^\| \d.*$", body, re.M) == rows
