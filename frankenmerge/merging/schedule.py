@@ -120,8 +120,8 @@ _AS_IT_IS = resolved(PLAIN, {}, per_model=True)
 def schedule(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "recipe") -> list[Operation]:
     """List the result's tensors in layer order: embedding, blocks, final norm, head.
 
-    The embedding is merged from the first slice's sources at depth 0, final norm and head from the last one's at depth
-    1, unless the recipe names their donors. A tied head that must part from its embedding is written out.
+    The embedding is merged from the first slice's sources, final norm and head from the last one's, all at depth 0 as mergekit
+    0.1 has them, unless the recipe names their donors. A tied head that must part from its embedding is written out.
 
     Raises:
         FrankenmergeError: for a method that cannot do what the recipe says.
@@ -136,7 +136,7 @@ def schedule(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "rec
 def _operations(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Iterator[Operation]:
     first, last, ends = recipe.parts[0], recipe.parts[-1], len(recipe.parts) - 1
     vocabulary = result_vocabulary(recipe, donors)
-    yield from _turned(_end(recipe, donors, "embedding", recipe.embedding, first, 0.0, vocabulary), recipe, donors, 0)
+    yield from _turned(_end(recipe, donors, "embedding", recipe.embedding, first, vocabulary), recipe, donors, 0)
     position = 0
     for number, part in enumerate(recipe.parts):
         length = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
@@ -144,9 +144,9 @@ def _operations(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Iterator[Op
             t = offset / (length - 1) if length > 1 else 1.0
             yield from _turned(_tensors(recipe, donors, part, "block", t, offset=offset, position=position), recipe, donors, number)
             position += 1
-    yield from _turned(_end(recipe, donors, "final", recipe.final_norm, last, 1.0, vocabulary), recipe, donors, ends)
+    yield from _turned(_end(recipe, donors, "final", recipe.final_norm, last, vocabulary), recipe, donors, ends)
     if untied(recipe, donors):
-        yield from _turned(_end(recipe, donors, "head", recipe.head, last, 1.0, vocabulary), recipe, donors, ends)
+        yield from _turned(_end(recipe, donors, "head", recipe.head, last, vocabulary), recipe, donors, ends)
 
 
 def _turned(
@@ -173,13 +173,13 @@ def _turned(
 
 
 def _end(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], role: str, donor: str | None, part: Slice, t: float, vocabulary: Vocabulary | None
+    recipe: Recipe, donors: Mapping[str, Checkpoint], role: str, donor: str | None, part: Slice, vocabulary: Vocabulary | None
 ) -> Iterator[Copy | Combine]:  # fmt: skip
     """Embedding, final norm or head: merged as `part` is, or as `donor` has it."""
     if donor:
         recipe = recipe.model_copy(update={"merge_method": PLAIN, "parameters": None, "modules": None, "slices": recipe.parts})
         part = Slice(sources=[Source(model=donor, layer_range=[0, 1])])
-    yield from _tensors(recipe, donors, part, role, t, vocabulary=vocabulary)
+    yield from _tensors(recipe, donors, part, role, 0.0, vocabulary=vocabulary)
 
 
 def _tensors(

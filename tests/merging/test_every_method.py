@@ -77,7 +77,7 @@ def recipe_of(method: str, base: bool, slices: bool, donors: dict[str, Path]) ->
 def expected(method: str, base: bool, slices: bool, name: str, tensors: dict[str, dict], seed: int) -> torch.Tensor:
     """One tensor of the result, from whole tensors."""
     spec, spans = METHODS[method], RANGES if slices else [(0, 4)]
-    source, t = name, 0.0 if "embed" in name else 1.0
+    source, t = name, 0.0
     if "layers" in name:
         position, at = int(name.split(".")[2]), 0
         start, stop = spans[0]
