@@ -238,6 +238,9 @@ def _structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
     for name in sorted(set(checkpoint.tensors) - known):
         yield Fault(f"{where}: {name}", "each tensor under one name", "another name of the same tensor beside it", remedy)
     present = {index for role, index in roles if role == "block"}
+    if checkpoint.blocks > len(checkpoint.tensors):
+        yield Fault(where, f"tensors of {checkpoint.blocks:,} blocks", f"{len(checkpoint.tensors):,} in all", remedy)
+        return
     if missing := sorted(set(range(checkpoint.blocks)) - present):
         yield Fault(where, f"tensors of {checkpoint.blocks} blocks", f"none of block {', '.join(map(str, missing))}", remedy)
     if extra := sorted(index for index in present if index is not None and index >= checkpoint.blocks):

@@ -4,6 +4,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 
+def visible(text: str) -> str:
+    """`text` with what a terminal would obey, or not show, written out: names in a donor's files may hold anything."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 class Fault(NamedTuple):
     """One thing that is wrong with what the user gave."""
 
@@ -15,7 +20,8 @@ class Fault(NamedTuple):
     """What the user can do about it."""
 
     def __str__(self) -> str:
-        return f"{self.place}\n  expected: {self.expected}\n  found:    {self.found}\n  remedy:   {self.remedy}"
+        place, expected, found, remedy = map(visible, self)
+        return f"{place}\n  expected: {expected}\n  found:    {found}\n  remedy:   {remedy}"
 
 
 class FrankenmergeError(Exception):

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.families import Architecture
 from frankenmerge.gauge import Turn, turned_all
+from frankenmerge.headers import read_json
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import result_config, stacked, untied
 
@@ -53,6 +54,7 @@ def load_model(
             raise fail(f"device {device}", "auto, where memory is shared out", device, "give --device auto as well")
     if untrained is not None:
         return untrained_model(checkpoint, untrained, dtype=dtype, device="cpu" if device == "auto" else device)
+    _check_index(checkpoint)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
@@ -107,6 +109,14 @@ def untrained_model(checkpoint: Checkpoint, seed: int, *, dtype: str = "float32"
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device, DTYPES[dtype]).eval()
     finally:
         torch.set_rng_state(state)
+
+
+def _check_index(checkpoint: Checkpoint) -> None:
+    """Refuse an index that transformers cannot read though this package can."""
+    path = checkpoint.path / INDEX_NAME
+    if not (checkpoint.path / SINGLE_NAME).exists() and path.exists() and "metadata" not in read_json(path, "a safetensors index"):
+        remedy = 'write "metadata": {} into it; inspect, check and merge do without'
+        raise fail(str(path), "metadata, without which transformers loads no model", "none", remedy)
 
 
 def _check_family(checkpoint: Checkpoint) -> None:

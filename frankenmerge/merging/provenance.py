@@ -10,6 +10,7 @@ import frankenmerge
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.merging.schedule import Combine, Copy, Input, Operation, Rotate
 from frankenmerge.merging.shards import Shard
+from frankenmerge.recipe import Recipe
 
 if TYPE_CHECKING:
     from frankenmerge.fitting import Fit
@@ -18,12 +19,13 @@ PROVENANCE = "frankenmerge.json"
 
 
 def provenance(
-    recipe: str, donors: Mapping[str, Checkpoint], shards: Sequence[Shard], checksums: Mapping[str, str], turns: Mapping[int, "Fit"]
-) -> dict[str, Any]:
+    recipe: Recipe, donors: Mapping[str, Checkpoint], shards: Sequence[Shard], checksums: Mapping[str, str], turns: Mapping[int, "Fit"],
+    files: Mapping[str, bytes],
+) -> dict[str, Any]:  # fmt: skip
     """Return what `frankenmerge.json` holds.
 
     A shard is told by its size and the hash of its header, which cost nothing; `checksums`, hashes of whole shards by name,
-    cost a read of every byte and are there when they were asked for.
+    cost a read of every byte and are there when they were asked for. `files` are the small files beside them.
     """
     operations = [operation for shard in shards for operation in shard.operations]
     versions = {"python": platform.python_version()}
@@ -34,10 +36,12 @@ def provenance(
     gauges = {
         str(number): {"rotation": fit.turn.hash, "scale": fit.turn.scale, "held_out_r2": 1 - fit.residual} for number, fit in turns.items()
     }
+    texts = texts_of(recipe)
     return {
         "frankenmerge": frankenmerge.__version__,
         "versions": versions,
-        "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
+        "recipe_sha256": hashlib.sha256(recipe.dump().encode()).hexdigest(),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "donors": {name: {"fingerprint": donor.fingerprint} for name, donor in donors.items()},
         "shards": {
             shard.name: {"bytes": shard.bytes, "header_sha256": hashlib.sha256(shard.header).hexdigest()}
@@ -46,7 +50,14 @@ def provenance(
         },
         "tensors": {operation.name: origin(operation) for operation in operations},
         **({"gauges": gauges} if gauges else {}),
+        **({"texts": texts} if texts else {}),
     }
+
+
+def texts_of(recipe: Recipe) -> dict[str, str]:
+    """The texts that a recipe's gauges are fitted to, each with its hash."""
+    gauges = (part.gauge for part in recipe.stack.slices or [])
+    return {gauge.fit: file_hash(Path(gauge.fit)) for gauge in gauges if gauge and gauge.fit != "probes"}
 
 
 def origin(operation: Operation) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Whether a finished checkpoint still is what its provenance says."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any, NamedTuple
 
 from frankenmerge.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
-from frankenmerge.headers import Tensor, read_json
+from frankenmerge.headers import HEADER_LIMIT, Tensor, read_json
 from frankenmerge.merging.computing import read_fully
 from frankenmerge.merging.copying import CHUNK
-from frankenmerge.merging.provenance import PROVENANCE, file_hash
-from frankenmerge.recipe import open_donor
+from frankenmerge.merging.provenance import PROVENANCE, file_hash, origin
+from frankenmerge.merging.schedule import schedule
+from frankenmerge.recipe import open_donor, parse_recipe
 
 _REMEDY = "merge again"
 
@@ -36,8 +38,9 @@ def verify(
 ) -> Verified:
     """Hold the checkpoint in `folder` against its `frankenmerge.json`.
 
-    Files, sizes, headers and names always; the bytes of copied tensors where their donors are at hand, unchanged; whole
-    shards where they have checksums. `progress` is called with bytes compared. Raises FrankenmergeError with all that differs.
+    Files, sizes, headers and names always; what every tensor is said to be made of where all donors are at hand, unchanged, and the
+    bytes of copied tensors where their own donors are; whole shards where they have checksums. `progress` is called with bytes
+    compared. Raises FrankenmergeError with all that differs.
     """
     path = folder / PROVENANCE
     told = read_json(path, "the provenance that a merge writes")
@@ -46,6 +49,8 @@ def verify(
         raise_all([*_file_faults(folder, told), *_name_faults(checkpoint, told)])
         opened = {name: _donor(name, given["fingerprint"], download, allow_pickle) for name, given in told["donors"].items()}
         at_hand = {name: donor for name, donor in opened.items() if donor}
+        if at_hand.keys() == opened.keys():
+            raise_all(_origin_faults(folder, told, at_hand))
         pairs = [
             (name, checkpoint.tensors[name], at_hand[given["donor"]], given["tensor"])
             for name, given in told["tensors"].items()
@@ -62,12 +67,13 @@ def verify(
 
 
 def _file_faults(folder: Path, told: dict[str, Any]) -> Iterator[Fault]:
-    recipe = folder / "recipe.yaml"
-    if not recipe.is_file() or hashlib.sha256(recipe.read_bytes()).hexdigest() != told["recipe_sha256"]:
-        yield Fault(str(recipe), "the recipe that was merged", "another one, or none", _REMEDY)
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.name not in told["shards"]:
-            yield Fault(str(file), "only files of the merge", "a file that it did not write", "remove the file")
+    for name, expected in told["files"].items():
+        if not (folder / name).is_file() or file_hash(folder / name) != expected:
+            yield Fault(str(folder / name), "the file that the merge wrote", "another one, or none", _REMEDY)
+    for file in sorted(folder.iterdir()):
+        # The card is there to be written on, and hidden files are no part of a model.
+        if not file.name.startswith(".") and file.name not in {*told["shards"], *told["files"], PROVENANCE, "README.md"}:
+            yield Fault(str(file), "only files of the merge", "one that it did not write", "remove it")
     for name, shard in told["shards"].items():
         file = folder / name
         if not file.is_file():
@@ -75,7 +81,7 @@ def _file_faults(folder: Path, told: dict[str, Any]) -> Iterator[Fault]:
             continue
         with file.open("rb") as handle:
             length = handle.read(8)
-            header = length + handle.read(int.from_bytes(length, "little"))
+            header = length + handle.read(min(int.from_bytes(length, "little"), HEADER_LIMIT))
         if file.stat().st_size != shard["bytes"]:
             yield Fault(str(file), f"{shard['bytes']:,} bytes", f"{file.stat().st_size:,}", _REMEDY)
         elif hashlib.sha256(header).hexdigest() != shard["header_sha256"]:
@@ -88,6 +94,15 @@ def _name_faults(checkpoint: Checkpoint, told: dict[str, Any]) -> Iterator[Fault
     for name in sorted(checkpoint.tensors.keys() ^ told["tensors"].keys()):
         there = name in checkpoint.tensors
         yield Fault(f"{checkpoint.path}: {name}", "the tensors of the provenance", "one more" if there else "not there", _REMEDY)
+
+
+def _origin_faults(folder: Path, told: dict[str, Any], donors: dict[str, Checkpoint]) -> Iterator[Fault]:
+    """Hold what the provenance says of every tensor against what the recipe makes of the donors."""
+    recipe = parse_recipe((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
+    made = {operation.name: origin(operation) for operation in schedule(recipe, donors)}
+    for name, expected in json.loads(json.dumps(made)).items():
+        if (found := told["tensors"].get(name)) != expected:
+            yield Fault(f"{folder / PROVENANCE}: {name}", f"{expected}, as recipe.yaml has it"[:400], str(found)[:400], _REMEDY)
 
 
 def _donor(name: str, fingerprint: str, download: bool, allow_pickle: bool) -> Checkpoint | None:

@@ -206,7 +206,7 @@ def small_files(
     if (generation := base.path / "generation_config.json").is_file():
         files[generation.name] = generation.read_bytes()
     files["recipe.yaml"] = recipe.dump().encode()
-    files[PROVENANCE] = _json(provenance(recipe.dump(), donors, shards, checksums, turns))
+    files[PROVENANCE] = _json(provenance(recipe, donors, shards, checksums, turns, files))
     files["README.md"] = model_card(recipe, donors, config).encode()
     return files
 

@@ -131,9 +131,82 @@ def test_files_and_tensors_that_are_missing_or_too_many_are_named(output):
     (folder / "recipe.yaml").write_text("other")
     places = dict(refused(folder))
     assert places == {
-        str(folder / "recipe.yaml"): "another one, or none", str(more): "a file that it did not write",
+        str(folder / "recipe.yaml"): "another one, or none", str(more): "one that it did not write",
         f"{folder}: model.norm.weight": "one more",
     }  # fmt: skip
+
+
+def rewritten(name: str, change):
+    def tamper(folder: Path) -> str:
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+        return str(folder / name)
+
+    return tamper
+
+
+def added(name: str, content: str = "{}"):
+    def tamper(folder: Path) -> str:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+        return str(folder / name.partition("/")[0])
+
+    return tamper
+
+
+def gone(name: str):
+    def tamper(folder: Path) -> str:
+        (folder / name).unlink()
+        return str(folder / name)
+
+    return tamper
+
+
+def swapped(folder: Path) -> str:
+    """Two tensors of one shape and type change their bytes."""
+    file = next(file for file in sorted(folder.glob("*.safetensors")) if sum("norm" in name for name in load_file(file)) > 1)
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + length])
+    one, two = [entry["data_offsets"] for name, entry in header.items() if "norm" in name][:2]
+    content = bytearray(file.read_bytes())
+    (a, b), (c, d) = ((8 + length + start, 8 + length + stop) for start, stop in (one, two))
+    content[a:b], content[c:d] = content[c:d], content[a:b]
+    file.write_bytes(content)
+    return str(file)
+
+
+@pytest.mark.parametrize("tamper", [
+    rewritten("config.json", lambda config: config.update(rope_theta=1.0)),
+    rewritten("config.json", lambda config: config.update(auto_map={"AutoModelForCausalLM": "evil.Evil"})),
+    rewritten("generation_config.json", lambda config: config.update(temperature=9.0)),
+    rewritten("tokenizer.json", lambda tokenizer: tokenizer["model"]["vocab"].update(a=2, b=1)),
+    rewritten("tokenizer_config.json", lambda settings: settings.update(chat_template="{{ evil }}")),
+    rewritten("model.safetensors.index.json", lambda index: index["metadata"].update(total_size=1)),
+    rewritten("frankenmerge.json", lambda told: told["tensors"]["model.norm.weight"].update(tensor="x")),
+    rewritten("frankenmerge.json", lambda told: told["tensors"]["model.norm.weight"].update(method="linear")),
+    added("chat_template.jinja", "{{ evil }}"),
+    added("adapter_config.json"),
+    added("modeling_evil.py", "raise SystemExit"),
+    added("pytorch_model.bin", "pickle"),
+    added("model.safetensors.index.json.old"),
+    added("1_Pooling/config.json"),
+    gone("tokenizer.json"),
+    gone("generation_config.json"),
+    gone("recipe.yaml"),
+    swapped,
+])  # fmt: skip
+def test_whatever_is_changed_is_noticed(output, tamper):
+    folder = output()
+    place = tamper(folder)
+    assert any(told.startswith(place) for told, _ in refused(folder))
+
+
+def test_the_card_may_be_written_on(output):
+    folder = output()
+    (folder / "README.md").write_text("what it is good for")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    verify(folder)
 
 
 def test_a_missing_shard_is_named(output):
