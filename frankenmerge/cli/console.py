@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from frankenmerge.errors import Fault, raise_all
+from frankenmerge.errors import Fault, raise_all, visible
 from frankenmerge.processes import own_share
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
@@ -73,15 +73,24 @@ def refuse_others(context: click.Context, method: str, meant_for: dict[str, tupl
     )
 
 
+class _Console(Console):
+    """A console that shows what a donor's names and values hold, and obeys none of it."""
+
+    def render_str(self, text: str, **how: Any) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Lines are text; whatever else a terminal would obey is written out."""
+        return super().render_str("\n".join(map(visible, text.split("\n"))), **how)
+
+
 def out() -> Console:
-    """Standard output; plain and 80 columns wide where it is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=80)
+    """Standard output, in which no markup is read unless asked; plain and 80 columns wide where it is no terminal."""
+    console = _Console(highlight=False, markup=False)
+    return console if console.is_terminal else _Console(highlight=False, markup=False, width=80)
 
 
 def print_json(value: Any) -> None:
     """Print one JSON object."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    # What is no text, in a file's name, becomes an escape of JSON's own.
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode())
 
 
 def table(title: str, *columns: str) -> Table:

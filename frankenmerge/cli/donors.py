@@ -64,7 +64,7 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
     console = out()
     console.print(made)
     if len(opened) > 1:
-        console.print("[bold red]These cannot be spliced:[/]" if verdict.reasons else "[bold green]These can be spliced.[/]")
+        console.print("[bold red]These cannot be spliced:[/]" if verdict.reasons else "[bold green]These can be spliced.[/]", markup=True)
         for line in verdict.reasons:
             console.print(f"  - {line}", markup=False)
         if verdict.remarks:

@@ -63,7 +63,7 @@ def evaluate(
     out().print(results_table(results, "On text (bits per byte; lower is better)"))
     out().print(f"Windows of {bench.context} tokens, {dtype}.")
     for promise in kept_promises(results):
-        verdict = "the prediction held" if promise.held else "[bold red]the prediction did not hold[/]"
+        verdict = "the prediction held" if promise.held else "the prediction did not hold"
         around = f"{promise.predicted:.3f} ({promise.low:.3f} to {promise.high:.3f}) nats per token above its donors"
         out().print(f"{Path(promise.recipe).name}: predicted {around}, measured {promise.measured:.3f}: {verdict}.")
 

@@ -154,7 +154,9 @@ def _show_found(asked: Asked, found: Any, wanted: list, vocabulary: list[str], t
     for name, value in found.told.items():
         console.print(f"{name.replace('_', ' ')}: {value}", markup=False)
     if found.told.get("artefact"):
-        console.print("[bold red]An artefact:[/] these are neurons' indices read as token ids; they tell nothing of the donor.")
+        console.print(
+            "[bold red]An artefact:[/] these are neurons' indices read as token ids; they tell nothing of the donor.", markup=True
+        )
     _print_agreement(asked.layers, agreement, "features")
 
 

@@ -200,4 +200,4 @@ def print_seam(console, number: int, seam) -> None:
     )
     console.print(f"  Neurons that agree least, with each donor's tokens: {disagree}", markup=False)
     if seam.by_chance:
-        console.print("  [bold red]No better than chance:[/] these donors share no basis here; expect noise behind this seam.")
+        console.print("  [bold red]No better than chance:[/] these donors share no basis here; expect noise behind this seam.", markup=True)
