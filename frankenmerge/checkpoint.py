@@ -6,6 +6,7 @@ leaves it: neither one of the index nor a link, but for links into the blobs of 
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -171,7 +172,7 @@ def tensors_in(file: Path, repository: str | None, download: bool) -> dict[str, 
 def link_faults(path: Path, suffixes: Iterable[str] = frozenset(_SUFFIXES)) -> Iterator[Fault]:
     """Tell the links that lead out of the folder: what they lead to would end up in a result that is then given away."""
     for file in sorted(file for file in path.iterdir() if file.is_symlink() and file.suffix in suffixes):
-        target = file.resolve()
+        target = Path(os.path.realpath(file))  # Path.resolve raises for links in a circle; they lead nowhere
         in_hub_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
         if not in_hub_cache and not target.is_relative_to(path.resolve()):
             yield Fault(

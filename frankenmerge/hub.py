@@ -3,6 +3,7 @@
 A donor's header is fetched by two range requests, eight bytes that tell its length and then itself, and kept, by commit, in the cache.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,15 +19,19 @@ _TIMEOUT = 30.0
 """Seconds that a server may be silent during a range request."""
 
 
+def is_folder(name: str) -> bool:
+    """Whether a model's name is that of a folder; not, as pathlib has it, an error for one that cannot be."""
+    return os.path.isdir(os.path.expanduser(name))
+
+
 def resolve(name: str, patterns: Iterable[str], download: bool) -> Path:
     """Find the folder of a local path, `org/name` or `org/name@revision`; of the hub, the files that fit `patterns`.
 
     Raises FrankenmergeError when there is none.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    if is_folder(name):
+        return Path(name).expanduser()
+    if os.path.exists(os.path.expanduser(name)):
         raise fail(name, "a checkpoint's folder", "a file", "give the folder that holds config.json")
     if not _ID.fullmatch(name):
         raise fail(name, "a checkpoint's folder or a hub id such as org/name", "neither", "check the path")
@@ -45,7 +50,7 @@ def resolve(name: str, patterns: Iterable[str], download: bool) -> Path:
 
 def repository_of(name: str, weights: bool) -> str | None:
     """The hub's repository of which headers alone are wanted; None for a folder, and where the weights are wanted too."""
-    return None if weights or Path(name).expanduser().is_dir() else name.partition("@")[0]
+    return None if weights or is_folder(name) else name.partition("@")[0]
 
 
 def _fault(name: str, error: Exception, download: bool) -> Fault:
@@ -140,8 +145,8 @@ def _range(url: str, start: int, stop: int, place: str) -> tuple[bytes, int]:
 
 def hub_ids(names: Iterable[str]) -> list[str]:
     """The repositories among models' names, `org/name@revision+lora`, each once; what is a folder here is none."""
-    parts = (part for name in names if not Path(name).expanduser().is_dir() for part in name.split("+"))
-    found = (_ID.fullmatch(part) for part in parts if not Path(part).expanduser().is_dir())
+    parts = (part for name in names if not is_folder(name) for part in name.split("+"))
+    found = (_ID.fullmatch(part) for part in parts if not is_folder(part))
     return list(dict.fromkeys(match[1] for match in found if match))
 
 

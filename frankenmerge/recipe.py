@@ -15,6 +15,7 @@ from pydantic import Field, StrictInt, ValidationError
 
 from frankenmerge.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.hub import is_folder
 from frankenmerge.lora import find_adapter, folded
 from frankenmerge.schema import Dtype, Gauge, Model, Module, Parameters, Part, Row, Slice, Source, Token, Tokenizer, Whole, Zero, reference
 
@@ -181,6 +182,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_LARGEST = 1_000_000
+"""Values of a recipe file, aliases written out."""
+
+
+def _extent(value: Any, known: dict[int, int]) -> int:
+    """How many values there are with all aliases written out, beyond `_LARGEST` for one that holds itself; each is counted once."""
+    if not isinstance(value, list | dict):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _LARGEST + 1  # until it is counted: met again, it holds itself
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_extent(part, known) for part in parts)
+    return known[id(value)]
+
+
 def parse_recipes(text: str, place: str) -> list[Recipe]:
     """Read the stages of a YAML text: one recipe, a list of them, or one in each document.
 
@@ -188,6 +204,8 @@ def parse_recipes(text: str, place: str) -> list[Recipe]:
     """
     try:
         documents = [document for document in yaml.load_all(text, _Loader) if document is not None]  # noqa: S506 - a SafeLoader
+        if _extent(documents, {}) > _LARGEST:
+            raise ValueError(f"more than {_LARGEST:,} values, or values that hold themselves, by way of aliases")
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # PyYAML lets scalars' own errors out
         raise fail(place, "YAML", " ".join(str(error).split()), "mend the file") from error
     if len(documents) == 1 and isinstance(documents[0], list) and documents[0] and all(isinstance(part, Mapping) for part in documents[0]):
@@ -258,7 +276,7 @@ def load_recipes(path: Path) -> list[Recipe]:
     def found(name: str) -> str:
         if name in stages:
             return name
-        parts = (part.partition("@") for part in ([name] if Path(name).is_dir() or (path.parent / name).is_dir() else name.split("+")))
+        parts = (part.partition("@") for part in ([name] if is_folder(name) or is_folder(str(path.parent / name)) else name.split("+")))
         return "+".join(_beside(path.parent, model) + at + revision for model, at, revision in parts)
 
     def beside(key: str, value: str) -> str:
@@ -274,7 +292,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _beside(folder: Path, name: str) -> str:
-    return str(folder / name) if name and not Path(name).is_dir() and (folder / name).is_dir() else name
+    return str(folder / name) if name and not is_folder(name) and is_folder(str(folder / name)) else name
 
 
 _NAMES = ("model", "base_model", "tokenizer_source", "source", "embedding", "final_norm", "head")

@@ -1,7 +1,6 @@
 """The parts of a recipe as YAML writes them, each with what makes it unsound by itself."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
@@ -18,6 +17,7 @@ from pydantic import (
 )
 
 from frankenmerge.errors import fail
+from frankenmerge.hub import is_folder
 from frankenmerge.settings import setting
 
 
@@ -33,7 +33,7 @@ class Reference(NamedTuple):
 
 def reference(name: str) -> Reference:
     """Take a model's name apart; a folder of that very name is a folder. Raises FrankenmergeError for more than one `@` or `+`."""
-    if Path(name).expanduser().is_dir():
+    if is_folder(name):
         return Reference(name)
     model, *loras = name.split("+")
     path, *revisions = model.split("@")
@@ -176,5 +176,5 @@ class Tokenizer(Part):
     source: Model = "union"
     """`base`, `union`, or the donor whose tokenizer it is."""
     tokens: dict[str, Token] | None = None
-    pad_to_multiple_of: Annotated[StrictInt, Field(ge=1)] | None = None
+    pad_to_multiple_of: Annotated[StrictInt, Field(ge=1, le=1 << 16)] | None = None
     """The embedding's rows are padded with zeros up to a multiple of it."""

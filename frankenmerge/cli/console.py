@@ -89,8 +89,8 @@ def out() -> Console:
 
 def print_json(value: Any) -> None:
     """Print one JSON object."""
-    # What is no text, in a file's name, becomes an escape of JSON's own.
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode())
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    click.echo("".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text))
 
 
 def table(title: str, *columns: str) -> Table:

@@ -228,7 +228,7 @@ def test_a_file_that_is_none_ends_nothing(told, donors, tmp_path, name, kind):
         (folder / name).symlink_to({"loop": name, "device": "/dev/zero", "outside": tmp_path / name}[kind])
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(stack(folder)))
     code, _ = told("merge", tmp_path / "r.yaml", tmp_path / "out")
-    optional = name in ("generation_config.json", "chat_template.jinja") and kind in ("fifo", "folder")
+    optional = name in ("generation_config.json", "chat_template.jinja") and kind in ("fifo", "folder", "loop")
     assert code == (not optional) and (tmp_path / "out").exists() == optional
 
 
