@@ -15,6 +15,8 @@ from frankenmerge.schema import Row, Zero
 
 Tokens = dict[str, int]
 """Ids by token."""
+_MOST = 1 << 24
+"""Ids from here on are no tokens of a model, and would make matrices that no memory holds."""
 
 
 class Vocabulary(NamedTuple):
@@ -37,7 +39,7 @@ def tokens_of(checkpoint: Checkpoint) -> Tokens:
         listed = data["model"]["vocab"]
         tokens = dict(listed) if isinstance(listed, dict) else {entry[0]: index for index, entry in enumerate(listed)}
         tokens |= {entry["content"]: entry["id"] for entry in data.get("added_tokens") or []}
-        if all(isinstance(token, str) and type(index) is int and index >= 0 for token, index in tokens.items()):
+        if all(isinstance(token, str) and type(index) is int and 0 <= index < _MOST for token, index in tokens.items()):
             return tokens
     except (KeyError, TypeError, IndexError, AttributeError):
         pass

@@ -302,3 +302,15 @@ def test_memory_is_shared_out_over_devices_chosen_automatically_alone(donors, op
 def test_memory_that_is_no_size_is_refused(donors):
     with pytest.raises(FrankenmergeError, match="parrots"):
         load_model(open_checkpoint(str(donors["a"])), device="auto", max_memory={"cpu": "2 parrots"})
+
+
+def test_an_index_that_transformers_cannot_read_is_told(donors, tmp_path):
+    import json
+    import shutil
+
+    folder = tmp_path / "bare"
+    shutil.copytree(donors["deep"], folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
+    with pytest.raises(FrankenmergeError, match="metadata"):
+        load_model(open_checkpoint(str(folder)))

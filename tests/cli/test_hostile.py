@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -130,8 +131,7 @@ def test_numbers_that_are_too_large_are_told(check, donors, keys):
 
 
 @pytest.mark.parametrize("text", [
-    "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghijkl", "bcdefghijklm", strict=True)),
-    "a: &a {" + ", ".join(f"k{n}: 1" for n in range(50)) + "}\n" + "".join(f"b{n}: {{<<: [{','.join(['*a'] * 200)}]}}\n" for n in range(20)),
+    "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijklm")),
     "x: &x [*x]\nslices: *x\nmerge_method: passthrough",
     "&a {slices: *a, merge_method: passthrough}",
     "merge_method: passthrough\nslices: " + "[" * 5000 + "]" * 5000,
@@ -164,8 +164,10 @@ def test_a_recipe_that_is_an_attack_is_told(check, text):
     assert check(text)[0] == 1
 
 
-@pytest.mark.parametrize("template", ["{% for i in range(10**9) %}{% endfor %}", "{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}", "{{",
-                                      "../../../etc/passwd", "/etc/passwd"])  # fmt: skip
+@pytest.mark.parametrize("template", [
+    "{% for i in range(10**9) %}{% endfor %}", "{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}", "{{", "../../../etc/passwd",
+    "/etc/passwd",
+])  # fmt: skip
 def test_a_chat_template_is_text_and_never_run(check, donors, template):
     code, said = check(stack(donors["a"], chat_template=template))
     assert "root:" not in said
@@ -181,8 +183,10 @@ def test_a_stage_s_name_leads_nowhere(check, donors, name):
 # Donors
 
 
-@pytest.mark.parametrize("dtype, shape, size", [("F4", [2, 2], 2), ("F8_E4M3", [4], 4), ("U4", [4], 2), ("C64", [2], 16), ("F8_E8M0", [4], 4),
-                                                ("BOOL", [4], 4), ("I64", [2], 16), ("F32", [], 4), ("F32", [0], 0), ("F32", [0, 9], 0)])  # fmt: skip
+@pytest.mark.parametrize("dtype, shape, size", [
+    ("F4", [2, 2], 2), ("F8_E4M3", [4], 4), ("U4", [4], 2), ("C64", [2], 16), ("F8_E8M0", [4], 4), ("BOOL", [4], 4), ("I64", [2], 16),
+    ("F32", [], 4), ("F32", [0], 0), ("F32", [0, 9], 0),
+])  # fmt: skip
 def test_a_tensor_of_an_odd_type_or_shape_is_told(told, check, donors, tmp_path, dtype, shape, size):
     def header(entries):
         name = "model.layers.1.input_layernorm.weight"
@@ -232,7 +236,8 @@ def test_a_file_that_is_none_ends_nothing(told, donors, tmp_path, name, kind):
     assert code == (not optional) and (tmp_path / "out").exists() == optional
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "null", "NaN", '{"model": null}', '{"model": {"vocab": 3}}', '{"model": {"vocab": {"a": "x"}}}',
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", "NaN", '{"model": null}', '{"model": {"vocab": 3}}',
+                                     '{"model": {"vocab": {"a": "x"}}}',
                                      '{"model": {"type": "BPE", "vocab": {"a": -1}}, "added_tokens": [{"id": 1}]}', "[" * 100000, "\xff",
                                      '{"model": {"type": "BPE", "vocab": {"a": 99999999999999999999}}}',
                                      '{"model": {"type": "BPE", "vocab": {"a": 0}}, "added_tokens": 3}'])  # fmt: skip
@@ -265,11 +270,12 @@ def test_any_header_is_read_or_told(tmp_path, text, length, rest):
         assert str(error)
 
 
-VALUES = st.one_of(st.none(), st.booleans(), st.integers(-3, 1 << 70), st.floats(), st.text(max_size=6), st.lists(st.integers(-1, 9), max_size=5),
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(-3, 1 << 70), st.floats(), st.text(max_size=6),
+                   st.lists(st.integers(-1, 9), max_size=5),
                    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2), st.just("full_attention"))  # fmt: skip
-KEYS = ["num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "layer_types", "rope_theta",
-        "rope_parameters", "rope_scaling", "sliding_window", "use_sliding_window", "max_window_layers", "tie_word_embeddings", "model_type",
-        "no_rope_layers", "hidden_act", "rms_norm_eps", "num_kv_shared_layers", "torch_dtype", "architectures", "quantization_config"]  # fmt: skip
+KEYS = """num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim vocab_size layer_types rope_theta rope_parameters
+rope_scaling sliding_window use_sliding_window max_window_layers tie_word_embeddings model_type no_rope_layers hidden_act rms_norm_eps
+num_kv_shared_layers torch_dtype architectures quantization_config""".split()
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
