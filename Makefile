@@ -1,10 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+export NO_MKDOCS_2_WARNING = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check slow clean
+.PHONY: help demo test check slow docs clean
 
 help: ## Show the targets
 	@echo "The first target you make sets up .venv, which takes some minutes."
@@ -16,10 +17,14 @@ demo: $(READY) ## Splice the two demo donors, from first look to evaluation, int
 test: $(READY) ## Run the tests, without the slow ones
 	$(BIN)/pytest
 
-check: $(READY) ## Run ruff, pyright and the test of the import direction
+docs: $(READY) ## Build the documentation's pages into build/site
+	$(BIN)/mkdocs build --strict
+
+check: $(READY) ## Run ruff, pyright, the documentation's build and the test of the import direction
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+	$(BIN)/mkdocs build --strict --quiet
 	$(BIN)/pytest tests/test_imports.py
 
 slow: $(READY) ## Run the slow tests

@@ -33,7 +33,7 @@ LAYERS = (
     },
     STAGES := {"analysis", "planning", "merging", "evaluation", "reporting"},
     {"demo"},
-    {"cli"},
+    {"cli", "api"},
     {"__main__"},
 )
 """What lies directly in the package. A part imports from lower layers and its own; a stage from no other stage."""
