@@ -14,8 +14,6 @@ from frankenmerge.merging.shards import Shard
 if TYPE_CHECKING:
     from frankenmerge.fitting import Fit
 
-PROVENANCE = "frankenmerge.json"
-
 
 def provenance(
     recipe: str, donors: Mapping[str, Checkpoint], shards: Sequence[Shard], checksums: Mapping[str, str], turns: Mapping[int, "Fit"]

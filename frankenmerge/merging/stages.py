@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from frankenmerge.checkpoint import SINGLE_NAME, Checkpoint, Tensor, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.files import PROVENANCE
 from frankenmerge.merging.parameters import method_faults
 from frankenmerge.merging.schedule import Operation, schedule
 from frankenmerge.merging.tokenizer import tokenizer_files
@@ -153,14 +154,11 @@ def merge_stages(
     return merge(recipe, open_donors(recipe, download=download, allow_pickle=allow_pickle), output)
 
 
-_PROVENANCE = "frankenmerge.json"
-
-
 def _remove(folder: Path) -> None:
     """Remove a stage that is no longer right, under another name, so that a kill leaves nothing that would be in the way."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if (folder / _PROVENANCE).is_file():
+    if (folder / PROVENANCE).is_file():
         folder.rename(old)
         shutil.rmtree(old)
 
@@ -168,7 +166,7 @@ def _remove(folder: Path) -> None:
 def _made_already(recipe: Recipe, donors: Mapping[str, Checkpoint], folder: Path) -> bool:
     """Whether `folder` holds what `recipe` makes of `donors`, by the provenance in it."""
     try:
-        told = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))
+        told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         open_checkpoint(str(folder))
     except (OSError, ValueError, FrankenmergeError):
         return False
