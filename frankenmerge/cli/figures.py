@@ -10,22 +10,27 @@ from rich.text import Text
 
 from frankenmerge.cli.console import table
 
+FEW = 2
+"""Texts that have a column each in the first table."""
 COLUMNS = 5
 """Columns of a table whose number the user decides, besides the first; what is beyond goes into another table."""
 
 
 def results_table(results: Sequence[Any], title: str, seed: int = 0) -> Table:
-    """Results on all texts together."""
+    """Results on all texts together, and on each where they are `FEW`."""
     from frankenmerge.evaluation.intervals import drawn, intervals, together
 
-    made = table(title, "model", "bits/byte", "95 % in", "perplexity", "nats/token", "top-1")
+    texts = list(results[0].losses)
+    each = texts if 1 < len(texts) <= FEW else []
+    made = table(title, "model", *(Path(text).stem for text in each), "bits/byte", "95 % in", "perplexity",
+                 *([] if each else ["nats/token"]), "top-1")  # fmt: skip
     for result in results:
         total = result.total
         low, high = intervals(together(drawn(result.losses, seed)))["bits_per_byte"]
         accuracy = "" if total.accuracy is None else f"{total.accuracy:.1%}"
         made.add_row(
-            _called(result), f"{total.bits_per_byte:.3f}", f"{low:.3f}-{high:.3f}", f"{total.perplexity:,.1f}",
-            f"{total.nats_per_token:.3f}", accuracy,
+            _called(result), *(f"{result.losses[text].bits_per_byte:.3f}" for text in each), f"{total.bits_per_byte:.3f}",
+            f"{low:.3f}-{high:.3f}", f"{total.perplexity:,.1f}", *([] if each else [f"{total.nats_per_token:.3f}"]), accuracy,
         )  # fmt: skip
     return made
 
@@ -36,12 +41,12 @@ def _called(result: Any) -> str:
 
 
 def further_tables(results: Sequence[Any], looks: Any) -> Iterable[Table]:
-    """Each text's bits per byte where there are several, what samples are like, and the harness's figures."""
+    """Each text's bits per byte where they are more than `FEW`, what samples are like, and the harness's figures."""
     from frankenmerge.evaluation.samples import invalid_rate, repetition
 
     columns: list[tuple[str, list[str]]] = []
     texts = results[0].losses
-    for text in texts if len(texts) > 1 else ():
+    for text in texts if len(texts) > FEW else ():
         columns.append((f"{Path(text).stem} bits/byte", [f"{result.losses[text].bits_per_byte:.3f}" for result in results]))
     for name, rate in (("invalid words", invalid_rate), ("repeated", repetition)):
         if looks.samples:

@@ -37,9 +37,9 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks:
         FrankenmergeError: where it is not installed, or cannot run a task.
     """
     try:
-        import lm_eval
-        from lm_eval.config.evaluate_config import EvaluatorConfig
-        from lm_eval.models.huggingface import HFLM
+        import lm_eval  # pyright: ignore[reportMissingImports]
+        from lm_eval.config.evaluate_config import EvaluatorConfig  # pyright: ignore[reportMissingImports]
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         remedy = "pip install 'frankenmerge[harness]'"
         raise fail("--tasks", "lm-evaluation-harness", str(error), remedy) from error

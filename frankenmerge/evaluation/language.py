@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,21 +82,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> Encoded
 
     Raises FrankenmergeError for a text without two tokens.
     """
-    read = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+    tells_places = bool(tokenizer.is_fast)
+    read: Any = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=tells_places)
     ids = read["input_ids"]
     start = start_token(tokenizer)
     line = np.array(ids if start is None else [start, *ids], dtype=np.int64)
     if len(line) < 2:
         raise fail(place, "a text of at least two tokens", f"{len(ids)} tokens", "give a longer text")
     ends = None
-    if tokenizer.is_fast:
+    if tells_places:
         characters = np.array([stop for _, stop in read["offset_mapping"]])[len(ids) - len(line) + 1 :]
         ends = _byte_ends(text)[characters]
     return Encoded(line, len(text.encode()), ends)
 
 
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """What stands before a text: BOS, or EOS where there is none."""
+def start_token(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The id that stands before a text: BOS, or EOS where there is none, or None."""
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 

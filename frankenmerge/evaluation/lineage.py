@@ -39,7 +39,7 @@ def checkpoint_lineage(checkpoint: Checkpoint, known: Mapping[str, Checkpoint]) 
     told = read_json(path, "the provenance that a merge writes")
     try:
         called = {other.fingerprint: name for name, other in known.items()}
-        names: dict[str, str] = {donor: called.get(given["fingerprint"], donor) for donor, given in told["donors"].items()}
+        names = {donor: called.get(given["fingerprint"], str(donor)) for donor, given in told["donors"].items()}
         origins = [_first(told["tensors"][next(iter(checkpoint.by_role["block", index].values()))]) for index in range(checkpoint.blocks)]
         places = [checkpoint.architecture.role(origin["tensor"])[1] for origin in origins]
         blocks = tuple(Block(names[origin["donor"]], place or 0) for origin, place in zip(origins, places, strict=True))

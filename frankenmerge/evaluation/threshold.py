@@ -49,12 +49,12 @@ def merges(results: Sequence[Result], against: str | None = None) -> dict[str, l
     A merge is what is known to be made of donors, and these are what it is held against, with the one named in `against`. Where
     nothing is known of any model, all are held against the one that is named.
     """
-    measured = [result.name for result in results]
+    measured, named = [result.name for result in results], [against] if against else []
     known: dict[str, tuple[str, ...]] = {result.name: result.lineage.donors for result in results if result.lineage}
     if against and not known:
         known = {name: () for name in measured}
     return {
-        name: [donor for donor in dict.fromkeys([*donors, *([against] if against else [])]) if donor in measured and donor != name]
+        name: [donor for donor in dict.fromkeys([*donors, *named]) if donor in measured and donor != name]
         for name, donors in known.items()
         if name != against
     }
