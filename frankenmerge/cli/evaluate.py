@@ -133,7 +133,7 @@ def _given(context: click.Context) -> dict[str, Any]:
     """The command's arguments, as JSON can hold them."""
     return {
         name: [str(part) for part in value] if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-        for name, value in context.params.items()
+        for name, value in sorted(context.params.items())
     }
 
 

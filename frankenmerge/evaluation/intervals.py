@@ -14,7 +14,7 @@ import numpy as np
 from frankenmerge.evaluation.language import Loss
 
 RESAMPLES, COVERED = 1000, 0.95
-SEGMENT, FEWEST = 1024, 20
+SEGMENT, FEWEST = 2048, 20
 """Bytes of a segment; shorter ones where the text would have fewer segments than `FEWEST`."""
 _NATS, _HITS, _TOKENS, _BYTES = range(4)
 

@@ -27,8 +27,10 @@ def test_everything_at_once(splice, run, tmp_path):
     path, texts, donors = splice
     words, output = tmp_path / "words", tmp_path / "splice.evaluation.json"
     words.write_text("the\nself\n")
-    asked = ["--text", texts[0], "--text", texts[1], "--samples", 1, "--prompt", "The file", "--words", words, "--seams", "--retention",
-             "--compare", 5, "--seed", 3]  # fmt: skip
+    asked = [
+        *("--text", texts[0], "--text", texts[1], "--samples", 1, "--prompt", "This module provides", "--words", words),
+        *("--seams", "--retention", "--compare", 5, "--seed", 3),
+    ]
     code, out, err = run("evaluate", path, *asked, "--json", "-o", output)
     assert (code, err) == (0, "")
     told = json.loads(out)
@@ -42,7 +44,7 @@ def test_everything_at_once(splice, run, tmp_path):
             for figure, (low, high) in entry["intervals"].items():
                 assert low < entry[figure] < high
         assert 0 <= model["invalid_words"] <= 1 and 0 <= model["repetition"] <= 1
-        assert [sample["prompt"] for sample in model["samples"]][0] == "The file" and len(model["samples"]) == 2
+        assert [sample["prompt"] for sample in model["samples"]][0] == "This module provides" and len(model["samples"]) == 2
         assert all(sample["text"] and isinstance(sample["invalid"], list) for sample in model["samples"])
     assert [(entry["model"], entry["donor"]) for entry in told["differences"]] == [(names[0], donor) for donor in names[1:]]
     for entry, donor in zip(told["differences"], told["models"][1:], strict=True):

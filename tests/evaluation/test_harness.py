@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, DEMO
 
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.models import load_model, load_tokenizer
@@ -13,7 +13,7 @@ from frankenmerge.recipe import Block, recipe_of
 
 QUESTIONS = 24
 TASK = """
-task: piqa_local
+task: local_questions
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
@@ -26,7 +26,7 @@ metadata: {{version: 1.0}}
 """
 
 
-def questions() -> list[dict]:
+def piqa() -> list[dict]:
     file = DATA / "tasks" / "piqa-valid-400.jsonl"
     if not file.is_file():
         pytest.skip(f"the questions are not in {file.parent}")
@@ -36,16 +36,24 @@ def questions() -> list[dict]:
     return [row for row in found if len(row["goal"]) + max(len(row["sol1"]), len(row["sol2"])) < 150][:QUESTIONS]
 
 
-@pytest.fixture
-def task(tmp_path, monkeypatch):
-    """A task's YAML, and its questions."""
+def own() -> list[dict]:
+    """Which of two words goes on: one as it is, and one read backwards."""
+    words = ["return", "import", "module", "function", "string", "object", "default", "argument", "method", "exception"]
+    turned = [(word, word[::-1]) if number % 2 else (word[::-1], word) for number, word in enumerate(words)]
+    return [{"goal": "the name of it", "sol1": one, "sol2": other, "label": number % 2 ^ 1} for number, (one, other) in enumerate(turned)]
+
+
+@pytest.fixture(params=[own, piqa])
+def task(request, tmp_path, monkeypatch):
+    """A task's YAML, its questions, and two donors to be asked."""
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-evaluation-harness is not installed: pip install 'frankenmerge[harness]'")
-    rows = questions()
+    rows = request.param()
+    donors = request.getfixturevalue("real") if request.param is piqa else tuple(DEMO / "donors" / name for name in ("code", "prose"))
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "task.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    return tmp_path / "task.yaml", rows
+    return tmp_path / "task.yaml", rows, tuple(map(str, donors))
 
 
 @torch.no_grad()
@@ -65,15 +73,15 @@ def accuracy(path, rows) -> float:
 
 
 @pytest.mark.filterwarnings("ignore")  # its own, and its dependencies'
-def test_a_local_task_lands_beside_the_other_figures(task, real, run, text, tmp_path):
-    path, rows = task
-    one, other = map(str, real)
-    (tmp_path / "recipe.yaml").write_text(recipe_of([Block(one, index) for index in range(5)]).dump())
+def test_a_local_task_lands_beside_the_other_figures(task, run, text, tmp_path):
+    path, rows, (one, other) = task
+    blocks = open_checkpoint(one).blocks
+    (tmp_path / "recipe.yaml").write_text(recipe_of([Block(one, index) for index in range(blocks)]).dump())
     code, out, err = run("evaluate", tmp_path / "recipe.yaml", other, "--text", text, "--tasks", path, "--json")
     assert code == 0, err
     told = json.loads(out)["tasks"]
     assert [(entry["model"], entry["task"], entry["metric"]) for entry in told] == [
-        (name, "piqa_local", "acc") for name in (str(tmp_path / "recipe.yaml"), other, one)
+        (name, "local_questions", "acc") for name in (str(tmp_path / "recipe.yaml"), other, one)
     ]
     virtual, second, first = told
     assert virtual["value"] == first["value"] == pytest.approx(accuracy(one, rows))
@@ -82,6 +90,7 @@ def test_a_local_task_lands_beside_the_other_figures(task, real, run, text, tmp_
     assert first["stderr"] == pytest.approx((share * (1 - share) / (len(rows) - 1)) ** 0.5)
 
 
+@pytest.mark.parametrize("task", [own], indirect=True)
 @pytest.mark.filterwarnings("ignore")
 def test_a_task_that_is_not_there_is_told(task, donors, run, text, tmp_path):
     for name in ("no_such_task", str(tmp_path / "no-such.yaml")):

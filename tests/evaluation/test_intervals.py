@@ -33,7 +33,7 @@ def test_segments_hold_every_token_once_where_it_ends():
 
 
 @pytest.mark.parametrize("size, count", [(1, 1), (7, 7), (500, FEWEST), (SEGMENT * 20, 20), (SEGMENT * 57 + 100, 57)])
-def test_segments_are_of_a_kibibyte_or_twenty(size, count):
+def test_segments_are_of_two_kibibytes_or_twenty(size, count):
     sums = segment_sums(Loss(np.ones(3), size))
     assert sums.shape == (4, count) and sums[0].sum() == 3 and sums[3].sum() == size
 
