@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,25 +89,18 @@ def evaluate(
 
         stay_offline()
     from frankenmerge.evaluation.compare import compare, read_text
-    from frankenmerge.evaluation.record import Looks, evaluation_json
-    from frankenmerge.evaluation.samples import drawn_prompts, read_words, words_of
+    from frankenmerge.evaluation.record import evaluation_json
     from frankenmerge.evaluation.threshold import held_against
 
     shown = [read_text(text) for text in texts]
-    drawn = drawn_prompts([text.content for text in shown], samples, seed)
-    looks = Looks(
-        prompts=[*prompts, *drawn], vocabulary=frozenset().union(*(words_of(text.content) for text in shown), *map(read_words, lists)),
-        with_seams=seams, with_tasks=tasks, seed=seed,
-    )  # fmt: skip
-    features = _Features(How(device, dtype, download, allow_pickle)) if retention else None
+    looks = _looks(shown, samples, prompts, lists, seams, retention, tasks, seed)
     with progress("evaluating", None, "tokens") as advance:
         results, bench = compare(
             models, shown, context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
             allow_pickle=allow_pickle, beside=seams or retention or (threshold is not None and not against), against=against,
-            progress=advance, visit=_both(looks.visit, features.visit if features else None),
+            progress=advance, visit=looks.visit,
         )  # fmt: skip
-    if features:
-        looks.retention = features.retained()
+    looks.retention = _retained(looks.features, How(device, dtype, download, allow_pickle))
     comparison = None if threshold is None else held_against(results, threshold, seed, against)
     promises = kept_promises(results)
     told = evaluation_json(
@@ -137,38 +129,33 @@ def _given(context: click.Context) -> dict[str, Any]:
     }
 
 
-def _both(first: Callable[..., None], second: Callable[..., None] | None) -> Callable[..., None]:
-    def visit(subject: Any, bench: Any) -> None:
-        first(subject, bench)
-        if second:
-            second(subject, bench)
+def _looks(
+    shown: list, samples: int, prompts: tuple[str, ...], lists: tuple[Path, ...], seams: bool, retention: bool, tasks: tuple[str, ...],
+    seed: int,
+) -> Any:  # fmt: skip
+    from functools import partial
 
-    return visit
+    from frankenmerge.analysis.complete import complete_search
+    from frankenmerge.evaluation.record import Looks
+    from frankenmerge.evaluation.samples import drawn_prompts, read_words, words_of
+
+    return Looks(
+        prompts=[*prompts, *drawn_prompts([text.content for text in shown], samples, seed)],
+        vocabulary=frozenset().union(*(words_of(text.content) for text in shown), *map(read_words, lists)),
+        with_seams=seams,
+        with_tasks=tasks,
+        search=partial(complete_search, k=1) if retention else None,
+        seed=seed,
+    )
 
 
-class _Features:
-    """Complete search in every model that is made of donors, for their atlases to be held against."""
+def _retained(features: dict, how: How) -> dict[str, list]:
+    """What of each donor's features every model keeps; the donors' atlases come from the cache, or are made now."""
+    from frankenmerge.evaluation.retention import retained
 
-    def __init__(self, how: How) -> None:
-        self.how = how
-        self.found: dict[str, tuple[Any, Any]] = {}
-
-    def visit(self, subject: Any, bench: Any) -> None:
-        """Search a model that is in memory."""
-        from frankenmerge.analysis.complete import complete_search
-        from frankenmerge.evaluation.record import check_tokens
-
-        if subject.lineage:
-            check_tokens(subject, bench.checkpoints, "retention")
-            self.found[subject.name] = subject.lineage.blocks, complete_search(subject.model, k=1)
-
-    def retained(self) -> dict[str, list]:
-        """What of each donor's features every model keeps; the donors' atlases come from the cache, or are made now."""
-        from frankenmerge.evaluation.retention import retained
-
-        names = dict.fromkeys(block.model for blocks, _ in self.found.values() for block in blocks)
-        tops = {name: atlas_of(name, self.how).top["plain"] for name in names}
-        return {name: retained(top, tops, blocks) for name, (blocks, top) in self.found.items()}
+    names = dict.fromkeys(block.model for blocks, _ in features.values() for block in blocks)
+    tops = {name: atlas_of(name, how).top["plain"] for name in names}
+    return {name: retained(top, tops, blocks) for name, (blocks, top) in features.items()}
 
 
 def _print(results: list, looks: Any, told: dict, promises: list, comparison: Any) -> None:

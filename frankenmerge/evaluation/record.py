@@ -2,17 +2,19 @@
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import frankenmerge
+from frankenmerge.atlas import TopTokens
 from frankenmerge.checkpoint import Checkpoint
-from frankenmerge.errors import fail
+from frankenmerge.errors import Fault, raise_all
 from frankenmerge.evaluation.compare import Bench, Result, Subject, is_recipe
 from frankenmerge.evaluation.harness import TaskFigure, run_tasks
 from frankenmerge.evaluation.intervals import difference, drawn, intervals, together
@@ -22,6 +24,7 @@ from frankenmerge.evaluation.samples import Sample, invalid_rate, repetition, sa
 from frankenmerge.evaluation.seams import Behind, behind_blocks, windows_of
 from frankenmerge.evaluation.threshold import Comparison, merges
 from frankenmerge.models import load_tokenizer
+from frankenmerge.recipe import Block
 
 KIND = "frankenmerge.evaluation/1"
 
@@ -38,10 +41,14 @@ class Looks:
     """Whether to hold what has known donors against them, block by block."""
     with_tasks: Sequence[str] = ()
     """Tasks of lm-evaluation-harness."""
+    search: Callable[[PreTrainedModel], TopTokens] | None = None
+    """Complete search, where the features of what has known donors are asked for; the stage that has it is another."""
     seed: int = 0
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     seams: dict[str, list[Behind]] = field(default_factory=dict)
     tasks: dict[str, list[TaskFigure]] = field(default_factory=dict)
+    features: dict[str, tuple[tuple[Block, ...], TopTokens]] = field(default_factory=dict)
+    """Where the blocks are from, and what was searched."""
     retention: dict[str, list[Retention]] = field(default_factory=dict)
 
     def visit(self, subject: Subject, bench: Bench) -> None:
@@ -49,21 +56,31 @@ class Looks:
         tokenizer = load_tokenizer(subject.reader)
         if self.prompts:
             self.samples[subject.name] = sampled(subject.model, tokenizer, self.prompts, self.vocabulary, context=bench.context)
-        if self.with_seams and subject.lineage:
-            blocks = subject.lineage.blocks
-            donors = {name: bench.load(name)[1] for name in dict.fromkeys(block.model for block in blocks)}
-            check_tokens(subject, bench.checkpoints, "seams")
-            self.seams[subject.name] = behind_blocks(subject.model, blocks, donors, windows_of(subject.texts, bench.context))
+        if subject.lineage and (self.with_seams or self.search):
+            blocks, model = subject.lineage.blocks, subject.model
+            names = dict.fromkeys(block.model for block in blocks)
+            _check_tokens(subject, {name: bench.checkpoints[name] for name in names})
+            if self.with_seams:
+                donors = {name: bench.load(name)[1] for name in names}
+                self.seams[subject.name] = behind_blocks(model, blocks, donors, windows_of(subject.texts, bench.context))
+            if self.search:
+                self.features[subject.name] = blocks, self.search(model)
         if self.with_tasks:
             self.tasks[subject.name] = run_tasks(subject.model, tokenizer, self.with_tasks, seed=self.seed)
 
 
-def check_tokens(subject: Subject, checkpoints: Mapping[str, Checkpoint], asked: str) -> None:
-    """Raise FrankenmergeError where a donor of some block reads other tokens than the model: the two cannot be held together."""
-    for name in dict.fromkeys(block.model for block in subject.lineage.blocks) if subject.lineage else ():
-        if not same_tokens(subject.reader, checkpoints[name]):
-            expected = f"a donor with the tokens of {subject.name}, to hold them together"
-            raise fail(f"{asked}: {name}", expected, "other tokens", f"leave --{asked} out")
+def _check_tokens(subject: Subject, donors: Mapping[str, Checkpoint]) -> None:
+    """Raise FrankenmergeError where a donor reads other tokens than the model: the two cannot be held together block by block."""
+    raise_all(
+        Fault(
+            name,
+            f"a donor with the tokens of {subject.name}, to hold them together block by block",
+            "other tokens",
+            "leave --seams and --retention out",
+        )
+        for name, donor in donors.items()
+        if not same_tokens(subject.reader, donor)
+    )
 
 
 def evaluation_json(
