@@ -97,8 +97,8 @@ def evaluate(
     with progress("evaluating", None, "tokens") as advance:
         results, bench = compare(
             models, shown, context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
-            allow_pickle=allow_pickle, beside=seams or retention or (threshold is not None and not against), against=against,
-            progress=advance, visit=looks.visit,
+            allow_pickle=allow_pickle, beside=seams or retention or (threshold is not None and not against), hold=seams,
+            against=against, progress=advance, visit=looks.visit,
         )  # fmt: skip
     looks.retention = _retained(looks.features, How(device, dtype, download, allow_pickle))
     comparison = None if threshold is None else held_against(results, threshold, seed, against)

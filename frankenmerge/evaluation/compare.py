@@ -174,8 +174,8 @@ def is_recipe(name: str) -> bool:
 def compare(
     names: Iterable[str], texts: Iterable[Text], *, context: int | None = None, dtype: str = "float32", device: str = "cpu",
     max_memory: Mapping[int | str, str] | None = None, offload: Path | None = None, download: bool = False,
-    allow_pickle: bool = False, beside: bool = False, against: str | None = None, progress: Callable[[int], None] = lambda _: None,
-    visit: Callable[[Subject, "Bench"], None] = lambda _subject, _bench: None,
+    allow_pickle: bool = False, beside: bool = False, hold: bool = False, against: str | None = None,
+    progress: Callable[[int], None] = lambda _: None, visit: Callable[[Subject, "Bench"], None] = lambda _subject, _bench: None,
 ) -> tuple[list[Result], Bench]:  # fmt: skip
     """Measure checkpoints and recipes, and after them every donor of the recipes that was not named itself.
 
@@ -191,8 +191,9 @@ def compare(
         offload: a folder for what fits nowhere.
         download: as in `open_donor`, and so is allow_pickle.
         allow_pickle: whether pickles are converted.
-        beside: whether the donors of merged checkpoints, told by the `frankenmerge.json` in their folders, are measured and
-            kept in memory as those of recipes are; to be asked only where some model's donors are known.
+        beside: whether the donors of merged checkpoints, told by the `frankenmerge.json` in their folders, are measured as
+            those of recipes are; to be asked only where some model's donors are known.
+        hold: whether these too stay in memory for `visit`.
         against: another model that is measured as a donor.
         progress: called with the number of tokens predicted since its last call.
         visit: called with every model, while it is in memory, and the bench.
@@ -201,18 +202,17 @@ def compare(
     recipes = {name: load_recipe(Path(name)) for name in names if is_recipe(name)}
     opened = {name: open_donor(name, download=download, allow_pickle=allow_pickle) for name in names if name not in recipes}
     needed = {name: tuple(recipe.donors) for name, recipe in recipes.items()}
-    for name in opened if beside else ():
-        lineage = checkpoint_lineage(opened[name], {other: opened[other] for other in opened if other != name})
-        needed[name] = lineage.donors if lineage else ()
-    if beside and not any(needed.values()):
+    told = _told_donors(opened) if beside else {}
+    if beside and not any([*needed.values(), *told.values()]):
         found = ", ".join(names)
         raise fail("evaluate", "a recipe, or a checkpoint with a frankenmerge.json that names its donors", found, "name one")
-    wanted = [*(donor for donors in needed.values() for donor in donors), *([against] if against else [])]
+    wanted = [*(donor for made_of in (needed, told) for donors in made_of.values() for donor in donors), *([against] if against else [])]
     donors = [name for name in dict.fromkeys(wanted) if name not in names]
     bench = Bench(
         texts, [*opened, *donors], context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
         allow_pickle=allow_pickle, opened=opened,
     )  # fmt: skip
+    needed |= told if hold else {}
     look: dict[str, Any] = {"progress": progress, "visit": lambda subject: visit(subject, bench)}
     results, order = [], [*names, *donors]
     for position, name in enumerate(order):
@@ -221,3 +221,12 @@ def compare(
         later = order[position + 1 :]
         bench.keep({*later, *(donor for other in later for donor in needed.get(other, ()))})
     return results, bench
+
+
+def _told_donors(opened: Mapping[str, Checkpoint]) -> dict[str, tuple[str, ...]]:
+    """The donors of merged checkpoints, by what lies beside their weights."""
+    found = {
+        name: checkpoint_lineage(checkpoint, {other: opened[other] for other in opened if other != name})
+        for name, checkpoint in opened.items()
+    }
+    return {name: lineage.donors for name, lineage in found.items() if lineage}

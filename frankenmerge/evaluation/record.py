@@ -38,11 +38,11 @@ class Looks:
     vocabulary: frozenset[str] = frozenset()
     """Words that are no inventions."""
     with_seams: bool = False
-    """Whether to hold what has known donors against them, block by block."""
+    """Whether to hold what is made of donors that are on the bench against them, block by block."""
     with_tasks: Sequence[str] = ()
     """Tasks of lm-evaluation-harness."""
     search: Callable[[PreTrainedModel], TopTokens] | None = None
-    """Complete search, where the features of what has known donors are asked for; the stage that has it is another."""
+    """Complete search, where the features of such models are asked for; the stage that has it is another."""
     seed: int = 0
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     seams: dict[str, list[Behind]] = field(default_factory=dict)
@@ -56,9 +56,9 @@ class Looks:
         tokenizer = load_tokenizer(subject.reader)
         if self.prompts:
             self.samples[subject.name] = sampled(subject.model, tokenizer, self.prompts, self.vocabulary, context=bench.context)
-        if subject.lineage and (self.with_seams or self.search):
-            blocks, model = subject.lineage.blocks, subject.model
-            names = dict.fromkeys(block.model for block in blocks)
+        blocks, model = subject.lineage.blocks if subject.lineage else (), subject.model
+        names = dict.fromkeys(block.model for block in blocks)
+        if blocks and names.keys() <= bench.checkpoints.keys() and (self.with_seams or self.search):
             _check_tokens(subject, {name: bench.checkpoints[name] for name in names})
             if self.with_seams:
                 donors = {name: bench.load(name)[1] for name in names}

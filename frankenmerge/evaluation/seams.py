@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from frankenmerge.blockwise import leave
 from frankenmerge.evaluation.language import Encoded
-from frankenmerge.models import block_outputs
+from frankenmerge.models import block_outputs, embedding_of
 from frankenmerge.recipe import Block
 
 WINDOWS, WIDTH = 4, 256
@@ -84,15 +84,16 @@ def _window(
     model: PreTrainedModel, blocks: Sequence[Block], donors: Mapping[str, PreTrainedModel], ids: Tensor
 ) -> Iterator[dict[str, Tensor]]:
     """Sums over a window's positions, block by block."""
+    shared = min(len(embedding_of(each)) for each in (model, *donors.values()))  # rows beyond are padding, of which some have more
     streams, predicted = {}, {}
     for name, donor in donors.items():
-        streams[name], predicted[name] = _passed(donor, ids)
+        streams[name], predicted[name] = _passed(donor, ids, shared)
     alone: dict[Block, Tensor] = {}
-    for here, block in zip(_passed(model, ids)[0][1:], blocks, strict=True):
+    for here, block in zip(_passed(model, ids, shared)[0][1:], blocks, strict=True):
         own = streams[block.model][block.index + 1]
         if block not in alone:
-            alone[block] = _divergence(predicted[block.model], _read(donors[block.model], ids, own))
-        read = _read(model, ids, here)
+            alone[block] = _divergence(predicted[block.model], _read(donors[block.model], ids, own, shared))
+        read = _read(model, ids, here, shared)
         values = {"norm": _kept(here).norm(dim=-1).sum(), "own_norm": _kept(own).norm(dim=-1).sum(), "alone": alone[block]}
         for name, stream in streams.items():
             other = stream[min(block.index + 1, len(stream) - 1)]
@@ -101,19 +102,20 @@ def _window(
         yield values
 
 
-def _passed(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+def _passed(model: PreTrainedModel, ids: Tensor, shared: int) -> tuple[list[Tensor], Tensor]:
     """The stream `[b, s, d]` before the first block and behind every one, and the logarithms of the model's prediction."""
     with block_outputs(model) as states:
         logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-        return list(states), _logarithms(logits)
+        return list(states), _logarithms(logits, shared)
 
 
-def _read(model: PreTrainedModel, ids: Tensor, states: Tensor) -> Tensor:
-    return _logarithms(leave(model, ids.to(model.device), states))
+def _read(model: PreTrainedModel, ids: Tensor, states: Tensor, shared: int) -> Tensor:
+    return _logarithms(leave(model, ids.to(model.device), states), shared)
 
 
-def _logarithms(logits: Tensor) -> Tensor:
-    return _kept(logits).log_softmax(dim=-1)
+def _logarithms(logits: Tensor, shared: int) -> Tensor:
+    """Of the probabilities of the tokens that all models have."""
+    return _kept(logits[..., :shared]).log_softmax(dim=-1)
 
 
 def _kept(values: Tensor) -> Tensor:

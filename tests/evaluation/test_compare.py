@@ -158,6 +158,27 @@ def test_models_are_in_memory_one_after_another(donors, text, tmp_path, monkeypa
     assert seen == [(a, set()), (deep, {a}), (g, {a}), (b, {a}), (h, {b})]
 
 
+@pytest.mark.parametrize(("hold", "first"), [(False, set()), (True, {"a"})])
+def test_donors_of_a_checkpoint_are_held_for_those_who_need_them(donors, text, tmp_path, monkeypatch, hold, first):
+    recipe = recipe_of([Block(str(donors["a"]), 0), Block(str(donors["b"]), 1)])
+    merge(recipe, open_donors(recipe), tmp_path / "merged")
+    alive: dict[str, weakref.ref] = {}
+    at_merged = []
+
+    def watched(checkpoint, **options):
+        gc.collect()
+        model = load_model(checkpoint, **options)
+        if checkpoint.path.name == "merged":
+            at_merged.extend(name for name, found in alive.items() if found() is not None)
+        alive[checkpoint.path.name] = weakref.ref(model)
+        return model
+
+    monkeypatch.setattr("frankenmerge.evaluation.compare.load_model", watched)
+    results, _ = compare([str(donors["a"]), str(tmp_path / "merged")], [read_text(text)], beside=True, hold=hold)
+    assert set(at_merged) == first
+    assert [result.name for result in results] == [str(donors["a"]), str(tmp_path / "merged"), str(donors["b"])]
+
+
 def test_line_ends_are_measured_as_they_are(tmp_path):
     (tmp_path / "dos.txt").write_bytes(b"one\r\ntwo\r\n")
     assert read_text(tmp_path / "dos.txt").content == "one\r\ntwo\r\n"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import write_donor
 
 from frankenmerge.evaluation.compare import Bench, Text, compare
 from frankenmerge.evaluation.language import encode
@@ -84,13 +85,27 @@ def test_a_checkpoint_is_seen_as_its_recipe(donors, tmp_path):
     merge(recipe, open_donors(recipe), tmp_path / "merged")
     looks = Looks(with_seams=True)
     names = [str(tmp_path / "recipe.yaml"), str(tmp_path / "merged")]
-    results, _ = compare(names, [Text("text", WORDS * 3)], beside=True, visit=looks.visit)
+    results, _ = compare(names, [Text("text", WORDS * 3)], beside=True, hold=True, visit=looks.visit)
     assert [result.name for result in results] == [*names, str(donors["a"]), str(donors["b"])]
     virtual, written = (looks.seams[name] for name in names)
     assert set(looks.seams) == set(names) and len(virtual) == 3
     for one, other in zip(virtual, written, strict=True):
         assert one[:4] == other[:4]
         assert one.norm_ratio == pytest.approx(other.norm_ratio, rel=1e-5) and one.kl == pytest.approx(other.kl, rel=1e-3, abs=1e-6)
+
+
+@torch.no_grad()
+def test_donors_whose_vocabularies_are_padded_otherwise_are_compared_on_their_tokens(donors, tmp_path):
+    padded = write_donor(tmp_path / "padded", seed=2, vocab_size=64)
+    a, b = str(donors["a"]), str(padded)
+    bench = Bench([Text("text", WORDS)], [a, b])
+    recipe = recipe_of([Block(a, 0), Block(b, 1), Block(a, 1)])
+    looks = Looks(with_seams=True)
+    bench.recipe("splice", recipe, visit=lambda subject: looks.visit(subject, bench))
+    ids = windows_of(bench.load(a)[2], bench.context)
+    model = virtual_splice(recipe, open_donors(recipe), {name: bench.load(name)[1] for name in (a, b)})
+    truth, read = (torch.cat([each(input_ids=row).logits[..., :48] for row in ids]) for each in (bench.load(b)[1], model))
+    assert looks.seams["splice"][-1].kl[b] == pytest.approx(divergence(truth, read), rel=1e-3)
 
 
 def test_windows_are_spread_over_every_text(donors):
