@@ -15,6 +15,9 @@ from safetensors.numpy import save_file
 
 from frankenmerge.errors import fail
 
+PROVENANCE = "frankenmerge.json"
+"""The file beside a merged checkpoint that names the origin of every tensor."""
+
 
 @contextmanager
 def growing(path: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"__init__", "errors", "families", "architectures", "inferred"},
     {
+        "agreement",
         "atlas",
         "alignment",
         "lora",

@@ -7,9 +7,9 @@ import numpy as np
 from scipy.stats import rankdata
 
 import frankenmerge
+from frankenmerge.agreement import token_agreement
 from frankenmerge.alignment import Alignment, Score
 from frankenmerge.analysis import geometry
-from frankenmerge.analysis.agreement import token_agreement
 from frankenmerge.analysis.nulls import derangement, mean_interval, mean_over, rounds_for
 from frankenmerge.atlas import Atlas
 from frankenmerge.errors import Fault, raise_all

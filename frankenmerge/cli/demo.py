@@ -1,5 +1,6 @@
 """`demo`: all of it, on the donors in the package."""
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from frankenmerge.cli.console import json_option, out, print_json, progress, table
 from frankenmerge.errors import fail
 
-DEPTH, RANDOM_RECIPES, CHARACTERS = 12, 20, 12_000
+DEPTH, RANDOM_RECIPES, CHARACTERS, PROMPTS = 12, 20, 12_000, 4
 
 
 class Found(NamedTuple):
@@ -151,19 +152,24 @@ def _merge(console, recipe, output: Path) -> bool:
 
 def _evaluate(recipe, donors: list, output: Path) -> tuple[list, list[float]]:
     from frankenmerge.evaluation.compare import Bench, Text
+    from frankenmerge.evaluation.record import Looks, evaluation_json
+    from frankenmerge.evaluation.samples import drawn_prompts, words_of
+    from frankenmerge.files import write_file
     from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe
 
     folder = Path(__file__).parent.parent / "demo" / "text"
     texts = [Text(name, (folder / f"{name}.txt").read_text(encoding="utf-8")[:CHARACTERS]) for name in ("code", "prose")]
     blocks = {donor.name: donor.blocks for donor in donors}
     bench = Bench(texts, [*blocks, str(output / "merged")])
+    words = frozenset().union(*(words_of(text.content) for text in texts))
+    looks = Looks(drawn_prompts([text.content for text in texts], PROMPTS, 0), words, with_seams=True)
     controls = {"naive interleave": naive_interleave(blocks, DEPTH), "Goliath's pattern": goliath(blocks, DEPTH)}
     results = []
     with progress("evaluating", len(donors) + 2 + len(controls) + RANDOM_RECIPES, "models") as advance:
         for donor in donors:
-            results.append(bench.checkpoint(donor.name, role="donor"))
+            results.append(bench.checkpoint(donor.name, role="donor", visit=lambda subject: looks.visit(subject, bench)))
             advance(1)
-        results.append(bench.checkpoint(str(output / "merged")))
+        results.append(bench.checkpoint(str(output / "merged"), visit=lambda subject: looks.visit(subject, bench)))
         advance(1)
         for name, control in controls.items():
             results.append(bench.recipe(name, control))
@@ -172,6 +178,8 @@ def _evaluate(recipe, donors: list, output: Path) -> tuple[list, list[float]]:
         for seed in range(RANDOM_RECIPES):
             randoms.append(bench.recipe(f"random {seed}", random_recipe(blocks, DEPTH, seed)))
             advance(1)
+    told = json.dumps(evaluation_json(results, bench, looks), indent=2, ensure_ascii=False) + "\n"
+    write_file(output / "evaluation.json", told.encode())
     middle = sorted(randoms, key=lambda result: result.total.bits_per_byte)[RANDOM_RECIPES // 2]
     results.append(middle._replace(name=f"median of {RANDOM_RECIPES} random"))
     return results, [result.total.bits_per_byte for result in randoms]
@@ -186,7 +194,8 @@ def _tell(console, found: Found, output: Path) -> None:
     beaten = int(np.sum(np.array(found.randoms) > ours))
     console.print(f"The planned recipe beats {beaten} of {len(found.randoms)} random recipes of its depth ({found.seconds:.0f} s in all).")
     console.print(
-        f"\nEverything is in {output}: atlases, alignment, recipe and evidence, and the checkpoint in {output / 'merged'}.", markup=False
+        f"\nEverything is in {output}: atlases, alignment, recipe, evidence, evaluation, and the checkpoint in {output / 'merged'}.",
+        markup=False,
     )
     console.print("Next: `frankenmerge inspect YOUR-DONOR-A YOUR-DONOR-B`")
 

@@ -134,7 +134,7 @@ def features(
 
 
 def _show_found(asked: Asked, found: Any, wanted: list, vocabulary: list[str], title: str, told: dict[str, Any], as_json: bool) -> None:
-    from frankenmerge.analysis.agreement import token_agreement
+    from frankenmerge.agreement import token_agreement
 
     agreement = token_agreement(found.compared, found.compared)
     by_layer = [texts_of(tokens, vocabulary) for tokens in found.tokens]
@@ -161,7 +161,7 @@ def _show_found(asked: Asked, found: Any, wanted: list, vocabulary: list[str], t
 
 
 def _show_recovered(asked: Asked, found: Any, true: Any, vocabulary: list[str], title: str, told: dict[str, Any], as_json: bool) -> None:
-    from frankenmerge.analysis.agreement import token_agreement
+    from frankenmerge.agreement import token_agreement
 
     recall = token_agreement(found.compared, true[None, :, None])
     agreement = token_agreement(found.compared, found.compared)

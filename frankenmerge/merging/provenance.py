@@ -15,8 +15,6 @@ from frankenmerge.recipe import Recipe
 if TYPE_CHECKING:
     from frankenmerge.fitting import Fit
 
-PROVENANCE = "frankenmerge.json"
-
 
 def provenance(
     recipe: Recipe, donors: Mapping[str, Checkpoint], shards: Sequence[Shard], checksums: Mapping[str, str], turns: Mapping[int, "Fit"],

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from frankenmerge.checkpoint import SINGLE_NAME, Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.files import PROVENANCE
 from frankenmerge.headers import Tensor
 from frankenmerge.merging.parameters import method_faults
-from frankenmerge.merging.provenance import PROVENANCE, texts_of
+from frankenmerge.merging.provenance import texts_of
 from frankenmerge.merging.schedule import Operation, schedule
 from frankenmerge.merging.tokenizer import tokenizer_files
 from frankenmerge.recipe import Recipe, open_donors, renamed

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import frankenmerge
 from frankenmerge.checkpoint import INDEX_NAME, Checkpoint
 from frankenmerge.errors import fail
+from frankenmerge.files import PROVENANCE
 from frankenmerge.merging.card import model_card
 from frankenmerge.merging.computing import compute, one_thread, rotate
 from frankenmerge.merging.copying import copy_range, pieces, write_fully
@@ -34,7 +35,7 @@ from frankenmerge.merging.journal import (
     write_synced,
 )
 from frankenmerge.merging.plan import Options, Plan, planned
-from frankenmerge.merging.provenance import PROVENANCE, file_hash, plan_hash, provenance
+from frankenmerge.merging.provenance import file_hash, plan_hash, provenance
 from frankenmerge.merging.schedule import Combine, Rotate
 from frankenmerge.merging.shards import Shard, ranges_of
 from frankenmerge.merging.tokenizer import tokenizer_files

@@ -129,7 +129,7 @@ def test_relabelled_tokens_meet_one_time_in_v():
     """The closed form of the null, against all relabellings of a small vocabulary."""
     from itertools import permutations
 
-    from frankenmerge.analysis.agreement import token_agreement
+    from frankenmerge.agreement import token_agreement
 
     generator = np.random.default_rng(2)
     a, b = generator.integers(0, 5, (2, 3, 2)), generator.integers(0, 5, (2, 3, 2))

@@ -1,7 +1,10 @@
 """Models and recipes side by side: same texts, same windows, and a recipe is the checkpoint it would make."""
 
+import gc
+import hashlib
 import json
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -125,12 +128,60 @@ def test_the_command_line_prints_what_was_measured(donors, text, run):
     code, out, _ = run("evaluate", donors["a"], "--text", text, "--context", 16, "--json")
     told = json.loads(out)
     ((result,), _) = compare([str(donors["a"])], [read_text(text)], context=16)
-    assert code == 0 and told["context"] == 16 and told["texts"] == [str(text)]
-    assert told["models"] == [
-        {"name": str(donors["a"]), "role": "model", **result.total.as_json(), "texts": {str(text): result.total.as_json()}}
-    ]
+    content = text.read_bytes()
+    assert code == 0 and told["context"] == 16
+    assert told["texts"] == [{"path": str(text), "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}]
+    (model,) = told["models"]
+    assert (model["name"], model["role"]) == (str(donors["a"]), "model")
+    figures = result.total.as_json()
+    assert {key: model[key] for key in figures} == {key: model["texts"][str(text)][key] for key in figures} == figures
     code, out, _ = run("evaluate", donors["a"], "--text", text, "--context", 16)
     assert code == 0 and f"{result.total.bits_per_byte:.3f}" in out and f"{result.total.nats_per_token:.3f}" in out
+
+
+def test_models_are_in_memory_one_after_another(donors, text, tmp_path, monkeypatch):
+    """Each is gone before the next is loaded, but for donors of recipes that are still to come."""
+    alive: dict[str, weakref.ref] = {}
+    seen = []
+
+    def watched(checkpoint, **options):
+        gc.collect()
+        model = load_model(checkpoint, **options)
+        seen.append((checkpoint.name, {name for name, found in alive.items() if found() is not None}))
+        alive[checkpoint.name] = weakref.ref(model)
+        return model
+
+    monkeypatch.setattr("frankenmerge.evaluation.compare.load_model", watched)
+    a, b, deep, g, h = (str(donors[name]) for name in ("a", "b", "deep", "g", "h"))
+    recipe = recipe_file(tmp_path / "one.yaml", donors, "a", "b")
+    compare([a, deep, g, recipe, h], [read_text(text)])
+    assert seen == [(a, set()), (deep, {a}), (g, {a}), (b, {a}), (h, {b})]
+
+
+@pytest.mark.parametrize(("hold", "first"), [(False, set()), (True, {"a"})])
+def test_donors_of_a_checkpoint_are_held_for_those_who_need_them(donors, text, tmp_path, monkeypatch, hold, first):
+    recipe = recipe_of([Block(str(donors["a"]), 0), Block(str(donors["b"]), 1)])
+    merge(recipe, open_donors(recipe), tmp_path / "merged")
+    alive: dict[str, weakref.ref] = {}
+    at_merged = []
+
+    def watched(checkpoint, **options):
+        gc.collect()
+        model = load_model(checkpoint, **options)
+        if checkpoint.path.name == "merged":
+            at_merged.extend(name for name, found in alive.items() if found() is not None)
+        alive[checkpoint.path.name] = weakref.ref(model)
+        return model
+
+    monkeypatch.setattr("frankenmerge.evaluation.compare.load_model", watched)
+    results, _ = compare([str(donors["a"]), str(tmp_path / "merged")], [read_text(text)], beside=True, hold=hold)
+    assert set(at_merged) == first
+    assert [result.name for result in results] == [str(donors["a"]), str(tmp_path / "merged"), str(donors["b"])]
+
+
+def test_line_ends_are_measured_as_they_are(tmp_path):
+    (tmp_path / "dos.txt").write_bytes(b"one\r\ntwo\r\n")
+    assert read_text(tmp_path / "dos.txt").content == "one\r\ntwo\r\n"
 
 
 def missing(path):

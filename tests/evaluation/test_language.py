@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import DEMO
 from transformers import PreTrainedTokenizerFast
 
 from frankenmerge.checkpoint import open_checkpoint
@@ -12,6 +13,13 @@ from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation import language
 from frankenmerge.evaluation.language import Encoded, Loss, encode, measure
 from frankenmerge.models import load_model, load_tokenizer
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's letters for bytes: printable ones are themselves, the others follow from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
 
 
 def loaded(path):
@@ -39,23 +47,28 @@ def test_a_text_of_one_window_costs_what_transformers_says(model, length):
 
 
 @torch.no_grad()
-def one_by_one(model, ids: np.ndarray, context: int) -> list[float]:
-    """Every token predicted in a pass of its own, from what the first window that reaches it shows before it."""
+def one_by_one(model, ids: np.ndarray, context: int) -> tuple[list[float], list[bool]]:
+    """Every token predicted in a pass of its own, from what the first window that reaches it shows before it: nats and hits."""
     width = min(context, len(ids) - 1)
     starts = [start for start in range(0, len(ids), max(1, width // 2)) if start + width < len(ids) - 1]
     starts.append(len(ids) - 1 - width)
-    nats = []
+    nats, hits = [], []
     for target in range(1, len(ids)):
         start = next(start for start in starts if target <= start + width)
         logits = model(input_ids=torch.from_numpy(ids[start:target])[None]).logits[0, -1].double()
         nats.append(float(-torch.log_softmax(logits, 0)[ids[target]]))
-    return nats
+        hits.append(int(logits.argmax()) == ids[target])
+    return nats, hits
 
 
 @pytest.mark.parametrize("context, length", [(1, 6), (2, 9), (3, 20), (8, 33), (16, 17), (16, 18), (16, 25), (16, 41), (64, 150)])
 def test_longer_texts_cost_what_the_windows_say_token_by_token(model, context, length):
     encoded = line(length)
-    np.testing.assert_allclose(measure(model, encoded, context=context).nats, one_by_one(model, encoded.ids, context), rtol=1e-4, atol=1e-5)
+    nats, hits = one_by_one(model, encoded.ids, context)
+    loss = measure(model, encoded, context=context)
+    np.testing.assert_allclose(loss.nats, nats, rtol=1e-4, atol=1e-5)
+    assert loss.hits.tolist() == hits
+    assert loss.accuracy == sum(hits) / len(hits)
 
 
 @pytest.mark.parametrize("context, length", [(8, 40), (16, 100), (64, 65), (64, 66)])
@@ -89,6 +102,56 @@ def test_how_windows_are_batched_changes_nothing(model, monkeypatch, positions):
     np.testing.assert_allclose(measure(model, encoded, context=16).nats, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("room", [1, 3])
+def test_fewer_windows_pass_together_where_memory_is_short(model, room):
+    encoded, sizes = line(300), []
+    expected = measure(model, encoded, context=16)
+
+    def short(_module, _args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > room:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    handle = model.register_forward_pre_hook(short, with_kwargs=True)
+    loss = measure(model, encoded, context=16)
+    handle.remove()
+    np.testing.assert_allclose(loss.nats, expected.nats, rtol=1e-5, atol=1e-6)
+    assert (loss.hits == expected.hits).all()
+    assert sizes[0] > room >= max(sizes[-3:]) and sum(size for size in sizes if size <= room) == 37
+
+
+def test_memory_that_has_no_room_for_one_window_is_told(model):
+    def short(*_args):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    model.register_forward_pre_hook(short)
+    with pytest.raises(FrankenmergeError, match="memory for a window of 16 tokens"):
+        measure(model, line(300), context=16)
+
+
+def test_other_errors_are_not_taken_for_short_memory(model):
+    def broken(*_args):
+        raise RuntimeError("something else")
+
+    model.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        measure(model, line(300), context=16)
+
+
+@pytest.mark.parametrize("text", ["Once upon a time\n    def go(self): return 1", "naïve café, 東京 — 😀!"])
+def test_tokens_end_where_their_bytes_end(text):
+    """Byte-level tokens: where all are told, their own bytes are the text's."""
+    tokenizer = load_tokenizer(open_checkpoint(str(DEMO / "donors" / "code")))
+    encoded = encode(tokenizer, text, "text")
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
+    spelled = [bytes(alphabet[character] for character in token) for token in tokenizer.convert_ids_to_tokens(encoded.ids[1:])]
+    assert b"".join(spelled) == text.encode() and encoded.bytes == len(text.encode())
+    ends = np.cumsum([len(token) for token in spelled])
+    # A token that ends within a character is told to end with it.
+    characters = np.cumsum([len(character.encode()) for character in text])
+    assert encoded.ends.tolist() == [int(characters[np.searchsorted(characters, end)]) for end in ends]
+
+
 def test_measuring_twice_gives_the_same(model):
     one, two = (measure(model, line(100), context=16) for _ in range(2))
     assert (one.nats == two.nats).all()
@@ -103,13 +166,14 @@ def test_a_model_that_knows_nothing_costs_the_logarithm_of_the_vocabulary(donors
 
 
 def test_the_figures_are_their_formulas():
-    loss = Loss(np.array([0.5, 1.5, 4.0]), 8)
+    loss = Loss(np.array([0.5, 1.5, 4.0]), 8, np.array([True, False, True]))
     assert loss.tokens == 3
     assert loss.nats_per_token == 2.0
     assert loss.perplexity == pytest.approx(7.38905609893065)
     assert loss.bits_per_byte == pytest.approx(6.0 / 0.6931471805599453 / 8)
     assert loss.as_json() == {
-        "bits_per_byte": loss.bits_per_byte, "perplexity": loss.perplexity, "nats_per_token": 2.0, "tokens": 3, "bytes": 8,
+        "bits_per_byte": loss.bits_per_byte, "perplexity": loss.perplexity, "nats_per_token": 2.0, "accuracy": 2 / 3, "tokens": 3,
+        "bytes": 8,
     }  # fmt: skip
 
 

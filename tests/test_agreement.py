@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from frankenmerge.analysis.agreement import token_agreement
+from frankenmerge.agreement import token_agreement
 
 
 @pytest.mark.parametrize("places", [(1, 1), (3, 2)])

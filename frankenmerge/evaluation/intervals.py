@@ -1,0 +1,104 @@
+"""How sure a figure is: the bootstrap over segments of text, the same segments for every model, so that differences are paired.
+
+Tokens are no independent draws: a passage is hard or easy as a whole, and neighbours share their context. What is drawn is
+therefore a segment of consecutive bytes with all its tokens (a block bootstrap). Segments are of bytes and not of tokens, so
+that models of different tokenizers are compared on the same pieces of text.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from frankenmerge.evaluation.language import Loss
+
+RESAMPLES, COVERED = 1000, 0.95
+SEGMENT, FEWEST = 2048, 20
+"""Bytes of a segment; shorter ones where the text would have fewer segments than `FEWEST`."""
+_NATS, _HITS, _TOKENS, _BYTES = range(4)
+
+
+class Interval(NamedTuple):
+    """Where a figure lies in `COVERED` of the resamples."""
+
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """How much more bits per byte a model takes than a donor."""
+
+    bits_per_byte: float
+    interval: Interval
+    """Paired: both on the same segments in every resample."""
+
+
+def segment_sums(loss: Loss) -> np.ndarray:
+    """Nats, hits, tokens and bytes of every segment of a text, `[4, n]`; a token counts where it ends.
+
+    Tokens without known ends are taken as equally long; hits that are not known are not a number.
+    """
+    count = max(loss.bytes // SEGMENT, min(FEWEST, loss.bytes))
+    edges = np.linspace(0, loss.bytes, count + 1).round()
+    ends = np.linspace(0, loss.bytes, loss.tokens + 1)[1:] if loss.ends is None else loss.ends
+    place = np.clip(np.searchsorted(edges, ends, side="left") - 1, 0, count - 1)
+    hits = np.full(loss.tokens, np.nan) if loss.hits is None else loss.hits
+    sums = (np.bincount(place, weights=values, minlength=count) for values in (loss.nats, hits, np.ones(loss.tokens)))
+    return np.stack([*sums, np.diff(edges)])
+
+
+def drawn(losses: Mapping[str, Loss], seed: int) -> dict[str, np.ndarray]:
+    """Resamples of every text's sums, `[4, RESAMPLES]`: of each text as many segments as it has, with replacement.
+
+    The draws depend on the seed, the text's place among the texts and its bytes alone: they are the same for every model.
+    """
+    result = {}
+    for position, (name, loss) in enumerate(losses.items()):
+        sums = segment_sums(loss)
+        count = sums.shape[1]
+        chosen = np.random.default_rng([seed, position]).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+        result[name] = sums @ chosen.T
+    return result
+
+
+def together(sums: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The sums of all texts."""
+    return np.sum(list(sums.values()), axis=0)
+
+
+def _bits_per_byte(sums: np.ndarray) -> np.ndarray:
+    return sums[_NATS] / math.log(2) / sums[_BYTES]
+
+
+FIGURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "bits_per_byte": _bits_per_byte,
+    "nats_per_token": lambda sums: sums[_NATS] / np.maximum(sums[_TOKENS], 1),
+    "accuracy": lambda sums: sums[_HITS] / np.maximum(sums[_TOKENS], 1),
+}
+"""What is told with an interval, of sums `[4, n]`."""
+
+
+def intervals(sums: np.ndarray) -> dict[str, Interval]:
+    """Intervals of the figures of resampled sums; of accuracy only where hits are known."""
+    values = {name: figure(sums) for name, figure in FIGURES.items()}
+    return {name: _between(value) for name, value in values.items() if np.isfinite(value).all()}
+
+
+def difference(model: Mapping[str, Loss], donor: Mapping[str, Loss], seed: int) -> tuple[Difference, dict[str, Difference]]:
+    """How much more bits per byte a model takes than a donor: on all texts together, and on each."""
+    ours, theirs = drawn(model, seed), drawn(donor, seed)
+    texts = {name: Difference(model[name].bits_per_byte - donor[name].bits_per_byte, _paired(ours[name], theirs[name])) for name in model}
+    bits = [sum(loss.nats.sum() for loss in losses.values()) / math.log(2) for losses in (model, donor)]
+    total = float(bits[0] - bits[1]) / sum(loss.bytes for loss in model.values())
+    return Difference(total, _paired(together(ours), together(theirs))), texts
+
+
+def _paired(ours: np.ndarray, theirs: np.ndarray) -> Interval:
+    return _between(_bits_per_byte(ours) - _bits_per_byte(theirs))
+
+
+def _between(values: np.ndarray) -> Interval:
+    """The percentile interval."""
+    low, high = np.quantile(values, [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    return Interval(float(low), float(high))

@@ -1,0 +1,152 @@
+"""An evaluation: what was looked at while the models were in memory, and everything that was found, as one JSON object."""
+
+import hashlib
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import frankenmerge
+from frankenmerge.atlas import TopTokens
+from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.errors import Fault, raise_all
+from frankenmerge.evaluation.compare import Bench, Result, Subject, is_recipe
+from frankenmerge.evaluation.harness import TaskFigure, run_tasks
+from frankenmerge.evaluation.intervals import difference, drawn, intervals, together
+from frankenmerge.evaluation.lineage import same_tokens
+from frankenmerge.evaluation.retention import Retention
+from frankenmerge.evaluation.samples import Sample, invalid_rate, repetition, sampled
+from frankenmerge.evaluation.seams import Behind, behind_blocks, windows_of
+from frankenmerge.evaluation.threshold import Comparison, merges
+from frankenmerge.models import load_tokenizer
+from frankenmerge.recipe import Block
+
+KIND = "frankenmerge.evaluation/1"
+
+
+@dataclass
+class Looks:
+    """What is looked at in every model besides its losses, and what was found, by the models' names."""
+
+    prompts: Sequence[str] = ()
+    """What to let it go on from."""
+    vocabulary: frozenset[str] = frozenset()
+    """Words that are no inventions."""
+    with_seams: bool = False
+    """Whether to hold what is made of donors that are on the bench against them, block by block."""
+    with_tasks: Sequence[str] = ()
+    """Tasks of lm-evaluation-harness."""
+    search: Callable[[PreTrainedModel], TopTokens] | None = None
+    """Complete search, where the features of such models are asked for; the stage that has it is another."""
+    seed: int = 0
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    seams: dict[str, list[Behind]] = field(default_factory=dict)
+    tasks: dict[str, list[TaskFigure]] = field(default_factory=dict)
+    features: dict[str, tuple[tuple[Block, ...], TopTokens]] = field(default_factory=dict)
+    """Where the blocks are from, and what was searched."""
+    retention: dict[str, list[Retention]] = field(default_factory=dict)
+
+    def visit(self, subject: Subject, bench: Bench) -> None:
+        """Look at a model that is in memory."""
+        tokenizer = load_tokenizer(subject.reader)
+        if self.prompts:
+            self.samples[subject.name] = sampled(subject.model, tokenizer, self.prompts, self.vocabulary, context=bench.context)
+        blocks, model = subject.lineage.blocks if subject.lineage else (), subject.model
+        names = dict.fromkeys(block.model for block in blocks)
+        if blocks and names.keys() <= bench.checkpoints.keys() and (self.with_seams or self.search):
+            _check_tokens(subject, {name: bench.checkpoints[name] for name in names})
+            if self.with_seams:
+                donors = {name: bench.load(name)[1] for name in names}
+                self.seams[subject.name] = behind_blocks(model, blocks, donors, windows_of(subject.texts, bench.context))
+            if self.search:
+                self.features[subject.name] = blocks, self.search(model)
+        if self.with_tasks:
+            self.tasks[subject.name] = run_tasks(subject.model, tokenizer, self.with_tasks, seed=self.seed)
+
+
+def _check_tokens(subject: Subject, donors: Mapping[str, Checkpoint]) -> None:
+    """Raise FrankenmergeError where a donor reads other tokens than the model: the two cannot be held together block by block."""
+    raise_all(
+        Fault(
+            name,
+            f"a donor with the tokens of {subject.name}, to hold them together block by block",
+            "other tokens",
+            "leave --seams and --retention out",
+        )
+        for name, donor in donors.items()
+        if not same_tokens(subject.reader, donor)
+    )
+
+
+def evaluation_json(
+    results: Sequence[Result], bench: Bench, looks: Looks, *, dtype: str = "float32", predictions: Sequence[Mapping[str, Any]] = (),
+    comparison: Comparison | None = None, against: str | None = None, arguments: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything an evaluation found, and what produced it. docs/evaluate.md says what each figure means."""
+    found = {result.name: result for result in results}
+    pairs = [(found[name], found[donor]) for name, donors in merges(results, against).items() for donor in donors]
+    return {
+        "kind": KIND,
+        "models": [_model(result, looks) for result in results],
+        "differences": [_difference(model, donor, looks.seed) for model, donor in pairs],
+        "seams": [{"model": name, "blocks": [block._asdict() for block in blocks]} for name, blocks in looks.seams.items()],
+        "retention": [
+            {"model": name, **entry._asdict(), "blocks": [block._asdict() for block in entry.blocks]}
+            for name, entries in looks.retention.items()
+            for entry in entries
+        ],
+        "tasks": [{"model": name, **figure._asdict()} for name, figures in looks.tasks.items() for figure in figures],
+        "predictions": list(predictions),
+        "comparison": comparison.as_json() if comparison else None,
+        "dtype": dtype,
+        "context": bench.context,
+        "texts": [
+            {"path": text.name, "sha256": hashlib.sha256(text.content.encode()).hexdigest(), "bytes": len(text.content.encode())}
+            for text in bench.texts
+        ],
+        "provenance": {
+            "arguments": dict(arguments or {}),
+            "seed": looks.seed,
+            "reference_words": len(looks.vocabulary),
+            "versions": {
+                "frankenmerge": frankenmerge.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "models": {
+                name: {"fingerprint": checkpoint.fingerprint, "revision": _revision(checkpoint)}
+                for name, checkpoint in bench.checkpoints.items()
+            },
+            "recipes": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in found if is_recipe(name)},
+        },
+    }
+
+
+def _model(result: Result, looks: Looks) -> dict[str, Any]:
+    sums, samples = drawn(result.losses, looks.seed), looks.samples.get(result.name, [])
+    return {
+        "name": result.name,
+        "role": result.role,
+        **result.total.as_json(),
+        "intervals": intervals(together(sums)),
+        "texts": {name: loss.as_json() | {"intervals": intervals(sums[name])} for name, loss in result.losses.items()},
+        "invalid_words": invalid_rate(samples),
+        "repetition": repetition(samples),
+        "samples": [{"prompt": sample.prompt, "text": sample.text, "invalid": sample.invalid} for sample in samples],
+    }
+
+
+def _difference(model: Result, donor: Result, seed: int) -> dict[str, Any]:
+    total, texts = difference(model.losses, donor.losses, seed)
+    return {"model": model.name, "donor": donor.name, **total._asdict(), "texts": {name: entry._asdict() for name, entry in texts.items()}}
+
+
+def _revision(checkpoint: Checkpoint) -> str | None:
+    """The commit of a donor in the hub's cache."""
+    return checkpoint.path.name if checkpoint.path.parent.name == "snapshots" else None

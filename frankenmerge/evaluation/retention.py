@@ -1,0 +1,57 @@
+"""Which of its donors' features a merged model still has.
+
+A feature is a neuron behind a block and the token that excites it most (complete search). It is kept where the same neuron behind
+the merged model's block that was made of that block has the same token.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from frankenmerge.agreement import token_agreement
+from frankenmerge.atlas import TopTokens
+from frankenmerge.recipe import Block
+
+
+class KeptBlock(NamedTuple):
+    """The features of a donor's block in a merged model."""
+
+    block: int
+    """1-based, of the merged model."""
+    donor_block: int
+    """0-based, of the donor."""
+    kept: float
+    """The share of the width's features that are kept."""
+
+
+class Retention(NamedTuple):
+    """The features of a donor in a merged model."""
+
+    donor: str
+    blocks: list[KeptBlock]
+    kept: float
+    """The mean over the blocks that are from this donor."""
+    chance: float
+    """What would be kept if neurons were exchanged for others: how often any two share their token."""
+
+
+def retained(merged: TopTokens, donors: Mapping[str, TopTokens], blocks: Sequence[Block]) -> list[Retention]:
+    """Compare a merged model's features, block by block, with those of the blocks that it was made of.
+
+    Args:
+        merged: complete search in the merged model.
+        donors: complete search in each donor, of the same width and the same tokens.
+        blocks: where each block of the merged model is from; those of other donors are left out.
+    """
+    result = []
+    for name, top in donors.items():
+        own = [(number, block.index) for number, block in enumerate(blocks, 1) if block.model == name]
+        found = [
+            token_agreement(merged.tokens[number : number + 1, :, :1], top.tokens[index + 1 : index + 2, :, :1]) for number, index in own
+        ]
+        if found:
+            kept = [KeptBlock(number, index, float(agreed.matrix[0, 0])) for (number, index), agreed in zip(own, found, strict=True)]
+            chance = float(np.mean([agreed.permuted[0, 0] for agreed in found]))
+            result.append(Retention(name, kept, float(np.mean([block.kept for block in kept])), chance))
+    return result
