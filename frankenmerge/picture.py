@@ -138,7 +138,7 @@ def described(slices: list[list[Piece]]) -> str:
 
 def visible(text: str) -> str:
     """Text in which nothing is hidden: control, format and bidirectional characters, and lone surrogates, become their code."""
-    return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else c for c in text)
+    return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" else c for c in text)
 
 
 STYLE = (

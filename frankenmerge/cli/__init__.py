@@ -11,6 +11,7 @@ from frankenmerge.cli.donors import analyze, inspect
 from frankenmerge.cli.evaluate import evaluate
 from frankenmerge.cli.features import features
 from frankenmerge.cli.plan import plan
+from frankenmerge.cli.report import report
 from frankenmerge.cli.splice import align, check, merge
 from frankenmerge.errors import FrankenmergeError
 
@@ -35,7 +36,7 @@ def cli() -> None:
     """Hold the commands."""
 
 
-for command in (inspect, features, analyze, align, plan, check, merge, evaluate, demo):
+for command in (inspect, features, analyze, align, plan, check, merge, evaluate, report, demo):
     cli.add_command(command)
 
 

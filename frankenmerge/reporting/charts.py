@@ -30,6 +30,10 @@ class Line(NamedTuple):
 
     label: str
     points: Sequence[tuple[float, float | None]]
+    style: int
+    """Lines of one style have one colour and shape."""
+    broken: bool = False
+    """Drawn broken and without marks: what another line is held against."""
 
 
 def bars(rows: Sequence[Bar], name: str, title: str, axis: str, *, value: str = "value", other: str = "", line: float | None = 0.0) -> str:
@@ -109,10 +113,10 @@ def lines(series: Sequence[Line], name: str, title: str, axis: str, *, seams: Se
     for place, label in seams:
         parts.append(f'<path class="seamline" d="M{x(place):.1f} {top - 4}V{bottom}"/>' + _text(x(place), top - 8, label, "soft"))
     for number, line in enumerate(series):
-        parts += _drawn(line, number, x, y)
+        parts += _drawn(line, x, y)
         key = left + number % 2 * 180, 12 + number // 2 * 18
-        shape = SHAPES[number % len(SHAPES)]
-        parts.append(_mark(shape, key[0], key[1], f"m{number % 6}") + _text(key[0] + 12, key[1] + 4, line.label, "start soft"))
+        sample = f'<path class="line broken l{line.style % 6}" d="M{key[0] - 6} {key[1]}h14"/>' if line.broken else _symbol(line, *key)
+        parts.append(sample + _text(key[0] + 12, key[1] + 4, line.label, "start soft"))
     every = next((step for step in (1, 2, 4, 5, 10, 20, 50) if (last - first) / step <= 12), 100)
     parts += [_text(x(block), bottom + 16, f"{block:g}", "soft") for block in sorted(set(blocks)) if block % every == 0]
     parts.append(_text((left + WIDTH) / 2, bottom + 34, f"{axis}, by block of the result", "soft"))
@@ -120,14 +124,19 @@ def lines(series: Sequence[Line], name: str, title: str, axis: str, *, seams: Se
     return _svg(name, title, told, bottom + 42, parts)
 
 
-def _drawn(line: Line, number: int, x, y) -> Iterable[str]:
+def _drawn(line: Line, x, y) -> Iterable[str]:
     known = [(block, value) for block, value in line.points if _finite(value)]
     for (a, start), (b, stop) in pairwise(line.points):
         if _finite(start) and _finite(stop):
-            yield f'<path class="line l{number % 6}" d="M{x(a):.1f} {y(start):.1f}L{x(b):.1f} {y(stop):.1f}"/>'
-    for block, value in known if len(known) <= 40 else known[:: len(known) // 20]:
+            style = f"line{' broken' if line.broken else ''} l{line.style % 6}"
+            yield f'<path class="{style}" d="M{x(a):.1f} {y(start):.1f}L{x(b):.1f} {y(stop):.1f}"/>'
+    for block, value in [] if line.broken else known if len(known) <= 40 else known[:: len(known) // 20]:
         told = f"<title>{escape(line.label)}, block {block:g}: {_number(value)}</title>"
-        yield _mark(SHAPES[number % len(SHAPES)], x(block), y(value), f"m{number % 6}", told)
+        yield _symbol(line, x(block), y(value), told)
+
+
+def _symbol(line: Line, x: float, y: float, inner: str = "") -> str:
+    return _mark(SHAPES[line.style % len(SHAPES)], x, y, f"m{line.style % 6}", inner)
 
 
 def _summed(line: Line) -> str:

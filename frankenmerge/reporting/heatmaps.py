@@ -1,6 +1,7 @@
 """Alignment heatmaps for a page: the picture as SVG around a small PNG, and the numbers behind it as JSON of bounded size."""
 
 import base64
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -70,8 +71,8 @@ def svg(matrix: np.ndarray, donors: tuple[str, str], marks: Iterable[Mark], titl
         *_ticks(rows, columns, side, left, top, small),
         *([] if small else _axes(donors, left, top, columns * side, rows * side)),
         *(_values(matrix, side, left, top) if not small and max(rows, columns) <= WRITTEN else []),
-        *(part for mark in marks for part in _mark(mark, side, left, top, small)),
         "" if small else f'<rect class="cursor" width="{side:g}" height="{side:g}" x="{left}" y="{top}"/>',
+        *(part for mark in marks for part in _mark(mark, side, left, top, small)),
     ]
     return "".join(parts) + "</svg>"
 
@@ -134,8 +135,8 @@ def shortened(name: str) -> str:
 
 
 def token(text: str) -> str:
-    """A token as it is shown: blanks, line ends and everything hidden made visible, the very long cut."""
-    shown = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣")
+    """A token as it is shown: blanks (many as ␣×24), line ends and everything hidden made visible, the very long cut."""
+    shown = re.sub(" {4,}", lambda run: f"␣×{len(run[0])}", text).replace("\r\n", "↵").translate({10: "↵", 9: "⇥", 32: "␣"})
     return visible(shown if len(shown) <= 32 else f"{shown[:31]}…") or "(empty)"
 
 
@@ -180,17 +181,25 @@ def _told(alignment: Alignment, marks: Sequence[Mark]) -> list[tuple[int, int]]:
 
 
 def _cell(alignment: Alignment, row: int, column: int, words: dict[int, int]) -> list[list]:
-    """Neurons that agree most, then those that agree least: `[neuron, Jaccard in thousandths, A's tokens, B's tokens]`."""
+    """Neurons that agree most, then those that agree least: `[neuron, Jaccard in thousandths, A's tokens, B's tokens]`.
+
+    Tokens are places in `words`; the complement `~place` says that the other donor's list of best tokens has it too.
+    """
     detail = {name: score.detail[row, column].astype(np.float32) for name, score in alignment.scores.items() if score.detail.shape[2]}
     keys = [np.nan_to_num(detail[name]) for name in ("correlation", "jaccard") if name in detail]
     if not keys:
         return []
     # Many neurons tie on the tokens; among those the correlation tells which agree most.
     ranked = np.lexsort(keys)
-    a, b = (table[block] for table, block in zip(alignment.tokens, (row, column), strict=True))
+    pair = [table[block] for table, block in zip(alignment.tokens, (row, column), strict=True)]
 
     def told(neuron: int) -> list:
-        indices = [[words.setdefault(int(index), len(words)) for index in tokens[neuron][:TOKENS]] for tokens in (a, b)]
-        return [int(neuron), round(float(keys[-1][neuron]) * 1000), *indices]
+        a, b = (tokens[neuron].tolist() for tokens in pair)
+        return [int(neuron), round(float(keys[-1][neuron]) * 1000), _places(a, b, words), _places(b, a, words)]
 
     return [told(neuron) for neuron in [*ranked[::-1][:SHOWN], *ranked[:SHOWN]]]
+
+
+def _places(tokens: list[int], others: list[int], words: dict[int, int]) -> list[int]:
+    places = [(words.setdefault(index, len(words)), index in others) for index in tokens[:TOKENS]]
+    return [~place if shared else place for place, shared in places]

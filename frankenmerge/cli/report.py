@@ -1,0 +1,44 @@
+"""`report`: one page, and figures, for everything in a run's folder."""
+
+from pathlib import Path
+
+import click
+
+from frankenmerge.cli.console import json_option, out, print_json, size
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the page goes, such as report.html.")
+@click.option("--figures", type=click.Path(path_type=Path), help="A folder for the same figures as PNG and SVG (needs matplotlib).")
+@json_option
+def report(run: Path, output: Path | None, figures: Path | None, as_json: bool) -> None:
+    """Make one HTML page of all that the commands left in the folder RUN.
+
+    It holds everything in itself and asks nothing of any network. What is not in the folder is left out, and the page says
+    which command would make it.
+    """
+    from frankenmerge.files import write_file
+    from frankenmerge.reporting.page import page
+    from frankenmerge.reporting.run import read_run
+
+    if not (output or figures):
+        raise click.UsageError("Say where it goes: -o report.html, --figures DIR, or both.")
+    found = read_run(run)
+    written = []
+    if output:
+        content = page(found).encode()
+        write_file(output, content)
+        written.append(output)
+    if figures:
+        from frankenmerge.reporting.figures import draw
+
+        written += draw(found, figures)
+    if as_json:
+        told = {"written": [str(path) for path in written], "refused": found.refused}
+        print_json({"run": str(run), **told})
+        return
+    for path in written:
+        out().print(f"{path}: {size(path.stat().st_size)}", markup=False)
+    for name, reason in found.refused.items():
+        click.echo(f"frankenmerge: {name} is left out: {reason}", err=True)
