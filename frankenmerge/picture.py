@@ -177,7 +177,8 @@ def _parts(found: Layout) -> Iterator[str]:
     for ribbon in found.ribbons:
         (x, up, down), (to, upper, lower) = ribbon.source, ribbon.target
         bend = (x + to) / 2
-        path = f"M{x:g} {up:g}C{bend:g} {up:g} {bend:g} {upper:g} {to:g} {upper:g}V{lower:g}C{bend:g} {lower:g} {bend:g} {down:g} {x:g} {down:g}Z"
+        there = f"M{x:g} {up:g}C{bend:g} {up:g} {bend:g} {upper:g} {to:g} {upper:g}V{lower:g}"
+        path = f"{there}C{bend:g} {lower:g} {bend:g} {down:g} {x:g} {down:g}Z"
         yield f'<path class="{_colour(ribbon.donor)}" fill-opacity=".22" d="{path}"/>'
     for cell in found.columns:
         yield _rectangle(cell, _colour(cell.donor) if cell.used else "rest")
@@ -205,12 +206,16 @@ def _parts(found: Layout) -> Iterator[str]:
 
 def _seams(found: Layout) -> Iterator[str]:
     """A line across the result at every seam, with its number where there is room beside it."""
-    room = min((b - a for a, b in pairwise(found.seams)), default=30)
     for number, y in enumerate(found.seams, 1):
         yield f'<path class="seam" d="M{found.middle - _RESULT / 2 - 6:g} {y:g}h{_RESULT + 12}"/>'
-        if room >= 17:
+        if numbered(found):
             x = found.middle + _RESULT / 2 + 6
             yield f'<circle class="knob" cx="{x:g}" cy="{y:g}" r="8"/>' + _text(x, y + 3.5, str(number), "small")
+
+
+def numbered(found: Layout) -> bool:
+    """Whether the seams' numbers have room beside each other."""
+    return all(b - a >= 17 for a, b in pairwise(found.seams))
 
 
 def _colour(donor: int) -> str:

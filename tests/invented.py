@@ -48,14 +48,15 @@ def evaluation(recipe: str = "recipe.yaml", donors: tuple[str, ...] = ("donors/c
 def _loss(bits: float) -> dict[str, Any]:
     return {
         "bits_per_byte": bits, "perplexity": math.exp(bits * 1.73), "nats_per_token": bits * 1.73, "accuracy": 0.41, "tokens": 4807,
-        "bytes": 12_000, "intervals": {"bits_per_byte": [bits - 0.03, bits + 0.03], "nats_per_token": [bits * 1.73 - 0.05, bits * 1.73 + 0.05],
-                                       "accuracy": [0.39, 0.43]},
+        "bytes": 12_000,
+        "intervals": {"bits_per_byte": [bits - 0.03, bits + 0.03], "nats_per_token": [bits * 1.73 - 0.05, bits * 1.73 + 0.05],
+                      "accuracy": [0.39, 0.43]},
     }  # fmt: skip
 
 
 def _model(name: str, role: str, bits: float) -> dict[str, Any]:
     samples = [
-        {"prompt": "def read(path):", "text": "\n    with open(path) as file:\n        return file.raed()\n" * (2 if role == "recipe" else 1),
+        {"prompt": "def read(path):", "text": "\n    with open(path) as file:\n        return file.raed()\n",
          "invalid": ["raed"] if role == "recipe" else []},
         {"prompt": "The function returns", "text": " a list of the modules that were impotred, or None if there are none.",
          "invalid": ["impotred"]},
@@ -111,7 +112,14 @@ def evidence(donors=("x/one", "y/two"), tokens=(" a", " b"), seams=((3, 2), (4, 
          "disagree": [{"neuron": 2, "scores": {}, "tokens": [list(tokens), ["other"]], "shared": []}]}
         for n, (i, j) in enumerate(seams)
     ]  # fmt: skip
-    plan = {"recipe": {}, "summary": "one[0:4] two[2:5] one[4:6]", "depth": 9, "predicted_damage": 0.2, "interval": [0.1, 0.4], "seams": told}
+    plan = {
+        "recipe": {},
+        "summary": "one[0:4] two[2:5] one[4:6]",
+        "depth": 9,
+        "predicted_damage": 0.2,
+        "interval": [0.1, 0.4],
+        "seams": told,
+    }
     return {"plans": [plan], "constraints": {"depth": 9, "max_seams": 4}, "model": {"intercept": -3.0}}
 
 

@@ -16,6 +16,7 @@ LAYERS = (
         "alignment",
         "lora",
         "pickles",
+        "picture",
         "recipe",
         "schema",
         "settings",

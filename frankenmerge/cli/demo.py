@@ -28,7 +28,7 @@ class Found(NamedTuple):
 @click.option("--out", "output", type=click.Path(path_type=Path), default="demo-run", show_default=True, help="Where everything made goes.")
 @json_option
 def demo(output: Path, as_json: bool) -> None:
-    """Inspect, analyze, align, plan, merge and evaluate the two demo donors, and tell what was found.
+    """Inspect, analyze, align, plan, merge, evaluate and report on the two demo donors.
 
     `code` and `prose` were fine-tuned from one small model, one on source code, one on documentation. An earlier demo's
     folder is replaced; any other folder is left alone.
@@ -43,6 +43,7 @@ def demo(output: Path, as_json: bool) -> None:
     alignment, plan = _plan(console, donors, output)
     equal = _merge(console, plan.recipe, output)
     results, randoms = _evaluate(plan.recipe, donors, output)
+    _report(output)
     found = Found(plan, equal, results, randoms, time.perf_counter() - started)
     _tell(console, found, output)
     if as_json:
@@ -177,6 +178,14 @@ def _evaluate(recipe, donors: list, output: Path) -> tuple[list, list[float]]:
     return results, [result.total.bits_per_byte for result in randoms]
 
 
+def _report(output: Path) -> None:
+    from frankenmerge.files import write_file
+    from frankenmerge.reporting.page import page
+    from frankenmerge.reporting.run import read_run
+
+    write_file(output / "report.html", page(read_run(output)).encode())
+
+
 def _tell(console, found: Found, output: Path) -> None:
     from frankenmerge.cli.evaluate import results_table
 
@@ -188,6 +197,7 @@ def _tell(console, found: Found, output: Path) -> None:
     console.print(
         f"\nEverything is in {output}: atlases, alignment, recipe and evidence, and the checkpoint in {output / 'merged'}.", markup=False
     )
+    console.print(f"To look at: {output / 'report.html'}, a page of all that was found.", markup=False)
     console.print("Next: `frankenmerge inspect YOUR-DONOR-A YOUR-DONOR-B`")
 
 

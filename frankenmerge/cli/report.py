@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from frankenmerge.cli.console import json_option, out, print_json, size
+from frankenmerge.cli.console import json_option, need_matplotlib, out, print_json, size
 
 
 @click.command()
@@ -24,11 +24,12 @@ def report(run: Path, output: Path | None, figures: Path | None, as_json: bool) 
 
     if not (output or figures):
         raise click.UsageError("Say where it goes: -o report.html, --figures DIR, or both.")
+    if figures:
+        need_matplotlib("--figures")
     found = read_run(run)
     written = []
     if output:
-        content = page(found).encode()
-        write_file(output, content)
+        write_file(output, page(found).encode())
         written.append(output)
     if figures:
         from frankenmerge.reporting.figures import draw

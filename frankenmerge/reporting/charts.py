@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 WIDTH = 420
 SHAPES = ("circle", "square", "diamond", "triangle", "cross", "ring")
@@ -172,7 +172,7 @@ def _scale(values: Sequence[float]) -> tuple[float, float, list[float]]:
     return first * step, last * step, [number * step for number in range(first, last + 1)]
 
 
-def _finite(value: float | None) -> bool:
+def _finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 

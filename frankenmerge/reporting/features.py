@@ -19,7 +19,7 @@ class Features(NamedTuple):
     fingerprint: str
     tokens: np.ndarray
     """Ids `[l+1, d, k]`, the best first."""
-    vocabulary: Sequence[str]
+    vocabulary: list[str]
     told: dict[str, str]
     """What it was made with, for the provenance."""
 
@@ -71,5 +71,5 @@ def _row(donors: Sequence[Features], block: int, neuron: int) -> list[list[Chip]
 
 def _texts(donor: Features, block: int, neuron: int) -> list[str]:
     blocks, width, _ = donor.tokens.shape
-    ids = donor.tokens[block, neuron].tolist() if block < blocks and neuron < width else []
+    ids: list[int] = donor.tokens[block, neuron].tolist() if block < blocks and neuron < width else []
     return [donor.vocabulary[token] if 0 <= token < len(donor.vocabulary) else f"#{token}" for token in ids]

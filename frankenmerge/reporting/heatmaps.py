@@ -16,7 +16,9 @@ from frankenmerge.picture import visible
 
 VIRIDIS = tuple(
     tuple(bytes.fromhex(shade))
-    for shade in "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1f9f88 27ad81 3dbc74 5cc863 81d34d aadc32 d5e21a fde725".split()
+    for shade in (
+        "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1f9f88 27ad81 3dbc74 5cc863 81d34d aadc32 d5e21a fde725"
+    ).split()
 )
 """Seventeen even steps of the colour map viridis: perceptually uniform, legible without red and green."""
 WRITTEN = 12

@@ -66,9 +66,7 @@ def _files(folder: Path) -> Iterator[Path]:
     """The files that may be artefacts, those of merged checkpoints first."""
     for origin in sorted(folder.glob("*/frankenmerge.json")):
         yield from (path for path in (origin.with_name("recipe.yaml"), origin) if path.is_file())
-    yield from (
-        path for path in sorted(folder.iterdir()) if path.suffix in _READERS and path.is_file() and not path.name.startswith(".")
-    )
+    yield from (path for path in sorted(folder.iterdir()) if path.suffix in _READERS and path.is_file() and not path.name.startswith("."))
 
 
 def _told(error: Exception) -> str:

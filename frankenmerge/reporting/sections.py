@@ -19,6 +19,8 @@ from frankenmerge.reporting.words import NULLS, SCORES, Named, null_named, score
 
 TABLED = 17
 """Up to so many rows and columns a heatmap's values are also given as a table."""
+VERIFIED = " (plan --verify)"
+"""Behind the name of a recipe that `plan` measured itself."""
 
 
 class Splice(NamedTuple):
@@ -98,10 +100,11 @@ def seam_scores(seam: SeamTold) -> list[tuple[Named, float, list[float | None]]]
 
 def maps(run: Run, plan: PlanTold | None) -> list[Map]:
     """The alignments, the seams of the plan marked where they lie."""
-    return [_map(name, alignment, _marks(alignment, plan)) for name, alignment in run.alignments.items()]
+    return [_map(name, alignment, marks_of(alignment, plan)) for name, alignment in run.alignments.items()]
 
 
-def _marks(alignment: Alignment, plan: PlanTold | None) -> list[Mark]:
+def marks_of(alignment: Alignment, plan: PlanTold | None) -> list[Mark]:
+    """Where the seams of a plan lie in the matrix of an alignment."""
     a, b = alignment.donors
     found = []
     for number, seam in enumerate(plan.seams if plan else [], 1):
@@ -150,7 +153,7 @@ def promises(run: Run) -> list[Promise]:
         if plan.measured_damage is not None:
             low, high = plan.interval
             held = low <= plan.measured_damage <= high
-            told.append(Promise(recipe=f"{plan.summary} (plan --verify)", predicted=plan.predicted_damage, low=low, high=high,
+            told.append(Promise(recipe=plan.summary + VERIFIED, predicted=plan.predicted_damage, low=low, high=high,
                                 measured=plan.measured_damage, held=held))  # fmt: skip
     return told
 
@@ -195,8 +198,11 @@ def diagnostics(told: SeamsTold, name: str) -> list[tuple[str, str, Markup]]:
     seams = [(entry.block - 0.5, str(number)) for number, entry in enumerate((entry for entry in blocks if entry.seam), 1)]
     donors = list(dict.fromkeys(donor for entry in blocks for donor in [*entry.cosine, *entry.kl]))
     norm = [charts.Line("this model", [(entry.block, entry.norm_ratio) for entry in blocks], 5)]
-    cosine = [charts.Line(shortened(donor), [(entry.block, entry.cosine.get(donor)) for entry in blocks], n) for n, donor in enumerate(donors)]
-    kl = [charts.Line(shortened(donor), [(entry.block, entry.kl.get(donor)) for entry in blocks], n) for n, donor in enumerate(donors)]
+    cosine, kl = (
+        [charts.Line(shortened(donor), [(entry.block, getattr(entry, key).get(donor)) for entry in blocks], n)
+         for n, donor in enumerate(donors)]
+        for key in ("cosine", "kl")
+    )  # fmt: skip
     shown = (
         ("Length of the stream", "The hidden state's length against the donor's own at the same block; 1 is as at home.", norm, "ratio"),
         ("Direction of the stream", "Cosine to each donor's hidden state; 1 is the same direction.", cosine, "cosine"),
@@ -264,8 +270,10 @@ def facts(found: Sequence[Splice], plan: PlanTold | None, told: Sequence[Promise
     elif found:
         blocks = _blocks(run.recipes[found[0].files[0]])
         shown += [("Blocks", blocks)] if blocks else []
-    if ours := next((entry for entry in told if found and Path(entry.recipe).name in {Path(f).name for f in found[0].files}), None):
-        shown.append(("Measured damage", f"{ours.measured:.2f} nats: {'the prediction held' if ours.held else 'the prediction did not hold'}"))
+    names = {found[0].summary + VERIFIED, *(Path(file).name for file in found[0].files)} if found else set()
+    if ours := next((entry for entry in told if names & {entry.recipe, Path(entry.recipe).name}), None):
+        held = "the prediction held" if ours.held else "the prediction did not hold"
+        shown.append(("Measured damage", f"{ours.measured:.2f} nats: {held}"))
     for evaluation in run.evaluations.values():
         if ours := next((model for model in evaluation.models if model.role != "donor"), None):
             shown.append(("Bits per byte", f"{ours.bits_per_byte:.3f}"))

@@ -11,12 +11,12 @@ class Named(NamedTuple):
 
 
 SCORES = {
-    "jaccard": Named("Top tokens shared", "The tokens that excite a neuron most in one donor and in the other: how many both have, of all they "
-                     "have (Jaccard index), a mean over the neurons. Plans name their neurons by it."),
+    "jaccard": Named("Top tokens shared", "The tokens that excite a neuron most in one donor and in the other: how many both have, of all "
+                     "they have (Jaccard index), a mean over the neurons. Plans name their neurons by it."),
     "argmax": Named("Same best token", "The share of neurons that one and the same token excites most in both donors."),
-    "correlation": Named("Correlation", "How a neuron's activations on random tokens rise and fall together in both donors, a mean over "
-                         "the neurons. The residual stream alone makes much of it: look at the residual law."),
-    "rank_correlation": Named("Rank correlation", "The same of the activations' ranks, so that a few large ones count no more than others."),
+    "correlation": Named("Correlation", "How a neuron's activations on random tokens rise and fall together in both donors, a mean "
+                         "over the neurons. The residual stream alone makes much of it: look at the residual law."),
+    "rank_correlation": Named("Rank correlation", "The same of the activations' ranks, so that a few large ones count no more."),
     "cka": Named("CKA", "How alike the donors see which inputs resemble each other. It does not see in which order the neurons stand, "
                  "which a raw splice depends on."),
     "neighbours": Named("Shared neighbours", "The share of an input's nearest inputs that are the same in both donors. Blind to the order "
@@ -25,8 +25,8 @@ SCORES = {
     "relative_error": Named("Relative error", "One minus the size of the difference between the states, against their own size; below 0 "
                             "they differ by more than they are long, and are painted like 0."),
     "norm_ratio": Named("Length ratio", "The shorter state's length over the longer one's. It knows nothing of meaning."),
-    "greedy": Named("Greedy inputs shared", "The share of tokens that greedy search finds in the same place of an input for both donors."),
-    "gradient": Named("Gradient inputs shared", "The share of tokens that gradient search finds in the same place of an input for both donors."),
+    "greedy": Named("Greedy inputs shared", "The share of tokens that greedy search finds in the same place for both donors."),
+    "gradient": Named("Gradient inputs shared", "The share of tokens that gradient search finds in the same place for both donors."),
 }  # fmt: skip
 NULLS = {
     "permuted_neurons": Named("Other neurons", "every neuron is held against a different one"),

@@ -76,6 +76,7 @@ function explore(map) {
       parts.push(element("p", "soft", "Neurons are told for cells near equal depth and for seams, to keep this page small."));
     }
     map.querySelector(".detail").replaceChildren(...parts);
+    panel.querySelector(".brief").textContent = `${where()}: ${value}`;
     if (aloud) map.querySelector(".live").textContent = `${where()}: ${value}. ${chance}`;
     for (const heat of map.querySelectorAll(".heatbox .heat")) {
       const { left, top, side } = heat.dataset, cursor = heat.querySelector(".cursor");
