@@ -131,9 +131,9 @@ def described(slices: list[list[Piece]]) -> str:
         count = part[0].stop - part[0].start
         here = _span(Piece("", position, position + count))
         sources = " merged with ".join(f"{visible(Path(piece.donor).name)} {_span(piece)}" for piece in part)
-        told.append(f"block{'s' if count > 1 else ''} {here}: {sources}")
+        told.append(f"{here} from {sources}")
         position += count
-    return f"The result has {position} blocks. " + "; ".join(told) + "."
+    return f"The result has {position} blocks: {'; '.join(told)}."
 
 
 def visible(text: str) -> str:

@@ -10,6 +10,13 @@ import numpy as np
 
 from frankenmerge.alignment import Alignment, Score
 
+RECIPE = """\
+merge_method: passthrough
+slices:
+  - sources: [{model: x/one, layer_range: [0, 4]}]
+  - sources: [{model: y/two, layer_range: [2, 5]}]
+  - sources: [{model: x/one, layer_range: [4, 6]}]
+"""
 TEXTS = ("texts/code.txt", "texts/prose.txt")
 
 
@@ -126,4 +133,17 @@ def evidence(donors=("x/one", "y/two"), tokens=(" a", " b"), seams=((3, 2), (4, 
 def write(path: Path, value: Any) -> Path:
     """Write JSON."""
     path.write_text(json.dumps(value))
+    return path
+
+
+def write_run(path: Path, tokens: tuple[str, ...] = (" a", " b"), blocks: tuple[int, int] = (6, 6)) -> Path:
+    """Write a run's folder; its vocabulary begins with `tokens`."""
+    from frankenmerge.alignment import save_alignment
+
+    path.mkdir()
+    (path / "recipe.yaml").write_text(RECIPE)
+    vocabulary = [*tokens, *(f"token{number}" for number in range(40))]
+    save_alignment(alignment(blocks, vocabulary=vocabulary), path / "ab.alignment.safetensors")
+    write(path / "recipe.evidence.json", evidence(tokens=(tokens[0], tokens[-1])))
+    write(path / "evaluation.json", evaluation(donors=("x/one", "y/two"), blocks=9))
     return path

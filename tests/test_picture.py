@@ -64,7 +64,7 @@ def test_whole_models_are_drawn_where_their_depth_is_known():
 
 def test_the_picture_in_words():
     told = described([[Piece("org/a", 0, 3)], [Piece("org/b", 5, 6), Piece("c", 1, 2)]])
-    assert told == "The result has 4 blocks. blocks 0–2: a 0–2; block 3: b 5 merged with c 1."
+    assert told == "The result has 4 blocks: 0–2 from a 0–2; 3 from b 5 merged with c 1."
 
 
 @pytest.mark.parametrize("name", ["</title><script>alert(1)</script>", 'a"b', "a\x00b\x1b[31m", "\u202eevil", "\ud800", "a&b;<"])

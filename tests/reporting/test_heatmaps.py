@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 
 import invented
 import numpy as np
@@ -21,7 +22,11 @@ def unpacked(packed: list, shape: tuple[int, int]) -> np.ndarray:
 def test_colours_are_viridis():
     matplotlib = pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
     viridis = matplotlib.colormaps["viridis"]
-    off = [abs(part - 255 * there) for index in range(256) for part, there in zip(heatmaps.colour(index / 255), viridis(index)[:3], strict=True)]
+    off = [
+        abs(part - 255 * there)
+        for index in range(256)
+        for part, there in zip(heatmaps.colour(index / 255), viridis(index)[:3], strict=True)
+    ]
     assert max(off) < 7 and sum(off) / len(off) < 1.5
 
 
@@ -34,7 +39,10 @@ def test_a_png_holds_one_pixel_for_each_value():
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     matrix = np.array([[0.0, 0.5, 1.0], [-2.0, np.nan, 7.0]], np.float32)
     pixels = np.asarray(image.open(io.BytesIO(heatmaps.png(matrix))).convert("RGB"))
-    expected = [[heatmaps.colour(0), heatmaps.colour(127 / 254), heatmaps.colour(1)], [heatmaps.colour(0), (128, 128, 128), heatmaps.colour(1)]]
+    expected = [
+        [heatmaps.colour(0), heatmaps.colour(127 / 254), heatmaps.colour(1)],
+        [heatmaps.colour(0), (128, 128, 128), heatmaps.colour(1)],
+    ]
     assert np.array_equal(pixels, expected)
 
 
@@ -82,7 +90,6 @@ def test_tokens_show_what_is_in_them(text, shown):
     assert heatmaps.token(text) == shown
 
 
-def test_values_in_cells_can_be_read():
-    for value in np.linspace(0, 1, 101):
-        shade = heatmaps.colour(float(value))
-        assert max(heatmaps.contrast(shade, (0, 0, 0)), heatmaps.contrast(shade, (255, 255, 255))) >= 4.5
+def test_values_stand_in_dark_letters_on_light_cells_and_in_light_ones_on_dark():
+    text = heatmaps.svg(np.array([[0.1, 0.95]], np.float32), ("a", "b"), [], "t")
+    assert re.findall(r'class="value (\w+)"[^>]*>([.\d]+)<', text) == [("light", ".10"), ("dark", ".95")]
