@@ -83,6 +83,7 @@ def _block(number: int, donors: tuple[str, ...]) -> dict[str, Any]:
         "seam": number in (8, 10),
         "norm_ratio": 1 + 0.2 * (number > 7) - 0.01 * number,
         "cosine": {name: round(0.98 - 0.03 * number * (1 + 0.3 * n), 3) for n, name in enumerate(donors)},
+        "kl_alone": 0.1,
         "kl": {name: round(0.1 + 0.05 * number * (1 + 0.3 * n) + 0.4 * (number > 7), 3) for n, name in enumerate(donors)},
     }
 

@@ -123,6 +123,8 @@ class BlockTold(_Read):
     norm_ratio: float | None = None
     cosine: dict[str, float | None] = {}
     kl: dict[str, float | None] = {}
+    kl_alone: float | None = None
+    """The same of the donor alone, behind its own block."""
 
 
 class SeamsTold(_Read):

@@ -161,7 +161,7 @@ def promises(run: Run) -> list[Promise]:
 def promise_chart(told: Sequence[Promise]) -> Markup:
     """Predictions with their intervals, and what was measured."""
     rows = [
-        charts.Bar(_recipe_name(entry.recipe), entry.predicted, entry.low, entry.high, entry.measured,
+        charts.Bar(recipe_name(entry.recipe), entry.predicted, entry.low, entry.high, entry.measured,
                    "held" if entry.held else "did not hold")
         for entry in told
     ]  # fmt: skip
@@ -171,8 +171,9 @@ def promise_chart(told: Sequence[Promise]) -> Markup:
     )  # fmt: skip
 
 
-def _recipe_name(name: str) -> str:
-    return shortened(name) if name.endswith((".yaml", ".yml")) else picture.visible(name)[:48]
+def recipe_name(name: str) -> str:
+    """What a promise was made of, as far as a label has room."""
+    return picture.visible(name) if name.endswith(VERIFIED) else shortened(name)
 
 
 def difference_chart(evaluation: Evaluation, name: str) -> Markup:
@@ -203,27 +204,31 @@ def diagnostics(told: SeamsTold, name: str) -> list[tuple[str, str, Markup]]:
          for n, donor in enumerate(donors)]
         for key in ("cosine", "kl")
     )  # fmt: skip
+    kl.append(charts.Line("the donor alone", [(entry.block, entry.kl_alone) for entry in blocks], 5, broken=True))
     shown = (
-        ("Length of the stream", "The hidden state's length against the donor's own at the same block; 1 is as at home.", norm, "ratio"),
-        ("Direction of the stream", "Cosine to each donor's hidden state; 1 is the same direction.", cosine, "cosine"),
-        ("What it would say here", "How far the next token read off at this block is from each donor's (KL divergence); 0 is the same.",
-         kl, "nats"),
+        ("Length of the stream", "The hidden state's length over that of the donor behind the same block; 1 is as at home.", norm, "ratio"),
+        ("Direction of the stream", "Cosine to the donor's hidden state behind the same block, to another donor's behind the "
+         "block of that number; 1 is the same direction.", cosine, "cosine"),
+        ("What it would say here", "How far what final norm and head would read here is from each donor's own prediction (KL "
+         "divergence); 0 is the same. The broken line is the donor alone, which is far off in its first blocks too.", kl, "nats"),
     )  # fmt: skip
     return [
         (title, how, Markup(charts.lines(series, f"{name}-{number}", title, axis, seams=seams)))
         for number, (title, how, series, axis) in enumerate(shown)
-        if any(value is not None for line in series for _, value in line.points)
+        if any(value is not None for line in series for _, value in line.points if not line.broken)
     ]
 
 
 def retention_chart(told: Sequence[RetentionTold], name: str) -> Markup:
     """The share of each donor's features that every block kept, beside chance."""
     series = []
+    blocks = sorted({block.block for entry in told for block in entry.blocks})
     for number, entry in enumerate(told):
+        kept = {block.block: block.kept for block in entry.blocks}
         whose = f"{shortened(entry.donor)} in {shortened(entry.model)}" if len({e.model for e in told}) > 1 else shortened(entry.donor)
-        series.append(charts.Line(whose, [(block.block, block.kept) for block in entry.blocks], number))
+        series.append(charts.Line(whose, [(block, kept.get(block)) for block in blocks], number))
         if entry.chance is not None:
-            series.append(charts.Line(f"{whose}, by chance", [(block.block, entry.chance) for block in entry.blocks], number, broken=True))
+            series.append(charts.Line(f"{whose}, by chance", [(block, entry.chance) for block in blocks], number, broken=True))
     return Markup(charts.lines(series, name, "Features kept", "share of features kept"))
 
 
@@ -270,7 +275,8 @@ def facts(found: Sequence[Splice], plan: PlanTold | None, told: Sequence[Promise
     elif found:
         blocks = _blocks(run.recipes[found[0].files[0]])
         shown += [("Blocks", blocks)] if blocks else []
-    names = {found[0].summary + VERIFIED, *(Path(file).name for file in found[0].files)} if found else set()
+    paths = [Path(file) for file in found[0].files] if found else []
+    names = {found[0].summary + VERIFIED if found else "", *(path.name for path in paths), *(path.parent.name for path in paths)}
     if ours := next((entry for entry in told if names & {entry.recipe, Path(entry.recipe).name}), None):
         held = "the prediction held" if ours.held else "the prediction did not hold"
         shown.append(("Measured damage", f"{ours.measured:.2f} nats: {held}"))
