@@ -33,7 +33,8 @@ def evaluation(recipe: str = "recipe.yaml", donors: tuple[str, ...] = ("donors/c
         "seams": [{"model": recipe, "blocks": [_block(number, donors) for number in range(1, blocks + 1)]}],
         "retention": [
             {"model": recipe, "donor": name, "chance": 0.01, "kept": 0.3 - 0.1 * n,
-             "blocks": [{"block": number, "kept": round(0.6 / (1 + n) * math.exp(-number / 9), 3)} for number in range(1, blocks + 1)]}
+             "blocks": [{"block": number, "donor_block": _donor_block(number), "kept": round(0.6 * math.exp(-number / 9), 3)}
+                        for number in range(1, blocks + 1) if (number in (8, 9)) == n]}
             for n, name in enumerate(donors)
         ],
         "tasks": [{"model": name, "task": "invented_task", "metric": "acc", "value": 0.4, "stderr": 0.02} for name in (recipe, *donors)],
@@ -74,12 +75,16 @@ def _model(name: str, role: str, bits: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _donor_block(number: int) -> int:
+    return number - 1 if number < 8 else number - 5
+
+
 def _block(number: int, donors: tuple[str, ...]) -> dict[str, Any]:
     second = number in (8, 9)
     return {
         "block": number,
         "donor": donors[second],
-        "donor_block": number - 1 if number < 8 else number - 5,
+        "donor_block": _donor_block(number),
         "seam": number in (8, 10),
         "norm_ratio": 1 + 0.2 * (number > 7) - 0.01 * number,
         "cosine": {name: round(0.98 - 0.03 * number * (1 + 0.3 * n), 3) for n, name in enumerate(donors)},

@@ -15,6 +15,7 @@ from frankenmerge.reporting.heatmaps import shortened
 from frankenmerge.reporting.plots import plot_alignment, save
 from frankenmerge.reporting.run import Run
 from frankenmerge.reporting.sections import chosen_plan, marks_of, plans, promises, splices
+from frankenmerge.reporting.sections import seams as seams_of
 
 _INK, _SOFT, _REST = "#1d2330", "#5b6372", "#e3e6ec"
 _MARKERS = "osD^xP"
@@ -26,12 +27,12 @@ def draw(run: Run, folder: Path) -> list[Path]:
     Raises FrankenmergeError for files that may not be written.
     """
     found = splices(run)
-    plan = chosen_plan(found, plans(run))
+    places = seams_of(run, found, chosen_plan(found, plans(run)))
     written = []
     for ending in (".png", ".svg"):
         for name, alignment in run.alignments.items():
             path = folder / f"alignment-{name.removesuffix(SUFFIX)}{ending}"
-            plot_alignment(alignment, path, marks_of(alignment, plan))
+            plot_alignment(alignment, path, marks_of(alignment, places))
             written.append(path)
         figures = {"splice": _splice(run)} if run.recipes else {}
         if told := promises(run):

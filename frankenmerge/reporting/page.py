@@ -38,12 +38,12 @@ def _content(run: Run) -> dict[str, Any]:
                "evaluations": run.evaluations, "merges": run.merges}  # fmt: skip
     return {
         "run": run,
-        "title": found[0].summary if found else plan.summary if plan else run.folder.resolve().name,
+        "title": sections.title(run, found, plan),
         "facts": sections.facts(found, plan, told, run),
         "splices": found,
         "plan": plan,
         "plans": known,
-        "maps": sections.maps(run, plan),
+        "maps": sections.maps(run, sections.seams(run, found, plan)),
         "scale": ["#" + bytes(colour).hex() for colour in VIRIDIS],
         "feature_donors": donors,
         "tables": tables,

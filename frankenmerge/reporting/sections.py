@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from frankenmerge import picture
 from frankenmerge.alignment import Alignment
+from frankenmerge.recipe import Block, Seam
 from frankenmerge.reporting import charts, heatmaps
 from frankenmerge.reporting.artefacts import Evaluation, PlanTold, Promise, RetentionTold, SeamsTold, SeamTold
 from frankenmerge.reporting.features import Table, aligned_features, feature_tables
@@ -98,19 +99,27 @@ def seam_scores(seam: SeamTold) -> list[tuple[Named, float, list[float | None]]]
     return [(score_named(name), seam.scores[name], [seam.nulls[name].get(null) for null in NULLS]) for name in named]
 
 
-def maps(run: Run, plan: PlanTold | None) -> list[Map]:
-    """The alignments, the seams of the plan marked where they lie."""
-    return [_map(name, alignment, marks_of(alignment, plan)) for name, alignment in run.alignments.items()]
+def seams(run: Run, found: Sequence[Splice], plan: PlanTold | None) -> list[Seam]:
+    """The seams of the recipe that is shown first, or else of the plan."""
+    if found and (recipe := run.recipes[found[0].files[0]]).stack.slices:
+        return recipe.seams
+    told = plan.seams if plan else []
+    return [Seam(*(Block(place.model, place.block) for place in (seam.after, seam.before))) for seam in told]
 
 
-def marks_of(alignment: Alignment, plan: PlanTold | None) -> list[Mark]:
-    """Where the seams of a plan lie in the matrix of an alignment."""
-    a, b = alignment.donors
+def maps(run: Run, seams: Sequence[Seam]) -> list[Map]:
+    """The alignments, seams marked where they lie."""
+    return [_map(name, alignment, marks_of(alignment, seams)) for name, alignment in run.alignments.items()]
+
+
+def marks_of(alignment: Alignment, seams: Sequence[Seam]) -> list[Mark]:
+    """Where seams lie in the matrix of an alignment; those between other donors are left out."""
+    rows, columns = alignment.blocks
     found = []
-    for number, seam in enumerate(plan.seams if plan else [], 1):
-        places = (seam.after.model, seam.after.block + 1), (seam.before.model, seam.before.block)
-        for (left, row), (right, column) in (places, places[::-1]):
-            if (left, right) == (a, b) and row <= alignment.blocks[0] and column <= alignment.blocks[1]:
+    for number, seam in enumerate(seams, 1):
+        left, entered = (seam.after.model, seam.after.index + 1), (seam.before.model, seam.before.index)
+        for (a, row), (b, column) in ((left, entered), (entered, left)):
+            if (a, b) == alignment.donors and row <= rows and column <= columns:
                 found.append(Mark(row, column, str(number)))
                 break
     return found
@@ -263,6 +272,17 @@ def text_names(evaluation: Evaluation) -> list[str]:
     """The texts of the first model, where there are several."""
     names = list(evaluation.models[0].texts) if evaluation.models else []
     return names if len(names) > 1 else []
+
+
+def title(run: Run, found: Sequence[Splice], plan: PlanTold | None) -> str:
+    """What the page is called."""
+    if not found:
+        return plan.summary if plan else run.folder.resolve().name
+    recipe = run.recipes[found[0].files[0]]
+    donors = list(dict.fromkeys(shortened(source.model) for source in recipe.sources))
+    names = " and ".join(filter(None, [", ".join(donors[:-1]), donors[-1]]))
+    blocks = _blocks(recipe)
+    return f"{blocks} blocks of {names}" if blocks else f"{names}, merged"
 
 
 def facts(found: Sequence[Splice], plan: PlanTold | None, told: Sequence[Promise], run: Run) -> list[tuple[str, str]]:
