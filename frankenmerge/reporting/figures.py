@@ -10,6 +10,7 @@ from matplotlib.path import Path as Outline
 
 from frankenmerge import picture
 from frankenmerge.alignment import SUFFIX
+from frankenmerge.errors import fail
 from frankenmerge.reporting.artefacts import Promise, SeamsTold
 from frankenmerge.reporting.heatmaps import shortened
 from frankenmerge.reporting.plots import plot_alignment, save
@@ -24,7 +25,7 @@ _MARKERS = "osD^xP"
 def draw(run: Run, folder: Path) -> list[Path]:
     """Draw what the run holds, each figure as PNG and as SVG; returns the files written.
 
-    Raises FrankenmergeError for files that may not be written.
+    Raises FrankenmergeError for a run with nothing to draw, and for files that may not be written.
     """
     found = splices(run)
     places = seams_of(run, found, chosen_plan(found, plans(run)))
@@ -44,6 +45,9 @@ def draw(run: Run, folder: Path) -> list[Path]:
                 path = folder / (re.sub(r"[^\w.-]", "-", name) + ending)
                 save(figure, path)
                 written.append(path)
+    if not written:
+        expected = "alignments, recipes, evaluations with seams, or measured predictions"
+        raise fail(str(run.folder), f"something to draw: {expected}", "none", "leave --figures out")
     return written
 
 

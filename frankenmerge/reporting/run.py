@@ -12,7 +12,7 @@ from frankenmerge.alignment import Alignment, load_alignment
 from frankenmerge.atlas import load_atlas
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.files import kind_of
-from frankenmerge.recipe import Recipe, parse_recipe
+from frankenmerge.recipe import Recipe, parse_recipes
 from frankenmerge.reporting.artefacts import Evaluation, Evidence, Merged
 from frankenmerge.reporting.features import Features, features_of
 
@@ -80,12 +80,26 @@ def _told(error: Exception) -> str:
 def _tensors(run: Run, name: str, path: Path) -> None:
     kind = kind_of(path)
     if kind and kind.startswith("frankenmerge.alignment/"):
-        run.alignments[name] = found = load_alignment(path)
+        found = load_alignment(path)
+        _check_shapes(found)
+        run.alignments[name] = found
         run.depths |= dict(zip(found.donors, found.blocks, strict=True))
     elif kind and kind.startswith("frankenmerge.atlas/"):
         atlas = load_atlas(path)
         run.depths[atlas.donor] = atlas.blocks
         run.features.append(features_of(atlas))
+
+
+def _check_shapes(alignment: Alignment) -> None:
+    """Raise ValueError for parts that do not belong together: another program's alignment, or a damaged one."""
+    rows, columns = (blocks + 1 for blocks in alignment.blocks)
+    neurons = max(score.detail.shape[2] for score in alignment.scores.values())
+    matrices = [matrix for score in alignment.scores.values() for matrix in (score.matrix, *score.nulls.values())]
+    tokens = zip(alignment.tokens, (rows, columns), strict=True)
+    if any(matrix.shape != (rows, columns) for matrix in matrices) or any(
+        table.shape[0] != length or table.shape[1] < neurons for table, length in tokens
+    ):
+        raise ValueError("scores and tokens of different shapes")
 
 
 def _json(run: Run, name: str, path: Path) -> None:
@@ -105,7 +119,10 @@ def _json(run: Run, name: str, path: Path) -> None:
 def _yaml(run: Run, name: str, path: Path) -> None:
     text = path.read_text(encoding="utf-8") if path.stat().st_size <= LARGEST else ""
     if "merge_method" in text:
-        run.recipes[name], run.texts[name] = parse_recipe(text, name), text
+        stages = parse_recipes(text, name)
+        for stage in stages:
+            key = name if len(stages) == 1 else f"{name}, {f'stage {stage.name}' if stage.name else 'the result'}"
+            run.recipes[key], run.texts[key] = stage, text
 
 
 _READERS = {".safetensors": _tensors, ".json": _json, ".yaml": _yaml, ".yml": _yaml}

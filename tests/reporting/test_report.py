@@ -179,6 +179,24 @@ def test_an_artefact_that_cannot_be_read_is_told_and_the_others_are_shown(run, f
     assert "evaluation.json" in page.text.split("Could not be read")[1] and "What was merged" in page.text
 
 
+def test_an_alignment_whose_parts_do_not_fit_is_told(run, folder):
+    from dataclasses import replace
+
+    from frankenmerge.alignment import load_alignment, save_alignment
+
+    whole = load_alignment(folder / "ab.alignment.safetensors")
+    save_alignment(replace(whole, tokens=(whole.tokens[0][:, :2], whole.tokens[1])), folder / "ab.alignment.safetensors")
+    code, _, err = run("report", folder, "-o", folder / "report.html")
+    assert code == 0 and "ab.alignment.safetensors" in err and "shapes" in err
+
+
+def test_every_stage_of_a_recipe_is_shown(report, folder):
+    stage = "name: first\nmerge_method: linear\nmodels: [{model: p/q}, {model: r/s}]\nparameters: {weight: 1}\n---\n"
+    (folder / "stages.yaml").write_text(stage + "merge_method: passthrough\nslices: [{sources: [{model: first, layer_range: [0, 3]}]}]\n")
+    page = report(folder)
+    assert "stages.yaml, stage first" in page.text and "stages.yaml, the result" in page.text
+
+
 @pytest.mark.parametrize("what", ["nothing", "file", "empty", "foreign", "broken"])
 def test_a_folder_without_artefacts_is_a_mistake_told_without_a_traceback(run, tmp_path, what):
     place = tmp_path / "run"
