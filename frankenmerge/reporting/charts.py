@@ -36,8 +36,8 @@ class Line(NamedTuple):
     """Drawn broken and without marks: what another line is held against."""
 
 
-def bars(rows: Sequence[Bar], name: str, title: str, axis: str, *, value: str = "value", other: str = "", line: float | None = 0.0) -> str:
-    """Draw values as dots on their intervals, one below the other.
+def bars(rows: Sequence[Bar], name: str, title: str, axis: str, *, value: str = "value", other: str = "") -> str:
+    """Draw values as dots on their intervals, one below the other, with a line at 0.
 
     Args:
         rows: what to draw; values that are not finite are left out of the picture.
@@ -46,10 +46,9 @@ def bars(rows: Sequence[Bar], name: str, title: str, axis: str, *, value: str = 
         axis: what is measured, with its unit.
         value: what the dot is, for the key.
         other: what the diamond is.
-        line: where a line to compare with stands, and is always in view.
     """
     numbers = [part for row in rows for part in (row.value, row.low, row.high, row.other) if _finite(part)]
-    low, high, ticks = _scale([*numbers, *([] if line is None else [line])])
+    low, high, ticks = _scale([*numbers, 0.0])
     top, step, left, right = 30 if other else 10, 46, 10, 10
     bottom = top + step * len(rows)
 
@@ -57,11 +56,10 @@ def bars(rows: Sequence[Bar], name: str, title: str, axis: str, *, value: str = 
         return left + (number - low) / (high - low) * (WIDTH - left - right)
 
     parts = [f'<path class="grid" d="M{x(tick):.1f} {top}V{bottom}"/>' for tick in ticks]
-    if line is not None:
-        parts.append(f'<path class="base" d="M{x(line):.1f} {top}V{bottom}"/>')
+    parts.append(f'<path class="base" d="M{x(0):.1f} {top}V{bottom}"/>')
     for number, row in enumerate(rows):
         y = top + number * step
-        parts.append(_text(left, y + 14, row.label, "start"))
+        parts.append(_text(left, y + 14, row.label if len(row.label) <= 44 else f"{row.label[:43]}…", "start"))
         parts.append(_text(WIDTH - right, y + 14, row.said, "finish soft"))
         if _finite(row.low) and _finite(row.high):
             parts.append(f'<path class="span" d="M{x(row.low):.1f} {y + 30}H{x(row.high):.1f}"/>')
@@ -83,8 +81,8 @@ def _spoken(row: Bar, other: str) -> str:
     return told + (f", {other} {_number(row.other)}" if _finite(row.other) else "")
 
 
-def lines(series: Sequence[Line], name: str, title: str, axis: str, *, seams: Sequence[tuple[float, str]] = (), zero: bool = True) -> str:
-    """Draw values over blocks as lines, each with a shape of its own; seams as broken upright lines with their labels.
+def lines(series: Sequence[Line], name: str, title: str, axis: str, *, seams: Sequence[tuple[float, str]] = ()) -> str:
+    """Draw values over blocks as lines, 0 in view, each with a shape of its own; seams as broken upright lines with their labels.
 
     Args:
         series: the lines; points that are missing or not finite break a line.
@@ -92,14 +90,14 @@ def lines(series: Sequence[Line], name: str, title: str, axis: str, *, seams: Se
         title: what a screen reader says first.
         axis: what is measured, with its unit.
         seams: (block position, label).
-        zero: whether 0 is in view in any case.
     """
     values = [value for line in series for _, value in line.points if _finite(value)]
     blocks = [block for line in series for block, _ in line.points]
-    low, high, ticks = _scale([*values, *([0.0] if zero else [])])
+    low, high, ticks = _scale([*values, 0.0])
     first, last = min(blocks, default=0), max(blocks, default=1)
-    keys, left, right, height = math.ceil(len(series) / 2), 44, 12, 170
-    top = 26 + 18 * keys
+    left, right, height = 44, 12, 170
+    beside = 1 if any(len(line.label) > 26 for line in series) else 2
+    top = 26 + 18 * math.ceil(len(series) / beside)
     bottom = top + height
 
     def x(block: float) -> float:
@@ -114,7 +112,7 @@ def lines(series: Sequence[Line], name: str, title: str, axis: str, *, seams: Se
         parts.append(f'<path class="seamline" d="M{x(place):.1f} {top - 4}V{bottom}"/>' + _text(x(place), top - 8, label, "soft"))
     for number, line in enumerate(series):
         parts += _drawn(line, x, y)
-        key = left + number % 2 * 180, 12 + number // 2 * 18
+        key = left + number % beside * 180, 12 + number // beside * 18
         sample = f'<path class="line broken l{line.style % 6}" d="M{key[0] - 6} {key[1]}h14"/>' if line.broken else _symbol(line, *key)
         parts.append(sample + _text(key[0] + 12, key[1] + 4, line.label, "start soft"))
     every = next((step for step in (1, 2, 4, 5, 10, 20, 50) if (last - first) / step <= 12), 100)

@@ -189,16 +189,16 @@ def difference_chart(evaluation: Evaluation, name: str) -> Markup:
     """Paired differences between models and donors, with their intervals."""
     rows = [
         charts.Bar(f"{shortened(entry.model)} against {shortened(entry.donor)}", entry.bits_per_byte, *(entry.interval or (None, None)),
-                   said=verdict(entry.bits_per_byte, entry.interval))
+                   said=verdict(entry.interval))
         for entry in evaluation.differences
     ]  # fmt: skip
     return Markup(charts.bars(rows, name, "Difference to each donor", "bits per byte; left of the line the merge is better"))
 
 
-def verdict(value: float, interval: tuple[float, float] | None) -> str:
-    """A paired difference in a word."""
+def verdict(interval: tuple[float, float] | None) -> str:
+    """A paired difference in a word; nothing is said without an interval."""
     if interval is None:
-        return "better" if value < 0 else "worse"
+        return ""
     return "better" if interval[1] < 0 else "worse" if interval[0] > 0 else "no clear difference"
 
 
@@ -294,7 +294,7 @@ def facts(found: Sequence[Splice], plan: PlanTold | None, told: Sequence[Promise
         shown.append(("Predicted damage", f"{plan.predicted_damage:.2f} nats ({low:.2f} to {high:.2f})"))
     elif found:
         blocks = _blocks(run.recipes[found[0].files[0]])
-        shown += [("Blocks", blocks)] if blocks else []
+        shown += [("Blocks", blocks), ("Seams", str(len(run.recipes[found[0].files[0]].seams)))] if blocks else []
     paths = [Path(file) for file in found[0].files] if found else []
     names = {found[0].summary + VERIFIED if found else "", *(path.name for path in paths), *(path.parent.name for path in paths)}
     if ours := next((entry for entry in told if names & {entry.recipe, Path(entry.recipe).name}), None):

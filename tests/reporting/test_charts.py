@@ -57,3 +57,11 @@ def test_labels_are_escaped():
     label = "</text><script>alert(1)</script>&"
     assert not list(read(bars([Bar(label, 1)], "b", "T", "x")).iter("script"))
     assert not list(read(lines([Line(label, [(1, 1.0)], 0)], "l", "T", "x")).iter("script"))
+
+
+def test_long_labels_stay_within_the_picture():
+    root = read(bars([Bar("x" * 300, 1.0, said="held")], "b", "T", "x"))
+    assert max(len(part.text or "") for part in root.iter("text")) <= 44
+    keys = [Line("a donor of a long name, by chance", [(1, 1.0), (2, 2.0)], n) for n in range(3)]
+    places = [float(part.get("x", 0)) for part in read(lines(keys, "l", "T", "x")).iter("text") if part.text == keys[0].label]
+    assert len(places) == 3 and len(set(places)) == 1  # one below the other
