@@ -206,9 +206,9 @@ def small_files(
     if (generation := base.path / "generation_config.json").is_file():
         files[generation.name] = generation.read_bytes()
     files["recipe.yaml"] = recipe.dump().encode()
+    files[PICTURE] = card_picture(recipe, donors).encode()
     files[PROVENANCE] = _json(provenance(recipe.dump(), donors, shards, checksums, turns))
     files["README.md"] = model_card(recipe, donors, config).encode()
-    files[PICTURE] = card_picture(recipe, donors).encode()
     return files
 
 
