@@ -43,7 +43,8 @@ def features_of(atlas: Atlas) -> Features:
     """Take from an atlas what a page shows of it."""
     tokens = next(iter(atlas.top.values())).tokens[:, :NEURONS]
     told = {"fingerprint": atlas.fingerprint} | {str(key): str(value) for key, value in atlas.provenance.items()}
-    return Features(atlas.donor, atlas.fingerprint, tokens, atlas.vocabulary, told)
+    control = "" if atlas.provenance.get("untrained") is None else " (untrained)"
+    return Features(atlas.donor + control, atlas.fingerprint, tokens, atlas.vocabulary, told)
 
 
 def aligned_features(alignment: Alignment) -> list[Features]:

@@ -31,7 +31,7 @@ _PEAK, _ABSENT = 32_000, -32_768
 
 
 class Mark(NamedTuple):
-    """A seam of a plan, where it lies in the matrix."""
+    """Where a seam lies in the matrix."""
 
     row: int
     column: int
@@ -106,7 +106,7 @@ def _mark(mark: Mark, side: float, left: float, top: float, small: bool) -> Iter
     for style in ("halo", "ring"):
         yield f'<rect class="mark {style}" x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}"/>'
     if not small:
-        x, y = x + side, y
+        x += side
         yield f'<circle class="knob" cx="{x:g}" cy="{y:g}" r="8"/><text class="tick" x="{x:g}" y="{y + 3.5:g}">{escape(mark.label)}</text>'
 
 

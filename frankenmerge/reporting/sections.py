@@ -147,11 +147,10 @@ def _mean(matrix: np.ndarray) -> float:
 
 def features(run: Run) -> tuple[list[str], list[Table]]:
     """Donors and their tables of features: from atlases, and from alignments where a donor's atlas is not there."""
-    found = {donor.fingerprint: donor for donor in run.features}
+    donors = list(run.features)
     for alignment in run.alignments.values():
-        for donor in aligned_features(alignment):
-            found.setdefault(donor.fingerprint, donor)
-    donors = list(found.values())
+        known = {donor.fingerprint for donor in donors}
+        donors += [donor for donor in aligned_features(alignment) if donor.fingerprint not in known]
     return [shortened(donor.donor) for donor in donors], feature_tables(donors) if donors else []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import invented
@@ -119,7 +120,9 @@ def test_a_donor_s_features_come_from_its_atlas(report, tmp_path):
     top = {"plain": TopTokens(tokens, np.zeros(tokens.shape, np.float32))}
     atlas = Atlas("org/donor", "a" * 32, top, np.zeros((3, 5, 4), np.float16), np.ones((3, 4), np.float32), [f"t{n}" for n in range(120)])
     save_atlas(atlas, tmp_path / "run" / "x.atlas.safetensors")
+    save_atlas(replace(atlas, provenance={"untrained": 7}), tmp_path / "run" / "y.atlas.safetensors")
     page = report(tmp_path / "run")
+    assert "neuron donor donor (untrained)" in page.text  # the control of the same donor beside it
     assert "After block 2" in page.text and "t80 t81 t82 t83 t84" in page.text and "t85" not in page.text
 
 
@@ -180,8 +183,6 @@ def test_an_artefact_that_cannot_be_read_is_told_and_the_others_are_shown(run, f
 
 
 def test_an_alignment_whose_parts_do_not_fit_is_told(run, folder):
-    from dataclasses import replace
-
     from frankenmerge.alignment import load_alignment, save_alignment
 
     whole = load_alignment(folder / "ab.alignment.safetensors")
