@@ -100,3 +100,12 @@ def read_arrays(path: Path, kind: str, expected: str) -> tuple[dict[str, np.ndar
     except (OSError, SafetensorError, ValueError) as error:
         found = str(error)
     raise fail(str(path), expected, found, "give another file, or make this one anew")
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of an artefact, or None for other safetensors files. Raises FrankenmergeError for what is none."""
+    try:
+        with safe_open(path, "np") as handle:
+            return next((key for key in handle.metadata() or {} if key.startswith("frankenmerge.")), None)
+    except (OSError, SafetensorError) as error:
+        raise fail(str(path), "a safetensors file", str(error), "make it anew") from error

@@ -17,6 +17,7 @@ LAYERS = (
         "alignment",
         "lora",
         "pickles",
+        "picture",
         "recipe",
         "schema",
         "settings",

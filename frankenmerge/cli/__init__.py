@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import click
 
 from frankenmerge import __version__
+from frankenmerge.cli.console import quiet_option
 from frankenmerge.cli.demo import demo
 from frankenmerge.cli.donors import analyze, inspect
 from frankenmerge.cli.evaluate import evaluate
 from frankenmerge.cli.features import features
 from frankenmerge.cli.plan import plan
+from frankenmerge.cli.report import report
 from frankenmerge.cli.splice import align, check, merge
 from frankenmerge.errors import FrankenmergeError
 
@@ -19,11 +21,11 @@ The way from donors to a report:
 
 \b
   frankenmerge inspect A B                 can they be spliced?
-  frankenmerge align A B -o ab.alignment.safetensors
-  frankenmerge plan ab.alignment.safetensors -o recipe.yaml
-  frankenmerge check recipe.yaml
-  frankenmerge evaluate recipe.yaml --text held-out.txt
-  frankenmerge merge recipe.yaml OUT
+  frankenmerge align A B -o RUN/ab.alignment.safetensors
+  frankenmerge plan RUN/ab.alignment.safetensors -o RUN/recipe.yaml
+  frankenmerge evaluate RUN/recipe.yaml --text held-out.txt
+  frankenmerge merge RUN/recipe.yaml RUN/merged
+  frankenmerge report RUN -o report.html
 
 `frankenmerge demo` goes all of it with the donors in the package.
 """
@@ -35,7 +37,8 @@ def cli() -> None:
     """Hold the commands."""
 
 
-for command in (inspect, features, analyze, align, plan, check, merge, evaluate, demo):
+for command in (inspect, features, analyze, align, plan, check, merge, evaluate, report, demo):
+    command.params.append(quiet_option)
     cli.add_command(command)
 
 

@@ -1,8 +1,10 @@
 """What the commands share: tables on standard output, progress on standard error, common options."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from frankenmerge.errors import Fault, raise_all, visible
+from frankenmerge.errors import Fault, fail, raise_all, visible
 from frankenmerge.processes import own_share
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
@@ -21,6 +23,19 @@ download_option = click.option("--download", is_flag=True, help="Fetch hub ids t
 pickle_option = click.option(
     "--allow-pickle", is_flag=True, help="Convert donors that have no safetensors, once, running nothing that their pickles hold."
 )
+_QUIET = "frankenmerge.quiet"
+
+
+def _hush(context: click.Context, _parameter: click.Parameter, quiet: bool) -> None:
+    context.meta[_QUIET] = quiet
+    if quiet:  # the bars of the libraries beneath
+        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+quiet_option = click.Option(
+    ["--quiet"], is_flag=True, expose_value=False, is_eager=True, callback=_hush, help="Show no progress, only results."
+)
+"""Every command has it."""
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="A torch device, or `auto`: whatever there is, several where they are needed."
 )
@@ -45,6 +60,12 @@ offload_option = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     help="With --device auto, a folder for weights that fit nowhere else.",
 )
+
+
+def need_matplotlib(option: str) -> None:
+    """Raise FrankenmergeError where an option is given that draws and the extra for that is not installed."""
+    if find_spec("matplotlib") is None:
+        raise fail(option, "matplotlib, to draw with", "it is not installed", "pip install 'frankenmerge[plots]', or leave the option out")
 
 
 def numbers(_context: Any, parameter: click.Parameter, value: str | None) -> list[int] | None:
@@ -129,6 +150,8 @@ def progress(description: str, total: float | None, unit: str) -> Iterator[Calla
     """Show a bar on standard error, with rate and time left; yields what to call with the units done."""
     columns = (TextColumn("{task.description}"), BarColumn(), _Rate(unit), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and own_share().first)) as bar:
+    context = click.get_current_context(silent=True)
+    hidden = not (console.is_terminal and own_share().first) or (context is not None and context.meta.get(_QUIET, False))
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(description, total=total)
         yield lambda done: bar.update(task, advance=done)

@@ -29,7 +29,7 @@ class Found(NamedTuple):
 @click.option("--out", "output", type=click.Path(path_type=Path), default="demo-run", show_default=True, help="Where everything made goes.")
 @json_option
 def demo(output: Path, as_json: bool) -> None:
-    """Inspect, analyze, align, plan, merge and evaluate the two demo donors, and tell what was found.
+    """Inspect, analyze, align, plan, merge, evaluate and report on the two demo donors.
 
     `code` and `prose` were fine-tuned from one small model, one on source code, one on documentation. An earlier demo's
     folder is replaced; any other folder is left alone.
@@ -43,7 +43,8 @@ def demo(output: Path, as_json: bool) -> None:
     _inspect(console, donors)
     alignment, plan = _plan(console, donors, output)
     equal = _merge(console, plan.recipe, output)
-    results, randoms = _evaluate(plan.recipe, donors, output)
+    results, randoms = _evaluate(plan, donors, output)
+    _report(output)
     found = Found(plan, equal, results, randoms, time.perf_counter() - started)
     _tell(console, found, output)
     if as_json:
@@ -150,7 +151,7 @@ def _merge(console, recipe, output: Path) -> bool:
     return equal
 
 
-def _evaluate(recipe, donors: list, output: Path) -> tuple[list, list[float]]:
+def _evaluate(plan, donors: list, output: Path) -> tuple[list, list[float]]:
     from frankenmerge.evaluation.compare import Bench, Text
     from frankenmerge.evaluation.record import Looks, evaluation_json
     from frankenmerge.evaluation.samples import drawn_prompts, words_of
@@ -178,11 +179,31 @@ def _evaluate(recipe, donors: list, output: Path) -> tuple[list, list[float]]:
         for seed in range(RANDOM_RECIPES):
             randoms.append(bench.recipe(f"random {seed}", random_recipe(blocks, DEPTH, seed)))
             advance(1)
-    told = json.dumps(evaluation_json(results, bench, looks), indent=2, ensure_ascii=False) + "\n"
+    predictions = [_promise(plan, results, len(donors), str(output / "merged"))._asdict()]
+    told = json.dumps(evaluation_json(results, bench, looks, predictions=predictions), indent=2, ensure_ascii=False) + "\n"
     write_file(output / "evaluation.json", told.encode())
     middle = sorted(randoms, key=lambda result: result.total.bits_per_byte)[RANDOM_RECIPES // 2]
     results.append(middle._replace(name=f"median of {RANDOM_RECIPES} random"))
     return results, [result.total.bits_per_byte for result in randoms]
+
+
+def _promise(plan, results: list, donors: int, name: str):
+    """What the plan predicted of the checkpoint, and what was measured; the donors' results come first, then the checkpoint's."""
+    from frankenmerge.cli.evaluate import Promise
+    from frankenmerge.planning.prediction import donor_loss
+
+    own = {result.name: result.total.nats_per_token for result in results[:donors]}
+    measured = results[donors].total.nats_per_token - donor_loss(plan.recipe.blocks, own)
+    low, high = plan.interval
+    return Promise(name, plan.predicted_damage, low, high, measured, low <= measured <= high)
+
+
+def _report(output: Path) -> None:
+    from frankenmerge.files import write_file
+    from frankenmerge.reporting.page import page
+    from frankenmerge.reporting.run import read_run
+
+    write_file(output / "report.html", page(read_run(output)).encode())
 
 
 def _tell(console, found: Found, output: Path) -> None:
@@ -197,6 +218,7 @@ def _tell(console, found: Found, output: Path) -> None:
         f"\nEverything is in {output}: atlases, alignment, recipe, evidence, evaluation, and the checkpoint in {output / 'merged'}.",
         markup=False,
     )
+    console.print(f"To look at: {output / 'report.html'}, a page of all that was found.", markup=False)
     console.print("Next: `frankenmerge inspect YOUR-DONOR-A YOUR-DONOR-B`")
 
 

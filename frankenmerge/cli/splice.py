@@ -11,6 +11,7 @@ from frankenmerge.cli.console import (
     download_option,
     dtype_option,
     json_option,
+    need_matplotlib,
     out,
     pickle_option,
     print_json,
@@ -57,6 +58,8 @@ def align(
     from frankenmerge.analysis.align import align as aligned
 
     refuse_others(context, method, {**MEANT_FOR, "bos": ("complete",)})
+    if plot:
+        need_matplotlib("--plot")
     how = How(device, dtype, download, allow_pickle)
     atlases = [atlas_of(name, how) for name in (a, b)]
     if not own_share().first:

@@ -20,7 +20,7 @@ import frankenmerge
 from frankenmerge.checkpoint import INDEX_NAME, Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.files import PROVENANCE
-from frankenmerge.merging.card import model_card
+from frankenmerge.merging.card import PICTURE, card_picture, model_card
 from frankenmerge.merging.computing import compute, one_thread, rotate
 from frankenmerge.merging.copying import copy_range, pieces, write_fully
 from frankenmerge.merging.journal import (
@@ -195,7 +195,7 @@ def _open(files: set[Path]) -> Iterator[dict[Path, int]]:
 def small_files(
     recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[Shard], checksums: Mapping[str, str], turns: Mapping[int, "Fit"]
 ) -> dict[str, bytes]:
-    """Everything beside the weights, by name: config, index, tokenizer, recipe, card, provenance."""
+    """Everything beside the weights, by name: config, index, tokenizer, recipe, card with its picture, provenance."""
     base = donors[recipe.base]
     config = result_config(recipe, donors)
     files = {"config.json": _json(config)}
@@ -207,6 +207,7 @@ def small_files(
     if (generation := base.path / "generation_config.json").is_file():
         files[generation.name] = generation.read_bytes()
     files["recipe.yaml"] = recipe.dump().encode()
+    files[PICTURE] = card_picture(recipe, donors).encode()
     files[PROVENANCE] = _json(provenance(recipe, donors, shards, checksums, turns, files))
     files["README.md"] = model_card(recipe, donors, config).encode()
     return files

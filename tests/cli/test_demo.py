@@ -44,6 +44,8 @@ def test_the_demo_s_plan_keeps_its_word_twice_over(demo, tmp_path):
         assert load_atlas(folder / f"{name}.atlas.safetensors").fingerprint == fingerprint
     evidence = json.loads((folder / "recipe.evidence.json").read_text())
     assert evidence["plans"][0] == told["plan"]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<h1>12 blocks of code and prose</h1>" in page and "Where the donors agree" in page
 
     # Again, in the same folder, this time for a reader: the earlier demo's folder is replaced by the same.
     before = files(folder)

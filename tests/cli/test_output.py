@@ -1,6 +1,8 @@
 """What the commands print as JSON, what they write, and what they import."""
 
 import json
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -24,10 +26,10 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def alone(*commands: list) -> list:
+def alone(*commands: list, heavy: tuple[str, ...] = HEAVY) -> list:
     """Run commands in a process of their own: for each, (exit code, heavy modules imported by then)."""
     lines = json.dumps([[str(argument) for argument in command] for command in commands])
-    done = subprocess.run([sys.executable, "-c", ALONE, lines, json.dumps(HEAVY)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", ALONE, lines, json.dumps(heavy)], capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
 
 
@@ -63,8 +65,8 @@ def alignment(told, donors, tmp_path) -> Path:
 
 
 def test_help_imports_nothing_heavy():
-    commands = ["inspect", "analyze", "align", "plan", "check", "merge", "evaluate", "demo"]
-    assert alone(["--help"], ["--version"], *([command, "--help"] for command in commands)) == [[0, []]] * 10
+    commands = ["inspect", "analyze", "align", "plan", "check", "merge", "evaluate", "report", "demo"]
+    assert alone(["--help"], ["--version"], *([command, "--help"] for command in commands)) == [[0, []]] * 11
 
 
 def test_commands_that_run_no_model_import_nothing_heavy(donors, recipe, alignment, tmp_path):
@@ -75,9 +77,54 @@ def test_commands_that_run_no_model_import_nothing_heavy(donors, recipe, alignme
         ["check", recipe],
         ["merge", recipe, tmp_path / "out", "--dry-run"],
         ["merge", recipe, tmp_path / "out"],
+        ["report", tmp_path, "-o", tmp_path / "report.html"],
         ["merge", recipe, tmp_path / "out"],
     ]
-    assert alone(*commands) == [[0, []]] * 6 + [[1, []]]
+    assert alone(*commands) == [[0, []]] * 7 + [[1, []]]
+    assert not alone(["merge", recipe, tmp_path / "again"], heavy=("matplotlib", "jinja2"))[0][1]
+
+
+def test_without_a_command_the_way_from_donors_to_report_is_shown(run):
+    code, out, _ = run()
+    steps = [line.split()[1] for line in out.splitlines() if line.startswith("    frankenmerge ")]
+    assert code == 0 and steps == ["inspect", "align", "plan", "evaluate", "merge", "report"]
+
+
+def on_terminal(*arguments: object, **environment: str) -> tuple[str, str]:
+    """Run a command whose standard error, with ALL its output too, is a terminal: (standard output, what the terminal got)."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "frankenmerge", *map(str, arguments)]
+    environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm-256color"} | environment
+    done = subprocess.run(command, stdout=theirs if "ALL" in environment else subprocess.PIPE, stderr=theirs, text=True, check=True,
+                          env=environment)  # fmt: skip
+    os.close(theirs)
+    told = b""
+    try:
+        while part := os.read(ours, 65536):
+            told += part
+    except OSError:  # the other end is closed, and all is read
+        pass
+    finally:
+        os.close(ours)
+    return done.stdout, told.decode()
+
+
+def test_quiet_shows_results_and_no_progress(recipe, text):
+    (loud, progress), (quiet, nothing) = (on_terminal("evaluate", recipe, "--text", text, *more) for more in ((), ("--quiet",)))
+    assert loud == quiet and "bits/byte" in quiet
+    assert "evaluating" in progress and nothing == ""
+
+
+def test_no_color_is_honoured(donors):
+    coloured, plain = (on_terminal("inspect", donors["a"], donors["b"], ALL="1", **more)[1] for more in ({}, {"NO_COLOR": "1"}))
+    green = "\x1b[1;32mThese can be spliced."
+    assert green in coloured and green not in plain and "These can be spliced." in plain
+
+
+def test_shells_complete_the_commands(run, monkeypatch):
+    for name, value in (("_FRANKENMERGE_COMPLETE", "bash_complete"), ("COMP_WORDS", "frankenmerge re"), ("COMP_CWORD", "1")):
+        monkeypatch.setenv(name, value)
+    assert run()[:2] == (0, "plain,report\n")
 
 
 def test_help_names_every_command(run):

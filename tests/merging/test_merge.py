@@ -340,8 +340,8 @@ def test_a_sharded_result_computes_the_same(donors, tmp_path):
 def test_a_result_of_one_file_has_no_index(order, tmp_path):
     merged(order, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md", "config.json", "frankenmerge.json", "generation_config.json", "model.safetensors", "recipe.yaml", "tokenizer.json",
-        "tokenizer_config.json",
+        "README.md", "config.json", "frankenmerge.json", "generation_config.json", "model.safetensors", "recipe.yaml", "splice.svg",
+        "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
 
 
@@ -389,7 +389,7 @@ def test_the_card_says_what_was_stacked(order, tmp_path):
     merged(order, tmp_path / "out")
     a, deep, c = (str(folder) for folder in dict.fromkeys(folder for folder, _ in order))
     _, front, body = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["merge", "frankenmerge"]}
+    assert yaml.safe_load(front) == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["merge", "frankenmerge"]}
     assert "# A frankenmodel of 5 blocks" in body
     rows = [f"| 0-1 | {a} | 0-1 |", f"| 2-2 | {deep} | 1-1 |", f"| 3-3 | {deep} | 5-5 |", f"| 4-4 | {c} | 3-3 |"]
     assert re.findall(r"^\| \d.*$", body, re.M) == rows

@@ -1,0 +1,74 @@
+"""The model card: what the hub reads of it, and what people see."""
+
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+from huggingface_hub import ModelCard
+
+from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.merging.card import card_picture, model_card
+from frankenmerge.recipe import Block, recipe_of
+
+
+@pytest.fixture
+def splice(donors, tmp_path):
+    """A recipe of donors as if they had come from the hub, and those; each donor's own card may be given."""
+    import shutil
+
+    def made(*cards: str | None, names=("org/one", "org/two@v1+org/lora")):
+        opened = {}
+        for name, folder, card in zip(names, ("a", "b"), [*cards, None, None], strict=False):
+            copy = shutil.copytree(donors[folder], tmp_path / folder, dirs_exist_ok=True)
+            if card is not None:
+                (copy / "README.md").write_text(card)
+            opened[name] = replace(open_checkpoint(str(copy)), name=name)
+        recipe = recipe_of([Block(names[0], 0), Block(names[0], 1), Block(names[1], 1), Block(names[1], 2)])
+        return recipe, opened
+
+    return made
+
+
+def card(recipe, donors) -> ModelCard:
+    return ModelCard(model_card(recipe, donors, next(iter(donors.values())).config), ignore_metadata_errors=False)
+
+
+def test_the_hub_reads_donors_library_and_tags(splice):
+    data = card(*splice()).data.to_dict()
+    assert data == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "base_model": ["org/one", "org/two", "org/lora"],
+        "base_model_relation": "merge", "tags": ["merge", "frankenmerge"],
+    }  # fmt: skip
+
+
+def test_folders_are_not_named_as_models_of_the_hub(splice, tmp_path):
+    recipe, donors = splice(names=(str(tmp_path / "a"), str(tmp_path / "b")))
+    made = card(recipe, donors)
+    assert "base_model" not in made.data.to_dict() and str(tmp_path / "a") in made.text
+
+
+LICENSED = "---\nlicense: apache-2.0\n---\n# one\n"
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "licence"),
+    [(LICENSED, LICENSED, "apache-2.0"), (LICENSED, "---\nlicense: mit\n---\n", None), (LICENSED, None, None), (None, None, None),
+     ("---\nlicense: other\n---\n",) * 2 + (None,), ("---\n: [\n---\n",) * 2 + (None,), ("---\nlicense: [a, b]\n---\n",) * 2 + (None,)],
+)  # fmt: skip
+def test_a_licence_is_told_only_where_all_donors_have_it(splice, one, two, licence):
+    assert card(*splice(one, two)).data.to_dict().get("license") == licence
+
+
+def test_the_card_tells_how_to_load_the_model_and_where_it_comes_from(splice):
+    recipe, donors = splice()
+    text = card(recipe, donors).text
+    loading = text.split("```python\n")[1].split("```")[0]
+    compile(loading, "card", "exec")
+    assert "AutoModelForCausalLM" in loading and "](splice.svg)" in text
+    assert all(donor.fingerprint in text for donor in donors.values())
+
+
+def test_the_picture_shows_every_donor(splice):
+    root = ElementTree.fromstring(card_picture(*splice()))
+    assert "block" in str(root.findtext("{http://www.w3.org/2000/svg}desc"))
+    assert {"4 blocks", "result", "A 0–1", "B 1–2"} <= {text.text for text in root.iter("{http://www.w3.org/2000/svg}text")}

@@ -1,0 +1,224 @@
+"""`frankenmerge report`: what it finds, what it says is missing, and what it refuses."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import invented
+import pytest
+
+from frankenmerge.atlas import Atlas, TopTokens, save_atlas
+
+VOID = {"meta", "link", "input", "br", "img"}
+
+
+class Reader(HTMLParser):
+    """Checks that tags close, and gathers what a page holds."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture
+def report(run, tmp_path):
+    """Run the command and read its page."""
+
+    def call(folder) -> Reader:
+        code, out, err = run("report", folder, "-o", tmp_path / "report.html")
+        assert code == 0, err
+        return Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+    return call
+
+
+def test_everything_in_a_folder_is_shown(report, folder):
+    page = report(folder)
+    headings = [attributes["id"] for tag, attributes in page.tags if tag == "h2"]
+    assert headings == ["merged", "seams", "agreement", "features", "promise", "evaluation", "provenance"]
+    for told in (
+        "one[0:4] two[2:5] one[4:6]", "0.200", "0.100 to 0.400", "one block 3 to two block 2, 2 gone through again",
+        "No better than chance",
+        "1.772 to 1.832", "no clear difference", "invented_task", "the prediction held", "2.13.0+cpu", "f" * 64, "max seams 4",
+    ):  # fmt: skip
+        assert told in page.text, told
+    marked = re.findall(r"<mark>(.*?)</mark>", (folder.parent / "report.html").read_text())
+    assert {"raed", "impotred"} <= set(marked)
+    assert "frankenmerge merge RUN/recipe.yaml RUN/merged" in page.text and "frankenmerge align" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("gone", "heading", "command"),
+    [
+        (["ab.alignment.safetensors"], "agreement", "frankenmerge align A B"),
+        (["recipe.evidence.json"], "seams", "frankenmerge plan ALIGNMENT"),
+        (["evaluation.json"], "evaluation", "frankenmerge evaluate"),
+        (["evaluation.json"], "promise", "frankenmerge evaluate"),
+        (["ab.alignment.safetensors"], "features", "frankenmerge analyze A"),
+        (["recipe.yaml", "recipe.evidence.json"], "merged", "frankenmerge plan ALIGNMENT"),
+    ],
+)
+def test_what_is_missing_is_left_out_and_its_command_told(report, folder, gone, heading, command):
+    for name in gone:
+        (folder / name).unlink()
+    page = report(folder)
+    assert heading not in [attributes.get("id") for _, attributes in page.tags] and f"#{heading}" not in str(page.tags)
+    assert command in page.text.split("Not in this folder")[1]
+
+
+def test_files_are_known_by_what_they_hold(report, folder):
+    for old, new in (("ab.alignment.safetensors", "x.safetensors"), ("evaluation.json", "y.json"), ("recipe.yaml", "z.yml")):
+        (folder / old).rename(folder / new)
+    (folder / "other.json").write_text("[1, 2]")
+    (folder / "notes.yaml").write_text("a: b")
+    headings = [attributes["id"] for tag, attributes in report(folder).tags if tag == "h2"]
+    assert {"merged", "agreement", "evaluation"} <= set(headings)
+
+
+def test_a_checkpoint_tells_its_recipe_and_origin(report, donors, run, tmp_path):
+    from frankenmerge.recipe import Block, recipe_of
+
+    (tmp_path / "run").mkdir()
+    names = [("a", 0), ("a", 1), ("b", 1), ("b", 2), ("b", 3)]
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe_of([Block(str(donors[name]), index) for name, index in names]).dump())
+    assert run("merge", tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "merged")[0] == 0
+    page = report(tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "merged" / "frankenmerge.json").read_text())
+    assert told["recipe_sha256"] in page.text and all(donor["fingerprint"] in page.text for donor in told["donors"].values())
+    assert f"{len(told['tensors'])}; {len(told['tensors'])} by copy" in page.text
+    assert "merged/recipe.yaml, recipe.yaml" in page.text  # the same recipe, shown once
+
+
+def test_a_donor_s_features_come_from_its_atlas(report, tmp_path):
+    import numpy as np
+
+    (tmp_path / "run").mkdir()
+    tokens = np.arange(3 * 4 * 10, dtype=np.int32).reshape(3, 4, 10)
+    top = {"plain": TopTokens(tokens, np.zeros(tokens.shape, np.float32))}
+    atlas = Atlas("org/donor", "a" * 32, top, np.zeros((3, 5, 4), np.float16), np.ones((3, 4), np.float32), [f"t{n}" for n in range(120)])
+    save_atlas(atlas, tmp_path / "run" / "x.atlas.safetensors")
+    save_atlas(replace(atlas, provenance={"untrained": 7}), tmp_path / "run" / "y.atlas.safetensors")
+    page = report(tmp_path / "run")
+    assert "neuron donor donor (untrained)" in page.text  # the control of the same donor beside it
+    assert "After block 2" in page.text and "t80 t81 t82 t83 t84" in page.text and "t85" not in page.text
+
+
+HOSTILE = (
+    "</script><script>window.pwned=1</script>",
+    "\"'><img src=x onerror=window.pwned=1>",
+    "\u202e\x00\x1b[2J",
+    "{{7*7}}",
+    "\ud800",
+    "<!--",
+)
+
+
+def test_what_artefacts_say_does_nothing(report, tmp_path):
+    from invented import write_run
+
+    folder = write_run(tmp_path / "run", HOSTILE)
+    evaluation = invented.evaluation(donors=(HOSTILE[1], HOSTILE[0]))
+    evaluation["models"][0]["samples"] = [{"prompt": HOSTILE[0], "text": HOSTILE[1] + HOSTILE[2], "invalid": ["img", ".*"]}]
+    invented.write(folder / "evaluation.json", evaluation)
+    (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text() + "# </pre><script>window.pwned=1</script>\n")
+    text = (folder.parent / "report.html", report(folder))[0].read_text(encoding="utf-8")
+    page = Reader(text)
+    assert len([tag for tag, _ in page.tags if tag == "script"]) == 2 and not [tag for tag, _ in page.tags if tag == "img"]
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert "\u202e" not in text and "\x1b" not in text and "\x00" not in text and "{{7*7}}" in text
+
+
+def test_nothing_is_asked_of_the_network_and_only_the_page_s_own_script_may_run(report, folder):
+    page = report(folder)
+    links = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("href", "src")]
+    assert links and all(link.startswith(("#", "data:")) for link in links)
+    policy = next(attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in policy
+    assert not [1 for _, attributes in page.tags if "style" in attributes]
+
+
+def test_the_same_run_gives_the_same_bytes(run, folder, tmp_path):
+    for name in ("one.html", "two.html"):
+        assert run("report", folder, "-o", tmp_path / name)[0] == 0
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def test_a_page_of_deep_donors_stays_small(report, tmp_path):
+    from invented import write_run
+
+    report(write_run(tmp_path / "run", blocks=(80, 80)))
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
+
+
+@pytest.mark.parametrize("content", ["{", '{"kind": "frankenmerge.evaluation/1"}', '{"kind": "frankenmerge.evaluation/9", "models": []}'])
+def test_an_artefact_that_cannot_be_read_is_told_and_the_others_are_shown(run, folder, content):
+    (folder / "evaluation.json").write_text(content)
+    code, _, err = run("report", folder, "-o", folder / "report.html")
+    page = Reader((folder / "report.html").read_text())
+    assert code == 0 and "evaluation.json" in err and "Traceback" not in err
+    assert "evaluation.json" in page.text.split("Could not be read")[1] and "What was merged" in page.text
+
+
+def test_an_alignment_whose_parts_do_not_fit_is_told(run, folder):
+    from frankenmerge.alignment import load_alignment, save_alignment
+
+    whole = load_alignment(folder / "ab.alignment.safetensors")
+    save_alignment(replace(whole, tokens=(whole.tokens[0][:, :2], whole.tokens[1])), folder / "ab.alignment.safetensors")
+    code, _, err = run("report", folder, "-o", folder / "report.html")
+    assert code == 0 and "ab.alignment.safetensors" in err and "shapes" in err
+
+
+def test_every_stage_of_a_recipe_is_shown(report, folder):
+    stage = "name: first\nmerge_method: linear\nmodels: [{model: p/q}, {model: r/s}]\nparameters: {weight: 1}\n---\n"
+    (folder / "stages.yaml").write_text(stage + "merge_method: passthrough\nslices: [{sources: [{model: first, layer_range: [0, 3]}]}]\n")
+    page = report(folder)
+    assert "stages.yaml, stage first" in page.text and "stages.yaml, the result" in page.text
+
+
+@pytest.mark.parametrize("what", ["nothing", "file", "empty", "foreign", "broken"])
+def test_a_folder_without_artefacts_is_a_mistake_told_without_a_traceback(run, tmp_path, what):
+    place = tmp_path / "run"
+    if what == "file":
+        place.write_text("")
+    elif what != "nothing":
+        place.mkdir()
+        if what == "foreign":
+            (place / "a.json").write_text("{}")
+        if what == "broken":
+            (place / "a.alignment.safetensors").write_text("no")
+    code, out, err = run("report", place, "-o", tmp_path / "report.html")
+    assert code == 1 and out == "" and str(place) in err and "remedy" in err and "Traceback" not in err
+    assert not (tmp_path / "report.html").exists() and ("a.alignment" in err) == (what == "broken")
+
+
+def test_it_says_where_the_page_is_to_go(run, folder):
+    code, _, err = run("report", folder)
+    assert code == 1 and "-o report.html" in err
+
+
+def test_json_tells_what_was_written(run, folder, tmp_path):
+    code, out, _ = run("report", folder, "-o", tmp_path / "r.html", "--json")
+    assert code == 0 and json.loads(out) == {"run": str(folder), "written": [str(tmp_path / "r.html")], "refused": {}}
