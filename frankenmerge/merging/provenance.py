@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,25 +18,31 @@ PROVENANCE = "frankenmerge.json"
 
 
 def provenance(
-    recipe: str, donors: Mapping[str, Checkpoint], shards: Sequence[Shard], checksums: Mapping[str, str], turns: Mapping[int, "Fit"]
+    recipe: str,
+    donors: Mapping[str, Checkpoint],
+    shards: Sequence[Shard],
+    checksums: Mapping[str, str],
+    turns: Mapping[int, "Fit"],
+    arithmetics: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return what `frankenmerge.json` holds.
 
     A shard is told by its size and the hash of its header, which cost nothing; `checksums`, hashes of whole shards by name,
-    cost a read of every byte and are there when they were asked for.
+    cost a read of every byte and are there when they were asked for. `arithmetics` are what computed.
     """
     operations = [operation for shard in shards for operation in shard.operations]
     versions = {"python": platform.python_version()}
-    if any(not isinstance(operation, Copy) for operation in operations):
+    if arithmetics:
         from importlib.metadata import version
 
-        versions["torch"] = version("torch")
+        versions |= {name: version(name) for name in ("numpy", *(("torch",) if "torch" in arithmetics else ()))}
     gauges = {
         str(number): {"rotation": fit.turn.hash, "scale": fit.turn.scale, "held_out_r2": 1 - fit.residual} for number, fit in turns.items()
     }
     return {
         "frankenmerge": frankenmerge.__version__,
         "versions": versions,
+        **({"arithmetic": sorted(arithmetics)} if arithmetics else {}),
         "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
         "donors": {name: {"fingerprint": donor.fingerprint} for name, donor in donors.items()},
         "shards": {

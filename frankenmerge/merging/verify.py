@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from frankenmerge.checkpoint import Checkpoint, Tensor, open_checkpoint, read_json
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
-from frankenmerge.merging.computing import read_fully
 from frankenmerge.merging.copying import CHUNK
 from frankenmerge.merging.provenance import PROVENANCE, file_hash
+from frankenmerge.merging.reading import read_fully
 from frankenmerge.recipe import open_donor
 
 _REMEDY = "merge again"
