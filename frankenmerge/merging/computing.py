@@ -50,8 +50,9 @@ def one_thread() -> None:
 
 def arithmetic(operation: Combine | Rotate, device: str) -> Arithmetic:
     """What computes a tensor: C where it can, which is the quickest and needs no torch; torch otherwise."""
-    known = isinstance(operation, Combine) and operation.method in span.RULES
-    return "C" if device == "cpu" and known and native_span.can(_combination(operation, lambda _: _unread)) else "torch"
+    if device != "cpu" or not isinstance(operation, Combine) or operation.method not in span.RULES:
+        return "torch"
+    return "C" if native_span.can(_combination(operation, lambda _: _unread)) else "torch"
 
 
 def _unread(start: int, stop: int) -> NoReturn:

@@ -139,7 +139,8 @@ def _jobs(
     for whole in ranges_of(shard):
         for piece in pieces(whole):
             yield partial(copy_range, piece, handles[piece.file], target, moved, cloning=shard.cloned)
-    for operation, position in shard.places:
+    # The largest first, so that no thread is left alone with one at the end.
+    for operation, position in sorted(shard.places, key=lambda place: -place.operation.bytes):
         if isinstance(operation, Combine):
             yield partial(compute, operation, handles, target, position, moved, device=options.device, allow_nan=options.allow_nan)
         elif isinstance(operation, Rotate):
