@@ -206,8 +206,9 @@ static int take(PyObject *sequence, Inputs *given) {
         Input *input = &given->inputs[i];
         PyObject *buffer, *name, *pair = PySequence_GetItem(sequence, i);
         if (!pair) return -1;
-        int fine = PyArg_ParseTuple(pair, "OO;an input is (buffer, type)", &buffer, &name) && (input->type = type_of(name)) >= 0 &&
-                   PyObject_GetBuffer(buffer, &input->view, PyBUF_SIMPLE) == 0;
+        int fine = PyTuple_Check(pair) && PyArg_ParseTuple(pair, "OO;an input is (buffer, type)", &buffer, &name) &&
+                   (input->type = type_of(name)) >= 0 && PyObject_GetBuffer(buffer, &input->view, PyBUF_SIMPLE) == 0;
+        if (!fine && !PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "an input is (buffer, type)");
         Py_DECREF(pair);
         if (!fine) return -1;
         Py_ssize_t width = WIDTHS[input->type], size = input->view.len / width;
