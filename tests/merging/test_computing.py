@@ -122,12 +122,16 @@ def test_the_provenance_names_the_parts_of_a_computed_tensor(linear, pair, tmp_p
 # The two arithmetics
 
 
+needs_extension = pytest.mark.skipif(native_span.native is None and not shutil.which("cc"), reason="no compiler has built the extension")
+
+
 @pytest.fixture
 def without_extension(monkeypatch):
     """As where no compiler was there when the package was installed."""
     return lambda: monkeypatch.setattr(native_span, "native", None)
 
 
+@needs_extension
 def test_the_provenance_says_what_computed(linear, pair, tmp_path, without_extension):
     def told(name):
         linear(*pair["F32"], tmp_path / name)
@@ -140,9 +144,6 @@ def test_the_provenance_says_what_computed(linear, pair, tmp_path, without_exten
     assert by_torch["arithmetic"] == ["torch"]
     assert by_torch["versions"].pop("torch").split("+")[0] == torch.__version__.split("+")[0]
     assert by_torch | {"arithmetic": ["C"]} == by_c
-    recipe = recipe_of([Block(str(pair["F32"][0]), 0)])
-    merge(recipe, open_donors(recipe), tmp_path / "copied")
-    assert "arithmetic" not in json.loads((tmp_path / "copied" / "frankenmerge.json").read_text())
 
 
 @pytest.mark.parametrize("stored, made", [("F32", "F32"), ("BF16", "BF16"), ("F16", "F16"), ("F32", "BF16"), ("BF16", "F32")])
@@ -155,12 +156,12 @@ def test_without_the_extension_the_bytes_are_the_same(linear, pair, tmp_path, wi
     assert one.pop("frankenmerge.json") != other.pop("frankenmerge.json") and one == other
 
 
+@needs_extension
 @pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "model_stock"])
 def test_what_is_computed_in_c_is_so_without_torch(pair, tmp_path, method):
     first, second = map(str, pair["BF16"])
-    listed = [
-        {"model": name, **({"parameters": {"weight": 0.4}} if method in ("linear", "task_arithmetic") else {})} for name in (first, second)
-    ]
+    weight = {"parameters": {"weight": 0.4}} if method in ("linear", "task_arithmetic") else {}
+    listed = [{"model": name, **weight} for name in (first, second)]
     recipe = {"models": listed, "merge_method": method} | ({} if method == "linear" else {"base_model": first})
     recipe |= {"parameters": {"t": 0.3}} if method == "slerp" else {}
     recipe |= {"models": [*listed, {"model": second}]} if method == "model_stock" else {}
@@ -182,6 +183,7 @@ print([name for name in ("torch", "transformers", "accelerate") if name in sys.m
 """
 
 
+@needs_extension
 def test_what_one_arithmetic_began_the_other_does_not_resume(linear, pair, tmp_path, without_extension):
     def broken(done):
         raise OSError("the disk is gone")
