@@ -31,103 +31,133 @@ static inline uint32_t bits_of(float value) { uint32_t bits; memcpy(&bits, &valu
 static inline float float_of(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
 static inline uint16_t half_at(const char *from, Py_ssize_t k) { uint16_t half; memcpy(&half, from + 2 * k, 2); return half; }
 
+/* Elements on their way, as numbers or as their bits. */
+typedef union {
+    float numbers[STRIP];
+    uint32_t bits[STRIP];
+} Strip;
+
 #define EXPONENT 0x7F800000u /* all of its bits are set in NaN and Inf alone */
 
-/* Reading: `count` elements to float32; returns whether any is NaN or Inf. */
+/* Reading: `count` elements to float32; returns whether any is NaN or Inf. Steps of 16 and of 32 bits are loops of their own,
+ * here and in writing, since compilers make good vectors of each and poor ones of both together. */
 
-FOR_EVERY_WIDTH static int read_bf16(const char *from, float *to, Py_ssize_t count) {
+FOR_EVERY_WIDTH static void widen(const char *restrict from, uint32_t *restrict to, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) to[k] = (uint32_t)half_at(from, k) << 16;
+}
+
+FOR_EVERY_WIDTH static int unfit(const uint32_t *values, Py_ssize_t count) {
     uint32_t bad = 0;
-    for (Py_ssize_t k = 0; k < count; k++) {
-        uint32_t bits = (uint32_t)half_at(from, k) << 16;
-        bad |= (bits & EXPONENT) == EXPONENT;
-        memcpy(to + k, &bits, 4);
-    }
+    for (Py_ssize_t k = 0; k < count; k++) bad |= (values[k] & EXPONENT) == EXPONENT;
     return bad != 0;
 }
 
-FOR_EVERY_WIDTH static int read_f16(const char *from, float *to, Py_ssize_t count) {
-    uint32_t bad = 0;
+/* From the upper 16 bits. */
+FOR_EVERY_WIDTH static void spell_out_f16(uint32_t *values, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) {
-        uint32_t half = half_at(from, k), special = (half & 0x7C00u) == 0x7C00u;
+        uint32_t bits = values[k], exponent = bits & 0x7C000000u;
         /* The biases of the exponents differ by 112. Without an exponent the digits are a multiple of 2^-24. */
-        uint32_t moved = ((half & 0x7FFFu) << 13) + 0x38000000u;
+        uint32_t moved = ((bits & 0x7FFFFFFFu) >> 3) + 0x38000000u;
         uint32_t small = bits_of(float_of(moved + 0x00800000u) - 0x1p-14f);
-        uint32_t bits = special ? moved + 0x38000000u : (half & 0x7C00u) ? moved : small;
-        bits |= (half & 0x8000u) << 16;
-        bad |= special;
-        memcpy(to + k, &bits, 4);
+        moved = exponent == 0x7C000000u ? moved + 0x38000000u : moved;
+        moved = exponent == 0 ? small : moved;
+        values[k] = moved | (bits & 0x80000000u);
     }
-    return bad != 0;
 }
 
-FOR_EVERY_WIDTH static int read_f32(const char *from, float *to, Py_ssize_t count) {
-    uint32_t bad = 0;
+static int read_bf16(const char *from, Strip *to, Py_ssize_t count) {
+    widen(from, to->bits, count);
+    return unfit(to->bits, count);
+}
+
+static int read_f16(const char *from, Strip *to, Py_ssize_t count) {
+    widen(from, to->bits, count);
+    spell_out_f16(to->bits, count);
+    return unfit(to->bits, count);
+}
+
+static int read_f32(const char *from, Strip *to, Py_ssize_t count) {
     memcpy(to, from, 4 * (size_t)count);
-    for (Py_ssize_t k = 0; k < count; k++) bad |= (bits_of(to[k]) & EXPONENT) == EXPONENT;
-    return bad != 0;
+    return unfit(to->bits, count);
 }
 
-FOR_EVERY_WIDTH static int read_f64(const char *from, float *to, Py_ssize_t count) {
-    uint32_t bad = 0;
+FOR_EVERY_WIDTH static void narrow_f64(const char *restrict from, float *restrict to, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) {
         double value;
         memcpy(&value, from + 8 * k, 8);
         to[k] = (float)value;
-        bad |= (bits_of(to[k]) & EXPONENT) == EXPONENT;
     }
-    return bad != 0;
 }
 
-/* Writing: `count` elements, each rounded to the nearest, ties to even; returns whether any result is NaN or Inf. */
+static int read_f64(const char *from, Strip *to, Py_ssize_t count) {
+    narrow_f64(from, to->numbers, count);
+    return unfit(to->bits, count);
+}
 
-FOR_EVERY_WIDTH static int write_bf16(const float *from, char *to, Py_ssize_t count) {
-    uint32_t bad = 0;
+/* Writing: `count` elements, each rounded to the nearest, ties to even; returns whether any result is NaN or Inf. The strip
+ * is overwritten. */
+
+FOR_EVERY_WIDTH static void narrow(const uint32_t *restrict from, char *restrict to, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) {
-        uint32_t bits = bits_of(from[k]);
-        uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-        uint32_t nan = (bits & 0x7FFFFFFFu) > EXPONENT;
-        uint16_t half = (uint16_t)(nan ? 0x7FC0u : rounded);
-        bad |= (half & 0x7F80u) == 0x7F80u;
+        uint16_t half = (uint16_t)(from[k] >> 16);
         memcpy(to + 2 * k, &half, 2);
     }
-    return bad != 0;
 }
 
-FOR_EVERY_WIDTH static int write_f16(const float *from, char *to, Py_ssize_t count) {
+FOR_EVERY_WIDTH static void round_bf16(uint32_t *values, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) {
+        uint32_t bits = values[k], rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
+        values[k] = (bits & 0x7FFFFFFFu) > EXPONENT ? 0x7FC00000u : rounded;
+    }
+}
+
+/* To the upper 16 bits; returns whether any is NaN or Inf then. */
+FOR_EVERY_WIDTH static int round_f16(uint32_t *values, Py_ssize_t count) {
     uint32_t bad = 0;
     for (Py_ssize_t k = 0; k < count; k++) {
-        uint32_t bits = bits_of(from[k]), magnitude = bits & 0x7FFFFFFFu;
+        uint32_t bits = values[k], magnitude = bits & 0x7FFFFFFFu;
         /* Below 2^-14 the halves are multiples of 2^-24: adding 0.5, whose last bit is 2^-24, rounds to one. */
         uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;
         uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
         uint32_t large = magnitude > EXPONENT ? 0x7E00u : 0x7C00u;
         uint32_t rounded = magnitude >= 0x47800000u ? large : magnitude < 0x38800000u ? small : normal;
-        uint16_t half = (uint16_t)(rounded | (bits >> 16 & 0x8000u));
-        bad |= (half & 0x7C00u) == 0x7C00u;
-        memcpy(to + 2 * k, &half, 2);
+        bad |= (rounded & 0x7C00u) == 0x7C00u;
+        values[k] = rounded << 16 | (bits & 0x80000000u);
     }
     return bad != 0;
 }
 
-FOR_EVERY_WIDTH static int write_f32(const float *from, char *to, Py_ssize_t count) {
-    uint32_t bad = 0;
-    for (Py_ssize_t k = 0; k < count; k++) bad |= (bits_of(from[k]) & EXPONENT) == EXPONENT;
-    memcpy(to, from, 4 * (size_t)count);
-    return bad != 0;
+static int write_bf16(Strip *from, char *to, Py_ssize_t count) {
+    round_bf16(from->bits, count);
+    narrow(from->bits, to, count);
+    return unfit(from->bits, count);
 }
 
-FOR_EVERY_WIDTH static int write_f64(const float *from, char *to, Py_ssize_t count) {
-    uint32_t bad = 0;
+static int write_f16(Strip *from, char *to, Py_ssize_t count) {
+    int bad = round_f16(from->bits, count);
+    narrow(from->bits, to, count);
+    return bad;
+}
+
+static int write_f32(Strip *from, char *to, Py_ssize_t count) {
+    memcpy(to, from, 4 * (size_t)count);
+    return unfit(from->bits, count);
+}
+
+FOR_EVERY_WIDTH static void widen_f64(const float *restrict from, char *restrict to, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) {
         double value = from[k];
-        bad |= (bits_of(from[k]) & EXPONENT) == EXPONENT;
         memcpy(to + 8 * k, &value, 8);
     }
-    return bad != 0;
 }
 
-typedef int (*reader)(const char *, float *, Py_ssize_t);
-typedef int (*writer)(const float *, char *, Py_ssize_t);
+static int write_f64(Strip *from, char *to, Py_ssize_t count) {
+    widen_f64(from->numbers, to, count);
+    return unfit(from->bits, count);
+}
+
+typedef int (*reader)(const char *, Strip *, Py_ssize_t);
+typedef int (*writer)(Strip *, char *, Py_ssize_t);
 static const reader READ[TYPES] = {read_bf16, read_f16, read_f32, read_f64};
 static const writer WRITE[TYPES] = {write_bf16, write_f16, write_f32, write_f64};
 
@@ -223,18 +253,17 @@ static int take(PyObject *sequence, Inputs *given) {
 
 /* Read elements [start, start + count) of every input to its strip, the first one subtracted from the others where `relative`.
  * `bad` becomes the number of the first input, in order, that was found to hold NaN or Inf. */
-static void read_strips(const Inputs *given, Py_ssize_t start, Py_ssize_t count, int relative, float *strips, Py_ssize_t *bad) {
+static void read_strips(const Inputs *given, Py_ssize_t start, Py_ssize_t count, int relative, Strip *strips, Py_ssize_t *bad) {
     for (Py_ssize_t i = 0; i < given->number; i++) {
         const Input *input = &given->inputs[i];
         const char *from = (const char *)input->view.buf + start * WIDTHS[input->type];
-        if (READ[input->type](from, strips + i * STRIP, count) && (*bad < 0 || i < *bad)) *bad = i;
-        if (relative && i) subtract(strips + i * STRIP, strips, count);
+        if (READ[input->type](from, strips + i, count) && (*bad < 0 || i < *bad)) *bad = i;
+        if (relative && i) subtract(strips[i].numbers, strips[0].numbers, count);
     }
 }
 
-static float *strips_for(const Inputs *given) {
-    float *strips = given->number > PY_SSIZE_T_MAX / (Py_ssize_t)sizeof(float) / STRIP
-                        ? NULL : PyMem_Malloc((size_t)given->number * STRIP * sizeof(float));
+static Strip *strips_for(const Inputs *given) {
+    Strip *strips = PyMem_Calloc((size_t)given->number, sizeof(Strip));
     if (!strips) PyErr_NoMemory();
     return strips;
 }
@@ -272,7 +301,8 @@ static PyObject *combine(PyObject *module, PyObject *args) {
     int relative;
     Inputs given = {0};
     Py_buffer result = {0};
-    float *strips = NULL, *coefficients = NULL;
+    Strip *strips = NULL;
+    float *coefficients = NULL;
     PyObject *told = NULL;
     if (!PyArg_ParseTuple(args, "OOpw*O", &sequence, &numbers, &relative, &result, &name)) return NULL;
     int type = type_of(name);
@@ -303,10 +333,10 @@ static PyObject *combine(PyObject *module, PyObject *args) {
     for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
         Py_ssize_t count = given.size - start < STRIP ? given.size - start : STRIP;
         read_strips(&given, start, count, relative, strips, &bad);
-        float *total = strips + first * STRIP;
-        scale(total, coefficients[0], count);
-        for (Py_ssize_t i = 1; i < terms; i++) add_scaled(total, total + i * STRIP, coefficients[i], count);
-        if (relative) add(total, strips, count);
+        Strip *total = strips + first;
+        scale(total->numbers, coefficients[0], count);
+        for (Py_ssize_t i = 1; i < terms; i++) add_scaled(total->numbers, total[i].numbers, coefficients[i], count);
+        if (relative) add(total->numbers, strips[0].numbers, count);
         infinite |= WRITE[type](total, (char *)result.buf + start * WIDTHS[type], count);
     }
     Py_END_ALLOW_THREADS
@@ -337,7 +367,7 @@ static PyObject *products(PyObject *module, PyObject *args) {
     int relative;
     Inputs given = {0};
     Py_buffer sums = {0};
-    float *strips = NULL;
+    Strip *strips = NULL;
     PyObject *told = NULL;
     if (!PyArg_ParseTuple(args, "Opw*", &sequence, &relative, &sums)) return NULL;
     if (take(sequence, &given) < 0 || overlaps(&sums, &given)) goto end;
@@ -359,7 +389,9 @@ static PyObject *products(PyObject *module, PyObject *args) {
         read_strips(&given, start, count, relative, strips, &bad);
         double *lanes = (double *)sums.buf + start % LANES;
         for (Py_ssize_t i = first; i < given.number; i++) {
-            for (Py_ssize_t j = first; j <= i; j++, lanes += LANES) add_products(lanes, strips + i * STRIP, strips + j * STRIP, count);
+            for (Py_ssize_t j = first; j <= i; j++, lanes += LANES) {
+                add_products(lanes, strips[i].numbers, strips[j].numbers, count);
+            }
         }
     }
     Py_END_ALLOW_THREADS
