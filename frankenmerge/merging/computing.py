@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from frankenmerge.errors import Fault, FrankenmergeError, fail
 from frankenmerge.gauge import Turn, turned
 from frankenmerge.merging.copying import CHUNK, flush, write_fully
-from frankenmerge.merging.methods import native_span, span
 from frankenmerge.merging.methods.inputs import Part, inputs_of
-from frankenmerge.merging.methods.span import Combination
 from frankenmerge.merging.reading import Handles, all_finite, broken, elements, raw_reader, read_fully, tensor_reader
 from frankenmerge.merging.schedule import Combine, Input, Operation, Rotate
 from frankenmerge.merging.shards import readings
@@ -18,6 +16,8 @@ from frankenmerge.splice import DTYPE_NAMES
 
 if TYPE_CHECKING:
     import torch
+
+    from frankenmerge.merging.methods.span import Combination
 
 Chunks = Iterator[tuple[memoryview, bool]]
 """The bytes of a tensor's elements, in order, and whether these are finite; each good until the next is asked for."""
@@ -50,6 +50,8 @@ def one_thread() -> None:
 
 def arithmetic(operation: Combine | Rotate, device: str) -> Arithmetic:
     """What computes a tensor: C where it can, which is the quickest and needs no torch; torch otherwise."""
+    from frankenmerge.merging.methods import native_span, span
+
     if device != "cpu" or not isinstance(operation, Combine) or operation.method not in span.RULES:
         return "torch"
     return "C" if native_span.can(_combination(operation, lambda _: _unread)) else "torch"
@@ -73,6 +75,8 @@ def compute(
 
 
 def _by_c(operation: Combine, handles: Handles, *, allow_nan: bool) -> Chunks:
+    from frankenmerge.merging.methods import native_span
+
     combination = _combination(operation, partial(raw_reader, handles=handles, allow_nan=allow_nan))
     return native_span.rounded(combination, operation.dtype, allow_nan=allow_nan)
 
@@ -84,7 +88,9 @@ def _by_torch(operation: Combine, handles: Handles, *, device: str, allow_nan: b
     return _rounded(combine(operation.method, parts, base, **_whole(operation)), operation.dtype)
 
 
-def _combination(operation: Combine, reader: Reader) -> Combination:
+def _combination(operation: Combine, reader: Reader) -> "Combination":
+    from frankenmerge.merging.methods import span
+
     parts, base = _parts(operation, reader)
     return span.RULES[operation.method](inputs_of(operation.method, parts, base, **_whole(operation)))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from frankenmerge.checkpoint import BYTES_OF, Tensor
 from frankenmerge.errors import Fault, FrankenmergeError
-from frankenmerge.merging.methods.native_span import Raw, converted
+from frankenmerge.merging.methods.inputs import Raw
 from frankenmerge.merging.schedule import Input
 from frankenmerge.splice import DTYPE_NAMES
 from frankenmerge.vocabulary import Rows
@@ -114,6 +114,8 @@ def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[
         return Raw(view, given.tensor.dtype, told)
 
     def read_rows(start: int, stop: int) -> Raw:
+        from frankenmerge.merging.methods.native_span import converted
+
         assert given.rows
         view = view_of((stop - start) * 4)
         view[:] = bytes(len(view))

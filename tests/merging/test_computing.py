@@ -396,7 +396,7 @@ from frankenmerge.merging.writer import merge
 from frankenmerge.recipe import Block, open_donors, recipe_of
 recipe = recipe_of([Block(sys.argv[1], index) for index in (0, 1, 0, 1)])
 result = merge(recipe, open_donors(recipe), Path(sys.argv[2]))
-heavy = sum(name in sys.modules for name in ("torch", "transformers"))
+heavy = sum(name in sys.modules for name in ("torch", "transformers", "numpy"))
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(result.bytes, int(peak) * 1024, heavy)
 """

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from frankenmerge.errors import raise_all
+from frankenmerge.errors import Fault, raise_all
 from frankenmerge.merging.methods import METHODS, Value, faults, resolved
 
 if TYPE_CHECKING:
@@ -22,12 +22,22 @@ Span = tuple[int, int]
 """Flat elements `[start, stop)`."""
 
 
+class Raw(NamedTuple):
+    """Elements as a file holds them."""
+
+    content: memoryview
+    dtype: str
+    """As safetensors names it."""
+    broken: Fault
+    """What to tell where NaN or Inf is among them."""
+
+
 class Part(NamedTuple):
     """One model's tensor."""
 
     read: Callable[[int, int], Any]
     """Flat elements `[start, stop)` as the arithmetic takes them. torch: a tensor, one-dimensional, contiguous, float32, on the
-    device to compute on; it is overwritten by the method. C: `native_span.Raw`. Neither is looked at any more once the same part is
+    device to compute on; it is overwritten by the method. C: a `Raw`. Neither is looked at any more once the same part is
     read again."""
     parameters: Mapping[str, Value] = {}
 

@@ -5,13 +5,13 @@ is a compiler; what it cannot do, and everything where it is missing, is left to
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from frankenmerge.checkpoint import BYTES_OF
-from frankenmerge.errors import Fault, FrankenmergeError
-from frankenmerge.merging.methods.inputs import BLOCK, Inputs, Part
+from frankenmerge.errors import FrankenmergeError
+from frankenmerge.merging.methods.inputs import BLOCK, Inputs, Part, Raw
 from frankenmerge.merging.methods.span import LANES, Array, Combination, pairs, solved
 
 if TYPE_CHECKING:
@@ -24,16 +24,6 @@ else:
 
 CHUNK = BLOCK
 """Elements of a chunk; a whole number of `LANES`."""
-
-
-class Raw(NamedTuple):
-    """Elements as a file holds them."""
-
-    content: memoryview
-    dtype: str
-    """As safetensors names it."""
-    broken: Fault
-    """What to tell where NaN or Inf is among them."""
 
 
 def can(combination: Combination) -> bool:

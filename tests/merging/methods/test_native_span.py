@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from frankenmerge.errors import Fault, FrankenmergeError
 from frankenmerge.merging.methods import combine as torch_combine
 from frankenmerge.merging.methods import native_span, span
-from frankenmerge.merging.methods.inputs import BLOCK, Part, inputs_of
-from frankenmerge.merging.methods.native_span import Raw, native
+from frankenmerge.merging.methods.inputs import BLOCK, Part, Raw, inputs_of
+from frankenmerge.merging.methods.native_span import native
 
 # Where there is a compiler the extension must be there: what is missing then is a build, and these tests fail.
 pytestmark = pytest.mark.skipif(native is None and not shutil.which("cc"), reason="no compiler has built the extension")
