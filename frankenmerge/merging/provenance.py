@@ -23,7 +23,7 @@ def provenance(
     shards: Sequence[Shard],
     checksums: Mapping[str, str],
     turns: Mapping[int, "Fit"],
-    arithmetics: Collection[str] = (),
+    arithmetics: Collection[str],
 ) -> dict[str, Any]:
     """Return what `frankenmerge.json` holds.
 
