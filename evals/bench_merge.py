@@ -1,8 +1,12 @@
 """How long a merge takes beside `cp` of the same bytes and beside mergekit, measured in turns in one run.
 
 Random bf16 Llamas are made in a scratch folder. Every program runs in a process of its own, its start included; a run ends when
-the bytes are on the disk (`sync`). Times and memory are medians over the rounds, ratios medians of the rounds' own ratios, so
-that a load that comes and goes falls on all sides. Reflinks are off unless asked for: a clone is no copy.
+the bytes are on the disk (`sync`). What it reads is read once before, untimed, so that every run finds it in memory. Times and
+memory are medians over the rounds, ratios medians of the rounds' own ratios, so that a load that comes and goes falls on all sides.
+Reflinks are off unless asked for: a clone is no copy.
+
+The floor is the time in which `cp`, at its own rate, moves as many bytes as the merge must: every donor's tensor read once, every
+byte of the result written once. `cp` reads as much as it writes, so a mean of two donors has a floor of one and a half `cp`.
 """
 
 import json
@@ -24,6 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 import frankenmerge
+from frankenmerge.merging.schedule import schedule
+from frankenmerge.merging.shards import readings
+from frankenmerge.recipe import load_recipes, open_donors
 
 WIDTH, INNER, HEADS, VOCABULARY = 2048, 5632, 16, 32_000
 BLOCK_PARAMETERS = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER + 2 * WIDTH
@@ -48,6 +55,22 @@ class Run(NamedTuple):
 
     seconds: float
     rss_mb: float
+
+
+def moved_bytes(path: Path) -> tuple[int, int]:
+    """How many bytes the merge of a recipe must read, and how many write."""
+    recipe = load_recipes(path)[-1]
+    operations = schedule(recipe, open_donors(recipe))
+    read = sum(reading.tensor.bytes for operation in operations for reading in readings(operation))
+    return read, sum(operation.bytes for operation in operations)
+
+
+def warm(*folders: Path) -> None:
+    """Read every file, so that the system has it in memory."""
+    for file in (file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()):
+        with file.open("rb", buffering=0) as handle:
+            while handle.read(8 << 20):
+                pass
 
 
 def blocks_for(gigabytes: float) -> int:
@@ -118,14 +141,18 @@ def recipes(a: str, b: str, c: str, blocks: int) -> dict[str, dict[str, Any]]:
 def timed(command: Sequence[str], log: Path) -> Run:
     """Run a program and wait until the disk has what it wrote; memory is the largest that was resident."""
     os.sync()
-    done = subprocess.run([sys.executable, "-c", LAUNCH, str(log), *command], capture_output=True, text=True, check=True)
+    # Installed programs are compiled; ours may run from a checkout.
+    compiled = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([sys.executable, "-c", LAUNCH, str(log), *command], capture_output=True, text=True, check=True, env=compiled)
     seconds, rss_mb, code = json.loads(done.stdout)
     if code:
         raise click.ClickException(f"{' '.join(command)} ended with {code}:\n{log.read_text(errors='replace')[-2000:]}")
     return Run(seconds, rss_mb)
 
 
-def measured(method: str, recipe: dict[str, Any], scratch: Path, rounds: int, mergekit: Path | None, reflink: bool) -> dict[str, float]:
+def measured(
+    method: str, recipe: dict[str, Any], donors: list[Path], scratch: Path, rounds: int, mergekit: Path | None, reflink: bool
+) -> dict[str, float]:
     """Time all programs on one recipe, in turns; the last result of ours is what `cp` copies."""
     path, out, log = scratch / f"{method}.yaml", scratch / "out", scratch / "log"
     path.write_text(yaml.safe_dump(recipe))
@@ -136,8 +163,10 @@ def measured(method: str, recipe: dict[str, Any], scratch: Path, rounds: int, me
         commands |= {"mergekit_default": yaml_command, "mergekit": [*yaml_command, *BEST_FLAGS]}
     commands |= {"cp": ["cp", "-r", str(kept), str(out)]}
     runs: dict[str, list[Run]] = {name: [] for name in commands}
+    timed([*commands["ours"], "--dry-run"], log)
     for _ in range(rounds):
         for name, command in commands.items():
+            warm(*([kept] if name == "cp" else donors))
             runs[name].append(timed(command, log))
             if name == "ours":
                 shutil.rmtree(kept, ignore_errors=True)
@@ -152,8 +181,12 @@ def measured(method: str, recipe: dict[str, Any], scratch: Path, rounds: int, me
     def ratio(slow: str, fast: str) -> float:
         return statistics.median(one.seconds / other.seconds for one, other in zip(runs[slow], runs[fast], strict=True))
 
+    read, written = moved_bytes(path)
+    floor = (read + written) / (2 * written)
     figures = {"ours_s": median("ours", "seconds"), "cp_s": median("cp", "seconds"), "ours_over_cp": ratio("ours", "cp"),
-               "ours_rss_mb": median("ours", "rss_mb")}  # fmt: skip
+               "ours_rss_mb": median("ours", "rss_mb"), "read_gb": read / 1e9, "written_gb": written / 1e9,
+               "cp_gb_per_s": 2 * written / 1e9 / median("cp", "seconds"), "floor_s": floor * median("cp", "seconds"),
+               "ours_over_floor": ratio("ours", "cp") / floor}  # fmt: skip
     if mergekit:
         figures |= {"mergekit_s": median("mergekit", "seconds"), "mergekit_default_s": median("mergekit_default", "seconds"),
                     "mergekit_over_ours": ratio("mergekit", "ours"), "mergekit_rss_mb": median("mergekit", "rss_mb")}  # fmt: skip
@@ -183,14 +216,14 @@ def main(
         a, b, *c = map(str, donors)
         for method in chosen:
             recipe = recipes(a, b, c[0] if c else b, blocks)[method]
-            figures[method] = measured(method, recipe, folder, rounds, mergekit, reflink)
+            figures[method] = measured(method, recipe, donors, folder, rounds, mergekit, reflink)
     if as_json:
         click.echo(json.dumps(figures, indent=2))
         return
     made = f"{gigabytes} GB a donor, {rounds} rounds, {os.cpu_count()} cores, {platform.system()} {platform.release()}"
-    table = Table("method", *next(iter(figures.values())), title=f"frankenmerge {frankenmerge.__version__}: {made}")
-    for method, found in figures.items():
-        table.add_row(method, *(f"{value:.3g}" for value in found.values()))
+    table = Table("figure", *figures, title=f"frankenmerge {frankenmerge.__version__}: {made}")
+    for figure in next(iter(figures.values())):
+        table.add_row(figure, *(f"{found[figure]:.3g}" for found in figures.values()))
     Console().print(table)
 
 

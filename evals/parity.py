@@ -4,6 +4,10 @@ Donors are float32 Llamas with random weights, the models a few thousandths from
 equal changes stay is left to chance in mergekit. Both compute in float32. For every recipe: the largest difference over
 the tensor's largest magnitude, and the share of elements that differ once rounded to bfloat16. Random methods are compared by
 what they do to the changes: their mean, their variance, the share that is not 0.
+
+Then the same donors in bfloat16, merged into bfloat16, for the methods whose result is a linear combination: the share of elements that
+are not the nearest to the float64 result, ours and mergekit's, its `dtype` bfloat16 as in most recipes, or float32 with `out_dtype`.
+The float64 result has its inner products and sums in float64, the formulas of the coefficients being `methods/span.py`'s.
 """
 
 import json
@@ -24,12 +28,14 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from frankenmerge.merging.methods import METHODS
+from frankenmerge.merging.methods import METHODS, span
+from frankenmerge.merging.methods.inputs import Part, inputs_of
 
 MERGEKIT = "0.1.5"
 NEEDS = ("accelerate", "click", "huggingface_hub", "immutables", "peft", "protobuf", "pydantic", "safetensors", "scipy", "sentencepiece")
 NEEDS += ("tokenizers", "tqdm", "transformers", "typing-extensions")
 SEED = 0
+WIDTH, INNER, VOCABULARY = 64, 160, 512
 
 PEER = """
 import sys
@@ -56,10 +62,15 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return ", ".join([self.method, *(f"{name} {value}" for name, value in self.parameters.items())])
 
-    def recipe(self, donors: Path) -> dict[str, Any]:
+    @property
+    def title(self) -> str:
+        """With what tells it from the other cases."""
+        return str(self) + ", base" * (METHODS[self.method].base == "optional" and self.base)
+
+    def recipe(self, donors: Path, **types: str) -> dict[str, Any]:
         """As mergekit reads it; where it wants the base among the models, it is there."""
         models = [{"model": str(donors / str(number)), "parameters": own} for number, own in enumerate(self.models)]
-        recipe: dict[str, Any] = {"merge_method": self.method, "dtype": "float32", "parameters": self.parameters}
+        recipe: dict[str, Any] = {"merge_method": self.method, "parameters": self.parameters} | types
         if self.base:
             recipe["base_model"] = str(donors / "base")
         if self.method in ("slerp", "nearswap", "arcee_fusion", "model_stock"):
@@ -87,34 +98,39 @@ def cases() -> list[Case]:
     return found
 
 
-def write_donors(folder: Path) -> dict[str, dict[str, Tensor]]:
+def made_donors() -> dict[str, dict[str, Tensor]]:
     """Llamas of two blocks: a base and three models."""
-    width, inner, vocabulary = 64, 160, 512
-    shapes = {"model.embed_tokens.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width), "model.norm.weight": (width,)}
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "lm_head.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
     for block in range(2):
         for name, shape in {
-            **{f"self_attn.{letter}_proj": (width, width) for letter in "qkvo"},
-            **{"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)},
-            **{"input_layernorm": (width,), "post_attention_layernorm": (width,)},
+            **{f"self_attn.{letter}_proj": (WIDTH, WIDTH) for letter in "qkvo"},
+            **{"mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH), "mlp.down_proj": (WIDTH, INNER)},
+            **{"input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,)},
         }.items():
             shapes[f"model.layers.{block}.{name}.weight"] = shape
-    config = {
-        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "intermediate_size": inner},
-        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": vocabulary, "rms_norm_eps": 1e-5},
-        **{"tie_word_embeddings": False, "torch_dtype": "float32", "max_position_embeddings": 64},
-    }
-    tokenizer = {"model": {"type": "BPE", "vocab": {f"t{index}": index for index in range(vocabulary)}, "merges": []}}
     generator = torch.Generator().manual_seed(SEED)
     base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     donors = {"base": base}
     for number in range(3):
         donors[str(number)] = {name: tensor + 0.005 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()}
-    for name, tensors in donors.items():
-        (folder / name).mkdir()
+    return donors
+
+
+def write_donors(donors: dict[str, dict[str, Tensor]], dtype: torch.dtype, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Write them in a type; what is returned is what was written."""
+    config = {
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": INNER},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5},
+        **{"tie_word_embeddings": False, "torch_dtype": str(dtype).removeprefix("torch."), "max_position_embeddings": 64},
+    }
+    tokenizer = {"model": {"type": "BPE", "vocab": {f"t{index}": index for index in range(VOCABULARY)}, "merges": []}}
+    written = {name: {key: tensor.to(dtype) for key, tensor in tensors.items()} for name, tensors in donors.items()}
+    for name, tensors in written.items():
+        (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(config))
         (folder / name / "tokenizer.json").write_text(json.dumps(tokenizer))
         save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
-    return donors
+    return written
 
 
 def ours(recipes: list[Path]) -> None:
@@ -134,17 +150,91 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+def peer_version(python: Path) -> str | None:
+    """The version of the mergekit that an interpreter has; None without."""
+    program = "from importlib.metadata import version; print(version('mergekit'))"
+    done = subprocess.run([python, "-c", program], capture_output=True, text=True) if python.exists() else None
+    return done.stdout.strip() if done and not done.returncode else None
+
+
 def peer_python(folder: Path) -> Path:
     """The interpreter of the environment in `folder`, made with mergekit in it where it is not there yet."""
     python = folder / "bin" / "python"
-    ready = folder / f".mergekit-{MERGEKIT}"
-    if not ready.exists():
+    if peer_version(python) is None:
         venv.create(folder, with_pip=True)
         torch_version = torch.__version__.split("+")[0]
         for packages in ([f"torch=={torch_version}"], ["--no-deps", f"mergekit=={MERGEKIT}"], [f"torch=={torch_version}", *NEEDS]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-        ready.touch()
     return python
+
+
+def merged(listed: list[tuple[Case, dict[str, str]]], donors: Path, folder: Path, python: Path) -> list[tuple[dict, dict]]:
+    """Merge every case in its types by both programs: (ours, mergekit's) for each."""
+    folder.mkdir()
+    recipes = [folder / f"{number:03}.yaml" for number in range(len(listed))]
+    for recipe, (case, types) in zip(recipes, listed, strict=True):
+        recipe.write_text(yaml.safe_dump(case.recipe(donors, **types)))
+    ours(recipes)
+    checked_run([python, "-c", PEER, folder])
+    return [(tensors_of(folder / f"{recipe.stem}-ours"), tensors_of(folder / recipe.stem)) for recipe in recipes]
+
+
+def exact(case: Case, donors: dict[str, dict[str, Tensor]], name: str) -> np.ndarray:
+    """One tensor of a linear combination, in float64."""
+
+    def part(donor: str, parameters: dict[str, float]) -> Part:
+        flat = donors[donor][name].double().flatten().numpy()
+        return Part(lambda start, stop: flat[start:stop], parameters)
+
+    parts = [part(str(number), own) for number, own in enumerate(case.models)]
+    shape = tuple(donors["base"][name].shape)
+    base = part("base", {}) if case.base else None
+    inputs, coefficients, per = span.RULES[case.method](
+        inputs_of(case.method, parts, base, shape=shape, parameters=case.parameters, name=name, seed=0)
+    )
+    start = inputs.base.read(0, inputs.size) if inputs.base else np.zeros(inputs.size)
+    vectors = np.stack([part.read(0, inputs.size) - (start if inputs.base else 0) for part in inputs.parts])
+    matrices = vectors.reshape(len(vectors), 1, -1) if per == "tensor" else vectors.reshape(len(vectors), -1, inputs.width)
+    if per == "column":
+        matrices = matrices.swapaxes(1, 2)
+    if callable(coefficients):
+        found = coefficients(np.einsum("ikd,jkd->kij", matrices, matrices))
+    else:
+        found = coefficients[None]
+    total = np.einsum("kn,nkd->kd", found, matrices)
+    return start + (total.T if per == "column" else total).reshape(-1)
+
+
+def rounded_once(values: np.ndarray) -> np.ndarray:
+    """Float64 to the nearest bfloat16, of two the even one: 45 of 52 binary places go. None is subnormal here."""
+    bits = values.view(np.int64)
+    return ((bits + (1 << 44) - 1 + (bits >> 45 & 1)) >> 45 << 45).view(np.float64)
+
+
+def wrong(found: dict[str, Tensor], case: Case, donors: dict[str, dict[str, Tensor]]) -> float:
+    """The share of elements that are not the bfloat16 nearest to the float64 result; of two as near, either will do.
+
+    Weights such as 5/12 put percents of the elements halfway between two, but for float64's own rounding.
+    """
+    off = count = 0
+    for name, tensor in found.items():
+        made, value = tensor.double().flatten().numpy(), exact(case, donors, name)
+        off += int((abs(made - value) > (1 + 1e-9) * abs(rounded_once(value) - value)).sum())
+        count += len(made)
+    return off / count
+
+
+def rounding(donors: dict[str, dict[str, Tensor]], folder: Path, python: Path) -> list[dict[str, Any]]:
+    """How often an element of bfloat16 is not the nearest to the float64 result."""
+    written = write_donors(donors, torch.bfloat16, folder / "bf16")
+    usual, wide = {"dtype": "bfloat16"}, {"dtype": "float32", "out_dtype": "bfloat16"}
+    listed = [case for case in cases() if case.method in span.RULES]
+    made = merged([(case, types) for case in listed for types in (usual, wide)], folder / "bf16", folder / "rounding", python)
+    rows = []
+    for case, narrow, other in zip(listed, made[::2], made[1::2], strict=True):
+        shares = {"ours": narrow[0], "mergekit": narrow[1], "mergekit_float32": other[1]}
+        rows.append({"recipe": case.title} | {name: wrong(found, case, written) for name, found in shares.items()})
+    return rows
 
 
 def compare(case: Case, found: dict[str, Tensor], peer: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Any]:
@@ -161,33 +251,29 @@ def compare(case: Case, found: dict[str, Tensor], peer: dict[str, Tensor], base:
 
 @click.command()
 @click.option(
-    "--venv", "environment", type=click.Path(path_type=Path), default=Path(".mergekit"), show_default=True, help="mergekit's own."
-)
+    "--venv", "environment", type=click.Path(path_type=Path), default=Path(".mergekit"), show_default=True,
+    help="An environment with mergekit; made where there is none.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(environment: Path, as_json: bool) -> None:
     """Merge by every method with `frankenmerge merge` and with mergekit, and print how far the results are apart."""
     python = peer_python(environment.absolute())
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        donors = write_donors(folder)
+        donors = write_donors(made_donors(), torch.float32, folder / "float32")
         listed = cases()
-        recipes = [folder / f"{number:02}.yaml" for number in range(len(listed))]
-        for recipe, case in zip(recipes, listed, strict=True):
-            recipe.write_text(yaml.safe_dump(case.recipe(folder)))
-        ours(recipes)
-        checked_run([python, "-c", PEER, folder])
         rows = []
-        for recipe, case in zip(recipes, listed, strict=True):
-            found, peer = tensors_of(folder / f"{recipe.stem}-ours"), tensors_of(folder / recipe.stem)
+        made = merged([(case, {"dtype": "float32"}) for case in listed], folder / "float32", folder / "recipes", python)
+        for case, (found, peer) in zip(listed, made, strict=True):
             assert found.keys() == peer.keys() == donors["base"].keys()
-            rows.append({"recipe": str(case) + ", base" * (METHODS[case.method].base == "optional" and case.base)})
-            rows[-1] |= compare(case, found, peer, donors["base"])
-    versions = {"mergekit": MERGEKIT, "torch": torch.__version__, "python": platform.python_version()}
+            rows.append({"recipe": case.title} | compare(case, found, peer, donors["base"]))
+        off = rounding(donors, folder, python)
+    versions = {"mergekit": peer_version(python), "torch": torch.__version__, "python": platform.python_version()}
     if as_json:
-        click.echo(json.dumps({"rows": rows, "seed": SEED, "versions": versions}))
+        click.echo(json.dumps({"rows": rows, "rounding": off, "seed": SEED, "versions": versions}))
         return
     console = Console()
-    exact = Table("recipe", "largest difference", "bf16 that differ", title=f"deterministic, against mergekit {MERGEKIT}")
+    exact = Table("recipe", "largest difference", "bf16 that differ", title=f"deterministic, against mergekit {versions['mergekit']}")
     chance = Table("recipe", "figure", "ours", "mergekit", title=f"random, seed {SEED}")
     for row in rows:
         if "ours" in row:
@@ -197,6 +283,10 @@ def main(environment: Path, as_json: bool) -> None:
             exact.add_row(row["recipe"], f"{row['largest_difference']:.1e}", f"{row['bf16_differ']:.2%}")
     console.print(exact)
     console.print(chance)
+    rounds = Table("recipe", "ours", "mergekit", "mergekit, float32", title="bf16 elements that are not the nearest to the float64 result")
+    for row in off:
+        rounds.add_row(row["recipe"], *(f"{row[name]:.3%}" for name in ("ours", "mergekit", "mergekit_float32")))
+    console.print(rounds)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from typing import TYPE_CHECKING, Any
 
 from frankenmerge.errors import fail
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PROVENANCE = "frankenmerge.json"
 """The file beside a merged checkpoint that names the origin of every tensor."""
@@ -77,18 +76,23 @@ def write_file(path: Path, content: bytes) -> None:
         beside.write_bytes(content)
 
 
-def write_arrays(path: Path, kind: str, arrays: dict[str, np.ndarray], told: dict[str, Any]) -> None:
+def write_arrays(path: Path, kind: str, arrays: "dict[str, np.ndarray]", told: dict[str, Any]) -> None:
     """Write an artefact: named arrays, and one JSON object as metadata, its key the kind of the artefact.
 
     A single key, because the library writes several in an order that changes from one call to the next.
     """
+    import numpy as np
+    from safetensors.numpy import save_file
+
     contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
     with growing(path) as beside:
         save_file(contiguous, beside, {kind: json.dumps(told, sort_keys=True)})
 
 
-def read_arrays(path: Path, kind: str, expected: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_arrays(path: Path, kind: str, expected: str) -> "tuple[dict[str, np.ndarray], dict[str, Any]]":
     """Read an artefact of `kind`. Raises FrankenmergeError, saying what was `expected`, for anything else."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "np") as handle:
             metadata = handle.metadata() or {}
@@ -104,6 +108,8 @@ def read_arrays(path: Path, kind: str, expected: str) -> tuple[dict[str, np.ndar
 
 def kind_of(path: Path) -> str | None:
     """The kind of an artefact, or None for other safetensors files. Raises FrankenmergeError for what is none."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "np") as handle:
             return next((key for key in handle.metadata() or {} if key.startswith("frankenmerge.")), None)

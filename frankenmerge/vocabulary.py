@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import count
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from frankenmerge.architectures import quantity
 from frankenmerge.checkpoint import Checkpoint
@@ -12,6 +10,9 @@ from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.headers import Tensor, read_json
 from frankenmerge.recipe import Recipe
 from frankenmerge.schema import Row, Zero
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Tokens = dict[str, int]
 """Ids by token."""
@@ -100,9 +101,9 @@ class Rows(NamedTuple):
     donors: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     """What the rows are taken from, one for each donor."""
-    origin: np.ndarray
+    origin: "np.ndarray"
     """For each row of the result the number of its donor, -1 for zeros; int16 `[v]`."""
-    row: np.ndarray
+    row: "np.ndarray"
     """For each row of the result its place in the donor's matrix; int32 `[v]`."""
 
 
@@ -121,6 +122,8 @@ def rows_of(donor: str, tensors: Mapping[str, Tensor], vocabulary: Vocabulary, r
     Raises:
         FrankenmergeError: for a token's source that has no such row.
     """
+    import numpy as np
+
     names = list(tensors)
     asked = (recipe.tokenizer and recipe.tokenizer.tokens) or {}
     ids = {name: {token: index for token, index in vocabulary.donors[name].items() if index < tensors[name].shape[0]} for name in names}

@@ -41,7 +41,7 @@ LAYERS = (
 """What lies directly in the package. A part imports from lower layers and its own; a stage from no other stage."""
 
 HEAVY = ("torch", "transformers", "accelerate", "safetensors.torch")
-METHODS = {f"merging.methods.{name}" for name in ("combine", "inputs", "span", "sparse", "select", "noise", "fusion")}
+METHODS = {f"merging.methods.{name}" for name in ("combine", "torch_span", "sparse", "select", "noise", "fusion")}
 MAY_BE_HEAVY = {"models", "fitting", "blockwise", "analysis", "evaluation", "reporting", "demo", *METHODS}
 """The parts and modules that may import these when they are imported; all others do it in the functions that need them."""
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-import numpy as np
 
 from frankenmerge.cli.console import json_option, out, print_json, progress, table
 from frankenmerge.errors import fail
@@ -212,7 +211,7 @@ def _tell(console, found: Found, output: Path) -> None:
     console.rule("5. Did the plan keep its word?")
     console.print(results_table(found.results, "On held-out code and prose (bits per byte; lower is better)"))
     ours = found.results[2].total.bits_per_byte
-    beaten = int(np.sum(np.array(found.randoms) > ours))
+    beaten = sum(random > ours for random in found.randoms)
     console.print(f"The planned recipe beats {beaten} of {len(found.randoms)} random recipes of its depth ({found.seconds:.0f} s in all).")
     console.print(
         f"\nEverything is in {output}: atlases, alignment, recipe, evidence, evaluation, and the checkpoint in {output / 'merged'}.",

@@ -1,23 +1,31 @@
 """Computed tensors: read, combined, rounded once, written. Nothing larger than a few chunks is held, but for what is turned."""
 
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from frankenmerge.checkpoint import BYTES_OF, Tensor
 from frankenmerge.errors import Fault, FrankenmergeError, fail
 from frankenmerge.gauge import Turn, turned
 from frankenmerge.merging.copying import CHUNK, flush, write_fully
+from frankenmerge.merging.methods.inputs import Part, inputs_of
+from frankenmerge.merging.reading import Handles, all_finite, broken, elements, raw_reader, read_fully, tensor_reader
 from frankenmerge.merging.schedule import Combine, Input, Operation, Rotate
 from frankenmerge.merging.shards import readings
 from frankenmerge.splice import DTYPE_NAMES
-from frankenmerge.vocabulary import Rows
 
 if TYPE_CHECKING:
     import torch
+
+    from frankenmerge.merging.methods.span import Combination
+
+Chunks = Iterator[tuple[memoryview, bool]]
+"""The bytes of a tensor's elements, in order, and whether these are finite; each good until the next is asked for."""
+
+Reader = Callable[[Input], Callable[[int, int], Any]]
+"""From what is given to how it is read: `Part.read`."""
+
+Arithmetic = Literal["C", "torch"]
 
 _EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
 """Per type: the unsigned integer of its width, and the bits of the exponent, all set in NaN and Inf alone."""
@@ -40,15 +48,21 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def arithmetic(operation: Combine | Rotate, device: str) -> Arithmetic:
+    """What computes a tensor: C where it can, which is the quickest and needs no torch; torch otherwise."""
+    from frankenmerge.merging.methods import native_span, span
+
+    if device != "cpu" or not isinstance(operation, Combine) or operation.method not in span.RULES:
+        return "torch"
+    return "C" if native_span.can(_combination(operation, lambda _: _unread)) else "torch"
+
+
+def _unread(start: int, stop: int) -> NoReturn:
+    raise AssertionError("how a tensor is computed does not depend on its elements")
+
+
 def compute(
-    operation: Combine,
-    handles: Mapping[Path, int],
-    target: int,
-    position: int,
-    moved: Callable[[int], None],
-    *,
-    device: str,
-    allow_nan: bool,
+    operation: Combine, handles: Handles, target: int, position: int, moved: Callable[[int], None], *, device: str, allow_nan: bool
 ) -> None:
     """Compute one tensor and write it to the file `target` at `position`.
 
@@ -56,49 +70,73 @@ def compute(
     float32, and each element is rounded once. Raises FrankenmergeError, unless `allow_nan`, for NaN and Inf in an input,
     named, or in the result.
     """
-    from frankenmerge.merging.methods.combine import Part, combine
+    by = _by_c if arithmetic(operation, device) == "C" else partial(_by_torch, device=device)
+    _write(by(operation, handles, allow_nan=allow_nan), operation, operation.method, target, position, moved, allow_nan=allow_nan)
 
-    def part(given: Input) -> Part:
-        read = _read if given.rows is None else _read_rows
-        return Part(partial(read, given, handles, device=device, allow_nan=allow_nan), given.parameters)
 
-    parts, base = [part(given) for given in operation.inputs], part(operation.base) if operation.base else None
-    chunks = combine(
-        operation.method, parts, base, shape=operation.shape, parameters=operation.parameters, name=operation.name, seed=operation.seed
-    )
-    _write(chunks, operation, operation.method, target, position, moved, allow_nan=allow_nan)
+def _by_c(operation: Combine, handles: Handles, *, allow_nan: bool) -> Chunks:
+    from frankenmerge.merging.methods import native_span
+
+    combination = _combination(operation, partial(raw_reader, handles=handles, allow_nan=allow_nan))
+    return native_span.rounded(combination, operation.dtype, allow_nan=allow_nan)
+
+
+def _by_torch(operation: Combine, handles: Handles, *, device: str, allow_nan: bool) -> Chunks:
+    from frankenmerge.merging.methods.combine import combine
+
+    parts, base = _parts(operation, partial(tensor_reader, handles=handles, device=device, allow_nan=allow_nan))
+    return _rounded(combine(operation.method, parts, base, **_whole(operation)), operation.dtype)
+
+
+def _combination(operation: Combine, reader: Reader) -> "Combination":
+    from frankenmerge.merging.methods import span
+
+    parts, base = _parts(operation, reader)
+    return span.RULES[operation.method](inputs_of(operation.method, parts, base, **_whole(operation)))
+
+
+def _parts(operation: Combine, reader: Reader) -> tuple[list[Part], Part | None]:
+    parts = [Part(reader(given), given.parameters) for given in operation.inputs]
+    return parts, Part(reader(operation.base)) if operation.base else None
+
+
+def _whole(operation: Combine) -> dict[str, Any]:
+    return {"shape": operation.shape, "parameters": operation.parameters, "name": operation.name, "seed": operation.seed}
 
 
 def rotate(
-    operation: Rotate, turn: Turn, handles: Mapping[Path, int], target: int, position: int, moved: Callable[[int], None], *, allow_nan: bool
+    operation: Rotate, turn: Turn, handles: Handles, target: int, position: int, moved: Callable[[int], None], *, allow_nan: bool
 ) -> None:
     """Turn one tensor, held whole, and write it as `compute` does; the arithmetic is in float64, on the CPU."""
     import torch
 
     def read(given: Input) -> "torch.Tensor":
-        values = _elements(given.tensor, handles, 0, math.prod(given.tensor.shape), torch.float64)
-        if not allow_nan and not _finite(values):
-            raise FrankenmergeError(_not_finite(given.donor, given.source))
+        values = elements(given.tensor, handles, 0, math.prod(given.tensor.shape), torch.float64)
+        if not allow_nan and not all_finite(values):
+            raise FrankenmergeError(broken(given.donor, given.source))
         return values.view(given.tensor.shape)
 
     made = turned(read(operation.given), operation.met, turn, read(operation.gain) if operation.gain else None)
-    _write([made.flatten()], operation, "a turn", target, position, moved, allow_nan=allow_nan)
+    _write(_rounded([made.flatten()], operation.dtype), operation, "a turn", target, position, moved, allow_nan=allow_nan)
+
+
+def _rounded(chunks: "Iterable[torch.Tensor]", dtype: str) -> Chunks:
+    import torch
+
+    for chunk in chunks:
+        made = chunk.to(getattr(torch, DTYPE_NAMES[dtype])).cpu().contiguous()
+        yield made.view(torch.uint8).numpy().data, all_finite(made)
 
 
 def _write(
-    chunks: Iterable["torch.Tensor"], operation: Combine | Rotate, by: str, target: int, position: int, moved: Callable[[int], None], *,
-    allow_nan: bool,
-) -> None:  # fmt: skip
-    """Round a tensor's flat chunks and write them one behind the other; `by` is what made them."""
-    import torch
-
+    chunks: Chunks, operation: Combine | Rotate, by: str, target: int, position: int, moved: Callable[[int], None], *, allow_nan: bool
+) -> None:
+    """Write a tensor's chunks one behind the other; `by` is what made them."""
     written, flushed = position, position
-    for chunk in chunks:
-        rounded = chunk.to(getattr(torch, DTYPE_NAMES[operation.dtype])).cpu().contiguous()
-        if not allow_nan and not _finite(rounded):
+    for content, finite in chunks:
+        if not allow_nan and not finite:
             remedy = f"look at the method's parameters, choose a dtype wider than {operation.dtype}, or go on with --allow-nan"
             raise fail(operation.name, f"finite numbers from {by}", "NaN or Inf", remedy)
-        content = rounded.view(torch.uint8).numpy().data
         write_fully(target, content, written)
         written += len(content)
         moved(len(content))
@@ -106,76 +144,6 @@ def _write(
             flush(target, flushed, written - flushed)
             flushed = written
     flush(target, flushed, written - flushed)
-
-
-def _read(given: Input, handles: Mapping[Path, int], start: int, stop: int, *, device: str, allow_nan: bool) -> "torch.Tensor":
-    """Flat elements [start, stop) of an input in float32."""
-    made = _elements(given.tensor, handles, start, stop).to(device)
-    if not allow_nan and not _finite(made):
-        raise FrankenmergeError(_not_finite(given.donor, given.source))
-    return made
-
-
-def _read_rows(given: Input, handles: Mapping[Path, int], start: int, stop: int, *, device: str, allow_nan: bool) -> "torch.Tensor":
-    """Flat elements [start, stop), in float32, of a matrix whose rows come from several donors' matrices."""
-    import torch
-
-    assert given.rows
-    width = math.prod(given.tensor.shape[1:])
-    first, last = start // width, -(-stop // width)
-    made = torch.zeros((last - first) * width)
-    for donor, row, place, count in _runs(given.rows, first, last):
-        taken = _elements(given.rows.tensors[donor], handles, row * width, (row + count) * width)
-        if not allow_nan and not _finite(taken):
-            raise FrankenmergeError(_not_finite(given.rows.donors[donor], given.source))
-        made[(place - first) * width : (place - first + count) * width] = taken
-    return made[start - first * width : stop - first * width].to(device)
-
-
-def _runs(rows: Rows, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
-    """Rows [first, last) of the result as (donor, its row, the result's row, how many follow one another); zeros left out."""
-    place = first
-    while place < last:
-        donor, row, count = int(rows.origin[place]), int(rows.row[place]), 1
-        while place + count < last and rows.origin[place + count] == donor and rows.row[place + count] == row + count:
-            count += 1
-        if donor >= 0:
-            yield donor, row, place, count
-        place += count
-
-
-def _elements(
-    tensor: Tensor, handles: Mapping[Path, int], start: int, stop: int, dtype: "torch.dtype | None" = None
-) -> "torch.Tensor":  # fmt: skip
-    """Flat elements [start, stop) as the file has them, in `dtype`, float32 when absent."""
-    import torch
-
-    width = BYTES_OF[tensor.dtype]
-    content = read_fully(handles[tensor.file], tensor, start * width, stop * width)
-    return torch.frombuffer(content, dtype=getattr(torch, DTYPE_NAMES[tensor.dtype])).to(dtype or torch.float32)
-
-
-def read_fully(handle: int, tensor: Tensor, start: int, stop: int) -> bytearray:
-    """Bytes [start, stop) of a tensor. Raises OSError where the file ends before."""
-    content = bytearray(stop - start)
-    view, position = memoryview(content), tensor.start + start
-    while view:
-        done = os.preadv(handle, [view], position)
-        if not done:
-            raise OSError(f"{tensor.file} ended at byte {os.fstat(handle).st_size:,}")
-        view, position = view[done:], position + done
-    return content
-
-
-def _finite(values: "torch.Tensor") -> bool:
-    """Whether all are finite; a sum tells it in one pass, unless finite numbers overflow it."""
-    import torch
-
-    return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(values.isfinite().all())
-
-
-def _not_finite(donor: str, source: str) -> Fault:
-    return Fault(f"{donor}: {source}", "finite numbers", "NaN or Inf", "repair or replace the donor, or go on with --allow-nan")
 
 
 def not_finite(operations: Sequence[Operation]) -> list[Fault]:
@@ -191,6 +159,6 @@ def not_finite(operations: Sequence[Operation]) -> list[Fault]:
             for start in range(0, tensor.bytes, CHUNK):
                 content = read_fully(handle.fileno(), tensor, start, min(start + CHUNK, tensor.bytes))
                 if ((np.frombuffer(content, unsigned) & mask) == mask).any():
-                    faults.append(_not_finite(donor, source))
+                    faults.append(broken(donor, source))
                     break
     return faults

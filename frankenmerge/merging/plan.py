@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
-from frankenmerge.merging.computing import check_device, not_finite
+from frankenmerge.merging.computing import Arithmetic, arithmetic, check_device, not_finite
 from frankenmerge.merging.copying import clonable
 from frankenmerge.merging.journal import work_folder
 from frankenmerge.merging.schedule import Copy, Operation, schedule
@@ -54,6 +54,8 @@ class Plan(NamedTuple):
     """The donors' files of which blocks can be shared."""
     turns: Mapping[int, "Fit"]
     """Of the slices that have a gauge, by number."""
+    arithmetics: frozenset[Arithmetic]
+    """What computes, some tensors the one, others the other; none where all are copied."""
 
     @property
     def bytes(self) -> int:
@@ -88,8 +90,11 @@ def planned(
     raise_all(operation_faults(operations, files))
     files &= {reading.tensor.file for operation in operations for reading in readings(operation)}
     sharing = clonable(files, _existing(output)) if options.reflink else frozenset()
-    plan = Plan(operations, plan_shards(operations, options.shard_size, sharing), sharing, {})
-    if plan.computed:
+    arithmetics: frozenset[Arithmetic] = frozenset(
+        arithmetic(operation, options.device) for operation in operations if not isinstance(operation, Copy)
+    )
+    plan = Plan(operations, plan_shards(operations, options.shard_size, sharing), sharing, {}, arithmetics)
+    if "torch" in arithmetics:
         check_device(options.device)
     if share.first:
         new = sum(shard.bytes for shard in plan.shards if not shard.cloned)

@@ -13,38 +13,39 @@ from frankenmerge.merging.shards import Shard
 from frankenmerge.recipe import Recipe
 
 if TYPE_CHECKING:
-    from frankenmerge.fitting import Fit
+    pass
 
 
 def provenance(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], shards: Sequence[Shard], checksums: Mapping[str, str], turns: Mapping[int, "Fit"],
-    files: Mapping[str, bytes],
-) -> dict[str, Any]:  # fmt: skip
+    recipe: Recipe, donors: Mapping[str, Checkpoint], plan: "Plan", checksums: Mapping[str, str], files: Mapping[str, bytes]
+) -> dict[str, Any]:
     """Return what `frankenmerge.json` holds.
 
     A shard is told by its size and the hash of its header, which cost nothing; `checksums`, hashes of whole shards by name,
     cost a read of every byte and are there when they were asked for. `files` are the small files beside them.
     """
-    operations = [operation for shard in shards for operation in shard.operations]
+    operations = [operation for shard in plan.shards for operation in shard.operations]
     versions = {"python": platform.python_version()}
-    if any(not isinstance(operation, Copy) for operation in operations):
+    if plan.arithmetics:
         from importlib.metadata import version
 
-        versions["torch"] = version("torch")
+        versions |= {name: version(name) for name in ("numpy", *(("torch",) if "torch" in plan.arithmetics else ()))}
     gauges = {
-        str(number): {"rotation": fit.turn.hash, "scale": fit.turn.scale, "held_out_r2": 1 - fit.residual} for number, fit in turns.items()
+        str(number): {"rotation": fit.turn.hash, "scale": fit.turn.scale, "held_out_r2": 1 - fit.residual}
+        for number, fit in plan.turns.items()
     }
     texts = texts_of(recipe)
     return {
         "frankenmerge": frankenmerge.__version__,
         "versions": versions,
+        **({"arithmetic": sorted(plan.arithmetics)} if plan.arithmetics else {}),
         "recipe_sha256": hashlib.sha256(recipe.dump().encode()).hexdigest(),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "donors": {name: {"fingerprint": donor.fingerprint} for name, donor in donors.items()},
         "shards": {
             shard.name: {"bytes": shard.bytes, "header_sha256": hashlib.sha256(shard.header).hexdigest()}
             | ({"sha256": checksums[shard.name]} if shard.name in checksums else {})
-            for shard in shards
+            for shard in plan.shards
         },
         "tensors": {operation.name: origin(operation) for operation in operations},
         **({"gauges": gauges} if gauges else {}),

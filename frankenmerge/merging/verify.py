@@ -11,9 +11,9 @@ from frankenmerge.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.files import PROVENANCE
 from frankenmerge.headers import HEADER_LIMIT, Tensor, read_json
-from frankenmerge.merging.computing import read_fully
 from frankenmerge.merging.copying import CHUNK
 from frankenmerge.merging.provenance import file_hash, origin
+from frankenmerge.merging.reading import read_fully
 from frankenmerge.merging.schedule import schedule
 from frankenmerge.recipe import open_donor, parse_recipe
 

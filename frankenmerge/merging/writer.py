@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import frankenmerge
 from frankenmerge.checkpoint import INDEX_NAME, Checkpoint
@@ -42,9 +42,6 @@ from frankenmerge.merging.tokenizer import tokenizer_files
 from frankenmerge.processes import Share
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import result_config
-
-if TYPE_CHECKING:
-    from frankenmerge.fitting import Fit
 
 
 class Merged(NamedTuple):
@@ -82,7 +79,7 @@ def merge(
     inputs |= {f"donor {name}": donor.fingerprint for name, donor in donors.items()}
     inputs["version of frankenmerge"] = frankenmerge.__version__
     if plan.computed:
-        inputs["device"] = chosen.device.partition(":")[0]
+        inputs |= {"device": chosen.device.partition(":")[0], "arithmetic": " and ".join(sorted(plan.arithmetics))}
     # A fit may differ in its last bits with the number of threads: shards of one merge are of one fit.
     inputs |= {f"turn of slice {number}": fit.turn.hash for number, fit in plan.turns.items()}
     kept = 0
@@ -97,7 +94,7 @@ def merge(
                 _write(plan, folder, chosen, share, progress)
                 grown = folder / GROWING
                 checksums = {shard.name: file_hash(grown / shard.name) for shard in plan.shards} if chosen.checksums else {}
-                for name, content in small_files(recipe, donors, plan.shards, checksums, plan.turns).items():
+                for name, content in small_files(recipe, donors, plan, checksums).items():
                     write_synced(grown / name, content)
                 sync(grown)
                 grown.rename(output)
@@ -143,7 +140,8 @@ def _jobs(
     for whole in ranges_of(shard):
         for piece in pieces(whole):
             yield partial(copy_range, piece, handles[piece.file], target, moved, cloning=shard.cloned)
-    for operation, position in shard.places:
+    # The largest first, so that no thread is left alone with one at the end.
+    for operation, position in sorted(shard.places, key=lambda place: -place.operation.bytes):
         if isinstance(operation, Combine):
             yield partial(compute, operation, handles, target, position, moved, device=options.device, allow_nan=options.allow_nan)
         elif isinstance(operation, Rotate):
@@ -167,15 +165,16 @@ def _run(jobs: Iterator[Callable[[], None]], pool: ThreadPoolExecutor, stop: thr
 @contextmanager
 def _crew(plan: Plan) -> Iterator[ThreadPoolExecutor]:
     """The threads that work: as many as cores for arithmetic, two for copies, which wait for the disk."""
-    if not plan.computed:
-        with ThreadPoolExecutor(2) as pool:
+    count = cores() if plan.computed else 2
+    if "torch" not in plan.arithmetics:
+        with ThreadPoolExecutor(count) as pool:
             yield pool
         return
     import torch
 
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(cores(), initializer=one_thread) as pool:
+        with ThreadPoolExecutor(count, initializer=one_thread) as pool:
             yield pool
     finally:
         torch.set_num_threads(threads)
@@ -192,23 +191,20 @@ def _open(files: set[Path]) -> Iterator[dict[Path, int]]:
         yield {file: stack.enter_context(file.open("rb", buffering=0)).fileno() for file in sorted(files)}
 
 
-def small_files(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[Shard], checksums: Mapping[str, str], turns: Mapping[int, "Fit"]
-) -> dict[str, bytes]:
+def small_files(recipe: Recipe, donors: Mapping[str, Checkpoint], plan: Plan, checksums: Mapping[str, str]) -> dict[str, bytes]:
     """Everything beside the weights, by name: config, index, tokenizer, recipe, card with its picture, provenance."""
     base = donors[recipe.base]
     config = result_config(recipe, donors)
     files = {"config.json": _json(config)}
-    if len(shards) > 1:
-        total = sum(shard.tensor_bytes for shard in shards)
-        weight_map = {operation.name: shard.name for shard in shards for operation in shard.operations}
-        files[INDEX_NAME] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+    if len(plan.shards) > 1:
+        weight_map = {operation.name: shard.name for shard in plan.shards for operation in shard.operations}
+        files[INDEX_NAME] = _json({"metadata": {"total_size": plan.bytes}, "weight_map": weight_map})
     files |= tokenizer_files(recipe, donors)
     if (generation := base.path / "generation_config.json").is_file():
         files[generation.name] = generation.read_bytes()
     files["recipe.yaml"] = recipe.dump().encode()
     files[PICTURE] = card_picture(recipe, donors).encode()
-    files[PROVENANCE] = _json(provenance(recipe, donors, shards, checksums, turns, files))
+    files[PROVENANCE] = _json(provenance(recipe, donors, plan, checksums, files))
     files["README.md"] = model_card(recipe, donors, config).encode()
     return files
 

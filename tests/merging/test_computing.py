@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import changed, write_donor
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +18,7 @@ from frankenmerge.checkpoint import Checkpoint, Tensor, open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging import computing, plan, writer
 from frankenmerge.merging.computing import not_finite
+from frankenmerge.merging.methods import native_span
 from frankenmerge.merging.schedule import Combine, Copy, Input, schedule
 from frankenmerge.merging.shards import readings
 from frankenmerge.merging.writer import merge
@@ -115,7 +117,86 @@ def test_the_provenance_names_the_parts_of_a_computed_tensor(linear, pair, tmp_p
             {"donor": str(second), "tensor": "model.norm.weight", "parameters": {"weight": 0.75}},
         ],
     }  # fmt: skip
-    assert told["versions"]["torch"] == torch.__version__.split("+")[0] or told["versions"]["torch"] == torch.__version__
+
+
+# The two arithmetics
+
+
+needs_extension = pytest.mark.skipif(native_span.native is None and not shutil.which("cc"), reason="no compiler has built the extension")
+
+
+@pytest.fixture
+def without_extension(monkeypatch):
+    """As where no compiler was there when the package was installed."""
+    return lambda: monkeypatch.setattr(native_span, "native", None)
+
+
+@needs_extension
+def test_the_provenance_says_what_computed(linear, pair, tmp_path, without_extension):
+    def told(name):
+        linear(*pair["F32"], tmp_path / name)
+        return json.loads((tmp_path / name / "frankenmerge.json").read_text())
+
+    by_c = told("c")
+    assert by_c["arithmetic"] == ["C"] and by_c["versions"].keys() == {"python", "numpy"}
+    without_extension()
+    by_torch = told("torch")
+    assert by_torch["arithmetic"] == ["torch"]
+    assert by_torch["versions"].pop("torch").split("+")[0] == torch.__version__.split("+")[0]
+    assert by_torch | {"arithmetic": ["C"]} == by_c
+
+
+@pytest.mark.parametrize("stored, made", [("F32", "F32"), ("BF16", "BF16"), ("F16", "F16"), ("F32", "BF16"), ("BF16", "F32")])
+def test_without_the_extension_the_bytes_are_the_same(linear, pair, tmp_path, without_extension, stored, made):
+    how = {"dtype": made, "weights": (0.3, 0.7)}
+    linear(*pair[stored], tmp_path / "c", **how)
+    without_extension()
+    linear(*pair[stored], tmp_path / "torch", **how)
+    one, other = tree(tmp_path / "c"), tree(tmp_path / "torch")
+    assert one.pop("frankenmerge.json") != other.pop("frankenmerge.json") and one == other
+
+
+@needs_extension
+@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "model_stock"])
+def test_what_is_computed_in_c_is_so_without_torch(pair, tmp_path, method):
+    first, second = map(str, pair["BF16"])
+    weight = {"parameters": {"weight": 0.4}} if method in ("linear", "task_arithmetic") else {}
+    listed = [{"model": name, **weight} for name in (first, second)]
+    recipe = {"models": listed, "merge_method": method} | ({} if method == "linear" else {"base_model": first})
+    recipe |= {"parameters": {"t": 0.3}} if method == "slerp" else {}
+    recipe |= {"models": [*listed, {"model": second}]} if method == "model_stock" else {}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, str(tmp_path / "recipe.yaml"), str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+LIGHT = """
+import sys
+from frankenmerge.cli import main
+try:
+    main(["merge", *sys.argv[1:]])
+except SystemExit as ended:
+    assert not ended.code
+print([name for name in ("torch", "transformers", "accelerate") if name in sys.modules])
+"""
+
+
+@needs_extension
+def test_what_one_arithmetic_began_the_other_does_not_resume(linear, pair, tmp_path, without_extension):
+    def broken(done):
+        raise OSError("the disk is gone")
+
+    options = {"shard_size": 100_000, "resume": True}
+    with pytest.raises(FrankenmergeError, match="the disk is gone"):
+        linear(*pair["BF16"], tmp_path / "out", options=options | {"progress": broken})
+    without_extension()
+    with pytest.raises(FrankenmergeError, match="another arithmetic"):
+        linear(*pair["BF16"], tmp_path / "out", options=options)
+
+
+# Rows and progress
 
 
 def test_progress_counts_computed_bytes(linear, pair, tmp_path):
@@ -124,7 +205,10 @@ def test_progress_counts_computed_bytes(linear, pair, tmp_path):
     assert sum(moved) == result.bytes == sum(tensor.nbytes for tensor in tensors_of(tmp_path / "out").values())
 
 
-def test_rows_of_several_donors_are_put_together(pair, tmp_path):
+@pytest.mark.parametrize("extension", [True, False])
+def test_rows_of_several_donors_are_put_together(pair, tmp_path, without_extension, extension):
+    if not extension:
+        without_extension()
     first, second = (open_checkpoint(str(folder)) for folder in pair["BF16"])
     rng = np.random.default_rng(0)
     count, name = 7001, "model.embed_tokens.weight"
@@ -312,7 +396,7 @@ from frankenmerge.merging.writer import merge
 from frankenmerge.recipe import Block, open_donors, recipe_of
 recipe = recipe_of([Block(sys.argv[1], index) for index in (0, 1, 0, 1)])
 result = merge(recipe, open_donors(recipe), Path(sys.argv[2]))
-heavy = sum(name in sys.modules for name in ("torch", "transformers"))
+heavy = sum(name in sys.modules for name in ("torch", "transformers", "numpy"))
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(result.bytes, int(peak) * 1024, heavy)
 """

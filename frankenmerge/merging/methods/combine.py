@@ -1,4 +1,4 @@
-"""Run a merge method on tensors that need not fit in memory.
+"""Run a merge method, by torch, on tensors that need not fit in memory.
 
 A method is a function of its `Inputs` that gathers its statistics, reading the tensors as often as it must, and returns a `Plan`
 that computes any chunk of the result. Statistics are summed over fixed blocks and random masks are a function of the element's
@@ -10,19 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from frankenmerge.errors import raise_all
-from frankenmerge.merging.methods import METHODS, Value, faults, fusion, resolved, span, sparse
-from frankenmerge.merging.methods.inputs import BLOCK, Inputs, Part, Plan
+from frankenmerge.merging.methods import Value, fusion, span, sparse
+from frankenmerge.merging.methods.inputs import BLOCK, Inputs, Part, Plan, inputs_of
+from frankenmerge.merging.methods.torch_span import plan_of
 
 RULES: dict[str, Callable[[Inputs], Plan]] = {
-    "passthrough": span.passthrough,
-    "linear": span.linear,
-    "slerp": span.slerp,
-    "nuslerp": span.nuslerp,
-    "multislerp": span.multislerp,
-    "karcher": span.karcher,
-    "task_arithmetic": span.task_arithmetic,
-    "model_stock": span.model_stock,
+    **{name: lambda inputs, rule=rule: plan_of(rule(inputs)) for name, rule in span.RULES.items()},
     "ties": sparse.ties,
     "dare_linear": sparse.dare_linear,
     "dare_ties": sparse.dare_ties,
@@ -65,10 +58,7 @@ def combine(
         FrankenmergeError: when the first chunk is asked for: for parameters or a number of models that the method cannot
             take, all faults together; for tensors whose statistics are not finite.
     """
-    raise_all(faults(method, [part.parameters for part in parts], parameters, base=base is not None, place=f"{name} ({method})"))
-    complete = [Part(part.read, resolved(method, part.parameters, per_model=True)) for part in parts]
-    wanted = None if METHODS[method].base == "none" else base
-    inputs = Inputs(complete, wanted, shape, resolved(method, parameters, per_model=False), name, seed)
+    inputs = inputs_of(method, parts, base, shape=shape, parameters=parameters, name=name, seed=seed)
     if not inputs.size:
         return
     plan = RULES[method](inputs)

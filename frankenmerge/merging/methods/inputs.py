@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+from frankenmerge.errors import Fault, raise_all
+from frankenmerge.merging.methods import METHODS, Value, faults, resolved
 
-from frankenmerge.merging.methods import Value
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 2**17
 """Elements of a statistics pass's step and of a random stream's block: 512 KiB of float32, which a core's own cache holds.
@@ -15,18 +16,29 @@ BLOCK = 2**17
 It is fixed, so that sums add up in one order whatever the chunks of the result are.
 """
 
-SEGMENT = 1024
+_SEGMENT = 1024
 
 Span = tuple[int, int]
 """Flat elements `[start, stop)`."""
 
 
+class Raw(NamedTuple):
+    """Elements as a file holds them."""
+
+    content: memoryview
+    dtype: str
+    """As safetensors names it."""
+    broken: Fault
+    """What to tell where NaN or Inf is among them."""
+
+
 class Part(NamedTuple):
     """One model's tensor."""
 
-    read: Callable[[int, int], Tensor]
-    """Flat elements `[start, stop)`, one-dimensional, contiguous, float32, on the device to compute on. The tensor is
-    overwritten by the method, and not looked at any more once the same part is read again."""
+    read: Callable[[int, int], Any]
+    """Flat elements `[start, stop)` as the arithmetic takes them. torch: a tensor, one-dimensional, contiguous, float32, on the
+    device to compute on; it is overwritten by the method. C: a `Raw`. Neither is looked at any more once the same part is
+    read again."""
     parameters: Mapping[str, Value] = {}
 
 
@@ -60,23 +72,38 @@ class Inputs(NamedTuple):
             step = max(1, step // self.width) * self.width
         return ((start, min(start + step, self.size)) for start in range(0, self.size, step))
 
-    def deltas(self, start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
+    def deltas(self, start: int, stop: int) -> "tuple[Tensor, list[Tensor]]":
         """The base and the task vectors: every model minus the base."""
         assert self.base
         base = self.base.read(start, stop)
         return base, [part.read(start, stop).sub_(base) for part in self.parts]
 
 
-def precise_sum(values: Tensor) -> float:
+def precise_sum(values: "Tensor") -> float:
     """Sum flat float32 values in float64; a segment is one output of the reduction, so that no number of threads changes the order."""
-    cut = len(values) // SEGMENT * SEGMENT
-    return float(values[:cut].view(-1, SEGMENT).sum(1, dtype=torch.float64).sum() + values[cut:].sum(dtype=torch.float64))
+    import torch
+
+    cut = len(values) // _SEGMENT * _SEGMENT
+    return float(values[:cut].view(-1, _SEGMENT).sum(1, dtype=torch.float64).sum() + values[cut:].sum(dtype=torch.float64))
 
 
 class Plan(NamedTuple):
     """A method whose statistics are gathered."""
 
-    chunk: Callable[[int, int], Tensor]
+    chunk: "Callable[[int, int], Tensor]"
     """The result's flat elements `[start, stop)`, float32."""
     rows: bool = False
     """Whether the spans must be whole rows."""
+
+
+def inputs_of(
+    method: str, parts: Sequence[Part], base: Part | None, *, shape: tuple[int, ...], parameters: Mapping[str, Value], name: str, seed: int
+) -> Inputs:  # fmt: skip
+    """What the method sees, defaults filled in and no base where it takes none.
+
+    Raises FrankenmergeError for parameters or a number of models that it cannot take, all faults together.
+    """
+    raise_all(faults(method, [part.parameters for part in parts], parameters, base=base is not None, place=f"{name} ({method})"))
+    complete = [Part(part.read, resolved(method, part.parameters, per_model=True)) for part in parts]
+    wanted = None if METHODS[method].base == "none" else base
+    return Inputs(complete, wanted, shape, resolved(method, parameters, per_model=False), name, seed)

@@ -1,0 +1,424 @@
+/* The two passes of a merge whose result is a linear combination: inner products, and the combination itself.
+ *
+ * Both take the elements in strips that stay in a core's first cache, as float32 whatever the file holds. The order of every
+ * operation is that of methods/torch_span.py, so that both give the same bits: one operation of float32 at a time (built with
+ * -ffp-contract=off, since a fused one rounds once where two round twice), products of float32 summed in float64, each lane by
+ * itself. Nothing here depends on the width of the processor's registers, nor on how calls cut a tensor. Python's lock is let
+ * go meanwhile.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+#define STRIP 1024 /* elements at a time: 4 KiB of float32 for each input */
+#define LANES 8192 /* sums side by side: element k of a call goes to sum k % LANES */
+
+/* Let the compiler make a version for each width of registers, chosen when the module is loaded, where its linker can. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
+#define FOR_EVERY_WIDTH __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define FOR_EVERY_WIDTH
+#endif
+
+enum { BF16, F16, F32, F64, TYPES };
+static const char *const NAMES[TYPES] = {"BF16", "F16", "F32", "F64"};
+static const Py_ssize_t WIDTHS[TYPES] = {2, 2, 4, 8};
+
+/* Elements are moved by memcpy, which compiles to plain loads and stores and asks nothing of a buffer's alignment. */
+static inline uint32_t bits_of(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
+static inline float float_of(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
+static inline uint16_t half_at(const char *from, Py_ssize_t k) { uint16_t half; memcpy(&half, from + 2 * k, 2); return half; }
+
+/* Elements on their way, as numbers or as their bits. */
+typedef union {
+    float numbers[STRIP];
+    uint32_t bits[STRIP];
+} Strip;
+
+#define EXPONENT 0x7F800000u /* all of its bits are set in NaN and Inf alone */
+
+/* Reading: `count` elements to float32; returns whether any is NaN or Inf. Steps of 16 and of 32 bits are loops of their own,
+ * here and in writing, since compilers make good vectors of each and poor ones of both together. */
+
+FOR_EVERY_WIDTH static void widen(const char *restrict from, uint32_t *restrict to, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) to[k] = (uint32_t)half_at(from, k) << 16;
+}
+
+FOR_EVERY_WIDTH static int unfit(const uint32_t *values, Py_ssize_t count) {
+    uint32_t bad = 0;
+    for (Py_ssize_t k = 0; k < count; k++) bad |= (values[k] & EXPONENT) == EXPONENT;
+    return bad != 0;
+}
+
+/* From the upper 16 bits. */
+FOR_EVERY_WIDTH static void spell_out_f16(uint32_t *values, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) {
+        uint32_t bits = values[k], exponent = bits & 0x7C000000u;
+        /* The biases of the exponents differ by 112. Without an exponent the digits are a multiple of 2^-24. */
+        uint32_t moved = ((bits & 0x7FFFFFFFu) >> 3) + 0x38000000u;
+        uint32_t small = bits_of(float_of(moved + 0x00800000u) - 0x1p-14f);
+        moved = exponent == 0x7C000000u ? moved + 0x38000000u : moved;
+        moved = exponent == 0 ? small : moved;
+        values[k] = moved | (bits & 0x80000000u);
+    }
+}
+
+static int read_bf16(const char *from, Strip *to, Py_ssize_t count) {
+    widen(from, to->bits, count);
+    return unfit(to->bits, count);
+}
+
+static int read_f16(const char *from, Strip *to, Py_ssize_t count) {
+    widen(from, to->bits, count);
+    spell_out_f16(to->bits, count);
+    return unfit(to->bits, count);
+}
+
+static int read_f32(const char *from, Strip *to, Py_ssize_t count) {
+    memcpy(to, from, 4 * (size_t)count);
+    return unfit(to->bits, count);
+}
+
+FOR_EVERY_WIDTH static void narrow_f64(const char *restrict from, float *restrict to, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) {
+        double value;
+        memcpy(&value, from + 8 * k, 8);
+        to[k] = (float)value;
+    }
+}
+
+static int read_f64(const char *from, Strip *to, Py_ssize_t count) {
+    narrow_f64(from, to->numbers, count);
+    return unfit(to->bits, count);
+}
+
+/* Writing: `count` elements, each rounded to the nearest, ties to even; returns whether any result is NaN or Inf. The strip
+ * is overwritten. */
+
+FOR_EVERY_WIDTH static void narrow(const uint32_t *restrict from, char *restrict to, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) {
+        uint16_t half = (uint16_t)(from[k] >> 16);
+        memcpy(to + 2 * k, &half, 2);
+    }
+}
+
+FOR_EVERY_WIDTH static void round_bf16(uint32_t *values, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) {
+        uint32_t bits = values[k], rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
+        values[k] = (bits & 0x7FFFFFFFu) > EXPONENT ? 0x7FC00000u : rounded;
+    }
+}
+
+/* To the upper 16 bits; returns whether any is NaN or Inf then. */
+FOR_EVERY_WIDTH static int round_f16(uint32_t *values, Py_ssize_t count) {
+    uint32_t bad = 0;
+    for (Py_ssize_t k = 0; k < count; k++) {
+        uint32_t bits = values[k], magnitude = bits & 0x7FFFFFFFu;
+        /* Below 2^-14 the halves are multiples of 2^-24: adding 0.5, whose last bit is 2^-24, rounds to one. */
+        uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;
+        uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
+        uint32_t large = magnitude > EXPONENT ? 0x7E00u : 0x7C00u;
+        uint32_t rounded = magnitude >= 0x47800000u ? large : magnitude < 0x38800000u ? small : normal;
+        bad |= (rounded & 0x7C00u) == 0x7C00u;
+        values[k] = rounded << 16 | (bits & 0x80000000u);
+    }
+    return bad != 0;
+}
+
+static int write_bf16(Strip *from, char *to, Py_ssize_t count) {
+    round_bf16(from->bits, count);
+    narrow(from->bits, to, count);
+    return unfit(from->bits, count);
+}
+
+static int write_f16(Strip *from, char *to, Py_ssize_t count) {
+    int bad = round_f16(from->bits, count);
+    narrow(from->bits, to, count);
+    return bad;
+}
+
+static int write_f32(Strip *from, char *to, Py_ssize_t count) {
+    memcpy(to, from, 4 * (size_t)count);
+    return unfit(from->bits, count);
+}
+
+FOR_EVERY_WIDTH static void widen_f64(const float *restrict from, char *restrict to, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) {
+        double value = from[k];
+        memcpy(to + 8 * k, &value, 8);
+    }
+}
+
+static int write_f64(Strip *from, char *to, Py_ssize_t count) {
+    widen_f64(from->numbers, to, count);
+    return unfit(from->bits, count);
+}
+
+typedef int (*reader)(const char *, Strip *, Py_ssize_t);
+typedef int (*writer)(Strip *, char *, Py_ssize_t);
+static const reader READ[TYPES] = {read_bf16, read_f16, read_f32, read_f64};
+static const writer WRITE[TYPES] = {write_bf16, write_f16, write_f32, write_f64};
+
+/* Arithmetic on strips. */
+
+FOR_EVERY_WIDTH static void subtract(float *restrict from, const float *restrict what, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) from[k] -= what[k];
+}
+
+FOR_EVERY_WIDTH static void add(float *restrict to, const float *restrict what, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) to[k] += what[k];
+}
+
+FOR_EVERY_WIDTH static void scale(float *restrict what, float by, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) what[k] *= by;
+}
+
+FOR_EVERY_WIDTH static void add_scaled(float *restrict to, const float *restrict what, float by, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) {
+        float scaled = what[k] * by;
+        to[k] += scaled;
+    }
+}
+
+FOR_EVERY_WIDTH static void add_products(double *restrict to, const float *one, const float *other, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) {
+        float product = one[k] * other[k];
+        to[k] += product;
+    }
+}
+
+/* What a call is given. */
+
+typedef struct {
+    Py_buffer view; /* .obj is NULL while there is none */
+    int type;
+} Input;
+
+typedef struct {
+    Input *inputs;
+    Py_ssize_t number;
+    Py_ssize_t size; /* elements of each */
+} Inputs;
+
+static void release(Inputs *given) {
+    for (Py_ssize_t i = 0; given->inputs && i < given->number; i++) {
+        if (given->inputs[i].view.obj) PyBuffer_Release(&given->inputs[i].view);
+    }
+    PyMem_Free(given->inputs);
+    given->inputs = NULL;
+}
+
+static int type_of(PyObject *name) {
+    for (int type = 0; type < TYPES; type++) {
+        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, NAMES[type]) == 0) return type;
+    }
+    PyErr_Format(PyExc_ValueError, "the type is one of BF16, F16, F32 and F64, not %R", name);
+    return -1;
+}
+
+/* Take the buffers of a sequence of (buffer, type), all of one number of elements; returns 0, or -1 with an exception. */
+static int take(PyObject *sequence, Inputs *given) {
+    Py_ssize_t number = PySequence_Size(sequence);
+    if (number < 0) return -1;
+    if (number == 0) {
+        PyErr_SetString(PyExc_ValueError, "there is no input");
+        return -1;
+    }
+    given->inputs = PyMem_Calloc((size_t)number, sizeof(Input));
+    if (!given->inputs) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    given->number = number;
+    for (Py_ssize_t i = 0; i < number; i++) {
+        Input *input = &given->inputs[i];
+        PyObject *buffer, *name, *pair = PySequence_GetItem(sequence, i);
+        if (!pair) return -1;
+        int fine = PyTuple_Check(pair) && PyArg_ParseTuple(pair, "OO;an input is (buffer, type)", &buffer, &name) &&
+                   (input->type = type_of(name)) >= 0 && PyObject_GetBuffer(buffer, &input->view, PyBUF_SIMPLE) == 0;
+        if (!fine && !PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "an input is (buffer, type)");
+        Py_DECREF(pair);
+        if (!fine) return -1;
+        Py_ssize_t width = WIDTHS[input->type], size = input->view.len / width;
+        if (input->view.len % width || (i && size != given->size)) {
+            PyErr_Format(PyExc_ValueError, "input %zd has %zd bytes, which are not as many elements as the first has", i, input->view.len);
+            return -1;
+        }
+        given->size = size;
+    }
+    return 0;
+}
+
+/* Read elements [start, start + count) of every input to its strip, the first one subtracted from the others where `relative`.
+ * `bad` becomes the number of the first input, in order, that was found to hold NaN or Inf. */
+static void read_strips(const Inputs *given, Py_ssize_t start, Py_ssize_t count, int relative, Strip *strips, Py_ssize_t *bad) {
+    for (Py_ssize_t i = 0; i < given->number; i++) {
+        const Input *input = &given->inputs[i];
+        const char *from = (const char *)input->view.buf + start * WIDTHS[input->type];
+        if (READ[input->type](from, strips + i, count) && (*bad < 0 || i < *bad)) *bad = i;
+        if (relative && i) subtract(strips[i].numbers, strips[0].numbers, count);
+    }
+}
+
+static Strip *strips_for(const Inputs *given) {
+    Strip *strips = PyMem_Calloc((size_t)given->number, sizeof(Strip));
+    if (!strips) PyErr_NoMemory();
+    return strips;
+}
+
+/* Memory that Python may change beneath a call would be read while it is written; of one call's own buffers this is held. */
+static int overlaps(const Py_buffer *target, const Inputs *given) {
+    uintptr_t start = (uintptr_t)target->buf, stop = start + (uintptr_t)target->len;
+    for (Py_ssize_t i = 0; i < given->number; i++) {
+        uintptr_t first = (uintptr_t)given->inputs[i].view.buf;
+        if (first < stop && start < first + (uintptr_t)given->inputs[i].view.len) {
+            PyErr_SetString(PyExc_ValueError, "the result overlaps an input");
+            return 1;
+        }
+    }
+    return 0;
+}
+
+PyDoc_STRVAR(combine_doc,
+"combine(inputs, coefficients, relative, result, type) -> (bad, finite)\n\n"
+"Write `sum_i c_i x_i`, or with `relative` `b + sum_i c_i (x_i - b)`, rounded once from float32, to nearest, ties to even.\n\n"
+"Args:\n"
+"    inputs: (buffer, type) of every x, before them with `relative` that of b; the type is BF16, F16, F32 or F64.\n"
+"    coefficients: a number for every x.\n"
+"    relative: whether the first input is b.\n"
+"    result: a buffer to be written, of as many elements.\n"
+"    type: of the result.\n\n"
+"Returns:\n"
+"    The number of the first input that holds NaN or Inf, -1 if none does; whether the result holds none.\n\n"
+"Raises:\n"
+"    ValueError: for sizes or types that do not fit.");
+
+static PyObject *combine(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *sequence, *numbers, *name;
+    int relative;
+    Inputs given = {0};
+    Py_buffer result = {0};
+    Strip *strips = NULL;
+    float *coefficients = NULL;
+    PyObject *told = NULL;
+    if (!PyArg_ParseTuple(args, "OOpw*O", &sequence, &numbers, &relative, &result, &name)) return NULL;
+    int type = type_of(name);
+    if (type < 0 || take(sequence, &given) < 0 || overlaps(&result, &given)) goto end;
+    Py_ssize_t first = relative ? 1 : 0, terms = given.number - first;
+    if (terms < 1 || PySequence_Size(numbers) != terms) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "there is not one coefficient for every model");
+        goto end;
+    }
+    if (result.len % WIDTHS[type] || result.len / WIDTHS[type] != given.size) {
+        PyErr_SetString(PyExc_ValueError, "the result has another number of elements than the inputs");
+        goto end;
+    }
+    if (!(coefficients = PyMem_Calloc((size_t)terms, sizeof(float)))) {
+        PyErr_NoMemory();
+        goto end;
+    }
+    for (Py_ssize_t i = 0; i < terms; i++) {
+        PyObject *number = PySequence_GetItem(numbers, i);
+        coefficients[i] = number ? (float)PyFloat_AsDouble(number) : 0;
+        Py_XDECREF(number);
+        if (PyErr_Occurred()) goto end;
+    }
+    if (!(strips = strips_for(&given))) goto end;
+    Py_ssize_t bad = -1;
+    int infinite = 0;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
+        Py_ssize_t count = given.size - start < STRIP ? given.size - start : STRIP;
+        read_strips(&given, start, count, relative, strips, &bad);
+        Strip *total = strips + first;
+        scale(total->numbers, coefficients[0], count);
+        for (Py_ssize_t i = 1; i < terms; i++) add_scaled(total->numbers, total[i].numbers, coefficients[i], count);
+        if (relative) add(total->numbers, strips[0].numbers, count);
+        infinite |= WRITE[type](total, (char *)result.buf + start * WIDTHS[type], count);
+    }
+    Py_END_ALLOW_THREADS
+    told = Py_BuildValue("nO", bad, infinite ? Py_False : Py_True);
+end:
+    PyMem_Free(strips);
+    PyMem_Free(coefficients);
+    release(&given);
+    PyBuffer_Release(&result);
+    return told;
+}
+
+PyDoc_STRVAR(products_doc,
+"products(inputs, relative, sums) -> bad\n\n"
+"Add the products of every two inputs, or with `relative` of their differences from the first, to sums of float64.\n\n"
+"Args:\n"
+"    inputs: (buffer, type) of every input.\n"
+"    relative: whether the first input is subtracted from the others, and has no products of its own.\n"
+"    sums: a buffer of float64 [pairs, LANES], pairs (0, 0), (1, 0), (1, 1), (2, 0)...; element k adds to sum k % LANES.\n\n"
+"Returns:\n"
+"    The number of the first input that holds NaN or Inf, -1 if none does.\n\n"
+"Raises:\n"
+"    ValueError: for sizes or types that do not fit.");
+
+static PyObject *products(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *sequence;
+    int relative;
+    Inputs given = {0};
+    Py_buffer sums = {0};
+    Strip *strips = NULL;
+    PyObject *told = NULL;
+    if (!PyArg_ParseTuple(args, "Opw*", &sequence, &relative, &sums)) return NULL;
+    if (take(sequence, &given) < 0 || overlaps(&sums, &given)) goto end;
+    Py_ssize_t first = relative ? 1 : 0, terms = given.number - first;
+    Py_ssize_t lane_bytes = LANES * (Py_ssize_t)sizeof(double), pairs = sums.len / lane_bytes;
+    if (terms < 1 || terms > 1 << 15 || sums.len % lane_bytes || pairs != terms * (terms + 1) / 2) {
+        PyErr_SetString(PyExc_ValueError, "the sums are not float64 of [pairs, LANES]");
+        goto end;
+    }
+    if ((uintptr_t)sums.buf % sizeof(double)) {
+        PyErr_SetString(PyExc_ValueError, "the sums are not aligned");
+        goto end;
+    }
+    if (!(strips = strips_for(&given))) goto end;
+    Py_ssize_t bad = -1;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
+        Py_ssize_t count = given.size - start < STRIP ? given.size - start : STRIP;
+        read_strips(&given, start, count, relative, strips, &bad);
+        double *lanes = (double *)sums.buf + start % LANES;
+        for (Py_ssize_t i = first; i < given.number; i++) {
+            for (Py_ssize_t j = first; j <= i; j++, lanes += LANES) {
+                add_products(lanes, strips[i].numbers, strips[j].numbers, count);
+            }
+        }
+    }
+    Py_END_ALLOW_THREADS
+    told = PyLong_FromSsize_t(bad);
+end:
+    PyMem_Free(strips);
+    release(&given);
+    PyBuffer_Release(&sums);
+    return told;
+}
+
+static PyMethodDef METHODS[] = {
+    {"combine", combine, METH_VARARGS, combine_doc},
+    {"products", products, METH_VARARGS, products_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static int fill(PyObject *module) { return PyModule_AddIntConstant(module, "LANES", LANES); }
+
+static PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, fill}, {0, NULL}};
+
+static struct PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_native",
+    .m_doc = "The hot passes of a merge in C; methods/native_span.py says what they are for.",
+    .m_methods = METHODS,
+    .m_slots = SLOTS,
+};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&MODULE); }
