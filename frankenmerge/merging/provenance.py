@@ -13,6 +13,9 @@ from frankenmerge.merging.shards import Shard
 from frankenmerge.recipe import Recipe
 
 if TYPE_CHECKING:
+    from frankenmerge.merging.plan import Plan
+
+if TYPE_CHECKING:
     pass
 
 
