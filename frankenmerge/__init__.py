@@ -5,17 +5,20 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+_OFFERED = (
+    "align", "analyze", "evaluate", "load_alignment", "load_atlas", "load_recipe", "merge", "open_donor", "plan", "save_alignment",
+    "save_atlas",
+)  # fmt: skip
+"""What of `frankenmerge.api` is found here. Listed, so that no other name makes Python import it."""
+
 
 def __getattr__(name: str) -> Any:
-    """Find the functions of `frankenmerge.api` here, so that importing the package alone stays instant."""
-    if name.startswith("_"):  # what the import system asks for
-        raise AttributeError(name)
-    api = import_module("frankenmerge.api")
-    if name not in api.__all__:
-        raise AttributeError(f"module 'frankenmerge' has no attribute {name!r}; it has {', '.join(api.__all__)}")
-    return getattr(api, name)
+    """Import a function of the package when it is first asked for: importing the package alone stays instant."""
+    if name in _OFFERED:
+        return getattr(import_module("frankenmerge.api"), name)
+    raise AttributeError(f"module 'frankenmerge' has no attribute {name!r}; it offers {', '.join(_OFFERED)}")
 
 
 def __dir__() -> list[str]:
     """What can be asked for, for completion in a notebook."""
-    return sorted([*globals(), *import_module("frankenmerge.api").__all__])
+    return sorted([*globals(), *_OFFERED])

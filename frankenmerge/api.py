@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frankenmerge.alignment import Alignment, load_alignment, save_alignment
-from frankenmerge.atlas import Atlas, load_atlas, save_atlas
+from frankenmerge.alignment import Alignment, load_alignment, save_alignment  # noqa: F401 - offered by the package
+from frankenmerge.atlas import Atlas, load_atlas, save_atlas  # noqa: F401
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.recipe import Recipe, load_recipe, open_donor, open_donors
 
@@ -13,20 +13,6 @@ if TYPE_CHECKING:
     from frankenmerge.evaluation.compare import Result
     from frankenmerge.merging.writer import Merged
     from frankenmerge.planning.plan import Plan
-
-__all__ = [
-    "align",
-    "analyze",
-    "evaluate",
-    "load_alignment",
-    "load_atlas",
-    "load_recipe",
-    "merge",
-    "open_donor",
-    "plan",
-    "save_alignment",
-    "save_atlas",
-]
 
 Donor = str | Path | Checkpoint
 
