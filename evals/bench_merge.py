@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import yaml
+from parity import peer_python
 from rich.console import Console
 from rich.table import Table
 
@@ -159,7 +160,7 @@ def measured(
     kept = scratch / "kept"
     commands = {"ours": [sys.executable, "-m", "frankenmerge", "merge", str(path), str(out), *(() if reflink else ("--no-reflink",))]}
     if mergekit:
-        yaml_command = [str(mergekit / "bin" / "mergekit-yaml"), str(path), str(out)]
+        yaml_command = [str(mergekit / "mergekit-yaml"), str(path), str(out)]
         commands |= {"mergekit_default": yaml_command, "mergekit": [*yaml_command, *BEST_FLAGS]}
     commands |= {"cp": ["cp", "-r", str(kept), str(out)]}
     runs: dict[str, list[Run]] = {name: [] for name in commands}
@@ -200,15 +201,21 @@ METHODS = list(recipes("a", "b", "c", 4))
 @click.option("--gigabytes", default=3.0, show_default=True, help="Size of each donor.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="What to measure; may be repeated; all by default.")
 @click.option("--rounds", default=3, show_default=True, help="How often everything is timed.")
-@click.option("--mergekit", type=click.Path(path_type=Path, exists=True), help="A virtual environment with mergekit; left out without.")
+@click.option(
+    "--venv", "environment", type=click.Path(path_type=Path), default=Path(".mergekit"), show_default=True,
+    help="An environment with mergekit; made where there is none.",
+)  # fmt: skip
+@click.option("--mergekit/--no-mergekit", "with_mergekit", default=True, show_default=True, help="Whether mergekit is timed too.")
 @click.option("--scratch", type=click.Path(path_type=Path, exists=True), help="Where donors and results go for the time being.")
 @click.option("--reflink", is_flag=True, help="Let ours share blocks with the donors where the file system can.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    gigabytes: float, methods: tuple[str, ...], rounds: int, mergekit: Path | None, scratch: Path | None, reflink: bool, as_json: bool
+    gigabytes: float, methods: tuple[str, ...], rounds: int, environment: Path, with_mergekit: bool, scratch: Path | None,
+    reflink: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Time merges of random donors."""
     chosen = methods or METHODS
+    mergekit = peer_python(environment.absolute()).parent if with_mergekit else None
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder, blocks = Path(name), blocks_for(gigabytes)
