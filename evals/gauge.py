@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from frankenmerge.analysis.turning import Shown, Turns, at_seam, drawn, fit_over_blocks, flat, refine, show, turning
+from frankenmerge.analysis.turning import Shown, Turns, at_seam, fit_over_blocks, flat, refine, show, turning
+from frankenmerge.drawing import drawn
 from frankenmerge.architectures import quantity
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.evaluation.compare import read_text, shared_context

@@ -50,7 +50,8 @@ class Alignment:
     vocabulary: list[str]
     provenance: dict[str, Any] = field(default_factory=dict)
     gram: np.ndarray | None = None
-    """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, a mean over the probes; absent from older files."""
+    """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, standardised, a mean over the inputs; absent from
+    older files."""
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -76,7 +77,7 @@ def save_alignment(alignment: Alignment, path: Path) -> None:
         arrays |= {f"score.{name}": score.matrix, f"detail.{name}": score.detail}
         arrays |= {} if score.interval is None else {f"interval.{name}": score.interval}
         arrays |= {f"null.{name}.{null}": matrix for null, matrix in score.nulls.items()}
-    arrays |= {} if alignment.gram is None else {"gram": alignment.gram}
+    arrays |= {} if alignment.gram is None else {"standard_gram": alignment.gram}
     arrays["vocabulary"] = np.frombuffer(json.dumps(alignment.vocabulary).encode(), dtype=np.uint8)
     told = {key: getattr(alignment, key) for key in ("donors", "fingerprints", "widths", "provenance")}
     write_arrays(path, _KIND, arrays, told)
@@ -95,6 +96,6 @@ def load_alignment(path: Path) -> Alignment:
         tokens = arrays["a.tokens"], arrays["b.tokens"]
         vocabulary = json.loads(arrays["vocabulary"].tobytes())
         prints, widths = (print_a, print_b), (width_a, width_b)
-        return Alignment((a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], arrays.get("gram"))
+        return Alignment((a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], arrays.get("standard_gram"))
     except (KeyError, ValueError) as error:
         raise fail(str(path), "an alignment with all its parts", f"{error} missing or broken", "align the donors again") from error

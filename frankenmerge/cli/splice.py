@@ -20,7 +20,7 @@ from frankenmerge.cli.console import (
     table,
 )
 from frankenmerge.cli.donors import MEANT_FOR, How, add_inputs, atlas_of, method_option, neurons_option, tokens_option
-from frankenmerge.errors import fail, raise_all
+from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.processes import Share, own_share
 
 SHOWN = {
@@ -41,6 +41,7 @@ SHOWN = {
 @neurons_option
 @tokens_option
 @click.option("--bos/--no-bos", default=False, show_default=True, help="Compare the tokens behind BOS, or alone (complete).")
+@click.option("--drawn", is_flag=True, help="Predict from tokens that the donors draw, not from random ones: both must fit into memory.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the scores to this PNG or SVG file (needs matplotlib).")
 @device_option
 @dtype_option
@@ -50,7 +51,7 @@ SHOWN = {
 @click.pass_context
 def align(
     context: click.Context, a: str, b: str, output: Path, method: str, neurons: list[int] | None, tokens: int | None, bos: bool,
-    plot: Path | None, device: str, dtype: str, download: bool, allow_pickle: bool, as_json: bool,
+    drawn: bool, plot: Path | None, device: str, dtype: str, download: bool, allow_pickle: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Score how donors A and B agree, block by block. Each is a donor or an atlas."""
     from frankenmerge.alignment import save_alignment
@@ -63,7 +64,7 @@ def align(
         return
     if method != "complete":
         atlases = _with_same_inputs((a, b), atlases, how, method, neurons, tokens)
-    alignment = aligned(*atlases, context="bos" if bos else "plain", method=method)
+    alignment = aligned(*atlases, context="bos" if bos else "plain", method=method, shown=_shown((a, b), how) if drawn else None)
     save_alignment(alignment, output)
     if plot:
         from frankenmerge.reporting.plots import plot_alignment
@@ -99,6 +100,17 @@ def align(
     if alignment.widths[0] != alignment.widths[1]:
         console.print(f"Widths {alignment.widths[0]} and {alignment.widths[1]}: the first {min(alignment.widths)} neurons are compared.")
     console.print(f"Written to {output}", markup=False)
+
+
+def _shown(names: tuple[str, str], how: How) -> dict:
+    """The donors' states on the tokens that they draw."""
+    from frankenmerge.drawing import states_on_drawn
+    from frankenmerge.models import load_model
+    from frankenmerge.recipe import open_donor
+
+    raise_all(Fault("--drawn", "donors, which draw", f"an atlas: {name}", "give the donor itself") for name in names if Path(name).is_file())
+    donors = [open_donor(name, download=how.download, allow_pickle=how.allow_pickle) for name in dict.fromkeys(names)]
+    return states_on_drawn({donor.name: load_model(donor, dtype=how.dtype, device=how.device) for donor in donors})
 
 
 def _with_same_inputs(

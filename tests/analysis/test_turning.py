@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import turned_donor, write_donor
 
-from frankenmerge.analysis.turning import Turns, at_seam, drawn, fit_over_blocks, refine, seam_scale, show, turning
+from frankenmerge.analysis.turning import Turns, at_seam, fit_over_blocks, refine, seam_scale, show, turning
+from frankenmerge.drawing import drawn
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.families import FAMILIES
 from frankenmerge.gauge import Turn, random_turn
