@@ -15,7 +15,9 @@ from frankenmerge.atlas import Atlas
 from frankenmerge.errors import Fault, raise_all
 
 
-def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete", shown: Mapping[str, np.ndarray] | None = None) -> Alignment:
+def align(
+    a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete", shown: Mapping[str, np.ndarray] | None = None
+) -> Alignment:
     """Score how A after `i` blocks and B after `j` agree, for every `i` and `j`.
 
     Args:

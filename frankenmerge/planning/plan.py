@@ -1,7 +1,7 @@
 """From alignments to plans: the recipes predicted to do the least damage, each with the evidence for every seam."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -66,12 +66,14 @@ class Plan(NamedTuple):
 
     recipe: Recipe
     predicted_damage: float
-    """Nats per token above the donors' own loss, each donor's by its share of the blocks."""
+    """Nats per token above the donors' own loss, each donor's by its share of the blocks; negative where it is better than they."""
     interval: tuple[float, float]
-    """Where nine of ten measured damages lay around such a prediction, on donors the model was not fitted on."""
+    """Where nine of ten measured damages are expected around it."""
     seams: list[SeamEvidence]
+    basis: str = "scores"
+    """What the prediction rests on: `scores`, or `drawn` where the splice was run on tokens that the donors drew."""
     measured: float | None = None
-    """Measured damage, where the plan was verified."""
+    """Damage measured on a text, where the plan was verified on one."""
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -82,6 +84,7 @@ class Plan(NamedTuple):
             "depth": len(self.recipe.blocks),
             "predicted_damage": self.predicted_damage,
             "interval": list(self.interval),
+            "basis": self.basis,
             **verified,
             "seams": [seam.as_json() for seam in self.seams],
         }
@@ -155,16 +158,22 @@ def spread_splices(alignments: list[Alignment], count: int, *, model: Model | No
 def _task(alignments: list[Alignment], model: Model) -> _Task:
     donors = _donors(alignments)
     names = list(donors)
+    directed = {(names.index(a), names.index(b)): alignment for (a, b), alignment in between(alignments).items()}
+    states = states_of(alignments)
+    costs = {(a, b): seam_damage(model, states, names[a], names[b]) for a, b in directed}
+    return _Task(names, list(donors.values()), directed, states, costs, model)
+
+
+def between(alignments: Sequence[Alignment]) -> dict[tuple[str, str], Alignment]:
+    """Alignments by (donor left, donor entered). Raises FrankenmergeError where a pair is given twice."""
     directed = {}
     for alignment in alignments:
-        a, b = (names.index(name) for name in alignment.donors)
+        a, b = alignment.donors
         if (a, b) in directed:
             raise fail(" | ".join(alignment.donors), "one alignment of a pair", "several", "give each pair once")
         directed[a, b] = alignment
         directed.setdefault((b, a), alignment.transposed)
-    states = states_of(alignments)
-    costs = {(a, b): seam_damage(model, states, names[a], names[b]) for a, b in directed}
-    return _Task(names, list(donors.values()), directed, states, costs, model)
+    return directed
 
 
 def _numbered(constraints: Constraints, task: _Task) -> Constraints:
