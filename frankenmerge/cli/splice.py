@@ -44,9 +44,7 @@ SHOWN = {
 @tokens_option
 @click.option("--bos/--no-bos", default=False, show_default=True, help="Compare the tokens behind BOS, or alone (complete).")
 @click.option("--drawn", is_flag=True, help="Predict from tokens that the donors draw, not from random ones: both must fit into memory.")
-@click.option(
-    "--exchange", is_flag=True, help="Let blocks stand for one another too (replacement, interchange): both must fit into memory."
-)
+@click.option("--exchange", is_flag=True, help="Let blocks stand for one another too, by both tests: both must fit into memory.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the scores to this PNG or SVG file (needs matplotlib).")
 @device_option
 @dtype_option

@@ -304,7 +304,7 @@ def test_the_evidence_beside_the_recipes_is_what_was_printed(written, run, tmp_p
     assert {key: told[key] for key in evidence} == evidence
     assert evidence["plans"] == [entry.as_json() for entry in plan([load_alignment(written)], Constraints(9), top=2)]
     assert evidence["constraints"] == {"depth": 9, "max_seams": 4, "min_slice": 2, "protect_first": 1, "protect_last": 1}
-    assert evidence["model"]["origin"]["pairs"]
+    assert evidence["model"]["origin"]["donors"]
 
 
 def test_planning_twice_writes_the_same_bytes(written, run, tmp_path):

@@ -13,6 +13,7 @@ from frankenmerge.planning.prediction import (
     drift,
     features,
     fitted,
+    new_family,
     refined,
     seam_damage,
 )  # fmt: skip
@@ -125,7 +126,7 @@ def test_the_ridge_regression_minimises_its_objective():
 
 
 def test_calibration_finds_a_scale_and_keeps_the_order():
-    model = Model(-3.0, (1.0, 0.5, 2.0, 0.0, 1.0), (-1.0, 1.0))
+    model = Model(-3.0, (1.0, 0.5, 2.0, 1.0), (-1.0, 1.0), (-0.2, 0.2))
     found = np.random.default_rng(2).random((16, len(FEATURES)))
     damage = 3 * (FLOOR + model.damage(found)) - FLOOR  # three times as much everywhere
     new = refined(model, found, damage, {"texts": ["t"]})
@@ -136,6 +137,17 @@ def test_calibration_finds_a_scale_and_keeps_the_order():
 
 def test_the_default_model_names_its_origin():
     origin = default_model().origin
-    assert origin["pairs"] and origin["text"]["sha256"] and origin["versions"]["torch"] and origin["fingerprints"]
-    low, high = default_model().spread
-    assert low < 0 < high
+    assert origin["donors"] and origin["text"]["sha256"] and origin["versions"]["torch"] and origin["fingerprints"]
+    for low, high in (default_model().spread, default_model().drawn_spread):
+        assert low < 0 < high
+
+
+def test_the_interval_for_a_new_family_holds_nine_of_ten():
+    """Families that differ in their means, three of them seen: the interval holds for others of the same kind."""
+    generator, held = np.random.default_rng(3), []
+    for _ in range(400):
+        means = 0.4 * generator.standard_normal(4)
+        *seen, new = (mean + 0.2 * generator.standard_normal(50) for mean in means)
+        low, high = new_family(seen)
+        held.append(np.mean((new >= low) & (new <= high)))
+    assert 0.87 < np.mean(held) < 0.96
