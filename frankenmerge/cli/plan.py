@@ -194,13 +194,12 @@ def _plans_as_json(plans, constraints, model) -> dict:
 
 
 def print_seams(console, seams) -> None:
-    """Show every seam in a line: what it joins, what it is predicted to cost alone, and whether the donors' tokens agree there."""
-    made = table("Seams", "", "from", "to", "", "cost", "tokens that agree", "by chance")
+    """Show every seam in a line: what it joins, what it would cost alone, and how far the donors' tokens agree there."""
     for number, seam in enumerate(seams, 1):
         after, before = (f"{Path(block.model).name} block {block.index}" for block in seam.seam)
         kind = f"{seam.skipped} skipped" if seam.skipped > 0 else f"{-seam.skipped} again" if seam.skipped else "same depth"
         agree, chance = seam.scores["jaccard"], seam.nulls["jaccard"]["permuted_neurons"]
-        made.add_row(str(number), after, before, kind, f"{seam.cost:.3f}", f"{agree:.3f}", f"{chance:.3f}")
-    console.print(made)
-    if doubtful := [str(number) for number, seam in enumerate(seams, 1) if seam.by_chance]:
-        console.print(f"[bold red]No better than chance at seam {', '.join(doubtful)}:[/] these donors share no basis there; expect noise.")
+        told = f"alone {seam.cost:.3f}; tokens agree {agree:.3f}, by chance {chance:.3f}"
+        console.print(f"Seam {number}: {after} -> {before} ({kind}): {told}", markup=False)
+        if seam.by_chance:
+            console.print("  [bold red]No better than chance:[/] these donors share no basis here; expect noise behind this seam.")
