@@ -13,9 +13,6 @@ from frankenmerge.evaluation.language import POSITIONS, Encoded, Loss, windows
 from frankenmerge.models import blocks_of
 from frankenmerge.recipe import Block
 
-PIECE = 512
-"""Positions that pass a block together on a CPU: few enough that what a small model's block makes of them stays in its cache."""
-
 
 class _Group(NamedTuple):
     """Windows of which equally many tokens count, and that pass the blocks together."""
@@ -70,19 +67,16 @@ def logits_together(
     The stacks are gone through in lexicographic order, and the hidden states behind every block of the one under way are
     kept: the next begins behind the last block that both have in common. Memory: the states of one stack.
     """
-    device = next(iter(models.values())).device
-    ids = ids.to(device)
-    pieces = ids.split(max(1, PIECE // ids.shape[1])) if device.type == "cpu" else (ids,)
+    ids = ids.to(next(iter(models.values())).device)
     blocks = {name: list(blocks_of(model)) for name, model in models.items()}
-    entered = {name: [enter(model, piece) for piece in pieces] for name, model in models.items()}
-    passed: list[tuple[Block, list[Tensor]]] = []
+    entered = {name: enter(model, ids) for name, model in models.items()}
+    passed: list[tuple[Block, Tensor]] = []
     for index in sorted(range(len(stacks)), key=lambda index: list(stacks[index])):
         stack = stacks[index]
         common = next((at for at, (block, _) in enumerate(passed) if at == len(stack) or stack[at] != block), len(passed))
         del passed[common:]
-        states = passed[-1][1] if passed else [piece for piece, _ in entered[stack[0].model]]
+        states = passed[-1][1] if passed else entered[stack[0].model][0]
         for block in stack[len(passed) :]:
-            module, calls = blocks[block.model][block.index], [calls[block.index] for _, calls in entered[block.model]]
-            states = [run_block(module, piece, call) for piece, call in zip(states, calls, strict=True)]
+            states = run_block(blocks[block.model][block.index], states, entered[block.model][1][block.index])
             passed.append((block, states))
-        yield index, leave(models[stack[-1].model], ids[:, -kept:], torch.cat([piece[:, -kept:] for piece in states]))
+        yield index, leave(models[stack[-1].model], ids[:, -kept:], states[:, -kept:])
