@@ -46,27 +46,28 @@ class States(NamedTuple):
 
 
 class Drift(NamedTuple):
-    """How far a stack of blocks is from home: `1 - cos` of the stream with the donor's own, each `[r]`."""
+    """How far a stack of blocks is from home: `1 - cos` of the stream with the donors' own, each `[r]`."""
 
     roots: np.ndarray
     """Sum over the blocks of its square root."""
     final: np.ndarray
-    """Behind the last block."""
+    """Behind the last block, of the mean of the donors' last states, each by its share of the blocks."""
 
 
-def drift(gram: np.ndarray, entered: np.ndarray, blocks: np.ndarray, *, lossy: bool) -> Drift:
+def drift(gram: np.ndarray, entered: np.ndarray, blocks: np.ndarray, ends: np.ndarray, *, lossy: bool) -> Drift:
     """Run `r` stacks of blocks in superposition.
 
     Args:
         gram: `[n, n]`, inner products of states.
         entered: `[r]`, the state that enters each stack.
         blocks: `[r, t]`, the state that each block is given at home (its output at home is the next one); -1 behind the last.
+        ends: `[r, n]`, weights of the states that the stream is compared with behind the last block.
         lossy: whether a block that is given something else adds only `cos` of what it added at home, and noise of the norm
             that is lost so; otherwise it adds the same wherever it stands.
     """
     rows, norms = np.arange(len(entered)), gram.diagonal()
     inner, square = gram[entered].copy(), norms[entered].copy()  # of the stream with every state, and with itself
-    noise, roots, last = np.zeros(len(rows)), np.zeros(len(rows)), entered.copy()
+    noise, roots = np.zeros(len(rows)), np.zeros(len(rows))
     for given in blocks.T:
         here = given >= 0
         place = np.where(here, given, 0)
@@ -78,17 +79,17 @@ def drift(gram: np.ndarray, entered: np.ndarray, blocks: np.ndarray, *, lossy: b
         inner += kept[:, None] * (gram[place + 1] - gram[place])
         if lossy:
             noise += (1 - kept**2) * own * here
-        last = np.where(here, given + 1, last)
-    match = inner[rows, last] / np.sqrt(np.maximum(norms[last] * (square + noise), 1e-24))
+    length = ((ends @ gram) * ends).sum(axis=1)
+    match = (inner * ends).sum(axis=1) / np.sqrt(np.maximum(length * (square + noise), 1e-24))
     return Drift(roots, np.maximum(0, 1 - match))
 
 
 def features(stacks: Sequence[Sequence[Block]], states: States) -> np.ndarray:
     """What damage is predicted from, `[r, FEATURES]`, for stacks of blocks.
 
-    `final`: root of `1 - cos` behind the last block, in lossy superposition. `kept`: mean over the blocks of the root of `1 - cos`
-    before them, in plain superposition. `third`: blocks that are gone through a third time or more often, over the blocks of the
-    deepest donor. `skipped`: influence of blocks that are jumped over, further than any before.
+    `final`: root of `1 - cos` with the donors' last states behind the last block, in lossy superposition. `kept`: mean over the
+    blocks of the root of `1 - cos` before them, in plain superposition. `third`: blocks that are gone through a third time or more
+    often, over the blocks of the deepest donor. `skipped`: influence of blocks that are jumped over, further than any before.
     """
     longest = max(len(stack) for stack in stacks)
     given = np.full((len(stacks), longest), -1)
@@ -96,13 +97,22 @@ def features(stacks: Sequence[Sequence[Block]], states: States) -> np.ndarray:
         row[: len(stack)] = [states.first[block.model] + block.index for block in stack]
     entered = np.array([states.first[stack[0].model] for stack in stacks])
     depth = np.array([len(stack) for stack in stacks])
+    ends = np.array([_ends({name: sum(block.model == name for block in stack) for name in states.first}, states) for stack in stacks])
     counted = np.array([_counted(stack, states) for stack in stacks])
-    return np.column_stack([_drifts(states.gram, entered, given, depth), counted])
+    return np.column_stack([_drifts(states.gram, entered, given, ends, depth), counted])
 
 
-def _drifts(gram: np.ndarray, entered: np.ndarray, given: np.ndarray, depth: np.ndarray) -> np.ndarray:
+def _ends(taken: Mapping[str, int], states: States) -> np.ndarray:
+    """Each donor's share of the blocks, at the place of its last state, `[n]`."""
+    ends = np.zeros(len(states.gram))
+    for name, count in taken.items():
+        ends[states.first[name] + states.blocks[name]] += count / sum(taken.values())
+    return ends
+
+
+def _drifts(gram: np.ndarray, entered: np.ndarray, given: np.ndarray, ends: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """`final` and `kept` of stacks of `depth` blocks; those of them that are not `given` are at home."""
-    kept, lost = (drift(gram, entered, given, lossy=lossy) for lossy in (False, True))
+    kept, lost = (drift(gram, entered, given, ends, lossy=lossy) for lossy in (False, True))
     return np.column_stack([np.sqrt(lost.final), kept.roots / depth])
 
 
@@ -209,7 +219,10 @@ def seam_damage(model: Model, states: States, left: str, entered: str) -> np.nda
     for j in range(places):
         given = np.tile(states.first[entered] + np.arange(j, places), (rows + 1, 1))
         skipped = np.maximum(0, influence[states.first[entered] + j] - influence[begin])
-        drifts = _drifts(states.gram, begin, given, np.arange(rows + 1) + places - j)
+        ends = np.array(
+            [_ends({left: i, entered: places - j}, states) if left != entered else _ends({left: 1}, states) for i in range(rows + 1)]
+        )
+        drifts = _drifts(states.gram, begin, given, ends, np.arange(rows + 1) + places - j)
         result[:, j] = model.damage(np.column_stack([drifts, np.zeros(rows + 1), skipped]))
     return result
 

@@ -45,6 +45,16 @@ def cosine(x, y) -> float:
     return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
+def at_home(blocks, walks, states):
+    """The states blocks are given at home, the weights of the donors' last states, and those states' mean."""
+    given = np.array([[states.first[block.model] + block.index for block in blocks]])
+    ends, home = np.zeros((1, len(states.gram))), 0
+    for name, _ in blocks:
+        ends[0, states.first[name] + states.blocks[name]] += 1 / len(blocks)
+        home = home + walks[name][-1] / len(blocks)
+    return given, ends, home
+
+
 @pytest.mark.parametrize("text", STACKS)
 def test_plain_superposition_adds_what_blocks_added_at_home(walks, states, text):
     blocks, roots = stack(text), 0.0
@@ -52,11 +62,10 @@ def test_plain_superposition_adds_what_blocks_added_at_home(walks, states, text)
     for name, index in blocks:
         roots += np.sqrt(max(0.0, 1 - cosine(stream, walks[name][index])))
         stream = stream + walks[name][index + 1] - walks[name][index]
-    name, index = blocks[-1]
-    given = np.array([[states.first[block.model] + block.index for block in blocks]])
-    found = drift(states.gram, given[:, 0], given, lossy=False)
+    given, ends, home = at_home(blocks, walks, states)
+    found = drift(states.gram, given[:, 0], given, ends, lossy=False)
     assert found.roots[0] == pytest.approx(roots, abs=1e-5)
-    assert found.final[0] == pytest.approx(max(0, 1 - cosine(stream, walks[name][index + 1])), abs=1e-9)
+    assert found.final[0] == pytest.approx(max(0, 1 - cosine(stream, home)), abs=1e-9)
 
 
 @pytest.mark.parametrize("text", STACKS)
@@ -70,11 +79,9 @@ def test_lossy_superposition_turns_what_is_lost_into_noise(walks, states, text):
         added = wide[name][index + 1] - wide[name][index]
         stream = stream + kept * added
         stream[32 + step] += np.sqrt(1 - min(1, kept) ** 2) * np.linalg.norm(added)
-    name, index = blocks[-1]
-    given = np.array([[states.first[block.model] + block.index for block in blocks]])
-    assert drift(states.gram, given[:, 0], given, lossy=True).final[0] == pytest.approx(
-        max(0, 1 - cosine(stream, wide[name][index + 1])), abs=1e-7
-    )
+    given, ends, home = at_home(blocks, wide, states)
+    found = drift(states.gram, given[:, 0], given, ends, lossy=True)
+    assert found.final[0] == pytest.approx(max(0, 1 - cosine(stream, home)), abs=1e-7)
 
 
 def test_a_whole_donor_is_at_home(states):
