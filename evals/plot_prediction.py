@@ -13,7 +13,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-ROWS = {"predicted": "predicted from states on drawn tokens", "drawn": "damage on drawn tokens"}
+ROWS = {"predicted": "predicted from states", "drawn": "damage on drawn tokens"}
 LEAST = 0.005
 
 

@@ -94,12 +94,12 @@ def _cells(rho: dict) -> list[str]:
 
 def _predictions(bank: Bank, atlases: list, recipes: list[Recipe]) -> dict[str, np.ndarray]:
     """What every recipe is foretold to lose, by kind."""
-    checkpoints, models = ({name: bank.bench.load(name)[part] for name in bank.names} for part in (0, 1))
+    models = {name: bank.bench.load(name)[1] for name in bank.names}
     found, seamed = {}, np.array([bool(recipe.seams) for recipe in recipes])
     for kind, shown in (("predicted", states_on_drawn(models)), ("from_probes", None)):
         states = states_of([align(*atlases, shown=shown)])
         found[kind] = default_model().damage(features([recipe.blocks for recipe in recipes], states)) * seamed
-    return found | {"drawn": damage_on_drawn(recipes, checkpoints, models)}
+    return found | {"drawn": damage_on_drawn(recipes, bank.checkpoints, models)}
 
 
 def _judged(damage: np.ndarray, nats: np.ndarray, keeps: np.ndarray) -> dict[str, Any]:

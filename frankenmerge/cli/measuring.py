@@ -37,7 +37,7 @@ class Bench(NamedTuple):
 
         if self.drawn:
             loaded = Loaded([], self.donors, **self.placed)
-            checkpoints, models = ({name: loaded.load(name)[part] for name in self.donors} for part in (0, 1))
+            checkpoints, models = {name: loaded.load(name)[0] for name in self.donors}, {name: loaded.load(name)[1] for name in self.donors}
             with progress("splicing", len(recipes) * len(models), "recipes") as advance:
                 return damage_on_drawn(recipes, checkpoints, models, progress=advance).tolist()
         bench = Loaded([read_text(Path(text)) for text in self.texts], self.donors, **self.placed)

@@ -149,9 +149,9 @@ def _shown(models: dict) -> dict:
 def _exchanged(alignment, models: dict):
     from frankenmerge.evaluation.exchange import exchange
 
-    donors = list(zip(alignment.donors, alignment.blocks, strict=True))
+    a, b = zip(alignment.donors, alignment.blocks, strict=True)
     with progress("exchanging blocks", None, "changes") as advance:
-        return exchange(*donors, models, progress=advance)
+        return exchange(a, b, models, progress=advance)
 
 
 def _with_same_inputs(

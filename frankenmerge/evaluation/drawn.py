@@ -36,7 +36,7 @@ def damage_on_drawn(
     damage = np.zeros(len(recipes))
     for name, model in models.items():
         shares = np.array([sum(block.model == name for block in recipe.blocks) / len(recipe.blocks) for recipe in recipes])
-        using = np.flatnonzero(shares)
+        using = np.flatnonzero(shares).tolist()
         ids = draw(model).to(model.device)
         said = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         for index, logits in _logits([recipes[number] for number in using], donors, models, ids):

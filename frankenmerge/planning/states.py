@@ -34,7 +34,7 @@ def states_of(alignments: Sequence[Alignment]) -> States:
     for alignment in alignments:
         middle = alignment.blocks[0] + 1
         for name, part in zip(alignment.donors, (slice(None, middle), slice(middle, None)), strict=True):
-            own[name].append(alignment.gram[part, part])  # pyright: ignore[reportOptionalSubscript]
+            own[name].append(_gram(alignment)[part, part])
     gram = np.zeros((total, total))
     for name, parts in own.items():
         gram[np.ix_(places[name], places[name])] = np.mean(parts, axis=0)
@@ -43,9 +43,14 @@ def states_of(alignments: Sequence[Alignment]) -> States:
     for alignment in alignments:
         (a, b), middle = (places[name] for name in alignment.donors), alignment.blocks[0] + 1
         if alignment.donors[0] != alignment.donors[1]:
-            between = _cosines(alignment.gram)[:middle, middle:] * np.outer(size[a], size[b])
+            between = _cosines(_gram(alignment))[:middle, middle:] * np.outer(size[a], size[b])
             gram[np.ix_(a, b)], gram[np.ix_(b, a)] = between, between.T
     return States(first, blocks, gram)
+
+
+def _gram(alignment: Alignment) -> np.ndarray:
+    assert alignment.gram is not None
+    return alignment.gram
 
 
 def _cosines(gram: np.ndarray) -> np.ndarray:
