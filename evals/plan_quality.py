@@ -7,6 +7,8 @@ are judged on, sixteen recipes each.
 """
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -22,7 +24,7 @@ from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.compare import read_text
 from frankenmerge.evaluation.drawn import damage_on_drawn
 from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe, solar, uniform_repetition
-from frankenmerge.planning.damping import dampings
+from frankenmerge.planning.damping import damped, dampings
 from frankenmerge.planning.plan import plan
 from frankenmerge.planning.search import Constraints
 from frankenmerge.recipe import Block, Recipe, recipe_of
@@ -53,7 +55,8 @@ def main(
     plans = [entry.recipe for entry in plan([alignment], Constraints(depth), top=EVALUATIONS)]
     drawn = _best_on_drawn(judge, plans)
     stream = judge.checkpoints[donor_a].architecture.stream
-    damped = _best_on_drawn(judge, [drawn, *(way.recipe for way in dampings(drawn, [alignment], stream.writes if stream else ()))])
+    writes = stream.writes if stream else ()
+    ours_damped = _best_on_drawn(judge, [drawn, *(way.recipe for way in dampings(drawn, [alignment], writes))])
     verified = plans[int(np.argmin(trial.losses(plans)))]
     rules = {
         "naive interleave": naive_interleave(donors, depth),
@@ -71,14 +74,15 @@ def main(
         "rank_among_random": int((randoms < ours).sum()) + 1,
         "random": {"count": RANDOM, "best": randoms.min(), "median": float(np.median(randoms)), "worst": randoms.max()},
         "rules": dict(zip(rules, others, strict=True)),
+        "rules_damped": {name: _nats(judge, _damped(recipe, writes)) for name, recipe in rules.items()},
         "ours": ours,
         "ours_drawn": _placed(on_drawn, randoms),
-        "ours_damped": _placed(judge.bench.recipe("damped", damped).total.nats_per_token, randoms),
+        "ours_damped": _placed(_nats(judge, ours_damped), randoms),
         "verified": _placed(best, randoms),
         "recipes": {
             "ours": str(plans[0]),
             "ours_drawn": str(drawn),
-            "ours_damped": damped.dump(),
+            "ours_damped": ours_damped.dump(),
             "verified": str(verified),
             **{name: str(recipe) for name, recipe in rules.items()},
         },
@@ -97,6 +101,16 @@ def main(
     for name, value in sorted(rows.items(), key=lambda item: item[1]):
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
+
+
+def _damped(recipe: Recipe, writes: Sequence[str]) -> Recipe:
+    """Every block damped by how often it is gone through."""
+    passes = Counter(block.index for block in recipe.blocks)
+    return damped(recipe, [1 / passes[block.index] for block in recipe.blocks], writes)
+
+
+def _nats(bank: Bank, recipe: Recipe) -> float:
+    return bank.bench.recipe(str(recipe), recipe).total.nats_per_token
 
 
 def _placed(nats: float, randoms: np.ndarray) -> dict[str, float | int]:

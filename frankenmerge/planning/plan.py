@@ -121,21 +121,21 @@ def plan(alignments: list[Alignment], constraints: Constraints, *, top: int = 1,
     """
     task = _task(alignments, model or default_model())
     numbered = _numbered(constraints, task)
-    paths = cheapest_paths(task.lengths, task.costs, numbered)
-    chosen = list(islice(paths if not differ else _different(islice(paths, DIVERSE), differ), max(top, 1) if differ else max(POOL, top)))
+    paths = cheapest_paths(task.lengths, task.costs, numbered, most=DIVERSE if differ else max(POOL, top))
+    chosen = list(islice(_different(paths, differ), top) if differ else paths)
     if not chosen:
         kept = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in constraints.as_json().items())
         blocks = ", ".join(f"{name} ({count} blocks)" for name, count in zip(task.names, task.lengths, strict=True))
         remedy = "ask for another depth, more seams, shorter slices or fewer protected blocks"
         raise fail("plan", f"a recipe of all donors that keeps to {kept}", f"none can be made of {blocks}", remedy)
-    return _plans(chosen, task)[:top]
+    return _plans(chosen, task, top)
 
 
 def front(alignments: list[Alignment], constraints: Constraints, *, model: Model | None = None) -> list[Plan]:
     """Return, for every depth up to the one asked for, the plan of the least summed seam costs: depth against damage."""
     task = _task(alignments, model or default_model())
     found = cheapest_by_depth(task.lengths, task.costs, _numbered(constraints, task))
-    return sorted(_plans(list(found.values()), task), key=lambda entry: len(entry.recipe.blocks))
+    return sorted(_plans(list(found.values()), task, len(found)), key=lambda entry: len(entry.recipe.blocks))
 
 
 def spread_splices(alignments: list[Alignment], count: int, *, model: Model | None = None) -> list[Recipe]:
@@ -203,15 +203,15 @@ def _different(paths: Iterator[Path], differ: int) -> Iterator[Path]:
             yield path
 
 
-def _plans(paths: list[Path], task: _Task) -> list[Plan]:
-    """Judge whole recipes, and give them in the order of what is predicted."""
+def _plans(paths: list[Path], task: _Task, top: int) -> list[Plan]:
+    """Judge whole recipes, and give the `top` of them in the order of what is predicted."""
     recipes = [
         recipe_of([Block(task.names[piece.donor], index) for piece in path.pieces for index in range(piece.start, piece.stop)])
         for path in paths
     ]
     damage = task.model.damage(features([recipe.blocks for recipe in recipes], task.states))
     damage[[not recipe.seams for recipe in recipes]] = 0.0
-    return [_plan_of(recipes[index], paths[index], float(damage[index]), task) for index in np.argsort(damage, kind="stable")]
+    return [_plan_of(recipes[index], paths[index], float(damage[index]), task) for index in np.argsort(damage, kind="stable")[:top]]
 
 
 def _donors(alignments: list[Alignment]) -> dict[str, int]:
