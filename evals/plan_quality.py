@@ -158,7 +158,7 @@ def _evolved(donors: dict[str, int], depth: int, bank: Bank) -> Recipe:
 
 def _moved(recipe: Recipe, donors: dict[str, int], generator: np.random.Generator) -> Recipe:
     """Take blocks from one side of a seam and add as many to the other, where there are any."""
-    ranges = [[source.model, *source.layer_range] for source in recipe.sources]
+    ranges = [[part.sources[0].model, *part.sources[0].layer_range] for part in recipe.parts]
     for _ in range(100):
         seam, step = int(generator.integers(len(ranges) - 1)), int(generator.choice([-2, -1, 1, 2]))
         moved = [list(part) for part in ranges]

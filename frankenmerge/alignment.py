@@ -44,6 +44,12 @@ class Exchange(NamedTuple):
     interchange: tuple[np.ndarray, np.ndarray]
     """`[l_a, l_a]`: A with blocks `i` and `j` interchanged; and B, `[l_b, l_b]`."""
 
+    @property
+    def transposed(self) -> "Exchange":
+        """The same with A and B exchanged."""
+        (replaced_a, replaced_b), (swapped_a, swapped_b) = self
+        return Exchange((replaced_b, replaced_a), (swapped_b, swapped_a))
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -78,7 +84,7 @@ class Alignment:
         provenance = self.provenance | {"atlases": self.provenance.get("atlases", [])[::-1]}
         (print_a, print_b), (width_a, width_b), (tokens_a, tokens_b) = self.fingerprints, self.widths, self.tokens
         gram = None if self.gram is None else np.roll(self.gram, [self.blocks[1] + 1] * 2, axis=(0, 1))
-        exchange = None if self.exchange is None else Exchange(self.exchange.replacement[::-1], self.exchange.interchange[::-1])
+        exchange = None if self.exchange is None else self.exchange.transposed
         return Alignment(
             (b, a), (print_b, print_a), (width_b, width_a), scores, (tokens_b, tokens_a), self.vocabulary, provenance, gram, exchange
         )
