@@ -207,7 +207,7 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 @torch.no_grad()
 def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel]) -> PreTrainedModel:
-    """Stack the donors' blocks in memory as `recipe` says, sharing their weights: only those of turned slices are made anew.
+    """Stack the donors' blocks in memory as `recipe` says, sharing their weights: only what is turned or scaled is made anew.
 
     The same model as the checkpoint that a merge of the recipe writes: it is built empty from the result's config, then
     filled with the donors' own tensors.

@@ -86,16 +86,20 @@ class Damped(NamedTuple):
 
 
 def damped(entry: Any, alignments: list, bench: Bench, model: Any) -> tuple[Any, Damped]:
-    """A plan with its repeated blocks damped the way that loses least, or as it is where that loses less."""
+    """A plan with its repeated blocks damped the way that loses least, or as it is where that loses less.
+
+    On a text the prediction, which knows of no damping, is moved by what damping gained there.
+    """
     from frankenmerge.planning.damping import dampings
     from frankenmerge.recipe import open_donors
 
     family = open_donors(entry.recipe)[entry.recipe.base].architecture
     stream = family.stream
     # A norm behind a block's maps undoes what they are scaled by.
-    found = dampings(entry.recipe, alignments, stream.writes) if stream and not stream.behind else []
-    names, recipes = ["none", *(way.name for way in found)], [entry.recipe, *(way.recipe for way in found)]
-    damage = dict(zip(names, bench.damage(recipes), strict=True))
-    best = min(names, key=damage.__getitem__)
-    found = _told(entry, damage[best], bench, model)._replace(recipe=recipes[names.index(best)])
-    return found, Damped(None if best == "none" else best, damage)
+    ways = dampings(entry.recipe, alignments, stream.writes) if stream and not stream.behind else []
+    recipes = {"none": entry.recipe, **{way.name: way.recipe for way in ways}}
+    damage = dict(zip(recipes, bench.damage(list(recipes.values())), strict=True))
+    best = min(damage, key=damage.__getitem__)
+    predicted = max(0.0, entry.predicted_damage + damage[best] - damage["none"])
+    told = entry._replace(recipe=recipes[best], predicted_damage=predicted, interval=model.interval(predicted, drawn=entry.basis == DRAWN))
+    return _told(told, damage[best], bench, model), Damped(None if best == "none" else best, damage)

@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 
     recipe: Recipe
     predicted_damage: float
-    """Nats per token above the donors' own loss, each donor's by its share of the blocks; negative where it is better than they."""
+    """Nats per token above the donors' own loss, each donor's by its share of the blocks."""
     interval: tuple[float, float]
     """Where nine of ten measured damages are expected around it."""
     seams: list[SeamEvidence]

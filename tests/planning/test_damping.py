@@ -23,7 +23,7 @@ def recipe_from(donors, names=("a", "b")):
 
 @pytest.mark.parametrize("family, names", [("llama", ("a", "b")), ("gpt2", ("g", "h"))])
 def test_a_merge_and_a_splice_in_memory_scale_alike(donors, tmp_path, family, names):
-    factors = [1, 0.5, 0.25, 0.5, 0.25, 1]
+    factors = [1, 0.7, 0.3, 0.7071, 0.9, 1]
     recipe = parse_recipe(damped(recipe_from(donors, names), factors, WRITES[family]).dump(), "recipe")
     opened = open_donors(recipe)
     assert {name: donor.architecture.stream.writes for name, donor in opened.items()} == dict.fromkeys(opened, WRITES[family])

@@ -413,3 +413,18 @@ def test_budgets_and_texts_that_cannot_be_are_refused(written, run, tmp_path, op
     code, out, err = run("plan", written, "-o", tmp_path / "recipe.yaml", *options)
     assert code != 0 and out == "" and told in err and "Traceback" not in err
     assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_damping_on_a_text_is_kept_where_it_loses_less_and_moves_the_prediction(written, run, tmp_path, text):
+    options = ("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8, "--json")
+    plain = json.loads(run(*options)[1])["plans"][0]
+    code, out, _ = run(*options, "--damp", text)
+    told = json.loads(out)
+    (entry,), damage = told["plans"], told["damping"]["damage"]
+    best = min(damage, key=damage.__getitem__)
+    assert code == 0 and set(damage) == {"none", "1/n", "1/sqrt(n)", "norms"}
+    assert entry["measured_damage"] == damage[best] and told["damping"]["kept"] == (None if best == "none" else best)
+    assert entry["predicted_damage"] == pytest.approx(max(0, plain["predicted_damage"] + damage[best] - damage["none"]))
+    code, out, _ = run("evaluate", tmp_path / "recipe.yaml", "--text", text, "--json")
+    (promise,) = json.loads(out)["predictions"]
+    assert promise["measured"] == pytest.approx(damage[best], abs=1e-5)
