@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from frankenmerge.analysis.turning import Shown, Turns, at_seam, drawn, fit_over_blocks, flat, refine, show, turning
+from frankenmerge.analysis.turning import Shown, Turns, at_seam, fit_over_blocks, flat, refine, show, turning
 from frankenmerge.architectures import quantity
 from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.drawing import drawn
 from frankenmerge.evaluation.compare import read_text, shared_context
 from frankenmerge.evaluation.language import encode
 from frankenmerge.gauge import Turn, procrustes, random_turn

@@ -1,10 +1,14 @@
 """Is the planner's choice any good? Against exhaustive search, random recipes, rules of thumb and evolutionary search.
 
-Plans are made without any text. Where a search measures (`verified`, `evolution`), it does so on the part of the texts behind the
-one that all are judged on, sixteen recipes each.
+Plans are made without any text: `ours` from the donors' states on tokens that they drew; `ours_drawn` is the best of sixteen such
+plans by their damage on those tokens, and `ours_damped` that one with its repeated blocks damped, where that does less damage
+on them. Where a search measures on text (`verified`, `evolution`), it does so on the part of the texts behind the one that all
+are judged on, sixteen recipes each.
 """
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -15,9 +19,12 @@ from splices import Bank, excerpts, single_seams
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
+from frankenmerge.drawing import states_on_drawn
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.compare import read_text
+from frankenmerge.evaluation.drawn import damage_on_drawn
 from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe, solar, uniform_repetition
+from frankenmerge.planning.damping import damped, dampings
 from frankenmerge.planning.plan import plan
 from frankenmerge.planning.search import Constraints
 from frankenmerge.recipe import Block, Recipe, recipe_of
@@ -43,8 +50,13 @@ def main(
     judge = Bank(excerpts(read, 0, characters), names, cache, context=context)
     trial = Bank(excerpts(read, characters, characters), names, cache, context=context)
     donors = {name: judge.checkpoints[name].blocks for name in names}
-    alignment = align(*(analyze(judge.checkpoints[name]) for name in names))
+    shown = states_on_drawn({name: judge.bench.load(name)[1] for name in judge.names})
+    alignment = align(*(analyze(judge.checkpoints[name]) for name in names), shown=shown)
     plans = [entry.recipe for entry in plan([alignment], Constraints(depth), top=EVALUATIONS)]
+    drawn = _best_on_drawn(judge, plans)
+    stream = judge.checkpoints[donor_a].architecture.stream
+    writes = stream.writes if stream else ()
+    ours_damped = _best_on_drawn(judge, [drawn, *(way.recipe for way in dampings(drawn, [alignment], writes))])
     verified = plans[int(np.argmin(trial.losses(plans)))]
     rules = {
         "naive interleave": naive_interleave(donors, depth),
@@ -54,15 +66,26 @@ def main(
         "evolution": _evolved(donors, depth, trial),
     }
     randoms = np.array(judge.losses([random_recipe(donors, depth, seed) for seed in range(RANDOM)]))
-    ours, best, *others = judge.losses([plans[0], verified, *rules.values()])
+    ours, on_drawn, best, *others = judge.losses([plans[0], drawn, verified, *rules.values()])
+    regret, regret_drawn = _regret(judge, names, alignment)
     result = {
-        "regret": _regret(judge, names, alignment),
+        "regret": regret,
+        "regret_drawn": regret_drawn,
         "rank_among_random": int((randoms < ours).sum()) + 1,
         "random": {"count": RANDOM, "best": randoms.min(), "median": float(np.median(randoms)), "worst": randoms.max()},
         "rules": dict(zip(rules, others, strict=True)),
+        "rules_damped": {name: _nats(judge, _damped(recipe, writes)) for name, recipe in rules.items()},
         "ours": ours,
-        "verified": {"nats": best, "rank_among_random": int((randoms < best).sum()) + 1},
-        "recipes": {"ours": str(plans[0]), "verified": str(verified)} | {name: str(recipe) for name, recipe in rules.items()},
+        "ours_drawn": _placed(on_drawn, randoms),
+        "ours_damped": _placed(_nats(judge, ours_damped), randoms),
+        "verified": _placed(best, randoms),
+        "recipes": {
+            "ours": str(plans[0]),
+            "ours_drawn": str(drawn),
+            "ours_damped": ours_damped.dump(),
+            "verified": str(verified),
+            **{name: str(recipe) for name, recipe in rules.items()},
+        },
         "donors": {name: judge.donor(name) for name in names},
     }
     if as_json:
@@ -73,30 +96,53 @@ def main(
     )
     for column in ("recipe", "nats/token"):
         table.add_column(column, justify="left" if column == "recipe" else "right")
-    rows = {"ours": ours, "ours, verified": best, "best random": randoms.min(), "median random": float(np.median(randoms))} | result[
-        "rules"
-    ]
+    rows = {"ours": ours, "ours, by drawn tokens": on_drawn, "the same, damped": result["ours_damped"]["nats"], "ours, verified": best,
+            "best random": randoms.min(), "median random": float(np.median(randoms))} | result["rules"]  # fmt: skip
     for name, value in sorted(rows.items(), key=lambda item: item[1]):
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
 
 
-def _regret(bank: Bank, names: list[str], alignment) -> float:
-    """The single-seam choice's loss above the best of its depth, over the spread of that depth; mean over depths with a choice."""
+def _damped(recipe: Recipe, writes: Sequence[str]) -> Recipe:
+    """Every block damped by how often it is gone through."""
+    passes = Counter(block.index for block in recipe.blocks)
+    return damped(recipe, [1 / passes[block.index] for block in recipe.blocks], writes)
+
+
+def _nats(bank: Bank, recipe: Recipe) -> float:
+    return bank.bench.recipe(str(recipe), recipe).total.nats_per_token
+
+
+def _placed(nats: float, randoms: np.ndarray) -> dict[str, float | int]:
+    return {"nats": nats, "rank_among_random": int((randoms < nats).sum()) + 1}
+
+
+def _best_on_drawn(bank: Bank, recipes: list[Recipe]) -> Recipe:
+    models = {name: bank.bench.load(name)[1] for name in bank.names}
+    return recipes[int(np.argmin(damage_on_drawn(recipes, bank.checkpoints, models)))]
+
+
+def _regret(bank: Bank, names: list[str], alignment) -> tuple[float, float]:
+    """The single-seam choice's loss above the best of its depth, over the spread of that depth; mean over depths with a choice.
+
+    Of the plan that is predicted to be the best, and of the best on drawn tokens.
+    """
     blocks, regrets = alignment.blocks, []
-    both = [(names[0], names[1], blocks), (names[1], names[0], blocks[::-1])]
-    whole = [(i, j, sizes, recipe) for a, b, sizes in both for (i, j), recipe in single_seams(a, b, sizes).items()]
+    both = {(names[0], names[1]): blocks, (names[1], names[0]): blocks[::-1]}
+    whole = [(i, j, sizes, recipe) for (a, b), sizes in both.items() for (i, j), recipe in single_seams(a, b, sizes).items()]
     # What the planner's own constraints allow: two blocks on either side, no seam at a donor's end.
-    inner = [recipe for i, j, sizes, recipe in whole if 2 <= i < sizes[0] and 1 <= j <= sizes[1] - 2]
+    inner = [recipe for i, j, sizes, recipe in whole if 2 <= i < sizes[0] and 1 <= j <= sizes[1] - 2 and recipe.seams]
     for depth in sorted({len(recipe.blocks) for recipe in inner}):
         losses = np.array(bank.losses([recipe for recipe in inner if len(recipe.blocks) == depth]))
         try:
-            chosen = bank.losses([plan([alignment], Constraints(depth, max_seams=1))[0].recipe])[0]
+            plans = [entry.recipe for entry in plan([alignment], Constraints(depth, max_seams=1), top=EVALUATIONS)]
         except FrankenmergeError:
             continue
         if np.ptp(losses) > 0:
+            chosen = np.array(bank.losses([plans[0], _best_on_drawn(bank, plans)]))
             regrets.append((chosen - losses.min()) / np.ptp(losses))
-    return float(np.mean(regrets))
+    ours, drawn = np.mean(regrets, axis=0).tolist()
+    return ours, drawn
 
 
 def _evolved(donors: dict[str, int], depth: int, bank: Bank) -> Recipe:
@@ -112,7 +158,7 @@ def _evolved(donors: dict[str, int], depth: int, bank: Bank) -> Recipe:
 
 def _moved(recipe: Recipe, donors: dict[str, int], generator: np.random.Generator) -> Recipe:
     """Take blocks from one side of a seam and add as many to the other, where there are any."""
-    ranges = [[source.model, *source.layer_range] for source in recipe.sources]
+    ranges = [[part.sources[0].model, *part.sources[0].layer_range] for part in recipe.parts]
     for _ in range(100):
         seam, step = int(generator.integers(len(ranges) - 1)), int(generator.choice([-2, -1, 1, 2]))
         moved = [list(part) for part in ranges]

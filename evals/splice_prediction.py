@@ -1,8 +1,10 @@
 """Does the planner predict what a splice costs? All single-seam splices of two donors, and random ones of more seams, measured.
 
-A splice is A's blocks `[0, i)` and B's blocks `[j, L)`, for every `i >= 1` and `j < L`; the truth is its loss on the text.
+A splice is A's blocks `[0, i)` and B's blocks `[j, L)`, for every `i >= 1` and `j < L`; the truth is its loss on the texts.
 Prints Spearman's rho of every score at the seam with minus that loss: over the splices that skip no depth (`i >= j`), and
-over all; beside them the prediction of whole recipes, by the default weights, also for recipes of two and three seams.
+over all. Beside them what is predicted of whole recipes, by the default weights, also for recipes of two and three seams:
+`predicted` from the donors' states on tokens that they drew, `from_probes` from their states on random tokens; and `drawn`, the
+damage that the splices themselves do on the drawn tokens. None of the three reads a text.
 """
 
 import json
@@ -16,14 +18,19 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from splices import Bank, excerpts, random_seams, single_seams
 
+from frankenmerge.alignment import Alignment
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
+from frankenmerge.drawing import states_on_drawn
 from frankenmerge.evaluation.compare import read_text
+from frankenmerge.evaluation.drawn import damage_on_drawn
 from frankenmerge.models import blocks_of
 from frankenmerge.planning.prediction import FLOOR, default_model, donor_loss, features
 from frankenmerge.planning.states import states_of
+from frankenmerge.recipe import Recipe
 
 RESAMPLES = 1000
+KINDS = ("predicted", "from_probes", "drawn")
 
 
 @click.command()
@@ -36,76 +43,95 @@ RESAMPLES = 1000
 @click.option("--cache", type=click.Path(path_type=Path), help="A file for what was measured, to go on from after an interruption.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    donor_a: str,
-    donor_b: str,
-    texts: tuple[Path, ...],
-    characters: int,
-    context: int | None,
-    several: int,
-    cache: Path | None,
+    donor_a: str, donor_b: str, texts: tuple[Path, ...], characters: int, context: int | None, several: int, cache: Path | None,
     as_json: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Measure every single-seam splice and how well each score ranks them."""
     bank = Bank(excerpts(map(read_text, texts), 0, characters), [donor_a, donor_b], cache, context=context)
     a, b = bank.checkpoints[donor_a], bank.checkpoints[donor_b]
     atlases = [analyze(a), analyze(b)]
-    alignments = {kind: align(*atlases, context=kind) for kind in atlases[0].top if kind in atlases[1].top}
-    recipes = single_seams(donor_a, donor_b, (a.blocks, b.blocks))
-    pairs, more = list(recipes), random_seams(donor_a, donor_b, (a.blocks, b.blocks), several)
-    nats, nats_more = (np.array(bank.losses(chosen)) for chosen in (list(recipes.values()), more))
-    keeps = np.array([i >= j for i, j in pairs])
-    scores = {"weights": _weights(bank, donor_a, donor_b, pairs)}
+    single = single_seams(donor_a, donor_b, (a.blocks, b.blocks))
+    pairs, chosen = list(single), [*single.values(), *random_seams(donor_a, donor_b, (a.blocks, b.blocks), several)]
+    nats = np.array(bank.losses(chosen))
+    damage = _predictions(bank, atlases, chosen)
+    own = {name: bank.donor(name) for name in bank.names}
+    measured = nats - [donor_loss(recipe.blocks, own) for recipe in chosen]
+    seamed = np.array([bool(recipe.seams) for recipe in chosen])
+    keeps, first = np.array([i >= j for i, j in pairs]), nats[: len(pairs)]
+    scores = _scores(bank, atlases, pairs)
+    result = {
+        "spearman": {
+            name: {"non_skipping": _rho(value[keeps], -first[keeps]), "all": _rho(value, -first),
+                   "ci": _interval(value[keeps], -first[keeps])}
+            for name, value in scores.items()
+        },
+        **{kind: _judged(damage[kind], nats, keeps) | _held(kind, damage[kind], measured, seamed) for kind in KINDS},
+        "splices": len(pairs),
+        "several": len(chosen) - len(pairs),
+        "donors": own,
+        "measured": [{"i": i, "j": j, "nats_per_token": value} for (i, j), value in zip(pairs, first.tolist(), strict=True)],
+        "damage": {"measured": measured.tolist()} | {kind: values.tolist() for kind, values in damage.items()},
+        "fingerprints": [a.fingerprint, b.fingerprint],
+        "versions": atlases[0].provenance,
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    table = Table(title=f"Spearman's rho with the measured loss, {len(pairs)} splices, {result['several']} of more seams")
+    for column in ("score", "i >= j", "95 %", "all", "more seams", "in the interval"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for kind in KINDS:
+        table.add_row(kind, *_cells(result[kind]), f"{result[kind]['multi_seam']:.3f}", f"{result[kind]['within_interval']:.0%}")
+    for name, rho in sorted(result["spearman"].items(), key=lambda item: -item[1]["non_skipping"]):
+        table.add_row(name, *_cells(rho))
+    Console().print(table)
+
+
+def _cells(rho: dict) -> list[str]:
+    low, high = rho["ci"] if isinstance(rho["ci"], list) else rho["ci"]["non_skipping"]
+    return [f"{rho['non_skipping']:.3f}", f"{low:.2f}-{high:.2f}", f"{rho['all']:.3f}"]
+
+
+def _predictions(bank: Bank, atlases: list, recipes: list[Recipe]) -> dict[str, np.ndarray]:
+    """What every recipe is foretold to lose, by kind."""
+    models = {name: bank.bench.load(name)[1] for name in bank.names}
+    found, seamed = {}, np.array([bool(recipe.seams) for recipe in recipes])
+    for kind, shown in (("predicted", states_on_drawn(models)), ("from_probes", None)):
+        states = states_of([align(*atlases, shown=shown)])
+        found[kind] = default_model().damage(features([recipe.blocks for recipe in recipes], states)) * seamed
+    return found | {"drawn": damage_on_drawn(recipes, bank.checkpoints, models)}
+
+
+def _judged(damage: np.ndarray, nats: np.ndarray, keeps: np.ndarray) -> dict[str, Any]:
+    """Rho of foretold damage with losses: all splices of one seam, those of them that skip nothing, and recipes of more seams."""
+    count = len(keeps)
+    parts = {"non_skipping": np.flatnonzero(keeps), "all": np.arange(count), "multi_seam": np.arange(count, len(nats))}
+    told: dict[str, Any] = {name: _rho(damage[part], nats[part]) for name, part in parts.items()}
+    return told | {"ci": {name: _interval(damage[part], nats[part]) for name, part in parts.items()}}
+
+
+def _held(kind: str, damage: np.ndarray, measured: np.ndarray, seamed: np.ndarray) -> dict[str, float]:
+    """The share of measured damages in the interval, and by how much their logarithm is off."""
+    model = default_model()
+    low, high = model.drawn_spread if kind == "drawn" else model.spread
+    off = (np.log(FLOOR + np.maximum(0, measured)) - np.log(FLOOR + damage))[seamed]
+    return {
+        "within_interval": float(np.mean((off >= low) & (off <= high))),
+        "off_mean": float(off.mean()),
+        "off_deviation": float(off.std()),
+    }
+
+
+def _scores(bank: Bank, atlases: list, pairs: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+    """Every score at the seams, by name."""
+    alignments: dict[str, Alignment] = {kind: align(*atlases, context=kind) for kind in atlases[0].top if kind in atlases[1].top}
+    scores = {"weights": _weights(bank, pairs)}
     for kind, alignment in alignments.items():
         for name, score in alignment.scores.items():
             if kind == "plain" or name in ("argmax", "jaccard"):
                 scores[name if kind == "plain" else f"{name} ({kind})"] = np.array([score.matrix[pair] for pair in pairs])
     scores["-abs(i-j)"] = scores.pop("distance")
-    own, states, model = (
-        {name: bank.donor(name) for name in dict.fromkeys((donor_a, donor_b))},
-        states_of([alignments["plain"]]),
-        default_model(),
-    )
-    chosen = [*recipes.values(), *more]
-    damage = model.damage(features([recipe.blocks for recipe in chosen], states))
-    damage[[not recipe.seams for recipe in chosen]] = 0
-    measured = np.array([*nats, *nats_more]) - [donor_loss(recipe.blocks, own) for recipe in chosen]
-    off = np.log(FLOOR + np.maximum(0, measured)) - np.log(FLOOR + damage)
-    seamed = np.array([bool(recipe.seams) for recipe in chosen])
-    result = {
-        "spearman": {
-            name: {"non_skipping": _rho(value[keeps], -nats[keeps]), "all": _rho(value, -nats), "ci": _interval(value[keeps], -nats[keeps])}
-            for name, value in scores.items()
-        },
-        "predicted": {
-            "non_skipping": _rho(damage[: len(nats)][keeps], nats[keeps]),
-            "all": _rho(damage[: len(nats)], nats),
-            "multi_seam": _rho(damage[len(nats) :], nats_more),
-            "ci": {
-                "non_skipping": _interval(damage[: len(nats)][keeps], nats[keeps]),
-                "all": _interval(damage[: len(nats)], nats),
-                "multi_seam": _interval(damage[len(nats) :], nats_more),
-            },
-            "within_interval": float(np.mean((off >= model.spread[0]) & (off <= model.spread[1]), where=seamed)),
-        },
-        "splices": len(pairs),
-        "several": len(more),
-        "donors": own,
-        "measured": [{"i": i, "j": j, "nats_per_token": value} for (i, j), value in zip(pairs, nats.tolist(), strict=True)],
-        "fingerprints": [a.fingerprint, b.fingerprint],
-        "versions": atlases[0].provenance,
-    }
-    if as_json:
-        click.echo(json.dumps(result))
-        return
-    table = Table(title=f"Spearman's rho with the measured loss, {len(pairs)} splices, {len(more)} of more seams")
-    for column in ("score", "i >= j", "95 %", "all", "more seams"):
-        table.add_column(column, justify="left" if column == "score" else "right")
-    rows = [(name, rho, "") for name, rho in sorted(result["spearman"].items(), key=lambda item: -item[1]["non_skipping"])]
-    predicted = result["predicted"] | {"ci": result["predicted"]["ci"]["non_skipping"]}
-    for name, rho, several_rho in [("predicted", predicted, f"{predicted['multi_seam']:.3f}"), *rows]:
-        low, high = rho["ci"]
-        table.add_row(name, f"{rho['non_skipping']:.3f}", f"{low:.2f}-{high:.2f}", f"{rho['all']:.3f}", several_rho)
-    Console().print(table)
+    return scores
 
 
 def _rho(one: np.ndarray, other: np.ndarray) -> float:
@@ -124,10 +150,10 @@ def _interval(one: np.ndarray, other: np.ndarray) -> list[float]:
     return [float(end) for end in np.quantile(drawn, [0.025, 0.975])] if drawn else [float("nan")] * 2
 
 
-def _weights(bank: Bank, a: str, b: str, pairs: list[tuple[int, int]]) -> np.ndarray:
+def _weights(bank: Bank, pairs: list[tuple[int, int]]) -> np.ndarray:
     """Cosine of the weights of the block that is entered with those of the block that would have come next (at A's end: its last)."""
     vectors = []
-    for name in (a, b):
+    for name in (bank.names[0], bank.names[-1]):
         blocks = [
             np.concatenate([p.detach().float().flatten().numpy() for p in block.parameters()])
             for block in blocks_of(bank.bench.load(name)[1])

@@ -36,6 +36,21 @@ class Score(NamedTuple):
         )
 
 
+class Exchange(NamedTuple):
+    """What it costs when blocks stand for one another: nats per token on random tokens, see `evaluation.exchange`."""
+
+    replacement: tuple[np.ndarray, np.ndarray]
+    """`[l_a, l_b]`: A with its block `i` replaced by B's block `j`; and `[l_b, l_a]`: B with its own replaced by A's."""
+    interchange: tuple[np.ndarray, np.ndarray]
+    """`[l_a, l_a]`: A with blocks `i` and `j` interchanged; and B, `[l_b, l_b]`."""
+
+    @property
+    def transposed(self) -> "Exchange":
+        """The same with A and B exchanged."""
+        (replaced_a, replaced_b), (swapped_a, swapped_b) = self
+        return Exchange((replaced_b, replaced_a), (swapped_b, swapped_a))
+
+
 @dataclass(frozen=True)
 class Alignment:
     """How far donor A after `i` blocks and donor B after `j` agree about what each neuron means."""
@@ -50,7 +65,10 @@ class Alignment:
     vocabulary: list[str]
     provenance: dict[str, Any] = field(default_factory=dict)
     gram: np.ndarray | None = None
-    """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, a mean over the probes; absent from older files."""
+    """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, standardised, a mean over the inputs; absent from
+    older files."""
+    exchange: Exchange | None = None
+    """Where it was measured."""
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -66,7 +84,10 @@ class Alignment:
         provenance = self.provenance | {"atlases": self.provenance.get("atlases", [])[::-1]}
         (print_a, print_b), (width_a, width_b), (tokens_a, tokens_b) = self.fingerprints, self.widths, self.tokens
         gram = None if self.gram is None else np.roll(self.gram, [self.blocks[1] + 1] * 2, axis=(0, 1))
-        return Alignment((b, a), (print_b, print_a), (width_b, width_a), scores, (tokens_b, tokens_a), self.vocabulary, provenance, gram)
+        exchange = None if self.exchange is None else self.exchange.transposed
+        return Alignment(
+            (b, a), (print_b, print_a), (width_b, width_a), scores, (tokens_b, tokens_a), self.vocabulary, provenance, gram, exchange
+        )
 
 
 def save_alignment(alignment: Alignment, path: Path) -> None:
@@ -76,7 +97,9 @@ def save_alignment(alignment: Alignment, path: Path) -> None:
         arrays |= {f"score.{name}": score.matrix, f"detail.{name}": score.detail}
         arrays |= {} if score.interval is None else {f"interval.{name}": score.interval}
         arrays |= {f"null.{name}.{null}": matrix for null, matrix in score.nulls.items()}
-    arrays |= {} if alignment.gram is None else {"gram": alignment.gram}
+    arrays |= {} if alignment.gram is None else {"standard_gram": alignment.gram}
+    for name, (of_a, of_b) in {} if alignment.exchange is None else alignment.exchange._asdict().items():
+        arrays |= {f"{name}.a": of_a, f"{name}.b": of_b}
     arrays["vocabulary"] = np.frombuffer(json.dumps(alignment.vocabulary).encode(), dtype=np.uint8)
     told = {key: getattr(alignment, key) for key in ("donors", "fingerprints", "widths", "provenance")}
     write_arrays(path, _KIND, arrays, told)
@@ -95,6 +118,9 @@ def load_alignment(path: Path) -> Alignment:
         tokens = arrays["a.tokens"], arrays["b.tokens"]
         vocabulary = json.loads(arrays["vocabulary"].tobytes())
         prints, widths = (print_a, print_b), (width_a, width_b)
-        return Alignment((a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], arrays.get("gram"))
+        tables = [(arrays[f"{name}.a"], arrays[f"{name}.b"]) for name in Exchange._fields if f"{name}.a" in arrays]
+        exchange = Exchange(*tables) if tables else None
+        gram = arrays.get("standard_gram")
+        return Alignment((a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], gram, exchange)
     except (KeyError, ValueError) as error:
         raise fail(str(path), "an alignment with all its parts", f"{error} missing or broken", "align the donors again") from error

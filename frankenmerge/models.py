@@ -17,6 +17,7 @@ from frankenmerge.families import Architecture
 from frankenmerge.gauge import Turn, turned_all
 from frankenmerge.headers import read_json
 from frankenmerge.recipe import Recipe
+from frankenmerge.settings import resolve
 from frankenmerge.splice import result_config, stacked, untied
 
 Site = Literal["block", "attention"]
@@ -216,7 +217,7 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 @torch.no_grad()
 def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel]) -> PreTrainedModel:
-    """Stack the donors' blocks in memory as `recipe` says, sharing their weights: only those of turned slices are made anew.
+    """Stack the donors' blocks in memory as `recipe` says, sharing their weights: only what is turned or scaled is made anew.
 
     The same model as the checkpoint that a merge of the recipe writes: it is built empty from the result's config, then
     filled with the donors' own tensors.
@@ -250,17 +251,40 @@ def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Map
     if any(value.is_meta for value in parts.values()):
         remedy = "merge the recipe, then evaluate the checkpoint; or raise --max-memory"
         raise fail("splice in memory", "donors whose weights are all in memory", "some are offloaded", remedy)
+    stored = getattr(torch, settings.get("dtype") or settings["torch_dtype"])
+    if any(level.parameters for level in [recipe, recipe.stack, *recipe.parts, *recipe.sources]):
+        parts = _scaled(parts, head, recipe, architecture, stored)
     if any(part.gauge for part in recipe.parts):
         from frankenmerge.fitting import fitted_turns  # which runs models, and so imports this
 
         turns = {number: fit.turn for number, fit in fitted_turns(recipe, donors).items()}
-        stored = getattr(torch, settings.get("dtype") or settings["torch_dtype"])
         parts = _turned(parts, head, recipe, architecture, turns, stored)
     model.load_state_dict(parts, strict=True, assign=True)
     if not untied(recipe, donors):
         model.tie_weights()
     model.generation_config = first.generation_config
     return model.eval()
+
+
+def _scaled(parts: Mapping[str, Tensor], head: str, recipe: Recipe, architecture: Architecture, stored: torch.dtype) -> dict[str, Tensor]:
+    """A splice's tensors, each by its `scale` in the recipe and rounded as a merge stores it; `head` is the head's prefix in memory."""
+    places = []
+    for number, part in enumerate(recipe.parts):
+        start, stop = part.sources[0].layer_range
+        places += [(number, index, (index - start) / (stop - start - 1) if stop - start > 1 else 1.0) for index in range(start, stop)]
+    ends = {"embedding": (0, recipe.embedding), "final": (-1, recipe.final_norm), "head": (-1, recipe.head)}
+    made = dict(parts)
+    for name, value in parts.items():
+        role, position, canonical = architecture.role(architecture.head + name.removeprefix(head) if name.startswith(head) else name)
+        number, index, t = places[position] if position is not None else (ends[role][0], 0, float(role != "embedding"))
+        if position is None and ends[role][1]:
+            continue  # an end whose donor is named is taken as it is
+        part = recipe.parts[number]
+        levels = [part.sources[0].parameters, part.parameters, recipe.stack.parameters, recipe.parameters]
+        scale = resolve("scale", levels, canonical.format(index), t)
+        if scale is not None and scale != 1:
+            made[name] = (value.float() * scale).to(stored).to(value.dtype)
+    return made
 
 
 def _turned(

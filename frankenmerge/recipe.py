@@ -143,6 +143,13 @@ class Recipe(Part):
         pairs = zip(self.blocks, self.blocks[1:], strict=False)
         return [Seam(after, before) for after, before in pairs if before != (after.model, after.index + 1)]
 
+    @property
+    def plain(self) -> bool:
+        """Whether it only puts blocks one behind the other, as their donors have them."""
+        levels = [self, self.stack, *(self.stack.slices or []), *self.sources]
+        single = not self.stack.models and all(len(part.sources) == 1 and part.gauge is None for part in self.parts)
+        return self.merge_method == "passthrough" and single and not any(level.parameters for level in levels)
+
     def dump(self) -> str:
         """The recipe as YAML."""
         return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False)

@@ -1,5 +1,6 @@
 """Whether donors can be put together as a recipe says, and what the result's config is. Reads configs and headers alone."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -287,8 +288,25 @@ def validated(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "re
     return recipe
 
 
+def depth_within(parameters: int, donors: Iterable[Checkpoint]) -> int:
+    """The most blocks that a model of so many parameters can have, whichever of the donors' blocks they are.
+
+    Raises FrankenmergeError where not even one fits.
+    """
+    ends, block = 0, 1
+    for donor in donors:
+        sizes = {place: sum(math.prod(donor.tensors[name].shape) for name in names.values()) for place, names in donor.by_role.items()}
+        own = {role: size for (role, index), size in sizes.items() if index is None and role != "ignored"}
+        ends = max(ends, sum(own.values()) - (own.get("head", 0) if is_tied(donor.config) else 0))
+        block = max(block, *(size for (role, _), size in sizes.items() if role == "block"))
+    if parameters < ends + block:
+        raise fail("parameters", f"{ends + block:,} at least: what comes before and behind the blocks, and one of them", f"{parameters:,}",
+                   "give a larger budget")  # fmt: skip
+    return (parameters - ends) // block
+
+
 def stacked(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "recipe") -> Recipe:
-    """Return a sound recipe that does no more than stack the donors' own tensors, spelled out.
+    """Return a sound recipe that does no more than stack the donors' own tensors, some of them scaled, spelled out.
 
     Raises FrankenmergeError for any other.
     """
@@ -299,8 +317,8 @@ def stacked(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "reci
     validated(recipe, donors, place)
     recipe = spelled_out(recipe, donors, place)
     levels = [recipe, recipe.stack, *recipe.parts, *recipe.sources]
-    if any(level.parameters for level in levels):
-        faults.append(Fault(f"{place}: parameters", "none, in a recipe that is run without being written", "some", remedy))
+    if any(set(level.parameters or {}) - {"scale"} for level in levels):
+        faults.append(Fault(f"{place}: parameters", "scale alone, in a recipe that is run without being written", "others", remedy))
     stored = {dtype for name in recipe.tensor_donors for dtype in donors[name].dtypes}
     if stored != {result_dtype(recipe, donors)}:
         found = f"donors of {', '.join(sorted(DTYPE_NAMES[dtype] for dtype in stored))}"

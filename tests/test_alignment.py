@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from frankenmerge.alignment import Alignment, Score, load_alignment, save_alignment
+from frankenmerge.alignment import Alignment, Exchange, Score, load_alignment, save_alignment
 from frankenmerge.errors import FrankenmergeError
 
 
@@ -38,6 +38,10 @@ def random_alignment(blocks=(3, 5), width=6, names=("one", "two")) -> Alignment:
         ),
         vocabulary=["<s>", "ä", "語", *map(str, range(45))],
         provenance={"context": "plain", "atlases": [{"k": 10}, {"k": 10}]},
+        exchange=Exchange(
+            (generator.random(blocks, dtype=np.float32), generator.random(blocks[::-1], dtype=np.float32)),
+            (generator.random((blocks[0],) * 2, dtype=np.float32), generator.random((blocks[1],) * 2, dtype=np.float32)),
+        ),
     )
 
 
@@ -64,6 +68,17 @@ def assert_equal(one: Alignment, other: Alignment) -> None:
             assert_same_array(matrix, twin.nulls[null])
     for tokens, twin in zip(one.tokens, other.tokens, strict=True):
         assert_same_array(tokens, twin)
+    assert (one.exchange is None) == (other.exchange is None)
+    for tables, twins in zip(one.exchange or (), other.exchange or (), strict=True):
+        for table, twin in zip(tables, twins, strict=True):
+            assert_same_array(table, twin)
+
+
+def test_exchange_turns_round_with_the_alignment(alignment):
+    turned = alignment.transposed.exchange
+    for pair, back in zip(alignment.exchange, turned, strict=True):
+        assert_same_array(pair[0], back[1])
+        assert_same_array(pair[1], back[0])
 
 
 def test_what_was_saved_is_loaded(alignment, tmp_path):

@@ -32,6 +32,7 @@ LAYERS = (
         "processes",
         "gauge",
         "fitting",
+        "drawing",
     },
     STAGES := {"analysis", "planning", "merging", "evaluation", "reporting"},
     {"demo"},
@@ -42,7 +43,7 @@ LAYERS = (
 
 HEAVY = ("torch", "transformers", "accelerate", "safetensors.torch")
 METHODS = {f"merging.methods.{name}" for name in ("combine", "torch_span", "sparse", "select", "noise", "fusion")}
-MAY_BE_HEAVY = {"models", "fitting", "blockwise", "analysis", "evaluation", "reporting", "demo", *METHODS}
+MAY_BE_HEAVY = {"models", "fitting", "drawing", "blockwise", "analysis", "evaluation", "reporting", "demo", *METHODS}
 """The parts and modules that may import these when they are imported; all others do it in the functions that need them."""
 
 

@@ -1,6 +1,6 @@
 """From two atlases to their alignment. Every score is a table entry: a function of two atlases that returns a `Score`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from frankenmerge.atlas import Atlas
 from frankenmerge.errors import Fault, raise_all
 
 
-def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete") -> Alignment:
+def align(
+    a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete", shown: Mapping[str, np.ndarray] | None = None
+) -> Alignment:
     """Score how A after `i` blocks and B after `j` agree, for every `i` and `j`.
 
     Args:
@@ -23,6 +25,8 @@ def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete
         b: another's, with the same vocabulary and the same probes; its width may differ, then the indices that both have
             are compared.
         context: which complete search to compare, `plain` or `bos`.
+        shown: both donors' states `[l+1, n, d]` by name on inputs of their own, such as `drawing.states_on_drawn` gives, to predict from in
+            the place of the states on random probes.
         method: `greedy` or `gradient` adds the score of that name, over the neurons for which both atlases hold such inputs.
 
     Raises:
@@ -35,6 +39,7 @@ def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete
     scores = {name: score(a, b, context, width) for name, score in sorted(SCORES.items())}
     if method != "complete":
         scores[method] = input_agreement(a, b, method, width)
+    states = [shown[atlas.donor][:, :, :width] if shown else geometry.states_of(atlas, width) for atlas in (a, b)]
     return Alignment(
         donors=(a.donor, b.donor),
         fingerprints=(a.fingerprint, b.fingerprint),
@@ -49,9 +54,10 @@ def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete
             "searched": None if method == "complete" else _told(a, b, method),
             "shared_neurons": width,
             "null_seed": 0,
+            "predicted_from": "drawn tokens" if shown else "random probes",
             "atlases": [a.provenance, b.provenance],
         },
-        gram=geometry.gram(a, b, width),
+        gram=geometry.gram(*states),
     )
 
 

@@ -16,6 +16,7 @@ MOST_PROBES = 512
 """Probes that scores of pairs of probes are taken over: their cost grows with the square."""
 ROUNDS = 4
 """Permutations for each null; every one is averaged over hundreds of probes."""
+NEURONS_AT_ONCE = 256
 BLIND = frozenset({"cka", "neighbours", "norm_ratio", "influence", "distance", "relative_depth"})
 
 
@@ -25,7 +26,7 @@ def debiased_cka(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     With U-centred kernels `K~` (Szekely and Rizzo, 2014) HSIC is their inner product; the bootstrap draws its summands,
     probe by probe.
     """
-    a_kernels, b_kernels = (_centred_kernels(_states(atlas, width, spread=True)) for atlas in (a, b))
+    a_kernels, b_kernels = (_centred_kernels(states_of(atlas, width, spread=True)) for atlas in (a, b))
     self_a, self_b = (np.einsum("lpq,lpq->lp", kernels, kernels) for kernels in (a_kernels, b_kernels))
 
     def summands(kernels: np.ndarray) -> np.ndarray:
@@ -61,7 +62,7 @@ def _centred_kernels(states: np.ndarray) -> np.ndarray:
 
 def mutual_neighbours(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """Share of each probe's 10 nearest probes, by cosine, that are the same in both (Huh et al., arXiv:2405.07987)."""
-    near_a, near_b = (_nearest(_states(atlas, width, spread=True)) for atlas in (a, b))
+    near_a, near_b = (_nearest(states_of(atlas, width, spread=True)) for atlas in (a, b))
     generator, count = np.random.default_rng(0), near_a.shape[1]
 
     def shared(near: np.ndarray) -> np.ndarray:
@@ -108,7 +109,7 @@ def relative_error(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 
 def _pairwise(a: Atlas, b: Atlas, width: int, detail: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Score:
     """A score that compares A's state with B's, probe by probe and neuron by neuron, with both permutation nulls."""
-    left, right, generator = _states(a, width), _states(b, width), np.random.default_rng(0)
+    left, right, generator = states_of(a, width), states_of(b, width), np.random.default_rng(0)
 
     def table(states: np.ndarray) -> np.ndarray:
         return np.stack([np.stack([detail(x, y) for y in states]) for x in left])
@@ -122,7 +123,7 @@ def _pairwise(a: Atlas, b: Atlas, width: int, detail: Callable[[np.ndarray, np.n
 
 def norm_ratio(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """The smaller norm over the larger, mean over probes."""
-    norms = [np.linalg.norm(_states(atlas, width), axis=2) for atlas in (a, b)]
+    norms = [np.linalg.norm(states_of(atlas, width), axis=2) for atlas in (a, b)]
     generator = np.random.default_rng(0)
 
     def ratio(other: np.ndarray) -> np.ndarray:
@@ -138,7 +139,7 @@ def influence(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 
     `c(i)` sums `1 - cos(x_(l-1), x_l)` over a donor's first `i` blocks: ShortGPT's block influence (arXiv:2403.03853).
     """
-    passed = [_passed(_states(atlas, atlas.width)) for atlas in (a, b)]
+    passed = [_passed(states_of(atlas, atlas.width)) for atlas in (a, b)]
     drawn = [line @ resamples(line.shape[1]).T for line in passed]
     means = [line.mean(axis=1) for line in passed]
     interval = between(1 - np.abs(drawn[0][:, None] - drawn[1][None]))
@@ -164,13 +165,24 @@ def relative_depth(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     return _certain(1 - np.abs(left / a.blocks - right / b.blocks))
 
 
-def gram(a: Atlas, b: Atlas, width: int) -> np.ndarray:
-    """Inner products of A's states, then B's, with one another, a mean over the probes: `[l_a+l_b+2, l_a+l_b+2]` float64."""
-    states = np.concatenate([_states(a, width), _states(b, width)]).reshape(a.blocks + b.blocks + 2, -1)
-    return states.astype(np.float64) @ states.T / a.probes.shape[1]
+def gram(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Inner products of A's states `[l_a+1, n, d]`, then B's, with one another, a mean over the probes: `[l_a+l_b+2, l_a+l_b+2]` float64.
+
+    Every state is centred over the probes: what is the same for all of them tells nothing apart, and may be many times longer
+    than what does (massive activations). Every neuron is divided by its root mean square over both donors' states, as it was
+    measured in no common unit.
+    """
+    total = np.zeros((len(a) + len(b),) * 2)
+    for start in range(0, a.shape[2], NEURONS_AT_ONCE):
+        states = np.concatenate([part[:, :, start : start + NEURONS_AT_ONCE] for part in (a, b)]).astype(np.float64)
+        states -= states.mean(axis=1, keepdims=True)
+        size = np.sqrt((states**2).mean(axis=(0, 1)))
+        flat = np.divide(states, size, out=np.zeros_like(states), where=size > 0).reshape(len(states), -1)
+        total += flat @ flat.T
+    return total / a.shape[1]
 
 
-def _states(atlas: Atlas, width: int, *, spread: bool = False) -> np.ndarray:
+def states_of(atlas: Atlas, width: int, *, spread: bool = False) -> np.ndarray:
     """The probes' states `[l+1, n, d]`; with `spread` at most `MOST_PROBES` of them, evenly taken."""
     count = atlas.probes.shape[1]
     step = -(-count // MOST_PROBES) if spread else 1

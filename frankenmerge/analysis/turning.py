@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from frankenmerge.architectures import family
 from frankenmerge.gauge import Turn, procrustes
@@ -55,17 +55,6 @@ def show(a: PreTrainedModel, b: PreTrainedModel, ids: Tensor) -> Shown:
             predictions.append(model(input_ids=ids).logits.float().log_softmax(-1))
             states.append(list(outputs))
     return Shown(ids, (states[0], states[1]), torch.logaddexp(*predictions) - torch.tensor(2.0).log())
-
-
-@torch.no_grad()
-def drawn(model: PreTrainedModel, rows: int, length: int, start: int, seed: int) -> Tensor:
-    """Tokens drawn from a model's own predictions behind `start`, `[rows, length]`."""
-    generator = torch.Generator().manual_seed(seed)
-    ids, cache = torch.full((rows, 1), start), DynamicCache()
-    while ids.shape[1] < length:
-        logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
-        ids = torch.cat([ids, torch.multinomial(logits.float().softmax(-1), 1, generator=generator)], 1)
-    return ids
 
 
 def flat(states: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def _plan(console, donors: list, output: Path):
     from frankenmerge.analysis.align import align
     from frankenmerge.analysis.analyze import analyze, work
     from frankenmerge.atlas import save_atlas
-    from frankenmerge.cli.plan import print_seam, write_plans
+    from frankenmerge.cli.plan import print_seams, write_plans
     from frankenmerge.planning.plan import plan
     from frankenmerge.planning.prediction import default_model
     from frankenmerge.planning.search import Constraints
@@ -119,8 +119,8 @@ def _plan(console, donors: list, output: Path):
     plans = plan([alignment], Constraints(DEPTH), top=3)
     write_plans(plans, output / "recipe.yaml", Constraints(DEPTH), default_model())
     console.print(f"{plans[0].recipe}   predicted damage {plans[0].predicted_damage:.2f} nats per token\n", markup=False)
-    for number, seam in enumerate(plans[0].seams, 1):
-        print_seam(console, number, seam)
+    print_seams(console, plans[0].seams)
+    console.print(f"All scores, and the neurons that agree and disagree most: {output / 'recipe.evidence.json'}\n", markup=False)
     return alignment, plans[0]
 
 

@@ -6,11 +6,9 @@ from typing import NamedTuple
 
 import click
 
-from frankenmerge.cli.console import device_option, dtype_option, json_option, out, print_json, progress, table
+from frankenmerge.cli.console import device_option, dtype_option, json_option, out, print_json, table
+from frankenmerge.cli.measuring import DRAWN, HANDFUL, Bench, calibrated, damped, verified
 from frankenmerge.errors import fail
-
-HANDFUL = 16
-"""Splices measured to calibrate the prediction."""
 
 
 class _Named(NamedTuple):
@@ -34,12 +32,36 @@ def _named(_context, parameter, values: tuple[str, ...]) -> list[_Named]:
     return found
 
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def _count(_context, _parameter, value: str | None) -> int | None:
+    """Read a number of parameters as people write it: `11B`, `1.5M`, `300000`."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", value.strip().upper())
+    if not match:
+        raise click.BadParameter(f"{value!r} is no number of parameters; write for example 11B or 1.5M")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _texts(_context, _parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    if DRAWN in values and len(values) > 1:
+        raise click.BadParameter(f"{DRAWN!r} stands alone: either tokens that the donors draw, or texts")
+    return values
+
+
+def _measuring(option: str, what: str):
+    return click.option(option, multiple=True, metavar=f"TEXT|{DRAWN}", callback=_texts, help=what)
+
+
 @click.command()
 @click.argument("alignments", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the best recipe goes; its evidence goes beside it."
 )
 @click.option("--depth", type=click.IntRange(1), help="Blocks of the result. [default: half as many again as the deepest donor has]")
+@click.option("--parameters", callback=_count, metavar="N", help="In the place of a depth: as many blocks as N parameters hold, as 11B.")
 @click.option("--max-seams", type=click.IntRange(1), default=4, show_default=True, help="Most seams.")
 @click.option("--min-slice", type=click.IntRange(1), default=2, show_default=True, help="Fewest blocks of a slice.")
 @click.option(
@@ -62,15 +84,17 @@ def _named(_context, parameter, values: tuple[str, ...]) -> list[_Named]:
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="How many recipes to write.")
 @click.option("--differ", type=click.IntRange(0), default=0, show_default=True, help="In how many blocks they must differ.")
 @click.option("--front", "whole_front", is_flag=True, help="Show the least damage of every depth up to --depth as well.")
-@click.option("--calibrate", multiple=True, type=click.Path(path_type=Path), help=f"Measure {HANDFUL} splices on this text to predict by.")
-@click.option("--verify", multiple=True, type=click.Path(path_type=Path), help="Measure the plans on this text, and rank them by that.")
+@_measuring("--calibrate", f"Measure {HANDFUL} splices on this text to predict by; '{DRAWN}': on tokens that the donors draw.")
+@_measuring("--verify", "Measure the plans on this, and rank them by that.")
+@_measuring("--damp", "Scale down what repeated blocks of the best plan write, where that loses less on this.")
 @device_option
 @dtype_option
 @json_option
 def plan(
-    alignments: tuple[Path, ...], output: Path, depth: int | None, max_seams: int, min_slice: int, protect_first: int, protect_last: int,
+    alignments: tuple[Path, ...], output: Path, depth: int | None, parameters: int | None, max_seams: int, min_slice: int,
+    protect_first: int, protect_last: int,
     max_back: int | None, use: list[_Named], avoid: list[_Named], shares: list[_Named], top: int, differ: int, whole_front: bool,
-    calibrate: tuple[Path, ...], verify: tuple[Path, ...], device: str, dtype: str, as_json: bool,
+    calibrate: tuple[str, ...], verify: tuple[str, ...], damp: tuple[str, ...], device: str, dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Choose the splices that ALIGNMENTS predict to do the least damage, and write them as recipes.
 
@@ -85,20 +109,27 @@ def plan(
     loaded = [load_alignment(path) for path in alignments]
     donors = list(dict.fromkeys(name for alignment in loaded for name in alignment.donors))
     deepest = max(blocks for alignment in loaded for blocks in alignment.blocks)
+    if depth and parameters:
+        raise fail("plan", "either --depth or --parameters", "both", "leave one out")
     constraints = Constraints(
-        depth or deepest * 3 // 2, max_seams, min_slice, protect_first, protect_last, max_back,
+        depth or (_depth_within(parameters, donors) if parameters else deepest * 3 // 2),
+        max_seams, min_slice, protect_first, protect_last, max_back,
         _blocks(use, donors), _blocks(avoid, donors), {_donor(share.donor, donors): (share.low, share.high) for share in shares},
     )  # fmt: skip
-    bench = {"device": device, "dtype": dtype}
-    model = _calibrated(loaded, calibrate, donors, bench) if calibrate else default_model()
+    placed = {"device": device, "dtype": dtype}
+    model = calibrated(loaded, Bench(donors, calibrate, placed)) if calibrate else default_model()
     plans = planned(loaded, constraints, top=top, differ=differ, model=model)
     if verify:
-        plans = _verified(plans, verify, donors, bench)
+        plans = verified(plans, Bench(donors, verify, placed), model)
+    tried = None
+    if damp:
+        plans[0], tried = damped(plans[0], loaded, Bench(donors, damp, placed), model)
     paths = write_plans(plans, output, constraints, model)
     depths = front(loaded, constraints, model=model) if whole_front else []
     if as_json:
         told = {"front": [{"depth": len(entry.recipe.blocks), "predicted_damage": entry.predicted_damage, "summary": str(entry.recipe)}
                           for entry in depths]} if depths else {}  # fmt: skip
+        told |= {} if tried is None else {"damping": tried._asdict()}
         print_json(_plans_as_json(plans, constraints, model) | {"written": [str(path) for path in paths]} | told)
         return
     console = out()
@@ -117,8 +148,10 @@ def plan(
                 str(entry.recipe), str(len(entry.seams)), f"{entry.predicted_damage:.3f}", f"{low:.2f}-{high:.2f}", *measured, name
             )
         console.print(made)
-    for number, seam in enumerate(plans[0].seams, 1):
-        print_seam(console, number, seam)
+    print_seams(console, plans[0].seams)
+    if tried is not None:
+        ways = ", ".join(f"{name} {value:.3f}" for name, value in tried.damage.items())
+        console.print(f"Damping, nats per token lost: {ways}. Kept: {tried.kept or 'none'}.")
     console.print("Damage is predicted in nats per token above the donors' own loss, each donor's by its share of the blocks.")
 
 
@@ -134,35 +167,12 @@ def _blocks(named: list[_Named], donors: list[str]) -> frozenset[tuple[str, int]
     return frozenset((_donor(entry.donor, donors), block) for entry in named for block in range(int(entry.low), int(entry.high) + 1))
 
 
-def _measured(recipes: list, texts: tuple[Path, ...], donors: list[str], bench_options: dict) -> list[float]:
-    """Damage of recipes, what they begin with alike run once."""
-    from frankenmerge.evaluation.compare import Bench, read_text
-    from frankenmerge.planning.prediction import donor_loss
+def _depth_within(parameters: int, donors: list[str]) -> int:
+    """The most blocks that a budget holds besides embedding, final norm and head."""
+    from frankenmerge.recipe import open_donor
+    from frankenmerge.splice import depth_within
 
-    bench = Bench([read_text(text) for text in texts], donors, **bench_options)
-    with progress("splicing", len(recipes) * len(texts), "recipes") as advance:
-        results = bench.recipes(recipes, progress=advance)
-    own = {name: bench.checkpoint(name).total.nats_per_token for name in donors}
-    return [result.total.nats_per_token - donor_loss(recipe.blocks, own) for result, recipe in zip(results, recipes, strict=True)]
-
-
-def _calibrated(alignments: list, texts: tuple[Path, ...], donors: list[str], bench_options: dict):
-    import numpy as np
-
-    from frankenmerge.planning.plan import spread_splices
-    from frankenmerge.planning.prediction import default_model, features, refined
-    from frankenmerge.planning.states import states_of
-
-    recipes = spread_splices(alignments, HANDFUL)
-    damage = _measured(recipes, texts, donors, bench_options)
-    found = features([recipe.blocks for recipe in recipes], states_of(alignments))
-    origin = {"refined": default_model().origin, "texts": [str(text) for text in texts], "splices": len(recipes)}
-    return refined(default_model(), found, np.array(damage), origin)
-
-
-def _verified(plans: list, texts: tuple[Path, ...], donors: list[str], bench_options: dict) -> list:
-    damage = _measured([entry.recipe for entry in plans], texts, donors, bench_options)
-    return sorted((entry._replace(measured=value) for entry, value in zip(plans, damage, strict=True)), key=lambda entry: entry.measured)
+    return depth_within(parameters, [open_donor(name) for name in donors])
 
 
 def write_plans(plans, output: Path, constraints, model) -> list[Path]:
@@ -183,21 +193,15 @@ def _plans_as_json(plans, constraints, model) -> dict:
     return {"plans": [entry.as_json() for entry in plans], "constraints": constraints.as_json(), "model": model.as_json()}
 
 
-def print_seam(console, number: int, seam) -> None:
-    """Show one seam's evidence: scores beside their nulls, and the neurons that agree and disagree most."""
-    after, before = (f"{Path(block.model).name} block {block.index}" for block in seam.seam)
-    kind = f"{seam.skipped} skipped" if seam.skipped > 0 else f"{-seam.skipped} gone through again" if seam.skipped else "same depth"
-    nulls = list(dict.fromkeys(null for entry in seam.nulls.values() for null in entry))
-    made = table(f"Seam {number}: {after} -> {before} ({kind})", "score", "here", *nulls)
-    for name, value in seam.scores.items():
-        made.add_row(name, f"{value:.3f}", *(f"{seam.nulls[name][null]:.3f}" if null in seam.nulls[name] else "" for null in nulls))
-    console.print(made)
-    agree = "; ".join(f"{entry['neuron']}: {' '.join(map(repr, entry['shared'][:3])) or 'nothing'}" for entry in seam.agree[:3])
-    console.print(f"  Neurons that agree most, with the tokens they share: {agree}", markup=False)
-    disagree = "; ".join(
-        f"{entry['neuron']}: {' '.join(map(repr, entry['tokens'][0][:2]))} | {' '.join(map(repr, entry['tokens'][1][:2]))}"
-        for entry in seam.disagree[:2]
-    )
-    console.print(f"  Neurons that agree least, with each donor's tokens: {disagree}", markup=False)
-    if seam.by_chance:
-        console.print("  [bold red]No better than chance:[/] these donors share no basis here; expect noise behind this seam.", markup=True)
+def print_seams(console, seams) -> None:
+    """Show every seam in a line: what it joins, what it would cost alone, and how far the donors' tokens agree there."""
+    for number, seam in enumerate(seams, 1):
+        after, before = (f"{Path(block.model).name} block {block.index}" for block in seam.seam)
+        kind = f"{seam.skipped} skipped" if seam.skipped > 0 else f"{-seam.skipped} again" if seam.skipped else "same depth"
+        agree, chance = seam.scores["jaccard"], seam.nulls["jaccard"]["permuted_neurons"]
+        told = f"alone {seam.cost:.3f}; tokens agree {agree:.3f}, by chance {chance:.3f}"
+        console.print(f"Seam {number}: {after} -> {before} ({kind}): {told}", markup=False)
+        if seam.by_chance:
+            console.print(
+                "  [bold red]No better than chance:[/] these donors share no basis here; expect noise behind this seam.", markup=True
+            )

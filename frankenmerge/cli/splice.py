@@ -2,7 +2,9 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,7 +23,7 @@ from frankenmerge.cli.console import (
     table,
 )
 from frankenmerge.cli.donors import MEANT_FOR, How, add_inputs, atlas_of, method_option, neurons_option, tokens_option
-from frankenmerge.errors import fail, raise_all
+from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.processes import Share, own_share
 
 SHOWN = {
@@ -42,6 +44,8 @@ SHOWN = {
 @neurons_option
 @tokens_option
 @click.option("--bos/--no-bos", default=False, show_default=True, help="Compare the tokens behind BOS, or alone (complete).")
+@click.option("--drawn", is_flag=True, help="Predict from tokens that the donors draw, not from random ones: both must fit into memory.")
+@click.option("--exchange", is_flag=True, help="Let blocks stand for one another too, by both tests: both must fit into memory.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the scores to this PNG or SVG file (needs matplotlib).")
 @device_option
 @dtype_option
@@ -51,7 +55,7 @@ SHOWN = {
 @click.pass_context
 def align(
     context: click.Context, a: str, b: str, output: Path, method: str, neurons: list[int] | None, tokens: int | None, bos: bool,
-    plot: Path | None, device: str, dtype: str, download: bool, allow_pickle: bool, as_json: bool,
+    drawn: bool, exchange: bool, plot: Path | None, device: str, dtype: str, download: bool, allow_pickle: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Score how donors A and B agree, block by block. Each is a donor or an atlas."""
     from frankenmerge.alignment import save_alignment
@@ -66,7 +70,10 @@ def align(
         return
     if method != "complete":
         atlases = _with_same_inputs((a, b), atlases, how, method, neurons, tokens)
-    alignment = aligned(*atlases, context="bos" if bos else "plain", method=method)
+    models = _loaded((a, b), how) if drawn or exchange else {}
+    alignment = aligned(*atlases, context="bos" if bos else "plain", method=method, shown=_shown(models) if drawn else None)
+    if exchange:
+        alignment = replace(alignment, exchange=_exchanged(alignment, models))
     save_alignment(alignment, output)
     if plot:
         from frankenmerge.reporting.plots import plot_alignment
@@ -79,6 +86,9 @@ def align(
         }
         shared = {"shared_neurons": alignment.provenance["shared_neurons"], "widths": alignment.widths}
         shared |= {"method": method, "context": alignment.provenance["context"], "searched": alignment.provenance["searched"]}
+        if alignment.exchange:
+            tables = alignment.exchange._asdict().items()
+            shared |= {"exchange": {name: [matrix.tolist() for matrix in pair] for name, pair in tables}}
         print_json({"output": str(output), "donors": alignment.donors, "blocks": alignment.blocks, **shared, "scores": scores})
         return
     console = out()
@@ -97,11 +107,54 @@ def align(
         cells = ["" if matrix is None else f"{matrix.diagonal()[1:depth].mean():.3f}" for matrix in nulls]
         summary.add_row(name, f"{entry.matrix.diagonal()[1:depth].mean():.3f}", *cells)
     console.print(summary)
+    for title, matrix in _exchange_tables(alignment):
+        made = table(title, "", *map(str, range(matrix.shape[1])))
+        for block, row in enumerate(matrix):
+            made.add_row(str(block), *(f"{value:.2f}" for value in row))
+        console.print(made)
     if searched := alignment.provenance["searched"]:
         console.print(f"{method}: {len(searched['neurons'])} of {min(alignment.widths)} neurons, {searched['tokens']} tokens each.")
     if alignment.widths[0] != alignment.widths[1]:
         console.print(f"Widths {alignment.widths[0]} and {alignment.widths[1]}: the first {min(alignment.widths)} neurons are compared.")
     console.print(f"Written to {output}", markup=False)
+
+
+def _exchange_tables(alignment) -> list[tuple[str, Any]]:
+    """What it cost when blocks stood for one another; tables that are too wide are in the file alone."""
+    if alignment.exchange is None or max(alignment.blocks) > 12:
+        return []
+    unit = "nats per token on random tokens"
+    return [
+        (f"A's block (row) replaced by B's (column), {unit}", alignment.exchange.replacement[0]),
+        (f"A's blocks interchanged, {unit}", alignment.exchange.interchange[0]),
+    ]
+
+
+def _loaded(names: tuple[str, str], how: How) -> dict:
+    """The donors in memory, by name."""
+    from frankenmerge.models import load_model
+    from frankenmerge.recipe import open_donor
+
+    raise_all(
+        Fault("--drawn, --exchange", "donors, which are run", f"an atlas: {name}", "give the donor itself")
+        for name in names if Path(name).is_file()
+    )  # fmt: skip
+    donors = [open_donor(name, download=how.download, allow_pickle=how.allow_pickle) for name in dict.fromkeys(names)]
+    return {donor.name: load_model(donor, dtype=how.dtype, device=how.device) for donor in donors}
+
+
+def _shown(models: dict) -> dict:
+    from frankenmerge.drawing import states_on_drawn
+
+    return states_on_drawn(models)
+
+
+def _exchanged(alignment, models: dict):
+    from frankenmerge.evaluation.exchange import exchange
+
+    a, b = zip(alignment.donors, alignment.blocks, strict=True)
+    with progress("exchanging blocks", None, "changes") as advance:
+        return exchange(a, b, models, progress=advance)
 
 
 def _with_same_inputs(

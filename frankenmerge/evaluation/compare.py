@@ -146,12 +146,19 @@ class Bench:
         return self._measured(Subject(name, "recipe", model, reader, encoded, recipe_lineage(recipe, donors)), progress, visit)
 
     def recipes(self, recipes: Sequence[Recipe], *, progress: Callable[[int], None] = lambda _: None) -> list[Result]:
-        """Measure many recipes; what they begin with alike is run once. `progress` is called for every recipe on every text."""
+        """Measure many recipes; what they begin with alike is run once, where blocks are taken as they are.
+
+        `progress` is called for every recipe on every text.
+        """
         for recipe in recipes:
             validated(recipe, {donor: self.checkpoints[donor] for donor in recipe.donors})
         losses: list[dict[str, Loss]] = [{} for _ in recipes]
-        for tokenizer in dict.fromkeys(recipe.tokenizer_donor for recipe in recipes):
-            chosen = [index for index, recipe in enumerate(recipes) if recipe.tokenizer_donor == tokenizer]
+        for index, recipe in enumerate(recipes):
+            if not recipe.plain:
+                losses[index] = self.recipe(str(recipe), recipe).losses
+                progress(len(self.texts))
+        for tokenizer in dict.fromkeys(recipe.tokenizer_donor for recipe in recipes if recipe.plain):
+            chosen = [index for index, recipe in enumerate(recipes) if recipe.plain and recipe.tokenizer_donor == tokenizer]
             models = {donor: self.load(donor)[1] for index in chosen for donor in recipes[index].donors}
             for text, line in self.load(tokenizer)[2].items():
                 measured = measure_together([recipes[index].blocks for index in chosen], models, line, context=self.context)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from frankenmerge.blockwise import Call, enter, leave, run_block
+from frankenmerge.blockwise import enter, leave, run_block
 from frankenmerge.evaluation.language import POSITIONS, Encoded, Loss, windows
 from frankenmerge.models import blocks_of
 from frankenmerge.recipe import Block
@@ -28,9 +28,6 @@ def measure_together(
 ) -> list[Loss]:
     """Predict every token of a text with every stack of blocks, as `measure` does with its virtual splice.
 
-    The stacks are gone through in lexicographic order, and the hidden states behind every block of the one under way are
-    kept: the next begins behind the last block that both have in common. Memory: the states of one stack.
-
     Args:
         stacks: each the blocks of one recipe.
         models: the donors by name.
@@ -39,14 +36,13 @@ def measure_together(
     """
     ids = torch.from_numpy(encoded.ids)
     width, groups = _groups(len(ids), context)
-    order = sorted(range(len(stacks)), key=lambda index: list(stacks[index]))
     nats = torch.full((len(stacks), len(ids) - 1), torch.nan, dtype=torch.float64)
     for starts, kept in groups:
         rows = torch.stack([ids[start : start + width + 1] for start in starts])
         places = torch.tensor([[start + width - kept + offset for offset in range(kept)] for start in starts])
-        for index, logits in _logits([stacks[index] for index in order], models, rows[:, :-1], kept):
+        for index, logits in logits_together(stacks, models, rows[:, :-1], kept):
             losses = functional.cross_entropy(logits.float().flatten(0, 1), rows[:, -kept:].flatten().to(logits.device), reduction="none")
-            nats[order[index], places.flatten()] = losses.double().cpu()
+            nats[index, places.flatten()] = losses.double().cpu()
     return [Loss(line.numpy(), encoded.bytes) for line in nats]
 
 
@@ -62,20 +58,25 @@ def _groups(length: int, context: int) -> tuple[int, list[_Group]]:
     return width, groups
 
 
-def _logits(
+@torch.no_grad()
+def logits_together(
     stacks: Sequence[Sequence[Block]], models: Mapping[str, PreTrainedModel], ids: Tensor, kept: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """The logits of the last `kept` positions, stack by stack; neighbours share what they begin with."""
+    """Give every stack's number and its logits `[b, kept, v]` at the last `kept` positions of `ids` `[b, s]`.
+
+    The stacks are gone through in lexicographic order, and the hidden states behind every block of the one under way are
+    kept: the next begins behind the last block that both have in common. Memory: the states of one stack.
+    """
     ids = ids.to(next(iter(models.values())).device)
     blocks = {name: list(blocks_of(model)) for name, model in models.items()}
-    entered: dict[str, tuple[Tensor, list[Call]]] = {name: enter(model, ids) for name, model in models.items()}
+    entered = {name: enter(model, ids) for name, model in models.items()}
     passed: list[tuple[Block, Tensor]] = []
-    for index, stack in enumerate(stacks):
+    for index in sorted(range(len(stacks)), key=lambda index: list(stacks[index])):
+        stack = stacks[index]
         common = next((at for at, (block, _) in enumerate(passed) if at == len(stack) or stack[at] != block), len(passed))
         del passed[common:]
         states = passed[-1][1] if passed else entered[stack[0].model][0]
         for block in stack[len(passed) :]:
             states = run_block(blocks[block.model][block.index], states, entered[block.model][1][block.index])
             passed.append((block, states))
-        last = models[stack[-1].model]
-        yield index, leave(last, ids[:, -kept:], states[:, -kept:])
+        yield index, leave(models[stack[-1].model], ids[:, -kept:], states[:, -kept:])

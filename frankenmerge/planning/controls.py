@@ -54,9 +54,9 @@ def uniform_repetition(donors: Mapping[str, int], depth: int) -> Recipe:
 
 
 def random_recipe(donors: Mapping[str, int], depth: int, seed: int, *, max_seams: int = 4, min_slice: int = 2) -> Recipe:
-    """Draw a recipe under a planner's usual constraints: it begins and ends as a donor does, and no donor follows itself.
+    """Draw a recipe under a planner's usual constraints: it begins and ends as a donor does, and none of several follows itself.
 
-    `donors` maps at least two names to their blocks; `depth` must be within what they can give.
+    `donors` maps names to their blocks; `depth` must be within what they can give.
     """
     generator = np.random.default_rng(seed)
     names = list(donors)
@@ -69,7 +69,7 @@ def random_recipe(donors: Mapping[str, int], depth: int, seed: int, *, max_seams
         )
         order = [int(generator.integers(len(names)))]
         while len(order) < count:
-            order.append((order[-1] + int(generator.integers(1, len(names)))) % len(names))
+            order.append((order[-1] + int(generator.integers(1, len(names)))) % len(names) if len(names) > 1 else 0)
         sizes = [donors[names[donor]] for donor in order]
         if len(lengths) == 0 or any(length > size for length, size in zip(lengths, sizes, strict=True)):
             continue

@@ -1,7 +1,7 @@
 """From alignments to plans: the recipes predicted to do the least damage, each with the evidence for every seam."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -68,10 +68,12 @@ class Plan(NamedTuple):
     predicted_damage: float
     """Nats per token above the donors' own loss, each donor's by its share of the blocks."""
     interval: tuple[float, float]
-    """Where nine of ten measured damages lay around such a prediction, on donors the model was not fitted on."""
+    """Where nine of ten measured damages are expected around it."""
     seams: list[SeamEvidence]
+    basis: str = "scores"
+    """What the prediction rests on: `scores`, or `drawn` where the splice was run on tokens that the donors drew."""
     measured: float | None = None
-    """Measured damage, where the plan was verified."""
+    """Damage measured on a text, where the plan was verified on one."""
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -82,6 +84,7 @@ class Plan(NamedTuple):
             "depth": len(self.recipe.blocks),
             "predicted_damage": self.predicted_damage,
             "interval": list(self.interval),
+            "basis": self.basis,
             **verified,
             "seams": [seam.as_json() for seam in self.seams],
         }
@@ -118,21 +121,21 @@ def plan(alignments: list[Alignment], constraints: Constraints, *, top: int = 1,
     """
     task = _task(alignments, model or default_model())
     numbered = _numbered(constraints, task)
-    paths = cheapest_paths(task.lengths, task.costs, numbered)
-    chosen = list(islice(paths if not differ else _different(islice(paths, DIVERSE), differ), max(top, 1) if differ else max(POOL, top)))
+    paths = cheapest_paths(task.lengths, task.costs, numbered, most=DIVERSE if differ else max(POOL, top))
+    chosen = list(islice(_different(paths, differ), top) if differ else paths)
     if not chosen:
         kept = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in constraints.as_json().items())
         blocks = ", ".join(f"{name} ({count} blocks)" for name, count in zip(task.names, task.lengths, strict=True))
         remedy = "ask for another depth, more seams, shorter slices or fewer protected blocks"
         raise fail("plan", f"a recipe of all donors that keeps to {kept}", f"none can be made of {blocks}", remedy)
-    return _plans(chosen, task)[:top]
+    return _plans(chosen, task, top)
 
 
 def front(alignments: list[Alignment], constraints: Constraints, *, model: Model | None = None) -> list[Plan]:
     """Return, for every depth up to the one asked for, the plan of the least summed seam costs: depth against damage."""
     task = _task(alignments, model or default_model())
     found = cheapest_by_depth(task.lengths, task.costs, _numbered(constraints, task))
-    return sorted(_plans(list(found.values()), task), key=lambda entry: len(entry.recipe.blocks))
+    return sorted(_plans(list(found.values()), task, len(found)), key=lambda entry: len(entry.recipe.blocks))
 
 
 def spread_splices(alignments: list[Alignment], count: int, *, model: Model | None = None) -> list[Recipe]:
@@ -155,16 +158,22 @@ def spread_splices(alignments: list[Alignment], count: int, *, model: Model | No
 def _task(alignments: list[Alignment], model: Model) -> _Task:
     donors = _donors(alignments)
     names = list(donors)
+    directed = {(names.index(a), names.index(b)): alignment for (a, b), alignment in between(alignments).items()}
+    states = states_of(alignments)
+    costs = {(a, b): seam_damage(model, states, names[a], names[b]) for a, b in directed}
+    return _Task(names, list(donors.values()), directed, states, costs, model)
+
+
+def between(alignments: Sequence[Alignment]) -> dict[tuple[str, str], Alignment]:
+    """Alignments by (donor left, donor entered). Raises FrankenmergeError where a pair is given twice."""
     directed = {}
     for alignment in alignments:
-        a, b = (names.index(name) for name in alignment.donors)
+        a, b = alignment.donors
         if (a, b) in directed:
             raise fail(" | ".join(alignment.donors), "one alignment of a pair", "several", "give each pair once")
         directed[a, b] = alignment
         directed.setdefault((b, a), alignment.transposed)
-    states = states_of(alignments)
-    costs = {(a, b): seam_damage(model, states, names[a], names[b]) for a, b in directed}
-    return _Task(names, list(donors.values()), directed, states, costs, model)
+    return directed
 
 
 def _numbered(constraints: Constraints, task: _Task) -> Constraints:
@@ -194,15 +203,15 @@ def _different(paths: Iterator[Path], differ: int) -> Iterator[Path]:
             yield path
 
 
-def _plans(paths: list[Path], task: _Task) -> list[Plan]:
-    """Judge whole recipes, and give them in the order of what is predicted."""
+def _plans(paths: list[Path], task: _Task, top: int) -> list[Plan]:
+    """Judge whole recipes, and give the `top` of them in the order of what is predicted."""
     recipes = [
         recipe_of([Block(task.names[piece.donor], index) for piece in path.pieces for index in range(piece.start, piece.stop)])
         for path in paths
     ]
     damage = task.model.damage(features([recipe.blocks for recipe in recipes], task.states))
     damage[[not recipe.seams for recipe in recipes]] = 0.0
-    return [_plan_of(recipes[index], paths[index], float(damage[index]), task) for index in np.argsort(damage, kind="stable")]
+    return [_plan_of(recipes[index], paths[index], float(damage[index]), task) for index in np.argsort(damage, kind="stable")[:top]]
 
 
 def _donors(alignments: list[Alignment]) -> dict[str, int]:

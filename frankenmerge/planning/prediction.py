@@ -13,10 +13,11 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 from frankenmerge.recipe import Block
 
-FEATURES = ("final", "kept", "lost", "third", "skipped")
+FEATURES = ("final", "kept", "third", "skipped")
 """What damage is predicted from, see `features`."""
 FLOOR = 0.02
 """Nats below which differences are noise; damage is predicted as the logarithm of itself and this."""
@@ -45,27 +46,28 @@ class States(NamedTuple):
 
 
 class Drift(NamedTuple):
-    """How far a stack of blocks is from home: `1 - cos` of the stream with the donor's own, each `[r]`."""
+    """How far a stack of blocks is from home: `1 - cos` of the stream with the donors' own, each `[r]`."""
 
     roots: np.ndarray
     """Sum over the blocks of its square root."""
     final: np.ndarray
-    """Behind the last block."""
+    """Behind the last block, of the mean of the donors' last states, each by its share of the blocks."""
 
 
-def drift(gram: np.ndarray, entered: np.ndarray, blocks: np.ndarray, *, lossy: bool) -> Drift:
+def drift(gram: np.ndarray, entered: np.ndarray, blocks: np.ndarray, ends: np.ndarray, *, lossy: bool) -> Drift:
     """Run `r` stacks of blocks in superposition.
 
     Args:
         gram: `[n, n]`, inner products of states.
         entered: `[r]`, the state that enters each stack.
         blocks: `[r, t]`, the state that each block is given at home (its output at home is the next one); -1 behind the last.
+        ends: `[r, n]`, weights of the states that the stream is compared with behind the last block.
         lossy: whether a block that is given something else adds only `cos` of what it added at home, and noise of the norm
             that is lost so; otherwise it adds the same wherever it stands.
     """
     rows, norms = np.arange(len(entered)), gram.diagonal()
     inner, square = gram[entered].copy(), norms[entered].copy()  # of the stream with every state, and with itself
-    noise, roots, last = np.zeros(len(rows)), np.zeros(len(rows)), entered.copy()
+    noise, roots = np.zeros(len(rows)), np.zeros(len(rows))
     for given in blocks.T:
         here = given >= 0
         place = np.where(here, given, 0)
@@ -77,16 +79,16 @@ def drift(gram: np.ndarray, entered: np.ndarray, blocks: np.ndarray, *, lossy: b
         inner += kept[:, None] * (gram[place + 1] - gram[place])
         if lossy:
             noise += (1 - kept**2) * own * here
-        last = np.where(here, given + 1, last)
-    match = inner[rows, last] / np.sqrt(np.maximum(norms[last] * (square + noise), 1e-24))
+    length = ((ends @ gram) * ends).sum(axis=1)
+    match = (inner * ends).sum(axis=1) / np.sqrt(np.maximum(length * (square + noise), 1e-24))
     return Drift(roots, np.maximum(0, 1 - match))
 
 
 def features(stacks: Sequence[Sequence[Block]], states: States) -> np.ndarray:
     """What damage is predicted from, `[r, FEATURES]`, for stacks of blocks.
 
-    `final`: root of `1 - cos` behind the last block, in lossy superposition. `kept`, `lost`: mean over the blocks of the root of
-    `1 - cos` before them, in plain and in lossy superposition. `third`: blocks that are gone through a third time or more
+    `final`: root of `1 - cos` with the donors' last states behind the last block, in lossy superposition. `kept`: mean over the
+    blocks of the root of `1 - cos` before them, in plain superposition. `third`: blocks that are gone through a third time or more
     often, over the blocks of the deepest donor. `skipped`: influence of blocks that are jumped over, further than any before.
     """
     longest = max(len(stack) for stack in stacks)
@@ -94,10 +96,24 @@ def features(stacks: Sequence[Sequence[Block]], states: States) -> np.ndarray:
     for row, stack in zip(given, stacks, strict=True):
         row[: len(stack)] = [states.first[block.model] + block.index for block in stack]
     entered = np.array([states.first[stack[0].model] for stack in stacks])
-    kept, lost = (drift(states.gram, entered, given, lossy=lossy) for lossy in (False, True))
     depth = np.array([len(stack) for stack in stacks])
+    ends = np.array([_ends({name: sum(block.model == name for block in stack) for name in states.first}, states) for stack in stacks])
     counted = np.array([_counted(stack, states) for stack in stacks])
-    return np.column_stack([np.sqrt(lost.final), kept.roots / depth, lost.roots / depth, counted])
+    return np.column_stack([_drifts(states.gram, entered, given, ends, depth), counted])
+
+
+def _ends(taken: Mapping[str, int], states: States) -> np.ndarray:
+    """Each donor's share of the blocks, at the place of its last state, `[n]`."""
+    ends = np.zeros(len(states.gram))
+    for name, count in taken.items():
+        ends[states.first[name] + states.blocks[name]] += count / sum(taken.values())
+    return ends
+
+
+def _drifts(gram: np.ndarray, entered: np.ndarray, given: np.ndarray, ends: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """`final` and `kept` of stacks of `depth` blocks; those of them that are not `given` are at home."""
+    kept, lost = (drift(gram, entered, given, ends, lossy=lossy) for lossy in (False, True))
+    return np.column_stack([np.sqrt(lost.final), kept.roots / depth])
 
 
 def _counted(stack: Sequence[Block], states: States) -> tuple[float, float]:
@@ -130,7 +146,9 @@ class Model:
     weights: tuple[float, ...]
     """One for each of `FEATURES`."""
     spread: tuple[float, float]
-    """5 % and 95 % quantiles of what the logarithm of measured damage was off by, on donors it was not fitted on."""
+    """Between these nine of ten logarithms of measured damage are expected to be off, on donors it was not fitted on."""
+    drawn_spread: tuple[float, float]
+    """The same of damage that was measured on tokens which the donors drew, see `Plan.basis`."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Donors, texts, seeds, versions, hashes."""
 
@@ -138,15 +156,16 @@ class Model:
         """Predicted nats per token above the donors' own loss, `[r]`, from features `[r, FEATURES]`; 0 where there is no seam."""
         return np.maximum(0, np.exp(self.intercept + found @ np.array(self.weights)) - FLOOR)
 
-    def interval(self, damage: float) -> tuple[float, float]:
-        """The interval in which nine of ten measured damages were, around a predicted one."""
-        low, high = ((damage + FLOOR) * np.exp(end) - FLOOR for end in self.spread)
+    def interval(self, damage: float, *, drawn: bool = False) -> tuple[float, float]:
+        """Where nine of ten measured damages are expected around one that was predicted, or measured on drawn tokens."""
+        low, high = ((damage + FLOOR) * np.exp(end) - FLOOR for end in (self.drawn_spread if drawn else self.spread))
         return max(0.0, float(low)), float(high)
 
     def as_json(self) -> dict[str, Any]:
         """The model as it is stored."""
         weights = dict(zip(FEATURES, self.weights, strict=True))
-        return {"intercept": self.intercept, "weights": weights, "spread": list(self.spread), "origin": self.origin}
+        spreads = {"spread": list(self.spread), "drawn_spread": list(self.drawn_spread)}
+        return {"intercept": self.intercept, "weights": weights, **spreads, "origin": self.origin}
 
 
 def fitted(found: np.ndarray, damage: np.ndarray, importance: np.ndarray) -> tuple[float, np.ndarray]:
@@ -163,7 +182,7 @@ def fitted(found: np.ndarray, damage: np.ndarray, importance: np.ndarray) -> tup
 def refined(model: Model, found: np.ndarray, damage: np.ndarray, origin: dict[str, Any]) -> Model:
     """The model after seeing measured splices of other donors: its logarithm scaled and shifted, no feature weighed anew.
 
-    A handful of splices does not tell five weights apart. The spread becomes that of leaving each splice out in turn.
+    A handful of splices does not tell four weights apart. The spread becomes that of leaving each splice out in turn.
     """
     predicted, target = np.log(FLOOR + model.damage(found)), np.log(FLOOR + np.maximum(0, damage))
 
@@ -181,15 +200,15 @@ def refined(model: Model, found: np.ndarray, damage: np.ndarray, origin: dict[st
     slope, middle = line(everyone)
     intercept = middle + slope * (model.intercept - predicted.mean())
     low, high = np.quantile(off, [0.05, 0.95])
-    return Model(
-        float(intercept), tuple(float(slope * weight) for weight in model.weights), (float(min(low, 0)), float(max(high, 0))), origin
-    )
+    weights, spread = tuple(float(slope * weight) for weight in model.weights), (float(min(low, 0)), float(max(high, 0)))
+    return Model(float(intercept), weights, spread, model.drawn_spread, origin)
 
 
 def default_model() -> Model:
     """The model that comes with the package, fitted by `evals/fit_planner.py`."""
     told = json.loads(files("frankenmerge.planning").joinpath("prediction.json").read_text(encoding="utf-8"))
-    return Model(told["intercept"], tuple(told["weights"][name] for name in FEATURES), tuple(told["spread"]), told["origin"])
+    weights, spreads = tuple(told["weights"][name] for name in FEATURES), (tuple(told["spread"]), tuple(told["drawn_spread"]))
+    return Model(told["intercept"], weights, *spreads, told["origin"])
 
 
 def seam_damage(model: Model, states: States, left: str, entered: str) -> np.ndarray:
@@ -199,12 +218,24 @@ def seam_damage(model: Model, states: States, left: str, entered: str) -> np.nda
     begin = states.first[left] + np.arange(rows + 1)
     for j in range(places):
         given = np.tile(states.first[entered] + np.arange(j, places), (rows + 1, 1))
-        kept, lost = (drift(states.gram, begin, given, lossy=lossy) for lossy in (False, True))
-        depth = np.arange(rows + 1) + places - j
         skipped = np.maximum(0, influence[states.first[entered] + j] - influence[begin])
-        found = np.column_stack([np.sqrt(lost.final), kept.roots / depth, lost.roots / depth, np.zeros(rows + 1), skipped])
-        result[:, j] = model.damage(found)
+        ends = np.array(
+            [_ends({left: i, entered: places - j}, states) if left != entered else _ends({left: 1}, states) for i in range(rows + 1)]
+        )
+        drifts = _drifts(states.gram, begin, given, ends, np.arange(rows + 1) + places - j)
+        result[:, j] = model.damage(np.column_stack([drifts, np.zeros(rows + 1), skipped]))
     return result
+
+
+def new_family(off: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Where nine of ten residuals of a family that was not seen are expected, from those `[r]` of each of several families.
+
+    The ends of a Student interval: families differ in their means, and there are few of them.
+    """
+    means, within = np.array([part.mean() for part in off]), np.mean([part.var() for part in off])
+    count = len(means)
+    half = stdtrit(count - 1, 0.95) * np.sqrt(means.var(ddof=1) * (1 + 1 / count) + within)
+    return float(means.mean() - half), float(means.mean() + half)
 
 
 def donor_loss(stack: Sequence[Block], losses: Mapping[str, float]) -> float:

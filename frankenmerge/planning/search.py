@@ -8,7 +8,7 @@ are kept to in the enumeration alone, for which the cost to go is a lower bound,
 import heapq
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,19 +98,22 @@ class _Node(NamedTuple):
     """None when the path is whole."""
 
 
-def cheapest_paths(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints) -> Iterator[Path]:
+def cheapest_paths(
+    lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints, *, most: int | None = None
+) -> Iterator[Path]:
     """Give paths that use every donor at least once, the cheapest first.
 
     Args:
         lengths: blocks of each donor.
         costs: for (donor left, donor entered) the seam costs `[l_left+1, l_entered+1]`; pairs that are absent are not used.
         constraints: what every path keeps to.
+        most: how many are wanted, which spares looking at others; all that there are without it.
 
     Raises:
         FrankenmergeError: when more blocks are required than the search can keep in mind, or shares make it too long.
     """
     problem = _problem(lengths, costs, constraints)
-    return _cheapest(problem, _cost_to_go(problem))
+    return islice(_cheapest(problem, _cost_to_go(problem), most), most)
 
 
 def cheapest_by_depth(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints) -> dict[int, Path]:
@@ -118,13 +121,15 @@ def cheapest_by_depth(lengths: list[int], costs: Mapping[tuple[int, int], np.nda
     problem = _problem(lengths, costs, constraints)
     to_go = _cost_to_go(problem)  # of every number of blocks left, so of every depth
     depths = range(1, constraints.depth + 1)
-    first = {depth: next(_cheapest(problem._replace(constraints=replace(constraints, depth=depth)), to_go), None) for depth in depths}
+    first = {depth: next(_cheapest(problem._replace(constraints=replace(constraints, depth=depth)), to_go, 1), None) for depth in depths}
     return {depth: path for depth, path in first.items() if path}
 
 
-def _cheapest(problem: _Problem, to_go: np.ndarray) -> Iterator[Path]:
+def _cheapest(problem: _Problem, to_go: np.ndarray, most: int | None) -> Iterator[Path]:
     """The enumeration, best first."""
     lengths, constraints = problem.lengths, problem.constraints
+    # Without shares every node's bound is the cost of a path of its own: beyond the `most` least of them nothing is wanted.
+    kept, limit = None if constraints.shares else most, np.inf
     order, steps = count(), count()
     heap: list[_Node] = []
     for donor in range(len(lengths)):
@@ -139,10 +144,13 @@ def _cheapest(problem: _Problem, to_go: np.ndarray) -> Iterator[Path]:
         if next(steps) > MOST_STEPS:
             told = ", ".join(f"{donor} {low:.0%} to {high:.0%}" for donor, (low, high) in constraints.shares.items())
             raise fail("plan", f"shares that good plans can keep to: {told}", f"none in {MOST_STEPS:,} steps", "widen the shares")
-        for piece, step, rest, follower in _continuations(problem, to_go, node.state):
+        for piece, step, rest, follower in _continuations(problem, to_go, node.state, limit - node.cost):
             pieces = (*node.pieces, piece)
             if _keeps_shares(problem, pieces, 0 if follower is None else follower.blocks):
                 heapq.heappush(heap, _Node(node.cost + step + rest, next(order), node.cost + step, pieces, follower))
+        if kept and len(heap) > 4 * kept:
+            heap = heapq.nsmallest(kept, heap)  # sorted, and so a heap
+            limit = heap[-1].bound
 
 
 def _problem(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints) -> _Problem:
@@ -158,8 +166,10 @@ def _problem(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], co
     return _Problem(lengths, allowed, constraints, bits, everything)
 
 
-def _continuations(problem: _Problem, to_go: np.ndarray, state: _State) -> Iterator[tuple[Piece, float, float, _State | None]]:
-    """Every slice that may begin at `state`, with its seam's cost, the cheapest rest, and what comes after it."""
+def _continuations(
+    problem: _Problem, to_go: np.ndarray, state: _State, limit: float
+) -> Iterator[tuple[Piece, float, float, _State | None]]:  # fmt: skip
+    """Every slice that may begin at `state`, with its seam's cost, the cheapest rest, and what comes after it; no more than `limit`."""
     length, used = problem.lengths[state.donor], state.used
     for stop in range(state.start + 1, min(length, state.start + state.blocks) + 1):
         if (bit := int(problem.bits[state.donor][stop - 1])) < 0:
@@ -178,7 +188,8 @@ def _continuations(problem: _Problem, to_go: np.ndarray, state: _State) -> Itera
             if source != state.donor:
                 continue
             rests = to_go[left, state.seams - 1, used, entered, : matrix.shape[1]]
-            for start in np.flatnonzero(np.isfinite(matrix[stop] + rests)):
+            whole = matrix[stop] + rests
+            for start in np.flatnonzero(np.isfinite(whole) & (whole <= limit + 1e-12)):
                 yield piece, float(matrix[stop, start]), float(rests[start]), _State(left, state.seams - 1, used, entered, int(start))
 
 

@@ -29,8 +29,30 @@ def states_of(alignments: Sequence[Alignment]) -> States:
     first, total = {}, 0
     for name, count in blocks.items():
         first[name], total = total, total + count + 1
-    gram = np.zeros((total, total))
+    places = {name: first[name] + np.arange(count + 1) for name, count in blocks.items()}
+    own: dict[str, list[np.ndarray]] = {name: [] for name in blocks}
     for alignment in alignments:
-        places = np.concatenate([first[name] + np.arange(blocks[name] + 1) for name in alignment.donors])
-        gram[np.ix_(places, places)] = alignment.gram
+        middle = alignment.blocks[0] + 1
+        for name, part in zip(alignment.donors, (slice(None, middle), slice(middle, None)), strict=True):
+            own[name].append(_gram(alignment)[part, part])
+    gram = np.zeros((total, total))
+    for name, parts in own.items():
+        gram[np.ix_(places[name], places[name])] = np.mean(parts, axis=0)
+    # A donor's states are measured in another unit in every alignment: between two donors the cosines are what holds.
+    size = np.sqrt(gram.diagonal())
+    for alignment in alignments:
+        (a, b), middle = (places[name] for name in alignment.donors), alignment.blocks[0] + 1
+        if alignment.donors[0] != alignment.donors[1]:
+            between = _cosines(_gram(alignment))[:middle, middle:] * np.outer(size[a], size[b])
+            gram[np.ix_(a, b)], gram[np.ix_(b, a)] = between, between.T
     return States(first, blocks, gram)
+
+
+def _gram(alignment: Alignment) -> np.ndarray:
+    assert alignment.gram is not None
+    return alignment.gram
+
+
+def _cosines(gram: np.ndarray) -> np.ndarray:
+    size = np.sqrt(np.maximum(gram.diagonal(), 1e-24))
+    return gram / np.outer(size, size)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import turned_donor, write_donor
 
-from frankenmerge.analysis.turning import Turns, at_seam, drawn, fit_over_blocks, refine, seam_scale, show, turning
+from frankenmerge.analysis.turning import Turns, at_seam, fit_over_blocks, refine, seam_scale, show, turning
 from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.drawing import drawn
 from frankenmerge.families import FAMILIES
 from frankenmerge.gauge import Turn, random_turn
 from frankenmerge.models import load_model, virtual_splice

@@ -304,7 +304,7 @@ def test_the_evidence_beside_the_recipes_is_what_was_printed(written, run, tmp_p
     assert {key: told[key] for key in evidence} == evidence
     assert evidence["plans"] == [entry.as_json() for entry in plan([load_alignment(written)], Constraints(9), top=2)]
     assert evidence["constraints"] == {"depth": 9, "max_seams": 4, "min_slice": 2, "protect_first": 1, "protect_last": 1}
-    assert evidence["model"]["origin"]["pairs"]
+    assert evidence["model"]["origin"]["donors"]
 
 
 def test_planning_twice_writes_the_same_bytes(written, run, tmp_path):
@@ -360,3 +360,71 @@ def test_verified_plans_are_ranked_by_what_was_measured(written, run, tmp_path, 
     assert promise["measured"] == pytest.approx(measured[0], abs=1e-6)
     assert promise["predicted"] == told["plans"][0]["predicted_damage"]
     assert promise["held"] == (promise["low"] <= promise["measured"] <= promise["high"])
+
+
+def test_plans_are_predicted_from_what_they_do_on_drawn_tokens(donors, run, tmp_path, text):
+    from frankenmerge.evaluation.drawn import damage_on_drawn
+    from frankenmerge.models import load_model
+
+    alignment, recipe = tmp_path / "ad.alignment.safetensors", tmp_path / "recipe.yaml"
+    code, out, _ = run("align", donors["a"], donors["deep"], "-o", alignment, "--drawn", "--exchange", "--json")
+    exchanged = load_alignment(alignment).exchange
+    assert code == 0 and load_alignment(alignment).provenance["predicted_from"] == "drawn tokens"
+    assert [matrix.shape for pair in exchanged for matrix in pair] == [(4, 6), (6, 4), (4, 4), (6, 6)]
+    np.testing.assert_allclose(json.loads(out)["exchange"]["replacement"][0], exchanged.replacement[0])
+    code, out, _ = run("plan", alignment, "-o", recipe, "--depth", 8, "--top", 4, "--verify", "drawn", "--damp", "drawn", "--json")
+    told = json.loads(out)
+    assert code == 0 and [entry["basis"] for entry in told["plans"]] == ["drawn"] * 4
+    damage = told["damping"]["damage"]
+    best = min(damage, key=damage.__getitem__)
+    assert told["damping"]["kept"] == (None if best == "none" else best)
+    assert [told["plans"][0]["predicted_damage"], *(entry["predicted_damage"] for entry in told["plans"][1:])] == pytest.approx(
+        [damage[best], *sorted(entry["predicted_damage"] for entry in told["plans"][1:])]
+    )
+    assert damage["none"] <= told["plans"][1]["predicted_damage"]
+    opened = {str(donors[name]): open_checkpoint(str(donors[name])) for name in ("a", "deep")}
+    found = damage_on_drawn([load_recipe(recipe)], opened, {name: load_model(donor) for name, donor in opened.items()})[0]
+    assert found == pytest.approx(damage[best], rel=1e-4)
+    code, out, _ = run("evaluate", recipe, "--text", text, "--json")
+    assert [promise["predicted"] for promise in json.loads(out)["predictions"]] == [told["plans"][0]["predicted_damage"]]
+
+
+def test_calibrated_on_drawn_tokens_the_model_says_so(written, run, tmp_path):
+    code, out, _ = run("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8, "--calibrate", "drawn", "--json")
+    assert code == 0 and json.loads(out)["model"]["origin"]["texts"] == ["drawn"]
+
+
+def test_a_parameter_budget_is_kept_to_and_used(written, donors, run, tmp_path):
+    from frankenmerge.checkpoint import open_checkpoint as opened
+
+    recipe, budget = tmp_path / "recipe.yaml", 20_000
+    block = sum(np.prod(tensor.shape) for name, tensor in opened(str(donors["a"])).tensors.items() if ".layers.0." in name)
+    assert run("plan", written, "-o", recipe, "--parameters", "20K")[0] == 0
+    code, out, _ = run("check", recipe, "--json")
+    assert code == 0 and budget - block < json.loads(out)["parameters"] <= budget
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [(("--parameters", "2K"), "at least"), (("--parameters", "20K", "--depth", 8), "either --depth or --parameters"),
+     (("--parameters", "many"), "11B"), (("--verify", "drawn", "--verify", "other.txt"), "stands alone")],
+)  # fmt: skip
+def test_budgets_and_texts_that_cannot_be_are_refused(written, run, tmp_path, options, told):
+    code, out, err = run("plan", written, "-o", tmp_path / "recipe.yaml", *options)
+    assert code != 0 and out == "" and told in err and "Traceback" not in err
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_damping_on_a_text_is_kept_where_it_loses_less_and_moves_the_prediction(written, run, tmp_path, text):
+    options = ("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8, "--json")
+    plain = json.loads(run(*options)[1])["plans"][0]
+    code, out, _ = run(*options, "--damp", text)
+    told = json.loads(out)
+    (entry,), damage = told["plans"], told["damping"]["damage"]
+    best = min(damage, key=damage.__getitem__)
+    assert code == 0 and set(damage) == {"none", "1/n", "1/sqrt(n)", "norms"}
+    assert entry["measured_damage"] == damage[best] and told["damping"]["kept"] == (None if best == "none" else best)
+    assert entry["predicted_damage"] == pytest.approx(max(0, plain["predicted_damage"] + damage[best] - damage["none"]))
+    code, out, _ = run("evaluate", tmp_path / "recipe.yaml", "--text", text, "--json")
+    (promise,) = json.loads(out)["predictions"]
+    assert promise["measured"] == pytest.approx(damage[best], abs=1e-5)

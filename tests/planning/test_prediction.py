@@ -13,6 +13,7 @@ from frankenmerge.planning.prediction import (
     drift,
     features,
     fitted,
+    new_family,
     refined,
     seam_damage,
 )  # fmt: skip
@@ -44,6 +45,16 @@ def cosine(x, y) -> float:
     return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
+def at_home(blocks, walks, states):
+    """The states blocks are given at home, the weights of the donors' last states, and those states' mean."""
+    given = np.array([[states.first[block.model] + block.index for block in blocks]])
+    ends, home = np.zeros((1, len(states.gram))), 0
+    for name, _ in blocks:
+        ends[0, states.first[name] + states.blocks[name]] += 1 / len(blocks)
+        home = home + walks[name][-1] / len(blocks)
+    return given, ends, home
+
+
 @pytest.mark.parametrize("text", STACKS)
 def test_plain_superposition_adds_what_blocks_added_at_home(walks, states, text):
     blocks, roots = stack(text), 0.0
@@ -51,11 +62,10 @@ def test_plain_superposition_adds_what_blocks_added_at_home(walks, states, text)
     for name, index in blocks:
         roots += np.sqrt(max(0.0, 1 - cosine(stream, walks[name][index])))
         stream = stream + walks[name][index + 1] - walks[name][index]
-    name, index = blocks[-1]
-    given = np.array([[states.first[block.model] + block.index for block in blocks]])
-    found = drift(states.gram, given[:, 0], given, lossy=False)
+    given, ends, home = at_home(blocks, walks, states)
+    found = drift(states.gram, given[:, 0], given, ends, lossy=False)
     assert found.roots[0] == pytest.approx(roots, abs=1e-5)
-    assert found.final[0] == pytest.approx(max(0, 1 - cosine(stream, walks[name][index + 1])), abs=1e-9)
+    assert found.final[0] == pytest.approx(max(0, 1 - cosine(stream, home)), abs=1e-9)
 
 
 @pytest.mark.parametrize("text", STACKS)
@@ -69,11 +79,9 @@ def test_lossy_superposition_turns_what_is_lost_into_noise(walks, states, text):
         added = wide[name][index + 1] - wide[name][index]
         stream = stream + kept * added
         stream[32 + step] += np.sqrt(1 - min(1, kept) ** 2) * np.linalg.norm(added)
-    name, index = blocks[-1]
-    given = np.array([[states.first[block.model] + block.index for block in blocks]])
-    assert drift(states.gram, given[:, 0], given, lossy=True).final[0] == pytest.approx(
-        max(0, 1 - cosine(stream, wide[name][index + 1])), abs=1e-7
-    )
+    given, ends, home = at_home(blocks, wide, states)
+    found = drift(states.gram, given[:, 0], given, ends, lossy=True)
+    assert found.final[0] == pytest.approx(max(0, 1 - cosine(stream, home)), abs=1e-7)
 
 
 def test_a_whole_donor_is_at_home(states):
@@ -125,7 +133,7 @@ def test_the_ridge_regression_minimises_its_objective():
 
 
 def test_calibration_finds_a_scale_and_keeps_the_order():
-    model = Model(-3.0, (1.0, 0.5, 2.0, 0.0, 1.0), (-1.0, 1.0))
+    model = Model(-3.0, (1.0, 0.5, 2.0, 1.0), (-1.0, 1.0), (-0.2, 0.2))
     found = np.random.default_rng(2).random((16, len(FEATURES)))
     damage = 3 * (FLOOR + model.damage(found)) - FLOOR  # three times as much everywhere
     new = refined(model, found, damage, {"texts": ["t"]})
@@ -136,6 +144,17 @@ def test_calibration_finds_a_scale_and_keeps_the_order():
 
 def test_the_default_model_names_its_origin():
     origin = default_model().origin
-    assert origin["pairs"] and origin["text"]["sha256"] and origin["versions"]["torch"] and origin["fingerprints"]
-    low, high = default_model().spread
-    assert low < 0 < high
+    assert origin["donors"] and origin["text"]["sha256"] and origin["versions"]["torch"] and origin["fingerprints"]
+    for low, high in (default_model().spread, default_model().drawn_spread):
+        assert low < 0 < high
+
+
+def test_the_interval_for_a_new_family_holds_nine_of_ten():
+    """Families that differ in their means, three of them seen: the interval holds for others of the same kind."""
+    generator, held = np.random.default_rng(3), []
+    for _ in range(400):
+        means = 0.4 * generator.standard_normal(4)
+        *seen, new = (mean + 0.2 * generator.standard_normal(50) for mean in means)
+        low, high = new_family(seen)
+        held.append(np.mean((new >= low) & (new <= high)))
+    assert 0.88 < np.mean(held) < 0.98
