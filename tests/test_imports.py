@@ -28,6 +28,7 @@ LAYERS = (
         "processes",
         "gauge",
         "fitting",
+        "refining",
     },
     STAGES := {"analysis", "planning", "merging", "evaluation", "reporting"},
     {"demo"},
@@ -38,7 +39,7 @@ LAYERS = (
 
 HEAVY = ("torch", "transformers", "accelerate", "safetensors.torch")
 METHODS = {f"merging.methods.{name}" for name in ("combine", "inputs", "span", "sparse", "select", "noise", "fusion")}
-MAY_BE_HEAVY = {"models", "fitting", "blockwise", "analysis", "evaluation", "reporting", "demo", *METHODS}
+MAY_BE_HEAVY = {"models", "fitting", "refining", "blockwise", "analysis", "evaluation", "reporting", "demo", *METHODS}
 """The parts and modules that may import these when they are imported; all others do it in the functions that need them."""
 
 

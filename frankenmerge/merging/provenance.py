@@ -31,9 +31,7 @@ def provenance(
         from importlib.metadata import version
 
         versions["torch"] = version("torch")
-    gauges = {
-        str(number): {"rotation": fit.turn.hash, "scale": fit.turn.scale, "held_out_r2": 1 - fit.residual} for number, fit in turns.items()
-    }
+    gauges = {str(number): _gauge(fit) for number, fit in turns.items()}
     return {
         "frankenmerge": frankenmerge.__version__,
         "versions": versions,
@@ -49,13 +47,18 @@ def provenance(
     }
 
 
+def _gauge(fit: "Fit") -> dict[str, Any]:
+    refined = {"refined": [turn.hash for turn in fit.refined]} if fit.refined else {}
+    return {"rotation": fit.turn.hash, "scale": fit.turn.scale, "held_out_r2": 1 - fit.residual, **refined}
+
+
 def origin(operation: Operation) -> dict[str, Any]:
     """Where one tensor comes from."""
     if isinstance(operation, Copy):
         return {"donor": operation.donor, "tensor": operation.source, "method": "copy"}
     if isinstance(operation, Rotate):
         gain = {"gain": operation.gain.source} if operation.gain else {}
-        return {"donor": operation.given.donor, "tensor": operation.given.source, "method": "rotate", "slice": operation.part, **gain}
+        return {"donor": operation.given.donor, "tensor": operation.given.source, "method": "rotate", "slice": operation.part, "place": operation.place, **gain}
     return {
         "method": operation.method,
         "parameters": operation.parameters,

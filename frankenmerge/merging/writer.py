@@ -146,7 +146,7 @@ def _jobs(
         if isinstance(operation, Combine):
             yield partial(compute, operation, handles, target, position, moved, device=options.device, allow_nan=options.allow_nan)
         elif isinstance(operation, Rotate):
-            turn = plan.turns[operation.part].turn
+            turn = plan.turns[operation.part].at(operation.place)
             yield partial(rotate, operation, turn, handles, target, position, moved, allow_nan=options.allow_nan)
 
 
