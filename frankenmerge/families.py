@@ -216,7 +216,10 @@ FAMILIES: dict[str, Architecture] = {
         stream=Stream(
             {
                 "input_layernorm": _QKV,
-                "post_attention_layernorm": (*(f"block_sparse_moe.{name}" for name in ("gate", "experts.w1", "experts.w3")), *_FUSED_EXPERTS),
+                "post_attention_layernorm": (
+                    *(f"block_sparse_moe.{name}" for name in ("gate", "experts.w1", "experts.w3")),
+                    *_FUSED_EXPERTS,
+                ),
             },
             ("self_attn.o_proj", "block_sparse_moe.experts.w2", "mlp.experts.down_proj"),
         ),

@@ -76,9 +76,7 @@ def test_families_that_nobody_has_described_are_refused():
 
 
 def test_a_family_whose_donor_lacks_a_norm_is_refused(tmp_path):
-    sequential, parallel = (
-        write_donor(tmp_path / str(flag), "stablelm", seed=3, use_parallel_residual=flag) for flag in (False, True)
-    )
+    sequential, parallel = (write_donor(tmp_path / str(flag), "stablelm", seed=3, use_parallel_residual=flag) for flag in (False, True))
     assert not faults_of(sequential)
     assert [fault.place for fault in faults_of(parallel)] == ["here: model.layers.{}.post_attention_layernorm.weight"]
 

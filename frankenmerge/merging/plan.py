@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
@@ -17,9 +17,6 @@ from frankenmerge.merging.shards import Shard, operation_faults, plan_shards, re
 from frankenmerge.processes import Share
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import recipe_faults
-
-if TYPE_CHECKING:
-    from frankenmerge.fitting import Fit
 
 SPARE = 64 << 20
 """Bytes of the disk that are left free."""
@@ -52,8 +49,6 @@ class Plan(NamedTuple):
     shards: list[Shard]
     clonable: frozenset[Path]
     """The donors' files of which blocks can be shared."""
-    turns: Mapping[int, "Fit"]
-    """Of the slices that have a gauge, by number."""
 
     @property
     def bytes(self) -> int:
@@ -76,29 +71,20 @@ def planned(
 ) -> Plan:  # fmt: skip
     """Check everything that can be known before the first byte and cut the result into shards. Writes nothing.
 
-    Slices that have a gauge are fitted, which runs their donors. Raises FrankenmergeError with all faults of recipe and output,
-    or all of donors' tensors, room and device.
+    Raises FrankenmergeError with all faults of recipe and output, or all of donors' tensors, room and device.
     """
     raise_all([*recipe_faults(recipe, donors), *(output_faults(output, donors) if share.first else ())])
     operations: list[Operation] = list(schedule(recipe, donors))
     raise_all(operation_faults(operations))
     files = {reading.tensor.file for operation in operations for reading in readings(operation)}
     sharing = clonable(files, _existing(output)) if options.reflink else frozenset()
-    plan = Plan(operations, plan_shards(operations, options.shard_size, sharing), sharing, {})
+    plan = Plan(operations, plan_shards(operations, options.shard_size, sharing), sharing)
     if plan.computed:
         check_device(options.device)
     if share.first:
         new = sum(shard.bytes for shard in plan.shards if not shard.cloned)
         raise_all([*room_faults(output, new), *(not_finite(operations) if options.check_finite else ())])
-    return plan._replace(turns=_turns(recipe, donors))
-
-
-def _turns(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Mapping[int, "Fit"]:
-    if not any(part.gauge for part in recipe.stack.slices or []):
-        return {}
-    from frankenmerge.fitting import fitted_turns
-
-    return fitted_turns(recipe, donors)
+    return plan
 
 
 def output_faults(output: Path, donors: Mapping[str, Checkpoint]) -> Iterator[Fault]:

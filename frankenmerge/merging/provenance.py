@@ -18,7 +18,7 @@ PROVENANCE = "frankenmerge.json"
 
 
 def provenance(
-    recipe: str, donors: Mapping[str, Checkpoint], shards: Sequence[Shard], checksums: Mapping[str, str], turns: Mapping[int, "Fit"]
+    recipe: str, donors: Mapping[str, Checkpoint], shards: Sequence[Shard], checksums: Mapping[str, str], fits: Mapping[int, "Fit"]
 ) -> dict[str, Any]:
     """Return what `frankenmerge.json` holds.
 
@@ -31,7 +31,7 @@ def provenance(
         from importlib.metadata import version
 
         versions["torch"] = version("torch")
-    gauges = {str(number): _gauge(fit) for number, fit in turns.items()}
+    gauges = {str(number): _gauge(fit) for number, fit in fits.items()}
     return {
         "frankenmerge": frankenmerge.__version__,
         "versions": versions,
@@ -58,7 +58,8 @@ def origin(operation: Operation) -> dict[str, Any]:
         return {"donor": operation.donor, "tensor": operation.source, "method": "copy"}
     if isinstance(operation, Rotate):
         gain = {"gain": operation.gain.source} if operation.gain else {}
-        return {"donor": operation.given.donor, "tensor": operation.given.source, "method": "rotate", "slice": operation.part, "place": operation.place, **gain}
+        place = {"slice": operation.part, "place": operation.place}
+        return {"donor": operation.given.donor, "tensor": operation.given.source, "method": "rotate", **place, **gain}
     return {
         "method": operation.method,
         "parameters": operation.parameters,

@@ -22,6 +22,7 @@ from frankenmerge.errors import fail
 from frankenmerge.merging.card import model_card
 from frankenmerge.merging.computing import compute, one_thread, rotate
 from frankenmerge.merging.copying import copy_range, pieces, write_fully
+from frankenmerge.merging.fits import awaited_fits, fits_in, texts_of
 from frankenmerge.merging.journal import (
     GROWING,
     begin,
@@ -82,21 +83,21 @@ def merge(
     inputs["version of frankenmerge"] = frankenmerge.__version__
     if plan.computed:
         inputs["device"] = chosen.device.partition(":")[0]
-    # A fit may differ in its last bits with the number of threads: shards of one merge are of one fit.
-    inputs |= {f"turn of slice {number}": fit.turn.hash for number, fit in plan.turns.items()}
+    inputs |= texts_of(recipe)
     kept = 0
     try:
         if not share.first:
-            if folder := joined(output, inputs):
-                _write(plan, folder, chosen, share, progress)
+            if (folder := joined(output, inputs)) and (fits := awaited_fits(folder, recipe)) is not None:
+                _write(plan, fits, folder, chosen, share, progress)
         else:
             with workplace(output, resume=chosen.resume) as folder:
                 begin(folder, inputs, plan.shards)
+                fits = fits_in(folder, recipe, donors)
                 kept = sum(is_finished(folder, shard) for shard in plan.shards)
-                _write(plan, folder, chosen, share, progress)
+                _write(plan, fits, folder, chosen, share, progress)
                 grown = folder / GROWING
                 checksums = {shard.name: file_hash(grown / shard.name) for shard in plan.shards} if chosen.checksums else {}
-                for name, content in small_files(recipe, donors, plan.shards, checksums, plan.turns).items():
+                for name, content in small_files(recipe, donors, plan.shards, checksums, fits).items():
                     write_synced(grown / name, content)
                 sync(grown)
                 grown.rename(output)
@@ -110,7 +111,9 @@ def merge(
     return Merged(output, len(plan.operations), plan.bytes, time.perf_counter() - started, plan.computed, kept)
 
 
-def _write(plan: Plan, folder: Path, options: Options, share: Share, progress: Callable[[int], None]) -> None:
+def _write(
+    plan: Plan, fits: "Mapping[int, Fit]", folder: Path, options: Options, share: Share, progress: Callable[[int], None]
+) -> None:  # fmt: skip
     """Write the shards that are missing; returns when this process has no more to do."""
     stop, lock, made = threading.Event(), threading.Lock(), set()
 
@@ -125,7 +128,7 @@ def _write(plan: Plan, folder: Path, options: Options, share: Share, progress: C
         def fill(shard: Shard, target: int) -> None:
             made.add(shard.name)
             write_fully(target, shard.header, 0)
-            _run(_jobs(shard, plan, handles, target, options, moved), pool, stop)
+            _run(_jobs(shard, fits, handles, target, options, moved), pool, stop)
 
         for shard in write_shards(folder, plan.shards, fill, share):
             if shard.name not in made:
@@ -137,7 +140,7 @@ class _Stopped(Exception):
 
 
 def _jobs(
-    shard: Shard, plan: Plan, handles: Mapping[Path, int], target: int, options: Options, moved: Callable[[int], None]
+    shard: Shard, fits: "Mapping[int, Fit]", handles: Mapping[Path, int], target: int, options: Options, moved: Callable[[int], None]
 ) -> Iterator[Callable[[], None]]:
     for whole in ranges_of(shard):
         for piece in pieces(whole):
@@ -146,7 +149,7 @@ def _jobs(
         if isinstance(operation, Combine):
             yield partial(compute, operation, handles, target, position, moved, device=options.device, allow_nan=options.allow_nan)
         elif isinstance(operation, Rotate):
-            turn = plan.turns[operation.part].at(operation.place)
+            turn = fits[operation.part].at(operation.place)
             yield partial(rotate, operation, turn, handles, target, position, moved, allow_nan=options.allow_nan)
 
 
@@ -192,7 +195,7 @@ def _open(files: set[Path]) -> Iterator[dict[Path, int]]:
 
 
 def small_files(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[Shard], checksums: Mapping[str, str], turns: Mapping[int, "Fit"]
+    recipe: Recipe, donors: Mapping[str, Checkpoint], shards: list[Shard], checksums: Mapping[str, str], fits: Mapping[int, "Fit"]
 ) -> dict[str, bytes]:
     """Everything beside the weights, by name: config, index, tokenizer, recipe, card, provenance."""
     base = donors[recipe.base]
@@ -206,7 +209,7 @@ def small_files(
     if (generation := base.path / "generation_config.json").is_file():
         files[generation.name] = generation.read_bytes()
     files["recipe.yaml"] = recipe.dump().encode()
-    files[PROVENANCE] = _json(provenance(recipe.dump(), donors, shards, checksums, turns))
+    files[PROVENANCE] = _json(provenance(recipe.dump(), donors, shards, checksums, fits))
     files["README.md"] = model_card(recipe, donors, config).encode()
     return files
 
