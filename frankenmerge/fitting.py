@@ -33,7 +33,7 @@ class Fit(NamedTuple):
     residual: float
     """Share of the target's squared length that is left over on tokens that the fit has not seen: 1 minus R^2."""
     refined: tuple[Turn, ...] = ()
-    """Where descent followed: a turn for every block of the slice, and one for final norm and head."""
+    """Where descent followed: a turn for every block of the slice, and of the last slice one for final norm and head."""
 
     def at(self, place: int) -> Turn:
         """The turn of the slice's block `place`, of the embedding at 0, of final norm and head at -1."""

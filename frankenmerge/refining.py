@@ -120,6 +120,7 @@ class _Descent:
         return result
 
 
+@torch.enable_grad()
 def refined(
     recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel], turns: Mapping[int, Turn], shown: Shown, *,
     progress: Callable[[int], None] = lambda _: None, seed: int = 0,
@@ -139,7 +140,7 @@ def refined(
         seed: draws the rows.
 
     Returns:
-        By refined slice, a turn for each of its blocks and one for final norm and head.
+        By refined slice, a turn for each of its blocks, and of the last slice one for final norm and head.
     """
     assembly = assembled(recipe, donors, models)
     gauges = {number: part.gauge for number, part in enumerate(recipe.parts) if part.gauge}
@@ -165,8 +166,8 @@ def refined(
     found = dict(zip(places, descent.found(), strict=True))
     result = {}
     for number in dict.fromkeys(number for number, _ in places):
-        blocks = [found[number, offset] for offset in range(recipe.parts[number].length)]
-        result[number] = (*blocks, found.get((number, -1), blocks[-1]))
+        ends = [-1] if (number, -1) in found else []
+        result[number] = tuple(found[number, place] for place in [*range(recipe.parts[number].length), *ends])
     return result
 
 
