@@ -51,6 +51,8 @@ class Alignment:
     provenance: dict[str, Any] = field(default_factory=dict)
     gram: np.ndarray | None = None
     """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, a mean over the probes; absent from older files."""
+    turned_gram: np.ndarray | None = None
+    """The same with B's states turned to A's basis, on probes that the turn was not fitted on; absent from older files."""
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -65,8 +67,8 @@ class Alignment:
         a, b = self.donors
         provenance = self.provenance | {"atlases": self.provenance.get("atlases", [])[::-1]}
         (print_a, print_b), (width_a, width_b), (tokens_a, tokens_b) = self.fingerprints, self.widths, self.tokens
-        gram = None if self.gram is None else np.roll(self.gram, [self.blocks[1] + 1] * 2, axis=(0, 1))
-        return Alignment((b, a), (print_b, print_a), (width_b, width_a), scores, (tokens_b, tokens_a), self.vocabulary, provenance, gram)
+        grams = [None if gram is None else np.roll(gram, [self.blocks[1] + 1] * 2, axis=(0, 1)) for gram in (self.gram, self.turned_gram)]
+        return Alignment((b, a), (print_b, print_a), (width_b, width_a), scores, (tokens_b, tokens_a), self.vocabulary, provenance, *grams)
 
 
 def save_alignment(alignment: Alignment, path: Path) -> None:
@@ -76,7 +78,8 @@ def save_alignment(alignment: Alignment, path: Path) -> None:
         arrays |= {f"score.{name}": score.matrix, f"detail.{name}": score.detail}
         arrays |= {} if score.interval is None else {f"interval.{name}": score.interval}
         arrays |= {f"null.{name}.{null}": matrix for null, matrix in score.nulls.items()}
-    arrays |= {} if alignment.gram is None else {"gram": alignment.gram}
+    grams = {"gram": alignment.gram, "turned_gram": alignment.turned_gram}
+    arrays |= {name: gram for name, gram in grams.items() if gram is not None}
     arrays["vocabulary"] = np.frombuffer(json.dumps(alignment.vocabulary).encode(), dtype=np.uint8)
     told = {key: getattr(alignment, key) for key in ("donors", "fingerprints", "widths", "provenance")}
     write_arrays(path, _KIND, arrays, told)
@@ -95,6 +98,7 @@ def load_alignment(path: Path) -> Alignment:
         tokens = arrays["a.tokens"], arrays["b.tokens"]
         vocabulary = json.loads(arrays["vocabulary"].tobytes())
         prints, widths = (print_a, print_b), (width_a, width_b)
-        return Alignment((a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], arrays.get("gram"))
+        grams = arrays.get("gram"), arrays.get("turned_gram")
+        return Alignment((a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], *grams)
     except (KeyError, ValueError) as error:
         raise fail(str(path), "an alignment with all its parts", f"{error} missing or broken", "align the donors again") from error

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def tokens_to_refine_on(recipe: Recipe, donors: Mapping[str, Checkpoint], models
     """Rows of tokens `[n, s]`: drawn from every donor behind the token that begins a text, and those of the refined gauges' texts."""
     length = min([DRAWN_LENGTH, *(quantity(donors[name].config, "positions") or DRAWN_LENGTH for name in models)])
     tokenizer = load_tokenizer(donors[next(iter(models))])
-    start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    start: Any = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
     each = math.ceil(DRAWN_ROWS / len(models))
     rows = [drawn(model, each, length, start, seed) for seed, model in enumerate(models.values())]
     for text in dict.fromkeys(part.gauge.fit for part in recipe.parts if part.gauge and part.gauge.refine and part.gauge.fit != "probes"):

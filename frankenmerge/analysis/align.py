@@ -10,6 +10,7 @@ import frankenmerge
 from frankenmerge.alignment import Alignment, Score
 from frankenmerge.analysis import geometry
 from frankenmerge.analysis.agreement import token_agreement
+from frankenmerge.analysis.gauges import gauge_agreement, turned_gram
 from frankenmerge.analysis.nulls import derangement, mean_interval, mean_over, rounds_for
 from frankenmerge.atlas import Atlas
 from frankenmerge.errors import Fault, raise_all
@@ -52,6 +53,7 @@ def align(a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete
             "atlases": [a.provenance, b.provenance],
         },
         gram=geometry.gram(a, b, width),
+        turned_gram=turned_gram(a, b),
     )
 
 
@@ -221,4 +223,5 @@ SCORES: dict[str, Callable[[Atlas, Atlas, str, int], Score]] = {
     "influence": geometry.influence,
     "distance": geometry.distance,
     "relative_depth": geometry.relative_depth,
+    "gauge": gauge_agreement,
 }

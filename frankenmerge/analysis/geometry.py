@@ -16,7 +16,7 @@ MOST_PROBES = 512
 """Probes that scores of pairs of probes are taken over: their cost grows with the square."""
 ROUNDS = 4
 """Permutations for each null; every one is averaged over hundreds of probes."""
-BLIND = frozenset({"cka", "neighbours", "norm_ratio", "influence", "distance", "relative_depth"})
+BLIND = frozenset({"cka", "neighbours", "norm_ratio", "influence", "distance", "relative_depth", "gauge"})
 
 
 def debiased_cka(a: Atlas, b: Atlas, context: str, width: int) -> Score:

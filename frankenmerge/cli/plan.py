@@ -199,5 +199,7 @@ def print_seam(console, number: int, seam) -> None:
         for entry in seam.disagree[:2]
     )
     console.print(f"  Neurons that agree least, with each donor's tokens: {disagree}", markup=False)
-    if seam.by_chance:
+    if seam.gauged:
+        console.print("  As they are no better than chance, but turned into one basis: the recipe has a gauge here.")
+    elif seam.by_chance:
         console.print("  [bold red]No better than chance:[/] these donors share no basis here; expect noise behind this seam.")

@@ -101,18 +101,27 @@ class Bench:
         return self._measured(name, "recipe", model, self.load(recipe.tokenizer_donor)[2], progress)
 
     def recipes(self, recipes: Sequence[Recipe], *, progress: Callable[[int], None] = lambda _: None) -> list[Result]:
-        """Measure many recipes; what they begin with alike is run once. `progress` is called for every recipe on every text."""
+        """Measure many recipes; what they begin with alike is run once. `progress` is called for every recipe on every text.
+
+        Those that turn slices are run one by one, as virtual splices.
+        """
         for recipe in recipes:
             validated(recipe, {donor: self._checkpoints[donor] for donor in recipe.donors})
         losses: list[dict[str, Loss]] = [{} for _ in recipes]
         for tokenizer in dict.fromkeys(recipe.tokenizer_donor for recipe in recipes):
-            chosen = [index for index, recipe in enumerate(recipes) if recipe.tokenizer_donor == tokenizer]
+            chosen = [index for index, recipe in enumerate(recipes) if recipe.tokenizer_donor == tokenizer and not recipe.has_gauges]
+            if not chosen:
+                continue
             models = {donor: self.load(donor)[1] for index in chosen for donor in recipes[index].donors}
             for text, line in self.load(tokenizer)[2].items():
                 measured = measure_together([recipes[index].blocks for index in chosen], models, line, context=self.context)
                 for index, loss in zip(chosen, measured, strict=True):
                     losses[index][text] = loss
                 progress(len(chosen))
+        for index, recipe in enumerate(recipes):
+            if recipe.has_gauges:
+                losses[index] = self.recipe(str(recipe), recipe).losses
+                progress(len(self.texts))
         return [Result(str(recipe), "recipe", loss) for recipe, loss in zip(recipes, losses, strict=True)]
 
     def _measured(

@@ -25,11 +25,6 @@ FITS = "fits.safetensors"
 _KIND = "frankenmerge.fits/1"
 
 
-def has_gauges(recipe: Recipe) -> bool:
-    """Whether any slice is to be turned."""
-    return any(part.gauge for part in recipe.stack.slices or [])
-
-
 def texts_of(recipe: Recipe) -> dict[str, str]:
     """What a journal holds of the texts that gauges are fitted on: their hashes."""
     texts = [part.gauge.fit for part in recipe.stack.slices or [] if part.gauge and part.gauge.fit != "probes"]
@@ -38,7 +33,7 @@ def texts_of(recipe: Recipe) -> dict[str, str]:
 
 def fits_in(folder: Path, recipe: Recipe, donors: Mapping[str, Checkpoint]) -> "dict[int, Fit]":
     """The fits of a merge that grows in `folder`: those of an earlier run, or new ones, which are kept there."""
-    if not has_gauges(recipe):
+    if not recipe.has_gauges:
         return {}
     from frankenmerge.fitting import fitted_turns
 
@@ -49,7 +44,7 @@ def fits_in(folder: Path, recipe: Recipe, donors: Mapping[str, Checkpoint]) -> "
 
 def awaited_fits(folder: Path, recipe: Recipe) -> "dict[int, Fit] | None":
     """The fits that the first process makes, waited for as long as it is there; None where it has finished already."""
-    if not has_gauges(recipe):
+    if not recipe.has_gauges:
         return {}
     while not (folder / FITS).is_file():
         if not is_held(folder):
