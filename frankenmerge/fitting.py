@@ -1,7 +1,7 @@
 """The turns that a recipe's gauges ask for: donors run block by block on the same tokens, their states brought together."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,30 +40,27 @@ class Fit(NamedTuple):
         return self.refined[place] if self.refined else self.turn
 
 
-def fitted_turns(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], *, progress: Callable[[int], None] = lambda _: None
-) -> dict[int, Fit]:  # fmt: skip
+def fitted_turns(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[int, Fit]:
     """Fit the turn of every slice that has a gauge, by the slice's number, and refine those that ask for it.
 
     Towards the slice before, its last block's output and the input of the slice's first block are fitted; towards the base,
     both donors' states at the depth where the slice begins. A slice behind a turned one is turned as that one is, too.
-    Refined gauges are fitted and refined on tokens drawn from the recipe's donors, and on those of their texts.
+    Refined gauges are fitted and refined on tokens drawn from the slices' donors, and on those of their texts.
 
     Args:
         recipe: spelled out.
         donors: by name; those of a recipe to be refined are loaded whole, in float32.
-        progress: called with 1 after every step of descent.
 
     Raises:
         FrankenmergeError: for a text that is too short, and for weights that are no model's.
     """
     if not any(part.gauge and part.gauge.refine for part in recipe.parts):
         return plain_fits(recipe, donors)
-    names = list(dict.fromkeys(part.sources[0].model for part in recipe.parts))
-    models = {name: load_model(donors[name]).requires_grad_(False) for name in names}
-    ids = tokens_to_refine_on(recipe, donors, models)
+    models = {name: load_model(donors[name]).requires_grad_(False) for name in recipe.tensor_donors}
+    speakers = {part.sources[0].model: models[part.sources[0].model] for part in recipe.parts}
+    ids = tokens_to_refine_on(recipe, donors, speakers)
     fits = plain_fits(recipe, donors, ids)
-    found = refined(recipe, donors, models, {number: fit.turn for number, fit in fits.items()}, show(models, ids), progress=progress)
+    found = refined(recipe, donors, models, {number: fit.turn for number, fit in fits.items()}, show(speakers, ids))
     return {number: fit._replace(refined=found.get(number, ())) for number, fit in fits.items()}
 
 

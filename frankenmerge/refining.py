@@ -7,7 +7,7 @@ one stream that the slice before has left, so that the result is a plain checkpo
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -123,7 +123,7 @@ class _Descent:
 @torch.enable_grad()
 def refined(
     recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel], turns: Mapping[int, Turn], shown: Shown, *,
-    progress: Callable[[int], None] = lambda _: None, seed: int = 0,
+    seed: int = 0,
 ) -> dict[int, tuple[Turn, ...]]:  # fmt: skip
     """Descend until the splice predicts what its donors predict in the mean.
 
@@ -136,7 +136,6 @@ def refined(
         models: the donors' models, by name, in float32.
         turns: by slice, the fitted turns: where the descent begins, and what slices that are not refined keep.
         shown: what the donors made of the tokens to descend on.
-        progress: called with 1 after every step.
         seed: draws the rows.
 
     Returns:
@@ -159,10 +158,9 @@ def refined(
         rows = torch.randint(len(shown.ids), (ROWS,), generator=generator)
         made = fixed | assembly.turned(dict(zip(places, descent.turns(), strict=True)))
         inputs: dict[str, Any] = {"input_ids": shown.ids[rows], "use_cache": False}
-        said = functional_call(assembly.model, made, (), inputs).logits.log_softmax(-1)
+        said = functional_call(assembly.model, made, (), inputs, tie_weights=False).logits.log_softmax(-1)
         loss = functional.kl_div(said, _mean(models, shown, rows), log_target=True, reduction="none").sum(-1).mean()
         descent.step(loss, share)
-        progress(1)
     found = dict(zip(places, descent.found(), strict=True))
     result = {}
     for number in dict.fromkeys(number for number, _ in places):

@@ -113,6 +113,15 @@ def test_what_is_written_is_what_is_run(donors, maps, tmp_path):
     assert torch.equal(made["model.layers.6.mlp.down_proj.weight"], expected.float())
 
 
+def test_a_slice_between_tied_ends_is_refined_too(donors, tmp_path):
+    tied, other = donors["b"], write_donor(tmp_path / "other", seed=9, tie_word_embeddings=True)
+    gauge = {"to": "base", "refine": 3}
+    recipe = recipe_of((other, 0, 1, None), (donors["a"], 1, 3, gauge), (tied, 3, 4, None), base_model=str(tied),
+                       embedding=str(tied), head=str(tied))  # fmt: skip
+    torch.testing.assert_close(on_disk(recipe, tmp_path / "merged"), in_memory(recipe), atol=1e-5, rtol=1e-5)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+
+
 def test_every_step_counts_and_a_text_is_shown_as_well(donors, text):
     more, longer = strangers(donors, "turns", refine=5), strangers(donors, "turns", fit=str(text))
     once, *others = (fitted_turns(recipe, open_donors(recipe))[0] for recipe in (strangers(donors, "turns"), more, longer))
