@@ -28,9 +28,9 @@ class Turned(NamedTuple):
 def turned_states(a: Atlas, b: Atlas, *, permuted: bool = False) -> Turned:
     """Turn B's states to A's; with `permuted`, those of other probes, as chance would have it."""
     left, right = (_leading(np.stack([atlas.activations(block) for block in range(atlas.blocks + 1)])) for atlas in (a, b))
-    if permuted:
-        right = right[:, np.random.default_rng(0).permutation(right.shape[1])]
     seen = 3 * left.shape[1] // 4
+    if permuted:  # backwards within both parts: then A with B and B with A are the same pairs
+        right = np.concatenate([right[:, :seen][:, ::-1], right[:, seen:][:, ::-1]], axis=1)
     product = np.zeros((right.shape[2], left.shape[2]))
     for i, j in np.ndindex(len(left), len(right)):
         if 2 * abs(i / a.blocks - j / b.blocks) <= 1 / min(a.blocks, b.blocks):
