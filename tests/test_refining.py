@@ -14,7 +14,7 @@ from frankenmerge.errors import FrankenmergeError
 from frankenmerge.families import FAMILIES
 from frankenmerge.fitting import Fit, fitted_turns
 from frankenmerge.gauge import Turn, random_turn
-from frankenmerge.merging.fits import load_fits, save_fits
+from frankenmerge.merging.fits import awaited_fits, load_fits, save_fits
 from frankenmerge.models import load_model, virtual_splice
 from frankenmerge.recipe import open_donors, parse_recipe
 from frankenmerge.refining import drawn, refined, show
@@ -161,6 +161,16 @@ def test_fits_are_read_as_they_were_written(donors, maps, tmp_path):
         number: (fit.turn.hash, fit.residual) for number, fit in fits.items()
     }
     assert [turn.hash for turn in again[0].refined] == [turn.hash for turn in fits[0].refined]
+
+
+def test_further_processes_take_the_fits_of_the_first_and_miss_it_where_it_is_gone(donors, tmp_path):
+    recipe, folder = strangers(donors, "turns"), tmp_path / "work"
+    folder.mkdir()
+    with pytest.raises(FrankenmergeError, match="RANK 0"):
+        awaited_fits(folder, tmp_path / "merged", recipe)
+    save_fits({1: Fit(random_turn(16, 9), 0.5)}, folder / "fits.safetensors")
+    found = awaited_fits(folder, tmp_path / "merged", recipe)
+    assert found and found[1].turn.hash == random_turn(16, 9).hash
 
 
 def test_a_changed_text_is_not_resumed(donors, text, tmp_path, monkeypatch):

@@ -26,16 +26,18 @@ class Turned(NamedTuple):
 
 
 def turned_states(a: Atlas, b: Atlas, *, permuted: bool = False) -> Turned:
-    """Turn B's states to A's; with `permuted`, those of other probes, as chance would have it."""
+    """Turn B's states to A's, both as wide as the wider donor; with `permuted`, those of other probes, as chance would have it."""
     left, right = (_leading(np.stack([atlas.activations(block) for block in range(atlas.blocks + 1)])) for atlas in (a, b))
+    width = max(left.shape[2], right.shape[2])  # the narrower one's states lie within the wider one's space
+    left, right = (np.pad(states, ((0, 0), (0, 0), (0, width - states.shape[2]))) for states in (left, right))
     seen = 3 * left.shape[1] // 4
     if permuted:  # backwards within both parts: then A with B and B with A are the same pairs
         right = np.concatenate([right[:, :seen][:, ::-1], right[:, seen:][:, ::-1]], axis=1)
-    product = np.zeros((right.shape[2], left.shape[2]))
+    product = np.zeros((width, width))
     for i, j in np.ndindex(len(left), len(right)):
         if 2 * abs(i / a.blocks - j / b.blocks) <= 1 / min(a.blocks, b.blocks):
             product += _unit(right[j, :seen]).T @ _unit(left[i, :seen])
-    u, _, v = np.linalg.svd(product, full_matrices=False)
+    u, _, v = np.linalg.svd(product)
     size = np.sqrt(np.square(left[:, :seen]).mean(axis=(0, 1)).sum() / np.square(right[:, :seen]).mean(axis=(0, 1)).sum())
     return Turned(left[:, seen:], size * right[:, seen:] @ (u @ v))
 

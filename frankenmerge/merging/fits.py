@@ -42,13 +42,20 @@ def fits_in(folder: Path, recipe: Recipe, donors: Mapping[str, Checkpoint]) -> "
     return load_fits(folder / FITS)
 
 
-def awaited_fits(folder: Path, recipe: Recipe) -> "dict[int, Fit] | None":
-    """The fits that the first process makes, waited for as long as it is there; None where it has finished already."""
+def awaited_fits(folder: Path, output: Path, recipe: Recipe) -> "dict[int, Fit] | None":
+    """The fits that the first process makes in `folder`, waited for as long as it is there; None where it has finished already.
+
+    Raises FrankenmergeError where it ended before.
+    """
     if not recipe.has_gauges:
         return {}
     while not (folder / FITS).is_file():
         if not is_held(folder):
-            return None
+            if output.is_dir():
+                return None
+            raise fail(
+                str(folder), "the first process (RANK 0), which fits the gauges", "none", "start all processes of the merge together"
+            )
         time.sleep(PAUSE)
     return load_fits(folder / FITS)
 

@@ -87,7 +87,7 @@ def merge(
     kept = 0
     try:
         if not share.first:
-            if (folder := joined(output, inputs)) and (fits := awaited_fits(folder, recipe)) is not None:
+            if (folder := joined(output, inputs)) and (fits := awaited_fits(folder, output, recipe)) is not None:
                 _write(plan, fits, folder, chosen, share, progress)
         else:
             with workplace(output, resume=chosen.resume) as folder:
