@@ -1,15 +1,16 @@
-"""Can blocks of donors that never shared a basis be spliced? All single-seam splices of two donors, raw and turned.
+"""Can blocks of donors that never shared a basis be spliced? Single-seam splices of two donors, raw and turned.
 
-A splice is A's blocks `[0, i)` and B's blocks `[j, L)`. Every splice is measured raw; with B's slice turned by a fit on text, and
-on tokens alone (drawn from the donors themselves: no data; the fit on text sees them too); with the best signed permutation in place
-of a rotation; and with a random rotation. The first half of the text is fitted on, windows of the second half are what is measured.
+A splice is A's blocks `[0, i)` and B's blocks `[j, L)`, stacked as a recipe stacks them. Every splice is measured raw; with B's slice
+turned as a recipe's gauge turns it, on text and on tokens alone (drawn from the donors themselves: no data; the fit on text sees them
+too); with the best signed permutation in place of a rotation; and with a random rotation. The first half of the text is fitted on,
+windows from the end of the second half are what is measured.
 """
 
 import json
+import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -21,19 +22,24 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from frankenmerge.analysis.turning import Shown, Turns, at_seam, fit_over_blocks, flat, refine, show, turning
-from frankenmerge.architectures import quantity
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.drawing import drawn
 from frankenmerge.evaluation.compare import read_text, shared_context
 from frankenmerge.evaluation.language import encode
+from frankenmerge.fitting import DRAWN_LENGTH, DRAWN_ROWS, Fit
 from frankenmerge.gauge import Turn, procrustes, random_turn
-from frankenmerge.models import load_model, load_tokenizer, virtual_splice
-from frankenmerge.recipe import Block, recipe_of
+from frankenmerge.models import block_outputs, forward, load_model, load_tokenizer, virtual_splice
+from frankenmerge.recipe import Recipe
+from frankenmerge.refining import Shown, refined
 
-LONGEST = 128
-ROWS = 256
-"""Windows that are fitted on, at most: of text, and drawn from the donors."""
+
+class Seen(NamedTuple):
+    """What both donors made of the same tokens."""
+
+    ids: Tensor
+    """`[n, s]`"""
+    states: tuple[list[Tensor], list[Tensor]]
+    """A's and B's residual stream before the first block and behind every block, `[n, s, d]` each."""
 
 
 @click.command()
@@ -41,72 +47,84 @@ ROWS = 256
 @click.option("--donor-b", required=True, help="The donor of the second slice.")
 @click.option("--text", "texts", required=True, multiple=True, type=click.Path(path_type=Path), help="A text; may be repeated.")
 @click.option(
-    "--windows", default=16, show_default=True, help=f"Windows of at most {LONGEST} tokens that are measured, of all texts together."
+    "--windows", default=16, show_default=True, help=f"Windows of at most {DRAWN_LENGTH} tokens that are measured, of all texts together."
 )
-@click.option("--joint", default=400, show_default=True, help="Steps of descent on the turns of all seams together; 0 for none.")
-@click.option("--steps", default=0, show_default=True, help="Steps of descent on a seam's own turns; with neither, a plain fit.")
+@click.option("--refine", default=300, show_default=True, help="Steps of descent on the turns of every splice; 0 for a plain fit.")
+@click.option("--maps", default="turns", show_default=True, type=click.Choice(["turns", "linear"]), help="What descent may reach.")
+@click.option("--every", default=1, show_default=True, help="Measure only every so many-th splice.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(donor_a: str, donor_b: str, texts: tuple[Path, ...], windows: int, joint: int, steps: int, as_json: bool) -> None:
-    """Measure every single-seam splice, raw and turned."""
+def main(
+    donor_a: str, donor_b: str, texts: tuple[Path, ...], windows: int, refine: int, maps: str, every: int, as_json: bool
+) -> None:  # fmt: skip
+    """Measure single-seam splices, raw and turned."""
     checkpoints = {name: open_checkpoint(name) for name in (donor_a, donor_b)}
     models = {name: load_model(checkpoint).requires_grad_(False) for name, checkpoint in checkpoints.items()}
     a, b = models[donor_a], models[donor_b]
     tokenizer = load_tokenizer(checkpoints[donor_a])
     start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    length = min(LONGEST, shared_context(checkpoints.values()))
+    length = min(DRAWN_LENGTH, shared_context(checkpoints.values()))
     halves = [_halves(encode(tokenizer, read_text(text).content, str(text)).ids, start, length, len(texts), windows) for text in texts]
     fitted, tested = (torch.cat(parts) for parts in zip(*halves, strict=True))
+    donor_text = torch.cat([drawn(model, DRAWN_ROWS // 2, length, start, seed) for seed, model in enumerate((a, b))])
+    seen = {"text": _seen(a, b, torch.cat([donor_text, fitted])), "probes": _seen(a, b, donor_text)}
     centred = checkpoints[donor_a].architecture.norm == "layer"
-    depths = [quantity(checkpoints[name].config, "blocks") or 0 for name in (donor_a, donor_b)]
-    seams = [(i, j) for i in range(1, depths[0] + 1) for j in range(depths[1])]
-    slices = {}
-    for j in range(depths[1]):
-        recipe = recipe_of([Block(donor_b, index) for index in range(j, depths[1])])
-        slices[j] = virtual_splice(recipe, checkpoints, models).requires_grad_(False)
+    depths = [checkpoints[name].blocks for name in (donor_a, donor_b)]
+    seams = [(i, j) for i in range(1, depths[0] + 1) for j in range(depths[1])][::every]
+    gauge = {"to": "previous"} | ({"refine": refine, "maps": maps} if refine else {})
 
-    donor_text = torch.cat([drawn(model, ROWS // 2, length, start, seed) for seed, model in enumerate((a, b))])
-    shown = {"text": show(a, b, torch.cat([fitted, donor_text])), "probes": show(a, b, donor_text)}
-    test = show(a, b, tested)
-    near = [(i, j) for i, j in seams if i >= j - 2]
-    turns = {}
-    for name, seen in shown.items():
-        turns[name] = refine(fit_over_blocks(seen, centred=centred), seen, slices, near, steps=joint, centred=centred) if joint else None
-
-    def measured(i: int, j: int, turn: Turn | list[Turn]) -> float:
-        chosen = turn if isinstance(turn, list) else [turn] * (depths[1] - j + 1)
-        return _nats(slices[j], chosen, test.states[0][i], tested)
+    def measured(recipe: Recipe, fit: Fit) -> float:
+        return _loss(virtual_splice(recipe, checkpoints, models, {1: fit}), tested)
 
     splices = []
     for i, j in track(seams, "splicing", console=Console(stderr=True)):
-        states = {name: [flat(seen.states[0][i]), flat(seen.states[1][j])] for name, seen in shown.items()}
-        plain = {name: procrustes(of_b, of_a, centred=centred) for name, (of_a, of_b) in states.items()}
-        row: dict[str, Any] = {"i": i, "j": j, "raw": measured(i, j, Turn(torch.eye(plain["text"].matrix.shape[0]).double()))}
-        for name, seen in shown.items():
-            row[name] = measured(i, j, _own(turns[name], plain[name], seen, slices, (i, j), steps, centred))
-        row["signed_permutation"] = measured(i, j, _signed_permutation(*states["text"]))
-        null = random_turn(plain["text"].matrix.shape[0], 1000 * i + j, centred=centred)
-        row["random_rotation"] = measured(i, j, null._replace(scale=plain["text"].scale))
+        recipe, raw = (_recipe((donor_a, 0, i), (donor_b, j, depths[1]), gauge=told) for told in (gauge, None))
+        row: dict[str, Any] = {"i": i, "j": j, "raw": _loss(virtual_splice(raw, checkpoints, models), tested)}
+        plain = {}
+        for name, shown in seen.items():
+            plain[name] = procrustes(
+                *(_flat(states[depth]) for states, depth in zip(shown.states[::-1], (j, i), strict=True)), centred=centred
+            )
+            fit = Fit(plain[name], 0.0)
+            if refine:
+                last = {donor: states[-1] for donor, states in zip((donor_a, donor_b), shown.states, strict=True)}
+                fit = fit._replace(refined=refined(recipe, checkpoints, models, {1: plain[name]}, Shown(shown.ids, last))[1])
+            row[name] = measured(recipe, fit)
+        of_a, of_b = _flat(seen["text"].states[0][i]), _flat(seen["text"].states[1][j])
+        row["signed_permutation"] = measured(recipe, Fit(_signed_permutation(of_a, of_b), 0.0))
+        null = random_turn(of_a.shape[1], 1000 * i + j, centred=centred)
+        row["random_rotation"] = measured(recipe, Fit(null._replace(scale=plain["text"].scale), 0.0))
         splices.append(row)
-    result = _summary([_loss(model(input_ids=tested).logits, tested) for model in (a, b)], splices, depths[1])
+    result = _summary([_loss(model, tested) for model in (a, b)], splices, depths[1])
     click.echo(json.dumps(result)) if as_json else _print(result)
 
 
+def _recipe(*parts: tuple[str, int, int], gauge: dict[str, Any] | None) -> Recipe:
+    slices: list[dict] = [{"sources": [{"model": model, "layer_range": [start, stop]}]} for model, start, stop in parts]
+    slices[-1]["gauge"] = gauge
+    return Recipe.model_validate({"slices": slices, "merge_method": "passthrough"})
+
+
+@torch.no_grad()
+def _seen(a: PreTrainedModel, b: PreTrainedModel, ids: Tensor) -> Seen:
+    states = []
+    for model in (a, b):
+        with block_outputs(model) as outputs:
+            forward(model, input_ids=ids)
+            states.append(list(outputs))
+    return Seen(ids, (states[0], states[1]))
+
+
+def _flat(states: Tensor) -> Tensor:
+    """`[n, s, d]` as `[n * (s - 1), d]`, without every row's first position."""
+    return states[:, 1:].flatten(0, 1)
+
+
 def _halves(ids: Any, start: int, length: int, texts: int, windows: int) -> tuple[Tensor, Tensor]:
-    """Windows behind `start`: of the text's first half to fit on, of its second to measure; of each, a share for one of `texts`."""
+    """Windows behind `start`: of the text's first half to fit on, of its end to measure; of each, a share for one of `texts`."""
     rows = torch.from_numpy(ids[1:]).unfold(0, length - 1, length - 1)
     rows = torch.cat([torch.full((len(rows), 1), start), rows], 1)
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    return first[: ROWS // texts], second[: windows // texts]
-
-
-def _own(
-    turns: Turns | None, plain: Turn, shown: Shown, slices: dict[int, PreTrainedModel], seam: tuple[int, int], steps: int, centred: bool
-) -> Turn | list[Turn]:
-    """A seam's turns: the plain fit, or refined ones."""
-    if turns is None and not steps:
-        return plain
-    turns = turns or fit_over_blocks(shown, centred=centred)
-    return at_seam(refine(turns, shown, slices, [seam], steps=steps, centred=centred) if steps else turns, shown, *seam)
+    return first[: DRAWN_ROWS // texts], second[-(windows // texts) :]
 
 
 def _signed_permutation(of_a: Tensor, of_b: Tensor) -> Turn:
@@ -118,20 +136,16 @@ def _signed_permutation(of_a: Tensor, of_b: Tensor) -> Turn:
 
 
 @torch.no_grad()
-def _nats(model: PreTrainedModel, turns: Sequence[Turn], states: Tensor, ids: Tensor) -> float:
-    with turning(model, [turn.matrix.float() for turn in turns], [turn.scale for turn in turns], [states]):
-        return _loss(model(input_ids=ids, use_cache=False).logits, ids)
-
-
-def _loss(logits: Tensor, ids: Tensor) -> float:
-    return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).detach())
+def _loss(model: PreTrainedModel, ids: Tensor) -> float:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
 
 
 def _summary(donors: list[float], splices: list[dict[str, Any]], depth_b: int) -> dict[str, Any]:
     worse = max(donors)
     removed = {name: statistics.median((row["raw"] - row[name]) / (row["raw"] - worse) for row in splices) for name in ("text", "probes")}
     balanced = [row for row in splices if row["i"] >= 2 and depth_b - row["j"] >= 2]
-    best = {name: min(row[name] for row in balanced) for name in ("text", "probes")}
+    best = {name: min((row[name] for row in balanced), default=math.nan) for name in ("text", "probes")}
     return {
         "donor_a_nats": donors[0],
         "donor_b_nats": donors[1],

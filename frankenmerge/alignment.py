@@ -1,7 +1,7 @@
 """The alignment: how two atlases agree, block by block. The artefact that `align` writes and `plan` reads."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +67,8 @@ class Alignment:
     gram: np.ndarray | None = None
     """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, standardised, a mean over the inputs; absent from
     older files."""
+    turned_gram: np.ndarray | None = None
+    """The same with B's states turned to A's basis, on probes that the turn was not fitted on; absent from older files."""
     exchange: Exchange | None = None
     """Where it was measured."""
 
@@ -79,15 +81,19 @@ class Alignment:
     @property
     def transposed(self) -> "Alignment":
         """The same with A and B exchanged; every score is symmetric."""
-        scores = {name: score.transposed for name, score in self.scores.items()}
-        a, b = self.donors
-        provenance = self.provenance | {"atlases": self.provenance.get("atlases", [])[::-1]}
-        (print_a, print_b), (width_a, width_b), (tokens_a, tokens_b) = self.fingerprints, self.widths, self.tokens
-        gram = None if self.gram is None else np.roll(self.gram, [self.blocks[1] + 1] * 2, axis=(0, 1))
-        exchange = None if self.exchange is None else self.exchange.transposed
-        return Alignment(
-            (b, a), (print_b, print_a), (width_b, width_a), scores, (tokens_b, tokens_a), self.vocabulary, provenance, gram, exchange
+        return replace(
+            self,
+            **{key: getattr(self, key)[::-1] for key in ("donors", "fingerprints", "widths", "tokens")},
+            scores={name: score.transposed for name, score in self.scores.items()},
+            provenance=self.provenance | {"atlases": self.provenance.get("atlases", [])[::-1]},
+            gram=self._swapped(self.gram),
+            turned_gram=self._swapped(self.turned_gram),
+            exchange=None if self.exchange is None else self.exchange.transposed,
         )
+
+    def _swapped(self, gram: np.ndarray | None) -> np.ndarray | None:
+        """Inner products with B's states first."""
+        return None if gram is None else np.roll(gram, [self.blocks[1] + 1] * 2, axis=(0, 1))
 
 
 def save_alignment(alignment: Alignment, path: Path) -> None:
@@ -97,7 +103,8 @@ def save_alignment(alignment: Alignment, path: Path) -> None:
         arrays |= {f"score.{name}": score.matrix, f"detail.{name}": score.detail}
         arrays |= {} if score.interval is None else {f"interval.{name}": score.interval}
         arrays |= {f"null.{name}.{null}": matrix for null, matrix in score.nulls.items()}
-    arrays |= {} if alignment.gram is None else {"standard_gram": alignment.gram}
+    grams = {"standard_gram": alignment.gram, "turned_gram": alignment.turned_gram}
+    arrays |= {name: gram for name, gram in grams.items() if gram is not None}
     for name, (of_a, of_b) in {} if alignment.exchange is None else alignment.exchange._asdict().items():
         arrays |= {f"{name}.a": of_a, f"{name}.b": of_b}
     arrays["vocabulary"] = np.frombuffer(json.dumps(alignment.vocabulary).encode(), dtype=np.uint8)
@@ -120,7 +127,7 @@ def load_alignment(path: Path) -> Alignment:
         prints, widths = (print_a, print_b), (width_a, width_b)
         tables = [(arrays[f"{name}.a"], arrays[f"{name}.b"]) for name in Exchange._fields if f"{name}.a" in arrays]
         exchange = Exchange(*tables) if tables else None
-        gram = arrays.get("standard_gram")
-        return Alignment((a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], gram, exchange)
+        grams = arrays.get("standard_gram"), arrays.get("turned_gram")
+        return Alignment((a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], *grams, exchange)
     except (KeyError, ValueError) as error:
         raise fail(str(path), "an alignment with all its parts", f"{error} missing or broken", "align the donors again") from error

@@ -65,7 +65,7 @@ class Stream:
     """How a block's tensors meet the residual stream, so that it can be turned to another basis; names behind the block's prefix."""
 
     norms: Mapping[str, tuple[str, ...]]
-    """Norms of the stream, each with the maps that read what it makes."""
+    """Norms of the stream, each with the maps that read what it makes; experts' maps without the expert's number."""
     writes: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     """Maps whose outputs are added to the stream."""
     inside: tuple[str, ...] = ()
@@ -186,6 +186,10 @@ _GEMMA_DEFAULTS = {
 }  # fmt: skip
 _QKV, _GATED = tuple(f"self_attn.{name}_proj" for name in "qkv"), ("mlp.gate_proj", "mlp.up_proj")
 _STREAM = Stream({"input_layernorm": _QKV, "post_attention_layernorm": _GATED})
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_FUSED_EXPERTS = ("mlp.gate", "mlp.experts.gate_up_proj")
+"""The router, and the experts' reading maps as transformers 5 holds them in memory, one tensor for all."""
+_BEHIND = Stream({}, behind=("post_attention_layernorm", "post_feedforward_layernorm"))
 _INV_FREQ = r"rotary_emb\.inv_freq$"
 DECODER = Architecture("model.", "layers.{}.", ("embed_tokens.",), "norm.", ignored=_INV_FREQ, defaults=_LLAMA_DEFAULTS)
 """The layout that Llama began and most families follow."""
@@ -209,13 +213,23 @@ FAMILIES: dict[str, Architecture] = {
         DECODER,
         synonyms={"num_experts": "num_local_experts"},
         defaults=_LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2, "num_local_experts": 8},
+        stream=Stream(
+            {
+                "input_layernorm": _QKV,
+                "post_attention_layernorm": (
+                    *(f"block_sparse_moe.{name}" for name in ("gate", "experts.w1", "experts.w3")),
+                    *_FUSED_EXPERTS,
+                ),
+            },
+            ("self_attn.o_proj", "block_sparse_moe.experts.w2", "mlp.experts.down_proj"),
+        ),
     ),
     "qwen2": replace(DECODER, per_block=(_QWEN_TYPES,), defaults=_QWEN_DEFAULTS, stream=_STREAM),
     "qwen3": replace(
         DECODER,
         per_block=(_QWEN_TYPES,),
         defaults=_QWEN_DEFAULTS | {"head_dim": 128},
-        stream=replace(_STREAM, inside=("self_attn.q_norm", "self_attn.k_norm")),
+        stream=replace(_STREAM, inside=_HEAD_NORMS),
     ),
     "qwen3_moe": replace(
         DECODER,
@@ -223,12 +237,21 @@ FAMILIES: dict[str, Architecture] = {
         synonyms={"num_experts": "num_local_experts"},
         defaults=_QWEN_DEFAULTS
         | {"moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_local_experts": 128, "norm_topk_prob": False},
+        stream=Stream(
+            {
+                "input_layernorm": _QKV,
+                "post_attention_layernorm": (*_GATED, "mlp.experts.gate_proj", "mlp.experts.up_proj", *_FUSED_EXPERTS),
+            },
+            (*_STREAM.writes, "mlp.experts.down_proj"),
+            _HEAD_NORMS,
+        ),
     ),
     "gemma2": replace(
         DECODER,
         per_block=(replace(LAYER_TYPES, rule=_all_but_every(2)),),
         defaults=_GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "use_bidirectional_attention": None},
         tied=True,
+        stream=_BEHIND,
     ),
     "gemma3_text": replace(
         DECODER,
@@ -244,6 +267,7 @@ FAMILIES: dict[str, Architecture] = {
         | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "use_bidirectional_attention": False}
         | {"rope_theta": 1e6, "rope_local_base_freq": 10000.0},
         tied=True,
+        stream=_BEHIND,
     ),
     "phi3": replace(
         DECODER,
@@ -255,7 +279,7 @@ FAMILIES: dict[str, Architecture] = {
     "olmo2": replace(
         DECODER,
         defaults=_LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5},
-        stream=Stream({}, behind=("post_attention_layernorm", "post_feedforward_layernorm")),
+        stream=_BEHIND,
     ),
     "smollm3": replace(
         DECODER,
@@ -275,12 +299,14 @@ FAMILIES: dict[str, Architecture] = {
         defaults={"hidden_act": "silu", "attention_bias": False, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "rope_theta": 10000.0}
         | {"sliding_window": 4096},
         tied=True,
+        stream=Stream({"input_layernorm": (*_QKV, *_GATED)}),
     ),
     "stablelm": replace(
         DECODER,
         norm="layer",
         defaults={"hidden_act": "silu", "layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
         | {"use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False},
+        stream=replace(_STREAM, inside=("self_attn.q_layernorm.norms", "self_attn.k_layernorm.norms")),
     ),
     "gpt2": Architecture(
         "transformer.",

@@ -9,6 +9,7 @@ Norms divide by the stream's length, so `scale` changes nothing but the weight o
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -25,13 +26,21 @@ class Turn(NamedTuple):
     """From a donor's basis to another one: the state `x [d]` becomes `scale * x @ matrix`."""
 
     matrix: "Tensor"
-    """`[d, d]`, float64, orthogonal."""
+    """`[d, d]`, float64, orthogonal; with `writing`, any."""
     scale: float = 1.0
+    writing: "Tensor | None" = None
+    """`[d, d]`: what maps that write go through in the place of `scale * matrix`. Then it is no turn but two linear maps."""
+
+    @property
+    def writes(self) -> "Tensor":
+        """What maps that write go through, `[d, d]`."""
+        return self.scale * self.matrix if self.writing is None else self.writing
 
     @property
     def hash(self) -> str:
         """A hash of its numbers."""
-        return hashlib.sha256(self.matrix.numpy().tobytes() + str(self.scale).encode()).hexdigest()[:16]
+        written = b"" if self.writing is None else self.writing.numpy().tobytes()
+        return hashlib.sha256(self.matrix.numpy().tobytes() + str(self.scale).encode() + written).hexdigest()[:16]
 
 
 class Meeting(NamedTuple):
@@ -55,8 +64,8 @@ def meeting(architecture: Architecture, canonical: str) -> Meeting:
     if stream is None or stream.behind:
         found = f"gains of their own basis in {', '.join(stream.behind)}" if stream else "one nobody has described so"
         raise fail(canonical, "a family whose blocks can be turned", found, "splice without a gauge, or donors of another family")
-    module, _, parameter = canonical.rpartition(".")
-    is_weight, final = parameter == "weight", (architecture.root + architecture.final).removesuffix(".")
+    module, is_weight = canonical.removesuffix(".weight").removesuffix(".bias"), not canonical.endswith(".bias")
+    final = (architecture.root + architecture.final).removesuffix(".")
     if canonical.startswith(architecture.head):
         return Meeting("read", f"{final}.weight") if is_weight else Meeting("inside")
     block = architecture.root + architecture.block
@@ -64,7 +73,7 @@ def meeting(architecture: Architecture, canonical: str) -> Meeting:
         return Meeting("gain") if is_weight else Meeting("shift", f"{module}.weight")
     if not module.startswith(block):
         return Meeting("rows")
-    inner = module.removeprefix(block)
+    inner = re.sub(r"(\.experts|\.norms)\.\d+", r"\1", module.removeprefix(block))
     norm = next((norm for norm, maps in stream.norms.items() if inner in maps), None)
     if norm is not None and is_weight:
         return Meeting("read", f"{block}{norm}.weight", stream.transposed)
@@ -76,7 +85,7 @@ def meeting(architecture: Architecture, canonical: str) -> Meeting:
 
 
 def turned(tensor: "Tensor", met: Meeting, turn: Turn, gain: "Tensor | None" = None) -> "Tensor":
-    """One tensor as the turned slice has it, in float64.
+    """One tensor as the turned slice has it, in the turn's type, which is float64 but while a turn is being refined.
 
     Args:
         tensor: as the donor has it; maps `[out, in]` unless `met` says else, embeddings and heads `[v, d]`.
@@ -87,17 +96,17 @@ def turned(tensor: "Tensor", met: Meeting, turn: Turn, gain: "Tensor | None" = N
     Raises:
         FrankenmergeError: for a norm that adds a shift where its gain is zero: no map behind it could take that in.
     """
-    tensor, matrix, scale = tensor.double(), turn.matrix.to(tensor.device), turn.scale
+    tensor, matrix = tensor.to(turn.matrix.dtype), turn.matrix.to(tensor.device)
     if met.kind == "inside":
         return tensor
     if met.kind == "gain":
         return tensor.new_ones(tensor.shape)
     if met.kind in ("added", "rows") or (met.kind == "write" and met.transposed):
-        return scale * tensor @ matrix
+        return tensor @ turn.writes.to(tensor.device)
     if met.kind == "write":
-        return scale * matrix.T @ tensor
+        return turn.writes.T.to(tensor.device) @ tensor
     assert gain is not None and met.gain is not None
-    gain = gain.double()
+    gain = gain.to(matrix.dtype)
     if met.kind == "read":
         return matrix.T @ (gain[:, None] * tensor) if met.transposed else (tensor * gain) @ matrix
     if not gain.all():
@@ -106,7 +115,7 @@ def turned(tensor: "Tensor", met: Meeting, turn: Turn, gain: "Tensor | None" = N
 
 
 def turned_all(tensors: Mapping[str, "Tensor"], architecture: Architecture, turn: Turn) -> dict[str, "Tensor"]:
-    """Tensors of one block, or of what lies outside the blocks, as the turned slice has them, in float64.
+    """Tensors of one block, or of what lies outside the blocks, as the turned slice has them, in the turn's type.
 
     Args:
         tensors: by canonical name, the norms' gains among them.
@@ -154,9 +163,11 @@ def random_turn(width: int, seed: int, *, centred: bool = False) -> Turn:
 
 def gauge_faults(architecture: Architecture, names: Iterable[str], place: str) -> list[Fault]:
     """What keeps the tensors of these canonical names from being turned, told once for a family."""
+    names = list(names)
     try:
-        for name in names:
-            meeting(architecture, name)
+        for gain in [gain for name in names if (gain := meeting(architecture, name).gain)]:
+            if gain not in names:
+                raise fail(gain, "the norm that the maps behind it read, one for each", "none", "splice without a gauge")
     except FrankenmergeError as error:
         return [fault._replace(place=f"{place}: {fault.place}") for fault in error.faults]
     return []

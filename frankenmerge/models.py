@@ -1,9 +1,9 @@
 """Models in memory: the only place that loads one, runs its blocks, or stacks blocks of several without writing them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from frankenmerge.architectures import family
 from frankenmerge.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.families import Architecture
@@ -19,6 +20,9 @@ from frankenmerge.headers import read_json
 from frankenmerge.recipe import Recipe
 from frankenmerge.settings import resolve
 from frankenmerge.splice import result_config, stacked, untied
+
+if TYPE_CHECKING:
+    from frankenmerge.fitting import Fit
 
 Site = Literal["block", "attention"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -215,19 +219,66 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return getattr(model, model.base_model_prefix)
 
 
+class Assembly(NamedTuple):
+    """A splice whose tensors have been gathered, and scaled where the recipe says so, but not turned."""
+
+    model: PreTrainedModel
+    """Empty, but for its constants."""
+    tensors: dict[str, Tensor]
+    """The donors' own, by their names in the model."""
+    places: dict[tuple[int, int], dict[str, str]]
+    """Of slices that have a gauge, by slice and place in it (`Fit.at`): names in the model by canonical names."""
+
+    def turned(self, turns: Mapping[tuple[int, int], Turn]) -> dict[str, Tensor]:
+        """The tensors of some places, turned, in the turns' type."""
+        made: dict[str, Tensor] = {}
+        for place, turn in turns.items():
+            names = self.places[place]
+            architecture = family(self.model.config.to_dict())
+            result = turned_all({canonical: self.tensors[name] for canonical, name in names.items()}, architecture, turn)
+            made |= {name: result[canonical] for canonical, name in names.items()}
+        return made
+
+
 @torch.no_grad()
-def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel]) -> PreTrainedModel:
+def virtual_splice(
+    recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel], fits: "Mapping[int, Fit] | None" = None
+) -> PreTrainedModel:
     """Stack the donors' blocks in memory as `recipe` says, sharing their weights: only what is turned or scaled is made anew.
 
     The same model as the checkpoint that a merge of the recipe writes: it is built empty from the result's config, then
     filled with the donors' own tensors.
 
+    Args:
+        recipe: what to stack.
+        donors: the donors' headers, by name.
+        models: the donors' models, by name.
+        fits: of the slices that have a gauge; fitted where they are not given.
+
     Raises:
         FrankenmergeError: for a recipe that cannot become a model, or does more than stack the donors' own tensors.
     """
     recipe = stacked(recipe, donors)
-    settings = result_config(recipe, donors)
-    config = AutoConfig.for_model(**settings)
+    assembly = assembled(recipe, donors, models)
+    model, tensors = assembly.model, assembly.tensors
+    if assembly.places:
+        from frankenmerge.fitting import fitted_turns  # which runs models, and so imports this
+
+        fits = fits or fitted_turns(recipe, donors)
+        stored = _stored(recipe, donors)
+        for number, place in assembly.places:  # one at a time: they are in float64 until they are rounded as a merge stores them
+            made = assembly.turned({(number, place): fits[number].at(place)})
+            tensors = tensors | {name: value.to(stored).to(tensors[name].dtype) for name, value in made.items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
+    if not untied(recipe, donors):
+        model.tie_weights()
+    model.generation_config = models[recipe.embedding_donors[0]].generation_config
+    return model.eval()
+
+
+def assembled(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel]) -> Assembly:
+    """Gather the tensors of a splice from the donors' models. Raises FrankenmergeError where they are not all in memory."""
+    config = AutoConfig.for_model(**result_config(recipe, donors))
     ends = {"embedding": recipe.embedding_donors, "final": recipe.final_donors, "head": recipe.head_donors}
     first = models[recipe.embedding_donors[0]]
     with init_empty_weights():
@@ -236,47 +287,43 @@ def virtual_splice(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Map
         model.tie_weights()
     prefix = _blocks_name(model)
     states = {name: donor.state_dict() for name, donor in models.items()}
-    parts: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for position, block in enumerate(recipe.blocks):
         source = f"{prefix}{block.index}."
         found = {name.removeprefix(source): value for name, value in states[block.model].items() if name.startswith(source)}
-        parts |= {f"{prefix}{position}.{name}": value for name, value in found.items()}
+        tensors |= {f"{prefix}{position}.{name}": value for name, value in found.items()}
     architecture = donors[recipe.base].architecture
     # In memory the head may have another name than in the file (GPT-NeoX: lm_head, embed_out).
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings()) + "."
     for name in model.state_dict():
         role = "head" if name.startswith(head) else architecture.role(name)[0]
         if role in ends:
-            parts[name] = states[ends[role][0]][name]
-    if any(value.is_meta for value in parts.values()):
+            tensors[name] = states[ends[role][0]][name]
+    if any(value.is_meta for value in tensors.values()):
         remedy = "merge the recipe, then evaluate the checkpoint; or raise --max-memory"
         raise fail("splice in memory", "donors whose weights are all in memory", "some are offloaded", remedy)
-    stored = getattr(torch, settings.get("dtype") or settings["torch_dtype"])
     if any(level.parameters for level in [recipe, recipe.stack, *recipe.parts, *recipe.sources]):
-        parts = _scaled(parts, head, recipe, architecture, stored)
-    if any(part.gauge for part in recipe.parts):
-        from frankenmerge.fitting import fitted_turns  # which runs models, and so imports this
-
-        turns = {number: fit.turn for number, fit in fitted_turns(recipe, donors).items()}
-        parts = _turned(parts, head, recipe, architecture, turns, stored)
-    model.load_state_dict(parts, strict=True, assign=True)
-    if not untied(recipe, donors):
-        model.tie_weights()
-    model.generation_config = first.generation_config
-    return model.eval()
+        tensors = _scaled(tensors, head, recipe, architecture, _stored(recipe, donors))
+    return Assembly(model, tensors, _places(tensors, head, recipe, architecture))
 
 
-def _scaled(parts: Mapping[str, Tensor], head: str, recipe: Recipe, architecture: Architecture, stored: torch.dtype) -> dict[str, Tensor]:
+def _stored(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> torch.dtype:
+    """The type that a merge stores tensors in."""
+    settings = result_config(recipe, donors)
+    return getattr(torch, settings.get("dtype") or settings["torch_dtype"])
+
+
+def _scaled(tensors: Mapping[str, Tensor], head: str, recipe: Recipe, architecture: Architecture, stored: torch.dtype) -> dict[str, Tensor]:
     """A splice's tensors, each by its `scale` in the recipe and rounded as a merge stores it; `head` is the head's prefix in memory."""
     places = []
     for number, part in enumerate(recipe.parts):
         start, stop = part.sources[0].layer_range
         places += [(number, index, (index - start) / (stop - start - 1) if stop - start > 1 else 1.0) for index in range(start, stop)]
     ends = {"embedding": (0, recipe.embedding), "final": (-1, recipe.final_norm), "head": (-1, recipe.head)}
-    made = dict(parts)
-    for name, value in parts.items():
+    made = dict(tensors)
+    for name, value in tensors.items():
         role, position, canonical = architecture.role(architecture.head + name.removeprefix(head) if name.startswith(head) else name)
-        number, index, t = places[position] if position is not None else (ends[role][0], 0, float(role != "embedding"))
+        number, index, t = places[position] if position is not None else (ends[role][0], 0, 0.0)
         if position is None and ends[role][1]:
             continue  # an end whose donor is named is taken as it is
         part = recipe.parts[number]
@@ -287,24 +334,19 @@ def _scaled(parts: Mapping[str, Tensor], head: str, recipe: Recipe, architecture
     return made
 
 
-def _turned(
-    parts: Mapping[str, Tensor], head: str, recipe: Recipe, architecture: Architecture, turns: Mapping[int, Turn], stored: torch.dtype
-) -> dict[str, Tensor]:
-    """A splice's tensors, those of turned slices turned and rounded as a merge stores them; `head` is the head's prefix in memory."""
-    slice_of = [number for number, part in enumerate(recipe.parts) for _ in range(*part.sources[0].layer_range)]
-    groups: dict[tuple[int, str, int | None], dict[str, str]] = {}
-    for name in parts:
+def _places(names: Iterable[str], head: str, recipe: Recipe, architecture: Architecture) -> dict[tuple[int, int], dict[str, str]]:
+    """`Assembly.places` of a splice's tensors; `head` is the head's prefix in memory."""
+    at = [(number, offset) for number, part in enumerate(recipe.parts) for offset in range(part.length)]
+    ends = {"embedding": (0, 0), "final": (len(recipe.parts) - 1, -1)}
+    places: dict[tuple[int, int], dict[str, str]] = {}
+    for name in names:
         is_head = name.startswith(head)
         role, position, canonical = architecture.role(architecture.head + name.removeprefix(head) if is_head else name)
-        number = slice_of[position] if position is not None else 0 if role == "embedding" else len(recipe.parts) - 1
-        if number in turns:
-            # The head takes in the final norm's gain: they are turned together.
-            groups.setdefault((number, "final" if is_head else role, position), {})[canonical] = name
-    made = dict(parts)
-    for (number, *_), names in groups.items():
-        result = turned_all({canonical: parts[name] for canonical, name in names.items()}, architecture, turns[number])
-        made |= {name: result[canonical].to(stored).to(parts[name].dtype) for canonical, name in names.items()}
-    return made
+        # The head takes in the final norm's gain: they are turned together.
+        place = at[position] if position is not None else ends["final" if is_head else role]
+        if recipe.parts[place[0]].gauge:
+            places.setdefault(place, {})[canonical] = name
+    return places
 
 
 def _blocks_name(model: PreTrainedModel) -> str:

@@ -79,6 +79,11 @@ class Recipe(Part):
         return self.stack.slices
 
     @property
+    def has_gauges(self) -> bool:
+        """Whether any slice is turned to another basis."""
+        return any(part.gauge for part in self.stack.slices or [])
+
+    @property
     def sources(self) -> Sequence[Source | Whole]:
         """Everything that blocks are taken from, in order."""
         return self.stack.models or [source for part in self.parts for source in part.sources]

@@ -94,6 +94,16 @@ class Gauge(Part):
     """The base donor's basis, or the one that the slice before is in."""
     fit: Annotated[str, Field(min_length=1)] = "probes"
     """`probes` for random tokens, which need no data, or a text file."""
+    refine: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Steps of descent that follow the fit, after which every block has a turn of its own."""
+    maps: Literal["turns", "linear"] | None = None
+    """What refining may reach: turns, which is the default, or any linear maps, one for what a block reads, one for what it writes."""
+
+    @model_validator(mode="after")
+    def _refined(self) -> Self:
+        if self.maps == "linear" and not self.refine:
+            raise ValueError("refine beside maps: linear, which only descent can find")
+        return self
 
 
 class Slice(Part):
@@ -104,6 +114,12 @@ class Slice(Part):
     """In place of the recipe's, in this slice."""
     parameters: Parameters | None = None
     gauge: Gauge | None = None
+
+    @property
+    def length(self) -> int:
+        """How many blocks it gives."""
+        start, stop = self.sources[0].layer_range
+        return stop - start
 
     @model_validator(mode="after")
     def _of_one_length(self) -> Self:

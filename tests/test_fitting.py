@@ -17,7 +17,7 @@ from frankenmerge.models import load_model, virtual_splice
 from frankenmerge.recipe import Recipe, load_recipe, open_donors
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41, 3, 3], [5, 5, 2, 47, 19, 1, 8, 0]])
-FOUND_AGAIN = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"]
+FOUND_AGAIN = ["llama", "qwen3", "phi3", "gpt2", "gpt_neox", "mixtral", "qwen3_moe", "cohere2", "stablelm"]
 
 
 def recipe_of(*parts, **fields) -> Recipe:

@@ -8,18 +8,22 @@ from safetensors.torch import load_file
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.families import FAMILIES, USUAL
-from frankenmerge.gauge import Turn, meeting, procrustes, random_turn, residual, turned
+from frankenmerge.gauge import Turn, gauge_faults, meeting, procrustes, random_turn, residual, turned
 from frankenmerge.models import load_model
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41], [5, 5, 2, 47, 19, 1]])
 TURNED = [name for name, architecture in FAMILIES.items() if architecture.stream and not architecture.stream.behind]
 BEHIND = [name for name, architecture in FAMILIES.items() if architecture.stream and architecture.stream.behind]
-UNDESCRIBED = sorted(set(FAMILIES) - set(TURNED) - set(BEHIND))
 
 
 @torch.no_grad()
 def logits(path):
     return load_model(open_checkpoint(str(path)))(input_ids=IDS).logits
+
+
+def faults_of(donor):
+    checkpoint = open_checkpoint(str(donor))
+    return gauge_faults(checkpoint.architecture, {name for names in checkpoint.by_role.values() for name in names}, "here")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -41,24 +45,40 @@ def test_a_turn_that_moves_the_all_ones_direction_changes_a_layer_norm_donor(fam
     assert (logits(path) - logits(source)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("changes", [{"attention_bias": True, "mlp_bias": True}, {"num_key_value_heads": 1, "head_dim": 6}])
-def test_biases_and_heads_of_other_widths_are_turned_too(changes, tmp_path):
-    source = write_donor(tmp_path / "donor", seed=3, **changes)
-    path = turned_donor(source, tmp_path / "turned", random_turn(16, 1))
+@pytest.mark.parametrize("family, changes", [
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"num_key_value_heads": 1, "head_dim": 6}),
+    ("qwen3_moe", {"mlp_only_layers": [1, 2]}),
+    ("stablelm", {"qk_layernorm": True, "use_qkv_bias": True}),
+])  # fmt: skip
+def test_biases_and_blocks_of_other_kinds_are_turned_too(family, changes, tmp_path):
+    source = write_donor(tmp_path / "donor", family, seed=3, **changes)
+    turn = random_turn(16, 1, centred=FAMILIES[family].norm == "layer")
+    path = turned_donor(source, tmp_path / "turned", turn)
     torch.testing.assert_close(logits(path), logits(source), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", BEHIND)
 def test_norms_behind_maps_are_refused_with_the_reason(family, tmp_path):
     source = write_donor(tmp_path / "donor", family, seed=3)
+    assert any("post_feedforward_layernorm" in fault.found for fault in faults_of(source))
     with pytest.raises(FrankenmergeError, match="post_feedforward_layernorm"):
         turned_donor(source, tmp_path / "turned", random_turn(16, 1))
 
 
-@pytest.mark.parametrize("architecture", [*(FAMILIES[name] for name in UNDESCRIBED), USUAL], ids=[*UNDESCRIBED, "others"])
-def test_families_that_nobody_has_described_are_refused(architecture):
+def test_every_family_of_the_table_is_decided_on():
+    assert set(FAMILIES) == set(TURNED) | set(BEHIND)
+
+
+def test_families_that_nobody_has_described_are_refused():
     with pytest.raises(FrankenmergeError, match="nobody has described"):
-        meeting(architecture, "model.layers.{}.mlp.up_proj.weight")
+        meeting(USUAL, "model.layers.{}.mlp.up_proj.weight")
+
+
+def test_a_family_whose_donor_lacks_a_norm_is_refused(tmp_path):
+    sequential, parallel = (write_donor(tmp_path / str(flag), "stablelm", seed=3, use_parallel_residual=flag) for flag in (False, True))
+    assert not faults_of(sequential)
+    assert [fault.place for fault in faults_of(parallel)] == ["here: model.layers.{}.post_attention_layernorm.weight"]
 
 
 def test_a_tensor_that_nobody_has_placed_is_refused():

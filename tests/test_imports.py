@@ -33,6 +33,7 @@ LAYERS = (
         "gauge",
         "fitting",
         "drawing",
+        "refining",
     },
     STAGES := {"analysis", "planning", "merging", "evaluation", "reporting"},
     {"demo"},
@@ -43,7 +44,7 @@ LAYERS = (
 
 HEAVY = ("torch", "transformers", "accelerate", "safetensors.torch")
 METHODS = {f"merging.methods.{name}" for name in ("combine", "torch_span", "sparse", "select", "noise", "fusion")}
-MAY_BE_HEAVY = {"models", "fitting", "drawing", "blockwise", "analysis", "evaluation", "reporting", "demo", *METHODS}
+MAY_BE_HEAVY = {"models", "fitting", "drawing", "refining", "blockwise", "analysis", "evaluation", "reporting", "demo", *METHODS}
 """The parts and modules that may import these when they are imported; all others do it in the functions that need them."""
 
 

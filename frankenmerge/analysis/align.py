@@ -10,6 +10,7 @@ import frankenmerge
 from frankenmerge.agreement import token_agreement
 from frankenmerge.alignment import Alignment, Score
 from frankenmerge.analysis import geometry
+from frankenmerge.analysis.gauges import gauge_agreement, turned_gram
 from frankenmerge.analysis.nulls import derangement, mean_interval, mean_over, rounds_for
 from frankenmerge.atlas import Atlas
 from frankenmerge.errors import Fault, raise_all
@@ -58,6 +59,7 @@ def align(
             "atlases": [a.provenance, b.provenance],
         },
         gram=geometry.gram(*states),
+        turned_gram=turned_gram(a, b),
     )
 
 
@@ -227,4 +229,5 @@ SCORES: dict[str, Callable[[Atlas, Atlas, str, int], Score]] = {
     "influence": geometry.influence,
     "distance": geometry.distance,
     "relative_depth": geometry.relative_depth,
+    "gauge": gauge_agreement,
 }

@@ -17,7 +17,7 @@ MOST_PROBES = 512
 ROUNDS = 4
 """Permutations for each null; every one is averaged over hundreds of probes."""
 NEURONS_AT_ONCE = 256
-BLIND = frozenset({"cka", "neighbours", "norm_ratio", "influence", "distance", "relative_depth"})
+BLIND = frozenset({"cka", "neighbours", "norm_ratio", "influence", "distance", "relative_depth", "gauge"})
 
 
 def debiased_cka(a: Atlas, b: Atlas, context: str, width: int) -> Score:

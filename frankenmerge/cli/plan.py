@@ -201,7 +201,9 @@ def print_seams(console, seams) -> None:
         agree, chance = seam.scores["jaccard"], seam.nulls["jaccard"]["permuted_neurons"]
         told = f"alone {seam.cost:.3f}; tokens agree {agree:.3f}, by chance {chance:.3f}"
         console.print(f"Seam {number}: {after} -> {before} ({kind}): {told}", markup=False)
-        if seam.by_chance:
+        if seam.gauged:
+            console.print("  As they are no better than chance, but turned into one basis: the recipe has a gauge here.")
+        elif seam.by_chance:
             console.print(
                 "  [bold red]No better than chance:[/] these donors share no basis here; expect noise behind this seam.", markup=True
             )

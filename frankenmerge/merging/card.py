@@ -32,7 +32,7 @@ def model_card(recipe: Recipe, donors: Mapping[str, Checkpoint], config: Mapping
         recipe.dtype or recipe.out_dtype or any(level.parameters for level in (recipe, recipe.stack, *spelled.parts, *spelled.sources))
     )
     plain = recipe.merge_method == "passthrough" and not touched
-    weights = "some turned to another basis" if any(part.gauge for part in spelled.parts) else "their weights unchanged"
+    weights = "some turned to another basis" if spelled.has_gauges else "their weights unchanged"
     made = f"by stacking blocks of other models, {weights}" if plain else "from blocks of other models"
     ends = {"Embedding": spelled.embedding_donors, "Final norm": spelled.final_donors, "Head": spelled.head_donors}
     ends["Tokenizer"] = ["union of all"] if recipe.vocabulary == "union" else [recipe.tokenizer_donor]

@@ -22,7 +22,8 @@ from frankenmerge.processes import Share
 JOURNAL, GROWING = "journal.json", "checkpoint"
 PATIENCE = 60.0
 """Seconds that other processes of a merge wait for the first one to begin."""
-_PAUSE = 0.05
+PAUSE = 0.05
+"""Seconds between two looks at what another process does."""
 _LONGEST = 255
 
 
@@ -65,7 +66,7 @@ def workplace(output: Path, *, resume: bool) -> Iterator[Path]:
 
 def _occupied(folder: Path, resume: bool) -> int:
     """Make or find the folder and lock it; returns the handle that holds the lock."""
-    deadline = time.monotonic() + 10 * _PAUSE
+    deadline = time.monotonic() + 10 * PAUSE
     while time.monotonic() < deadline:
         try:
             folder.mkdir()
@@ -84,7 +85,7 @@ def _occupied(folder: Path, resume: bool) -> int:
                 os.close(handle)
                 raise
             os.close(handle)
-        time.sleep(_PAUSE)
+        time.sleep(PAUSE)
     raise fail(str(folder), "no other merge into this output", "one that is running", "wait for it, or choose another output")
 
 
@@ -149,16 +150,17 @@ def joined(output: Path, inputs: Mapping[str, str]) -> Path | None:
     """
     folder, deadline = work_folder(output), time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        if (journal := _read(folder)) and _is_held(folder):
+        if (journal := _read(folder)) and is_held(folder):
             _agree(folder, journal, inputs)
             return folder
         if output.exists() and any(output.iterdir()):
             return None
-        time.sleep(_PAUSE)
+        time.sleep(PAUSE)
     raise fail(str(folder), "the work folder of the first process (RANK 0)", "none", "start all processes of the merge together")
 
 
-def _is_held(folder: Path) -> bool:
+def is_held(folder: Path) -> bool:
+    """Whether a merge holds the work folder."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
@@ -193,7 +195,7 @@ def write_shards(folder: Path, shards: Sequence[Shard], fill: Callable[[Shard, i
         if not share.first:
             return
         if missing:
-            time.sleep(_PAUSE)
+            time.sleep(PAUSE)
 
 
 def _written(folder: Path, shard: Shard, fill: Callable[[Shard, int], None]) -> bool:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
@@ -17,9 +17,6 @@ from frankenmerge.merging.shards import Shard, operation_faults, plan_shards, re
 from frankenmerge.processes import Share
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import recipe_faults
-
-if TYPE_CHECKING:
-    from frankenmerge.fitting import Fit
 
 SPARE = 64 << 20
 """Bytes of the disk that are left free."""
@@ -52,8 +49,6 @@ class Plan(NamedTuple):
     shards: list[Shard]
     clonable: frozenset[Path]
     """The donors' files of which blocks can be shared."""
-    turns: Mapping[int, "Fit"]
-    """Of the slices that have a gauge, by number."""
     arithmetics: frozenset[Arithmetic]
     """What computes, some tensors the one, others the other; none where all are copied."""
 
@@ -78,9 +73,8 @@ def planned(
 ) -> Plan:  # fmt: skip
     """Check everything that can be known before the first byte and cut the result into shards. Writes nothing.
 
-    Slices that have a gauge are fitted, which runs their donors. A `dry` plan, after which nothing is written, does without that, and
-    without the weights of donors on the hub. Raises FrankenmergeError with all faults of recipe and output, or all of donors'
-    tensors, room and device.
+    A `dry` plan, after which nothing is written, does without the weights of donors on the hub. Raises FrankenmergeError with all
+    faults of recipe and output, or all of donors' tensors, room and device.
     """
     raise_all([*recipe_faults(recipe, donors), *(output_faults(output, donors) if share.first else ())])
     if not dry or options.check_finite:
@@ -93,27 +87,19 @@ def planned(
     arithmetics: frozenset[Arithmetic] = frozenset(
         arithmetic(operation, options.device) for operation in operations if not isinstance(operation, Copy)
     )
-    plan = Plan(operations, plan_shards(operations, options.shard_size, sharing), sharing, {}, arithmetics)
+    plan = Plan(operations, plan_shards(operations, options.shard_size, sharing), sharing, arithmetics)
     if "torch" in arithmetics:
         check_device(options.device)
     if share.first:
         new = sum(shard.bytes for shard in plan.shards if not shard.cloned)
         raise_all([*room_faults(output, new), *(not_finite(operations) if options.check_finite else ())])
-    return plan if dry else plan._replace(turns=_turns(recipe, donors))
+    return plan
 
 
 def _absence_faults(donors: Mapping[str, Checkpoint]) -> Iterator[Fault]:
     for name, donor in donors.items():
         if not donor.whole:
             yield Fault(name, "a donor whose weights are at hand", "its headers alone", "open it with its weights, see --download")
-
-
-def _turns(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Mapping[int, "Fit"]:
-    if not any(part.gauge for part in recipe.stack.slices or []):
-        return {}
-    from frankenmerge.fitting import fitted_turns
-
-    return fitted_turns(recipe, donors)
 
 
 def output_faults(output: Path, donors: Mapping[str, Checkpoint]) -> Iterator[Fault]:

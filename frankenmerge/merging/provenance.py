@@ -13,14 +13,17 @@ from frankenmerge.merging.shards import Shard
 from frankenmerge.recipe import Recipe
 
 if TYPE_CHECKING:
+    from frankenmerge.fitting import Fit
     from frankenmerge.merging.plan import Plan
-
-if TYPE_CHECKING:
-    pass
 
 
 def provenance(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], plan: "Plan", checksums: Mapping[str, str], files: Mapping[str, bytes]
+    recipe: Recipe,
+    donors: Mapping[str, Checkpoint],
+    plan: "Plan",
+    fits: "Mapping[int, Fit]",
+    checksums: Mapping[str, str],
+    files: Mapping[str, bytes],
 ) -> dict[str, Any]:
     """Return what `frankenmerge.json` holds.
 
@@ -33,10 +36,7 @@ def provenance(
         from importlib.metadata import version
 
         versions |= {name: version(name) for name in ("numpy", *(("torch",) if "torch" in plan.arithmetics else ()))}
-    gauges = {
-        str(number): {"rotation": fit.turn.hash, "scale": fit.turn.scale, "held_out_r2": 1 - fit.residual}
-        for number, fit in plan.turns.items()
-    }
+    gauges = {str(number): _gauge(fit) for number, fit in fits.items()}
     texts = texts_of(recipe)
     return {
         "frankenmerge": frankenmerge.__version__,
@@ -62,13 +62,19 @@ def texts_of(recipe: Recipe) -> dict[str, str]:
     return {gauge.fit: file_hash(Path(gauge.fit)) for gauge in gauges if gauge and gauge.fit != "probes"}
 
 
+def _gauge(fit: "Fit") -> dict[str, Any]:
+    refined = {"refined": [turn.hash for turn in fit.refined]} if fit.refined else {}
+    return {"rotation": fit.turn.hash, "scale": fit.turn.scale, "held_out_r2": 1 - fit.residual, **refined}
+
+
 def origin(operation: Operation) -> dict[str, Any]:
     """Where one tensor comes from."""
     if isinstance(operation, Copy):
         return {"donor": operation.donor, "tensor": operation.source, "method": "copy"}
     if isinstance(operation, Rotate):
         gain = {"gain": operation.gain.source} if operation.gain else {}
-        return {"donor": operation.given.donor, "tensor": operation.given.source, "method": "rotate", "slice": operation.part, **gain}
+        place = {"slice": operation.part, "place": operation.place}
+        return {"donor": operation.given.donor, "tensor": operation.given.source, "method": "rotate", **place, **gain}
     return {
         "method": operation.method,
         "parameters": operation.parameters,

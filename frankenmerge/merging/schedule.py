@@ -95,6 +95,8 @@ class Rotate(NamedTuple):
     met: Meeting
     part: int
     """The slice whose turn is meant."""
+    place: int
+    """The block in it, from 0; -1 for final norm and head."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -136,23 +138,22 @@ def schedule(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str = "rec
 def _operations(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Iterator[Operation]:
     first, last, ends = recipe.parts[0], recipe.parts[-1], len(recipe.parts) - 1
     vocabulary = result_vocabulary(recipe, donors)
-    yield from _turned(_end(recipe, donors, "embedding", recipe.embedding, first, vocabulary), recipe, donors, 0)
+    yield from _turned(_end(recipe, donors, "embedding", recipe.embedding, first, vocabulary), recipe, donors, 0, 0)
     position = 0
     for number, part in enumerate(recipe.parts):
-        length = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
-        for offset in range(length):
-            t = offset / (length - 1) if length > 1 else 1.0
-            yield from _turned(_tensors(recipe, donors, part, "block", t, offset=offset, position=position), recipe, donors, number)
+        for offset in range(part.length):
+            t = offset / (part.length - 1) if part.length > 1 else 1.0
+            yield from _turned(_tensors(recipe, donors, part, "block", t, offset=offset, position=position), recipe, donors, number, offset)
             position += 1
-    yield from _turned(_end(recipe, donors, "final", recipe.final_norm, last, vocabulary), recipe, donors, ends)
+    yield from _turned(_end(recipe, donors, "final", recipe.final_norm, last, vocabulary), recipe, donors, ends, -1)
     if untied(recipe, donors):
-        yield from _turned(_end(recipe, donors, "head", recipe.head, last, vocabulary), recipe, donors, ends)
+        yield from _turned(_end(recipe, donors, "head", recipe.head, last, vocabulary), recipe, donors, ends, -1)
 
 
 def _turned(
-    operations: Iterable[Copy | Combine], recipe: Recipe, donors: Mapping[str, Checkpoint], number: int
+    operations: Iterable[Copy | Combine], recipe: Recipe, donors: Mapping[str, Checkpoint], number: int, place: int
 ) -> Iterator[Operation]:  # fmt: skip
-    """The operations of slice `number`, as those of a slice that is turned where the recipe says so."""
+    """The operations of one place of slice `number`, as those of a slice that is turned where the recipe says so."""
     if recipe.parts[number].gauge is None:
         yield from operations
         return
@@ -169,7 +170,7 @@ def _turned(
             role, index, _ = donor.architecture.role(given.source)
             name = donor.by_role["block", index][met.gain] if role == "block" else donor.by_role["final", None][met.gain]
             gain = Input(given.donor, name, donor.tensors[name], {})
-        yield Rotate(operation.name, operation.dtype, given, gain, met, number)
+        yield Rotate(operation.name, operation.dtype, given, gain, met, number, place)
 
 
 def _end(

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import frankenmerge
 from frankenmerge.checkpoint import INDEX_NAME, Checkpoint
@@ -23,6 +23,7 @@ from frankenmerge.files import PROVENANCE
 from frankenmerge.merging.card import PICTURE, card_picture, model_card
 from frankenmerge.merging.computing import compute, one_thread, rotate
 from frankenmerge.merging.copying import copy_range, pieces, write_fully
+from frankenmerge.merging.fits import awaited_fits, fits_in
 from frankenmerge.merging.journal import (
     GROWING,
     begin,
@@ -35,13 +36,16 @@ from frankenmerge.merging.journal import (
     write_synced,
 )
 from frankenmerge.merging.plan import Options, Plan, planned
-from frankenmerge.merging.provenance import file_hash, plan_hash, provenance
+from frankenmerge.merging.provenance import file_hash, plan_hash, provenance, texts_of
 from frankenmerge.merging.schedule import Combine, Rotate
 from frankenmerge.merging.shards import Shard, ranges_of
 from frankenmerge.merging.tokenizer import tokenizer_files
 from frankenmerge.processes import Share
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import result_config
+
+if TYPE_CHECKING:
+    from frankenmerge.fitting import Fit
 
 
 class Merged(NamedTuple):
@@ -80,21 +84,21 @@ def merge(
     inputs["version of frankenmerge"] = frankenmerge.__version__
     if plan.computed:
         inputs |= {"device": chosen.device.partition(":")[0], "arithmetic": " and ".join(sorted(plan.arithmetics))}
-    # A fit may differ in its last bits with the number of threads: shards of one merge are of one fit.
-    inputs |= {f"turn of slice {number}": fit.turn.hash for number, fit in plan.turns.items()}
+    inputs |= {f"text {name}": digest for name, digest in texts_of(recipe).items()}
     kept = 0
     try:
         if not share.first:
-            if folder := joined(output, inputs):
-                _write(plan, folder, chosen, share, progress)
+            if (folder := joined(output, inputs)) and (fits := awaited_fits(folder, output, recipe)) is not None:
+                _write(plan, fits, folder, chosen, share, progress)
         else:
             with workplace(output, resume=chosen.resume) as folder:
                 begin(folder, inputs, plan.shards)
+                fits = fits_in(folder, recipe, donors)
                 kept = sum(is_finished(folder, shard) for shard in plan.shards)
-                _write(plan, folder, chosen, share, progress)
+                _write(plan, fits, folder, chosen, share, progress)
                 grown = folder / GROWING
                 checksums = {shard.name: file_hash(grown / shard.name) for shard in plan.shards} if chosen.checksums else {}
-                for name, content in small_files(recipe, donors, plan, checksums).items():
+                for name, content in small_files(recipe, donors, plan, fits, checksums).items():
                     write_synced(grown / name, content)
                 sync(grown)
                 grown.rename(output)
@@ -108,7 +112,9 @@ def merge(
     return Merged(output, len(plan.operations), plan.bytes, time.perf_counter() - started, plan.computed, kept)
 
 
-def _write(plan: Plan, folder: Path, options: Options, share: Share, progress: Callable[[int], None]) -> None:
+def _write(
+    plan: Plan, fits: "Mapping[int, Fit]", folder: Path, options: Options, share: Share, progress: Callable[[int], None]
+) -> None:  # fmt: skip
     """Write the shards that are missing; returns when this process has no more to do."""
     stop, lock, made = threading.Event(), threading.Lock(), set()
 
@@ -123,7 +129,7 @@ def _write(plan: Plan, folder: Path, options: Options, share: Share, progress: C
         def fill(shard: Shard, target: int) -> None:
             made.add(shard.name)
             write_fully(target, shard.header, 0)
-            _run(_jobs(shard, plan, handles, target, options, moved), pool, stop)
+            _run(_jobs(shard, fits, handles, target, options, moved), pool, stop)
 
         for shard in write_shards(folder, plan.shards, fill, share):
             if shard.name not in made:
@@ -135,7 +141,7 @@ class _Stopped(Exception):
 
 
 def _jobs(
-    shard: Shard, plan: Plan, handles: Mapping[Path, int], target: int, options: Options, moved: Callable[[int], None]
+    shard: Shard, fits: "Mapping[int, Fit]", handles: Mapping[Path, int], target: int, options: Options, moved: Callable[[int], None]
 ) -> Iterator[Callable[[], None]]:
     for whole in ranges_of(shard):
         for piece in pieces(whole):
@@ -145,7 +151,7 @@ def _jobs(
         if isinstance(operation, Combine):
             yield partial(compute, operation, handles, target, position, moved, device=options.device, allow_nan=options.allow_nan)
         elif isinstance(operation, Rotate):
-            turn = plan.turns[operation.part].turn
+            turn = fits[operation.part].at(operation.place)
             yield partial(rotate, operation, turn, handles, target, position, moved, allow_nan=options.allow_nan)
 
 
@@ -191,7 +197,9 @@ def _open(files: set[Path]) -> Iterator[dict[Path, int]]:
         yield {file: stack.enter_context(file.open("rb", buffering=0)).fileno() for file in sorted(files)}
 
 
-def small_files(recipe: Recipe, donors: Mapping[str, Checkpoint], plan: Plan, checksums: Mapping[str, str]) -> dict[str, bytes]:
+def small_files(
+    recipe: Recipe, donors: Mapping[str, Checkpoint], plan: Plan, fits: "Mapping[int, Fit]", checksums: Mapping[str, str]
+) -> dict[str, bytes]:
     """Everything beside the weights, by name: config, index, tokenizer, recipe, card with its picture, provenance."""
     base = donors[recipe.base]
     config = result_config(recipe, donors)
@@ -204,7 +212,7 @@ def small_files(recipe: Recipe, donors: Mapping[str, Checkpoint], plan: Plan, ch
         files[generation.name] = generation.read_bytes()
     files["recipe.yaml"] = recipe.dump().encode()
     files[PICTURE] = card_picture(recipe, donors).encode()
-    files[PROVENANCE] = _json(provenance(recipe, donors, plan, checksums, files))
+    files[PROVENANCE] = _json(provenance(recipe, donors, plan, fits, checksums, files))
     files["README.md"] = model_card(recipe, donors, config).encode()
     return files
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from frankenmerge.alignment import Alignment
 from frankenmerge.errors import Fault, fail, raise_all
+from frankenmerge.planning.gauges import Pair, judged, with_gauges
 from frankenmerge.planning.prediction import Model, States, default_model, features, seam_damage
 from frankenmerge.planning.search import Constraints, Path, cheapest_by_depth, cheapest_paths
 from frankenmerge.planning.states import states_of
@@ -40,6 +41,8 @@ class SeamEvidence:
 
     A search that left a neuron out gives it no score."""
     disagree: list[dict[str, Any]]
+    gauged: bool = False
+    """Whether the recipe brings the two donors into one basis."""
 
     @property
     def by_chance(self) -> bool:
@@ -54,6 +57,7 @@ class SeamEvidence:
             "cost": self.cost,
             "skipped_blocks": self.skipped,
             "by_chance": self.by_chance,
+            "gauged": self.gauged,
             "scores": self.scores,
             "nulls": self.nulls,
             "agree": self.agree,
@@ -100,6 +104,8 @@ class _Task(NamedTuple):
     states: States
     costs: dict[tuple[int, int], np.ndarray]
     model: Model
+    gauged: frozenset[Pair]
+    """Pairs of donors that share no basis, but a gauge."""
 
 
 def plan(alignments: list[Alignment], constraints: Constraints, *, top: int = 1, differ: int = 0, model: Model | None = None) -> list[Plan]:
@@ -157,11 +163,12 @@ def spread_splices(alignments: list[Alignment], count: int, *, model: Model | No
 
 def _task(alignments: list[Alignment], model: Model) -> _Task:
     donors = _donors(alignments)
+    alignments, gauged = judged(alignments)
     names = list(donors)
     directed = {(names.index(a), names.index(b)): alignment for (a, b), alignment in between(alignments).items()}
     states = states_of(alignments)
     costs = {(a, b): seam_damage(model, states, names[a], names[b]) for a, b in directed}
-    return _Task(names, list(donors.values()), directed, states, costs, model)
+    return _Task(names, list(donors.values()), directed, states, costs, model, gauged)
 
 
 def between(alignments: Sequence[Alignment]) -> dict[tuple[str, str], Alignment]:
@@ -231,8 +238,10 @@ def _plan_of(recipe: Recipe, path: Path, damage: float, task: _Task) -> Plan:
     for left, entered in zip(path.pieces, path.pieces[1:], strict=False):
         pair = left.donor, entered.donor
         seam = Seam(Block(task.names[left.donor], left.stop - 1), Block(task.names[entered.donor], entered.start))
-        seams.append(_evidence(seam, task.directed[pair], left.stop, entered.start, float(task.costs[pair][left.stop, entered.start])))
-    return Plan(recipe, damage, task.model.interval(damage) if seams else (0.0, 0.0), seams)
+        cost = float(task.costs[pair][left.stop, entered.start])
+        evidence = _evidence(seam, task.directed[pair], left.stop, entered.start, cost)
+        seams.append(replace(evidence, gauged=frozenset(task.names[donor] for donor in pair) in task.gauged))
+    return Plan(with_gauges(recipe, task.gauged), damage, task.model.interval(damage) if seams else (0.0, 0.0), seams)
 
 
 def _evidence(seam: Seam, alignment: Alignment, left: int, entered: int, cost: float) -> SeamEvidence:

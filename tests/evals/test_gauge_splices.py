@@ -16,7 +16,7 @@ from frankenmerge.recipe import Block, open_donors, recipe_of
 SCRIPT = Path(__file__).resolve().parents[2] / "evals" / "gauge.py"
 
 
-@pytest.mark.parametrize("effort", [("--joint", "0", "--steps", "0"), ("--joint", "2", "--steps", "1")])
+@pytest.mark.parametrize("effort", [("--refine", "0"), ("--refine", "2", "--maps", "linear")])
 def test_every_splice_is_measured_raw_and_turned(donors, text, effort):
     a, b = str(donors["a"]), str(donors["deep"])
     arguments = ["--donor-a", a, "--donor-b", b, "--text", str(text), "--json", *effort]

@@ -542,7 +542,6 @@ def test_a_virtual_splice_refuses_what_it_cannot_do(donors):
     from frankenmerge.models import virtual_splice
 
     for text, place in [
-        (STACK.replace("PARAMETERS", "") + "parameters: {scale: 0.5}\n", "parameters"),
         (STACK.replace("PARAMETERS", "") + "dtype: bfloat16\n", "dtype"),
         ("merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n", "merge_method"),
         (STACK.replace("PARAMETERS", "") + "tokenizer: {source: union, pad_to_multiple_of: 64}\n", "tokenizer"),

@@ -13,6 +13,7 @@ from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
+from frankenmerge.planning.gauges import judged
 from frankenmerge.planning.plan import front, plan
 from frankenmerge.planning.prediction import FLOOR, default_model, features, seam_damage
 from frankenmerge.planning.search import Constraints
@@ -77,7 +78,7 @@ def case(request, alignments):
 
 def test_predicted_damage_is_the_model_s_of_the_whole_recipe(case):
     given, constraints = case
-    model, states = default_model(), states_of(given)
+    model, states = default_model(), states_of(judged(given)[0])
     plans = plan(given, constraints, top=5)
     assert len(plans) == 5
     for entry in plans:

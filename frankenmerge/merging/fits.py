@@ -1,0 +1,89 @@
+"""The fits of a merge's gauges: made once by its first process, kept beside the journal for the others and for whoever resumes.
+
+A fit may differ in its last bits with the number of threads, or from one machine to another: all shards of a merge are of one.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.errors import fail
+from frankenmerge.files import read_arrays, write_arrays
+from frankenmerge.merging.journal import PAUSE, is_held
+from frankenmerge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from frankenmerge.fitting import Fit
+    from frankenmerge.gauge import Turn
+
+FITS = "fits.safetensors"
+_KIND = "frankenmerge.fits/1"
+
+
+def fits_in(folder: Path, recipe: Recipe, donors: Mapping[str, Checkpoint]) -> "dict[int, Fit]":
+    """The fits of a merge that grows in `folder`: those of an earlier run, or new ones, which are kept there."""
+    if not recipe.has_gauges:
+        return {}
+    from frankenmerge.fitting import fitted_turns
+
+    if not (folder / FITS).is_file():
+        save_fits(fitted_turns(recipe, donors), folder / FITS)
+    return load_fits(folder / FITS)
+
+
+def awaited_fits(folder: Path, output: Path, recipe: Recipe) -> "dict[int, Fit] | None":
+    """The fits that the first process makes in `folder`, waited for as long as it is there; None where it has finished already.
+
+    Raises FrankenmergeError where it ended before.
+    """
+    if not recipe.has_gauges:
+        return {}
+    while not (folder / FITS).is_file():
+        if not is_held(folder):
+            if output.is_dir():
+                return None
+            raise fail(
+                str(folder), "the first process (RANK 0), which fits the gauges", "none", "start all processes of the merge together"
+            )
+        time.sleep(PAUSE)
+    return load_fits(folder / FITS)
+
+
+def save_fits(fits: "Mapping[int, Fit]", path: Path) -> None:
+    """Write fits, complete or not at all."""
+    arrays, told = {}, {}
+    for number, fit in fits.items():
+        turns = [fit.turn, *fit.refined]
+        told[str(number)] = {"residual": fit.residual, "scales": [turn.scale for turn in turns]}
+        for place, turn in enumerate(turns):
+            arrays[f"{number}.{place}.matrix"] = turn.matrix.numpy()
+            arrays |= {} if turn.writing is None else {f"{number}.{place}.writing": turn.writing.numpy()}
+    write_arrays(path, _KIND, arrays, told)
+
+
+def load_fits(path: Path) -> "dict[int, Fit]":
+    """Read fits. Raises FrankenmergeError for a file that holds none."""
+    from frankenmerge.fitting import Fit
+
+    arrays, told = read_arrays(path, _KIND, "the fits of a merge")
+    try:
+        fits = {}
+        for number, fit in told.items():
+            turns = [_turn(arrays, f"{number}.{place}", scale) for place, scale in enumerate(fit["scales"])]
+            fits[int(number)] = Fit(turns[0], fit["residual"], tuple(turns[1:]))
+        return fits
+    except (KeyError, ValueError, TypeError) as error:
+        raise fail(str(path), "the fits of a merge with all their parts", f"{error} missing or broken", "remove the file") from error
+
+
+def _turn(arrays: Mapping[str, np.ndarray], name: str, scale: float) -> "Turn":
+    import torch
+
+    from frankenmerge.gauge import Turn
+
+    writing = arrays.get(f"{name}.writing")
+    return Turn(torch.from_numpy(arrays[f"{name}.matrix"]), scale, None if writing is None else torch.from_numpy(writing))
