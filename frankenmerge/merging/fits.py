@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.files import read_arrays, write_arrays
@@ -17,6 +15,8 @@ from frankenmerge.merging.journal import PAUSE, is_held
 from frankenmerge.recipe import Recipe
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from frankenmerge.fitting import Fit
     from frankenmerge.gauge import Turn
 
@@ -80,7 +80,7 @@ def load_fits(path: Path) -> "dict[int, Fit]":
         raise fail(str(path), "the fits of a merge with all their parts", f"{error} missing or broken", "remove the file") from error
 
 
-def _turn(arrays: Mapping[str, np.ndarray], name: str, scale: float) -> "Turn":
+def _turn(arrays: "Mapping[str, np.ndarray]", name: str, scale: float) -> "Turn":
     import torch
 
     from frankenmerge.gauge import Turn
