@@ -1,6 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# A process for every core, each with a thread of its own: more would wait for one another.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
 export NO_MKDOCS_2_WARNING = 1
 
 .DEFAULT_GOAL := help
@@ -15,7 +17,7 @@ demo: $(READY) ## Splice the two demo donors, from first look to evaluation, int
 	$(BIN)/frankenmerge demo --out demo-run
 
 test: $(READY) ## Run the tests, without the slow ones
-	$(BIN)/pytest
+	$(TESTS)
 
 docs: $(READY) ## Build the documentation's pages into build/site
 	$(BIN)/mkdocs build --strict
@@ -28,7 +30,7 @@ check: $(READY) ## Run ruff, pyright, the documentation's build and the test of 
 	$(BIN)/pytest tests/test_imports.py
 
 slow: $(READY) ## Run the slow tests
-	$(BIN)/pytest -m slow
+	$(TESTS) -m slow
 
 clean: ## Remove what the other targets left, but .venv
 	rm -rf demo-run build dist .pytest_cache .ruff_cache .hypothesis
