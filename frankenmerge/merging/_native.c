@@ -167,6 +167,11 @@ FOR_EVERY_WIDTH static void subtract(float *restrict from, const float *restrict
     for (Py_ssize_t k = 0; k < count; k++) from[k] -= what[k];
 }
 
+/* NaN and Inf become 0. */
+FOR_EVERY_WIDTH static void clear_unfit(uint32_t *values, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) values[k] = (values[k] & EXPONENT) == EXPONENT ? 0 : values[k];
+}
+
 FOR_EVERY_WIDTH static void add(float *restrict to, const float *restrict what, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) to[k] += what[k];
 }
@@ -350,11 +355,12 @@ end:
 }
 
 PyDoc_STRVAR(products_doc,
-"products(inputs, relative, sums) -> bad\n\n"
+"products(inputs, relative, finite_only, sums) -> bad\n\n"
 "Add the products of every two inputs, or with `relative` of their differences from the first, to sums of float64.\n\n"
 "Args:\n"
 "    inputs: (buffer, type) of every input.\n"
 "    relative: whether the first input is subtracted from the others, and has no products of its own.\n"
+"    finite_only: whether NaN and Inf, in what is multiplied, count as 0.\n"
 "    sums: a buffer of float64 [pairs, LANES], pairs (0, 0), (1, 0), (1, 1), (2, 0)...; element k adds to sum k % LANES.\n\n"
 "Returns:\n"
 "    The number of the first input that holds NaN or Inf, -1 if none does.\n\n"
@@ -364,12 +370,12 @@ PyDoc_STRVAR(products_doc,
 static PyObject *products(PyObject *module, PyObject *args) {
     (void)module;
     PyObject *sequence;
-    int relative;
+    int relative, finite_only;
     Inputs given = {0};
     Py_buffer sums = {0};
     Strip *strips = NULL;
     PyObject *told = NULL;
-    if (!PyArg_ParseTuple(args, "Opw*", &sequence, &relative, &sums)) return NULL;
+    if (!PyArg_ParseTuple(args, "Oppw*", &sequence, &relative, &finite_only, &sums)) return NULL;
     if (take(sequence, &given) < 0 || overlaps(&sums, &given)) goto end;
     Py_ssize_t first = relative ? 1 : 0, terms = given.number - first;
     Py_ssize_t lane_bytes = LANES * (Py_ssize_t)sizeof(double), pairs = sums.len / lane_bytes;
@@ -387,6 +393,7 @@ static PyObject *products(PyObject *module, PyObject *args) {
     for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
         Py_ssize_t count = given.size - start < STRIP ? given.size - start : STRIP;
         read_strips(&given, start, count, relative, strips, &bad);
+        for (Py_ssize_t i = first; finite_only && i < given.number; i++) clear_unfit(strips[i].bits, count);
         double *lanes = (double *)sums.buf + start % LANES;
         for (Py_ssize_t i = first; i < given.number; i++) {
             for (Py_ssize_t j = first; j <= i; j++, lanes += LANES) {
