@@ -94,8 +94,14 @@ static int read_f64(const char *from, Strip *to, Py_ssize_t count) {
     return unfit(to->bits, count);
 }
 
-/* Writing: `count` elements, each rounded to the nearest, ties to even; returns whether any result is NaN or Inf. The strip
- * is overwritten. */
+/* Writing: `count` elements, each rounded to the nearest, ties to even; returns whether any result is NaN or Inf. Every NaN is
+ * the same one, since which one an operation makes is up to the processor. The strip is overwritten. */
+
+#define NOT_A_NUMBER 0x7FC00000u
+
+FOR_EVERY_WIDTH static void unify(uint32_t *values, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) values[k] = (values[k] & 0x7FFFFFFFu) > EXPONENT ? NOT_A_NUMBER : values[k];
+}
 
 FOR_EVERY_WIDTH static void narrow(const uint32_t *restrict from, char *restrict to, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) {
@@ -107,7 +113,7 @@ FOR_EVERY_WIDTH static void narrow(const uint32_t *restrict from, char *restrict
 FOR_EVERY_WIDTH static void round_bf16(uint32_t *values, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) {
         uint32_t bits = values[k], rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
-        values[k] = (bits & 0x7FFFFFFFu) > EXPONENT ? 0x7FC00000u : rounded;
+        values[k] = (bits & 0x7FFFFFFFu) > EXPONENT ? NOT_A_NUMBER : rounded;
     }
 }
 
@@ -122,7 +128,7 @@ FOR_EVERY_WIDTH static int round_f16(uint32_t *values, Py_ssize_t count) {
         uint32_t large = magnitude > EXPONENT ? 0x7E00u : 0x7C00u;
         uint32_t rounded = magnitude >= 0x47800000u ? large : magnitude < 0x38800000u ? small : normal;
         bad |= (rounded & 0x7C00u) == 0x7C00u;
-        values[k] = rounded << 16 | (bits & 0x80000000u);
+        values[k] = rounded << 16 | (magnitude > EXPONENT ? 0 : bits & 0x80000000u);
     }
     return bad != 0;
 }
@@ -140,8 +146,10 @@ static int write_f16(Strip *from, char *to, Py_ssize_t count) {
 }
 
 static int write_f32(Strip *from, char *to, Py_ssize_t count) {
+    int bad = unfit(from->bits, count);
+    if (bad) unify(from->bits, count);
     memcpy(to, from, 4 * (size_t)count);
-    return unfit(from->bits, count);
+    return bad;
 }
 
 FOR_EVERY_WIDTH static void widen_f64(const float *restrict from, char *restrict to, Py_ssize_t count) {
@@ -152,8 +160,10 @@ FOR_EVERY_WIDTH static void widen_f64(const float *restrict from, char *restrict
 }
 
 static int write_f64(Strip *from, char *to, Py_ssize_t count) {
+    int bad = unfit(from->bits, count);
+    if (bad) unify(from->bits, count);
     widen_f64(from->numbers, to, count);
-    return unfit(from->bits, count);
+    return bad;
 }
 
 typedef int (*reader)(const char *, Strip *, Py_ssize_t);
