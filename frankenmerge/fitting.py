@@ -53,7 +53,7 @@ def fitted_turns(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[int, 
         donors: by name; those of a recipe to be refined are loaded whole, in float32.
 
     Raises:
-        FrankenmergeError: for a text that is too short, and for weights that are no model's.
+        FrankenmergeError: for a text that is too short, for states that are not finite, and for weights that are no model's.
     """
     if not any(part.gauge and part.gauge.refine for part in recipe.parts):
         return plain_fits(recipe, donors)
@@ -96,7 +96,8 @@ def fit_turn(source: Tensor, target: Tensor, donor: Checkpoint) -> Fit:
 def states_at(donor: Checkpoint, ids: Tensor, depth: int) -> Tensor:
     """The residual stream behind the donor's first `depth` blocks, `[n, d]`, in float32.
 
-    The first position of every row is left out: what a trained model puts there is no token's own.
+    The first position of every row is left out: what a trained model puts there is no token's own. Raises FrankenmergeError for
+    states that are not finite.
     """
     run = stream_model(donor) if streamable(donor) else load_model(donor)
     passage = Passage(run, ids)
@@ -106,7 +107,11 @@ def states_at(donor: Checkpoint, ids: Tensor, depth: int) -> Tensor:
             outputs = [states for _, states in passage.through(index, block)]
             if index == depth:
                 break
-    return torch.cat(outputs)[:, 1:].flatten(0, 1).float()
+    made = torch.cat(outputs)[:, 1:].flatten(0, 1).float()
+    if not made.isfinite().all():
+        where = f"{donor.name}, behind its first {depth} blocks" if depth else f"{donor.name}, its embedding"
+        raise fail(where, "finite states, to fit a gauge on", "NaN or Inf", "repair or replace the donor, or do without the gauge")
+    return made
 
 
 def tokens_to_refine_on(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel]) -> Tensor:

@@ -201,3 +201,19 @@ def test_an_unknown_key_of_a_gauge_is_refused():
     text = "{merge_method: passthrough, slices: [{sources: [{model: a, layer_range: [0, 1]}], gauge: {to: base, with: text}}]}"
     with pytest.raises(FrankenmergeError, match=r"(?s)gauge\.with.*to, fit"):
         parse_recipe(text, "recipe")
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"])
+def test_a_donor_whose_states_are_not_finite_is_told(twins, tmp_path, name):
+    first, second = twins
+
+    def spoil(arrays):
+        arrays[name].flat[-1] = float("inf")
+        return arrays
+
+    broken = changed(second, tmp_path / "broken", spoil)
+    with pytest.raises(FrankenmergeError) as caught:
+        on_disk(recipe_of((first, 0, 2, None), (broken, 1, 4, {"to": "previous"})), tmp_path / "out", allow_nan=True)
+    (fault,) = caught.value.faults
+    assert fault.place.startswith(str(broken)) and fault.expected.startswith("finite states")
+    assert not (tmp_path / "out").exists()

@@ -94,8 +94,14 @@ static int read_f64(const char *from, Strip *to, Py_ssize_t count) {
     return unfit(to->bits, count);
 }
 
-/* Writing: `count` elements, each rounded to the nearest, ties to even; returns whether any result is NaN or Inf. The strip
- * is overwritten. */
+/* Writing: `count` elements, each rounded to the nearest, ties to even; returns whether any result is NaN or Inf. Every NaN is
+ * the same one, since which one an operation makes is up to the processor. The strip is overwritten. */
+
+#define NOT_A_NUMBER 0x7FC00000u
+
+FOR_EVERY_WIDTH static void unify(uint32_t *values, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) values[k] = (values[k] & 0x7FFFFFFFu) > EXPONENT ? NOT_A_NUMBER : values[k];
+}
 
 FOR_EVERY_WIDTH static void narrow(const uint32_t *restrict from, char *restrict to, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) {
@@ -107,7 +113,7 @@ FOR_EVERY_WIDTH static void narrow(const uint32_t *restrict from, char *restrict
 FOR_EVERY_WIDTH static void round_bf16(uint32_t *values, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) {
         uint32_t bits = values[k], rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
-        values[k] = (bits & 0x7FFFFFFFu) > EXPONENT ? 0x7FC00000u : rounded;
+        values[k] = (bits & 0x7FFFFFFFu) > EXPONENT ? NOT_A_NUMBER : rounded;
     }
 }
 
@@ -122,7 +128,7 @@ FOR_EVERY_WIDTH static int round_f16(uint32_t *values, Py_ssize_t count) {
         uint32_t large = magnitude > EXPONENT ? 0x7E00u : 0x7C00u;
         uint32_t rounded = magnitude >= 0x47800000u ? large : magnitude < 0x38800000u ? small : normal;
         bad |= (rounded & 0x7C00u) == 0x7C00u;
-        values[k] = rounded << 16 | (bits & 0x80000000u);
+        values[k] = rounded << 16 | (magnitude > EXPONENT ? 0 : bits & 0x80000000u);
     }
     return bad != 0;
 }
@@ -140,8 +146,10 @@ static int write_f16(Strip *from, char *to, Py_ssize_t count) {
 }
 
 static int write_f32(Strip *from, char *to, Py_ssize_t count) {
+    int bad = unfit(from->bits, count);
+    if (bad) unify(from->bits, count);
     memcpy(to, from, 4 * (size_t)count);
-    return unfit(from->bits, count);
+    return bad;
 }
 
 FOR_EVERY_WIDTH static void widen_f64(const float *restrict from, char *restrict to, Py_ssize_t count) {
@@ -152,8 +160,10 @@ FOR_EVERY_WIDTH static void widen_f64(const float *restrict from, char *restrict
 }
 
 static int write_f64(Strip *from, char *to, Py_ssize_t count) {
+    int bad = unfit(from->bits, count);
+    if (bad) unify(from->bits, count);
     widen_f64(from->numbers, to, count);
-    return unfit(from->bits, count);
+    return bad;
 }
 
 typedef int (*reader)(const char *, Strip *, Py_ssize_t);
@@ -165,6 +175,11 @@ static const writer WRITE[TYPES] = {write_bf16, write_f16, write_f32, write_f64}
 
 FOR_EVERY_WIDTH static void subtract(float *restrict from, const float *restrict what, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) from[k] -= what[k];
+}
+
+/* NaN and Inf become 0. */
+FOR_EVERY_WIDTH static void clear_unfit(uint32_t *values, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) values[k] = (values[k] & EXPONENT) == EXPONENT ? 0 : values[k];
 }
 
 FOR_EVERY_WIDTH static void add(float *restrict to, const float *restrict what, Py_ssize_t count) {
@@ -350,11 +365,12 @@ end:
 }
 
 PyDoc_STRVAR(products_doc,
-"products(inputs, relative, sums) -> bad\n\n"
+"products(inputs, relative, finite_only, sums) -> bad\n\n"
 "Add the products of every two inputs, or with `relative` of their differences from the first, to sums of float64.\n\n"
 "Args:\n"
 "    inputs: (buffer, type) of every input.\n"
 "    relative: whether the first input is subtracted from the others, and has no products of its own.\n"
+"    finite_only: whether NaN and Inf, in what is multiplied, count as 0.\n"
 "    sums: a buffer of float64 [pairs, LANES], pairs (0, 0), (1, 0), (1, 1), (2, 0)...; element k adds to sum k % LANES.\n\n"
 "Returns:\n"
 "    The number of the first input that holds NaN or Inf, -1 if none does.\n\n"
@@ -364,12 +380,12 @@ PyDoc_STRVAR(products_doc,
 static PyObject *products(PyObject *module, PyObject *args) {
     (void)module;
     PyObject *sequence;
-    int relative;
+    int relative, finite_only;
     Inputs given = {0};
     Py_buffer sums = {0};
     Strip *strips = NULL;
     PyObject *told = NULL;
-    if (!PyArg_ParseTuple(args, "Opw*", &sequence, &relative, &sums)) return NULL;
+    if (!PyArg_ParseTuple(args, "Oppw*", &sequence, &relative, &finite_only, &sums)) return NULL;
     if (take(sequence, &given) < 0 || overlaps(&sums, &given)) goto end;
     Py_ssize_t first = relative ? 1 : 0, terms = given.number - first;
     Py_ssize_t lane_bytes = LANES * (Py_ssize_t)sizeof(double), pairs = sums.len / lane_bytes;
@@ -387,6 +403,7 @@ static PyObject *products(PyObject *module, PyObject *args) {
     for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
         Py_ssize_t count = given.size - start < STRIP ? given.size - start : STRIP;
         read_strips(&given, start, count, relative, strips, &bad);
+        for (Py_ssize_t i = first; finite_only && i < given.number; i++) clear_unfit(strips[i].bits, count);
         double *lanes = (double *)sums.buf + start % LANES;
         for (Py_ssize_t i = first; i < given.number; i++) {
             for (Py_ssize_t j = first; j <= i; j++, lanes += LANES) {

@@ -125,7 +125,9 @@ def _rounded(chunks: "Iterable[torch.Tensor]", dtype: str) -> Chunks:
 
     for chunk in chunks:
         made = chunk.to(getattr(torch, DTYPE_NAMES[dtype])).cpu().contiguous()
-        yield made.view(torch.uint8).numpy().data, all_finite(made)
+        if not (finite := all_finite(made)):
+            made.masked_fill_(made.isnan(), math.nan)  # every NaN the same one: which one an operation makes is up to the processor
+        yield made.view(torch.uint8).numpy().data, finite
 
 
 def _write(

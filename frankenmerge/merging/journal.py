@@ -40,7 +40,7 @@ def workplace(output: Path, *, resume: bool) -> Iterator[Path]:
     """Hold the work folder of `output` for this merge alone.
 
     When the merge fails the folder goes, unless `resume` says to keep what is finished. Raises FrankenmergeError where
-    another merge holds it, or an unfinished one lies there that was not to be resumed.
+    another merge holds it or has finished, or an unfinished one lies there that was not to be resumed.
     """
     made = [parent for parent in output.absolute().parents if not parent.exists()]
     folder = work_folder(output)
@@ -48,6 +48,11 @@ def workplace(output: Path, *, resume: bool) -> Iterator[Path]:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         handle = _occupied(folder, resume)
         try:
+            if output.is_dir() and any(output.iterdir()):
+                with suppress(OSError):  # an earlier merge has left something in it
+                    folder.rmdir()
+                found, remedy = "one that has finished meanwhile", "choose another output, or move that one away"
+                raise fail(str(output), "no other merge into this output", found, remedy)
             (folder / GROWING).mkdir(exist_ok=True)
             yield folder
         except BaseException:

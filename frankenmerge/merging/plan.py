@@ -115,12 +115,21 @@ def output_faults(output: Path, donors: Mapping[str, Checkpoint]) -> Iterator[Fa
     if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
         remedy = "choose another output or move it away"
         yield Fault(place, "a folder that does not exist yet, or an empty one", "something is there", remedy)
+    elif output.exists() and (found := _immovable(output)):
+        yield Fault(place, "a folder whose place a checkpoint can take", found, f"choose a folder in it, such as {output / 'merged'}")
     for donor in donors.values():
         if donor.path.resolve() in (output.resolve(), *output.resolve().parents):
             yield Fault(place, "a folder outside the donors", f"it lies in {donor.path}", "choose another output")
     existing = _existing(output)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         yield Fault(place, "a folder that may be written to", f"{existing} may not", "choose another output")
+
+
+def _immovable(folder: Path) -> str | None:
+    """What keeps a folder from being replaced by another, if anything; the working directory would be gone for who stands in it."""
+    if os.path.ismount(folder):
+        return "a mount point"
+    return "the working directory" if folder.samefile(".") else None
 
 
 def check_output(output: Path, donors: Mapping[str, Checkpoint], size: int) -> None:

@@ -15,7 +15,7 @@ from frankenmerge.vocabulary import Tokens, result_vocabulary, tokens_of
 
 TEMPLATES = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
 """The built-in chat templates by name."""
-TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"
 _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
 
@@ -23,31 +23,27 @@ def tokenizer_files(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[st
     """The files of the result's tokenizer by name.
 
     Raises:
-        FrankenmergeError: for tokens that cannot be added, and for a chat template that is none.
+        FrankenmergeError: for tokens that cannot be added, for a chat template that is none, and for settings that cannot be read.
     """
     donor = donors[recipe.tokenizer_donor]
     files = {path.name: path.read_bytes() for path in donor.tokenizer_files}
+    settings = _settings(donor.path / SETTINGS_FILE) if SETTINGS_FILE in files else {}
     vocabulary = result_vocabulary(recipe, donors)
     if vocabulary and vocabulary.tokens != tokens_of(donor):
         # The other files tell of the donor's own tokens alone.
-        kept = ("tokenizer_config.json", "special_tokens_map.json", TEMPLATE_FILE, "chat_template.json")
+        kept = (SETTINGS_FILE, "special_tokens_map.json", TEMPLATE_FILE, "chat_template.json")
         added = _added_tokens(recipe, donors)
         extended = _extended(donor, vocabulary.tokens, added)
         files = {name: content for name, content in files.items() if name in kept} | {"tokenizer.json": _json(extended)}
-        if "tokenizer_config.json" in files:
-            settings = json.loads(files["tokenizer_config.json"])
-            if "added_tokens_decoder" in settings:
-                listed = {
-                    str(entry["id"]): {key: value for key, value in entry.items() if key != "id"} for entry in extended["added_tokens"]
-                }
-                settings["added_tokens_decoder"] |= listed
-                files["tokenizer_config.json"] = _json(settings)
+        if isinstance(known := settings.get("added_tokens_decoder"), dict):
+            listed = {str(entry["id"]): {key: value for key, value in entry.items() if key != "id"} for entry in extended["added_tokens"]}
+            settings["added_tokens_decoder"] = known | listed
+            files[SETTINGS_FILE] = _json(settings)
     if recipe.chat_template:
         files.pop("chat_template.json", None)
         files[TEMPLATE_FILE] = chat_template(recipe, donors).encode()
-        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
         if settings.pop("chat_template", None):
-            files["tokenizer_config.json"] = _json(settings)
+            files[SETTINGS_FILE] = _json(settings)
     return files
 
 
@@ -118,16 +114,26 @@ def _check_jinja(template: str) -> None:
         raise fail("recipe: chat_template", "jinja", f"line {error.lineno}: {error.message}", "correct the template") from error
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    settings = read_json(path, "a tokenizer's settings")
+    if not isinstance(settings, dict):
+        raise fail(str(path), "a tokenizer's settings, a JSON object", type(settings).__name__, "restore the file")
+    return settings
+
+
 def _template_of(donor: Checkpoint) -> str | None:
     """A donor's chat template; of several the one called default."""
     if (path := donor.path / TEMPLATE_FILE).is_file():
-        return path.read_text(encoding="utf-8").strip()
-    for name in ("chat_template.json", "tokenizer_config.json"):
+        try:
+            return path.read_text(encoding="utf-8").strip()
+        except ValueError as error:
+            raise fail(str(path), "a chat template, a text in UTF-8", str(error), "restore the file") from error
+    for name in ("chat_template.json", SETTINGS_FILE):
         if (path := donor.path / name).is_file():
-            settings = read_json(path, "a tokenizer's settings")
-            written = settings.get("chat_template") if isinstance(settings, dict) else None
+            written = _settings(path).get("chat_template")
             if isinstance(written, list):
-                written = next((entry.get("template") for entry in written if entry.get("name") == "default"), None)
+                named = [entry for entry in written if isinstance(entry, dict) and entry.get("name") == "default"]
+                written = named[0].get("template") if named else None
             if isinstance(written, str):
                 return written.strip()
     return None

@@ -1,6 +1,7 @@
 """Computed tensors on disk: their values, rounded once; NaN and Inf; threads, processes and memory."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from frankenmerge.merging.methods import native_span
 from frankenmerge.merging.schedule import Combine, Copy, Input, schedule
 from frankenmerge.merging.shards import readings
 from frankenmerge.merging.writer import merge
-from frankenmerge.recipe import Block, open_donors, recipe_of
+from frankenmerge.recipe import Block, Recipe, open_donors, recipe_of
 from frankenmerge.vocabulary import Rows
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -157,6 +158,30 @@ def test_without_the_extension_the_bytes_are_the_same(linear, pair, tmp_path, wi
 
 
 @needs_extension
+@pytest.mark.parametrize("method", ["linear", "slerp", "model_stock"])
+@pytest.mark.parametrize("stored, made", [("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16"), ("F32", "bfloat16")])
+def test_without_the_extension_the_bytes_of_nan_are_the_same(pair, tmp_path, without_extension, method, stored, made):
+    donors = []
+    for number, donor in enumerate(pair[stored]):
+        donors.append(shutil.copytree(donor, tmp_path / f"donor{number}"))
+        tensors = load_file(donors[-1] / "model.safetensors")
+        for place, value in enumerate((math.nan, -math.nan, math.inf, -math.inf)):
+            tensors[NAME].view(-1)[place + number :: 16] = value
+        save_file(tensors, donors[-1] / "model.safetensors", {"format": "pt"})
+    weights = {"parameters": {"weight": 0.4}} if method == "linear" else {}
+    recipe = {"models": [{"model": str(donor), **weights} for donor in (*donors, pair[stored][0])], "merge_method": method, "dtype": made}
+    recipe |= {} if method == "linear" else {"base_model": str(donors[0])}
+    if method == "slerp":
+        recipe |= {"models": recipe["models"][:2], "parameters": {"t": 0.3}}
+    parsed = Recipe.model_validate(recipe)
+    merge(parsed, open_donors(parsed), tmp_path / "c", allow_nan=True)
+    without_extension()
+    merge(parsed, open_donors(parsed), tmp_path / "torch", allow_nan=True)
+    one, other = (tmp_path / name / "model.safetensors" for name in ("c", "torch"))
+    assert one.read_bytes() == other.read_bytes() and load_file(one)[NAME].isnan().any()
+
+
+@needs_extension
 @pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "model_stock"])
 def test_what_is_computed_in_c_is_so_without_torch(pair, tmp_path, method):
     first, second = map(str, pair["BF16"])
@@ -260,7 +285,7 @@ from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.merging import plan
 from frankenmerge.merging.writer import merge
 from frankenmerge.processes import own_share
-from frankenmerge.recipe import Block, open_donors, recipe_of
+from frankenmerge.recipe import Block, Recipe, open_donors, recipe_of
 first, second, output = sys.argv[2:5]
 recipe = recipe_of([Block(first, index) for index in range(4)])
 other, real = open_checkpoint(second), plan.schedule
@@ -393,7 +418,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from frankenmerge.merging.writer import merge
-from frankenmerge.recipe import Block, open_donors, recipe_of
+from frankenmerge.recipe import Block, Recipe, open_donors, recipe_of
 recipe = recipe_of([Block(sys.argv[1], index) for index in (0, 1, 0, 1)])
 result = merge(recipe, open_donors(recipe), Path(sys.argv[2]))
 heavy = sum(name in sys.modules for name in ("torch", "transformers", "numpy"))

@@ -15,6 +15,8 @@ from conftest import changed, write_donor
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from frankenmerge.merging.methods import METHODS
+
 HEAD, EMBEDDING, UP = "lm_head.weight", "model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"
 
 
@@ -133,7 +135,25 @@ def test_one_nan_spread_over_a_tensor(donors, tmp_path, refused, method, value):
     base = {} if method == "karcher" else {"base_model": str(donors["b"])}
     several = models(donors["a"], spoiled) if method != "slerp" else models(spoiled)
     told = refused(merge_method=method, models=several, parameters={"t": 0.5} if method == "slerp" else {}, **base)
-    assert f"{spoiled}: {UP}" in told and "NaN or Inf" in told
+    assert f"{spoiled}: {UP}" in told and "NaN or Inf" in told and "--allow-nan" in told
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("method", ["slerp", "karcher", "model_stock", "multislerp", "nuslerp", "sce", "della"])
+def test_one_nan_that_is_allowed_spread_over_a_tensor(donors, tmp_path, merged, run, method, value):
+    def spoil(arrays):
+        arrays[UP].flat[-1] = value
+        return arrays
+
+    spec = METHODS[method]
+    listed = models(changed(donors["a"], tmp_path / "spoiled", spoil), donors["a"])[: spec.models[1]]
+    weights = {"weight": 0.5} if "weight" in spec.parameters else {}
+    base = {"base_model": str(donors["b"])} if spec.base == "required" else {}
+    output = merged("--allow-nan", merge_method=method, models=listed, parameters={"t": 0.5} if method == "slerp" else weights, **base)
+    bad = {name: (~tensor.isfinite()).nonzero().tolist() for name, tensor in tensors(output).items() if not tensor.isfinite().all()}
+    assert list(bad) == [UP] and len(bad[UP]) == 1
+    code, told, _ = run("check", output)
+    assert code == 0, told
 
 
 def test_parameters_that_make_no_finite_model_accepted(donors, refused):

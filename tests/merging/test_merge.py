@@ -480,6 +480,21 @@ def test_a_link_as_output_is_refused(order, room, target):
     assert fault.place == str(room / "out") and (room / "out").is_symlink()
 
 
+@pytest.mark.parametrize("spelling", [".", "{}", "../out"])
+def test_the_working_directory_as_output_is_refused(order, room, monkeypatch, spelling):
+    (room / "out").mkdir()
+    monkeypatch.chdir(room / "out")
+    (fault,) = refused(recipe_for(order), Path(spelling.format(room / "out")), room)
+    assert fault.found == "the working directory"
+
+
+def test_a_mount_point_as_output_is_refused(order, room, monkeypatch):
+    (room / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == room / "out")
+    (fault,) = refused(recipe_for(order), room / "out", room)
+    assert fault.found == "a mount point" and str(room / "out" / "merged") in fault.remedy
+
+
 @pytest.mark.parametrize("inside", ["out", "deep/er/out"])
 def test_an_output_inside_a_donor_is_refused(coded, room, inside):
     donor = Path(shutil.copytree(coded["a"], room / "donor"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.merging import journal
+from frankenmerge.merging import journal, writer
 from frankenmerge.merging.journal import work_folder
 from frankenmerge.merging.writer import merge
 from frankenmerge.processes import Share
@@ -256,6 +256,22 @@ def test_a_second_merge_into_one_output_is_refused_while_the_first_runs(recipe, 
 
     merge(recipe, open_donors(recipe), room / "out", shard_size=6000, progress=meanwhile)
     assert [fault.found for fault in refusals] == ["one that is running"] * 2
+    assert tree(room / "out") == whole and os.listdir(room) == ["out"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_merge_whose_output_another_finished_meanwhile_is_refused_before_it_writes(recipe, whole, room, monkeypatch, resume):
+    real, moved = writer.planned, []
+
+    def overtaken(*arguments, **named):
+        plan = real(*arguments, **named)
+        monkeypatch.setattr(writer, "planned", real)
+        merge(recipe, open_donors(recipe), room / "out", shard_size=6000)
+        return plan
+
+    monkeypatch.setattr(writer, "planned", overtaken)
+    (fault,) = refused(recipe, room / "out", resume=resume, progress=moved.append)
+    assert fault.found == "one that has finished meanwhile" and not moved
     assert tree(room / "out") == whole and os.listdir(room) == ["out"]
 
 

@@ -157,3 +157,30 @@ def test_a_template_may_mark_what_the_model_generates(donors, tmp_path):
     template = "{% for message in messages %}{%- generation -%}{{ message.content }}{% endgeneration %}{% break %}{% endfor %}"
     tokenizer, _ = made(linear(donors["a"], more=f"chat_template: {json.dumps(template)}"), tmp_path / "out")
     assert tokenizer.apply_chat_template(TALK, tokenize=False) == TALK[0]["content"]
+
+
+@pytest.mark.parametrize("more", ["", "chat_template: chatml", "chat_template: auto", "tokenizer_source: union"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff\xfe\x00"])
+def test_settings_that_cannot_be_read_are_told(donors, tmp_path, run, content, more):
+    broken = Path(shutil.copytree(donors["a"], tmp_path / "broken"))
+    (broken / "tokenizer_config.json").write_bytes(content)
+    (tmp_path / "r.yaml").write_text(linear(broken, donors["b"], more=more))
+    for command in (("check",), ("merge", "--dry-run")):
+        code, _, err = run(command[0], tmp_path / "r.yaml", *(["out"] if command[0] == "merge" else []), *command[1:])
+        assert code == 1 and f"{broken / 'tokenizer_config.json'}\n" in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("chat_template.jinja", b"\xff\xfe\x00", "UTF-8"),
+        ("tokenizer_config.json", b'{"chat_template": [5, {"name": 3}]}', "a donor with a chat template"),
+        ("chat_template.json", b"[]", "a JSON object"),
+    ],
+)
+def test_a_donor_s_template_that_is_none_is_told(donors, tmp_path, name, content, said):
+    broken = Path(shutil.copytree(donors["a"], tmp_path / "broken"))
+    (broken / name).write_bytes(content)
+    with pytest.raises(FrankenmergeError) as caught:
+        made(linear(broken, more="chat_template: auto"), tmp_path / "out")
+    assert said in caught.value.faults[0].expected

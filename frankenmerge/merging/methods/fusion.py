@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from frankenmerge.merging.methods.inputs import Inputs, Plan, precise_sum
-from frankenmerge.merging.methods.select import before, boundaries, kth_largest
+from frankenmerge.merging.methods.select import before, boundaries, kth_largest, magnitudes
 from frankenmerge.merging.methods.sparse import agreed, total_of
 
 
@@ -43,7 +43,7 @@ def arcee_fusion(inputs: Inputs) -> Plan:
         return score.view(-1), x, base
 
     def keys(start: int, stop: int) -> Tensor:
-        return importance(start, stop)[0].view(torch.int32)
+        return magnitudes(importance(start, stop)[0])
 
     quartiles = [last - last * quarter // 4 for quarter in (1, 2, 3)]
     found = kth_largest(keys, lambda: inputs.spans(rows=True), quartiles)
@@ -69,7 +69,7 @@ def sce(inputs: Inputs) -> Plan:
     for start, stop in inputs.spans():
         _, deltas = inputs.deltas(start, stop)
         for model, delta in enumerate(select(deltas, start)):
-            squares[model] += precise_sum(delta.square_())
+            squares[model] += precise_sum(delta.double().square_())  # of float32 no square is infinite then
     whole = sum(squares) or 1.0
     weights = [square / whole for square in squares]
 
@@ -89,9 +89,7 @@ def _selected(inputs: Inputs) -> Callable[[list[Tensor], int], list[Tensor]]:
 
     def spread(deltas: list[Tensor]) -> Tensor:
         # sum_(i<j) (d_i - d_j)^2 = n^2 times the variance, and exactly 0 where all are equal
-        return total_of([(one - other).square_() for one, other in combinations(deltas, 2)] or [torch.zeros_like(deltas[0])]).view(
-            torch.int32
-        )
+        return magnitudes(total_of([(one - other).square_() for one, other in combinations(deltas, 2)] or [torch.zeros_like(deltas[0])]))
 
     def keys(start: int, stop: int) -> Tensor:
         return spread(inputs.deltas(start, stop)[1])

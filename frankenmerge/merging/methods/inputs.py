@@ -80,11 +80,15 @@ class Inputs(NamedTuple):
 
 
 def precise_sum(values: "Tensor") -> float:
-    """Sum flat float32 values in float64; a segment is one output of the reduction, so that no number of threads changes the order."""
+    """Sum flat float32 values in float64, but for NaN and Inf among them, which --allow-nan let through.
+
+    A segment is one output of the reduction, so that no number of threads changes the order.
+    """
     import torch
 
     cut = len(values) // _SEGMENT * _SEGMENT
-    return float(values[:cut].view(-1, _SEGMENT).sum(1, dtype=torch.float64).sum() + values[cut:].sum(dtype=torch.float64))
+    total = float(values[:cut].view(-1, _SEGMENT).sum(1, dtype=torch.float64).sum() + values[cut:].sum(dtype=torch.float64))
+    return total if math.isfinite(total) else precise_sum(values.nan_to_num(0.0, 0.0, 0.0))
 
 
 class Plan(NamedTuple):

@@ -39,7 +39,7 @@ def rounded(combination: Combination, dtype: str, *, allow_nan: bool) -> Iterato
     inputs = combination.inputs
     if not inputs.size:
         return
-    coefficients = solved(combination, lambda: _sums(inputs, allow_nan)).tolist()
+    coefficients = solved(combination, lambda finite_only: _sums(inputs, finite_only, allow_nan=allow_nan)).tolist()
     width = BYTES_OF[dtype]
     made = memoryview(bytearray(min(CHUNK, inputs.size) * width))
     for start, stop in inputs.spans(CHUNK):
@@ -69,12 +69,12 @@ def refuse(raws: Sequence[Raw], bad: int) -> None:
         raise FrankenmergeError(raws[bad].broken)
 
 
-def _sums(inputs: Inputs, allow_nan: bool) -> Array:
-    """Inner products `[pairs, LANES]`."""
+def _sums(inputs: Inputs, finite_only: bool, *, allow_nan: bool) -> Array:
+    """Inner products `[pairs, LANES]`, of the finite elements or of all."""
     total = np.zeros((sum(1 for _ in pairs(len(inputs.parts))), LANES))
     for start, stop in inputs.spans(CHUNK):
         raws = _raws(inputs, start, stop)
-        bad = native.products([raw[:2] for raw in raws], inputs.base is not None, total)
+        bad = native.products([raw[:2] for raw in raws], inputs.base is not None, finite_only, total)
         if not allow_nan:
             refuse(raws, bad)
     return total

@@ -180,11 +180,15 @@ def _combination(inputs: Inputs, coefficients: Coefficients, per: Literal["tenso
     return Combination(inputs, coefficients, per if len(inputs.shape) > 1 else "tensor")
 
 
-def solved(combination: Combination, sums: Callable[[], Array]) -> Array:
-    """The coefficients `[n]` of a whole tensor; `sums` gathers its inner products `[pairs, LANES]`, pairs as `pairs` has them."""
+def solved(combination: Combination, sums: Callable[[bool], Array]) -> Array:
+    """The coefficients `[n]` of a whole tensor.
+
+    `sums` gathers its inner products `[pairs, LANES]`, pairs as `pairs` has them, of all elements or of the finite ones.
+    """
     if not callable(combination.coefficients):
         return combination.coefficients
-    return combination.coefficients(finite(_gram(sums(), len(combination.inputs.parts)), combination.inputs.name))[0]
+    inputs = combination.inputs
+    return combination.coefficients(grams(lambda finite_only: _gram(sums(finite_only), len(inputs.parts)), inputs.name))[0]
 
 
 def pairs(count: int) -> Iterator[tuple[int, int]]:
@@ -202,12 +206,19 @@ def _gram(sums: Array, count: int) -> Array:
     return gram
 
 
-def finite(gram: Array, name: str) -> Array:
-    """The Gram matrices. Raises FrankenmergeError, naming the tensor, where a number in them is none."""
-    if not np.isfinite(gram).all():
-        found = "NaN, infinity, or values too large to be squared"
-        raise fail(name, "finite values, since lengths and angles are needed", found, "check the donors, or choose another method")
-    return gram
+def grams(gather: Callable[[bool], Array], name: str) -> Array:
+    """Gram matrices as `gather` sums them: of all elements (False) or, where that gives NaN or Inf, of the finite ones (True).
+
+    So lengths and angles are found where NaN or Inf was let through, and stays in its own elements. A second pass when it is needed
+    costs less than a look at every element each time. Raises FrankenmergeError, naming the tensor, where that does not help.
+    """
+    for finite_only in (False, True):
+        with np.errstate(invalid="ignore"):  # the sum of Inf and -Inf
+            found = gather(finite_only)
+        if np.isfinite(found).all():
+            return found
+    expected = "values that can be squared, since lengths and angles are needed"
+    raise fail(name, expected, "larger ones, beyond 1e19", "check the donors, or choose another method")
 
 
 RULES: dict[str, Callable[[Inputs], Combination]] = {

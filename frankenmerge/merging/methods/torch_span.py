@@ -1,11 +1,13 @@
 """The two passes of a linear combination by torch, on any device: inner products, and the combination itself."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from frankenmerge.merging.methods.inputs import Inputs, Plan
-from frankenmerge.merging.methods.span import LANES, Array, Coefficients, Combination, finite, pairs, solved
+from frankenmerge.merging.methods.span import LANES, Array, Coefficients, Combination, grams, pairs, solved
 
 
 def plan_of(combination: Combination) -> Plan:
@@ -14,15 +16,15 @@ def plan_of(combination: Combination) -> Plan:
     if callable(coefficients) and combination.per == "row":
         return _by_row(inputs, coefficients)
     if callable(coefficients) and combination.per == "column":
-        return _summed(inputs, coefficients(finite(_column_grams(inputs), inputs.name)).T, rows=True)
-    return _summed(inputs, solved(combination, lambda: _sums(inputs)))
+        return _summed(inputs, coefficients(grams(partial(_column_grams, inputs), inputs.name)).T, rows=True)
+    return _summed(inputs, solved(combination, partial(_sums, inputs)))
 
 
 def _by_row(inputs: Inputs, coefficients: Coefficients) -> Plan:
     def chunk(start: int, stop: int) -> Tensor:
         base, vectors = _vectors(inputs, start, stop)
         vectors = [vector.view(-1, inputs.width) for vector in vectors]
-        found = coefficients(finite(_products(vectors, dim=1), inputs.name))
+        found = coefficients(grams(partial(_products, vectors, 1), inputs.name))
         return _sum(base, vectors, found.T[:, :, None])
 
     return Plan(chunk, rows=True)
@@ -58,14 +60,19 @@ def _sum(base: Tensor | None, vectors: list[Tensor], coefficients: Array) -> Ten
     return total if base is None else total.add_(base)
 
 
-def _sums(inputs: Inputs) -> Array:
-    """Inner products `[pairs, LANES]`.
+def _finite(vectors: list[Tensor], finite_only: bool) -> list[Tensor]:
+    """The vectors, or others whose NaN and Inf are 0."""
+    return [vector.nan_to_num(0.0, 0.0, 0.0) for vector in vectors] if finite_only else vectors
+
+
+def _sums(inputs: Inputs, finite_only: bool) -> Array:
+    """Inner products `[pairs, LANES]`, of the finite elements or of all.
 
     Products are float32, sums float64: a product's rounding, 6e-8 of it either way, averages out over the elements; a sum's would not.
     """
     total: Tensor | None = None
     for start, stop in inputs.spans():
-        _, vectors = _vectors(inputs, start, stop)
+        vectors = _finite(_vectors(inputs, start, stop)[1], finite_only)
         if total is None:
             total = torch.zeros(sum(1 for _ in pairs(len(vectors))), LANES, dtype=torch.float64, device=vectors[0].device)
         for (i, j), sums in zip(pairs(len(vectors)), total, strict=True):
@@ -75,18 +82,19 @@ def _sums(inputs: Inputs) -> Array:
     return total.cpu().numpy()
 
 
-def _column_grams(inputs: Inputs) -> Array:
-    """`[width, n, n]`."""
+def _column_grams(inputs: Inputs, finite_only: bool) -> Array:
+    """`[width, n, n]`, of the finite elements or of all."""
     count = len(inputs.parts)
     total = np.zeros((inputs.width, count, count))
     for start, stop in inputs.spans(rows=True):
         _, vectors = _vectors(inputs, start, stop)
-        total += _products([vector.view(-1, inputs.width) for vector in vectors], dim=0)
+        total += _products([vector.view(-1, inputs.width) for vector in vectors], 0, finite_only)
     return total
 
 
-def _products(vectors: list[Tensor], dim: int) -> Array:
-    """Inner products `[k, n, n]` of matrices along `dim`; float32 products, float64 sums."""
+def _products(vectors: list[Tensor], dim: int, finite_only: bool) -> Array:
+    """Inner products `[k, n, n]` of matrices along `dim`, of the finite elements or of all; float32 products, float64 sums."""
+    vectors = _finite(vectors, finite_only)
     count = len(vectors)
     result = np.empty((vectors[0].shape[1 - dim], count, count))
     for i, j in pairs(count):

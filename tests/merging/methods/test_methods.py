@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.merging.methods import METHODS, faults, resolved
+from frankenmerge.merging.methods import METHODS, faults, resolved, span
 from frankenmerge.merging.methods.combine import RULES, Part, combine
 from frankenmerge.merging.methods.inputs import BLOCK
 from frankenmerge.merging.methods.noise import SCALE, words
@@ -536,14 +536,42 @@ def test_a_method_without_base_does_not_look_at_one(method):
     assert (merged(method, [x], base, models) == merged(method, [x], None, models)).all()
 
 
-@pytest.mark.parametrize("method", ["slerp", "nuslerp", "multislerp", "karcher", "model_stock"])
+def test_angles_of_what_is_too_large_to_be_squared_are_an_error_that_names_the_tensor():
+    for method in ("slerp", "nuslerp", "multislerp", "karcher", "model_stock"):
+        for count, with_base, models, parameters in cases(method):
+            base, xs = example((3, 4))
+            xs[0][1, 1] = 1e30
+            with pytest.raises(FrankenmergeError, match=f"{NAME}\n.*squared"):
+                merged(method, xs[:count], base if with_base else None, models, **parameters)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("spoiled", ["model", "base"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_finite_stays_in_its_own_element(method, spoiled, value):
+    for count, with_base, models, parameters in cases(method):
+        base, xs = example((6, 20))
+        if spoiled == "model":
+            xs[0][2, 3] = value
+        elif with_base:
+            base[2, 3] = value
+        found = merged(method, xs[:count], base if with_base else None, models, **parameters)
+        assert set(map(tuple, np.argwhere(~np.isfinite(found)))) <= {(2, 3)}, (count, with_base, models, parameters)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_angles_of_what_is_not_finite_are_an_error_that_names_the_tensor(method, value):
-    base, xs = example((6, 20))
-    xs[0][2, 3] = value
-    count, with_base, models, parameters = next(iter(cases(method)))
-    with pytest.raises(FrankenmergeError, match=NAME):
-        merged(method, xs[:count], base if with_base else None, models, **parameters)
+@pytest.mark.parametrize("method", [name for name in span.RULES if name != "passthrough"])
+def test_lengths_and_angles_are_those_of_the_finite_elements(method, value):
+    for count, with_base, models, parameters in cases(method):
+        base, xs = example((6, 20))
+        holed = [x.copy() for x in xs]
+        xs[0][2, 3] = value
+        # neither adds to an inner product; slerp's angle is the models' own
+        holed[0][2, 3] = base[2, 3] if with_base and method != "slerp" else 0
+        found, wanted = (merged(method, some[:count], base if with_base else None, models, **parameters) for some in (xs, holed))
+        assert not np.isfinite(found[2, 3]) or method == "linear"
+        found[2, 3] = wanted[2, 3]
+        assert found.tobytes() == wanted.tobytes(), (count, with_base, models, parameters)
 
 
 W = {"weight": 1.0}

@@ -103,7 +103,7 @@ def test_what_is_not_finite_is_found_wherever_it_is_and_told_by_its_input(dtype,
         tensors[number][1][place] = value
         result, bad, finite = combined(tensors, [0.0, 0.0, 0.5], False, dtype)
         assert bad == number and not finite and not result[place].isfinite() and result[(place + 1) % 3000] == 1.0
-        assert native.products([(bytes_of(t), dtype) for _, t in tensors], True, np.zeros((3, native.LANES))) == number
+        assert native.products([(bytes_of(t), dtype) for _, t in tensors], True, False, np.zeros((3, native.LANES))) == number
 
 
 def test_a_result_too_large_for_its_type_is_told_apart_from_its_inputs():
@@ -173,7 +173,7 @@ CASES = [
 ]
 
 
-def both_ways(method, tensors, base, shape, parameters, dtype):
+def both_ways(method, tensors, base, shape, parameters, dtype, allow_nan=False):
     """The bytes of the method's result: by the extension, and by torch."""
     whole = {"shape": shape, "parameters": parameters, "name": "t", "seed": 0}
     parts = {raw: parts_of(tensors, raw=raw) for raw in (True, False)}
@@ -182,7 +182,7 @@ def both_ways(method, tensors, base, shape, parameters, dtype):
     for raw, listed in parts.items():
         parts[raw] = [part._replace(parameters={name: part.parameters[name] for name in wanted}) for part in listed]
     combination = span.RULES[method](inputs_of(method, parts[True], bases[True], **whole))
-    ours = b"".join(bytes(content) for content, _ in native_span.rounded(combination, dtype, allow_nan=False))
+    ours = b"".join(bytes(content) for content, _ in native_span.rounded(combination, dtype, allow_nan=allow_nan))
     chunks = torch_combine.combine(method, parts[False], bases[False], **whole)
     return ours, b"".join(bytes_of(chunk.to(TYPES[dtype])) for chunk in chunks)
 
@@ -197,6 +197,21 @@ def test_every_method_gives_torch_s_bits(method, count, based, parameters, name,
     assert ours == torchs
 
 
+@pytest.mark.parametrize("method, count, based, parameters", CASES)
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_gives_torch_s_bits_and_stays_in_its_own_elements(method, count, based, parameters, name, value):
+    generator = torch.Generator().manual_seed(count)
+    size = BLOCK + 3
+    tensors = [(name, (0.02 * torch.randn(size, generator=generator)).to(TYPES[name])) for _ in range(count + 1)]
+    for number, (_, tensor) in enumerate(tensors):
+        tensor[[number, 5000, BLOCK + 1]] = value
+    ours, torchs = both_ways(method, tensors[1:], tensors[0] if based else None, (size,), parameters, name, allow_nan=True)
+    assert bits(torch.frombuffer(bytearray(ours), dtype=TYPES[name])).equal(bits(torch.frombuffer(bytearray(torchs), dtype=TYPES[name])))
+    spoiled = (~torch.frombuffer(bytearray(ours), dtype=TYPES[name]).isfinite()).nonzero().flatten().tolist()
+    assert spoiled == [*range(0 if based else 1, count + 1), 5000, BLOCK + 1]
+
+
 def test_inner_products_are_those_of_float64_and_do_not_depend_on_how_calls_cut_the_tensor():
     rng = np.random.default_rng(3)
     vectors = [torch.from_numpy(rng.standard_normal(3 * native.LANES + 1001).astype(np.float32)).bfloat16() for _ in range(3)]
@@ -206,7 +221,7 @@ def test_inner_products_are_those_of_float64_and_do_not_depend_on_how_calls_cut_
     for cuts in ([0, len(vectors[0])], [0, native.LANES, 3 * native.LANES, len(vectors[0])]):
         total = np.zeros((3, native.LANES))
         for start, stop in itertools.pairwise(cuts):
-            assert native.products([(bytes_of(vector[start:stop]), "BF16") for vector in vectors], True, total) == -1
+            assert native.products([(bytes_of(vector[start:stop]), "BF16") for vector in vectors], True, False, total) == -1
         sums.append(total)
     assert (sums[0] == sums[1]).all()
     for (i, j), found in zip([(0, 0), (1, 0), (1, 1)], sums[0].sum(axis=1), strict=True):
@@ -230,9 +245,8 @@ def test_nan_in_an_input_is_refused_by_its_name_and_let_through_when_allowed(met
     with pytest.raises(FrankenmergeError) as caught:
         list(native_span.rounded(span.RULES[method](inputs), "BF16", allow_nan=False))
     assert [fault.place for fault in caught.value.faults] == ["donor 1"]
-    if method == "linear":
-        chunks = list(native_span.rounded(span.RULES[method](inputs), "BF16", allow_nan=True))
-        assert [finite for _, finite in chunks] == [True, False]
+    chunks = list(native_span.rounded(span.RULES[method](inputs), "BF16", allow_nan=True))
+    assert [finite for _, finite in chunks] == [True, False]
 
 
 def test_a_tensor_of_no_elements_has_no_chunks():
@@ -282,16 +296,16 @@ def test_sums_that_do_not_fit_are_refused():
     lanes = native.LANES
     for sums in (np.zeros((2, lanes)), np.zeros((3, lanes - 1)), np.zeros((4, lanes)), np.zeros((0, lanes)), bytearray(3 * lanes * 8 + 1)):
         with pytest.raises(ValueError):
-            native.products([(X, "F32"), (X, "F32")], False, sums)
+            native.products([(X, "F32"), (X, "F32")], False, False, sums)
     with pytest.raises(ValueError):
-        native.products([(X, "F32")], True, np.zeros((1, lanes)))
+        native.products([(X, "F32")], True, False, np.zeros((1, lanes)))
     read_only = np.zeros((1, lanes))
     read_only.flags.writeable = False
     with pytest.raises((ValueError, TypeError, BufferError)):
-        native.products([(X, "F32")], False, read_only)
+        native.products([(X, "F32")], False, False, read_only)
     shifted = memoryview(bytearray(lanes * 8 + 1))[1:]
     with pytest.raises(ValueError):
-        native.products([(X, "F32")], False, shifted)
+        native.products([(X, "F32")], False, False, shifted)
 
 
 def test_a_result_that_lies_in_an_input_is_refused():
