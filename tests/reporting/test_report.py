@@ -61,7 +61,7 @@ def test_everything_in_a_folder_is_shown(report, folder):
     assert headings == ["merged", "seams", "agreement", "features", "promise", "evaluation", "provenance"]
     for told in (
         "one[0:4] two[2:5] one[4:6]", "0.200", "0.100 to 0.400", "one block 3 to two block 2, 2 gone through again",
-        "No better than chance",
+        "No better than chance", "Seams no better than chance 1",
         "1.772 to 1.832", "no clear difference", "invented_task", "the prediction held", "2.13.0+cpu", "f" * 64, "max seams 4",
     ):  # fmt: skip
         assert told in page.text, told
@@ -173,7 +173,13 @@ def test_a_page_of_deep_donors_stays_small(report, tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
 
 
-@pytest.mark.parametrize("content", ["{", '{"kind": "frankenmerge.evaluation/1"}', '{"kind": "frankenmerge.evaluation/9", "models": []}'])
+BROKEN = (
+    "{", '{"kind": "frankenmerge.evaluation/1"}', '{"kind": "frankenmerge.evaluation/9", "models": []}',
+    '{"kind": "frankenmerge.evaluation/1", "models": [], "seams": [{"model": "x", "blocks": []}]}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_an_artefact_that_cannot_be_read_is_told_and_the_others_are_shown(run, folder, content):
     (folder / "evaluation.json").write_text(content)
     code, _, err = run("report", folder, "-o", folder / "report.html")
