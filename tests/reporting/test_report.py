@@ -1,6 +1,7 @@
 """`frankenmerge report`: what it finds, what it says is missing, and what it refuses."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ import invented
 import pytest
 
 from frankenmerge.atlas import Atlas, TopTokens, save_atlas
+from frankenmerge.reporting.page import number
 
 VOID = {"meta", "link", "input", "br", "img"}
 
@@ -228,3 +230,9 @@ def test_it_says_where_the_page_is_to_go(run, folder):
 def test_json_tells_what_was_written(run, folder, tmp_path):
     code, out, _ = run("report", folder, "-o", tmp_path / "r.html", "--json")
     assert code == 0 and json.loads(out) == {"run": str(folder), "written": [str(tmp_path / "r.html")], "refused": {}}
+
+
+def test_a_number_that_is_none_or_endless_is_told():
+    assert [number(value) for value in (None, math.nan, math.inf, -math.inf, 1234.5678, -0.0001)] == [
+        "–", "–", "∞", "-∞", "1,234.568", "0.000",
+    ]  # fmt: skip
