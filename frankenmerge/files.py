@@ -18,6 +18,14 @@ PROVENANCE = "frankenmerge.json"
 """The file beside a merged checkpoint that names the origin of every tensor."""
 
 
+def check_place(path: Path) -> None:
+    """Raise FrankenmergeError where `growing` could not write `path`: to be asked before what takes hours is computed."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    found = "a folder" if path.is_dir() else f"{above} is no folder" if not above.is_dir() else f"{above} may not be written to"
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise fail(str(path), "a file that may be written", found, "choose another place")
+
+
 @contextmanager
 def growing(path: Path) -> Iterator[Path]:
     """Give a file beside `path` to write to; it is synced and takes its place at the end, and goes if that is not reached.

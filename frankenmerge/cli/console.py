@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from frankenmerge.errors import Fault, fail, raise_all, visible
+from frankenmerge.files import check_place
 from frankenmerge.processes import own_share
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
@@ -60,6 +61,13 @@ offload_option = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     help="With --device auto, a folder for weights that fit nowhere else.",
 )
+
+
+def writable(_context: Any, _parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before anything is computed."""
+    if path:
+        check_place(path)
+    return path
 
 
 def need_matplotlib(option: str) -> None:
@@ -141,7 +149,7 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Show the rate."""
         rate = task.finished_speed or task.speed
-        told = "" if not rate else f"{size(rate)}/s" if self.unit == "bytes" else f"{rate:,.0f} {self.unit}/s"
+        told = "" if not rate else f"{size(rate)}/s" if self.unit == "bytes" else f"{rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s"
         return Text(told, style="dim")
 
 

@@ -18,6 +18,7 @@ from frankenmerge.cli.console import (
     refuse_others,
     size,
     table,
+    writable,
 )
 from frankenmerge.files import cache_folder
 from frankenmerge.processes import own_share
@@ -93,7 +94,14 @@ def _describe(donor: Any) -> dict[str, Any]:
 
 @click.command()
 @click.argument("donor")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the atlas goes, NAME.atlas.safetensors.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    callback=writable,
+    help="Where the atlas goes, NAME.atlas.safetensors.",
+)
 @method_option
 @neurons_option
 @tokens_option

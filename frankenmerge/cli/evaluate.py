@@ -1,6 +1,7 @@
 """`evaluate`: checkpoints and recipes on text, beside their donors."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from frankenmerge.cli.console import (
     pickle_option,
     print_json,
     progress,
+    writable,
 )
 from frankenmerge.cli.donors import How, atlas_of
 from frankenmerge.cli.figures import differences_table, further_tables, print_samples, results_table, retention_table, seams_table
@@ -64,7 +66,9 @@ from frankenmerge.errors import fail
 )
 @click.option("--against", metavar="MODEL", help="Hold merges against this model, instead of against their best donor.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws resamples, prompts, and what the harness draws.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write everything found, as NAME.evaluation.json.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), callback=writable, help="Where to write everything found, as NAME.evaluation.json."
+)
 @device_option
 @max_memory_option
 @offload_option
@@ -85,22 +89,25 @@ def evaluate(
     """
     if lists and not (samples or prompts):
         raise fail("--words", "samples to be judged", "none", "give --samples or --prompt as well")
-    if tasks and not download:
-        from frankenmerge.evaluation.harness import stay_offline
+    if threshold is not None and not math.isfinite(threshold):
+        raise fail("--compare", "a number of bits per byte", str(threshold), "give one such as 0.1")
+    if tasks:
+        from frankenmerge.evaluation.harness import need_harness, stay_offline
 
-        stay_offline()
+        need_harness()
+        if not download:
+            stay_offline()
     from frankenmerge.evaluation.compare import compare, read_text
     from frankenmerge.evaluation.record import evaluation_json
     from frankenmerge.evaluation.threshold import held_against
 
     shown = [read_text(text) for text in texts]
     looks = _looks(shown, samples, prompts, lists, seams, retention, tasks, seed)
-    with progress("evaluating", None, "tokens") as advance:
-        results, bench = compare(
-            models, shown, context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
-            allow_pickle=allow_pickle, beside=seams or retention or (threshold is not None and not against), hold=seams,
-            against=against, progress=advance, visit=looks.visit,
-        )  # fmt: skip
+    results, bench = compare(
+        models, shown, context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
+        allow_pickle=allow_pickle, beside=seams or retention or (threshold is not None and not against), hold=seams,
+        against=against, meter=progress, visit=looks.visit,
+    )  # fmt: skip
     looks.retention = _retained(looks.features, How(device, dtype, download, allow_pickle))
     comparison = None if threshold is None else held_against(results, threshold, seed, against)
     promises = kept_promises(results)
@@ -134,8 +141,6 @@ def _looks(
     shown: list, samples: int, prompts: tuple[str, ...], lists: tuple[Path, ...], seams: bool, retention: bool, tasks: tuple[str, ...],
     seed: int,
 ) -> Any:  # fmt: skip
-    from functools import partial
-
     from frankenmerge.analysis.complete import complete_search
     from frankenmerge.evaluation.record import Looks
     from frankenmerge.evaluation.samples import drawn_prompts, read_words, words_of
@@ -145,8 +150,9 @@ def _looks(
         vocabulary=frozenset().union(*(words_of(text.content) for text in shown), *map(read_words, lists)),
         with_seams=seams,
         with_tasks=tasks,
-        search=partial(complete_search, k=1) if retention else None,
+        search=(lambda model, advance: complete_search(model, k=1, progress=advance)) if retention else None,
         seed=seed,
+        meter=progress,
     )
 
 

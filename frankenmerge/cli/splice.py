@@ -21,6 +21,7 @@ from frankenmerge.cli.console import (
     refuse_others,
     size,
     table,
+    writable,
 )
 from frankenmerge.cli.donors import MEANT_FOR, How, add_inputs, atlas_of, method_option, neurons_option, tokens_option
 from frankenmerge.errors import Fault, fail, raise_all
@@ -38,7 +39,12 @@ SHOWN = {
 @click.argument("a")
 @click.argument("b")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the alignment goes, NAME.alignment.safetensors."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    callback=writable,
+    help="Where the alignment goes, NAME.alignment.safetensors.",
 )
 @method_option
 @neurons_option

@@ -1,6 +1,7 @@
 """Several models and recipes on the same texts, side by side with every donor."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from frankenmerge.evaluation.lineage import Lineage, checkpoint_lineage, recipe_
 from frankenmerge.evaluation.together import measure_together
 from frankenmerge.models import load_model, load_tokenizer, virtual_splice
 from frankenmerge.recipe import Recipe, load_recipe, open_donor
-from frankenmerge.splice import validated
+from frankenmerge.splice import stacked, validated
 
 LONGEST_CONTEXT = 2048
 """Longest window used without being asked for."""
@@ -66,6 +67,14 @@ class Subject(NamedTuple):
 
 Visit = Callable[[Subject], None]
 """What else is done with a model while it is in memory."""
+Meter = Callable[[str, float | None, str], AbstractContextManager[Callable[[int], None]]]
+"""Shows progress in something: what it is, how many units it has, what they are called. Gives what to call with the units done."""
+
+
+@contextmanager
+def unseen(_what: str, _total: float | None, _unit: str) -> Iterator[Callable[[int], None]]:
+    """Show no progress."""
+    yield lambda _done: None
 
 
 def _nothing(_subject: Subject) -> None:
@@ -129,21 +138,19 @@ class Bench:
                 del self._models[name]
             clear_device_cache(garbage_collection=True)
 
-    def checkpoint(
-        self, name: str, *, role: str = "model", progress: Callable[[int], None] = lambda _: None, visit: Visit = _nothing
-    ) -> Result:
+    def checkpoint(self, name: str, *, role: str = "model", meter: Meter = unseen, visit: Visit = _nothing) -> Result:
         """Measure a checkpoint."""
         checkpoint, model, encoded = self.load(name)
         others = {other: opened for other, opened in self.checkpoints.items() if other != name}
         lineage = None if role == "donor" else checkpoint_lineage(checkpoint, others)
-        return self._measured(Subject(name, role, model, checkpoint, encoded, lineage), progress, visit)
+        return self._measured(Subject(name, role, model, checkpoint, encoded, lineage), meter, visit)
 
-    def recipe(self, name: str, recipe: Recipe, *, progress: Callable[[int], None] = lambda _: None, visit: Visit = _nothing) -> Result:
+    def recipe(self, name: str, recipe: Recipe, *, meter: Meter = unseen, visit: Visit = _nothing) -> Result:
         """Measure a recipe as a virtual splice."""
         donors = {donor: self.checkpoints[donor] for donor in recipe.donors}
         model = virtual_splice(recipe, donors, {donor: self.load(donor)[1] for donor in donors})
         reader, _, encoded = self.load(recipe.tokenizer_donor)
-        return self._measured(Subject(name, "recipe", model, reader, encoded, recipe_lineage(recipe, donors)), progress, visit)
+        return self._measured(Subject(name, "recipe", model, reader, encoded, recipe_lineage(recipe, donors)), meter, visit)
 
     def recipes(self, recipes: Sequence[Recipe], *, progress: Callable[[int], None] = lambda _: None) -> list[Result]:
         """Measure many recipes; what they begin with alike is run once, where blocks are taken as they are.
@@ -171,8 +178,10 @@ class Bench:
                 progress(len(self.texts))
         return [Result(str(recipe), "recipe", loss) for recipe, loss in zip(recipes, losses, strict=True)]
 
-    def _measured(self, subject: Subject, progress: Callable[[int], None], visit: Visit) -> Result:
-        losses = {text: measure(subject.model, line, context=self.context, progress=progress) for text, line in subject.texts.items()}
+    def _measured(self, subject: Subject, meter: Meter, visit: Visit) -> Result:
+        tokens = sum(len(line.ids) - 1 for line in subject.texts.values())
+        with meter(f"{Path(subject.name).name} on text", tokens, "tokens") as advance:
+            losses = {text: measure(subject.model, line, context=self.context, progress=advance) for text, line in subject.texts.items()}
         visit(subject)
         return Result(subject.name, subject.role, losses, subject.lineage)
 
@@ -186,7 +195,7 @@ def compare(
     names: Iterable[str], texts: Iterable[Text], *, context: int | None = None, dtype: str = "float32", device: str = "cpu",
     max_memory: Mapping[int | str, str] | None = None, offload: Path | None = None, download: bool = False,
     allow_pickle: bool = False, beside: bool = False, hold: bool = False, against: str | None = None,
-    progress: Callable[[int], None] = lambda _: None, visit: Callable[[Subject, "Bench"], None] = lambda _subject, _bench: None,
+    meter: Meter = unseen, visit: Callable[[Subject, "Bench"], None] = lambda _subject, _bench: None,
 ) -> tuple[list[Result], Bench]:  # fmt: skip
     """Measure checkpoints and recipes, and after them every donor of the recipes that was not named itself.
 
@@ -206,7 +215,7 @@ def compare(
             those of recipes are; to be asked only where some model's donors are known.
         hold: whether these too stay in memory for `visit`.
         against: another model that is measured as a donor.
-        progress: called with the number of tokens predicted since its last call.
+        meter: shows progress in every model; with several models, which of how many it is.
         visit: called with every model, while it is in memory, and the bench.
     """
     names = list(dict.fromkeys(names))
@@ -223,15 +232,24 @@ def compare(
         texts, [*opened, *donors], context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
         allow_pickle=allow_pickle, opened=opened,
     )  # fmt: skip
+    for name in bench.checkpoints:
+        load_tokenizer(bench.checkpoints[name])
+    for name, recipe in recipes.items():
+        stacked(recipe, {donor: bench.checkpoints[donor] for donor in recipe.donors}, name)
     needed |= told if hold else {}
-    look: dict[str, Any] = {"progress": progress, "visit": lambda subject: visit(subject, bench)}
     results, order = [], [*names, *donors]
-    for position, name in enumerate(order):
+    for number, name in enumerate(order, 1):
+        look: dict[str, Any] = {"meter": _counted(meter, number, len(order)), "visit": lambda subject: visit(subject, bench)}
         role = "donor" if name in donors else "model"
         results.append(bench.recipe(name, recipes[name], **look) if name in recipes else bench.checkpoint(name, role=role, **look))
-        later = order[position + 1 :]
+        later = order[number:]
         bench.keep({*later, *(donor for other in later for donor in needed.get(other, ()))})
     return results, bench
+
+
+def _counted(meter: Meter, number: int, models: int) -> Meter:
+    """A meter that tells which of the models is looked at."""
+    return meter if models == 1 else lambda what, total, unit: meter(f"{number} of {models}: {what}", total, unit)
 
 
 def _told_donors(opened: Mapping[str, Checkpoint]) -> dict[str, tuple[str, ...]]:

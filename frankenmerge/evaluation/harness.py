@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,19 +31,23 @@ def stay_offline() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
 
 
+def need_harness() -> None:
+    """Raise FrankenmergeError where the harness is not installed: to be asked before hours of measuring."""
+    if find_spec("lm_eval") is None:
+        raise fail("--tasks", "lm-evaluation-harness", "it is not installed", "pip install 'frankenmerge[harness]'")
+
+
 def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, seed: int) -> list[TaskFigure]:
     """Let the harness run tasks, each a name or the path of a task's YAML.
 
     Raises:
         FrankenmergeError: where it is not installed, or cannot run a task.
     """
-    try:
-        import lm_eval  # pyright: ignore[reportMissingImports]
-        from lm_eval.config.evaluate_config import EvaluatorConfig  # pyright: ignore[reportMissingImports]
-        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        remedy = "pip install 'frankenmerge[harness]'"
-        raise fail("--tasks", "lm-evaluation-harness", str(error), remedy) from error
+    need_harness()
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.config.evaluate_config import EvaluatorConfig  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # Looking for the largest batch pays where batches are run at once.
     size = BATCH if model.device.type == "cpu" else "auto"

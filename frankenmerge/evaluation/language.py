@@ -141,10 +141,11 @@ def measure(model: PreTrainedModel, encoded: Encoded, *, context: int, progress:
             clear_device_cache(garbage_collection=True)
             size = len(group) // 2
             continue
+        before = done
         for start, losses, right in zip(group, *predicted, strict=True):
             nats[done : start + width], hits[done : start + width] = losses[done - start :], right[done - start :]
-            progress(start + width - done)
             done = start + width
+        progress(done - before)
         starts = starts[len(group) :]
     if not torch.isfinite(nats).all():
         raise fail(name, "finite losses", "NaN or infinity", "evaluate in float32, or check the weights")

@@ -15,7 +15,7 @@ import frankenmerge
 from frankenmerge.atlas import TopTokens
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
-from frankenmerge.evaluation.compare import Bench, Result, Subject, is_recipe
+from frankenmerge.evaluation.compare import Bench, Meter, Result, Subject, is_recipe, unseen
 from frankenmerge.evaluation.harness import TaskFigure, run_tasks
 from frankenmerge.evaluation.intervals import difference, drawn, intervals, together
 from frankenmerge.evaluation.lineage import same_tokens
@@ -23,7 +23,7 @@ from frankenmerge.evaluation.retention import Retention
 from frankenmerge.evaluation.samples import Sample, invalid_rate, repetition, sampled
 from frankenmerge.evaluation.seams import Behind, behind_blocks, windows_of
 from frankenmerge.evaluation.threshold import Comparison, merges
-from frankenmerge.models import load_tokenizer
+from frankenmerge.models import embedding_of, load_tokenizer
 from frankenmerge.recipe import Block
 
 KIND = "frankenmerge.evaluation/1"
@@ -41,8 +41,11 @@ class Looks:
     """Whether to hold what is made of donors that are on the bench against them, block by block."""
     with_tasks: Sequence[str] = ()
     """Tasks of lm-evaluation-harness."""
-    search: Callable[[PreTrainedModel], TopTokens] | None = None
-    """Complete search, where the features of such models are asked for; the stage that has it is another."""
+    search: Callable[[PreTrainedModel, Callable[[int], None]], TopTokens] | None = None
+    """Complete search, where the features of such models are asked for; the stage that has it is another. It is given what to
+    call with the inputs times blocks done."""
+    meter: Meter = unseen
+    """Shows progress; tasks show their own."""
     seed: int = 0
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     seams: dict[str, list[Behind]] = field(default_factory=dict)
@@ -53,18 +56,24 @@ class Looks:
 
     def visit(self, subject: Subject, bench: Bench) -> None:
         """Look at a model that is in memory."""
-        tokenizer = load_tokenizer(subject.reader)
+        tokenizer, shown = load_tokenizer(subject.reader), Path(subject.name).name
         if self.prompts:
-            self.samples[subject.name] = sampled(subject.model, tokenizer, self.prompts, self.vocabulary, context=bench.context)
+            with self.meter(f"{shown}: samples", len(self.prompts), "prompts") as advance:
+                self.samples[subject.name] = sampled(
+                    subject.model, tokenizer, self.prompts, self.vocabulary, context=bench.context, progress=advance
+                )
         blocks, model = subject.lineage.blocks if subject.lineage else (), subject.model
         names = dict.fromkeys(block.model for block in blocks)
         if blocks and names.keys() <= bench.checkpoints.keys() and (self.with_seams or self.search):
             _check_tokens(subject, {name: bench.checkpoints[name] for name in names})
             if self.with_seams:
                 donors = {name: bench.load(name)[1] for name in names}
-                self.seams[subject.name] = behind_blocks(model, blocks, donors, windows_of(subject.texts, bench.context))
+                rows = windows_of(subject.texts, bench.context)
+                with self.meter(f"{shown}: seams", len(rows), "windows") as advance:
+                    self.seams[subject.name] = behind_blocks(model, blocks, donors, rows, advance)
             if self.search:
-                self.features[subject.name] = blocks, self.search(model)
+                with self.meter(f"{shown}: features", len(embedding_of(model)) * len(blocks), "inputs x blocks") as advance:
+                    self.features[subject.name] = blocks, self.search(model, advance)
         if self.with_tasks:
             self.tasks[subject.name] = run_tasks(subject.model, tokenizer, self.with_tasks, seed=self.seed)
 

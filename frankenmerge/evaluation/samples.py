@@ -1,7 +1,7 @@
 """What a model writes when it always takes the likeliest token, and what is wrong with that: invented words, repetition."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +63,9 @@ def drawn_prompts(texts: Sequence[str], count: int, seed: int) -> list[str]:
 
 
 def sampled(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], vocabulary: frozenset[str], *, context: int
-) -> list[Sample]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], vocabulary: frozenset[str], *, context: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Sample]:  # fmt: skip
     """Let a model write behind every prompt.
 
     Args:
@@ -73,8 +74,13 @@ def sampled(
         prompts: read behind BOS or EOS, as texts are; of a long one the end.
         vocabulary: the words that are none of its inventions, without case.
         context: tokens of prompt and sample together, at most.
+        progress: called with the number of prompts done since its last call.
     """
-    return [_sample(model, tokenizer, prompt, vocabulary, context) for prompt in prompts]
+    samples = []
+    for prompt in prompts:
+        samples.append(_sample(model, tokenizer, prompt, vocabulary, context))
+        progress(1)
+    return samples
 
 
 def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, vocabulary: frozenset[str], context: int) -> Sample:

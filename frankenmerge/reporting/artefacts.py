@@ -131,7 +131,7 @@ class SeamsTold(_Read):
     """A merged model, block by block."""
 
     model: str
-    blocks: list[BlockTold]
+    blocks: Annotated[list[BlockTold], Field(min_length=1)]
 
 
 class BlockKept(_Read):

@@ -75,7 +75,7 @@ def number(value: float | None, places: int = 3) -> str:
     """A number for people; a dash where there is none."""
     if value is None or math.isnan(value):
         return "–"
-    return "∞" if math.isinf(value) else f"{round(value, places) + 0:,.{places}f}"
+    return ("∞" if value > 0 else "-∞") if math.isinf(value) else f"{round(value, places) + 0:,.{places}f}"
 
 
 def interval(ends: tuple[float, float] | None, places: int = 3) -> str:

@@ -290,6 +290,8 @@ def facts(found: Sequence[Splice], plan: PlanTold | None, told: Sequence[Promise
     if plan:
         shown += [("Blocks", str(plan.depth)), ("Seams", str(len(plan.seams)))]
         low, high = plan.interval
+        if chance := sum(seam.by_chance for seam in plan.seams):
+            shown.append(("Seams no better than chance", f"{chance}: these donors share no basis there"))
         shown.append(("Predicted damage", f"{plan.predicted_damage:.2f} nats ({low:.2f} to {high:.2f})"))
     elif found:
         blocks = _blocks(run.recipes[found[0].files[0]])

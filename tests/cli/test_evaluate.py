@@ -102,3 +102,31 @@ def test_a_model_alone_is_measured_and_nothing_else(run, donors, text):
 def test_what_cannot_be_asked_is_told(run, donors, text, asked, told):
     code, out, err = run("evaluate", donors["a"], "--text", text, *asked)
     assert (code, out) == (1, "") and told in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("bits", ["nan", "inf", "-inf"])
+def test_a_threshold_is_a_number(splice, run, bits):
+    path, texts, _ = splice
+    code, out, err = run("evaluate", path, "--text", texts[0], f"--compare={bits}")
+    assert (code, out) == (1, "") and "--compare" in err and "a number" in err
+
+
+@pytest.mark.parametrize("place", ["below a file", "a folder"])
+@pytest.mark.parametrize("command", ["evaluate", "analyze", "align", "report"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(splice, run, tmp_path, monkeypatch, command, place):
+    path, (text, _), donors = splice
+
+    def opened(*_args, **_options):
+        raise AssertionError("work began")
+
+    for stage in ("evaluation.compare.open_donor", "reporting.run.read_run", "recipe.open_donor"):  # imported unpatched
+        monkeypatch.setattr(f"frankenmerge.{stage}", opened)
+    words = {"evaluate": [path, "--text", text], "analyze": donors[:1], "align": donors, "report": [tmp_path]}[command]
+    output = tmp_path if place == "a folder" else text / "sub" / "x"
+    code, out, err = run(command, *words, "-o", output)
+    assert (code, out) == (1, "") and str(output) in err and "a file that may be written" in err
+
+
+def test_a_file_s_folder_need_not_be_there_yet(donors, text, run, tmp_path):
+    code, _, _ = run("evaluate", donors["a"], "--text", text, "-o", tmp_path / "new" / "folder" / "a.evaluation.json")
+    assert code == 0 and json.loads((tmp_path / "new" / "folder" / "a.evaluation.json").read_text())["models"]

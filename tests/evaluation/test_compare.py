@@ -4,17 +4,21 @@ import gc
 import hashlib
 import json
 import math
+import shutil
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import write_donor
 
+from frankenmerge.analysis.complete import complete_search
 from frankenmerge.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.compare import LONGEST_CONTEXT, Text, compare, read_text, shared_context
 from frankenmerge.evaluation.language import encode, measure
+from frankenmerge.evaluation.record import Looks
 from frankenmerge.merging.writer import merge
 from frankenmerge.models import load_model, load_tokenizer
 from frankenmerge.recipe import Block, open_donors, recipe_of
@@ -118,10 +122,54 @@ def test_the_total_is_that_of_all_texts(donors):
     assert result.total.bits_per_byte == pytest.approx(sum(loss.nats.sum() for loss in result.losses.values()) / math.log(2) / 42)
 
 
+def metered(lines: dict[str, tuple]):
+    """A meter that writes down what it was told: (how many units there are, of what, how many were done)."""
+
+    @contextmanager
+    def meter(what, total, unit):
+        done: list[int] = []
+        yield done.append
+        lines[what] = total, unit, sum(done)
+
+    return meter
+
+
 def test_progress_tells_every_token_of_every_model(donors, text):
-    done = []
-    results, _ = compare([str(donors["a"]), str(donors["g"])], [read_text(text)], progress=done.append)
-    assert sum(done) == sum(result.total.tokens for result in results) == 2 * len(text.read_text())
+    lines: dict[str, tuple] = {}
+    compare([str(donors["a"]), str(donors["g"])], [read_text(text)], meter=metered(lines))
+    tokens = len(text.read_text())
+    assert lines == {"1 of 2: a on text": (tokens, "tokens", tokens), "2 of 2: g on text": (tokens, "tokens", tokens)}
+
+
+def test_progress_is_told_of_samples_seams_and_features_too(donors, text, tmp_path):
+    lines: dict[str, tuple] = {}
+    meter = metered(lines)
+    looks = Looks(
+        ["the", "a"], with_seams=True, search=lambda model, advance: complete_search(model, k=1, progress=advance), meter=meter,
+    )  # fmt: skip
+    compare([recipe_file(tmp_path / "one.yaml", donors, "a", "b")], [read_text(text)], hold=True, meter=meter, visit=looks.visit)
+    assert all(total == done > 0 for total, _, done in lines.values())
+    kinds = {what.rsplit(": ", 1)[-1]: unit for what, (_, unit, _) in lines.items()}
+    assert kinds == {
+        "one.yaml on text": "tokens", "samples": "prompts", "seams": "windows", "features": "inputs x blocks",
+        "a on text": "tokens", "b on text": "tokens",
+    }  # fmt: skip
+
+
+def test_what_keeps_a_later_model_from_being_measured_is_told_before_the_first_is(donors, text, tmp_path, monkeypatch):
+    def loaded(*_args, **_options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("frankenmerge.evaluation.compare.load_model", loaded)
+    mute = shutil.copytree(donors["a"], tmp_path / "mute")
+    for path in mute.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(FrankenmergeError, match="a tokenizer"):
+        compare([str(donors["a"]), str(mute)], [read_text(text)])
+    recipe = Path(recipe_file(tmp_path / "one.yaml", donors, "a", "b"))
+    recipe.write_text(recipe.read_text().replace("passthrough", "linear"))
+    with pytest.raises(FrankenmergeError):
+        compare([str(donors["a"]), str(recipe)], [read_text(text)])
 
 
 def test_the_command_line_prints_what_was_measured(donors, text, run):

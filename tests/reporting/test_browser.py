@@ -153,6 +153,16 @@ def test_paper_shows_everything(opened):
     assert len(page.pdf()) > 50_000
 
 
+def test_nothing_is_cut_off_on_paper(opened):
+    page = opened(viewport={"width": 703, "height": 1000})  # A4 between the margins, in CSS pixels
+    page.emulate_media(media="print")
+    beyond = page.evaluate(
+        "[...document.querySelectorAll('table, svg, pre, p, .chip')].filter((part) => part.getBoundingClientRect().right > 704)"
+        ".map((part) => part.outerHTML.slice(0, 80))"
+    )
+    assert beyond == []
+
+
 def test_without_scripts_nothing_is_lost(browser, site):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()

@@ -1,6 +1,7 @@
 """`frankenmerge report`: what it finds, what it says is missing, and what it refuses."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ import invented
 import pytest
 
 from frankenmerge.atlas import Atlas, TopTokens, save_atlas
+from frankenmerge.reporting.page import number
 
 VOID = {"meta", "link", "input", "br", "img"}
 
@@ -61,7 +63,7 @@ def test_everything_in_a_folder_is_shown(report, folder):
     assert headings == ["merged", "seams", "agreement", "features", "promise", "evaluation", "provenance"]
     for told in (
         "one[0:4] two[2:5] one[4:6]", "0.200", "0.100 to 0.400", "one block 3 to two block 2, 2 gone through again",
-        "No better than chance",
+        "No better than chance", "Seams no better than chance 1",
         "1.772 to 1.832", "no clear difference", "invented_task", "the prediction held", "2.13.0+cpu", "f" * 64, "max seams 4",
     ):  # fmt: skip
         assert told in page.text, told
@@ -173,7 +175,13 @@ def test_a_page_of_deep_donors_stays_small(report, tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
 
 
-@pytest.mark.parametrize("content", ["{", '{"kind": "frankenmerge.evaluation/1"}', '{"kind": "frankenmerge.evaluation/9", "models": []}'])
+BROKEN = (
+    "{", '{"kind": "frankenmerge.evaluation/1"}', '{"kind": "frankenmerge.evaluation/9", "models": []}',
+    '{"kind": "frankenmerge.evaluation/1", "models": [], "seams": [{"model": "x", "blocks": []}]}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_an_artefact_that_cannot_be_read_is_told_and_the_others_are_shown(run, folder, content):
     (folder / "evaluation.json").write_text(content)
     code, _, err = run("report", folder, "-o", folder / "report.html")
@@ -222,3 +230,9 @@ def test_it_says_where_the_page_is_to_go(run, folder):
 def test_json_tells_what_was_written(run, folder, tmp_path):
     code, out, _ = run("report", folder, "-o", tmp_path / "r.html", "--json")
     assert code == 0 and json.loads(out) == {"run": str(folder), "written": [str(tmp_path / "r.html")], "refused": {}}
+
+
+def test_a_number_that_is_none_or_endless_is_told():
+    assert [number(value) for value in (None, math.nan, math.inf, -math.inf, 1234.5678, -0.0001)] == [
+        "–", "–", "∞", "-∞", "1,234.568", "0.000",
+    ]  # fmt: skip
