@@ -128,12 +128,14 @@ def _merge(console, recipe, output: Path) -> bool:
     """Write and load the checkpoint; returns whether its logits equal the virtual splice's."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from frankenmerge.merging.writer import merge
     from frankenmerge.models import load_model, virtual_splice
     from frankenmerge.recipe import open_donors
 
     console.rule("4. The checkpoint")
+    logging.disable_progress_bar()
     donors = open_donors(recipe)
     with progress("merging", None, "bytes") as advance:
         merged = merge(recipe, donors, output / "merged", progress=advance)
