@@ -160,7 +160,7 @@ def _placed(name: str, tensor: Tensor, found: Match) -> Tensor:
     if module == "gate_proj":
         return tensor[found.neurons]
     if module == "up_proj":
-        return (tensor[found.neurons].T * signs).T
+        return torch.einsum("f,f...->f...", signs, tensor[found.neurons])
     if module == "down_proj" and kind == "weight":
         return tensor[:, found.neurons] * signs
     if module == "q_proj":
