@@ -83,7 +83,7 @@ def _average(method: str, left: State, right: State, t: float) -> dict[str, Tens
     """Tensor by tensor, as a merge averages: `(1 - t)` of the left one, `t` of the right one."""
     made = {}
     for name, tensor in left.items():
-        weights, parameters = ((1 - t, t), {}) if method == "linear" else ((1.0, 1.0), {"t": t})
+        weights, parameters = ([{"weight": 1 - t}, {"weight": t}], {}) if method == "linear" else ([{}, {}], {"t": t})
         parts = [_part(of, weight) for of, weight in zip((tensor, right[name]), weights, strict=True)]
         base = parts.pop(0) if method == "slerp" else None
         chunks = combine(method, parts, base, shape=tuple(tensor.shape), parameters=parameters, name=name, seed=0)
@@ -91,9 +91,9 @@ def _average(method: str, left: State, right: State, t: float) -> dict[str, Tens
     return made
 
 
-def _part(tensor: Tensor, weight: float) -> Part:
+def _part(tensor: Tensor, weight: Mapping[str, float]) -> Part:
     flat = tensor.detach().float().flatten()
-    return Part(lambda start, stop: flat[start:stop].clone(), {"weight": weight})
+    return Part(lambda start, stop: flat[start:stop].clone(), weight)
 
 
 def _filled(like: PreTrainedModel, state: State) -> PreTrainedModel:
