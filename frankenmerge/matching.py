@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from frankenmerge.errors import fail
 from frankenmerge.families import Architecture
 from frankenmerge.gauge import Turn, procrustes, turned_all
 from frankenmerge.models import block_outputs, blocks_of, forward
+
+HEADS, NEURONS = "self_attn.o_proj", "mlp.down_proj"
+"""The maps that read what heads and neurons make."""
 
 
 class Inside(NamedTuple):
@@ -60,14 +63,8 @@ def activations(model: PreTrainedModel, ids: Tensor) -> Activations:
     Raises FrankenmergeError for one whose blocks are not made of `self_attn.o_proj` and `mlp.down_proj` as Llama's are.
     """
     read: dict[str, Tensor] = {}
-    handles = []
-    for index, block in enumerate(blocks_of(model)):
-        modules = dict(block.named_modules())
-        for name in ("self_attn.o_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.up_proj"):
-            if name not in modules:
-                raise fail(f"block {index}", f"a map {name}, as Llama's blocks have", "none", "average donors of Llama's build")
-        for name in ("self_attn.o_proj", "mlp.down_proj"):
-            handles.append(modules[name].register_forward_pre_hook(_keeping(read, f"{index}.{name}")))
+    sites = {f"{index}.{name}": _map(block, name) for index, block in enumerate(blocks_of(model)) for name in (HEADS, NEURONS)}
+    handles = [module.register_forward_pre_hook(_keeping(read, site)) for site, module in sites.items()]
     try:
         with block_outputs(model) as outputs:
             forward(model, input_ids=ids)
@@ -76,15 +73,20 @@ def activations(model: PreTrainedModel, ids: Tensor) -> Activations:
         for handle in handles:
             handle.remove()
     heads = model.config.num_attention_heads
-    inside = [
-        Inside(read[f"{index}.mlp.down_proj"], read[f"{index}.self_attn.o_proj"].unflatten(1, (heads, -1)))
-        for index in range(len(stream) - 1)
-    ]
+    inside = [Inside(read[f"{index}.{NEURONS}"], read[f"{index}.{HEADS}"].unflatten(1, (heads, -1))) for index in range(len(stream) - 1)]
     return Activations(stream, inside)
 
 
+def _map(block: nn.Module, name: str) -> nn.Module:
+    modules = dict(block.named_modules())
+    for needed in (name, name.replace("o_proj", "v_proj").replace("down_proj", "up_proj")):
+        if needed not in modules:
+            raise fail("blocks", f"a map {needed}, as Llama's blocks have", "none", "average donors of Llama's build")
+    return modules[name]
+
+
 def _keeping(read: dict[str, Tensor], name: str) -> Any:
-    def keep(_module: torch.nn.Module, args: tuple) -> None:
+    def keep(_module: nn.Module, args: tuple) -> None:
         read[name] = _flat(args[0])
 
     return keep
