@@ -97,15 +97,17 @@ def _flat(states: Tensor) -> Tensor:
 
 
 def joint_turn(source: Sequence[Tensor], target: Sequence[Tensor]) -> Turn:
-    """One turn for all depths, every depth with the same weight, and the mean over depths of the ratio of the streams' sizes.
+    """One turn for all depths, every position with the same weight, and the median over all of the ratio of the streams' lengths.
+
+    Norms see directions alone; by squares a few positions of enormous length would decide.
 
     Args:
         source: the stream of the donor to be turned, `[n, d]` for every depth.
         target: the other one's at the same depths.
     """
-    size = [float(of.double().norm() / by.double().norm()) for of, by in zip(target, source, strict=True)]
-    unit = [torch.cat([states.double() / states.double().norm() for states in stream]) for stream in (source, target)]
-    return Turn(procrustes(unit[0], unit[1]).matrix, sum(size) / len(size))
+    before, after = (torch.cat(list(stream)).double() for stream in (source, target))
+    scale = float((after.norm(dim=1) / before.norm(dim=1).clamp_min(1e-30)).median())
+    return Turn(procrustes(_unit(before, (1,)), _unit(after, (1,))).matrix, scale)
 
 
 def match(of_a: Inside, of_b: Inside, groups: int) -> Match:
