@@ -5,6 +5,7 @@ stream turned, with its heads and neurons matched, and with both. Neither change
 """
 
 import json
+import statistics
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -23,7 +24,7 @@ from frankenmerge.evaluation.language import encode
 from frankenmerge.families import Architecture
 from frankenmerge.fitting import DRAWN_LENGTH
 from frankenmerge.gauge import Turn
-from frankenmerge.matching import activations, joint_turn, match, matched_model, turned_model
+from frankenmerge.matching import Activations, activations, joint_turn, match, match_neurons, matched_model, turned_model
 from frankenmerge.merging.methods.combine import combine
 from frankenmerge.merging.methods.inputs import Part
 from frankenmerge.models import load_model, load_tokenizer
@@ -54,16 +55,19 @@ def main(donor_a: str, donor_b: str, texts: tuple[Path, ...], windows: int, shar
     tested = torch.cat([_last_windows(ids, start, length, windows // len(texts)) for ids in contents])
     shown = torch.cat([drawn(model, ROWS, length, start, seed) for seed, model in enumerate((a, b))])
     result: dict[str, Any] = {"donor_a_nats": _loss(a, tested), "donor_b_nats": _loss(b, tested)}
-    for name, (left, right) in _alignments(a, b, checkpoints[0].architecture, shown).items():
+    of_a, of_b = activations(a, shown), activations(b, shown)
+    result["likeness"] = _likeness(of_a, of_b)
+    for name, (left, right) in _alignments(a, b, checkpoints[0].architecture, of_a, of_b).items():
         result[name] = {
             method: {str(t): _loss(_filled(a, _average(method, left, right, t)), tested) for t in shares} for method in ("linear", "slerp")
         }
     click.echo(json.dumps(result)) if as_json else _print(result)
 
 
-def _alignments(a: PreTrainedModel, b: PreTrainedModel, architecture: Architecture, ids: Tensor) -> dict[str, tuple[State, State]]:
+def _alignments(
+    a: PreTrainedModel, b: PreTrainedModel, architecture: Architecture, of_a: Activations, of_b: Activations
+) -> dict[str, tuple[State, State]]:
     """A's and B's tensors as they are averaged, by how B was brought to A."""
-    of_a, of_b = activations(a, ids), activations(b, ids)
     groups = a.config.num_key_value_heads
     found = [match(left, right, groups) for left, right in zip(of_a.inside, of_b.inside, strict=True)]
     turn = joint_turn(of_b.stream, of_a.stream)
@@ -77,6 +81,24 @@ def _alignments(a: PreTrainedModel, b: PreTrainedModel, architecture: Architectu
         "matched": (state_a, matched_b),
         "gauge_matched": (plain_a, turned_model(matched_b, architecture, turn)),
     }
+
+
+def _likeness(of_a: Activations, of_b: Activations) -> dict[str, list[float]]:
+    """How much longer B's stream is, median over positions at every depth; a block's mean correlation of matched neurons, and by chance."""
+    lengths = [float((b.norm(dim=1) / a.norm(dim=1)).median()) for a, b in zip(of_a.stream, of_b.stream, strict=True)]
+    order = torch.randperm(len(of_b.stream[0]), generator=torch.Generator().manual_seed(0))
+    pairs = [(a.neurons, b.neurons) for a, b in zip(of_a.inside, of_b.inside, strict=True)]
+    return {
+        "lengths": lengths,
+        "neurons": [_correlation(a, b) for a, b in pairs],
+        "shuffled": [_correlation(a, b[order]) for a, b in pairs],
+    }
+
+
+def _correlation(of_a: Tensor, of_b: Tensor) -> float:
+    places, _ = match_neurons(of_a, of_b)
+    together = torch.stack([of_a.T, of_b.T[places]], 1).double()
+    return statistics.fmean(abs(float(torch.corrcoef(pair)[0, 1].nan_to_num())) for pair in together)
 
 
 def _average(method: str, left: State, right: State, t: float) -> dict[str, Tensor]:
@@ -119,6 +141,8 @@ def _loss(model: PreTrainedModel, ids: Tensor) -> float:
 
 def _print(result: dict[str, Any]) -> None:
     click.echo(f"nats per token; the donors {result.pop('donor_a_nats'):.3f} and {result.pop('donor_b_nats'):.3f}")
+    for name, values in result.pop("likeness").items():
+        click.echo(f"{name:14} " + " ".join(f"{value:.2f}" for value in values))
     for name, methods in result.items():
         for method, nats in methods.items():
             click.echo(f"{name:14} {method:7}" + "".join(f"  t={t} {value:.3f}" for t, value in nats.items()))

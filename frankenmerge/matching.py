@@ -121,10 +121,11 @@ def match(of_a: Inside, of_b: Inside, groups: int) -> Match:
         of_b: what B's block computes.
         groups: how many key-value heads there are.
     """
-    return Match(*_neurons(of_a.neurons, of_b.neurons), *_heads(of_a.heads, of_b.heads, groups))
+    return Match(*match_neurons(of_a.neurons, of_b.neurons), *_heads(of_a.heads, of_b.heads, groups))
 
 
-def _neurons(of_a: Tensor, of_b: Tensor) -> tuple[Tensor, Tensor]:
+def match_neurons(of_a: Tensor, of_b: Tensor) -> tuple[Tensor, Tensor]:
+    """`Match.neurons` and `Match.signs` of neurons `[n, f]`."""
     left, right = (_unit(neurons - neurons.mean(0), (0,)) for neurons in (of_a, of_b))
     correlation = left.T @ right
     rows, order = _assigned(correlation.abs())

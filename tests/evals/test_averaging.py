@@ -25,7 +25,8 @@ def test_averages_are_measured_raw_and_aligned(tied, text, tmp_path):
     arguments += [word for t in (0.0, 0.5, 1.0) for word in ("--t", str(t))]
     done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
-    assert set(result) == {"donor_a_nats", "donor_b_nats", *WAYS}
+    assert set(result) == {"donor_a_nats", "donor_b_nats", "likeness", *WAYS}
+    assert [len(values) for values in result["likeness"].values()] == [5, 4, 4]
     for way in WAYS:
         for nats in result[way].values():
             assert nats["0.0"] == pytest.approx(result["donor_a_nats"], abs=1e-3)
