@@ -34,6 +34,7 @@ LAYERS = (
         "fitting",
         "drawing",
         "refining",
+        "matching",
     },
     STAGES := {"analysis", "planning", "merging", "evaluation", "reporting"},
     {"demo"},
@@ -44,7 +45,19 @@ LAYERS = (
 
 HEAVY = ("torch", "transformers", "accelerate", "safetensors.torch")
 METHODS = {f"merging.methods.{name}" for name in ("combine", "torch_span", "sparse", "select", "noise", "fusion")}
-MAY_BE_HEAVY = {"models", "fitting", "drawing", "refining", "blockwise", "analysis", "evaluation", "reporting", "demo", *METHODS}
+MAY_BE_HEAVY = {
+    "models",
+    "fitting",
+    "drawing",
+    "refining",
+    "matching",
+    "blockwise",
+    "analysis",
+    "evaluation",
+    "reporting",
+    "demo",
+    *METHODS,
+}
 """The parts and modules that may import these when they are imported; all others do it in the functions that need them."""
 
 
