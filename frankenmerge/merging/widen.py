@@ -10,6 +10,7 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
+from operator import gt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 SIZES = ("width", "heads", "kv_heads", "inner")
 _BESIDE = (*TOKENIZER_FILES, "generation_config.json", "README.md")
-_NARROWER = "widen the other donor, or one that is smaller in every size"
 
 
 def widened(tensor: "Tensor", shape: tuple[int, ...], factor: float = 1.0) -> "Tensor":
@@ -60,11 +60,31 @@ def widening_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
         remedy = "splice it with donors of its own width"
         yield Fault(narrow.name, "a family in which zeros change nothing", f"{families[0]}, with {reason}", remedy)
         return
-    sizes = {size: (quantity(narrow.config, size) or 0, quantity(wide.config, size) or 0) for size in SIZES}
+    if wrong := [*_size_faults(narrow, wide)]:
+        yield from wrong
+        return
+    for reason in differences(widened_config(narrow, wide), wide.config)[0]:
+        yield Fault(narrow.name, f"blocks that one config can describe with those of {wide.name}", reason, "use other donors")
+    own, others = _block_shapes(narrow), _block_shapes(wide)
+    for name in sorted(set(own) | set(others)):
+        a, b = own.get(name), others.get(name)
+        if a is None or b is None or len(a) != len(b) or any(map(gt, a, b)):
+            expected, found = (f"shape {list(shape)}" if shape else "none" for shape in (b, a))
+            yield Fault(f"{narrow.name}: {name}", f"{expected} or less, as in {wide.name}", found, "use other donors")
+    for dtype in sorted(set(narrow.dtypes) - set(DTYPE_NAMES)):
+        yield Fault(narrow.name, "tensors of floating types", dtype, "use an unquantised donor")
+
+
+def _size_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
+    """What of the sizes in config.json forbids it."""
+    sizes = {size: (quantity(narrow.config, size), quantity(wide.config, size)) for size in SIZES}
     for size, (own, other) in sizes.items():
+        place = f"{narrow.name}: {getattr(narrow.architecture.keys, size)}"
+        if not (type(own) is type(other) is int and min(own, other) > 0):
+            yield Fault(place, f"positive whole numbers, here and in {wide.name}", f"{own!r} and {other!r}", "mend config.json")
+            return
         if own > other:
-            key = getattr(narrow.architecture.keys, size)
-            yield Fault(f"{narrow.name}: {key}", f"{other} or less, as {wide.name} has", str(own), _NARROWER)
+            yield Fault(place, f"{other} or less, as {wide.name} has", str(own), "widen the other donor, or one smaller in every size")
     widths, ratios = (head_width(narrow.config), head_width(wide.config)), [sizes["heads"][at] / sizes["kv_heads"][at] for at in (0, 1)]
     if widths[0] != widths[1]:
         remedy = "use donors whose heads are alike: rotary positions turn heads of other widths by other angles"
@@ -72,14 +92,11 @@ def widening_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
     if ratios[0] != ratios[1]:
         expected = f"{ratios[1]:g} query heads for each key head, as {wide.name} has"
         yield Fault(narrow.name, expected, f"{ratios[0]:g}", "use donors that share out their heads alike")
-    if widths[0] == widths[1]:
-        for reason in differences(widened_config(narrow, wide), wide.config)[0]:
-            yield Fault(narrow.name, f"blocks that one config can describe with those of {wide.name}", reason, "use other donors")
-    for name in sorted(set(narrow.by_role["block", 0]) ^ set(wide.by_role["block", 0])):
-        owner = narrow if name in narrow.by_role["block", 0] else wide
-        yield Fault(narrow.name, f"blocks of the same tensors as {wide.name}", f"{name} in {owner.name} alone", "use other donors")
-    for dtype in sorted(set(narrow.dtypes) - set(DTYPE_NAMES)):
-        yield Fault(narrow.name, "tensors of floating types", dtype, "use an unquantised donor")
+
+
+def _block_shapes(donor: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Of the first block, which is like all others in the families that can be widened."""
+    return {canonical: donor.tensors[name].shape for canonical, name in donor.by_role["block", 0].items()}
 
 
 def _inexact(architecture: Architecture) -> str | None:
@@ -134,8 +151,7 @@ def widen(narrow: Checkpoint, wide: Checkpoint, output: Path) -> Path:
 
 def _shapes(narrow: Checkpoint, wide: Checkpoint) -> dict[str, tuple[int, ...]]:
     """The shape that each tensor of the narrow donor gets, by its name there; constant buffers are left out."""
-    width, shapes = wide.config[wide.architecture.keys.width], {}
-    blocks = {canonical: wide.tensors[name].shape for canonical, name in wide.by_role["block", 0].items()}
+    width, blocks, shapes = wide.config[wide.architecture.keys.width], _block_shapes(wide), {}
     for (role, _), names in narrow.by_role.items():
         for canonical, name in names.items() if role != "ignored" else ():
             shapes[name] = blocks[canonical] if role == "block" else (*narrow.tensors[name].shape[:-1], width)
