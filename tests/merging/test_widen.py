@@ -50,7 +50,7 @@ def test_a_widened_donor_gives_the_same_logits(family, tied, tmp_path):
 
 @pytest.mark.parametrize("changes, sizes", [
     ({"attention_bias": True, "mlp_bias": True}, WIDE),
-    ({"rms_norm_eps": 0.1}, WIDE | {"hidden_size": 64, "head_dim": 4}),
+    ({"rms_norm_eps": 0.1}, WIDE | {"hidden_size": 66, "head_dim": 4}),
     ({"shard": "10KB"}, WIDE),
     ({"head_dim": 6, "num_key_value_heads": 4}, WIDE | {"head_dim": 6, "num_key_value_heads": 6}),
     ({}, {"intermediate_size": 40}),
