@@ -344,8 +344,8 @@ def widen(narrow: str, wide: str, output: Path, download: bool, allow_pickle: bo
     from frankenmerge.merging.widen import widen as widened
     from frankenmerge.recipe import open_donor
 
-    donors = [open_donor(name, download=download, allow_pickle=allow_pickle) for name in (narrow, wide)]
-    widened(*donors, output)
+    donor, other = (open_donor(name, download=download, allow_pickle=allow_pickle) for name in (narrow, wide))
+    widened(donor, other, output)
     made = open_donor(str(output))
     if as_json:
         print_json({"output": str(output), "tensors": len(made.tensors), "bytes": made.bytes, "parameters": made.parameters})

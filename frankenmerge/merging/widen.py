@@ -42,8 +42,8 @@ def widened_config(narrow: Checkpoint, wide: Checkpoint) -> dict[str, Any]:
     """The narrow donor's config with the wide one's sizes, and the small constant of its norms made good."""
     sizes = {getattr(narrow.architecture.keys, size): quantity(wide.config, size) for size in SIZES}
     heads = {"head_dim": wide.config["head_dim"]} if "head_dim" in wide.config else {}
-    constant = narrow.config.get("rms_norm_eps", narrow.architecture.defaults.get("rms_norm_eps")) * _share(narrow, wide)
-    return narrow.config | sizes | heads | {"rms_norm_eps": constant}
+    constant = {**narrow.architecture.defaults, **narrow.config}["rms_norm_eps"]
+    return narrow.config | sizes | heads | {"rms_norm_eps": constant * _share(narrow, wide)}
 
 
 def _share(narrow: Checkpoint, wide: Checkpoint) -> float:
@@ -77,10 +77,10 @@ def widening_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
 
 def _size_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
     """What of the sizes in config.json forbids it."""
-    sizes = {size: (quantity(narrow.config, size), quantity(wide.config, size)) for size in SIZES}
+    sizes = {size: (quantity(narrow.config, size) or 0, quantity(wide.config, size) or 0) for size in SIZES}
     for size, (own, other) in sizes.items():
         place = f"{narrow.name}: {getattr(narrow.architecture.keys, size)}"
-        if not (type(own) is type(other) is int and min(own, other) > 0):
+        if not (type(own) is int and type(other) is int and own > 0 and other > 0):
             yield Fault(place, f"positive whole numbers, here and in {wide.name}", f"{own!r} and {other!r}", "mend config.json")
             return
         if own > other:
