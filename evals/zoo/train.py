@@ -37,6 +37,8 @@ class Donor:
     kinds: tuple[str, ...] = ("code", "prose")
     parent: str | None = None
     """Fine-tuned from this donor; the run fails unless `kinds` gained and the other kind lost the margins below."""
+    in_demo: bool = True
+    """Whether it is in the package; the others are trained where `--only` names them."""
 
 
 SMALL = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 352}
@@ -52,6 +54,14 @@ DONORS = {
         1e-3,
         SMALL
         | {"hidden_size": 160, "num_hidden_layers": 4, "num_key_value_heads": 2, "intermediate_size": 240, "tie_word_embeddings": True},
+    ),
+    "narrow": Donor(
+        "llama",
+        6,
+        1200,
+        2e-3,
+        {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 264},
+        in_demo=False,
     ),
     "gpt2": Donor("gpt2", 5, 2400, 2e-3, {"n_embd": 128, "n_layer": 6, "n_head": 4}),
 }
@@ -240,7 +250,7 @@ def main(out: Path, state: Path, only: tuple[str, ...]) -> None:
     lines = {kind: encode(tokenizer, split[kind, False]) for kind in ("code", "prose")}
     held_out = {kind: encode(tokenizer, split[kind, True]) for kind in ("code", "prose")}
     write_text([document for document in corpus if document.held_out], out.parent / "text")
-    for name in only or DONORS:
+    for name in only or (name for name, donor in DONORS.items() if donor.in_demo):
         if (out / name / "model.safetensors").exists():
             click.echo(f"{name}: already there", err=True)
             continue

@@ -13,7 +13,7 @@ from frankenmerge.cli.evaluate import evaluate
 from frankenmerge.cli.features import features
 from frankenmerge.cli.plan import plan
 from frankenmerge.cli.report import report
-from frankenmerge.cli.splice import align, check, merge
+from frankenmerge.cli.splice import align, check, merge, widen
 from frankenmerge.errors import FrankenmergeError
 
 WAY = """\
@@ -37,7 +37,7 @@ def cli() -> None:
     """Hold the commands."""
 
 
-for command in (inspect, features, analyze, align, plan, check, merge, evaluate, report, demo):
+for command in (inspect, features, analyze, align, plan, check, merge, widen, evaluate, report, demo):
     command.params.append(quiet_option)
     cli.add_command(command)
 

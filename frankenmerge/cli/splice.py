@@ -333,3 +333,27 @@ def merge(
     out().print(f"{result.output}: {result.tensors} tensors, {rate}, {made} its donor's bytes{kept}", markup=False)
     if address:
         out().print(f"Put into {address}", markup=False)
+
+
+@click.command()
+@click.argument("narrow")
+@click.argument("wide")
+@click.argument("output", type=click.Path(path_type=Path))
+@download_option
+@pickle_option
+@json_option
+def widen(narrow: str, wide: str, output: Path, download: bool, allow_pickle: bool, as_json: bool) -> None:
+    """Write the donor NARROW in the shape of the donor WIDE to the new folder OUTPUT, so that the two can be spliced.
+
+    It computes what it did: whatever WIDE has more of is zeros. A gauge can then turn either into the other's basis.
+    """
+    from frankenmerge.merging.widen import widen as widened
+    from frankenmerge.recipe import open_donor
+
+    donor, other = (open_donor(name, download=download, allow_pickle=allow_pickle) for name in (narrow, wide))
+    widened(donor, other, output)
+    made = open_donor(str(output))
+    if as_json:
+        print_json({"output": str(output), "tensors": len(made.tensors), "bytes": made.bytes, "parameters": made.parameters})
+        return
+    out().print(f"{output}: {narrow} in the shape of {wide}, {made.parameters:,} parameters, {size(made.bytes)}", markup=False)

@@ -65,8 +65,8 @@ def alignment(told, donors, tmp_path) -> Path:
 
 
 def test_help_imports_nothing_heavy():
-    commands = ["inspect", "analyze", "align", "plan", "check", "merge", "evaluate", "report", "demo"]
-    assert alone(["--help"], ["--version"], *([command, "--help"] for command in commands)) == [[0, []]] * 11
+    commands = ["inspect", "analyze", "align", "plan", "check", "merge", "widen", "evaluate", "report", "demo"]
+    assert alone(["--help"], ["--version"], *([command, "--help"] for command in commands)) == [[0, []]] * 12
 
 
 def test_commands_that_run_no_model_import_nothing_heavy(donors, recipe, alignment, tmp_path):
@@ -130,7 +130,7 @@ def test_shells_complete_the_commands(run, monkeypatch):
 def test_help_names_every_command(run):
     code, out, err = run("--help")
     assert (code, err) == (0, "")
-    for command in ("inspect", "analyze", "align", "plan", "check", "merge", "evaluate", "demo"):
+    for command in ("inspect", "analyze", "align", "plan", "check", "merge", "widen", "evaluate", "demo"):
         assert f"\n  {command} " in out.replace("frankenmerge ", "")
 
 
