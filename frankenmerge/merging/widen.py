@@ -42,8 +42,12 @@ def widened_config(narrow: Checkpoint, wide: Checkpoint) -> dict[str, Any]:
     """The narrow donor's config with the wide one's sizes, and the small constant of its norms made good."""
     sizes = {getattr(narrow.architecture.keys, size): quantity(wide.config, size) for size in SIZES}
     heads = {"head_dim": wide.config["head_dim"]} if "head_dim" in wide.config else {}
-    constant = {**narrow.architecture.defaults, **narrow.config}["rms_norm_eps"]
-    return narrow.config | sizes | heads | {"rms_norm_eps": constant * _share(narrow, wide)}
+    return narrow.config | sizes | heads | {"rms_norm_eps": _constant(narrow) * _share(narrow, wide)}
+
+
+def _constant(donor: Checkpoint) -> Any:
+    """What its norms add to the mean square."""
+    return {**donor.architecture.defaults, **donor.config}["rms_norm_eps"]
 
 
 def _share(narrow: Checkpoint, wide: Checkpoint) -> float:
@@ -62,6 +66,9 @@ def widening_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
         return
     if wrong := [*_size_faults(narrow, wide)]:
         yield from wrong
+        return
+    if not isinstance(constant := _constant(narrow), int | float):
+        yield Fault(f"{narrow.name}: rms_norm_eps", "a number", repr(constant), "mend config.json")
         return
     for reason in differences(widened_config(narrow, wide), wide.config)[0]:
         yield Fault(narrow.name, f"blocks that one config can describe with those of {wide.name}", reason, "use other donors")

@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "evals" / "gauge.py"
 @pytest.mark.parametrize("effort", [("--refine", "0"), ("--refine", "2", "--maps", "linear")])
 def test_every_splice_is_measured_raw_and_turned(donors, text, effort):
     a, b = str(donors["a"]), str(donors["deep"])
-    arguments = ["--donor-a", a, "--donor-b", b, "--text", str(text), "--json", *effort]
+    arguments = ["--donor-a", a, "--donor-b", b, "--text", str(text), "--json", "--splices", "24", *effort]
     done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
     assert set(result) == {"donor_a_nats", "donor_b_nats", "splices", "median_excess_removed", "best_balanced"}
@@ -44,3 +44,21 @@ def test_every_splice_is_measured_raw_and_turned(donors, text, effort):
             logits = model(input_ids=windows).logits[:, :-1]
             expected = -logits.log_softmax(-1).gather(2, windows[:, 1:, None]).mean()
             assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_some_of_the_splices_are_taken_evenly(donors, text):
+    arguments = [
+        "--donor-a",
+        str(donors["a"]),
+        "--donor-b",
+        str(donors["b"]),
+        "--text",
+        str(text),
+        "--json",
+        "--refine",
+        "0",
+        "--splices",
+        "4",
+    ]
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=True)
+    assert [(row["i"], row["j"]) for row in json.loads(done.stdout)["splices"]] == [(1, 0), (2, 1), (3, 2), (4, 3)]

@@ -137,3 +137,10 @@ def test_a_widened_donor_and_the_wide_one_are_spliced_with_a_gauge(run, tmp_path
     recipe.write_text(json.dumps({"slices": slices, "merge_method": "passthrough"}))
     assert run("merge", recipe, tmp_path / "merged")[0] == 0
     assert logits(tmp_path / "merged").isfinite().all()
+
+
+def test_a_constant_that_is_no_number_is_told(tmp_path):
+    narrow = changed(write_donor(tmp_path / "narrow", seed=3), tmp_path / "odd", config=lambda config: config | {"rms_norm_eps": "small"})
+    wide = write_donor(tmp_path / "wide", seed=4, **WIDE)
+    with pytest.raises(FrankenmergeError, match="rms_norm_eps"):
+        widened(narrow, wide, tmp_path / "out")
