@@ -153,6 +153,7 @@ def _merge(console, recipe, output: Path) -> bool:
 
 
 def _evaluate(plan, donors: list, output: Path) -> tuple[list, list[float]]:
+    from frankenmerge.cli.evaluate import held_promise
     from frankenmerge.evaluation.compare import Bench, Text
     from frankenmerge.evaluation.record import Looks, evaluation_json
     from frankenmerge.evaluation.samples import drawn_prompts, words_of
@@ -180,23 +181,13 @@ def _evaluate(plan, donors: list, output: Path) -> tuple[list, list[float]]:
         for seed in range(RANDOM_RECIPES):
             randoms.append(bench.recipe(f"random {seed}", random_recipe(blocks, DEPTH, seed)))
             advance(1)
-    predictions = [_promise(plan, results, len(donors), str(output / "merged"))._asdict()]
+    own = {result.name: result.total.nats_per_token for result in results[: len(donors)]}
+    predictions = [held_promise(results[len(donors)], plan.recipe, plan.predicted_damage, plan.interval, own)._asdict()]
     told = json.dumps(evaluation_json(results, bench, looks, predictions=predictions), indent=2, ensure_ascii=False) + "\n"
     write_file(output / "evaluation.json", told.encode())
     middle = sorted(randoms, key=lambda result: result.total.bits_per_byte)[RANDOM_RECIPES // 2]
     results.append(middle._replace(name=f"median of {RANDOM_RECIPES} random"))
     return results, [result.total.bits_per_byte for result in randoms]
-
-
-def _promise(plan, results: list, donors: int, name: str):
-    """What the plan predicted of the checkpoint, and what was measured; the donors' results come first, then the checkpoint's."""
-    from frankenmerge.cli.evaluate import Promise
-    from frankenmerge.planning.prediction import donor_loss
-
-    own = {result.name: result.total.nats_per_token for result in results[:donors]}
-    measured = results[donors].total.nats_per_token - donor_loss(plan.recipe.blocks, own)
-    low, high = plan.interval
-    return Promise(name, plan.predicted_damage, low, high, measured, low <= measured <= high)
 
 
 def _report(output: Path) -> None:

@@ -208,7 +208,6 @@ class Promise(NamedTuple):
 
 def kept_promises(results) -> list[Promise]:
     """Hold recipes against the evidence files in their folders, where one tells of them."""
-    from frankenmerge.planning.prediction import donor_loss
     from frankenmerge.recipe import load_recipe
 
     losses = {result.name: result.total.nats_per_token for result in results if result.role != "recipe"}
@@ -216,10 +215,17 @@ def kept_promises(results) -> list[Promise]:
     for result in (result for result in results if result.role == "recipe"):
         recipe = load_recipe(Path(result.name))
         if told := _foretold(Path(result.name).parent, str(recipe)):
-            measured = result.total.nats_per_token - donor_loss(recipe.blocks, losses)
-            low, high = told["interval"]
-            promises.append(Promise(result.name, told["predicted_damage"], low, high, measured, low <= measured <= high))
+            promises.append(held_promise(result, recipe, told["predicted_damage"], told["interval"], losses))
     return promises
+
+
+def held_promise(result, recipe, predicted: float, interval, losses) -> Promise:
+    """Hold what was predicted of a recipe against its result; `losses` are the donors' own, nats per token by name."""
+    from frankenmerge.planning.prediction import donor_loss
+
+    measured = result.total.nats_per_token - donor_loss(recipe.blocks, losses)
+    low, high = interval
+    return Promise(result.name, predicted, low, high, measured, low <= measured <= high)
 
 
 def _foretold(folder: Path, summary: str) -> dict | None:

@@ -172,10 +172,6 @@ class Bench:
                 for index, loss in zip(chosen, measured, strict=True):
                     losses[index][text] = loss
                 progress(len(chosen))
-        for index, recipe in enumerate(recipes):
-            if recipe.has_gauges:
-                losses[index] = self.recipe(str(recipe), recipe).losses
-                progress(len(self.texts))
         return [Result(str(recipe), "recipe", loss) for recipe, loss in zip(recipes, losses, strict=True)]
 
     def _measured(self, subject: Subject, meter: Meter, visit: Visit) -> Result:

@@ -24,10 +24,9 @@ def model_card(recipe: Recipe, donors: Mapping[str, Checkpoint], config: Mapping
     rows, position = [], 0
     for part in spelled.parts:
         ranges = [f"{source.layer_range[0]}-{source.layer_range[1] - 1}" for source in part.sources]
-        count = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
         names = " + ".join(source.model for source in part.sources)
-        rows.append(f"| {position}-{position + count - 1} | {names} | {' + '.join(ranges)} |")
-        position += count
+        rows.append(f"| {position}-{position + part.length - 1} | {names} | {' + '.join(ranges)} |")
+        position += part.length
     touched = (
         recipe.dtype or recipe.out_dtype or any(level.parameters for level in (recipe, recipe.stack, *spelled.parts, *spelled.sources))
     )

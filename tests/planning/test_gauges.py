@@ -45,7 +45,9 @@ def test_a_plan_of_twins_turns_one_into_the_others_basis(atlases, twins, text):
     bench = Bench([read_text(text)], twins)
     alone = bench.checkpoint(twins[0]).total.nats_per_token
     bare = recipe_of(best.recipe.blocks)
-    turned, raw = (result.total.nats_per_token for result in bench.recipes([best.recipe, bare]))
+    measured: list[int] = []
+    turned, raw = (result.total.nats_per_token for result in bench.recipes([best.recipe, bare], progress=measured.append))
+    assert sum(measured) == 2  # each recipe once on the one text: fitting a gauge is costly
     assert best.predicted_damage < 0.05 and turned == pytest.approx(alone, abs=1e-3)  # the default model says 0.03 of any seam
     assert abs(raw - alone) > 0.05  # untrained donors say little either way; turned it is fifty times less
 
