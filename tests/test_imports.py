@@ -44,7 +44,7 @@ LAYERS = (
 """What lies directly in the package. A part imports from lower layers and its own; a stage from no other stage."""
 
 HEAVY = ("torch", "transformers", "accelerate", "safetensors.torch")
-METHODS = {f"merging.methods.{name}" for name in ("combine", "torch_span", "sparse", "select", "noise", "fusion")}
+METHODS = {f"merging.methods.{name}" for name in ("combine", "torch_span", "torch_sparse", "torch_select", "fusion")}
 MAY_BE_HEAVY = {
     "models",
     "fitting",

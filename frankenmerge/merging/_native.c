@@ -1,10 +1,11 @@
-/* The two passes of a merge whose result is a linear combination: inner products, and the combination itself.
+/* The passes of a merge. Linear combinations: inner products, and the combination itself. Thinned task vectors: counts that find
+ * ranks, sums of magnitudes, and what is left, added.
  *
- * Both take the elements in strips that stay in a core's first cache, as float32 whatever the file holds. The order of every
- * operation is that of methods/torch_span.py, so that both give the same bits: one operation of float32 at a time (built with
- * -ffp-contract=off, since a fused one rounds once where two round twice), products of float32 summed in float64, each lane by
- * itself. Nothing here depends on the width of the processor's registers, nor on how calls cut a tensor. Python's lock is let
- * go meanwhile.
+ * All take the elements in strips that stay in a core's first cache, as float32 whatever the file holds. The order of every
+ * operation is that of methods/torch_span.py and methods/torch_sparse.py, so that both give the same bits: one operation of float32
+ * at a time (built with -ffp-contract=off, since a fused one rounds once where two round twice), what is summed over a tensor in
+ * float64, each lane by itself. Nothing here depends on the width of the processor's registers, nor on how calls cut a tensor.
+ * Python's lock is let go meanwhile.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -14,6 +15,9 @@
 
 #define STRIP 1024 /* elements at a time: 4 KiB of float32 for each input */
 #define LANES 8192 /* sums side by side: element k of a call goes to sum k % LANES */
+#define DIGITS 65536 /* values of half the bits of an element */
+#define SIGN 0x80000000u
+#define TINY 1e-8f /* a sum of agreeing weights this small is not divided by */
 
 /* Let the compiler make a version for each width of registers, chosen when the module is loaded, where its linker can. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
@@ -57,11 +61,11 @@ FOR_EVERY_WIDTH static void spell_out_f16(uint32_t *values, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) {
         uint32_t bits = values[k], exponent = bits & 0x7C000000u;
         /* The biases of the exponents differ by 112. Without an exponent the digits are a multiple of 2^-24. */
-        uint32_t moved = ((bits & 0x7FFFFFFFu) >> 3) + 0x38000000u;
+        uint32_t moved = ((bits & ~SIGN) >> 3) + 0x38000000u;
         uint32_t small = bits_of(float_of(moved + 0x00800000u) - 0x1p-14f);
         moved = exponent == 0x7C000000u ? moved + 0x38000000u : moved;
         moved = exponent == 0 ? small : moved;
-        values[k] = moved | (bits & 0x80000000u);
+        values[k] = moved | (bits & SIGN);
     }
 }
 
@@ -100,7 +104,7 @@ static int read_f64(const char *from, Strip *to, Py_ssize_t count) {
 #define NOT_A_NUMBER 0x7FC00000u
 
 FOR_EVERY_WIDTH static void unify(uint32_t *values, Py_ssize_t count) {
-    for (Py_ssize_t k = 0; k < count; k++) values[k] = (values[k] & 0x7FFFFFFFu) > EXPONENT ? NOT_A_NUMBER : values[k];
+    for (Py_ssize_t k = 0; k < count; k++) values[k] = (values[k] & ~SIGN) > EXPONENT ? NOT_A_NUMBER : values[k];
 }
 
 FOR_EVERY_WIDTH static void narrow(const uint32_t *restrict from, char *restrict to, Py_ssize_t count) {
@@ -113,7 +117,7 @@ FOR_EVERY_WIDTH static void narrow(const uint32_t *restrict from, char *restrict
 FOR_EVERY_WIDTH static void round_bf16(uint32_t *values, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) {
         uint32_t bits = values[k], rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
-        values[k] = (bits & 0x7FFFFFFFu) > EXPONENT ? NOT_A_NUMBER : rounded;
+        values[k] = (bits & ~SIGN) > EXPONENT ? NOT_A_NUMBER : rounded;
     }
 }
 
@@ -121,14 +125,14 @@ FOR_EVERY_WIDTH static void round_bf16(uint32_t *values, Py_ssize_t count) {
 FOR_EVERY_WIDTH static int round_f16(uint32_t *values, Py_ssize_t count) {
     uint32_t bad = 0;
     for (Py_ssize_t k = 0; k < count; k++) {
-        uint32_t bits = values[k], magnitude = bits & 0x7FFFFFFFu;
+        uint32_t bits = values[k], magnitude = bits & ~SIGN;
         /* Below 2^-14 the halves are multiples of 2^-24: adding 0.5, whose last bit is 2^-24, rounds to one. */
         uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;
         uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
         uint32_t large = magnitude > EXPONENT ? 0x7E00u : 0x7C00u;
         uint32_t rounded = magnitude >= 0x47800000u ? large : magnitude < 0x38800000u ? small : normal;
         bad |= (rounded & 0x7C00u) == 0x7C00u;
-        values[k] = rounded << 16 | (magnitude > EXPONENT ? 0 : bits & 0x80000000u);
+        values[k] = rounded << 16 | (magnitude > EXPONENT ? 0 : bits & SIGN);
     }
     return bad != 0;
 }
@@ -277,8 +281,9 @@ static void read_strips(const Inputs *given, Py_ssize_t start, Py_ssize_t count,
     }
 }
 
-static Strip *strips_for(const Inputs *given) {
-    Strip *strips = PyMem_Calloc((size_t)given->number, sizeof(Strip));
+/* Strips for all inputs, and `more`. */
+static Strip *strips_for(const Inputs *given, Py_ssize_t more) {
+    Strip *strips = PyMem_Calloc((size_t)(given->number + more), sizeof(Strip));
     if (!strips) PyErr_NoMemory();
     return strips;
 }
@@ -293,6 +298,12 @@ static int overlaps(const Py_buffer *target, const Inputs *given) {
             return 1;
         }
     }
+    return 0;
+}
+
+static int fits(const Py_buffer *result, int type, const Inputs *given) {
+    if (result->len % WIDTHS[type] == 0 && result->len / WIDTHS[type] == given->size) return 1;
+    PyErr_SetString(PyExc_ValueError, "the result has another number of elements than the inputs");
     return 0;
 }
 
@@ -327,10 +338,7 @@ static PyObject *combine(PyObject *module, PyObject *args) {
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "there is not one coefficient for every model");
         goto end;
     }
-    if (result.len % WIDTHS[type] || result.len / WIDTHS[type] != given.size) {
-        PyErr_SetString(PyExc_ValueError, "the result has another number of elements than the inputs");
-        goto end;
-    }
+    if (!fits(&result, type, &given)) goto end;
     if (!(coefficients = PyMem_Calloc((size_t)terms, sizeof(float)))) {
         PyErr_NoMemory();
         goto end;
@@ -341,7 +349,7 @@ static PyObject *combine(PyObject *module, PyObject *args) {
         Py_XDECREF(number);
         if (PyErr_Occurred()) goto end;
     }
-    if (!(strips = strips_for(&given))) goto end;
+    if (!(strips = strips_for(&given, 0))) goto end;
     Py_ssize_t bad = -1;
     int infinite = 0;
     Py_BEGIN_ALLOW_THREADS
@@ -397,7 +405,7 @@ static PyObject *products(PyObject *module, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "the sums are not aligned");
         goto end;
     }
-    if (!(strips = strips_for(&given))) goto end;
+    if (!(strips = strips_for(&given, 0))) goto end;
     Py_ssize_t bad = -1;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
@@ -420,9 +428,386 @@ end:
     return told;
 }
 
+/* Task vectors that are thinned out. */
+
+/* numpy's interface to a bit generator (numpy/random/bitgen.h), which a capsule of that name points to. */
+typedef struct {
+    void *state;
+    uint64_t (*next_uint64)(void *);
+    uint32_t (*next_uint32)(void *);
+    double (*next_double)(void *);
+    uint64_t (*next_raw)(void *);
+} Generator;
+
+/* What stays of a task vector: what ranks from one boundary to before another, or where the generator's word is below a limit. */
+typedef struct {
+    uint32_t first_key, end_key;
+    Py_ssize_t first_index, end_index;
+    Generator *noise; /* NULL where ranks decide */
+    uint32_t limit;
+} Keep;
+
+static int is_index(Py_ssize_t start) {
+    if (start >= 0) return 1;
+    PyErr_SetString(PyExc_ValueError, "an index is not negative");
+    return 0;
+}
+
+static int take_key(long long key, uint32_t *to) {
+    if (key < 0 || key > (long long)~SIGN) {
+        PyErr_Format(PyExc_ValueError, "the bits of a magnitude are from 0 to 2^31 - 1, not %lld", key);
+        return -1;
+    }
+    *to = (uint32_t)key;
+    return 0;
+}
+
+/* Of None, (key, index, key, index) or (capsule, limit); returns 0, or -1 with an exception. */
+static int take_keep(PyObject *given, Keep *keep) {
+    long long first_key = ~SIGN, end_key = 0, limit;
+    PyObject *capsule;
+    memset(keep, 0, sizeof *keep);
+    keep->end_index = PY_SSIZE_T_MAX;
+    if (given != Py_None && !PyTuple_Check(given)) {
+        PyErr_SetString(PyExc_TypeError, "what stays is None, two boundaries or (capsule, limit)");
+        return -1;
+    }
+    if (given != Py_None && PyTuple_Size(given) == 2) {
+        if (!PyArg_ParseTuple(given, "OL", &capsule, &limit) || take_key(limit, &keep->limit) < 0) return -1;
+        return (keep->noise = PyCapsule_GetPointer(capsule, "BitGenerator")) ? 0 : -1;
+    }
+    if (given != Py_None &&
+        !PyArg_ParseTuple(given, "LnLn;two boundaries are (key, index, key, index)", &first_key, &keep->first_index, &end_key, &keep->end_index)) {
+        return -1;
+    }
+    if (!is_index(keep->first_index) || !is_index(keep->end_index)) return -1;
+    return take_key(first_key, &keep->first_key) < 0 || take_key(end_key, &keep->end_key) < 0 ? -1 : 0;
+}
+
+/* Keep magnitudes from `low` to below `high`; the others become 0. */
+FOR_EVERY_WIDTH static void keep_between(uint32_t *values, uint32_t low, uint32_t high, Py_ssize_t count) {
+    uint32_t range = high - low;
+    for (Py_ssize_t k = 0; k < count; k++) values[k] = (values[k] & ~SIGN) - low < range ? values[k] : 0;
+}
+
+FOR_EVERY_WIDTH static void keep_below(uint32_t *restrict values, const uint32_t *restrict words, uint32_t limit, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) values[k] = (words[k] & ~SIGN) < limit ? values[k] : 0;
+}
+
+/* Two words from every draw, the lower half first. */
+static void draw(const Generator *noise, uint32_t *words, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k += 2) {
+        uint64_t drawn = noise->next_uint64(noise->state);
+        words[k] = (uint32_t)drawn;
+        words[k + 1] = (uint32_t)(drawn >> 32);
+    }
+}
+
+/* Thin out a strip whose first element has the index `start`; `spare` is overwritten. */
+static void thin_out(Strip *strip, const Keep *keep, Py_ssize_t start, Py_ssize_t count, Strip *spare) {
+    if (keep->noise) {
+        draw(keep->noise, spare->bits, count);
+        keep_below(strip->bits, spare->bits, keep->limit, count);
+        return;
+    }
+    /* From a boundary's own index on an element that equals it ranks behind it. */
+    for (Py_ssize_t done = 0, next; done < count; done = next) {
+        Py_ssize_t first = keep->first_index - start, end = keep->end_index - start;
+        next = count;
+        if (first > done && first < next) next = first;
+        if (end > done && end < next) next = end;
+        keep_between(strip->bits + done, keep->end_key + (end <= done), keep->first_key + (first <= done), next - done);
+    }
+}
+
+FOR_EVERY_WIDTH static void add_magnitudes(double *restrict to, const uint32_t *restrict what, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) to[k] += float_of(what[k] & ~SIGN);
+}
+
+/* 0 where the sign is not the elected one, which is plus for -0. */
+FOR_EVERY_WIDTH static void keep_agreeing(uint32_t *restrict what, const float *restrict elected, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) what[k] = (what[k] ^ bits_of(elected[k] + 0.0f)) & SIGN ? 0 : what[k];
+}
+
+FOR_EVERY_WIDTH static void add_weight(float *restrict to, const float *restrict what, float weight, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) to[k] += (float)(what[k] != 0.0f) * weight;
+}
+
+FOR_EVERY_WIDTH static void divide(float *restrict what, const float *restrict by, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) {
+        float tiny = by[k] < TINY && by[k] > -TINY;
+        what[k] /= by[k] + tiny;
+    }
+}
+
+static void add_all(const Strip *terms, Py_ssize_t number, Strip *total, Py_ssize_t count) {
+    memcpy(total, terms, 4 * (size_t)count);
+    for (Py_ssize_t i = 1; i < number; i++) add(total->numbers, terms[i].numbers, count);
+}
+
+/* The base's and a model's buffers; returns 0, or -1 with an exception. */
+static int take_pair(PyObject *sequence, Inputs *given) {
+    if (take(sequence, given) < 0) return -1;
+    if (given->number == 2) return 0;
+    PyErr_SetString(PyExc_ValueError, "a task vector is of two inputs");
+    return -1;
+}
+
+static int lies(const Py_buffer *given, size_t elements, size_t width) {
+    if ((size_t)given->len == elements * width && (uintptr_t)given->buf % width == 0) return 1;
+    PyErr_Format(PyExc_ValueError, "not %zu aligned numbers of %zu bytes", elements, width);
+    return 0;
+}
+
+PyDoc_STRVAR(count_doc,
+"count(inputs, lowest, shift, counts) -> bad\n\n"
+"Count digits of a task vector's keys, the bits of its magnitudes: adds to counts[(key - lowest) >> shift] where that exists.\n\n"
+"Args:\n"
+"    inputs: (buffer, type) of the base and of the model.\n"
+"    lowest: the smallest key that is counted.\n"
+"    shift: from 0 to 30.\n"
+"    counts: a buffer of int64 [65536].\n\n"
+"Returns:\n"
+"    The number of the first input that holds NaN or Inf, -1 if none does.\n\n"
+"Raises:\n"
+"    ValueError: for sizes or types that do not fit.");
+
+static PyObject *count(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *sequence, *told = NULL;
+    long long lowest;
+    int shift;
+    uint32_t low;
+    Inputs given = {0};
+    Py_buffer counts = {0};
+    Strip *strips = NULL;
+    if (!PyArg_ParseTuple(args, "OLiw*", &sequence, &lowest, &shift, &counts)) return NULL;
+    if (take_key(lowest, &low) < 0 || take_pair(sequence, &given) < 0 || overlaps(&counts, &given)) goto end;
+    if (!lies(&counts, DIGITS, sizeof(int64_t))) goto end;
+    if (shift < 0 || shift > 30) {
+        PyErr_Format(PyExc_ValueError, "the shift is from 0 to 30, not %d", shift);
+        goto end;
+    }
+    if (!(strips = strips_for(&given, 0))) goto end;
+    Py_ssize_t bad = -1;
+    int64_t *digits = counts.buf;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
+        Py_ssize_t size = given.size - start < STRIP ? given.size - start : STRIP;
+        read_strips(&given, start, size, 1, strips, &bad);
+        for (Py_ssize_t k = 0; k < size; k++) {
+            uint32_t key = strips[1].bits[k] & ~SIGN, digit = (key - low) >> shift;
+            if (key >= low && digit < DIGITS) digits[digit]++;
+        }
+    }
+    Py_END_ALLOW_THREADS
+    told = PyLong_FromSsize_t(bad);
+end:
+    PyMem_Free(strips);
+    release(&given);
+    PyBuffer_Release(&counts);
+    return told;
+}
+
+PyDoc_STRVAR(find_doc,
+"find(inputs, key, nth) -> (place, equal)\n\n"
+"Where the nth element of a task vector, from 0, whose magnitude has the bits `key` is: -1 where there are fewer; and how many there\n"
+"are up to there.\n\n"
+"Args:\n"
+"    inputs: (buffer, type) of the base and of the model.\n\n"
+"Raises:\n"
+"    ValueError: for sizes or types that do not fit.");
+
+static PyObject *find(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *sequence, *told = NULL;
+    long long wanted;
+    uint32_t key;
+    Py_ssize_t nth;
+    Inputs given = {0};
+    Strip *strips = NULL;
+    if (!PyArg_ParseTuple(args, "OLn", &sequence, &wanted, &nth)) return NULL;
+    if (take_key(wanted, &key) < 0 || take_pair(sequence, &given) < 0 || !(strips = strips_for(&given, 0))) goto end;
+    Py_ssize_t bad = -1, place = -1, equal = 0;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t start = 0; start < given.size && place < 0; start += STRIP) {
+        Py_ssize_t size = given.size - start < STRIP ? given.size - start : STRIP;
+        read_strips(&given, start, size, 1, strips, &bad);
+        for (Py_ssize_t k = 0; k < size && place < 0; k++) {
+            if ((strips[1].bits[k] & ~SIGN) == key && equal++ == nth) place = start + k;
+        }
+    }
+    Py_END_ALLOW_THREADS
+    told = Py_BuildValue("nn", place, equal);
+end:
+    PyMem_Free(strips);
+    release(&given);
+    return told;
+}
+
+PyDoc_STRVAR(sum_magnitudes_doc,
+"sum_magnitudes(inputs, keep, start, finite_only, sums) -> bad\n\n"
+"Add the magnitudes of a task vector, and of what stays of it, to sums of float64.\n\n"
+"Args:\n"
+"    inputs: (buffer, type) of the base and of the model.\n"
+"    keep: as for `thin`.\n"
+"    start: the index of the first element.\n"
+"    finite_only: whether NaN and Inf count as 0.\n"
+"    sums: a buffer of float64 [2, LANES], the whole and what stays; element k of the inputs adds to sum k % LANES.\n\n"
+"Returns:\n"
+"    The number of the first input that holds NaN or Inf, -1 if none does.\n\n"
+"Raises:\n"
+"    ValueError: for sizes or types that do not fit.");
+
+static PyObject *sum_magnitudes(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *sequence, *kept, *told = NULL;
+    Py_ssize_t first;
+    int finite_only;
+    Keep keep;
+    Inputs given = {0};
+    Py_buffer sums = {0};
+    Strip *strips = NULL;
+    if (!PyArg_ParseTuple(args, "OOnpw*", &sequence, &kept, &first, &finite_only, &sums)) return NULL;
+    if (!is_index(first) || take_keep(kept, &keep) < 0 || take_pair(sequence, &given) < 0 || overlaps(&sums, &given)) goto end;
+    if (!lies(&sums, 2 * LANES, sizeof(double)) || !(strips = strips_for(&given, 1))) goto end;
+    Py_ssize_t bad = -1;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
+        Py_ssize_t size = given.size - start < STRIP ? given.size - start : STRIP;
+        double *lanes = (double *)sums.buf + start % LANES;
+        Strip *delta = strips + 1, *spare = strips + 2;
+        read_strips(&given, start, size, 1, strips, &bad);
+        memcpy(spare, delta, 4 * (size_t)size);
+        if (finite_only) clear_unfit(spare->bits, size);
+        add_magnitudes(lanes, spare->bits, size);
+        thin_out(delta, &keep, first + start, size, spare);
+        if (finite_only) clear_unfit(delta->bits, size);
+        add_magnitudes(lanes + LANES, delta->bits, size);
+    }
+    Py_END_ALLOW_THREADS
+    told = PyLong_FromSsize_t(bad);
+end:
+    PyMem_Free(strips);
+    release(&given);
+    PyBuffer_Release(&sums);
+    return told;
+}
+
+/* A task vector's part in the sum. */
+typedef struct {
+    float coefficient;
+    float weight; /* counted where it agrees */
+    Keep keep;
+} Term;
+
+static Term *take_terms(PyObject *sequence, Py_ssize_t number) {
+    if (PySequence_Size(sequence) != number) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "there is not one term for every model");
+        return NULL;
+    }
+    Term *terms = PyMem_Calloc((size_t)number, sizeof(Term));
+    if (!terms) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < number; i++) {
+        PyObject *keep, *given = PySequence_GetItem(sequence, i);
+        int fine = given && PyTuple_Check(given) && PyArg_ParseTuple(given, "ffO", &terms[i].coefficient, &terms[i].weight, &keep) &&
+                   take_keep(keep, &terms[i].keep) == 0;
+        if (!fine && !PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "a term is (coefficient, weight, what stays)");
+        Py_XDECREF(given);
+        if (!fine) {
+            PyMem_Free(terms);
+            return NULL;
+        }
+    }
+    return terms;
+}
+
+/* Leave of the terms what has the sign of their sum, and add that to `total`, over the sum of its weights with `by_weight`. */
+static void agree(Strip *strips, const Term *terms, Py_ssize_t number, int by_weight, Strip *total, Strip *spare, Py_ssize_t count) {
+    add_all(strips, number, total, count);
+    for (Py_ssize_t i = 0; i < number; i++) keep_agreeing(strips[i].bits, total->numbers, count);
+    add_all(strips, number, total, count);
+    if (!by_weight) return;
+    memset(spare, 0, 4 * (size_t)count);
+    for (Py_ssize_t i = 0; i < number; i++) add_weight(spare->numbers, strips[i].numbers, terms[i].weight, count);
+    divide(total->numbers, spare->numbers, count);
+}
+
+PyDoc_STRVAR(thin_doc,
+"thin(inputs, terms, start, consensus, by_weight, factor, result, type) -> (bad, finite)\n\n"
+"Write `b + f sum_i c_i keep_i(x_i - b)`, rounded once from float32, to nearest, ties to even.\n\n"
+"Args:\n"
+"    inputs: (buffer, type) of b and of every x; the type is BF16, F16, F32 or F64.\n"
+"    terms: (c, weight, keep) for every x. keep is None, all stays; or (key, index, key, index), what ranks before the second\n"
+"        boundary and not before the first, larger magnitudes and of equal ones lower indices ranking before; or (capsule, limit),\n"
+"        numpy's of a bit generator, two of whose words of 31 bits come from every draw of 64: what has a word below the limit.\n"
+"    start: the index of the first element.\n"
+"    consensus: whether what has not the sign of the sum is left out.\n"
+"    by_weight: whether the sum is then divided by the weights of what was not.\n"
+"    factor: f.\n"
+"    result: a buffer to be written, of as many elements.\n"
+"    type: of the result.\n\n"
+"Returns:\n"
+"    The number of the first input that holds NaN or Inf, -1 if none does; whether the result holds none.\n\n"
+"Raises:\n"
+"    ValueError: for sizes or types that do not fit.");
+
+static PyObject *thin(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *sequence, *listed, *name, *told = NULL;
+    Py_ssize_t first;
+    int consensus, by_weight;
+    float factor;
+    Inputs given = {0};
+    Py_buffer result = {0};
+    Term *terms = NULL;
+    Strip *strips = NULL;
+    if (!PyArg_ParseTuple(args, "OOnppfw*O", &sequence, &listed, &first, &consensus, &by_weight, &factor, &result, &name)) return NULL;
+    int type = type_of(name);
+    if (!is_index(first) || type < 0 || take(sequence, &given) < 0 || overlaps(&result, &given) || !fits(&result, type, &given)) goto end;
+    Py_ssize_t number = given.number - 1;
+    if (!number) {
+        PyErr_SetString(PyExc_ValueError, "there is no model beside the base");
+        goto end;
+    }
+    if (!(terms = take_terms(listed, number)) || !(strips = strips_for(&given, 2))) goto end;
+    Py_ssize_t bad = -1;
+    int infinite = 0;
+    Py_BEGIN_ALLOW_THREADS
+    Strip *deltas = strips + 1, *total = deltas + number, *spare = total + 1;
+    for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
+        Py_ssize_t size = given.size - start < STRIP ? given.size - start : STRIP;
+        read_strips(&given, start, size, 1, strips, &bad);
+        for (Py_ssize_t i = 0; i < number; i++) {
+            thin_out(deltas + i, &terms[i].keep, first + start, size, spare);
+            scale(deltas[i].numbers, terms[i].coefficient, size);
+        }
+        if (consensus) agree(deltas, terms, number, by_weight, total, spare, size);
+        else add_all(deltas, number, total, size);
+        scale(total->numbers, factor, size);
+        add(total->numbers, strips[0].numbers, size);
+        infinite |= WRITE[type](total, (char *)result.buf + start * WIDTHS[type], size);
+    }
+    Py_END_ALLOW_THREADS
+    told = Py_BuildValue("nO", bad, infinite ? Py_False : Py_True);
+end:
+    PyMem_Free(strips);
+    PyMem_Free(terms);
+    release(&given);
+    PyBuffer_Release(&result);
+    return told;
+}
+
 static PyMethodDef METHODS[] = {
     {"combine", combine, METH_VARARGS, combine_doc},
     {"products", products, METH_VARARGS, products_doc},
+    {"count", count, METH_VARARGS, count_doc},
+    {"find", find, METH_VARARGS, find_doc},
+    {"sum_magnitudes", sum_magnitudes, METH_VARARGS, sum_magnitudes_doc},
+    {"thin", thin, METH_VARARGS, thin_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -433,7 +818,7 @@ static PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, fill}, {0, NULL}};
 static struct PyModuleDef MODULE = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_native",
-    .m_doc = "The hot passes of a merge in C; methods/native_span.py says what they are for.",
+    .m_doc = "The hot passes of a merge in C; methods/native_span.py and methods/native_sparse.py say what they are for.",
     .m_methods = METHODS,
     .m_slots = SLOTS,
 };

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from frankenmerge.merging.methods.span import Combination
+    from frankenmerge.merging.methods.sparse import Thinned
 
 Chunks = Iterator[tuple[memoryview, bool]]
 """The bytes of a tensor's elements, in order, and whether these are finite; each good until the next is asked for."""
@@ -50,11 +51,12 @@ def one_thread() -> None:
 
 def arithmetic(operation: Combine | Rotate, device: str) -> Arithmetic:
     """What computes a tensor: C where it can, which is the quickest and needs no torch; torch otherwise."""
-    from frankenmerge.merging.methods import native_span, span
+    from frankenmerge.merging.methods import native
 
-    if device != "cpu" or not isinstance(operation, Combine) or operation.method not in span.RULES:
+    if device != "cpu" or not isinstance(operation, Combine):
         return "torch"
-    return "C" if native_span.can(_combination(operation, lambda _: _unread)) else "torch"
+    method = _method(operation, lambda _: _unread)
+    return "C" if method and native.can(method) else "torch"
 
 
 def _unread(start: int, stop: int) -> NoReturn:
@@ -75,10 +77,11 @@ def compute(
 
 
 def _by_c(operation: Combine, handles: Handles, *, allow_nan: bool) -> Chunks:
-    from frankenmerge.merging.methods import native_span
+    from frankenmerge.merging.methods import native
 
-    combination = _combination(operation, partial(raw_reader, handles=handles, allow_nan=allow_nan))
-    return native_span.rounded(combination, operation.dtype, allow_nan=allow_nan)
+    method = _method(operation, partial(raw_reader, handles=handles, allow_nan=allow_nan))
+    assert method
+    return native.rounded(method, operation.dtype, allow_nan=allow_nan)
 
 
 def _by_torch(operation: Combine, handles: Handles, *, device: str, allow_nan: bool) -> Chunks:
@@ -88,11 +91,13 @@ def _by_torch(operation: Combine, handles: Handles, *, device: str, allow_nan: b
     return _rounded(combine(operation.method, parts, base, **_whole(operation)), operation.dtype)
 
 
-def _combination(operation: Combine, reader: Reader) -> "Combination":
-    from frankenmerge.merging.methods import span
+def _method(operation: Combine, reader: Reader) -> "Combination | Thinned | None":
+    """What the method makes of its inputs, with no tensor read; None for one that torch alone knows."""
+    from frankenmerge.merging.methods import span, sparse
 
+    rule = span.RULES.get(operation.method) or sparse.RULES.get(operation.method)
     parts, base = _parts(operation, reader)
-    return span.RULES[operation.method](inputs_of(operation.method, parts, base, **_whole(operation)))
+    return rule and rule(inputs_of(operation.method, parts, base, **_whole(operation)))
 
 
 def _parts(operation: Combine, reader: Reader) -> tuple[list[Part], Part | None]:

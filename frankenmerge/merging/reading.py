@@ -114,7 +114,7 @@ def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[
         return Raw(view, given.tensor.dtype, told)
 
     def read_rows(start: int, stop: int) -> Raw:
-        from frankenmerge.merging.methods.native_span import converted
+        from frankenmerge.merging.methods.native_chunks import converted
 
         assert given.rows
         view = view_of((stop - start) * 4)

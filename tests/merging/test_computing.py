@@ -19,7 +19,7 @@ from frankenmerge.checkpoint import Checkpoint, Tensor, open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging import computing, plan, writer
 from frankenmerge.merging.computing import not_finite
-from frankenmerge.merging.methods import native_span
+from frankenmerge.merging.methods import native_chunks
 from frankenmerge.merging.schedule import Combine, Copy, Input, schedule
 from frankenmerge.merging.shards import readings
 from frankenmerge.merging.writer import merge
@@ -123,13 +123,15 @@ def test_the_provenance_names_the_parts_of_a_computed_tensor(linear, pair, tmp_p
 # The two arithmetics
 
 
-needs_extension = pytest.mark.skipif(native_span.native is None and not shutil.which("cc"), reason="no compiler has built the extension")
+needs_extension = pytest.mark.skipif(
+    native_chunks.extension is None and not shutil.which("cc"), reason="no compiler has built the extension"
+)
 
 
 @pytest.fixture
 def without_extension(monkeypatch):
     """As where no compiler was there when the package was installed."""
-    return lambda: monkeypatch.setattr(native_span, "native", None)
+    return lambda: monkeypatch.setattr(native_chunks, "extension", None)
 
 
 @needs_extension

@@ -1,6 +1,7 @@
 """The merge methods as a table: their parameters and how many models they take. Importing it does not import torch.
 
-Names and defaults are mergekit's. `combine.py` runs them; `span.py`, `sparse.py` and `fusion.py` hold the formulas.
+Names and defaults are mergekit's. `span.py`, `sparse.py` and `fusion.py` hold the formulas; `combine.py` runs them by torch, `native.py`
+in C.
 """
 
 import math

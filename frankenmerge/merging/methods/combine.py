@@ -10,19 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from frankenmerge.merging.methods import Value, fusion, span, sparse
+from frankenmerge.merging.methods import Value, fusion, span, sparse, torch_span, torch_sparse
 from frankenmerge.merging.methods.inputs import BLOCK, Inputs, Part, Plan, inputs_of
-from frankenmerge.merging.methods.torch_span import plan_of
 
 RULES: dict[str, Callable[[Inputs], Plan]] = {
-    **{name: lambda inputs, rule=rule: plan_of(rule(inputs)) for name, rule in span.RULES.items()},
-    "ties": sparse.ties,
-    "dare_linear": sparse.dare_linear,
-    "dare_ties": sparse.dare_ties,
-    "breadcrumbs": sparse.breadcrumbs,
-    "breadcrumbs_ties": sparse.breadcrumbs_ties,
-    "della": sparse.della,
-    "della_linear": sparse.della_linear,
+    **{name: lambda inputs, rule=rule: torch_span.plan_of(rule(inputs)) for name, rule in span.RULES.items()},
+    **{name: lambda inputs, rule=rule: torch_sparse.plan_of(rule(inputs)) for name, rule in sparse.RULES.items()},
     "nearswap": fusion.nearswap,
     "arcee_fusion": fusion.arcee_fusion,
     "sce": fusion.sce,

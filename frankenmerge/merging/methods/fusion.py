@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from frankenmerge.merging.methods.inputs import Inputs, Plan, precise_sum
-from frankenmerge.merging.methods.select import before, boundaries, kth_largest, magnitudes
-from frankenmerge.merging.methods.sparse import agreed, total_of
+from frankenmerge.merging.methods.select import boundaries, kth_largest
+from frankenmerge.merging.methods.torch_select import before, magnitudes, order_of
+from frankenmerge.merging.methods.torch_sparse import agreed, total_of
 
 
 def nearswap(inputs: Inputs) -> Plan:
@@ -46,7 +47,7 @@ def arcee_fusion(inputs: Inputs) -> Plan:
         return magnitudes(importance(start, stop)[0])
 
     quartiles = [last - last * quarter // 4 for quarter in (1, 2, 3)]
-    found = kth_largest(keys, lambda: inputs.spans(rows=True), quartiles)
+    found = kth_largest(order_of(keys, lambda: inputs.spans(rows=True)), quartiles)
     low, median, high = torch.tensor([key for key, _ in found], dtype=torch.int32).view(torch.float32).tolist()
     threshold = median + 1.5 * (high - low)
 
@@ -95,7 +96,7 @@ def _selected(inputs: Inputs) -> Callable[[list[Tensor], int], list[Tensor]]:
         return spread(inputs.deltas(start, stop)[1])
 
     varied = sum(int(keys(start, stop).count_nonzero()) for start, stop in inputs.spans())
-    (end,) = boundaries(keys, inputs.spans, inputs.size, [int(share * varied)])
+    (end,) = boundaries(order_of(keys, inputs.spans), inputs.size, [int(share * varied)])
 
     def select(deltas: list[Tensor], start: int) -> list[Tensor]:
         mask = before(spread(deltas), start, end)

@@ -1,80 +1,35 @@
-"""The two passes of a linear combination in C, on the CPU: inner products, and the combination itself. Imports no torch.
+"""The two passes of a linear combination in C: inner products, and the combination itself.
 
-The same operations in the same order as in `torch_span.py`, so that both give the same bits. The extension is built where there
-is a compiler; what it cannot do, and everything where it is missing, is left to torch.
+The same operations in the same order as in `torch_span.py`, so that both give the same bits.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import numpy as np
 
-from frankenmerge.checkpoint import BYTES_OF
-from frankenmerge.errors import FrankenmergeError
-from frankenmerge.merging.methods.inputs import BLOCK, Inputs, Part, Raw
-from frankenmerge.merging.methods.span import LANES, Array, Combination, pairs, solved
-
-if TYPE_CHECKING:
-    from frankenmerge.merging import _native as native
-else:
-    try:
-        from frankenmerge.merging import _native as native
-    except ImportError:
-        native = None
-
-CHUNK = BLOCK
-"""Elements of a chunk; a whole number of `LANES`."""
-
-
-def can(combination: Combination) -> bool:
-    """Whether the extension is there and does this: coefficients for a whole tensor, not for every row or column."""
-    return native is not None and combination.per == "tensor"
+from frankenmerge.merging.methods.inputs import Inputs
+from frankenmerge.merging.methods.native_chunks import Given, every, extension, scanned, written
+from frankenmerge.merging.methods.span import Combination, pairs, solved
+from frankenmerge.merging.methods.sums import LANES, Array
 
 
 def rounded(combination: Combination, dtype: str, *, allow_nan: bool) -> Iterator[tuple[memoryview, bool]]:
-    """Yield the merged tensor in chunks, each element rounded once to `dtype`, and whether all of a chunk is finite.
-
-    A chunk is good until the next is asked for. Raises FrankenmergeError, unless `allow_nan`, for NaN and Inf in an input.
-    """
+    """The merged tensor in chunks, as `native_chunks.written` yields them."""
     inputs = combination.inputs
     if not inputs.size:
         return
     coefficients = solved(combination, lambda finite_only: _sums(inputs, finite_only, allow_nan=allow_nan)).tolist()
-    width = BYTES_OF[dtype]
-    made = memoryview(bytearray(min(CHUNK, inputs.size) * width))
-    for start, stop in inputs.spans(CHUNK):
-        chunk = made[: (stop - start) * width]
-        raws = _raws(inputs, start, stop)
-        bad, finite = native.combine([raw[:2] for raw in raws], coefficients, inputs.base is not None, chunk, dtype)
-        if not allow_nan:
-            refuse(raws, bad)
-        yield chunk, finite
+    relative = inputs.base is not None
 
+    def write(given: Given, _: int, chunk: memoryview) -> tuple[int, bool]:
+        return extension.combine(given, coefficients, relative, chunk, dtype)
 
-def converted(raw: Raw, result: memoryview, *, allow_nan: bool) -> None:
-    """Write the elements to `result` in float32. Raises as `rounded` does."""
-    bad, _ = native.combine([raw[:2]], [1.0], False, result, "F32")
-    if not allow_nan:
-        refuse([raw], bad)
-
-
-def _raws(inputs: Inputs, start: int, stop: int) -> list[Raw]:
-    parts: Sequence[Part] = [inputs.base, *inputs.parts] if inputs.base else inputs.parts
-    return [part.read(start, stop) for part in parts]
-
-
-def refuse(raws: Sequence[Raw], bad: int) -> None:
-    """Raise FrankenmergeError where the extension found NaN or Inf in the input of number `bad`."""
-    if bad >= 0:
-        raise FrankenmergeError(raws[bad].broken)
+    yield from written(inputs, write, dtype, allow_nan=allow_nan)
 
 
 def _sums(inputs: Inputs, finite_only: bool, *, allow_nan: bool) -> Array:
     """Inner products `[pairs, LANES]`, of the finite elements or of all."""
     total = np.zeros((sum(1 for _ in pairs(len(inputs.parts))), LANES))
-    for start, stop in inputs.spans(CHUNK):
-        raws = _raws(inputs, start, stop)
-        bad = native.products([raw[:2] for raw in raws], inputs.base is not None, finite_only, total)
-        if not allow_nan:
-            refuse(raws, bad)
+    relative = inputs.base is not None
+    scanned(inputs, every(inputs), lambda given, _: extension.products(given, relative, finite_only, total), allow_nan=allow_nan)
     return total

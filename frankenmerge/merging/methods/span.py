@@ -11,20 +11,16 @@ Here are the coefficients, and no tensor. The two passes are in `native_span.py`
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from frankenmerge.errors import fail
 from frankenmerge.merging.methods.inputs import Inputs
+from frankenmerge.merging.methods.sums import Array, folded, gathered
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 Coefficients = Callable[[Array], Array]
 """Gram matrices `[k, n, n]`, one for every row or column or one for the tensor, to coefficients `[k, n]`."""
-
-LANES = 2**13
-"""Sums that a tensor's inner products are gathered in, side by side: element k adds to sum k % LANES, so that the order is fixed
-and yet many are added at once."""
 
 
 class Combination(NamedTuple):
@@ -197,28 +193,22 @@ def pairs(count: int) -> Iterator[tuple[int, int]]:
 
 
 def _gram(sums: Array, count: int) -> Array:
-    while sums.shape[1] > 1:  # by halves, which fixes the order
-        half = sums.shape[1] // 2
-        sums = sums[:, :half] + sums[:, half:]
     gram = np.empty((1, count, count))
-    for (i, j), total in zip(pairs(count), sums[:, 0], strict=True):
+    for (i, j), total in zip(pairs(count), folded(sums), strict=True):
         gram[:, i, j] = gram[:, j, i] = total
     return gram
 
 
 def grams(gather: Callable[[bool], Array], name: str) -> Array:
-    """Gram matrices as `gather` sums them: of all elements (False) or, where that gives NaN or Inf, of the finite ones (True).
+    """Gram matrices as `gather` sums them, of all elements or where NaN or Inf was let through of the finite ones.
 
-    So lengths and angles are found where NaN or Inf was let through, and stays in its own elements. A second pass when it is needed
-    costs less than a look at every element each time. Raises FrankenmergeError, naming the tensor, where that does not help.
+    Raises FrankenmergeError, naming the tensor, where that does not help.
     """
-    for finite_only in (False, True):
-        with np.errstate(invalid="ignore"):  # the sum of Inf and -Inf
-            found = gather(finite_only)
-        if np.isfinite(found).all():
-            return found
-    expected = "values that can be squared, since lengths and angles are needed"
-    raise fail(name, expected, "larger ones, beyond 1e19", "check the donors, or choose another method")
+    found = gathered(gather)
+    if not np.isfinite(found).all():
+        expected = "values that can be squared, since lengths and angles are needed"
+        raise fail(name, expected, "larger ones, beyond 1e19", "check the donors, or choose another method")
+    return found
 
 
 RULES: dict[str, Callable[[Inputs], Combination]] = {

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from frankenmerge.merging.methods.inputs import Inputs, Plan
-from frankenmerge.merging.methods.span import LANES, Array, Coefficients, Combination, grams, pairs, solved
+from frankenmerge.merging.methods.span import Coefficients, Combination, grams, pairs, solved
+from frankenmerge.merging.methods.sums import LANES, Array
 
 
 def plan_of(combination: Combination) -> Plan:
@@ -60,7 +61,7 @@ def _sum(base: Tensor | None, vectors: list[Tensor], coefficients: Array) -> Ten
     return total if base is None else total.add_(base)
 
 
-def _finite(vectors: list[Tensor], finite_only: bool) -> list[Tensor]:
+def finite(vectors: list[Tensor], finite_only: bool) -> list[Tensor]:
     """The vectors, or others whose NaN and Inf are 0."""
     return [vector.nan_to_num(0.0, 0.0, 0.0) for vector in vectors] if finite_only else vectors
 
@@ -72,14 +73,19 @@ def _sums(inputs: Inputs, finite_only: bool) -> Array:
     """
     total: Tensor | None = None
     for start, stop in inputs.spans():
-        vectors = _finite(_vectors(inputs, start, stop)[1], finite_only)
+        vectors = finite(_vectors(inputs, start, stop)[1], finite_only)
         if total is None:
             total = torch.zeros(sum(1 for _ in pairs(len(vectors))), LANES, dtype=torch.float64, device=vectors[0].device)
         for (i, j), sums in zip(pairs(len(vectors)), total, strict=True):
-            for products in (vectors[i] * vectors[j]).split(LANES):
-                sums[: len(products)] += products
+            add_to_lanes(sums, vectors[i] * vectors[j])
     assert total is not None
     return total.cpu().numpy()
+
+
+def add_to_lanes(sums: Tensor, values: Tensor) -> None:
+    """Add element k of flat float32 values to float64 sum k % LANES."""
+    for stretch in values.split(LANES):
+        sums[: len(stretch)] += stretch
 
 
 def _column_grams(inputs: Inputs, finite_only: bool) -> Array:
@@ -94,7 +100,7 @@ def _column_grams(inputs: Inputs, finite_only: bool) -> Array:
 
 def _products(vectors: list[Tensor], dim: int, finite_only: bool) -> Array:
     """Inner products `[k, n, n]` of matrices along `dim`, of the finite elements or of all; float32 products, float64 sums."""
-    vectors = _finite(vectors, finite_only)
+    vectors = finite(vectors, finite_only)
     count = len(vectors)
     result = np.empty((vectors[0].shape[1 - dim], count, count))
     for i, j in pairs(count):

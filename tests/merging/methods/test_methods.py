@@ -200,7 +200,7 @@ def o_breadcrumbs_ties(xs, b, models, p):
 
 
 def drawn(number, size):
-    return words(SEED, NAME, number, 0, size).numpy() / SCALE
+    return words(SEED, NAME, number, 0, size) / SCALE
 
 
 def o_dare_linear(xs, b, models, p, consensus=False):

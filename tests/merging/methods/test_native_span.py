@@ -14,10 +14,11 @@ from frankenmerge.errors import Fault, FrankenmergeError
 from frankenmerge.merging.methods import combine as torch_combine
 from frankenmerge.merging.methods import native_span, span
 from frankenmerge.merging.methods.inputs import BLOCK, Part, Raw, inputs_of
-from frankenmerge.merging.methods.native_span import native
+from frankenmerge.merging.methods.native_chunks import CHUNK, extension
+from frankenmerge.merging.methods.sums import LANES
 
 # Where there is a compiler the extension must be there: what is missing then is a build, and these tests fail.
-pytestmark = pytest.mark.skipif(native is None and not shutil.which("cc"), reason="no compiler has built the extension")
+pytestmark = pytest.mark.skipif(extension is None and not shutil.which("cc"), reason="no compiler has built the extension")
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -30,7 +31,7 @@ def combined(tensors, coefficients, relative, dtype):
     """Through the extension: (the result, the first bad input, whether the result is finite)."""
     inputs = [(bytes_of(tensor), name) for name, tensor in tensors]
     result = bytearray(len(tensors[0][1]) * torch.empty(0, dtype=TYPES[dtype]).element_size())
-    told = native.combine(inputs, coefficients, relative, result, dtype)
+    told = extension.combine(inputs, coefficients, relative, result, dtype)
     return torch.frombuffer(result, dtype=TYPES[dtype]) if result else torch.empty(0, dtype=TYPES[dtype]), *told
 
 
@@ -103,7 +104,7 @@ def test_what_is_not_finite_is_found_wherever_it_is_and_told_by_its_input(dtype,
         tensors[number][1][place] = value
         result, bad, finite = combined(tensors, [0.0, 0.0, 0.5], False, dtype)
         assert bad == number and not finite and not result[place].isfinite() and result[(place + 1) % 3000] == 1.0
-        assert native.products([(bytes_of(t), dtype) for _, t in tensors], True, False, np.zeros((3, native.LANES))) == number
+        assert extension.products([(bytes_of(t), dtype) for _, t in tensors], True, False, np.zeros((3, extension.LANES))) == number
 
 
 def test_a_result_too_large_for_its_type_is_told_apart_from_its_inputs():
@@ -214,14 +215,14 @@ def test_what_is_not_finite_gives_torch_s_bits_and_stays_in_its_own_elements(met
 
 def test_inner_products_are_those_of_float64_and_do_not_depend_on_how_calls_cut_the_tensor():
     rng = np.random.default_rng(3)
-    vectors = [torch.from_numpy(rng.standard_normal(3 * native.LANES + 1001).astype(np.float32)).bfloat16() for _ in range(3)]
+    vectors = [torch.from_numpy(rng.standard_normal(3 * extension.LANES + 1001).astype(np.float32)).bfloat16() for _ in range(3)]
     exact = np.stack([vector.double().numpy() for vector in vectors])
     exact = exact[1:] - exact[0]
     sums = []
-    for cuts in ([0, len(vectors[0])], [0, native.LANES, 3 * native.LANES, len(vectors[0])]):
-        total = np.zeros((3, native.LANES))
+    for cuts in ([0, len(vectors[0])], [0, extension.LANES, 3 * extension.LANES, len(vectors[0])]):
+        total = np.zeros((3, extension.LANES))
         for start, stop in itertools.pairwise(cuts):
-            assert native.products([(bytes_of(vector[start:stop]), "BF16") for vector in vectors], True, False, total) == -1
+            assert extension.products([(bytes_of(vector[start:stop]), "BF16") for vector in vectors], True, False, total) == -1
         sums.append(total)
     assert (sums[0] == sums[1]).all()
     for (i, j), found in zip([(0, 0), (1, 0), (1, 1)], sums[0].sum(axis=1), strict=True):
@@ -229,7 +230,7 @@ def test_inner_products_are_those_of_float64_and_do_not_depend_on_how_calls_cut_
 
 
 def test_the_sums_are_as_many_as_the_rules_say():
-    assert native.LANES == span.LANES and native_span.CHUNK % span.LANES == 0
+    assert extension.LANES == LANES and CHUNK % LANES == 0
 
 
 @pytest.mark.parametrize("method", ["slerp", "linear"])
@@ -289,44 +290,44 @@ X = b"\x00" * 8
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(arguments):
     with pytest.raises((ValueError, TypeError, BufferError)):
-        native.combine(*arguments)
+        extension.combine(*arguments)
 
 
 def test_sums_that_do_not_fit_are_refused():
-    lanes = native.LANES
+    lanes = extension.LANES
     for sums in (np.zeros((2, lanes)), np.zeros((3, lanes - 1)), np.zeros((4, lanes)), np.zeros((0, lanes)), bytearray(3 * lanes * 8 + 1)):
         with pytest.raises(ValueError):
-            native.products([(X, "F32"), (X, "F32")], False, False, sums)
+            extension.products([(X, "F32"), (X, "F32")], False, False, sums)
     with pytest.raises(ValueError):
-        native.products([(X, "F32")], True, False, np.zeros((1, lanes)))
+        extension.products([(X, "F32")], True, False, np.zeros((1, lanes)))
     read_only = np.zeros((1, lanes))
     read_only.flags.writeable = False
     with pytest.raises((ValueError, TypeError, BufferError)):
-        native.products([(X, "F32")], False, False, read_only)
+        extension.products([(X, "F32")], False, False, read_only)
     shifted = memoryview(bytearray(lanes * 8 + 1))[1:]
     with pytest.raises(ValueError):
-        native.products([(X, "F32")], False, False, shifted)
+        extension.products([(X, "F32")], False, False, shifted)
 
 
 def test_a_result_that_lies_in_an_input_is_refused():
     shared = bytearray(16)
     with pytest.raises(ValueError, match="overlaps"):
-        native.combine([(memoryview(shared)[:8], "F32")], [1.0], False, memoryview(shared)[4:12], "F32")
-    native.combine([(memoryview(shared)[:8], "F32")], [1.0], False, memoryview(shared)[8:], "F32")
+        extension.combine([(memoryview(shared)[:8], "F32")], [1.0], False, memoryview(shared)[4:12], "F32")
+    extension.combine([(memoryview(shared)[:8], "F32")], [1.0], False, memoryview(shared)[8:], "F32")
 
 
 def test_elements_need_not_be_aligned():
     values = torch.randn(1001)
     shifted = memoryview(b"\x00" + bytes_of(values))[1:]
     result = bytearray(2 * 1001 + 1)
-    native.combine([(shifted, "F32")], [1.0], False, memoryview(result)[1:], "BF16")
+    extension.combine([(shifted, "F32")], [1.0], False, memoryview(result)[1:], "BF16")
     assert result[1:] == bytes_of(values.bfloat16())
 
 
 def test_buffers_are_let_go_after_a_call_and_after_an_error():
     content, result = bytearray(8), bytearray(8)
-    native.combine([(content, "F32")], [1.0], False, result, "F32")
+    extension.combine([(content, "F32")], [1.0], False, result, "F32")
     with pytest.raises(ValueError):
-        native.combine([(content, "F32"), (content, "F16")], [1.0, 1.0], False, result, "F32")
+        extension.combine([(content, "F32"), (content, "F16")], [1.0, 1.0], False, result, "F32")
     content.extend(b"more")  # a BufferError while anyone holds it
     result.extend(b"more")

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frankenmerge.merging.methods.select import before, boundaries, kth_largest, magnitudes
+from frankenmerge.merging.methods.select import boundaries, kth_largest
+from frankenmerge.merging.methods.torch_select import before, magnitudes, order_of
 
 
 def spans_of(size, step):
@@ -23,7 +24,7 @@ def test_boundaries_rank_as_a_stable_sort_does(values, step, data):
     bits = magnitudes(torch.from_numpy(array.copy()))
     order = np.lexsort((np.arange(size), -np.abs(array).astype(np.float64)))
     ranks = data.draw(st.lists(st.integers(0, size), min_size=1, max_size=3))
-    found = boundaries(lambda start, stop: bits[start:stop].clone(), spans_of(size, step), size, ranks)
+    found = boundaries(order_of(lambda start, stop: bits[start:stop].clone(), spans_of(size, step)), size, ranks)
     for rank, boundary in zip(ranks, found, strict=True):
         mask = torch.cat([before(bits[a:b].clone(), a, boundary) for a, b in spans_of(size, step)()]).numpy()
         assert set(mask.tolist()) <= {0, -1}
@@ -36,7 +37,7 @@ def test_kth_largest_is_the_sorted_element(values, data):
     array = np.abs(np.array(values, dtype=np.float32))
     bits = magnitudes(torch.from_numpy(array.copy()))
     rank = data.draw(st.integers(0, len(array) - 1))
-    ((key, ties_before),) = kth_largest(lambda start, stop: bits[start:stop].clone(), spans_of(len(array), 7), [rank])
+    ((key, ties_before),) = kth_largest(order_of(lambda start, stop: bits[start:stop].clone(), spans_of(len(array), 7)), [rank])
     ordered = np.sort(array)[::-1]
     value = np.array([key], dtype=np.int32).view(np.float32)[0]
     assert value == ordered[rank]

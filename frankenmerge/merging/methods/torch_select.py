@@ -1,0 +1,48 @@
+"""A tensor's order, counted by torch, and what ranks before a boundary."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from frankenmerge.merging.methods.inputs import Span
+from frankenmerge.merging.methods.select import DIGITS, LARGEST, Counts, Order, Rank
+
+Keys = Callable[[int, int], Tensor]
+"""Elements `[start, stop)` as int32, none negative: the bits of magnitudes."""
+
+
+def magnitudes(values: Tensor) -> Tensor:
+    """The bits of `|values|`, float32, as int32."""
+    return values.view(torch.int32).bitwise_and(LARGEST)
+
+
+def order_of(keys: Keys, spans: Callable[[], Iterable[Span]]) -> Order:
+    """The order of a tensor whose keys are read as often as it takes."""
+
+    def counts(offsets: Sequence[int], shift: int) -> list[Counts]:
+        found = [np.zeros(DIGITS, np.int64) for _ in offsets]
+        for start, stop in spans():
+            chunk = keys(start, stop)
+            for count, offset in zip(found, offsets, strict=True):
+                digits = (chunk - offset).bitwise_right_shift_(shift).clamp_(-1, DIGITS).add_(1)
+                count += torch.bincount(digits, minlength=DIGITS + 2)[1:-1].cpu().numpy()
+        return found
+
+    def index(key: int, nth: int) -> int:
+        for start, stop in spans():
+            places = (keys(start, stop) == key).nonzero()
+            if nth < len(places):
+                return start + int(places[nth])
+            nth -= len(places)
+        raise AssertionError("the tensor changed between two readings")
+
+    return Order(counts, index)
+
+
+def before(keys: Tensor, start: int, boundary: Rank) -> Tensor:
+    """All ones where the element ranks before `boundary`, else 0: int32, for the keys of elements from `start` on."""
+    above = keys - boundary.key
+    above[max(boundary.index - start, 0) :] -= 1  # from there on an equal element ranks behind
+    return above.bitwise_right_shift_(31).bitwise_not_()
