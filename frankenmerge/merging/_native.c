@@ -559,14 +559,24 @@ static int lies(const Py_buffer *given, size_t elements, size_t width) {
     return 0;
 }
 
+/* One half of every key: the upper one, or the lower one of those whose upper one is `upper`. */
+static void count_upper(const uint32_t *values, int64_t *counts, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) counts[(values[k] & ~SIGN) >> 16]++;
+}
+
+static void count_lower(const uint32_t *values, uint32_t upper, int64_t *counts, Py_ssize_t count) {
+    for (Py_ssize_t k = 0; k < count; k++) {
+        if ((values[k] & ~SIGN) >> 16 == upper) counts[values[k] & 0xFFFFu]++;
+    }
+}
+
 PyDoc_STRVAR(count_doc,
-"count(inputs, lowest, shift, counts) -> bad\n\n"
-"Count digits of a task vector's keys, the bits of its magnitudes: adds to counts[(key - lowest) >> shift] where that exists.\n\n"
+"count(inputs, upper, counts) -> bad\n\n"
+"Count halves of a task vector's keys, the bits of its magnitudes.\n\n"
 "Args:\n"
 "    inputs: (buffer, type) of the base and of the model.\n"
-"    lowest: the smallest key that is counted.\n"
-"    shift: from 0 to 30.\n"
-"    counts: a buffer of int64 [65536].\n\n"
+"    upper: None to count the upper halves; otherwise the upper half of those whose lower halves are counted.\n"
+"    counts: a buffer of int64 [65536], to which is added.\n\n"
 "Returns:\n"
 "    The number of the first input that holds NaN or Inf, -1 if none does.\n\n"
 "Raises:\n"
@@ -574,31 +584,25 @@ PyDoc_STRVAR(count_doc,
 
 static PyObject *count(PyObject *module, PyObject *args) {
     (void)module;
-    PyObject *sequence, *told = NULL;
-    long long lowest;
-    int shift;
-    uint32_t low;
+    PyObject *sequence, *half, *told = NULL;
     Inputs given = {0};
     Py_buffer counts = {0};
     Strip *strips = NULL;
-    if (!PyArg_ParseTuple(args, "OLiw*", &sequence, &lowest, &shift, &counts)) return NULL;
-    if (take_key(lowest, &low) < 0 || take_pair(sequence, &given) < 0 || overlaps(&counts, &given)) goto end;
-    if (!lies(&counts, DIGITS, sizeof(int64_t))) goto end;
-    if (shift < 0 || shift > 30) {
-        PyErr_Format(PyExc_ValueError, "the shift is from 0 to 30, not %d", shift);
+    if (!PyArg_ParseTuple(args, "OOw*", &sequence, &half, &counts)) return NULL;
+    long upper = half == Py_None ? -1 : PyLong_AsLong(half);
+    if (half != Py_None && (upper < 0 || upper >= DIGITS)) {
+        if (!PyErr_Occurred()) PyErr_Format(PyExc_ValueError, "the upper half of a key is from 0 to 65535, not %ld", upper);
         goto end;
     }
+    if (take_pair(sequence, &given) < 0 || overlaps(&counts, &given) || !lies(&counts, DIGITS, sizeof(int64_t))) goto end;
     if (!(strips = strips_for(&given, 0))) goto end;
     Py_ssize_t bad = -1;
-    int64_t *digits = counts.buf;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
         Py_ssize_t size = given.size - start < STRIP ? given.size - start : STRIP;
         read_strips(&given, start, size, 1, strips, &bad);
-        for (Py_ssize_t k = 0; k < size; k++) {
-            uint32_t key = strips[1].bits[k] & ~SIGN, digit = (key - low) >> shift;
-            if (key >= low && digit < DIGITS) digits[digit]++;
-        }
+        if (upper < 0) count_upper(strips[1].bits, counts.buf, size);
+        else count_lower(strips[1].bits, (uint32_t)upper, counts.buf, size);
     }
     Py_END_ALLOW_THREADS
     told = PyLong_FromSsize_t(bad);

@@ -160,7 +160,7 @@ def test_without_the_extension_the_bytes_are_the_same(linear, pair, tmp_path, wi
 
 
 @needs_extension
-@pytest.mark.parametrize("method", ["linear", "slerp", "model_stock"])
+@pytest.mark.parametrize("method", ["linear", "slerp", "model_stock", "ties", "dare_ties"])
 @pytest.mark.parametrize("stored, made", [("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16"), ("F32", "bfloat16")])
 def test_without_the_extension_the_bytes_of_nan_are_the_same(pair, tmp_path, without_extension, method, stored, made):
     donors = []
@@ -170,7 +170,8 @@ def test_without_the_extension_the_bytes_of_nan_are_the_same(pair, tmp_path, wit
         for place, value in enumerate((math.nan, -math.nan, math.inf, -math.inf)):
             tensors[NAME].view(-1)[place + number :: 16] = value
         save_file(tensors, donors[-1] / "model.safetensors", {"format": "pt"})
-    weights = {"parameters": {"weight": 0.4}} if method == "linear" else {}
+    own = {"linear": {"weight": 0.4}, "ties": {"weight": 0.4, "density": 0.6}, "dare_ties": {"weight": 0.4, "density": 0.6}}
+    weights = {"parameters": own.get(method, {})}
     recipe = {"models": [{"model": str(donor), **weights} for donor in (*donors, pair[stored][0])], "merge_method": method, "dtype": made}
     recipe |= {} if method == "linear" else {"base_model": str(donors[0])}
     if method == "slerp":
@@ -184,10 +185,10 @@ def test_without_the_extension_the_bytes_of_nan_are_the_same(pair, tmp_path, wit
 
 
 @needs_extension
-@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "model_stock"])
+@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "model_stock", "ties", "dare_linear", "breadcrumbs"])
 def test_what_is_computed_in_c_is_so_without_torch(pair, tmp_path, method):
     first, second = map(str, pair["BF16"])
-    weight = {"parameters": {"weight": 0.4}} if method in ("linear", "task_arithmetic") else {}
+    weight = {} if method in ("slerp", "model_stock") else {"parameters": {"weight": 0.4}}
     listed = [{"model": name, **weight} for name in (first, second)]
     recipe = {"models": listed, "merge_method": method} | ({} if method == "linear" else {"base_model": first})
     recipe |= {"parameters": {"t": 0.3}} if method == "slerp" else {}

@@ -3,7 +3,7 @@
 The same operations in the same order as in `torch_sparse.py`, so that both give the same bits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -49,13 +49,9 @@ def _boundaries(inputs: Inputs, model: int, keep: Keep, *, allow_nan: bool) -> B
 def _order(inputs: Inputs, model: int, *, allow_nan: bool) -> Order:
     pair = _pair(inputs, model)
 
-    def counts(offsets: Sequence[int], shift: int) -> list[Counts]:
-        found = [np.zeros(DIGITS, np.int64) for _ in offsets]
-
-        def count(given: Given, _: int) -> int:
-            return max(extension.count(given, offset, shift, digits) for offset, digits in zip(offsets, found, strict=True))
-
-        scanned(inputs, pair, count, allow_nan=allow_nan)
+    def counted(upper: int | None) -> Counts:
+        found = np.zeros(DIGITS, np.int64)
+        scanned(inputs, pair, lambda given, _: extension.count(given, upper, found), allow_nan=allow_nan)
         return found
 
     def index(key: int, nth: int) -> int:
@@ -66,7 +62,7 @@ def _order(inputs: Inputs, model: int, *, allow_nan: bool) -> Order:
             nth -= equal
         raise AssertionError("the tensor changed between two readings")
 
-    return Order(counts, index)
+    return Order(lambda: counted(None), lambda uppers: [counted(upper) for upper in uppers], index)
 
 
 def _sums(inputs: Inputs, model: int, stays: Boundaries | None, finite_only: bool, *, allow_nan: bool) -> Array:

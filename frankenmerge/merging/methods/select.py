@@ -19,8 +19,10 @@ Counts = np.ndarray[Any, np.dtype[np.int64]]
 class Order(NamedTuple):
     """What must be known of a tensor's keys, the bits of magnitudes."""
 
-    counts: Callable[[Sequence[int], int], list[Counts]]
-    """For every offset how many keys have each value of `(key - offset) >> shift` in `[0, DIGITS)`."""
+    uppers: Callable[[], Counts]
+    """How many keys have each upper half, `[DIGITS]`."""
+    lowers: Callable[[Sequence[int]], list[Counts]]
+    """Of the keys of every upper half that is asked for how many have each lower half, `[DIGITS]`."""
     index: Callable[[int, int], int]
     """Where the nth (from 0) element of a key is."""
 
@@ -35,9 +37,10 @@ class Rank(NamedTuple):
 
 def kth_largest(order: Order, ranks: Sequence[int]) -> list[tuple[int, int]]:
     """For every rank (0: the largest) the key there, and how many elements of that key rank before it."""
-    tops = [_find(counts, rank) for counts, rank in zip(order.counts([0], 16) * len(ranks), ranks, strict=True)]
+    counts = order.uppers()
+    tops = [_find(counts, rank) for rank in ranks]
     uppers = sorted({upper for upper, _ in tops})
-    lower = dict(zip(uppers, order.counts([upper * DIGITS for upper in uppers], 0), strict=True))
+    lower = dict(zip(uppers, order.lowers(uppers), strict=True))
     result = []
     for upper, before in tops:
         digit, left = _find(lower[upper], before)

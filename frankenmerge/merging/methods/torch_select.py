@@ -21,13 +21,15 @@ def magnitudes(values: Tensor) -> Tensor:
 def order_of(keys: Keys, spans: Callable[[], Iterable[Span]]) -> Order:
     """The order of a tensor whose keys are read as often as it takes."""
 
-    def counts(offsets: Sequence[int], shift: int) -> list[Counts]:
-        found = [np.zeros(DIGITS, np.int64) for _ in offsets]
+    def uppers() -> Counts:
+        return sum((_counted(keys(start, stop) >> 16) for start, stop in spans()), np.zeros(DIGITS, np.int64))
+
+    def lowers(uppers: Sequence[int]) -> list[Counts]:
+        found = [np.zeros(DIGITS, np.int64) for _ in uppers]
         for start, stop in spans():
             chunk = keys(start, stop)
-            for count, offset in zip(found, offsets, strict=True):
-                digits = (chunk - offset).bitwise_right_shift_(shift).clamp_(-1, DIGITS).add_(1)
-                count += torch.bincount(digits, minlength=DIGITS + 2)[1:-1].cpu().numpy()
+            for count, upper in zip(found, uppers, strict=True):
+                count += _counted(chunk[chunk >> 16 == upper] & (DIGITS - 1))
         return found
 
     def index(key: int, nth: int) -> int:
@@ -38,7 +40,11 @@ def order_of(keys: Keys, spans: Callable[[], Iterable[Span]]) -> Order:
             nth -= len(places)
         raise AssertionError("the tensor changed between two readings")
 
-    return Order(counts, index)
+    return Order(uppers, lowers, index)
+
+
+def _counted(digits: Tensor) -> Counts:
+    return torch.bincount(digits, minlength=DIGITS).cpu().numpy()
 
 
 def before(keys: Tensor, start: int, boundary: Rank) -> Tensor:

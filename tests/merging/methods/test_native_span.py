@@ -9,22 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import TYPES, bits, bytes_of, parts_of, same
 
-from frankenmerge.errors import Fault, FrankenmergeError
+from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging.methods import combine as torch_combine
 from frankenmerge.merging.methods import native_span, span
-from frankenmerge.merging.methods.inputs import BLOCK, Part, Raw, inputs_of
+from frankenmerge.merging.methods.inputs import BLOCK, inputs_of
 from frankenmerge.merging.methods.native_chunks import CHUNK, extension
 from frankenmerge.merging.methods.sums import LANES
 
 # Where there is a compiler the extension must be there: what is missing then is a build, and these tests fail.
 pytestmark = pytest.mark.skipif(extension is None and not shutil.which("cc"), reason="no compiler has built the extension")
-
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if len(tensor) else b""
 
 
 def combined(tensors, coefficients, relative, dtype):
@@ -33,16 +28,6 @@ def combined(tensors, coefficients, relative, dtype):
     result = bytearray(len(tensors[0][1]) * torch.empty(0, dtype=TYPES[dtype]).element_size())
     told = extension.combine(inputs, coefficients, relative, result, dtype)
     return torch.frombuffer(result, dtype=TYPES[dtype]) if result else torch.empty(0, dtype=TYPES[dtype]), *told
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """As integers, every NaN the same one: its payload means nothing."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor).view(whole)
-
-
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(bits(one), bits(other))
 
 
 # One element at a time
@@ -153,19 +138,6 @@ def test_any_types_and_lengths_give_torch_s_bits_and_are_near_float64(types, dty
     assert ((found.double() - oracle).abs() <= bound).all()
 
 
-def parts_of(tensors, *, raw: bool) -> list[Part]:
-    def part(number: int, name: str, tensor: torch.Tensor) -> Part:
-        told = Fault(f"donor {number}", "finite numbers", "NaN or Inf", "none")
-
-        def read(start: int, stop: int):
-            piece = tensor[start:stop]
-            return Raw(memoryview(bytes_of(piece)), name, told) if raw else piece.float().clone()
-
-        return Part(read, {"weight": 0.3 + 0.2 * number, "scale": 0.7})
-
-    return [part(number, name, tensor) for number, (name, tensor) in enumerate(tensors)]
-
-
 CASES = [
     *[("passthrough", 1, False, {}), ("linear", 3, False, {}), ("linear", 2, False, {"normalize": False}), ("slerp", 1, True, {"t": 0.3})],
     *[("nuslerp", 2, based, {}) for based in (False, True)],
@@ -177,11 +149,10 @@ CASES = [
 def both_ways(method, tensors, base, shape, parameters, dtype, allow_nan=False):
     """The bytes of the method's result: by the extension, and by torch."""
     whole = {"shape": shape, "parameters": parameters, "name": "t", "seed": 0}
-    parts = {raw: parts_of(tensors, raw=raw) for raw in (True, False)}
-    bases = {raw: parts_of([base], raw=raw)[0] if base else None for raw in (True, False)}
-    wanted = {"passthrough": ("scale",), "slerp": (), "karcher": (), "model_stock": ()}.get(method, ("weight",))
-    for raw, listed in parts.items():
-        parts[raw] = [part._replace(parameters={name: part.parameters[name] for name in wanted}) for part in listed]
+    per_model = {"passthrough": {"scale": 0.7}} | dict.fromkeys(("slerp", "karcher", "model_stock"), {})
+    own = [per_model.get(method, {"weight": 0.3 + 0.2 * number}) for number in range(len(tensors))]
+    parts = {raw: parts_of(tensors, own, raw=raw) for raw in (True, False)}
+    bases = {raw: parts_of([base], [{}], raw=raw)[0] if base else None for raw in (True, False)}
     combination = span.RULES[method](inputs_of(method, parts[True], bases[True], **whole))
     ours = b"".join(bytes(content) for content, _ in native_span.rounded(combination, dtype, allow_nan=allow_nan))
     chunks = torch_combine.combine(method, parts[False], bases[False], **whole)
@@ -238,9 +209,8 @@ def test_nan_in_an_input_is_refused_by_its_name_and_let_through_when_allowed(met
     tensors = [("BF16", torch.ones(BLOCK + 3)), ("BF16", torch.ones(BLOCK + 3))]
     tensors = [(name, tensor.bfloat16()) for name, tensor in tensors]
     tensors[1][1][BLOCK] = math.nan
-    one, other = parts_of(tensors, raw=True)
-    parts, base = ([other._replace(parameters={})], one) if method == "slerp" else ([one, other], None)
-    parts = parts if method == "slerp" else [part._replace(parameters={"weight": 0.5}) for part in parts]
+    one, other = parts_of(tensors, [{} if method == "slerp" else {"weight": 0.5}] * 2, raw=True)
+    parts, base = ([other], one) if method == "slerp" else ([one, other], None)
     parameters = {"t": 0.5} if method == "slerp" else {}
     inputs = inputs_of(method, parts, base, shape=(BLOCK + 3,), parameters=parameters, name="t", seed=0)
     with pytest.raises(FrankenmergeError) as caught:
@@ -251,7 +221,7 @@ def test_nan_in_an_input_is_refused_by_its_name_and_let_through_when_allowed(met
 
 
 def test_a_tensor_of_no_elements_has_no_chunks():
-    parts = [part._replace(parameters={"weight": 1.0}) for part in parts_of([("F32", torch.empty(0))], raw=True)]
+    parts = parts_of([("F32", torch.empty(0))], [{"weight": 1.0}], raw=True)
     inputs = inputs_of("linear", parts, None, shape=(0, 4), parameters={}, name="t", seed=0)
     assert not list(native_span.rounded(span.linear(inputs), "F32", allow_nan=False))
 
