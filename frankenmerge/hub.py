@@ -133,14 +133,14 @@ def _range(url: str, start: int, stop: int, place: str) -> tuple[bytes, int]:
             found = f"status {response.status_code}, Content-Range {response.headers.get('Content-Range')!r}"
             remedy = "download the donor whole and give its folder: this server sends no ranges"
             raise fail(place, f"bytes {start:,} to {stop - 1:,} alone", found, remedy)
-        content = b""
+        content = bytearray()
         for chunk in response.iter_raw():
             content += chunk
             if len(content) >= stop - start:
                 break
     if len(content) < stop - start:
         raise fail(place, f"{stop - start:,} bytes", f"{len(content):,}", "try again: the answer was cut off")
-    return content[: stop - start], int(told[3])
+    return bytes(content[: stop - start]), int(told[3])
 
 
 def hub_ids(names: Iterable[str]) -> list[str]:

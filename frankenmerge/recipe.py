@@ -182,16 +182,24 @@ def recipe_of(blocks: list[Block], **fields: Any) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key may stand once."""
+    """Safe YAML in which a key may stand once, and merge keys (`<<`) cannot make more of a file than `_LARGEST` keys."""
+
+    keys = 0
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in nodes]
-        for key, key_node in zip(keys, nodes, strict=True):
-            if keys.count(key) > 1:
-                mark = f"key {key!r} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, mark, key_node.start_mark)
+        seen = set()
+        for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen |= {key} if isinstance(key, Hashable) else set()  # PyYAML refuses the others itself
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)  # which calls this for what is merged, before it takes over the keys
+        self.keys += len(node.value)
+        if self.keys > _LARGEST:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {_LARGEST:,} keys by way of merge keys", node.start_mark)
 
 
 _LARGEST = 1_000_000

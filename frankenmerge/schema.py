@@ -64,6 +64,11 @@ def _one_name(value: Any) -> Any:
     return "+".join(names) if names and all(isinstance(name, str) for name in names) else value
 
 
+def _without_torch(value: Any) -> Any:
+    """`torch.bfloat16` is `bfloat16`."""
+    return value.removeprefix("torch.") if isinstance(value, str) else value
+
+
 class Part(BaseModel):
     """A mapping that holds known keys and no others."""
 
@@ -75,7 +80,7 @@ Model = Annotated[str, BeforeValidator(_one_name), Field(min_length=1)]
 Setting = Annotated[Any, AfterValidator(setting)]
 """A parameter: a number or flag, a gradient (list of numbers), or a list of {filter, value} with such values."""
 Parameters = dict[str, Setting]
-Dtype = Literal["float32", "float16", "bfloat16"]
+Dtype = Annotated[Literal["float32", "float16", "bfloat16"], BeforeValidator(_without_torch)]
 
 
 class Source(Part):

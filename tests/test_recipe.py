@@ -114,6 +114,21 @@ slices:
     assert str(parse_recipe(text, "r.yaml")) == "a[0:2] a[1:3]"
 
 
+@pytest.mark.parametrize("merge", ["[{}]", "{{<<: [{}]}}"])
+def test_merge_keys_that_multiply_are_refused_before_they_are_written_out(merge):
+    """Twelve levels that would be 10^12 keys."""
+    letters = "abcdefghijklm"
+    levels = [
+        f"{one}: &{one} {{<<: {merge.format(', '.join([f'*{before}'] * 10))}, {one}: 1}}" for before, one in itertools.pairwise(letters)
+    ]
+    (fault,) = refused("\n".join(["a: &a {a: 1}", *levels]))
+    assert "more than 1,000,000 keys" in fault.found
+
+
+def test_a_type_may_be_named_as_torch_does():
+    assert parse_recipe(GOOD.replace("bfloat16", "torch.bfloat16"), "r.yaml") == parse_recipe(GOOD, "r.yaml")
+
+
 block_lists = st.lists(st.builds(Block, st.sampled_from(["a", "b", "org/c"]), st.integers(0, 5)), min_size=1, max_size=24)
 
 
