@@ -1,5 +1,5 @@
 /* The passes of a merge. Linear combinations: inner products, and the combination itself. Thinned task vectors: counts that find
- * ranks, sums of magnitudes, and what is left, added.
+ * ranks, ranks in rows, sums of magnitudes, and what is left, added.
  *
  * All take the elements in strips that stay in a core's first cache, as float32 whatever the file holds. The order of every
  * operation is that of methods/torch_span.py and methods/torch_sparse.py, so that both give the same bits: one operation of float32
@@ -439,13 +439,19 @@ typedef struct {
     uint64_t (*next_raw)(void *);
 } Generator;
 
-/* What stays of a task vector: what ranks from one boundary to before another, or where the generator's word is below a limit. */
+/* What stays of a task vector: what ranks from one boundary to before another, or where a random word is below a limit. */
 typedef struct {
     uint32_t first_key, end_key;
     Py_ssize_t first_index, end_index;
-    Generator *noise; /* NULL where ranks decide */
+    Generator *noise; /* draws the words for `limit`; NULL where it does not */
     uint32_t limit;
+    Py_buffer words, limits; /* a word and a limit for every element; .obj is NULL while there are none */
 } Keep;
+
+static void release_keep(Keep *keep) {
+    if (keep->words.obj) PyBuffer_Release(&keep->words);
+    if (keep->limits.obj) PyBuffer_Release(&keep->limits);
+}
 
 static int is_index(Py_ssize_t start) {
     if (start >= 0) return 1;
@@ -462,19 +468,34 @@ static int take_key(long long key, uint32_t *to) {
     return 0;
 }
 
-/* Of None, (key, index, key, index) or (capsule, limit); returns 0, or -1 with an exception. */
-static int take_keep(PyObject *given, Keep *keep) {
-    long long first_key = ~SIGN, end_key = 0, limit;
-    PyObject *capsule;
+static int lies(const Py_buffer *given, size_t elements, size_t width) {
+    if ((size_t)given->len == elements * width && (uintptr_t)given->buf % width == 0) return 1;
+    PyErr_Format(PyExc_ValueError, "not %zu aligned numbers of %zu bytes", elements, width);
+    return 0;
+}
+
+/* Of None, (key, index, key, index), (generator, limit) or (words, limits) for `size` elements; returns 0, or -1 with an exception. What
+ * it holds is to be released in either case. */
+static int take_keep(PyObject *given, Py_ssize_t size, Keep *keep) {
+    long long first_key = ~SIGN, end_key = 0;
     memset(keep, 0, sizeof *keep);
     keep->end_index = PY_SSIZE_T_MAX;
     if (given != Py_None && !PyTuple_Check(given)) {
-        PyErr_SetString(PyExc_TypeError, "what stays is None, two boundaries or (capsule, limit)");
+        PyErr_SetString(PyExc_TypeError, "what stays is None, two boundaries, (generator, limit) or (words, limits)");
         return -1;
     }
     if (given != Py_None && PyTuple_Size(given) == 2) {
-        if (!PyArg_ParseTuple(given, "OL", &capsule, &limit) || take_key(limit, &keep->limit) < 0) return -1;
-        return (keep->noise = PyCapsule_GetPointer(capsule, "BitGenerator")) ? 0 : -1;
+        PyObject *source = PyTuple_GetItem(given, 0), *limit = PyTuple_GetItem(given, 1);
+        if (PyLong_Check(limit)) {
+            long long number = PyLong_AsLongLong(limit);
+            if (PyErr_Occurred() || take_key(number, &keep->limit) < 0) return -1;
+            PyObject *capsule = PyObject_GetAttrString(source, "capsule"); /* to what lives as long as the generator */
+            keep->noise = capsule ? PyCapsule_GetPointer(capsule, "BitGenerator") : NULL;
+            Py_XDECREF(capsule);
+            return keep->noise ? 0 : -1;
+        }
+        if (PyObject_GetBuffer(source, &keep->words, PyBUF_SIMPLE) < 0 || PyObject_GetBuffer(limit, &keep->limits, PyBUF_SIMPLE) < 0) return -1;
+        return lies(&keep->words, (size_t)size, 4) && lies(&keep->limits, (size_t)size, 4) ? 0 : -1;
     }
     if (given != Py_None &&
         !PyArg_ParseTuple(given, "LnLn;two boundaries are (key, index, key, index)", &first_key, &keep->first_index, &end_key, &keep->end_index)) {
@@ -494,6 +515,12 @@ FOR_EVERY_WIDTH static void keep_below(uint32_t *restrict values, const uint32_t
     for (Py_ssize_t k = 0; k < count; k++) values[k] = (words[k] & ~SIGN) < limit ? values[k] : 0;
 }
 
+FOR_EVERY_WIDTH static void keep_below_each(
+    uint32_t *restrict values, const uint32_t *restrict words, const uint32_t *restrict limits, Py_ssize_t count
+) {
+    for (Py_ssize_t k = 0; k < count; k++) values[k] = (words[k] & ~SIGN) < limits[k] ? values[k] : 0;
+}
+
 /* Two words from every draw, the lower half first. */
 static void draw(const Generator *noise, uint32_t *words, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k += 2) {
@@ -503,16 +530,20 @@ static void draw(const Generator *noise, uint32_t *words, Py_ssize_t count) {
     }
 }
 
-/* Thin out a strip whose first element has the index `start`; `spare` is overwritten. */
-static void thin_out(Strip *strip, const Keep *keep, Py_ssize_t start, Py_ssize_t count, Strip *spare) {
+/* Thin out a strip, which begins at element `offset` of a call whose first one has the index `base`; `spare` is overwritten. */
+static void thin_out(Strip *strip, const Keep *keep, Py_ssize_t base, Py_ssize_t offset, Py_ssize_t count, Strip *spare) {
     if (keep->noise) {
         draw(keep->noise, spare->bits, count);
         keep_below(strip->bits, spare->bits, keep->limit, count);
         return;
     }
+    if (keep->words.obj) {
+        keep_below_each(strip->bits, (const uint32_t *)keep->words.buf + offset, (const uint32_t *)keep->limits.buf + offset, count);
+        return;
+    }
     /* From a boundary's own index on an element that equals it ranks behind it. */
+    Py_ssize_t first = keep->first_index - base - offset, end = keep->end_index - base - offset;
     for (Py_ssize_t done = 0, next; done < count; done = next) {
-        Py_ssize_t first = keep->first_index - start, end = keep->end_index - start;
         next = count;
         if (first > done && first < next) next = first;
         if (end > done && end < next) next = end;
@@ -551,12 +582,6 @@ static int take_pair(PyObject *sequence, Inputs *given) {
     if (given->number == 2) return 0;
     PyErr_SetString(PyExc_ValueError, "a task vector is of two inputs");
     return -1;
-}
-
-static int lies(const Py_buffer *given, size_t elements, size_t width) {
-    if ((size_t)given->len == elements * width && (uintptr_t)given->buf % width == 0) return 1;
-    PyErr_Format(PyExc_ValueError, "not %zu aligned numbers of %zu bytes", elements, width);
-    return 0;
 }
 
 /* One half of every key: the upper one, or the lower one of those whose upper one is `upper`. */
@@ -649,6 +674,86 @@ end:
     return told;
 }
 
+/* Sort `count` pairs of a key, above, and a place, below, by the keys; equal ones stay in order. Returns where they lie then. */
+static uint64_t *sort(uint64_t *pairs, uint64_t *spare, Py_ssize_t count) {
+    static const int DIGIT = 8;
+    uint32_t counts[4][256];
+    memset(counts, 0, sizeof counts);
+    for (Py_ssize_t k = 0; k < count; k++) {
+        for (int digit = 0; digit < 4; digit++) counts[digit][pairs[k] >> (32 + DIGIT * digit) & 255]++;
+    }
+    for (int digit = 0; digit < 4; digit++) {
+        uint32_t *places = counts[digit], before = 0;
+        int shift = 32 + DIGIT * digit;
+        if (places[pairs[0] >> shift & 255] == (uint32_t)count) continue; /* all alike */
+        for (int value = 0; value < 256; value++) {
+            uint32_t here = places[value];
+            places[value] = before;
+            before += here;
+        }
+        for (Py_ssize_t k = 0; k < count; k++) spare[places[pairs[k] >> shift & 255]++] = pairs[k];
+        uint64_t *sorted = spare;
+        spare = pairs;
+        pairs = sorted;
+    }
+    return pairs;
+}
+
+PyDoc_STRVAR(row_limits_doc,
+"row_limits(inputs, limits, result) -> bad\n\n"
+"Write for every element of a task vector the limit of its magnitude's rank in its row; of equal ones the one further on ranks higher.\n\n"
+"Args:\n"
+"    inputs: (buffer, type) of the base and of the model, whole rows.\n"
+"    limits: a buffer of uint32 as long as a row, from the smallest magnitude's to the largest's.\n"
+"    result: a buffer of uint32 to be written, of as many elements as the inputs.\n\n"
+"Returns:\n"
+"    The number of the first input that holds NaN or Inf, -1 if none does.\n\n"
+"Raises:\n"
+"    ValueError: for sizes or types that do not fit.");
+
+static PyObject *row_limits(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *sequence, *told = NULL;
+    Inputs given = {0};
+    Py_buffer limits = {0}, result = {0};
+    Strip *strips = NULL;
+    uint64_t *pairs = NULL;
+    if (!PyArg_ParseTuple(args, "Oy*w*", &sequence, &limits, &result)) return NULL;
+    Py_ssize_t width = limits.len / 4;
+    if (take_pair(sequence, &given) < 0 || overlaps(&result, &given) || !lies(&limits, (size_t)width, 4)) goto end;
+    if (!lies(&result, (size_t)given.size, 4)) goto end;
+    if (!width || width > UINT32_MAX || given.size % width) {
+        PyErr_Format(PyExc_ValueError, "%zd elements are not whole rows of %zd", given.size, width);
+        goto end;
+    }
+    if (!(strips = strips_for(&given, 0))) goto end;
+    if (!(pairs = PyMem_Calloc(2 * (size_t)width, sizeof *pairs))) {
+        PyErr_NoMemory();
+        goto end;
+    }
+    Py_ssize_t bad = -1;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t row = 0; row < given.size; row += width) {
+        for (Py_ssize_t start = 0; start < width; start += STRIP) {
+            Py_ssize_t size = width - start < STRIP ? width - start : STRIP;
+            read_strips(&given, row + start, size, 1, strips, &bad);
+            for (Py_ssize_t k = 0; k < size; k++) pairs[start + k] = (uint64_t)(strips[1].bits[k] & ~SIGN) << 32 | (uint64_t)(start + k);
+        }
+        const uint64_t *sorted = sort(pairs, pairs + width, width);
+        uint32_t *to = (uint32_t *)result.buf + row;
+        for (Py_ssize_t k = 0; k < width; k++) to[(uint32_t)sorted[k]] = ((const uint32_t *)limits.buf)[k];
+    }
+    Py_END_ALLOW_THREADS
+    told = PyLong_FromSsize_t(bad);
+end:
+    PyMem_Free(pairs);
+    PyMem_Free(strips);
+    release(&given);
+    PyBuffer_Release(&limits);
+    PyBuffer_Release(&result);
+    return told;
+}
+
 PyDoc_STRVAR(sum_magnitudes_doc,
 "sum_magnitudes(inputs, keep, start, finite_only, sums) -> bad\n\n"
 "Add the magnitudes of a task vector, and of what stays of it, to sums of float64.\n\n"
@@ -668,12 +773,12 @@ static PyObject *sum_magnitudes(PyObject *module, PyObject *args) {
     PyObject *sequence, *kept, *told = NULL;
     Py_ssize_t first;
     int finite_only;
-    Keep keep;
+    Keep keep = {0};
     Inputs given = {0};
     Py_buffer sums = {0};
     Strip *strips = NULL;
     if (!PyArg_ParseTuple(args, "OOnpw*", &sequence, &kept, &first, &finite_only, &sums)) return NULL;
-    if (!is_index(first) || take_keep(kept, &keep) < 0 || take_pair(sequence, &given) < 0 || overlaps(&sums, &given)) goto end;
+    if (!is_index(first) || take_pair(sequence, &given) < 0 || overlaps(&sums, &given) || take_keep(kept, given.size, &keep) < 0) goto end;
     if (!lies(&sums, 2 * LANES, sizeof(double)) || !(strips = strips_for(&given, 1))) goto end;
     Py_ssize_t bad = -1;
     Py_BEGIN_ALLOW_THREADS
@@ -685,7 +790,7 @@ static PyObject *sum_magnitudes(PyObject *module, PyObject *args) {
         memcpy(spare, delta, 4 * (size_t)size);
         if (finite_only) clear_unfit(spare->bits, size);
         add_magnitudes(lanes, spare->bits, size);
-        thin_out(delta, &keep, first + start, size, spare);
+        thin_out(delta, &keep, first, start, size, spare);
         if (finite_only) clear_unfit(delta->bits, size);
         add_magnitudes(lanes + LANES, delta->bits, size);
     }
@@ -693,6 +798,7 @@ static PyObject *sum_magnitudes(PyObject *module, PyObject *args) {
     told = PyLong_FromSsize_t(bad);
 end:
     PyMem_Free(strips);
+    release_keep(&keep);
     release(&given);
     PyBuffer_Release(&sums);
     return told;
@@ -705,7 +811,13 @@ typedef struct {
     Keep keep;
 } Term;
 
-static Term *take_terms(PyObject *sequence, Py_ssize_t number) {
+static void release_terms(Term *terms, Py_ssize_t number) {
+    for (Py_ssize_t i = 0; terms && i < number; i++) release_keep(&terms[i].keep);
+    PyMem_Free(terms);
+}
+
+static Term *take_terms(PyObject *sequence, const Inputs *given) {
+    Py_ssize_t number = given->number - 1;
     if (PySequence_Size(sequence) != number) {
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "there is not one term for every model");
         return NULL;
@@ -716,13 +828,13 @@ static Term *take_terms(PyObject *sequence, Py_ssize_t number) {
         return NULL;
     }
     for (Py_ssize_t i = 0; i < number; i++) {
-        PyObject *keep, *given = PySequence_GetItem(sequence, i);
-        int fine = given && PyTuple_Check(given) && PyArg_ParseTuple(given, "ffO", &terms[i].coefficient, &terms[i].weight, &keep) &&
-                   take_keep(keep, &terms[i].keep) == 0;
+        PyObject *keep, *term = PySequence_GetItem(sequence, i);
+        int fine = term && PyTuple_Check(term) && PyArg_ParseTuple(term, "ffO", &terms[i].coefficient, &terms[i].weight, &keep) &&
+                   take_keep(keep, given->size, &terms[i].keep) == 0;
         if (!fine && !PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "a term is (coefficient, weight, what stays)");
-        Py_XDECREF(given);
+        Py_XDECREF(term);
         if (!fine) {
-            PyMem_Free(terms);
+            release_terms(terms, number);
             return NULL;
         }
     }
@@ -746,8 +858,9 @@ PyDoc_STRVAR(thin_doc,
 "Args:\n"
 "    inputs: (buffer, type) of b and of every x; the type is BF16, F16, F32 or F64.\n"
 "    terms: (c, weight, keep) for every x. keep is None, all stays; or (key, index, key, index), what ranks before the second\n"
-"        boundary and not before the first, larger magnitudes and of equal ones lower indices ranking before; or (capsule, limit),\n"
-"        numpy's of a bit generator, two of whose words of 31 bits come from every draw of 64: what has a word below the limit.\n"
+"        boundary and not before the first, larger magnitudes and of equal ones lower indices ranking before; or (generator, limit),\n"
+"        a bit generator of numpy, two of whose words of 31 bits come from every draw of 64: what has a word below the limit; or\n"
+"        (words, limits), buffers of uint32 for every element: the same.\n"
 "    start: the index of the first element.\n"
 "    consensus: whether what has not the sign of the sum is left out.\n"
 "    by_weight: whether the sum is then divided by the weights of what was not.\n"
@@ -777,7 +890,7 @@ static PyObject *thin(PyObject *module, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "there is no model beside the base");
         goto end;
     }
-    if (!(terms = take_terms(listed, number)) || !(strips = strips_for(&given, 2))) goto end;
+    if (!(terms = take_terms(listed, &given)) || !(strips = strips_for(&given, 2))) goto end;
     Py_ssize_t bad = -1;
     int infinite = 0;
     Py_BEGIN_ALLOW_THREADS
@@ -786,7 +899,7 @@ static PyObject *thin(PyObject *module, PyObject *args) {
         Py_ssize_t size = given.size - start < STRIP ? given.size - start : STRIP;
         read_strips(&given, start, size, 1, strips, &bad);
         for (Py_ssize_t i = 0; i < number; i++) {
-            thin_out(deltas + i, &terms[i].keep, first + start, size, spare);
+            thin_out(deltas + i, &terms[i].keep, first, start, size, spare);
             scale(deltas[i].numbers, terms[i].coefficient, size);
         }
         if (consensus) agree(deltas, terms, number, by_weight, total, spare, size);
@@ -799,7 +912,7 @@ static PyObject *thin(PyObject *module, PyObject *args) {
     told = Py_BuildValue("nO", bad, infinite ? Py_False : Py_True);
 end:
     PyMem_Free(strips);
-    PyMem_Free(terms);
+    release_terms(terms, given.number - 1);
     release(&given);
     PyBuffer_Release(&result);
     return told;
@@ -810,6 +923,7 @@ static PyMethodDef METHODS[] = {
     {"products", products, METH_VARARGS, products_doc},
     {"count", count, METH_VARARGS, count_doc},
     {"find", find, METH_VARARGS, find_doc},
+    {"row_limits", row_limits, METH_VARARGS, row_limits_doc},
     {"sum_magnitudes", sum_magnitudes, METH_VARARGS, sum_magnitudes_doc},
     {"thin", thin, METH_VARARGS, thin_doc},
     {NULL, NULL, 0, NULL},

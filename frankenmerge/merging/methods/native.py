@@ -4,16 +4,12 @@ from collections.abc import Iterator
 
 from frankenmerge.merging.methods import native_chunks, native_span, native_sparse
 from frankenmerge.merging.methods.span import Combination
-from frankenmerge.merging.methods.sparse import RowOdds, Thinned
+from frankenmerge.merging.methods.sparse import Thinned
 
 
 def can(method: Combination | Thinned) -> bool:
-    """Whether the extension is there and does this: no coefficients, and no odds, of single rows."""
-    if native_chunks.extension is None:
-        return False
-    if isinstance(method, Combination):
-        return method.per == "tensor"
-    return not any(isinstance(keep, RowOdds) for keep in method.keeps)
+    """Whether the extension is there and does this: no coefficients of single rows or columns."""
+    return native_chunks.extension is not None and (isinstance(method, Thinned) or method.per == "tensor")
 
 
 def rounded(method: Combination | Thinned, dtype: str, *, allow_nan: bool) -> Iterator[tuple[memoryview, bool]]:

@@ -1,21 +1,27 @@
-"""The passes over thinned task vectors in C: counts that find ranks, sums of magnitudes, and what is left, added.
+"""The passes over thinned task vectors in C: counts for ranks, ranks in rows, sums of magnitudes, and what is left, added.
 
 The same operations in the same order as in `torch_sparse.py`, so that both give the same bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from frankenmerge.checkpoint import BYTES_OF
 from frankenmerge.merging.methods.inputs import Inputs, Part
 from frankenmerge.merging.methods.native_chunks import CHUNK, Given, extension, given, scanned, written
-from frankenmerge.merging.methods.noise import stream
+from frankenmerge.merging.methods.noise import stream, words
 from frankenmerge.merging.methods.select import DIGITS, Counts, Order, boundaries
-from frankenmerge.merging.methods.sparse import Chance, Keep, Ranks, Thinned, coefficients
+from frankenmerge.merging.methods.sparse import Chance, Keep, RowOdds, Thinned, coefficients
 from frankenmerge.merging.methods.sums import LANES, Array
 
-Boundaries = tuple[int, int, int, int]
-"""Key and index of what ranks first of all that stays, and of what ranks first behind it."""
+if TYPE_CHECKING:
+    from frankenmerge.merging._native import Keep as Stays
+
+Stay = Callable[[Given, int], "Stays"]
+"""From base and model and the index of the first element to what stays, as the extension is told of it."""
 
 
 def rounded(thinned: Thinned, dtype: str, *, allow_nan: bool) -> Iterator[tuple[memoryview, bool]]:
@@ -23,27 +29,36 @@ def rounded(thinned: Thinned, dtype: str, *, allow_nan: bool) -> Iterator[tuple[
     inputs = thinned.inputs
     if not inputs.size:
         return
-    found = [_boundaries(inputs, model, keep, allow_nan=allow_nan) for model, keep in enumerate(thinned.keeps)]
-    factors = coefficients(thinned, lambda model, finite_only: _sums(inputs, model, found[model], finite_only, allow_nan=allow_nan))
+    stays = [_stay(inputs, model, keep, allow_nan=allow_nan) for model, keep in enumerate(thinned.keeps)]
+    factors = coefficients(thinned, lambda model, finite_only: _sums(thinned, model, stays[model], finite_only, allow_nan=allow_nan))
     weights = inputs.each("weight")
 
     def write(given: Given, start: int, chunk: memoryview) -> tuple[int, bool]:
-        streams = [stream(inputs.seed, inputs.name, model, start // CHUNK) for model in range(len(weights))]
-        stays = [
-            (noise.capsule, keep.limit) if isinstance(keep, Chance) else ranks
-            for keep, noise, ranks in zip(thinned.keeps, streams, found, strict=True)
-        ]
-        terms = list(zip(factors, weights, stays, strict=True))
+        base, *models = given
+        kept = [stay([base, model], start) for stay, model in zip(stays, models, strict=True)]
+        terms = list(zip(factors, weights, kept, strict=True))
         return extension.thin(given, terms, start, thinned.consensus, thinned.by_weight, thinned.factor, chunk, dtype)
 
-    yield from written(inputs, write, dtype, allow_nan=allow_nan)
+    yield from written(inputs, write, dtype, rows=thinned.rows, allow_nan=allow_nan)
 
 
-def _boundaries(inputs: Inputs, model: int, keep: Keep, *, allow_nan: bool) -> Boundaries | None:
-    if not isinstance(keep, Ranks):
-        return None
+def _stay(inputs: Inputs, model: int, keep: Keep, *, allow_nan: bool) -> Stay:
+    if isinstance(keep, Chance):
+        # Without rows a chunk is a block of noise.
+        return lambda _, start: (stream(inputs.seed, inputs.name, model, start // CHUNK), keep.limit)
+    if isinstance(keep, RowOdds):
+        return partial(_by_row, inputs, model, keep)
+    if keep is None:
+        return lambda _, __: None
     first, end = boundaries(_order(inputs, model, allow_nan=allow_nan), inputs.size, keep)
-    return first.key, first.index, end.key, end.index
+    return lambda _, __: (first.key, first.index, end.key, end.index)
+
+
+def _by_row(inputs: Inputs, model: int, odds: RowOdds, pair: Given, start: int) -> "Stays":
+    words_ = words(inputs.seed, inputs.name, model, start, start + len(pair[0][0]) // BYTES_OF[pair[0][1]])
+    limits = np.empty_like(words_)
+    extension.row_limits(pair, odds.limits, limits)
+    return words_, limits
 
 
 def _order(inputs: Inputs, model: int, *, allow_nan: bool) -> Order:
@@ -65,14 +80,14 @@ def _order(inputs: Inputs, model: int, *, allow_nan: bool) -> Order:
     return Order(lambda: counted(None), lambda uppers: [counted(upper) for upper in uppers], index)
 
 
-def _sums(inputs: Inputs, model: int, stays: Boundaries | None, finite_only: bool, *, allow_nan: bool) -> Array:
+def _sums(thinned: Thinned, model: int, stay: Stay, finite_only: bool, *, allow_nan: bool) -> Array:
     """Magnitudes of a task vector and of what stays of it, `[2, LANES]`, of the finite elements or of all."""
     total = np.zeros((2, LANES))
 
     def add(given: Given, start: int) -> int:
-        return extension.sum_magnitudes(given, stays, start, finite_only, total)
+        return extension.sum_magnitudes(given, stay(given, start), start, finite_only, total)
 
-    scanned(inputs, _pair(inputs, model), add, allow_nan=allow_nan)
+    scanned(thinned.inputs, _pair(thinned.inputs, model), add, rows=thinned.rows, allow_nan=allow_nan)
     return total
 
 

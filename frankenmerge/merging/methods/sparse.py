@@ -6,7 +6,7 @@ and what has the other sign is left out.
 
 Here is what stays and how it is added, and no tensor. Ranks take two passes of counting over base and model, and a part of one
 to find where equal magnitudes part; `rescale` takes one where it is by the sum of magnitudes; the result takes one over all. The
-passes are in `native_sparse.py` (C) and in `torch_sparse.py`, with the same bits; della, which sorts every row, is in torch alone.
+passes are in `native_sparse.py` (C) and in `torch_sparse.py`, with the same bits. della sorts every row, with `rescale` twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,6 +51,11 @@ class Thinned(NamedTuple):
     scales: Sequence[float] | None
     """`s_i`; None: what gives that which is left of a task vector the sum of magnitudes of the whole."""
     consensus: bool
+
+    @property
+    def rows(self) -> bool:
+        """Whether it takes whole rows to tell what stays."""
+        return any(isinstance(keep, RowOdds) for keep in self.keeps)
 
     @property
     def by_weight(self) -> bool:
@@ -148,7 +153,7 @@ def _ranks(inputs: Inputs, part: Part, gamma: float, fewest: int) -> Keep:
 
 def _chance(density: float) -> Keep:
     limit = round(density * SCALE)
-    return None if limit == SCALE else Chance(limit)
+    return None if limit == SCALE else Chance(limit) if limit else Ranks(0, 0)
 
 
 def _row_odds(inputs: Inputs, part: Part) -> Keep:

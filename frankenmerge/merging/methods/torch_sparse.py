@@ -28,9 +28,8 @@ TINY = 1e-8
 def plan_of(thinned: Thinned) -> Plan:
     """The plan that adds what stays, the ranks found and the scales summed."""
     inputs = thinned.inputs
-    rows = any(isinstance(keep, RowOdds) for keep in thinned.keeps)
     thins = [_thin(inputs, model, keep) for model, keep in enumerate(thinned.keeps)]
-    factors = coefficients(thinned, lambda model, finite_only: _sums(inputs, model, thins[model], finite_only, rows=rows))
+    factors = coefficients(thinned, lambda model, finite_only: _sums(inputs, model, thins[model], finite_only, rows=thinned.rows))
     weights = inputs.each("weight") if thinned.by_weight else None
 
     def chunk(start: int, stop: int) -> Tensor:
@@ -39,7 +38,7 @@ def plan_of(thinned: Thinned) -> Plan:
         total = agreed(terms, total_of(terms), weights) if thinned.consensus else total_of(terms)
         return total.mul_(thinned.factor).add_(base)
 
-    return Plan(chunk, rows)
+    return Plan(chunk, thinned.rows)
 
 
 def total_of(terms: list[Tensor]) -> Tensor:

@@ -23,33 +23,37 @@ from frankenmerge.merging.methods.sums import LANES
 # Where there is a compiler the extension must be there: what is missing then is a build, and these tests fail.
 pytestmark = pytest.mark.skipif(extension is None and not shutil.which("cc"), reason="no compiler has built the extension")
 
-METHODS = ["ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties"]
+METHODS = list(sparse.RULES)
+CONSENSUS = ("ties", "breadcrumbs_ties", "dare_ties", "della")
 
 
 def numbers(rng, name, size, spread=0.02) -> torch.Tensor:
     return torch.from_numpy(rng.standard_normal(size) * spread).to(TYPES[name])
 
 
-def described(method, tensors, own, parameters, size, *, raw=True):
+def described(method, tensors, own, parameters, shape, *, raw=True):
     """Inputs of the extension or of torch, the first tensor being the base's."""
     base, *parts = parts_of(tensors, [{}, *own], raw=raw)
-    return parts, base, {"shape": (size,), "parameters": parameters, "name": "t", "seed": 5}
+    return parts, base, {"shape": shape, "parameters": parameters, "name": "t", "seed": 5}
 
 
-def by_c(method, tensors, own, parameters, dtype, *, allow_nan=False) -> bytes:
-    parts, base, whole = described(method, tensors, own, parameters, len(tensors[0][1]))
+def by_c(method, tensors, own, parameters, shape, dtype, *, allow_nan=False) -> bytes:
+    parts, base, whole = described(method, tensors, own, parameters, shape)
     thinned = sparse.RULES[method](inputs_of(method, parts, base, **whole))
-    assert native.can(thinned)
     return b"".join(bytes(content) for content, _ in native.rounded(thinned, dtype, allow_nan=allow_nan))
 
 
-def by_torch(method, tensors, own, parameters, dtype) -> bytes:
-    parts, base, whole = described(method, tensors, own, parameters, len(tensors[0][1]), raw=False)
+def by_torch(method, tensors, own, parameters, shape, dtype) -> bytes:
+    parts, base, whole = described(method, tensors, own, parameters, shape, raw=False)
     return b"".join(bytes_of(chunk.to(TYPES[dtype])) for chunk in torch_combine.combine(method, parts, base, **whole))
 
 
 def told_of(method, density, weight, gamma):
-    return {"density": density, "weight": weight} | ({"gamma": gamma} if method.startswith("breadcrumbs") else {})
+    """A model's parameters."""
+    told = {"density": density, "weight": weight}
+    if method.startswith("della"):
+        return told | {"epsilon": min(density, 1 - density) / 2}
+    return told | ({"gamma": gamma} if method.startswith("breadcrumbs") else {})
 
 
 SHARES = st.sampled_from([0.0, 1e-9, 0.1, 0.5, 0.9, 1 - 1e-12, 1.0])
@@ -60,23 +64,23 @@ SHARES = st.sampled_from([0.0, 1e-9, 0.1, 0.5, 0.9, 1 - 1e-12, 1.0])
     method=st.sampled_from(METHODS),
     types=st.lists(st.sampled_from(sorted(TYPES)), min_size=2, max_size=4),
     dtype=st.sampled_from(sorted(TYPES)),
-    size=st.sampled_from([1, 2, 63, 1023, 1024, 1025, 8193, 20_011]),
+    shape=st.tuples(st.sampled_from([1, 2, 19, 64]), st.sampled_from([1, 2, 63, 1023, 1024, 1025])) | st.sampled_from([(20_011,), ()]),
     spread=st.sampled_from([1e-42, 0.02, 1e4]),
     switches=st.tuples(st.booleans(), st.booleans()),
     coarse=st.booleans(),
     data=st.data(),
 )
-def test_any_tensors_give_torch_s_bits(method, types, dtype, size, spread, switches, coarse, data):
+def test_any_tensors_give_torch_s_bits(method, types, dtype, shape, spread, switches, coarse, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    tensors = [(name, numbers(rng, name, size, spread)) for name in types]
+    tensors = [(name, numbers(rng, name, math.prod(shape), spread)) for name in types]
     if coarse:  # many equal magnitudes, and differences of 0
         tensors = [(name, (tensor.double() / spread).round().mul(spread).to(tensor.dtype)) for name, tensor in tensors]
     own = [told_of(method, data.draw(SHARES), data.draw(st.sampled_from([1.0, -0.6, 0.3])), data.draw(SHARES)) for _ in types[1:]]
     normalize, rescale = switches
-    divisible = method in ("ties", "breadcrumbs_ties", "dare_ties") or abs(sum(one["weight"] for one in own)) > 1e-3
+    divisible = method in CONSENSUS or abs(sum(one["weight"] for one in own)) > 1e-3
     parameters = {"normalize": normalize and divisible, "rescale": rescale, "lambda": 0.7}
-    made = by_c(method, tensors, own, parameters, dtype, allow_nan=True)
-    assert same_bytes(made, by_torch(method, tensors, own, parameters, dtype), dtype)
+    made = by_c(method, tensors, own, parameters, shape, dtype, allow_nan=True)
+    assert same_bytes(made, by_torch(method, tensors, own, parameters, shape, dtype), dtype)
 
 
 def same_bytes(one: bytes, other: bytes, dtype: str) -> bool:
@@ -86,12 +90,13 @@ def same_bytes(one: bytes, other: bytes, dtype: str) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rescale", [False, True])
-def test_tensors_of_several_chunks_give_torch_s_bits(method, rescale):
+@pytest.mark.parametrize("shape", [(2 * CHUNK + 1001,), (400, 1001), (2, CHUNK + 5)])
+def test_tensors_of_several_chunks_give_torch_s_bits(method, rescale, shape):
     rng = np.random.default_rng(2)
-    tensors = [("BF16", numbers(rng, "BF16", 2 * CHUNK + 1001)) for _ in range(3)]
+    tensors = [("BF16", numbers(rng, "BF16", math.prod(shape))) for _ in range(3)]
     own = [told_of(method, density, weight, 0.01) for density, weight in ((0.3, 0.5), (0.7, 0.9))]
     parameters = {"rescale": rescale}
-    assert by_c(method, tensors, own, parameters, "BF16") == by_torch(method, tensors, own, parameters, "BF16")
+    assert by_c(method, tensors, own, parameters, shape, "BF16") == by_torch(method, tensors, own, parameters, shape, "BF16")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -104,8 +109,8 @@ def test_what_is_not_finite_gives_torch_s_bits_and_stays_in_its_own_elements(met
     for number, (_, tensor) in enumerate(tensors):
         tensor[[number, 5000, CHUNK + 1]] = value
     own = [told_of(method, density, weight, 0.001) for density, weight in ((0.4, 0.5), (0.8, 0.9))]
-    made = by_c(method, tensors, own, {"rescale": rescale}, "F32", allow_nan=True)
-    assert same_bytes(made, by_torch(method, tensors, own, {"rescale": rescale}, "F32"), "F32")
+    made = by_c(method, tensors, own, {"rescale": rescale}, (size,), "F32", allow_nan=True)
+    assert same_bytes(made, by_torch(method, tensors, own, {"rescale": rescale}, (size,), "F32"), "F32")
     spoiled = (~torch.frombuffer(bytearray(made), dtype=torch.float32).isfinite()).nonzero().flatten().tolist()
     assert set(spoiled) <= {0, 1, 2, 5000, CHUNK + 1} and 0 in spoiled
 
@@ -116,18 +121,13 @@ def test_nan_in_an_input_is_refused_by_its_name(method, number):
     tensors = [("BF16", torch.ones(CHUNK + 3).bfloat16()) for _ in range(2)]
     tensors[number][1][CHUNK] = math.nan
     with pytest.raises(FrankenmergeError) as caught:
-        by_c(method, tensors, [told_of(method, 0.5, 1.0, 0.01)], {}, "BF16")
+        by_c(method, tensors, [told_of(method, 0.5, 1.0, 0.01)], {}, (CHUNK + 3,), "BF16")
     assert [fault.place for fault in caught.value.faults] == [f"donor {number}"]
 
 
 def test_a_tensor_of_no_elements_has_no_chunks():
-    parts, base, whole = described("ties", [("F32", torch.empty(0))] * 2, [{"weight": 1.0}], {}, 0)
+    parts, base, whole = described("ties", [("F32", torch.empty(0))] * 2, [{"weight": 1.0}], {}, (0,))
     assert not list(native.rounded(sparse.ties(inputs_of("ties", parts, base, **whole)), "F32", allow_nan=False))
-
-
-def test_odds_of_rows_are_left_to_torch():
-    parts, base, whole = described("della", [("F32", torch.ones(8))] * 2, [{"weight": 1.0, "density": 0.5}], {}, 8)
-    assert not native.can(sparse.della(inputs_of("della", parts, base, **whole)))
 
 
 # The passes by themselves
@@ -179,6 +179,19 @@ def test_counts_and_places_are_those_of_the_keys():
     assert extension.find(pair, key, len(places)) == (-1, len(places))
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 2**32), st.booleans())
+def test_limits_go_by_the_rank_in_the_row_of_a_stable_sort(width, rows, seed, coarse):
+    rng = np.random.default_rng(seed)
+    model = (rng.standard_normal((rows, width)) * 10.0 ** rng.integers(-30, 30, (rows, width))).astype(np.float32)
+    if coarse:
+        model = np.sign(model)
+    limits, found = rng.integers(0, 2**31, width).astype(np.uint32), np.zeros((rows, width), np.uint32)
+    assert extension.row_limits([(np.zeros_like(model), "F32"), (model, "F32")], limits, found) == -1
+    ranks = np.abs(model).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    assert (found == limits[ranks]).all()
+
+
 def test_the_sums_of_magnitudes_are_those_of_float64():
     rng = np.random.default_rng(9)
     base, model = (torch.from_numpy(rng.standard_normal(3 * LANES + 77).astype(np.float32)).bfloat16() for _ in range(2))
@@ -194,7 +207,7 @@ def test_a_word_of_31_bits_below_the_limit_stays():
     size = 4097
     ones, result = np.ones(size, np.float32), bytearray(4 * size)
     limit = 2**30
-    terms = [(1.0, 1.0, (SFC64(3).capsule, limit))]
+    terms = [(1.0, 1.0, (SFC64(3), limit))]
     extension.thin([(np.zeros_like(ones), "F32"), (ones, "F32")], terms, 0, False, False, 1.0, result, "F32")
     words = SFC64(3).random_raw((size + 1) // 2).astype("<u8").view("<u4")[:size] & LARGEST
     assert (np.frombuffer(result, np.float32) == (words < limit)).all()
@@ -206,6 +219,14 @@ def test_a_word_of_31_bits_below_the_limit_stays():
 X = np.zeros(2, np.float32)
 PAIR = [(X, "F32"), (X, "F32")]
 TERM = (1.0, 1.0, None)
+
+
+def counts_of(size=DIGITS):
+    return np.zeros(size, np.int64)
+
+
+def words_of(size):
+    return np.zeros(size, np.uint32)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +246,11 @@ TERM = (1.0, 1.0, None)
         (PAIR, [(1.0, 1.0, (1, -1, 0, 0))], 0, False, False, 1.0, bytearray(8), "F32"),
         (PAIR, [(1.0, 1.0, (1, 1, 0, -1))], 0, False, False, 1.0, bytearray(8), "F32"),
         (PAIR, [(1.0, 1.0, (object(), 5))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (SFC64(1), 5))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (SFC64(1).capsule, 2**31))], 0, False, False, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (SFC64(1), 5.0))], 0, False, False, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (SFC64(1), 2**31))], 0, False, False, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (counts_of(2), counts_of(2)))], 0, False, False, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (np.zeros(2, np.int32), np.zeros(1, np.int32)))], 0, False, False, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (np.zeros(2, np.int32), None))], 0, False, False, 1.0, bytearray(8), "F32"),
         (PAIR, [TERM], -1, False, False, 1.0, bytearray(8), "F32"),
         (PAIR, [TERM], 0, False, False, "one", bytearray(8), "F32"),
         (PAIR, [TERM], 0, False, False, 1.0, bytearray(4), "F32"),
@@ -236,12 +260,8 @@ TERM = (1.0, 1.0, None)
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(arguments):
-    with pytest.raises((ValueError, TypeError, BufferError)):
+    with pytest.raises((ValueError, TypeError, AttributeError, BufferError)):
         extension.thin(*arguments)
-
-
-def counts_of(size=DIGITS):
-    return np.zeros(size, np.int64)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +275,12 @@ def counts_of(size=DIGITS):
         lambda: extension.count([*PAIR, PAIR[0]], None, counts_of()),
         lambda: extension.count(PAIR, None, memoryview(bytearray(8 * DIGITS + 1))[1:]),
         lambda: extension.count(PAIR, None, bytes(8 * DIGITS)),
+        lambda: extension.row_limits(PAIR, words_of(3), words_of(2)),
+        lambda: extension.row_limits(PAIR, words_of(0), words_of(2)),
+        lambda: extension.row_limits(PAIR, words_of(2), words_of(1)),
+        lambda: extension.row_limits(PAIR[:1], words_of(2), words_of(2)),
+        lambda: extension.row_limits(PAIR, words_of(2), bytes(8)),
+        lambda: extension.row_limits(PAIR, words_of(2), memoryview(bytearray(9))[1:]),
         lambda: extension.find(PAIR, -1, 0),
         lambda: extension.find(PAIR, 2**31, 0),
         lambda: extension.find(PAIR[:1], 0, 0),
@@ -266,7 +292,7 @@ def counts_of(size=DIGITS):
     ],
 )
 def test_what_does_not_fit_is_refused_by_the_other_passes(call):
-    with pytest.raises((ValueError, TypeError, BufferError)):
+    with pytest.raises((ValueError, TypeError, AttributeError, BufferError)):
         call()
 
 
