@@ -5,9 +5,11 @@ equal changes stay is left to chance in mergekit. Both compute in float32. For e
 the tensor's largest magnitude, and the share of elements that differ once rounded to bfloat16. Random methods are compared by
 what they do to the changes: their mean, their variance, the share that is not 0.
 
-Then the same donors in bfloat16, merged into bfloat16, for the methods whose result is a linear combination: the share of elements that
-are not the nearest to the float64 result, ours and mergekit's, its `dtype` bfloat16 as in most recipes, or float32 with `out_dtype`.
-The float64 result has its inner products and sums in float64, the formulas of the coefficients being `methods/span.py`'s.
+Then the same donors in bfloat16, merged into bfloat16: the share of elements that are not the nearest to the float64 result, ours and
+mergekit's, its `dtype` bfloat16 as in most recipes, or float32 with `out_dtype`. Of linear combinations the float64 result has its
+inner products and sums in float64, the formulas of the coefficients being `methods/span.py`'s; of the other methods it is mergekit's
+own with `dtype: float64`. These keep every element there (density 1, gamma 0): which of equal changes stay, and which chance takes,
+is no matter of rounding.
 """
 
 import json
@@ -61,6 +63,12 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return ", ".join([self.method, *(f"{name} {value}" for name, value in self.parameters.items())])
+
+    @property
+    def whole(self) -> "Case":
+        """Without dropping anything."""
+        none = {"density": 1.0, "gamma": 0.0}
+        return self._replace(models=[{name: none.get(name, value) for name, value in own.items()} for own in self.models])
 
     @property
     def title(self) -> str:
@@ -168,15 +176,30 @@ def peer_python(folder: Path) -> Path:
     return python
 
 
-def merged(listed: list[tuple[Case, dict[str, str]]], donors: Path, folder: Path, python: Path) -> list[tuple[dict, dict]]:
-    """Merge every case in its types by both programs: (ours, mergekit's) for each."""
+Listed = list[tuple[Case, dict[str, str]]]
+"""Cases, and the types to merge them in."""
+
+
+def recipes_in(folder: Path, listed: Listed, donors: Path) -> list[Path]:
+    """The recipes' files, written."""
     folder.mkdir()
     recipes = [folder / f"{number:03}.yaml" for number in range(len(listed))]
     for recipe, (case, types) in zip(recipes, listed, strict=True):
         recipe.write_text(yaml.safe_dump(case.recipe(donors, **types)))
+    return recipes
+
+
+def theirs(recipes: list[Path], python: Path) -> list[dict[str, Tensor]]:
+    """What mergekit makes of every recipe of a folder."""
+    checked_run([python, "-c", PEER, recipes[0].parent])
+    return [tensors_of(recipe.with_suffix("")) for recipe in recipes]
+
+
+def merged(listed: Listed, donors: Path, folder: Path, python: Path) -> list[tuple[dict, dict]]:
+    """Merge every case in its types by both programs: (ours, mergekit's) for each."""
+    recipes = recipes_in(folder, listed, donors)
     ours(recipes)
-    checked_run([python, "-c", PEER, folder])
-    return [(tensors_of(folder / f"{recipe.stem}-ours"), tensors_of(folder / recipe.stem)) for recipe in recipes]
+    return [(tensors_of(folder / f"{recipe.stem}-ours"), peer) for recipe, peer in zip(recipes, theirs(recipes, python), strict=True)]
 
 
 def exact(case: Case, donors: dict[str, dict[str, Tensor]], name: str) -> np.ndarray:
@@ -211,14 +234,14 @@ def rounded_once(values: np.ndarray) -> np.ndarray:
     return ((bits + (1 << 44) - 1 + (bits >> 45 & 1)) >> 45 << 45).view(np.float64)
 
 
-def wrong(found: dict[str, Tensor], case: Case, donors: dict[str, dict[str, Tensor]]) -> float:
+def wrong(found: dict[str, Tensor], values: dict[str, np.ndarray]) -> float:
     """The share of elements that are not the bfloat16 nearest to the float64 result; of two as near, either will do.
 
     Weights such as 5/12 put percents of the elements halfway between two, but for float64's own rounding.
     """
     off = count = 0
     for name, tensor in found.items():
-        made, value = tensor.double().flatten().numpy(), exact(case, donors, name)
+        made, value = tensor.double().flatten().numpy(), values[name]
         off += int((abs(made - value) > (1 + 1e-9) * abs(rounded_once(value) - value)).sum())
         count += len(made)
     return off / count
@@ -228,12 +251,18 @@ def rounding(donors: dict[str, dict[str, Tensor]], folder: Path, python: Path) -
     """How often an element of bfloat16 is not the nearest to the float64 result."""
     written = write_donors(donors, torch.bfloat16, folder / "bf16")
     usual, wide = {"dtype": "bfloat16"}, {"dtype": "float32", "out_dtype": "bfloat16"}
-    listed = [case for case in cases() if case.method in span.RULES]
+    listed = [case.whole for case in cases()]
     made = merged([(case, types) for case in listed for types in (usual, wide)], folder / "bf16", folder / "rounding", python)
+    others = [case for case in listed if case.method not in span.RULES]
+    widest = theirs(recipes_in(folder / "float64", [(case, {"dtype": "float64"}) for case in others], folder / "bf16"), python)
+    values = {
+        case.title: {name: tensor.flatten().numpy() for name, tensor in found.items()} for case, found in zip(others, widest, strict=True)
+    }
     rows = []
     for case, narrow, other in zip(listed, made[::2], made[1::2], strict=True):
+        known = values.get(case.title) or {name: exact(case, written, name) for name in narrow[0]}
         shares = {"ours": narrow[0], "mergekit": narrow[1], "mergekit_float32": other[1]}
-        rows.append({"recipe": case.title} | {name: wrong(found, case, written) for name, found in shares.items()})
+        rows.append({"recipe": case.title} | {name: wrong(found, known) for name, found in shares.items()})
     return rows
 
 

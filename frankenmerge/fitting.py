@@ -15,6 +15,7 @@ from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.drawing import drawn
 from frankenmerge.errors import fail
 from frankenmerge.gauge import Turn, procrustes, residual
+from frankenmerge.meter import Meter, unseen
 from frankenmerge.models import load_model, load_tokenizer
 from frankenmerge.recipe import Recipe
 from frankenmerge.refining import refined, show
@@ -41,7 +42,7 @@ class Fit(NamedTuple):
         return self.refined[place] if self.refined else self.turn
 
 
-def fitted_turns(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[int, Fit]:
+def fitted_turns(recipe: Recipe, donors: Mapping[str, Checkpoint], meter: Meter = unseen) -> dict[int, Fit]:
     """Fit the turn of every slice that has a gauge, by the slice's number, and refine those that ask for it.
 
     Towards the slice before, its last block's output and the input of the slice's first block are fitted; towards the base,
@@ -51,38 +52,41 @@ def fitted_turns(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[int, 
     Args:
         recipe: spelled out.
         donors: by name; those of a recipe to be refined are loaded whole, in float32.
+        meter: shows how far fits and descent are.
 
     Raises:
         FrankenmergeError: for a text that is too short, for states that are not finite, and for weights that are no model's.
     """
     if not any(part.gauge and part.gauge.refine for part in recipe.parts):
-        return plain_fits(recipe, donors)
+        return plain_fits(recipe, donors, meter=meter)
     models = {name: load_model(donors[name]).requires_grad_(False) for name in recipe.tensor_donors}
     speakers = {part.sources[0].model: models[part.sources[0].model] for part in recipe.parts}
     ids = tokens_to_refine_on(recipe, donors, speakers)
-    fits = plain_fits(recipe, donors, ids)
-    found = refined(recipe, donors, models, {number: fit.turn for number, fit in fits.items()}, show(speakers, ids))
+    fits = plain_fits(recipe, donors, ids, meter=meter)
+    shown = show(speakers, ids)
+    found = refined(recipe, donors, models, {number: fit.turn for number, fit in fits.items()}, shown, meter=meter)
     return {number: fit._replace(refined=found.get(number, ())) for number, fit in fits.items()}
 
 
-def plain_fits(recipe: Recipe, donors: Mapping[str, Checkpoint], shown: Tensor | None = None) -> dict[int, Fit]:
+def plain_fits(recipe: Recipe, donors: Mapping[str, Checkpoint], shown: Tensor | None = None, *, meter: Meter = unseen) -> dict[int, Fit]:
     """The fits without descent; those that descent is to follow are made on the tokens `shown`, `[n, s]`."""
     fits: dict[int, Fit] = {}
-    for number, part in enumerate(recipe.parts):
-        if part.gauge is None:
-            continue
-        source = part.sources[0]
-        depth = source.layer_range[0]
-        if part.gauge.to == "base":
-            name, reached = recipe.base, min(depth, donors[recipe.base].blocks)
-        else:
-            before = recipe.parts[number - 1].sources[0]
-            name, reached = before.model, before.layer_range[1]
-        ids = shown if shown is not None and part.gauge.refine else _tokens(part.gauge.fit, donors[source.model])
-        fit = fit_turn(states_at(donors[source.model], ids, depth), states_at(donors[name], ids, reached), donors[source.model])
-        if part.gauge.to == "previous" and (other := fits.get(number - 1)):
-            fit = fit._replace(turn=Turn(fit.turn.matrix @ other.turn.matrix, fit.turn.scale * other.turn.scale))
-        fits[number] = fit
+    gauges = {number: part.gauge for number, part in enumerate(recipe.parts) if part.gauge}
+    with meter("fitting gauges", len(gauges), "gauges") as advance:
+        for number, gauge in gauges.items():
+            source = recipe.parts[number].sources[0]
+            depth = source.layer_range[0]
+            if gauge.to == "base":
+                name, reached = recipe.base, min(depth, donors[recipe.base].blocks)
+            else:
+                before = recipe.parts[number - 1].sources[0]
+                name, reached = before.model, before.layer_range[1]
+            ids = shown if shown is not None and gauge.refine else _tokens(gauge.fit, donors[source.model])
+            fit = fit_turn(states_at(donors[source.model], ids, depth), states_at(donors[name], ids, reached), donors[source.model])
+            if gauge.to == "previous" and (other := fits.get(number - 1)):
+                fit = fit._replace(turn=Turn(fit.turn.matrix @ other.turn.matrix, fit.turn.scale * other.turn.scale))
+            fits[number] = fit
+            advance(1)
     return fits
 
 

@@ -17,6 +17,7 @@ from frankenmerge.errors import fail
 from frankenmerge.families import Architecture
 from frankenmerge.gauge import Turn, turned_all
 from frankenmerge.headers import read_json
+from frankenmerge.meter import Meter, unseen
 from frankenmerge.recipe import Recipe
 from frankenmerge.settings import resolve
 from frankenmerge.splice import result_config, stacked, untied
@@ -242,8 +243,9 @@ class Assembly(NamedTuple):
 
 @torch.no_grad()
 def virtual_splice(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel], fits: "Mapping[int, Fit] | None" = None
-) -> PreTrainedModel:
+    recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel], fits: "Mapping[int, Fit] | None" = None, *,
+    meter: Meter = unseen,
+) -> PreTrainedModel:  # fmt: skip
     """Stack the donors' blocks in memory as `recipe` says, sharing their weights: only what is turned or scaled is made anew.
 
     The same model as the checkpoint that a merge of the recipe writes: it is built empty from the result's config, then
@@ -254,6 +256,7 @@ def virtual_splice(
         donors: the donors' headers, by name.
         models: the donors' models, by name.
         fits: of the slices that have a gauge; fitted where they are not given.
+        meter: shows how far that is.
 
     Raises:
         FrankenmergeError: for a recipe that cannot become a model, or does more than stack the donors' own tensors.
@@ -264,7 +267,7 @@ def virtual_splice(
     if assembly.places:
         from frankenmerge.fitting import fitted_turns  # which runs models, and so imports this
 
-        fits = fits or fitted_turns(recipe, donors)
+        fits = fits or fitted_turns(recipe, donors, meter)
         stored = _stored(recipe, donors)
         for number, place in assembly.places:  # one at a time: they are in float64 until they are rounded as a merge stores them
             made = assembly.turned({(number, place): fits[number].at(place)})

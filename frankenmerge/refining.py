@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from frankenmerge.blockwise import leave
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.gauge import Turn
+from frankenmerge.meter import Meter, unseen
 from frankenmerge.models import assembled, block_outputs, forward
 from frankenmerge.recipe import Recipe
 
@@ -112,7 +113,7 @@ class _Descent:
 @torch.enable_grad()
 def refined(
     recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel], turns: Mapping[int, Turn], shown: Shown, *,
-    seed: int = 0,
+    seed: int = 0, meter: Meter = unseen,
 ) -> dict[int, tuple[Turn, ...]]:  # fmt: skip
     """Descend until the splice predicts what its donors predict in the mean.
 
@@ -126,6 +127,7 @@ def refined(
         turns: by slice, the fitted turns: where the descent begins, and what slices that are not refined keep.
         shown: what the donors made of the tokens to descend on.
         seed: draws the rows.
+        meter: shows how many steps are made.
 
     Returns:
         By refined slice, a turn for each of its blocks, and of the last slice one for final norm and head.
@@ -142,14 +144,16 @@ def refined(
     fixed = assembly.tensors | {name: value.float() for name, value in assembly.turned(kept).items()}
     steps = max(gauge.refine or 0 for gauge in gauges.values())
     generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        share = min(1, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
-        rows = torch.randint(len(shown.ids), (ROWS,), generator=generator)
-        made = fixed | assembly.turned(dict(zip(places, descent.turns(), strict=True)))
-        inputs: dict[str, Any] = {"input_ids": shown.ids[rows], "use_cache": False}
-        said = functional_call(assembly.model, made, (), inputs, tie_weights=False).logits.log_softmax(-1)
-        loss = functional.kl_div(said, _mean(models, shown, rows), log_target=True, reduction="none").sum(-1).mean()
-        descent.step(loss, share)
+    with meter("refining gauges", steps, "steps") as advance:
+        for step in range(steps):
+            share = min(1, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
+            rows = torch.randint(len(shown.ids), (ROWS,), generator=generator)
+            made = fixed | assembly.turned(dict(zip(places, descent.turns(), strict=True)))
+            inputs: dict[str, Any] = {"input_ids": shown.ids[rows], "use_cache": False}
+            said = functional_call(assembly.model, made, (), inputs, tie_weights=False).logits.log_softmax(-1)
+            loss = functional.kl_div(said, _mean(models, shown, rows), log_target=True, reduction="none").sum(-1).mean()
+            descent.step(loss, share)
+            advance(1)
     found = dict(zip(places, descent.found(), strict=True))
     result = {}
     for number in dict.fromkeys(number for number, _ in places):

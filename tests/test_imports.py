@@ -16,6 +16,7 @@ LAYERS = (
         "atlas",
         "alignment",
         "lora",
+        "meter",
         "pickles",
         "picture",
         "recipe",

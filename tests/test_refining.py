@@ -1,6 +1,7 @@
 """Refined gauges: donors that differ by a turn alone, whose right turn is known, and recipes that are written as they are run."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from frankenmerge.families import FAMILIES
 from frankenmerge.fitting import Fit, fitted_turns
 from frankenmerge.gauge import Turn, random_turn
 from frankenmerge.merging.fits import awaited_fits, load_fits, save_fits
+from frankenmerge.merging.writer import merge
 from frankenmerge.models import load_model, virtual_splice
 from frankenmerge.recipe import open_donors, parse_recipe
 from frankenmerge.refining import refined, show
@@ -112,6 +114,20 @@ def test_what_is_written_is_what_is_run(donors, maps, tmp_path):
     source, made = (load_file(path) for path in (donors["a"] / "model.safetensors", tmp_path / "merged" / "model.safetensors"))
     expected = fits[3].refined[0].writes.T @ source["model.layers.3.mlp.down_proj.weight"].double()
     assert torch.equal(made["model.layers.6.mlp.down_proj.weight"], expected.float())
+
+
+def test_fits_and_steps_are_told_as_they_are_made(donors, tmp_path):
+    told = []
+
+    @contextmanager
+    def meter(what, total, unit):
+        done = []
+        yield done.append
+        told.append((what, total, unit, sum(done)))
+
+    recipe = strangers(donors, "turns")
+    merge(recipe, open_donors(recipe), tmp_path / "merged", meter=meter)
+    assert told == [("fitting gauges", 3, "gauges", 3), ("refining gauges", 4, "steps", 4)]
 
 
 def test_a_slice_between_tied_ends_is_refined_too(donors, tmp_path):

@@ -92,11 +92,11 @@ def evaluate(
     if threshold is not None and not math.isfinite(threshold):
         raise fail("--compare", "a number of bits per byte", str(threshold), "give one such as 0.1")
     if tasks:
-        from frankenmerge.evaluation.harness import need_harness, stay_offline
+        from frankenmerge.evaluation.harness import check_tasks, stay_offline
 
-        need_harness()
         if not download:
             stay_offline()
+        check_tasks(tasks)
     from frankenmerge.evaluation.compare import compare, read_text
     from frankenmerge.evaluation.record import evaluation_json
     from frankenmerge.evaluation.threshold import held_against

@@ -319,7 +319,7 @@ def merge(
         _tell(stages, as_json)
         return
     with progress(f"merging into {output.name}", total, "bytes") as advance:
-        write = partial(merged, share=share, progress=advance, **options)
+        write = partial(merged, share=share, progress=advance, meter=progress, **options)
         result = merge_stages([stage.recipe for stage in stages], output, write, download=download, allow_pickle=allow_pickle)
     if not share.first:
         return

@@ -1,7 +1,6 @@
 """Several models and recipes on the same texts, side by side with every donor."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from frankenmerge.errors import fail
 from frankenmerge.evaluation.language import Encoded, Loss, encode, measure
 from frankenmerge.evaluation.lineage import Lineage, checkpoint_lineage, recipe_lineage
 from frankenmerge.evaluation.together import measure_together
+from frankenmerge.meter import Meter, unseen
 from frankenmerge.models import load_model, load_tokenizer, virtual_splice
 from frankenmerge.recipe import Recipe, load_recipe, open_donor
 from frankenmerge.splice import stacked, validated
@@ -67,14 +67,6 @@ class Subject(NamedTuple):
 
 Visit = Callable[[Subject], None]
 """What else is done with a model while it is in memory."""
-Meter = Callable[[str, float | None, str], AbstractContextManager[Callable[[int], None]]]
-"""Shows progress in something: what it is, how many units it has, what they are called. Gives what to call with the units done."""
-
-
-@contextmanager
-def unseen(_what: str, _total: float | None, _unit: str) -> Iterator[Callable[[int], None]]:
-    """Show no progress."""
-    yield lambda _done: None
 
 
 def _nothing(_subject: Subject) -> None:
@@ -148,7 +140,7 @@ class Bench:
     def recipe(self, name: str, recipe: Recipe, *, meter: Meter = unseen, visit: Visit = _nothing) -> Result:
         """Measure a recipe as a virtual splice."""
         donors = {donor: self.checkpoints[donor] for donor in recipe.donors}
-        model = virtual_splice(recipe, donors, {donor: self.load(donor)[1] for donor in donors})
+        model = virtual_splice(recipe, donors, {donor: self.load(donor)[1] for donor in donors}, meter=meter)
         reader, _, encoded = self.load(recipe.tokenizer_donor)
         return self._measured(Subject(name, "recipe", model, reader, encoded, recipe_lineage(recipe, donors)), meter, visit)
 

@@ -3,8 +3,8 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -31,39 +31,49 @@ def stay_offline() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
 
 
-def need_harness() -> None:
-    """Raise FrankenmergeError where the harness is not installed: to be asked before hours of measuring."""
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise FrankenmergeError where the harness is not installed or does not know a task: to be asked before hours of measuring."""
     if find_spec("lm_eval") is None:
         raise fail("--tasks", "lm-evaluation-harness", "it is not installed", "pip install 'frankenmerge[harness]'")
+    from lm_eval.config.evaluate_config import EvaluatorConfig  # pyright: ignore[reportMissingImports]
+
+    with _told(tasks):
+        EvaluatorConfig(tasks=list(tasks)).process_tasks()
+
+
+@contextmanager
+def _told(tasks: Sequence[str]) -> Iterator[None]:
+    """The harness's own messages on standard error, and its errors as ours."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(sys.stderr):  # it prints its progress
+            yield
+    except (ValueError, LookupError, OSError, AssertionError) as error:
+        told = " ".join(str(error).split()) or repr(error)
+        remedy = "name tasks of the harness whose data are at hand (--download fetches them), or YAML files of tasks that fit the model"
+        raise fail(f"--tasks {' '.join(tasks)}", "tasks that the harness can run on this model", told, remedy) from error
 
 
 def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, seed: int) -> list[TaskFigure]:
     """Let the harness run tasks, each a name or the path of a task's YAML.
 
     Raises:
-        FrankenmergeError: where it is not installed, or cannot run a task.
+        FrankenmergeError: where it cannot run a task.
     """
-    need_harness()
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.config.evaluate_config import EvaluatorConfig  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # Looking for the largest batch pays where batches are run at once.
     size = BATCH if model.device.type == "cpu" else "auto"
-    try:
-        with redirect_stdout(sys.stderr):  # it prints its progress
-            asked = EvaluatorConfig(tasks=list(tasks))
-            manager = asked.process_tasks()
-            held = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
-            found = lm_eval.simple_evaluate(
-                held, tasks=list(asked.tasks), task_manager=manager, log_samples=False, random_seed=seed, numpy_random_seed=seed,
-                torch_random_seed=seed, fewshot_random_seed=seed,
-            )  # fmt: skip
-    except (ValueError, LookupError, OSError, AssertionError) as error:
-        told = " ".join(str(error).split()) or repr(error)
-        remedy = "name tasks of the harness whose data are at hand (--download fetches them), or YAML files of tasks that fit the model"
-        raise fail(f"--tasks {' '.join(tasks)}", "tasks that the harness can run on this model", told, remedy) from error
+    with _told(tasks):
+        asked = EvaluatorConfig(tasks=list(tasks))
+        manager = asked.process_tasks()
+        held = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
+        found = lm_eval.simple_evaluate(
+            held, tasks=list(asked.tasks), task_manager=manager, log_samples=False, random_seed=seed, numpy_random_seed=seed,
+            torch_random_seed=seed, fewshot_random_seed=seed,
+        )  # fmt: skip
     assert found is not None, "the harness tells results to its first process"
     return [figure for task, figures in sorted(found["results"].items()) for figure in _figures(task, figures)]
 

@@ -15,7 +15,7 @@ import frankenmerge
 from frankenmerge.atlas import TopTokens
 from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
-from frankenmerge.evaluation.compare import Bench, Meter, Result, Subject, is_recipe, unseen
+from frankenmerge.evaluation.compare import Bench, Result, Subject, is_recipe
 from frankenmerge.evaluation.harness import TaskFigure, run_tasks
 from frankenmerge.evaluation.intervals import difference, drawn, intervals, together
 from frankenmerge.evaluation.lineage import same_tokens
@@ -23,6 +23,7 @@ from frankenmerge.evaluation.retention import Retention
 from frankenmerge.evaluation.samples import Sample, invalid_rate, repetition, sampled
 from frankenmerge.evaluation.seams import Behind, behind_blocks, windows_of
 from frankenmerge.evaluation.threshold import Comparison, merges
+from frankenmerge.meter import Meter, unseen
 from frankenmerge.models import embedding_of, load_tokenizer
 from frankenmerge.recipe import Block
 

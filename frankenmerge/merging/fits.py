@@ -12,6 +12,7 @@ from frankenmerge.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.files import read_arrays, write_arrays
 from frankenmerge.merging.journal import PAUSE, is_held
+from frankenmerge.meter import Meter, unseen
 from frankenmerge.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -24,14 +25,14 @@ FITS = "fits.safetensors"
 _KIND = "frankenmerge.fits/1"
 
 
-def fits_in(folder: Path, recipe: Recipe, donors: Mapping[str, Checkpoint]) -> "dict[int, Fit]":
+def fits_in(folder: Path, recipe: Recipe, donors: Mapping[str, Checkpoint], meter: Meter = unseen) -> "dict[int, Fit]":
     """The fits of a merge that grows in `folder`: those of an earlier run, or new ones, which are kept there."""
     if not recipe.has_gauges:
         return {}
     from frankenmerge.fitting import fitted_turns
 
     if not (folder / FITS).is_file():
-        save_fits(fitted_turns(recipe, donors), folder / FITS)
+        save_fits(fitted_turns(recipe, donors, meter), folder / FITS)
     return load_fits(folder / FITS)
 
 

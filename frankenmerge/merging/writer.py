@@ -40,6 +40,7 @@ from frankenmerge.merging.provenance import file_hash, plan_hash, provenance, te
 from frankenmerge.merging.schedule import Combine, Rotate
 from frankenmerge.merging.shards import Shard, ranges_of
 from frankenmerge.merging.tokenizer import tokenizer_files
+from frankenmerge.meter import Meter, unseen
 from frankenmerge.processes import Share
 from frankenmerge.recipe import Recipe
 from frankenmerge.splice import result_config
@@ -68,14 +69,15 @@ def merge(
     *,
     share: Share = Share(),  # noqa: B008 - it is immutable
     progress: Callable[[int], None] = lambda _: None,
+    meter: Meter = unseen,
     **options: Any,
 ) -> Merged:
     """Write the checkpoint that `recipe` describes to the folder `output`.
 
     `options` are the fields of `Options`. Everything is written to a work folder beside the output, synced, and renamed at the
-    end. `progress` is called, from several threads but one at a time, with the bytes written since its last call. Raises
-    FrankenmergeError before writing for a recipe that cannot become a model, an output that exists, lies inside a donor or
-    has no room; nothing is left behind when writing fails, unless it was to be resumed.
+    end. `progress` is called, from several threads but one at a time, with the bytes written since its last call; `meter` shows
+    how far the fits of gauges are. Raises FrankenmergeError before writing for a recipe that cannot become a model, an output that
+    exists, lies inside a donor or has no room; nothing is left behind when writing fails, unless it was to be resumed.
     """
     started, chosen = time.perf_counter(), Options(**options)
     plan = planned(recipe, donors, output, chosen, share)
@@ -93,7 +95,7 @@ def merge(
         else:
             with workplace(output, resume=chosen.resume) as folder:
                 begin(folder, inputs, plan.shards)
-                fits = fits_in(folder, recipe, donors)
+                fits = fits_in(folder, recipe, donors, meter)
                 kept = sum(is_finished(folder, shard) for shard in plan.shards)
                 _write(plan, fits, folder, chosen, share, progress)
                 grown = folder / GROWING

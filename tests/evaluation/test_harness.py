@@ -92,7 +92,8 @@ def test_a_local_task_lands_beside_the_other_figures(task, run, text, tmp_path):
 
 @pytest.mark.parametrize("task", [own], indirect=True)
 @pytest.mark.filterwarnings("ignore")
-def test_a_task_that_is_not_there_is_told(task, donors, run, text, tmp_path):
+def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(task, donors, run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("frankenmerge.evaluation.compare.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     for name in ("no_such_task", str(tmp_path / "no-such.yaml")):
         code, out, err = run("evaluate", donors["a"], "--text", text, "--tasks", name)
         assert (code, out) == (1, "") and name in err and "Traceback" not in err
