@@ -8,8 +8,8 @@ what they do to the changes: their mean, their variance, the share that is not 0
 Then the same donors in bfloat16, merged into bfloat16: the share of elements that are not the nearest to the float64 result, ours and
 mergekit's, its `dtype` bfloat16 as in most recipes, or float32 with `out_dtype`. Of linear combinations the float64 result has its
 inner products and sums in float64, the formulas of the coefficients being `methods/span.py`'s; of the other methods it is mergekit's
-own with `dtype: float64`. These keep every element there (density 1, gamma 0, no select_topk): which of equal changes stay, which chance
-takes, and how many vary at all, is no matter of rounding.
+own with `dtype: float64`. These keep every element there (density 1, gamma 0, no select_topk): which of equal changes stay, and which
+chance takes, is no matter of rounding.
 """
 
 import json
