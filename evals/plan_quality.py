@@ -1,7 +1,7 @@
 """Is the planner's choice any good? Against exhaustive search, random recipes, rules of thumb and evolutionary search.
 
 Plans are made without any text: `ours` from the donors' states on tokens that they drew; `ours_drawn` is the best of sixteen such
-plans by their damage on those tokens, and `ours_damped` that one with its repeated blocks damped, where that does less damage
+plans by their damage on those tokens, and `ours_damped` the best of them with their repeated blocks damped, where that does less damage
 on them. Where a search measures on text (`verified`, `evolution`), it does so on the part of the texts behind the one that all
 are judged on, sixteen recipes each.
 """
@@ -56,7 +56,7 @@ def main(
     drawn = _best_on_drawn(judge, plans)
     stream = judge.checkpoints[donor_a].architecture.stream
     writes = stream.writes if stream else ()
-    ours_damped = _best_on_drawn(judge, [drawn, *(way.recipe for way in dampings(drawn, [alignment], writes))])
+    ours_damped = _best_on_drawn(judge, [*plans, *(way.recipe for entry in plans for way in dampings(entry, [alignment], writes))])
     verified = plans[int(np.argmin(trial.losses(plans)))]
     rules = {
         "naive interleave": naive_interleave(donors, depth),

@@ -85,21 +85,29 @@ class Damped(NamedTuple):
     """Nats per token, by way of damping; `none` for the plan as it is."""
 
 
-def damped(entry: Any, alignments: list, bench: Bench, model: Any) -> tuple[Any, Damped]:
-    """A plan with its repeated blocks damped the way that loses least, or as it is where that loses less.
+def damped(plans: list, alignments: list, bench: Bench, model: Any) -> tuple[list, Damped]:
+    """The plans, the repeated blocks of each damped the way that loses least, or as it is where that loses less; the best first.
 
-    On a text the prediction, which knows of no damping, is moved by what damping gained there.
+    Told beside them is what was tried on the best. On a text the prediction, which knows of no damping, is moved by what damping
+    gained there.
     """
     from frankenmerge.planning.damping import dampings
     from frankenmerge.recipe import open_donors
 
-    family = open_donors(entry.recipe)[entry.recipe.base].architecture
-    stream = family.stream
-    # A norm behind a block's maps undoes what they are scaled by.
-    ways = dampings(entry.recipe, alignments, stream.writes) if stream and not stream.behind else []
-    recipes = {"none": entry.recipe, **{way.name: way.recipe for way in ways}}
-    damage = dict(zip(recipes, bench.damage(list(recipes.values())), strict=True))
-    best = min(damage, key=damage.__getitem__)
-    predicted = max(0.0, entry.predicted_damage + damage[best] - damage["none"])
-    told = entry._replace(recipe=recipes[best], predicted_damage=predicted, interval=model.interval(predicted, drawn=entry.basis == DRAWN))
-    return _told(told, damage[best], bench, model), Damped(None if best == "none" else best, damage)
+    ways = []
+    for entry in plans:
+        stream = open_donors(entry.recipe)[entry.recipe.base].architecture.stream
+        # A norm behind a block's maps undoes what they are scaled by.
+        found = dampings(entry.recipe, alignments, stream.writes) if stream and not stream.behind else []
+        ways.append({"none": entry.recipe, **{way.name: way.recipe for way in found}})
+    measured = iter(bench.damage([recipe for recipes in ways for recipe in recipes.values()]))
+    ranked = []
+    for entry, recipes in zip(plans, ways, strict=True):
+        damage = {name: next(measured) for name in recipes}
+        best = min(damage, key=damage.__getitem__)
+        predicted = max(0.0, entry.predicted_damage + damage[best] - damage["none"])
+        interval = model.interval(predicted, drawn=entry.basis == DRAWN)
+        told = entry._replace(recipe=recipes[best], predicted_damage=predicted, interval=interval)
+        ranked.append((damage[best], _told(told, damage[best], bench, model), Damped(None if best == "none" else best, damage)))
+    ranked.sort(key=lambda each: each[0])
+    return [entry for _, entry, _ in ranked], ranked[0][2]

@@ -87,7 +87,7 @@ def _measuring(option: str, what: str):
 @click.option("--front", "whole_front", is_flag=True, help="Show the least damage of every depth up to --depth as well.")
 @_measuring("--calibrate", f"Measure {HANDFUL} splices on this text to predict by; '{DRAWN}': on tokens that the donors draw.")
 @_measuring("--verify", "Measure the plans on this, and rank them by that.")
-@_measuring("--damp", "Scale down what repeated blocks of the best plan write, where that loses less on this.")
+@_measuring("--damp", "Scale down what repeated blocks write, where that loses less on this, and rank the plans by it.")
 @device_option
 @dtype_option
 @json_option
@@ -124,7 +124,7 @@ def plan(
         plans = verified(plans, Bench(donors, verify, placed), model)
     tried = None
     if damp:
-        plans[0], tried = damped(plans[0], loaded, Bench(donors, damp, placed), model)
+        plans, tried = damped(plans, loaded, Bench(donors, damp, placed), model)
     paths = write_plans(plans, output, constraints, model)
     depths = front(loaded, constraints, model=model) if whole_front else []
     if as_json:
@@ -152,7 +152,7 @@ def plan(
     print_seams(console, plans[0].seams)
     if tried is not None:
         ways = ", ".join(f"{name} {value:.3f}" for name, value in tried.damage.items())
-        console.print(f"Damping, nats per token lost: {ways}. Kept: {tried.kept or 'none'}.")
+        console.print(f"Damping of the best, nats per token lost: {ways}. Kept: {tried.kept or 'none'}.")
     console.print("Damage is predicted in nats per token above the donors' own loss, each donor's by its share of the blocks.")
 
 

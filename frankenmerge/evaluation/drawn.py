@@ -22,10 +22,11 @@ def damage_on_drawn(
     *,
     progress: Callable[[int], None] = lambda _: None,
 ) -> np.ndarray:
-    """Nats per token that every recipe loses on tokens which its donors drew, each donor's by its share of the blocks, `[r]`.
+    """Nats per token that every recipe loses above its donors, each donor's loss by its share of the blocks, `[r]`.
 
-    On a donor's own tokens the expected loss above the donor's is the Kullback-Leibler divergence of the donor's predictions
-    from the splice's: it is summed over the vocabulary, where a token that was drawn would only sample it.
+    The text is what all donors drew, of each as much; a donor's loss is on the whole of it, as on any text: what two fine-tunes lose on
+    each other's tokens is no damage. Losses are expected ones, cross-entropies with the predictions of the donor that drew, summed over
+    the vocabulary, where the token that was drawn would only sample them. Of a recipe of one donor that is the Kullback-Leibler divergence.
 
     Args:
         recipes: what to run as virtual splices.
@@ -33,17 +34,21 @@ def damage_on_drawn(
         models: the same, loaded.
         progress: called for every recipe on every donor's tokens.
     """
+    shares = np.array([[np.mean([block.model == name for block in recipe.blocks]) for name in models] for recipe in recipes])
     damage = np.zeros(len(recipes))
-    for name, model in models.items():
-        shares = np.array([sum(block.model == name for block in recipe.blocks) / len(recipe.blocks) for recipe in recipes])
-        using = np.flatnonzero(shares).tolist()
+    for model in models.values():
         ids = draw(model).to(model.device)
-        said = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        for index, logits in _logits([recipes[number] for number in using], donors, models, ids):
-            divergence = (said.exp() * (said - logits.float().log_softmax(-1))).sum(-1).mean()
-            damage[using[index]] += shares[using[index]] * float(divergence)
+        said = model(input_ids=ids, use_cache=False).logits.float().softmax(-1)
+        own = [_loss(said, other(input_ids=ids, use_cache=False).logits) for other in models.values()]
+        for index, logits in _logits(recipes, donors, models, ids):
+            damage[index] += (_loss(said, logits) - shares[index] @ own) / len(models)
             progress(1)
     return damage
+
+
+def _loss(said: Tensor, logits: Tensor) -> float:
+    """Mean cross-entropy of the probabilities `said` `[n, s, v]` with what logits predict."""
+    return -float((said * logits.float().log_softmax(-1)).sum(-1).double().mean())
 
 
 def _logits(

@@ -30,16 +30,35 @@ def divergence(host, other, ids) -> float:
     return float((said.exp() * (said - found)).sum(-1).mean())
 
 
-def test_damage_is_the_donors_divergence_each_by_its_share(donors, pair):
+@torch.no_grad()
+def expected_loss(source, model, ids) -> float:
+    said, found = (each(input_ids=ids).logits.double().log_softmax(-1) for each in (source, model))
+    return float(-(said.exp() * found).sum(-1).mean())
+
+
+def test_damage_is_the_loss_above_the_donors_on_what_all_of_them_drew(donors, pair):
     opened, models = pair
     recipes = [recipe_of(stack(donors, text)) for text in ("a0 a1 b2 b3", "a0 a1 b1 b2 b3", "a0 a1 a2 a3", "b0 b1 b1 b2 b3")]
     recipes.append(damped(recipes[1], [1, 0.5, 0.5, 1, 1], ("o_proj", "down_proj")))
     found = damage_on_drawn(recipes, opened, models)
+    texts = {name: draw(model) for name, model in models.items()}
+
+    def loss(model) -> float:
+        return float(np.mean([expected_loss(models[name], model, ids) for name, ids in texts.items()]))
+
     for recipe, damage in zip(recipes, found, strict=True):
         splice = virtual_splice(recipe, {name: opened[name] for name in recipe.donors}, {name: models[name] for name in recipe.donors})
-        shares = {name: np.mean([block.model == name for block in recipe.blocks]) for name in recipe.donors}
-        assert damage == pytest.approx(sum(share * divergence(models[name], splice, draw(models[name])) for name, share in shares.items()))
+        own = np.mean([loss(models[block.model]) for block in recipe.blocks])
+        assert damage == pytest.approx(loss(splice) - own, rel=1e-4, abs=1e-6)
     assert found[2] == pytest.approx(0, abs=1e-6) and found[1] != pytest.approx(found[4])
+
+
+def test_the_damage_of_one_donor_s_recipe_is_its_divergence(donors, pair):
+    name, model = next(iter(pair[1].items()))
+    recipe = recipe_of(stack(donors, "a0 a1 a1 a2 a3"))
+    (found,) = damage_on_drawn([recipe], {name: pair[0][name]}, {name: model})
+    splice = virtual_splice(recipe, {name: pair[0][name]}, {name: model})
+    assert found == pytest.approx(divergence(model, splice, draw(model)), rel=1e-4)
 
 
 def test_drawn_tokens_follow_the_model_s_predictions(pair):
