@@ -25,7 +25,7 @@ from frankenmerge.drawing import states_on_drawn
 from frankenmerge.evaluation.compare import read_text
 from frankenmerge.evaluation.drawn import damage_on_drawn
 from frankenmerge.files import write_file
-from frankenmerge.planning.prediction import FLOOR, Model, donor_loss, features, fitted, new_family
+from frankenmerge.planning.prediction import DRAWN_FLOOR, FLOOR, Model, donor_loss, features, fitted, new_family
 from frankenmerge.planning.states import states_of
 
 PACKAGE = Path(frankenmerge.__file__).parent
@@ -61,7 +61,7 @@ def main(cache: Path | None) -> None:
         off.append(_off(model.damage(own.features), own.damage))
         click.echo(f"{name} left out: predicted off by {off[-1].mean():+.2f}, standard deviation {off[-1].std():.2f}", err=True)
     intercept, weights = _fit(list(measured.values()))
-    drawn = [_off(own.drawn, own.damage) for own in measured.values()]
+    drawn = [_off(own.drawn, own.damage, DRAWN_FLOOR) for own in measured.values()]
     origin = {
         "script": "evals/fit_planner.py",
         "donors": list(FITTED),
@@ -94,8 +94,8 @@ def _measured(name: str, texts: list, cache: Path | None) -> Measured:
     return Measured(features([recipe.blocks for recipe in recipes], states), damage, drawn, donor.fingerprint)
 
 
-def _off(predicted: np.ndarray, damage: np.ndarray) -> np.ndarray:
-    return np.log(FLOOR + np.maximum(0, damage)) - np.log(FLOOR + predicted)
+def _off(predicted: np.ndarray, damage: np.ndarray, floor: float = FLOOR) -> np.ndarray:
+    return np.log(floor + np.maximum(0, damage)) - np.log(floor + np.maximum(0, predicted))
 
 
 def _fit(measured: Sequence[Measured]) -> tuple[float, np.ndarray]:

@@ -112,11 +112,11 @@ def _judged(damage: np.ndarray, nats: np.ndarray, keeps: np.ndarray) -> dict[str
 
 def _held(kind: str, damage: np.ndarray, measured: np.ndarray, seamed: np.ndarray) -> dict[str, float]:
     """The share of measured damages in the interval, and by how much their logarithm is off."""
-    model = default_model()
-    low, high = model.drawn_spread if kind == "drawn" else model.spread
-    off = (np.log(FLOOR + np.maximum(0, measured)) - np.log(FLOOR + damage))[seamed]
+    ends = [default_model().interval(value, drawn=kind == "drawn") for value in damage[seamed].tolist()]
+    held = [low <= value <= high for (low, high), value in zip(ends, measured[seamed].tolist(), strict=True)]
+    off = (np.log(FLOOR + np.maximum(0, measured)) - np.log(FLOOR + np.maximum(0, damage)))[seamed]
     return {
-        "within_interval": float(np.mean((off >= low) & (off <= high))),
+        "within_interval": float(np.mean(held)),
         "off_mean": float(off.mean()),
         "off_deviation": float(off.std()),
     }

@@ -6,6 +6,7 @@ from what a block was given at home, the block is out of place. All of it follow
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,6 +22,9 @@ FEATURES = ("final", "kept", "third", "skipped")
 """What damage is predicted from, see `features`."""
 FLOOR = 0.02
 """Nats below which differences are noise; damage is predicted as the logarithm of itself and this."""
+DRAWN_FLOOR = 0.05
+"""Nats below which damage on drawn tokens says nothing: how much better one donor is than the other, there and on a text, differs
+by as much."""
 RIDGE = 0.1
 """Pull of the weights of standardised features to zero, or to those that are refined."""
 
@@ -157,9 +161,13 @@ class Model:
         return np.maximum(0, np.exp(self.intercept + found @ np.array(self.weights)) - FLOOR)
 
     def interval(self, damage: float, *, drawn: bool = False) -> tuple[float, float]:
-        """Where nine of ten measured damages are expected around one that was predicted, or measured on drawn tokens."""
-        low, high = ((damage + FLOOR) * np.exp(end) - FLOOR for end in (self.drawn_spread if drawn else self.spread))
-        return max(0.0, float(low)), float(high)
+        """Where nine of ten measured damages are expected around one that was predicted, or measured on drawn tokens.
+
+        What is predicted is never below 0; what is measured may be, where a splice of fine-tunes is better than their mean.
+        """
+        floor, ends = (DRAWN_FLOOR, self.drawn_spread) if drawn else (FLOOR, self.spread)
+        low, high = (damage + (max(0.0, damage) + floor) * (math.exp(end) - 1) for end in ends)
+        return low if drawn else max(0.0, low), high
 
     def as_json(self) -> dict[str, Any]:
         """The model as it is stored."""

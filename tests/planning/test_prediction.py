@@ -149,6 +149,17 @@ def test_the_default_model_names_its_origin():
         assert low < 0 < high
 
 
+def test_intervals_hold_what_they_are_around_and_widen_with_it():
+    model = default_model()
+    for drawn in (False, True):
+        damages = [0.0, 0.01, 0.1, 1.0, 5.0]
+        ends = [model.interval(damage, drawn=drawn) for damage in damages]
+        assert all(low <= damage < high for (low, high), damage in zip(ends, damages, strict=True))
+        assert np.all(np.diff([high - low for low, high in ends]) > 0)
+    low, high = model.interval(-0.1, drawn=True)
+    assert low < -0.1 < high
+
+
 def test_the_interval_for_a_new_family_holds_nine_of_ten():
     """Families that differ in their means, three of them seen: the interval holds for others of the same kind."""
     generator, held = np.random.default_rng(3), []
