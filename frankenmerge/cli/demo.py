@@ -21,6 +21,8 @@ class Found(NamedTuple):
     logits_equal: bool
     results: list
     randoms: list[float]
+    promise: Any
+    """What the plan predicted, held against what was measured."""
     seconds: float
 
 
@@ -42,9 +44,9 @@ def demo(output: Path, as_json: bool) -> None:
     _inspect(console, donors)
     alignment, plan = _plan(console, donors, output)
     equal = _merge(console, plan.recipe, output)
-    results, randoms = _evaluate(plan, donors, output)
+    results, randoms, promise = _evaluate(plan, alignment, donors, output)
     _report(output)
-    found = Found(plan, equal, results, randoms, time.perf_counter() - started)
+    found = Found(plan, equal, results, randoms, promise, time.perf_counter() - started)
     _tell(console, found, output)
     if as_json:
         print_json(_as_json(found, output))
@@ -90,7 +92,8 @@ def _plan(console, donors: list, output: Path):
     from frankenmerge.analysis.align import align
     from frankenmerge.analysis.analyze import analyze, work
     from frankenmerge.atlas import save_atlas
-    from frankenmerge.cli.plan import print_seams, write_plans
+    from frankenmerge.cli.measuring import DRAWN, Bench, damped
+    from frankenmerge.cli.plan import print_damping, print_seams, write_plans
     from frankenmerge.planning.plan import plan
     from frankenmerge.planning.prediction import default_model
     from frankenmerge.planning.search import Constraints
@@ -116,10 +119,16 @@ def _plan(console, donors: list, output: Path):
     except ImportError:
         console.print("Install matplotlib to have the whole matrix drawn.\n")
     console.rule(f"3. The plan: {DEPTH} blocks out of {donors[0].blocks} + {donors[1].blocks}")
+    model = default_model()
     plans = plan([alignment], Constraints(DEPTH), top=3)
-    write_plans(plans, output / "recipe.yaml", Constraints(DEPTH), default_model())
-    console.print(f"{plans[0].recipe}   predicted damage {plans[0].predicted_damage:.2f} nats per token\n", markup=False)
+    plans, tried = damped(plans, [alignment], Bench([donor.name for donor in donors], (DRAWN,), {}), model)
+    write_plans(plans, output / "recipe.yaml", Constraints(DEPTH), model)
+    low, high = plans[0].interval
+    console.print(f"{plans[0].recipe}", markup=False)
+    console.print("The best of three, run on tokens that the donors drew themselves: no text was needed.")
+    console.print(f"Predicted damage {plans[0].predicted_damage:z.2f} nats per token, nine times of ten from {low:z.2f} to {high:z.2f}.\n")
     print_seams(console, plans[0].seams)
+    print_damping(console, tried)
     console.print(f"All scores, and the neurons that agree and disagree most: {output / 'recipe.evidence.json'}\n", markup=False)
     return alignment, plans[0]
 
@@ -152,13 +161,14 @@ def _merge(console, recipe, output: Path) -> bool:
     return equal
 
 
-def _evaluate(plan, donors: list, output: Path) -> tuple[list, list[float]]:
+def _evaluate(plan, alignment, donors: list, output: Path) -> tuple[list, list[float], Any]:
     from frankenmerge.cli.evaluate import held_promise
     from frankenmerge.evaluation.compare import Bench, Text
     from frankenmerge.evaluation.record import Looks, evaluation_json
     from frankenmerge.evaluation.samples import drawn_prompts, words_of
     from frankenmerge.files import write_file
     from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe
+    from frankenmerge.planning.damping import dampings
 
     folder = Path(__file__).parent.parent / "demo" / "text"
     texts = [Text(name, (folder / f"{name}.txt").read_text(encoding="utf-8")[:CHARACTERS]) for name in ("code", "prose")]
@@ -166,7 +176,9 @@ def _evaluate(plan, donors: list, output: Path) -> tuple[list, list[float]]:
     bench = Bench(texts, [*blocks, str(output / "merged")])
     words = frozenset().union(*(words_of(text.content) for text in texts))
     looks = Looks(drawn_prompts([text.content for text in texts], PROMPTS, 0), words, with_seams=True)
-    controls = {"naive interleave": naive_interleave(blocks, DEPTH), "Goliath's pattern": goliath(blocks, DEPTH)}
+    pattern, writes = goliath(blocks, DEPTH), donors[0].architecture.stream.writes
+    by_passes = {way.name: way.recipe for way in dampings(pattern, [alignment], writes)}["1/n"]
+    controls = {"naive interleave": naive_interleave(blocks, DEPTH), "Goliath's pattern": pattern, "the same, damped": by_passes}
     results = []
     with progress("evaluating", len(donors) + 2 + len(controls) + RANDOM_RECIPES, "models") as advance:
         for donor in donors:
@@ -182,12 +194,12 @@ def _evaluate(plan, donors: list, output: Path) -> tuple[list, list[float]]:
             randoms.append(bench.recipe(f"random {seed}", random_recipe(blocks, DEPTH, seed)))
             advance(1)
     own = {result.name: result.total.nats_per_token for result in results[: len(donors)]}
-    predictions = [held_promise(results[len(donors)], plan.recipe, plan.predicted_damage, plan.interval, own)._asdict()]
-    told = json.dumps(evaluation_json(results, bench, looks, predictions=predictions), indent=2, ensure_ascii=False) + "\n"
+    promise = held_promise(results[len(donors)], plan.recipe, plan.predicted_damage, plan.interval, own)
+    told = json.dumps(evaluation_json(results, bench, looks, predictions=[promise._asdict()]), indent=2, ensure_ascii=False) + "\n"
     write_file(output / "evaluation.json", told.encode())
     middle = sorted(randoms, key=lambda result: result.total.bits_per_byte)[RANDOM_RECIPES // 2]
     results.append(middle._replace(name=f"median of {RANDOM_RECIPES} random"))
-    return results, [result.total.bits_per_byte for result in randoms]
+    return results, [result.total.bits_per_byte for result in randoms], promise
 
 
 def _report(output: Path) -> None:
@@ -199,13 +211,16 @@ def _report(output: Path) -> None:
 
 
 def _tell(console, found: Found, output: Path) -> None:
-    from frankenmerge.cli.evaluate import results_table
+    from frankenmerge.cli.evaluate import print_promise, results_table
 
     console.rule("5. Did the plan keep its word?")
     console.print(results_table(found.results, "On held-out code and prose (bits per byte; lower is better)"))
     ours = found.results[2].total.bits_per_byte
     beaten = sum(random > ours for random in found.randoms)
-    console.print(f"The planned recipe beats {beaten} of {len(found.randoms)} random recipes of its depth ({found.seconds:.0f} s in all).")
+    print_promise(console, found.promise)
+    console.print(
+        f"The planned recipe beats {beaten} of {len(found.randoms)} random recipes of its depth, undamped ({found.seconds:.0f} s in all)."
+    )
     console.print(
         f"\nEverything is in {output}: atlases, alignment, recipe, evidence, evaluation, and the checkpoint in {output / 'merged'}.",
         markup=False,

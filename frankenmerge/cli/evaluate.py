@@ -182,9 +182,7 @@ def _print(results: list, looks: Any, told: dict, promises: list, comparison: An
     if looks.samples:
         print_samples(console, looks.samples)
     for promise in promises:
-        verdict = "the prediction held" if promise.held else "the prediction did not hold"
-        around = f"{promise.predicted:.3f} ({promise.low:.3f} to {promise.high:.3f}) nats per token above its donors"
-        console.print(f"{Path(promise.recipe).name}: predicted {around}, measured {promise.measured:.3f}: {verdict}.")
+        print_promise(console, promise)
     for entry in comparison.verdicts if comparison else ():
         low, high = entry.interval
         told_of = f"{entry.bits_per_byte:+.3f} ({low:+.3f} to {high:+.3f}) bits per byte, {comparison.threshold:+.3f} allowed"
@@ -217,6 +215,13 @@ def kept_promises(results) -> list[Promise]:
         if told := _foretold(Path(result.name).parent, str(recipe)):
             promises.append(held_promise(result, recipe, told["predicted_damage"], told["interval"], losses))
     return promises
+
+
+def print_promise(console, promise: Promise) -> None:
+    """Show what was predicted, what was measured, and whether the one was in the other's interval."""
+    verdict = "the prediction held" if promise.held else "the prediction did not hold"
+    around = f"{promise.predicted:z.3f} ({promise.low:z.3f} to {promise.high:z.3f}) nats per token above its donors"
+    console.print(f"{Path(promise.recipe).name}: predicted {around}, measured {promise.measured:z.3f}: {verdict}.")
 
 
 def held_promise(result, recipe, predicted: float, interval, losses) -> Promise:

@@ -146,13 +146,12 @@ def plan(
             low, high = entry.interval
             measured = [] if entry.measured is None else [f"{entry.measured:.3f}"]
             made.add_row(
-                str(entry.recipe), str(len(entry.seams)), f"{entry.predicted_damage:.3f}", f"{low:.2f}-{high:.2f}", *measured, name
+                str(entry.recipe), str(len(entry.seams)), f"{entry.predicted_damage:z.3f}", f"{low:z.2f} to {high:z.2f}", *measured, name
             )
         console.print(made)
     print_seams(console, plans[0].seams)
     if tried is not None:
-        ways = ", ".join(f"{name} {value:.3f}" for name, value in tried.damage.items())
-        console.print(f"Damping of the best, nats per token lost: {ways}. Kept: {tried.kept or 'none'}.")
+        print_damping(console, tried)
     console.print("Damage is predicted in nats per token above the donors' own loss, each donor's by its share of the blocks.")
 
 
@@ -192,6 +191,12 @@ def write_plans(plans, output: Path, constraints, model) -> list[Path]:
 
 def _plans_as_json(plans, constraints, model) -> dict:
     return {"plans": [entry.as_json() for entry in plans], "constraints": constraints.as_json(), "model": model.as_json()}
+
+
+def print_damping(console, tried) -> None:
+    """Show what damping the best plan's repeated blocks gained."""
+    ways = ", ".join(f"{name} {value:.3f}" for name, value in tried.damage.items())
+    console.print(f"Writes of repeated blocks scaled, nats per token lost: {ways}. Kept: {tried.kept or 'none'}.")
 
 
 def print_seams(console, seams) -> None:

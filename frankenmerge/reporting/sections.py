@@ -292,7 +292,7 @@ def facts(found: Sequence[Splice], plan: PlanTold | None, told: Sequence[Promise
         low, high = plan.interval
         if chance := sum(seam.by_chance for seam in plan.seams):
             shown.append(("Seams no better than chance", f"{chance}: these donors share no basis there"))
-        shown.append(("Predicted damage", f"{plan.predicted_damage:.2f} nats ({low:.2f} to {high:.2f})"))
+        shown.append(("Predicted damage", f"{plan.predicted_damage:z.2f} nats ({low:z.2f} to {high:z.2f})"))
     elif found:
         blocks = _blocks(run.recipes[found[0].files[0]])
         shown += [("Blocks", blocks), ("Seams", str(len(run.recipes[found[0].files[0]].seams)))] if blocks else []
