@@ -1,4 +1,4 @@
-"""How long work tells how far it is."""
+"""How work that takes long shows its progress."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

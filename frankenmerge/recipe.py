@@ -184,7 +184,8 @@ def recipe_of(blocks: list[Block], **fields: Any) -> Recipe:
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which a key may stand once, and merge keys (`<<`) cannot make more of a file than `_LARGEST` keys."""
 
-    keys = 0
+    merging = keys = 0
+    """How deep in merge keys it is, and how many keys they brought so far."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -196,8 +197,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        self.merging += 1
         super().flatten_mapping(node)  # which calls this for what is merged, before it takes over the keys
-        self.keys += len(node.value)
+        self.merging -= 1
+        self.keys += len(node.value) if self.merging else 0
         if self.keys > _LARGEST:
             raise yaml.constructor.ConstructorError(None, None, f"more than {_LARGEST:,} keys by way of merge keys", node.start_mark)
 

@@ -66,7 +66,7 @@ def _one_name(value: Any) -> Any:
 
 def _without_torch(value: Any) -> Any:
     """`torch.bfloat16` is `bfloat16`."""
-    return value.removeprefix("torch.") if isinstance(value, str) else value
+    return value[6:] if value in ("torch.float32", "torch.float16", "torch.bfloat16") else value
 
 
 class Part(BaseModel):

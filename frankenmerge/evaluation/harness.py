@@ -8,6 +8,7 @@ from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from typing import NamedTuple
 
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frankenmerge.errors import fail
@@ -32,13 +33,18 @@ def stay_offline() -> None:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise FrankenmergeError where the harness is not installed or does not know a task: to be asked before hours of measuring."""
+    """Raise FrankenmergeError where the harness is not installed or cannot load a task: to be asked before hours of measuring."""
     if find_spec("lm_eval") is None:
         raise fail("--tasks", "lm-evaluation-harness", "it is not installed", "pip install 'frankenmerge[harness]'")
     from lm_eval.config.evaluate_config import EvaluatorConfig  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import get_task_dict  # pyright: ignore[reportMissingImports]
 
     with _told(tasks):
-        EvaluatorConfig(tasks=list(tasks)).process_tasks()
+        if not all(tasks):
+            raise ValueError("a task without a name")
+        asked = EvaluatorConfig(tasks=list(tasks))
+        manager = asked.process_tasks()
+        get_task_dict(list(asked.tasks), manager)
 
 
 @contextmanager
@@ -48,7 +54,7 @@ def _told(tasks: Sequence[str]) -> Iterator[None]:
     try:
         with redirect_stdout(sys.stderr):  # it prints its progress
             yield
-    except (ValueError, LookupError, OSError, AssertionError) as error:
+    except (ValueError, LookupError, TypeError, OSError, AssertionError, yaml.YAMLError) as error:
         told = " ".join(str(error).split()) or repr(error)
         remedy = "name tasks of the harness whose data are at hand (--download fetches them), or YAML files of tasks that fit the model"
         raise fail(f"--tasks {' '.join(tasks)}", "tasks that the harness can run on this model", told, remedy) from error

@@ -4,8 +4,8 @@
  * All take the elements in strips that stay in a core's first cache, as float32 whatever the file holds. The order of every
  * operation is that of methods/torch_span.py and methods/torch_sparse.py, so that both give the same bits: one operation of float32
  * at a time (built with -ffp-contract=off, since a fused one rounds once where two round twice), what is summed over a tensor in
- * float64, each lane by itself. Nothing here depends on the width of the processor's registers, nor on how calls cut a tensor.
- * Python's lock is let go meanwhile.
+ * float64, each lane by itself, an element's lane being its place in the call. Nothing here depends on the width of the processor's
+ * registers. Python's lock is let go meanwhile.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -17,7 +17,6 @@
 #define LANES 8192 /* sums side by side: element k of a call goes to sum k % LANES */
 #define DIGITS 65536 /* values of half the bits of an element */
 #define SIGN 0x80000000u
-#define TINY 1e-8f /* a sum of agreeing weights this small is not divided by */
 
 /* Let the compiler make a version for each width of registers, chosen when the module is loaded, where its linker can. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
@@ -270,14 +269,21 @@ static int take(PyObject *sequence, Inputs *given) {
     return 0;
 }
 
-/* Read elements [start, start + count) of every input to its strip, the first one subtracted from the others where `relative`.
- * `bad` becomes the number of the first input, in order, that was found to hold NaN or Inf. */
+/* Read elements [start, start + count) of every input to its strip, the first one subtracted from the others where `relative`; a NaN
+ * among differences is the one NaN then, since its bits are a rank. `bad` becomes the number of the first input, in order, that was
+ * found to hold NaN or Inf. */
 static void read_strips(const Inputs *given, Py_ssize_t start, Py_ssize_t count, int relative, Strip *strips, Py_ssize_t *bad) {
+    int first = 0;
     for (Py_ssize_t i = 0; i < given->number; i++) {
         const Input *input = &given->inputs[i];
         const char *from = (const char *)input->view.buf + start * WIDTHS[input->type];
-        if (READ[input->type](from, strips + i, count) && (*bad < 0 || i < *bad)) *bad = i;
-        if (relative && i) subtract(strips[i].numbers, strips[0].numbers, count);
+        int unfit_here = READ[input->type](from, strips + i, count);
+        if (unfit_here && (*bad < 0 || i < *bad)) *bad = i;
+        if (!i) first = unfit_here;
+        if (relative && i) {
+            subtract(strips[i].numbers, strips[0].numbers, count);
+            if (first || unfit_here) unify(strips[i].bits, count);
+        }
     }
 }
 
@@ -288,7 +294,7 @@ static Strip *strips_for(const Inputs *given, Py_ssize_t more) {
     return strips;
 }
 
-/* Memory that Python may change beneath a call would be read while it is written; of one call's own buffers this is held. */
+/* Memory that Python may change beneath a call would be read while it is written; of what is written and the inputs this is held. */
 static int overlaps(const Py_buffer *target, const Inputs *given) {
     uintptr_t start = (uintptr_t)target->buf, stop = start + (uintptr_t)target->len;
     for (Py_ssize_t i = 0; i < given->number; i++) {
@@ -444,11 +450,13 @@ typedef struct {
     uint32_t first_key, end_key;
     Py_ssize_t first_index, end_index;
     Generator *noise; /* draws the words for `limit`; NULL where it does not */
+    PyObject *owner; /* of the generator: it lives as long as this is held */
     uint32_t limit;
     Py_buffer words, limits; /* a word and a limit for every element; .obj is NULL while there are none */
 } Keep;
 
 static void release_keep(Keep *keep) {
+    Py_XDECREF(keep->owner);
     if (keep->words.obj) PyBuffer_Release(&keep->words);
     if (keep->limits.obj) PyBuffer_Release(&keep->limits);
 }
@@ -489,7 +497,9 @@ static int take_keep(PyObject *given, Py_ssize_t size, Keep *keep) {
         if (PyLong_Check(limit)) {
             long long number = PyLong_AsLongLong(limit);
             if (PyErr_Occurred() || take_key(number, &keep->limit) < 0) return -1;
-            PyObject *capsule = PyObject_GetAttrString(source, "capsule"); /* to what lives as long as the generator */
+            Py_INCREF(source);
+            keep->owner = source;
+            PyObject *capsule = PyObject_GetAttrString(source, "capsule");
             keep->noise = capsule ? PyCapsule_GetPointer(capsule, "BitGenerator") : NULL;
             Py_XDECREF(capsule);
             return keep->noise ? 0 : -1;
@@ -564,10 +574,10 @@ FOR_EVERY_WIDTH static void add_weight(float *restrict to, const float *restrict
     for (Py_ssize_t k = 0; k < count; k++) to[k] += (float)(what[k] != 0.0f) * weight;
 }
 
-FOR_EVERY_WIDTH static void divide(float *restrict what, const float *restrict by, Py_ssize_t count) {
+FOR_EVERY_WIDTH static void divide(float *restrict what, const float *restrict by, float least, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < count; k++) {
-        float tiny = by[k] < TINY && by[k] > -TINY;
-        what[k] /= by[k] + tiny;
+        float nothing = by[k] <= least && by[k] >= -least;
+        what[k] /= by[k] + nothing;
     }
 }
 
@@ -841,29 +851,31 @@ static Term *take_terms(PyObject *sequence, const Inputs *given) {
     return terms;
 }
 
-/* Leave of the terms what has the sign of their sum, and add that to `total`, over the sum of its weights with `by_weight`. */
-static void agree(Strip *strips, const Term *terms, Py_ssize_t number, int by_weight, Strip *total, Strip *spare, Py_ssize_t count) {
+/* Leave of the terms what has the sign of their sum, and add that to `total`, over the sum of its weights where `least` is not
+ * negative and the sum is beyond it. */
+static void agree(Strip *strips, const Term *terms, Py_ssize_t number, float least, Strip *total, Strip *spare, Py_ssize_t count) {
     add_all(strips, number, total, count);
+    if (unfit(total->bits, count)) unify(total->bits, count);
     for (Py_ssize_t i = 0; i < number; i++) keep_agreeing(strips[i].bits, total->numbers, count);
     add_all(strips, number, total, count);
-    if (!by_weight) return;
+    if (least < 0) return;
     memset(spare, 0, 4 * (size_t)count);
     for (Py_ssize_t i = 0; i < number; i++) add_weight(spare->numbers, strips[i].numbers, terms[i].weight, count);
-    divide(total->numbers, spare->numbers, count);
+    divide(total->numbers, spare->numbers, least, count);
 }
 
 PyDoc_STRVAR(thin_doc,
-"thin(inputs, terms, start, consensus, by_weight, factor, result, type) -> (bad, finite)\n\n"
+"thin(inputs, terms, start, consensus, least, factor, result, type) -> (bad, finite)\n\n"
 "Write `b + f sum_i c_i keep_i(x_i - b)`, rounded once from float32, to nearest, ties to even.\n\n"
 "Args:\n"
 "    inputs: (buffer, type) of b and of every x; the type is BF16, F16, F32 or F64.\n"
 "    terms: (c, weight, keep) for every x. keep is None, all stays; or (key, index, key, index), what ranks before the second\n"
 "        boundary and not before the first, larger magnitudes and of equal ones lower indices ranking before; or (generator, limit),\n"
-"        a bit generator of numpy, two of whose words of 31 bits come from every draw of 64: what has a word below the limit; or\n"
+"        a bit generator of numpy that nobody else draws from meanwhile, two of whose words of 31 bits come from every draw of 64: what has a word below the limit; or\n"
 "        (words, limits), buffers of uint32 for every element: the same.\n"
 "    start: the index of the first element.\n"
 "    consensus: whether what has not the sign of the sum is left out.\n"
-"    by_weight: whether the sum is then divided by the weights of what was not.\n"
+"    least: the sum is then divided by the weights of what was not, where these come to more than this; below 0: never.\n"
 "    factor: f.\n"
 "    result: a buffer to be written, of as many elements.\n"
 "    type: of the result.\n\n"
@@ -876,13 +888,13 @@ static PyObject *thin(PyObject *module, PyObject *args) {
     (void)module;
     PyObject *sequence, *listed, *name, *told = NULL;
     Py_ssize_t first;
-    int consensus, by_weight;
-    float factor;
+    int consensus;
+    float least, factor;
     Inputs given = {0};
     Py_buffer result = {0};
     Term *terms = NULL;
     Strip *strips = NULL;
-    if (!PyArg_ParseTuple(args, "OOnppfw*O", &sequence, &listed, &first, &consensus, &by_weight, &factor, &result, &name)) return NULL;
+    if (!PyArg_ParseTuple(args, "OOnpffw*O", &sequence, &listed, &first, &consensus, &least, &factor, &result, &name)) return NULL;
     int type = type_of(name);
     if (!is_index(first) || type < 0 || take(sequence, &given) < 0 || overlaps(&result, &given) || !fits(&result, type, &given)) goto end;
     Py_ssize_t number = given.number - 1;
@@ -902,7 +914,7 @@ static PyObject *thin(PyObject *module, PyObject *args) {
             thin_out(deltas + i, &terms[i].keep, first, start, size, spare);
             scale(deltas[i].numbers, terms[i].coefficient, size);
         }
-        if (consensus) agree(deltas, terms, number, by_weight, total, spare, size);
+        if (consensus) agree(deltas, terms, number, least, total, spare, size);
         else add_all(deltas, number, total, size);
         scale(total->numbers, factor, size);
         add(total->numbers, strips[0].numbers, size);

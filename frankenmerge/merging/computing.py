@@ -142,7 +142,8 @@ def _write(
     written, flushed = position, position
     for content, finite in chunks:
         if not allow_nan and not finite:
-            remedy = f"look at the method's parameters, choose a dtype wider than {operation.dtype}, or go on with --allow-nan"
+            wider = f"choose a dtype wider than {operation.dtype}, " if operation.dtype in ("F16", "BF16") else ""
+            remedy = f"look at the method's parameters, {wider}or go on with --allow-nan"
             raise fail(operation.name, f"finite numbers from {by}", "NaN or Inf", remedy)
         write_fully(target, content, written)
         written += len(content)

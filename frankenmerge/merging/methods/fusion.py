@@ -78,7 +78,7 @@ def sce(inputs: Inputs) -> Plan:
         base, deltas = inputs.deltas(start, stop)
         deltas = select(deltas, start)
         elected = total_of(deltas)
-        return agreed([delta.mul_(weight) for delta, weight in zip(deltas, weights, strict=True)], elected, weights).add_(base)
+        return agreed([delta.mul_(weight) for delta, weight in zip(deltas, weights, strict=True)], elected, weights, 0.0).add_(base)
 
     return Plan(chunk)
 

@@ -76,7 +76,12 @@ class Inputs(NamedTuple):
         """The base and the task vectors: every model minus the base."""
         assert self.base
         base = self.base.read(start, stop)
-        return base, [part.read(start, stop).sub_(base) for part in self.parts]
+        return base, [one_nan(part.read(start, stop).sub_(base)) for part in self.parts]
+
+
+def one_nan(values: "Tensor") -> "Tensor":
+    """Every NaN the same one, in place: which one an operation makes is up to the processor, and its bits are ranks and signs."""
+    return values if math.isfinite(values.sum()) else values.masked_fill_(values.isnan(), math.nan)
 
 
 def precise_sum(values: "Tensor") -> float:

@@ -3,7 +3,7 @@
 The same operations in the same order as in `torch_sparse.py`, so that both give the same bits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,13 +31,13 @@ def rounded(thinned: Thinned, dtype: str, *, allow_nan: bool) -> Iterator[tuple[
         return
     stays = [_stay(inputs, model, keep, allow_nan=allow_nan) for model, keep in enumerate(thinned.keeps)]
     factors = coefficients(thinned, lambda model, finite_only: _sums(thinned, model, stays[model], finite_only, allow_nan=allow_nan))
-    weights = inputs.each("weight")
+    weights, least = inputs.each("weight"), -1.0 if thinned.least is None else thinned.least
 
     def write(given: Given, start: int, chunk: memoryview) -> tuple[int, bool]:
         base, *models = given
         kept = [stay([base, model], start) for stay, model in zip(stays, models, strict=True)]
         terms = list(zip(factors, weights, kept, strict=True))
-        return extension.thin(given, terms, start, thinned.consensus, thinned.by_weight, thinned.factor, chunk, dtype)
+        return extension.thin(given, terms, start, thinned.consensus, least, thinned.factor, chunk, dtype)
 
     yield from written(inputs, write, dtype, rows=thinned.rows, allow_nan=allow_nan)
 
@@ -64,9 +64,13 @@ def _by_row(inputs: Inputs, model: int, odds: RowOdds, pair: Given, start: int) 
 def _order(inputs: Inputs, model: int, *, allow_nan: bool) -> Order:
     pair = _pair(inputs, model)
 
-    def counted(upper: int | None) -> Counts:
-        found = np.zeros(DIGITS, np.int64)
-        scanned(inputs, pair, lambda given, _: extension.count(given, upper, found), allow_nan=allow_nan)
+    def counted(uppers: Sequence[int | None]) -> list[Counts]:
+        found = [np.zeros(DIGITS, np.int64) for _ in uppers]
+
+        def count(given: Given, _: int) -> int:
+            return max(extension.count(given, upper, counts) for upper, counts in zip(uppers, found, strict=True))
+
+        scanned(inputs, pair, count, allow_nan=allow_nan)
         return found
 
     def index(key: int, nth: int) -> int:
@@ -77,7 +81,7 @@ def _order(inputs: Inputs, model: int, *, allow_nan: bool) -> Order:
             nth -= equal
         raise AssertionError("the tensor changed between two readings")
 
-    return Order(lambda: counted(None), lambda uppers: [counted(upper) for upper in uppers], index)
+    return Order(lambda: counted([None])[0], counted, index)
 
 
 def _sums(thinned: Thinned, model: int, stay: Stay, finite_only: bool, *, allow_nan: bool) -> Array:

@@ -4,9 +4,9 @@ Three ways to thin out: by rank of magnitude (ties, breadcrumbs), at random (dar
 to 0 what is dropped. Then a sum (the `_linear` methods and breadcrumbs), or TIES's consensus: a sign is elected for every element,
 and what has the other sign is left out.
 
-Here is what stays and how it is added, and no tensor. Ranks take two passes of counting over base and model, and a part of one
-to find where equal magnitudes part; `rescale` takes one where it is by the sum of magnitudes; the result takes one over all. The
-passes are in `native_sparse.py` (C) and in `torch_sparse.py`, with the same bits. della sorts every row, with `rescale` twice.
+Here is what stays and how it is added, and no tensor. Ranks take two passes of counting over base and model, and for each boundary a
+part of one to find where equal magnitudes part; `rescale` takes one where it is by the sum of magnitudes; the result takes one over
+all. The passes are in `native_sparse.py` (C) and in `torch_sparse.py`, with the same bits. della sorts every row, with `rescale` twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,9 +58,15 @@ class Thinned(NamedTuple):
         return any(isinstance(keep, RowOdds) for keep in self.keeps)
 
     @property
-    def by_weight(self) -> bool:
-        """Whether what agrees is divided by the sum of its weights."""
-        return self.consensus and bool(self.inputs.parameters["normalize"])
+    def least(self) -> float | None:
+        """Beyond this what agrees is divided by the sum of its weights; None: it never is.
+
+        Weights of one sign that agree have no sum of 0. Those of both signs may, and float32 leaves some rounding of it.
+        """
+        if not self.consensus or not self.inputs.parameters["normalize"]:
+            return None
+        weights = self.inputs.each("weight")
+        return 1e-6 * sum(map(abs, weights)) if min(weights) < 0 < max(weights) else 0.0
 
     @property
     def factor(self) -> float:
@@ -75,7 +81,8 @@ def ties(inputs: Inputs) -> Thinned:
     As in mergekit: ranks are taken within a tensor and not over a whole model; the elected sign is that of the sum of *weighted* task
     vectors, plus where that is 0; with `normalize` what agrees is divided by the sum of its weights; with `rescale` what is left of
     a task vector gets the sum of magnitudes of the whole. `int(density * size)` elements stay, at least one unless density
-    is 0, of equal magnitudes those with the lower index.
+    is 0, of equal magnitudes those with the lower index. Unlike mergekit it does not divide by what rounding leaves of weights that
+    cancel.
     """
     return _thinned(inputs, [_ranks(inputs, part, 0.0, fewest=1) for part in inputs.parts], consensus=True)
 
@@ -115,8 +122,9 @@ def dare_ties(inputs: Inputs) -> Thinned:
 
 def _dare(inputs: Inputs, *, consensus: bool) -> Thinned:
     densities = inputs.each("density")
-    scales = [1 / (density or 1) if inputs.parameters["rescale"] else 1.0 for density in densities]
-    return Thinned(inputs, [_chance(density) for density in densities], scales, consensus)
+    keeps = [_chance(density) for density in densities]
+    rescaled = [inputs.parameters["rescale"] and isinstance(keep, Chance) for keep in keeps]
+    return Thinned(inputs, keeps, [1 / density if scaled else 1.0 for density, scaled in zip(densities, rescaled, strict=True)], consensus)
 
 
 def della(inputs: Inputs) -> Thinned:

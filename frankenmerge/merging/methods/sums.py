@@ -8,8 +8,8 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 LANES = 2**13
-"""Sums that a tensor's elements are gathered in, side by side: element k adds to sum k % LANES, so that the order is fixed and yet
-many are added at once."""
+"""Sums that a tensor's elements are gathered in, side by side: element k of a span adds to sum k % LANES, so that the order is fixed,
+as the spans are, and yet many are added at once."""
 
 
 def folded(sums: Array) -> Array:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from frankenmerge.merging.methods.inputs import Inputs, Plan
+from frankenmerge.merging.methods.inputs import Inputs, Plan, one_nan
 from frankenmerge.merging.methods.noise import words
 from frankenmerge.merging.methods.select import boundaries
 from frankenmerge.merging.methods.sparse import Chance, Keep, Ranks, RowOdds, Thinned, coefficients
@@ -21,21 +21,18 @@ from frankenmerge.merging.methods.torch_span import add_to_lanes, finite
 Thin = Callable[[Tensor, int], Tensor]
 """A task vector's elements and the index of the first, to themselves with 0 for what is dropped (in place)."""
 
-TINY = 1e-8
-"""A sum of agreeing weights this small is not divided by; it takes weights of both signs."""
-
 
 def plan_of(thinned: Thinned) -> Plan:
     """The plan that adds what stays, the ranks found and the scales summed."""
     inputs = thinned.inputs
     thins = [_thin(inputs, model, keep) for model, keep in enumerate(thinned.keeps)]
     factors = coefficients(thinned, lambda model, finite_only: _sums(inputs, model, thins[model], finite_only, rows=thinned.rows))
-    weights = inputs.each("weight") if thinned.by_weight else None
+    weights, least = inputs.each("weight"), thinned.least
 
     def chunk(start: int, stop: int) -> Tensor:
         base, deltas = inputs.deltas(start, stop)
         terms = [thin(delta, start).mul_(factor) for thin, delta, factor in zip(thins, deltas, factors, strict=True)]
-        total = agreed(terms, total_of(terms), weights) if thinned.consensus else total_of(terms)
+        total = agreed(terms, total_of(terms), weights, least) if thinned.consensus else total_of(terms)
         return total.mul_(thinned.factor).add_(base)
 
     return Plan(chunk, thinned.rows)
@@ -49,20 +46,20 @@ def total_of(terms: list[Tensor]) -> Tensor:
     return total
 
 
-def agreed(terms: list[Tensor], elected: Tensor, weights: list[float] | None) -> Tensor:
-    """The sum of what has the sign of `elected` (plus where that is 0), over the sum of its weights if there are any.
+def agreed(terms: list[Tensor], elected: Tensor, weights: list[float], least: float | None) -> Tensor:
+    """The sum of what has the sign of `elected` (plus where that is 0), over the sum of its weights where that is beyond `least`.
 
     Overwrites the terms. A term that is 0 has no sign and does not count (arXiv 2306.01708, algorithm 1, "disjoint merge").
     """
-    signs = elected.add_(0.0).view(torch.int32)  # -0.0 becomes 0.0
+    signs = one_nan(elected.add_(0.0)).view(torch.int32)  # -0.0 becomes 0.0
     for term in terms:
         bits = term.view(torch.int32)
         bits.bitwise_and_(bits.bitwise_xor(signs).bitwise_right_shift_(31).bitwise_not_())
     total = total_of(terms)
-    if weights is None:
+    if least is None:
         return total
     mass = total_of([term.ne_(0.0).mul_(weight) for term, weight in zip(terms, weights, strict=True)])
-    return total.div_(mass.add_(mass.abs().lt_(TINY)))
+    return total.div_(mass.add_(mass.abs().le_(least)))
 
 
 def _thin(inputs: Inputs, model: int, keep: Keep) -> Thin:
@@ -106,7 +103,7 @@ def _row_limits(inputs: Inputs, odds: RowOdds, delta: Tensor) -> Tensor:
 
 def _delta(inputs: Inputs, model: int, start: int, stop: int) -> Tensor:
     assert inputs.base
-    return inputs.parts[model].read(start, stop).sub_(inputs.base.read(start, stop))
+    return one_nan(inputs.parts[model].read(start, stop).sub_(inputs.base.read(start, stop)))
 
 
 def _sums(inputs: Inputs, model: int, thin: Thin, finite_only: bool, *, rows: bool) -> Array:

@@ -162,7 +162,7 @@ def task(xs, b, models, p, keep, consensus, scale):
         plus = sum(term[i] for term in flat) >= 0
         agree = [n for n, term in enumerate(flat) if term[i] and (term[i] > 0) == plus]
         mass = sum(weights[n] for n in agree)
-        result[i] = sum(flat[n][i] for n in agree) / (mass if p["normalize"] and abs(mass) > 1e-8 else 1)
+        result[i] = sum(flat[n][i] for n in agree) / (mass if p["normalize"] and abs(mass) > 1e-6 * sum(map(abs, weights)) else 1)
     return b + p["lambda"] * result.reshape(b.shape)
 
 

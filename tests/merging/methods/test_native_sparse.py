@@ -101,18 +101,46 @@ def test_tensors_of_several_chunks_give_torch_s_bits(method, rescale, shape):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_gives_torch_s_bits_and_stays_in_its_own_elements(method, rescale, value):
+@pytest.mark.parametrize("name", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize(
+    "values", [(math.nan,) * 4, (math.inf,) * 4, (-math.inf,) * 4, (0.0, math.inf, -math.inf, math.nan), (math.nan, math.nan, 0, -math.nan)]
+)
+def test_what_is_not_finite_gives_torch_s_bits_and_stays_in_its_own_elements(method, rescale, name, values):
     rng = np.random.default_rng(4)
     size = CHUNK + 3
-    tensors = [("F32", numbers(rng, "F32", size)) for _ in range(3)]
-    for number, (_, tensor) in enumerate(tensors):
+    tensors = [(name, numbers(rng, name, size)) for _ in range(4)]
+    for number, ((_, tensor), value) in enumerate(zip(tensors, values, strict=True)):
         tensor[[number, 5000, CHUNK + 1]] = value
-    own = [told_of(method, density, weight, 0.001) for density, weight in ((0.4, 0.5), (0.8, 0.9))]
-    made = by_c(method, tensors, own, {"rescale": rescale}, (size,), "F32", allow_nan=True)
-    assert same_bytes(made, by_torch(method, tensors, own, {"rescale": rescale}, (size,), "F32"), "F32")
-    spoiled = (~torch.frombuffer(bytearray(made), dtype=torch.float32).isfinite()).nonzero().flatten().tolist()
-    assert set(spoiled) <= {0, 1, 2, 5000, CHUNK + 1} and 0 in spoiled
+    own = [told_of(method, density, weight, 0.001) for density, weight in ((0.4, 0.5), (0.8, 0.9), (0.6, 0.7))]
+    made = by_c(method, tensors, own, {"rescale": rescale}, (size,), name, allow_nan=True)
+    assert same_bytes(made, by_torch(method, tensors, own, {"rescale": rescale}, (size,), name), name)
+    spoiled = (~torch.frombuffer(bytearray(made), dtype=TYPES[name]).isfinite()).nonzero().flatten().tolist()
+    assert set(spoiled) <= {0, 1, 2, 3, 5000, CHUNK + 1}
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16", "F32"])
+def test_nan_ranks_alike_wherever_it_lies(name):
+    """What makes float32 of a NaN gives its digits as it likes; all are one magnitude, of which the lower indices stay."""
+    tensors = [(name, torch.zeros(19).to(TYPES[name])), (name, torch.full((19,), math.nan).to(TYPES[name]))]
+    own = [{"weight": 1.0, "density": 0.5}]
+    made = by_c("ties", tensors, own, {}, (19,), "F32", allow_nan=True)
+    assert torch.frombuffer(bytearray(made), dtype=torch.float32).isnan().nonzero().flatten().tolist() == list(range(9))
+    assert same_bytes(made, by_torch("ties", tensors, own, {}, (19,), "F32"), "F32")
+
+
+@pytest.mark.parametrize("method", CONSENSUS)
+@pytest.mark.parametrize("weights", [(0.3, 0.6, -0.9), (-0.8, 0.7, 0.1), (1e-9,), (1e-9, -1e-9)])
+def test_what_is_divided_by_is_no_rounding_however_small_the_weights(method, weights):
+    """Nothing is larger than the sum of what agrees over the least that agreeing weights come to."""
+    rng = np.random.default_rng(6)
+    tensors = [("F32", numbers(rng, "F32", 5000)) for _ in range(len(weights) + 1)]
+    parameters = {"normalize": True, "rescale": False}
+    made = by_c(method, tensors, [told_of(method, 1.0, weight, 0.0) for weight in weights], parameters, (5000,), "F32")
+    assert same_bytes(made, by_torch(method, tensors, [told_of(method, 1.0, w, 0.0) for w in weights], parameters, (5000,), "F32"), "F32")
+    result, base = torch.frombuffer(bytearray(made), dtype=torch.float32), tensors[0][1]
+    assert (result - base).abs().max() < 2
+    if len(weights) == 1:
+        torch.testing.assert_close(result, tensors[1][1])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -154,7 +182,7 @@ def test_what_lies_between_two_ranks_stays_however_calls_cut_the_tensor(values, 
     for start, stop in itertools.pairwise([0, cut, size]):
         piece, result = array[start:stop], bytearray(4 * (stop - start))
         keep = (*boundary(first), *boundary(end))
-        extension.thin([(np.zeros_like(piece), "F32"), (piece, "F32")], [(1.0, 1.0, keep)], start, False, False, 1.0, result, "F32")
+        extension.thin([(np.zeros_like(piece), "F32"), (piece, "F32")], [(1.0, 1.0, keep)], start, False, -1.0, 1.0, result, "F32")
         pieces.append(np.frombuffer(result, np.float32))
     kept = np.zeros_like(array)
     kept[order[first:end]] = array[order[first:end]]
@@ -208,9 +236,27 @@ def test_a_word_of_31_bits_below_the_limit_stays():
     ones, result = np.ones(size, np.float32), bytearray(4 * size)
     limit = 2**30
     terms = [(1.0, 1.0, (SFC64(3), limit))]
-    extension.thin([(np.zeros_like(ones), "F32"), (ones, "F32")], terms, 0, False, False, 1.0, result, "F32")
+    extension.thin([(np.zeros_like(ones), "F32"), (ones, "F32")], terms, 0, False, -1.0, 1.0, result, "F32")
     words = SFC64(3).random_raw((size + 1) // 2).astype("<u8").view("<u4")[:size] & LARGEST
     assert (np.frombuffer(result, np.float32) == (words < limit)).all()
+
+
+def test_a_generator_lives_as_long_as_it_is_drawn_from():
+    class Terms:
+        """Made as they are asked for, and held by nobody."""
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return 1.0, 1.0, (SFC64(3), 2**30)
+
+    size = 200_000
+    ones, made = np.ones(size, np.float32), []
+    for terms in (Terms(), [(1.0, 1.0, (SFC64(3), 2**30))]):
+        made.append(bytearray(4 * size))
+        extension.thin([(np.zeros_like(ones), "F32"), (ones, "F32")], terms, 0, False, -1.0, 1.0, made[-1], "F32")
+    assert made[0] == made[1]
 
 
 # Nonsense
@@ -232,31 +278,31 @@ def words_of(size):
 @pytest.mark.parametrize(
     "arguments",
     [
-        (PAIR[:1], [], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [TERM, TERM], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, 3, 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0)], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, ["term"], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [("one", 1.0, None)], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, 3)], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (1, 2, 3))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (-1, 0, 0, 0))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (2**31, 0, 0, 0))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (1, -1, 0, 0))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (1, 1, 0, -1))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (object(), 5))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (SFC64(1), 5.0))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (SFC64(1), 2**31))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (counts_of(2), counts_of(2)))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (np.zeros(2, np.int32), np.zeros(1, np.int32)))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [(1.0, 1.0, (np.zeros(2, np.int32), None))], 0, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [TERM], -1, False, False, 1.0, bytearray(8), "F32"),
-        (PAIR, [TERM], 0, False, False, "one", bytearray(8), "F32"),
-        (PAIR, [TERM], 0, False, False, 1.0, bytearray(4), "F32"),
-        (PAIR, [TERM], 0, False, False, 1.0, b"\x00" * 8, "F32"),
-        (PAIR, [TERM], 0, False, False, 1.0, X, "F32"),
-        (PAIR, [TERM], 0, False, False, 1.0, bytearray(8), "I32"),
+        (PAIR[:1], [], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [TERM, TERM], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, 3, 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0)], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, ["term"], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [("one", 1.0, None)], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, 3)], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (1, 2, 3))], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (-1, 0, 0, 0))], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (2**31, 0, 0, 0))], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (1, -1, 0, 0))], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (1, 1, 0, -1))], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (object(), 5))], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (SFC64(1), 5.0))], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (SFC64(1), 2**31))], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (counts_of(2), counts_of(2)))], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (np.zeros(2, np.int32), np.zeros(1, np.int32)))], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [(1.0, 1.0, (np.zeros(2, np.int32), None))], 0, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [TERM], -1, False, -1.0, 1.0, bytearray(8), "F32"),
+        (PAIR, [TERM], 0, False, -1.0, "one", bytearray(8), "F32"),
+        (PAIR, [TERM], 0, False, -1.0, 1.0, bytearray(4), "F32"),
+        (PAIR, [TERM], 0, False, -1.0, 1.0, b"\x00" * 8, "F32"),
+        (PAIR, [TERM], 0, False, -1.0, 1.0, X, "F32"),
+        (PAIR, [TERM], 0, False, -1.0, 1.0, bytearray(8), "I32"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(arguments):
@@ -299,10 +345,10 @@ def test_what_does_not_fit_is_refused_by_the_other_passes(call):
 def test_buffers_are_let_go_after_a_call_and_after_an_error():
     content, result = bytearray(8), bytearray(8)
     pair = [(content, "F32"), (content, "F32")]
-    extension.thin(pair, [TERM], 0, True, True, 1.0, result, "F32")
+    extension.thin(pair, [TERM], 0, True, 0.0, 1.0, result, "F32")
     extension.count(pair, None, counts_of())
     extension.find(pair, 0, 0)
-    for call in (lambda: extension.thin(pair, [3], 0, True, True, 1.0, result, "F32"), lambda: extension.count(pair, -1, counts_of())):
+    for call in (lambda: extension.thin(pair, [3], 0, True, 0.0, 1.0, result, "F32"), lambda: extension.count(pair, -1, counts_of())):
         with pytest.raises((ValueError, TypeError)):
             call()
     content.extend(b"more")  # a BufferError while anyone holds it
