@@ -24,6 +24,8 @@ SCORES = {
     "angular": Named("Angle", "How small the angle between both donors' states is: 1 is the same direction, 0.5 a right angle."),
     "relative_error": Named("Relative error", "One minus the size of the difference between the states, against their own size; below 0 "
                             "they differ by more than they are long, and are painted like 0."),
+    "gauge": Named("After a turn", "The share of one donor's states that the other's explain once one turn, the same at every depth, has "
+                   "brought their bases together (R squared), on inputs that the fit has not seen."),
     "norm_ratio": Named("Length ratio", "The shorter state's length over the longer one's. It knows nothing of meaning."),
     "greedy": Named("Greedy inputs shared", "The share of tokens that greedy search finds in the same place for both donors."),
     "gradient": Named("Gradient inputs shared", "The share of tokens that gradient search finds in the same place for both donors."),
