@@ -195,7 +195,7 @@ def _plans_as_json(plans, constraints, model) -> dict:
 
 def print_damping(console, tried) -> None:
     """Show what damping the best plan's repeated blocks gained."""
-    ways = ", ".join(f"{name} {value:.3f}" for name, value in tried.damage.items())
+    ways = ", ".join(f"{name} {value:z.3f}" for name, value in tried.damage.items())
     console.print(f"Writes of repeated blocks scaled, nats per token lost: {ways}. Kept: {tried.kept or 'none'}.")
 
 
