@@ -63,11 +63,16 @@ offload_option = click.option(
 )
 
 
-def writable(_context: Any, _parameter: click.Parameter, path: Path | None) -> Path | None:
+def _writable(_context: Any, _parameter: click.Parameter, path: Path | None) -> Path | None:
     """Refuse a file that could not be written, before anything is computed."""
     if path:
         check_place(path)
     return path
+
+
+def output_option(what: str, *, required: bool = True) -> Callable:
+    """`-o FILE`, refused at once where it could not be written; `what` is its help."""
+    return click.option("-o", "--output", type=click.Path(path_type=Path), required=required, callback=_writable, help=what)
 
 
 def need_matplotlib(option: str) -> None:

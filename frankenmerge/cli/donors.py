@@ -12,13 +12,13 @@ from frankenmerge.cli.console import (
     json_option,
     numbers,
     out,
+    output_option,
     pickle_option,
     print_json,
     progress,
     refuse_others,
     size,
     table,
-    writable,
 )
 from frankenmerge.files import cache_folder
 from frankenmerge.processes import own_share
@@ -94,14 +94,7 @@ def _describe(donor: Any) -> dict[str, Any]:
 
 @click.command()
 @click.argument("donor")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    callback=writable,
-    help="Where the atlas goes, NAME.atlas.safetensors.",
-)
+@output_option("Where the atlas goes, NAME.atlas.safetensors.")
 @method_option
 @neurons_option
 @tokens_option

@@ -17,10 +17,10 @@ from frankenmerge.cli.console import (
     max_memory_option,
     offload_option,
     out,
+    output_option,
     pickle_option,
     print_json,
     progress,
-    writable,
 )
 from frankenmerge.cli.donors import How, atlas_of
 from frankenmerge.cli.figures import differences_table, further_tables, print_samples, results_table, retention_table, seams_table
@@ -66,9 +66,7 @@ from frankenmerge.errors import fail
 )
 @click.option("--against", metavar="MODEL", help="Hold merges against this model, instead of against their best donor.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws resamples, prompts, and what the harness draws.")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), callback=writable, help="Where to write everything found, as NAME.evaluation.json."
-)
+@output_option("Where to write everything found, as NAME.evaluation.json.", required=False)
 @device_option
 @max_memory_option
 @offload_option

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import click
 
-from frankenmerge.cli.console import device_option, dtype_option, json_option, out, print_json, table, writable
+from frankenmerge.cli.console import device_option, dtype_option, json_option, out, output_option, print_json, table
 from frankenmerge.cli.measuring import DRAWN, HANDFUL, Bench, calibrated, damped, verified
 from frankenmerge.errors import fail
 
@@ -57,10 +57,7 @@ def _measuring(option: str, what: str):
 
 @click.command()
 @click.argument("alignments", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, callback=writable,
-    help="Where the best recipe goes; its evidence goes beside it.",
-)  # fmt: skip
+@output_option("Where the best recipe goes; its evidence goes beside it.")
 @click.option("--depth", type=click.IntRange(1), help="Blocks of the result. [default: half as many again as the deepest donor has]")
 @click.option("--parameters", callback=_count, metavar="N", help="In the place of a depth: as many blocks as N parameters hold, as 11B.")
 @click.option("--max-seams", type=click.IntRange(1), default=4, show_default=True, help="Most seams.")

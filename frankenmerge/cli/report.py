@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from frankenmerge.cli.console import json_option, need_matplotlib, out, print_json, size, writable
+from frankenmerge.cli.console import json_option, need_matplotlib, out, output_option, print_json, size
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), callback=writable, help="Where the page goes, such as report.html.")
+@output_option("Where the page goes, such as report.html.", required=False)
 @click.option("--figures", type=click.Path(path_type=Path), help="A folder for the same figures as PNG and SVG (needs matplotlib).")
 @json_option
 def report(run: Path, output: Path | None, figures: Path | None, as_json: bool) -> None:

@@ -15,13 +15,13 @@ from frankenmerge.cli.console import (
     json_option,
     need_matplotlib,
     out,
+    output_option,
     pickle_option,
     print_json,
     progress,
     refuse_others,
     size,
     table,
-    writable,
 )
 from frankenmerge.cli.donors import MEANT_FOR, How, add_inputs, atlas_of, method_option, neurons_option, tokens_option
 from frankenmerge.errors import Fault, fail, raise_all
@@ -38,14 +38,7 @@ SHOWN = {
 @click.command()
 @click.argument("a")
 @click.argument("b")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    callback=writable,
-    help="Where the alignment goes, NAME.alignment.safetensors.",
-)
+@output_option("Where the alignment goes, NAME.alignment.safetensors.")
 @method_option
 @neurons_option
 @tokens_option

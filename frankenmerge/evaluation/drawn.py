@@ -38,8 +38,9 @@ def damage_on_drawn(
     damage = np.zeros(len(recipes))
     for model in models.values():
         ids = draw(model).to(model.device)
-        said = model(input_ids=ids, use_cache=False).logits.float().softmax(-1)
-        own = [_loss(said, other(input_ids=ids, use_cache=False).logits) for other in models.values()]
+        logits = model(input_ids=ids, use_cache=False).logits
+        said = logits.float().softmax(-1)
+        own = [_loss(said, logits if other is model else other(input_ids=ids, use_cache=False).logits) for other in models.values()]
         for index, logits in _logits(recipes, donors, models, ids):
             damage[index] += (_loss(said, logits) - shares[index] @ own) / len(models)
             progress(1)

@@ -287,6 +287,9 @@ static void read_strips(const Inputs *given, Py_ssize_t start, Py_ssize_t count,
     }
 }
 
+/* How many elements the strip has that begins at `start`, of `size` in all. */
+static Py_ssize_t strip_from(Py_ssize_t start, Py_ssize_t size) { return size - start < STRIP ? size - start : STRIP; }
+
 /* Strips for all inputs, and `more`. */
 static Strip *strips_for(const Inputs *given, Py_ssize_t more) {
     Strip *strips = PyMem_Calloc((size_t)(given->number + more), sizeof(Strip));
@@ -310,6 +313,12 @@ static int overlaps(const Py_buffer *target, const Inputs *given) {
 static int fits(const Py_buffer *result, int type, const Inputs *given) {
     if (result->len % WIDTHS[type] == 0 && result->len / WIDTHS[type] == given->size) return 1;
     PyErr_SetString(PyExc_ValueError, "the result has another number of elements than the inputs");
+    return 0;
+}
+
+static int lies(const Py_buffer *given, size_t elements, size_t width) {
+    if ((size_t)given->len == elements * width && (uintptr_t)given->buf % width == 0) return 1;
+    PyErr_Format(PyExc_ValueError, "not %zu aligned numbers of %zu bytes", elements, width);
     return 0;
 }
 
@@ -360,7 +369,7 @@ static PyObject *combine(PyObject *module, PyObject *args) {
     int infinite = 0;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
-        Py_ssize_t count = given.size - start < STRIP ? given.size - start : STRIP;
+        Py_ssize_t count = strip_from(start, given.size);
         read_strips(&given, start, count, relative, strips, &bad);
         Strip *total = strips + first;
         scale(total->numbers, coefficients[0], count);
@@ -402,20 +411,16 @@ static PyObject *products(PyObject *module, PyObject *args) {
     if (!PyArg_ParseTuple(args, "Oppw*", &sequence, &relative, &finite_only, &sums)) return NULL;
     if (take(sequence, &given) < 0 || overlaps(&sums, &given)) goto end;
     Py_ssize_t first = relative ? 1 : 0, terms = given.number - first;
-    Py_ssize_t lane_bytes = LANES * (Py_ssize_t)sizeof(double), pairs = sums.len / lane_bytes;
-    if (terms < 1 || terms > 1 << 15 || sums.len % lane_bytes || pairs != terms * (terms + 1) / 2) {
-        PyErr_SetString(PyExc_ValueError, "the sums are not float64 of [pairs, LANES]");
+    if (terms < 1 || terms > 1 << 15) {
+        PyErr_SetString(PyExc_ValueError, "there is nothing to multiply, or too much");
         goto end;
     }
-    if ((uintptr_t)sums.buf % sizeof(double)) {
-        PyErr_SetString(PyExc_ValueError, "the sums are not aligned");
-        goto end;
-    }
+    if (!lies(&sums, (size_t)(terms * (terms + 1) / 2 * LANES), sizeof(double))) goto end;
     if (!(strips = strips_for(&given, 0))) goto end;
     Py_ssize_t bad = -1;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
-        Py_ssize_t count = given.size - start < STRIP ? given.size - start : STRIP;
+        Py_ssize_t count = strip_from(start, given.size);
         read_strips(&given, start, count, relative, strips, &bad);
         for (Py_ssize_t i = first; finite_only && i < given.number; i++) clear_unfit(strips[i].bits, count);
         double *lanes = (double *)sums.buf + start % LANES;
@@ -473,12 +478,6 @@ static int take_key(long long key, uint32_t *to) {
         return -1;
     }
     *to = (uint32_t)key;
-    return 0;
-}
-
-static int lies(const Py_buffer *given, size_t elements, size_t width) {
-    if ((size_t)given->len == elements * width && (uintptr_t)given->buf % width == 0) return 1;
-    PyErr_Format(PyExc_ValueError, "not %zu aligned numbers of %zu bytes", elements, width);
     return 0;
 }
 
@@ -634,7 +633,7 @@ static PyObject *count(PyObject *module, PyObject *args) {
     Py_ssize_t bad = -1;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
-        Py_ssize_t size = given.size - start < STRIP ? given.size - start : STRIP;
+        Py_ssize_t size = strip_from(start, given.size);
         read_strips(&given, start, size, 1, strips, &bad);
         if (upper < 0) count_upper(strips[1].bits, counts.buf, size);
         else count_lower(strips[1].bits, (uint32_t)upper, counts.buf, size);
@@ -670,7 +669,7 @@ static PyObject *find(PyObject *module, PyObject *args) {
     Py_ssize_t bad = -1, place = -1, equal = 0;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t start = 0; start < given.size && place < 0; start += STRIP) {
-        Py_ssize_t size = given.size - start < STRIP ? given.size - start : STRIP;
+        Py_ssize_t size = strip_from(start, given.size);
         read_strips(&given, start, size, 1, strips, &bad);
         for (Py_ssize_t k = 0; k < size && place < 0; k++) {
             if ((strips[1].bits[k] & ~SIGN) == key && equal++ == nth) place = start + k;
@@ -745,7 +744,7 @@ static PyObject *row_limits(PyObject *module, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t row = 0; row < given.size; row += width) {
         for (Py_ssize_t start = 0; start < width; start += STRIP) {
-            Py_ssize_t size = width - start < STRIP ? width - start : STRIP;
+            Py_ssize_t size = strip_from(start, width);
             read_strips(&given, row + start, size, 1, strips, &bad);
             for (Py_ssize_t k = 0; k < size; k++) pairs[start + k] = (uint64_t)(strips[1].bits[k] & ~SIGN) << 32 | (uint64_t)(start + k);
         }
@@ -793,7 +792,7 @@ static PyObject *sum_magnitudes(PyObject *module, PyObject *args) {
     Py_ssize_t bad = -1;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
-        Py_ssize_t size = given.size - start < STRIP ? given.size - start : STRIP;
+        Py_ssize_t size = strip_from(start, given.size);
         double *lanes = (double *)sums.buf + start % LANES;
         Strip *delta = strips + 1, *spare = strips + 2;
         read_strips(&given, start, size, 1, strips, &bad);
@@ -908,7 +907,7 @@ static PyObject *thin(PyObject *module, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     Strip *deltas = strips + 1, *total = deltas + number, *spare = total + 1;
     for (Py_ssize_t start = 0; start < given.size; start += STRIP) {
-        Py_ssize_t size = given.size - start < STRIP ? given.size - start : STRIP;
+        Py_ssize_t size = strip_from(start, given.size);
         read_strips(&given, start, size, 1, strips, &bad);
         for (Py_ssize_t i = 0; i < number; i++) {
             thin_out(deltas + i, &terms[i].keep, first, start, size, spare);
