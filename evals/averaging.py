@@ -13,21 +13,21 @@ from typing import Any
 
 import click
 import torch
+from matching import Activations, activations, joint_turn, match, match_neurons, matched_model, turned_model
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from frankenmerge.checkpoint import open_checkpoint
-from frankenmerge.drawing import drawn
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.donors.families import Architecture
 from frankenmerge.evaluation.compare import read_text, shared_context
 from frankenmerge.evaluation.language import encode
-from frankenmerge.families import Architecture
-from frankenmerge.fitting import DRAWN_LENGTH
-from frankenmerge.gauge import Turn
-from frankenmerge.matching import Activations, activations, joint_turn, match, match_neurons, matched_model, turned_model
-from frankenmerge.merging.methods.combine import combine
-from frankenmerge.merging.methods.inputs import Part
-from frankenmerge.models import load_model, load_tokenizer
+from frankenmerge.models.loading import load_model, load_tokenizer
+from frankenmerge.models.sampling import drawn
+from frankenmerge.splicing.gauge_fitting import DRAWN_LENGTH
+from frankenmerge.splicing.methods.combine import combine
+from frankenmerge.splicing.methods.inputs import Part
+from frankenmerge.splicing.rotation import Turn
 
 ROWS = 64
 """Rows of tokens that each donor draws."""

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 import frankenmerge
-from frankenmerge.merging.schedule import schedule
+from frankenmerge.artefacts.recipe import load_recipes, open_donors
 from frankenmerge.merging.shards import readings
-from frankenmerge.recipe import load_recipes, open_donors
+from frankenmerge.splicing.operations import schedule
 
 WIDTH, INNER, HEADS, VOCABULARY = 2048, 5632, 16, 32_000
 BLOCK_PARAMETERS = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER + 2 * WIDTH
@@ -135,7 +135,7 @@ def recipes(a: str, b: str, c: str, blocks: int) -> dict[str, dict[str, Any]]:
         "karcher": {"models": two},
         "ties": task,
         "dare_ties": task,
-    }  # fmt: skip
+    }
     return {method: recipe | {"merge_method": method, "dtype": "bfloat16"} for method, recipe in made.items()}
 
 
@@ -187,10 +187,10 @@ def measured(
     figures = {"ours_s": median("ours", "seconds"), "cp_s": median("cp", "seconds"), "ours_over_cp": ratio("ours", "cp"),
                "ours_rss_mb": median("ours", "rss_mb"), "read_gb": read / 1e9, "written_gb": written / 1e9,
                "cp_gb_per_s": 2 * written / 1e9 / median("cp", "seconds"), "floor_s": floor * median("cp", "seconds"),
-               "ours_over_floor": ratio("ours", "cp") / floor}  # fmt: skip
+               "ours_over_floor": ratio("ours", "cp") / floor}
     if mergekit:
         figures |= {"mergekit_s": median("mergekit", "seconds"), "mergekit_default_s": median("mergekit_default", "seconds"),
-                    "mergekit_over_ours": ratio("mergekit", "ours"), "mergekit_rss_mb": median("mergekit", "rss_mb")}  # fmt: skip
+                    "mergekit_over_ours": ratio("mergekit", "ours"), "mergekit_rss_mb": median("mergekit", "rss_mb")}
     return figures
 
 
@@ -204,7 +204,7 @@ METHODS = list(recipes("a", "b", "c", 4))
 @click.option(
     "--venv", "environment", type=click.Path(path_type=Path), default=Path(".mergekit"), show_default=True,
     help="An environment with mergekit; made where there is none.",
-)  # fmt: skip
+)
 @click.option("--mergekit/--no-mergekit", "with_mergekit", default=True, show_default=True, help="Whether mergekit is timed too.")
 @click.option("--scratch", type=click.Path(path_type=Path, exists=True), help="Where donors and results go for the time being.")
 @click.option("--reflink", is_flag=True, help="Let ours share blocks with the donors where the file system can.")
@@ -212,7 +212,7 @@ METHODS = list(recipes("a", "b", "c", 4))
 def main(
     gigabytes: float, methods: tuple[str, ...], rounds: int, environment: Path, with_mergekit: bool, scratch: Path | None,
     reflink: bool, as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Time merges of random donors."""
     chosen = methods or METHODS
     mergekit = peer_python(environment.absolute()).parent if with_mergekit else None

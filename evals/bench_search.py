@@ -32,10 +32,10 @@ from frankenmerge.analysis.decode import decoder_of, embedding_table
 from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import Tokens, greedy_search
-from frankenmerge.atlas import TopTokens
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.atlas import TopTokens
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import backbone, block_outputs, blocks_of, embedding_of, forward, load_model
+from frankenmerge.models.loading import backbone, block_outputs, blocks_of, embedding_of, forward, load_model
 
 K, SCREEN_K, LENGTH, CANDIDATES, STEPS, SEED = 10, 32, 4, 64, 10, 0
 LISTING_BATCH = 1000
@@ -68,7 +68,7 @@ SHAPES = {
         features=8,
         listed=100,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from splices import excerpts, single_seams
 
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.compare import Bench, read_text
 
 

@@ -33,7 +33,7 @@ def make_donor(folder: Path, blocks: int, vocabulary: int) -> int:
     head = WIDTH * KV_HEADS // HEADS
     shapes = {"self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (head, WIDTH), "self_attn.v_proj": (head, WIDTH),
               "self_attn.o_proj": (WIDTH, WIDTH), "mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH),
-              "mlp.down_proj": (WIDTH, INNER), "input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,)}  # fmt: skip
+              "mlp.down_proj": (WIDTH, INNER), "input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,)}
     shards = [{f"model.layers.{index}.{name}.weight": shape for name, shape in shapes.items()} for index in range(blocks)]
     shards.append({name: (vocabulary, WIDTH) for name in ("model.embed_tokens.weight", "lm_head.weight")} | {"model.norm.weight": (WIDTH,)})
     weight_map, total = {}, 0
@@ -58,7 +58,7 @@ def make_donor(folder: Path, blocks: int, vocabulary: int) -> int:
         "num_hidden_layers": blocks, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": vocabulary,
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2,
         "torch_dtype": "bfloat16", "tie_word_embeddings": False,
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = Path(__file__).parents[1] / "frankenmerge/demo/donors/base"
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -85,7 +85,7 @@ def main(folder: Path, gigabytes: float, vocabulary: int, limit: float, dtype: s
         done = subprocess.run(
             [*command, "--dtype", dtype, "--json"], capture_output=True, text=True, env=environment,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (int(limit * 1e9),) * 2),
-        )  # fmt: skip
+        )
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     finally:
@@ -95,7 +95,7 @@ def main(folder: Path, gigabytes: float, vocabulary: int, limit: float, dtype: s
     result = {
         "donor_gb": size / 1e9, "blocks": blocks, "vocabulary": vocabulary, "limit_gb": limit, "dtype": dtype, "seconds": seconds,
         "peak_rss_gb": peak / 1e9, "block_gb": BLOCK * (4 if dtype == "float32" else 2) / 1e9,
-    }  # fmt: skip
+    }
     if as_json:
         click.echo(json.dumps(result))
         return

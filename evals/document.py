@@ -65,7 +65,7 @@ _NO_TARGET = "the page names neither the block nor the output to be reached; her
 _NO_STEP = "the page gives no step size, and the softmax needs a temperature that it does not have"
 _SECOND_THOUSAND = (
     "called called called called called", "ItemItemItemItemItem", "urauraurauraura", "vecvecvecvecvec", "emeemeemeemeeme",
-)  # fmt: skip
+)
 _THIRTEEN_AT_4 = ("tamb would си]{da", "column tamb mar marity", "cal would tambIONils")
 
 TABLES: tuple[Table, ...] = (
@@ -260,7 +260,7 @@ TABLES: tuple[Table, ...] = (
         {"llama-7b": {4: ("ypearchárodyause", "ci helriesiти", "haromenIndoz és")}},
         untrained=True,
     ),
-)  # fmt: skip
+)
 """All tables, the untrained controls last. (The page heads the single positions of the untrained 7b with `0-2` and shows five.)"""
 
 

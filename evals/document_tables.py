@@ -32,11 +32,11 @@ from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import greedy_search
 from frankenmerge.analysis.inversion import Loss, invert, outputs_of
 from frankenmerge.analysis.prior import prior_search
-from frankenmerge.atlas import TopTokens
-from frankenmerge.checkpoint import Checkpoint, open_checkpoint
+from frankenmerge.artefacts.atlas import TopTokens
 from frankenmerge.cli import console
+from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import blocks_of, embedding_of, load_model, untrained_model
+from frankenmerge.models.loading import blocks_of, embedding_of, load_model, untrained_model
 
 GREEDY_TOKENS, GRADIENT_TOKENS = 4, 5
 DECODED, FLAGGED = "E^+", "hidden axis"

@@ -15,9 +15,9 @@ from scipy.stats import spearmanr
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.checkpoint import open_checkpoint
-from frankenmerge.evaluation.exchange import exchange
-from frankenmerge.models import load_model
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.evaluation.block_swaps import exchange
+from frankenmerge.models.loading import load_model
 
 
 @click.command()

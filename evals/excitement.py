@@ -17,8 +17,8 @@ from frankenmerge.analysis.complete import complete_search
 from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.prior import prior_search
-from frankenmerge.checkpoint import open_checkpoint
-from frankenmerge.models import embedding_of, load_model
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.models.loading import embedding_of, load_model
 
 PRIORS = {
     (1.0, 1.0): (0.01, 0.1, 1.0),
@@ -61,7 +61,7 @@ def main(donor: str, first: int, last: int, blocks: tuple[int, ...], as_json: bo
         return {"search": search, "excitement": by_block(values), "gap": None if gap is None else by_block(gap)}
 
     rows = [told(f"embedding gradient, {name}", gradient_search(model, features, tokens=1, optimizer=name).tokens)
-            for name in ("descent", "adam")]  # fmt: skip
+            for name in ("descent", "adam")]
     settings = [(temperatures, step) for temperatures, steps in PRIORS.items() for step in steps]
     for temperatures, step in track(settings, "searching", console=Console(stderr=True)):
         found = prior_search(model, features, tokens=1, temperatures=temperatures, step=step)

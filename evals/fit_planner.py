@@ -21,12 +21,12 @@ from splices import Bank, excerpts, random_seams, single_seams
 import frankenmerge
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.drawing import states_on_drawn
 from frankenmerge.evaluation.compare import read_text
-from frankenmerge.evaluation.drawn import damage_on_drawn
-from frankenmerge.files import write_file
+from frankenmerge.evaluation.sampled_damage import damage_on_drawn
+from frankenmerge.models.sampling import states_on_drawn
 from frankenmerge.planning.prediction import DRAWN_FLOOR, FLOOR, Model, donor_loss, features, fitted, new_family
 from frankenmerge.planning.states import states_of
+from frankenmerge.storage.atomic import write_file
 
 PACKAGE = Path(frankenmerge.__file__).parent
 FITTED = ("stranger", "gpt2", "wide")
@@ -73,7 +73,7 @@ def main(cache: Path | None) -> None:
         "fingerprints": {name: own.fingerprint for name, own in measured.items()},
         "versions": {"frankenmerge": frankenmerge.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
                      "python": platform.python_version()},
-    }  # fmt: skip
+    }
     model = Model(intercept, tuple(float(weight) for weight in weights), new_family(off), new_family(drawn), origin)
     write_file(PACKAGE / "planning" / "prediction.json", (json.dumps(model.as_json(), indent=1) + "\n").encode())
     click.echo(json.dumps(model.as_json()))

@@ -23,15 +23,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from frankenmerge.checkpoint import open_checkpoint
-from frankenmerge.drawing import drawn
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.compare import read_text, shared_context
 from frankenmerge.evaluation.language import encode
-from frankenmerge.fitting import DRAWN_LENGTH, DRAWN_ROWS, Fit
-from frankenmerge.gauge import Turn, procrustes, random_turn
-from frankenmerge.models import block_outputs, forward, load_model, load_tokenizer, virtual_splice
-from frankenmerge.recipe import Recipe
-from frankenmerge.refining import Shown, refined
+from frankenmerge.models.loading import block_outputs, forward, load_model, load_tokenizer, virtual_splice
+from frankenmerge.models.sampling import drawn
+from frankenmerge.splicing.gauge_fitting import DRAWN_LENGTH, DRAWN_ROWS, Fit
+from frankenmerge.splicing.gauge_refining import Shown, refined
+from frankenmerge.splicing.rotation import Turn, procrustes, random_turn
 
 
 class Seen(NamedTuple):
@@ -55,11 +55,11 @@ class Seen(NamedTuple):
 @click.option(
     "--splices", "count", type=click.IntRange(1), default=12, show_default=True,
     help="How many of all splices are measured, evenly taken; refining one takes about a minute on two cores.",
-)  # fmt: skip
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     donor_a: str, donor_b: str, texts: tuple[Path, ...], windows: int, refine: int, maps: str, count: int, as_json: bool
-) -> None:  # fmt: skip
+) -> None:
     """Measure single-seam splices, raw and turned."""
     checkpoints = {name: open_checkpoint(name) for name in (donor_a, donor_b)}
     models = {name: load_model(checkpoint).requires_grad_(False) for name, checkpoint in checkpoints.items()}

@@ -30,8 +30,8 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from frankenmerge.merging.methods import METHODS, span
-from frankenmerge.merging.methods.inputs import Part, inputs_of
+from frankenmerge.splicing.methods import METHODS, span
+from frankenmerge.splicing.methods.inputs import Part, inputs_of
 
 MERGEKIT = "0.1.5"
 NEEDS = ("accelerate", "click", "huggingface_hub", "immutables", "peft", "protobuf", "pydantic", "safetensors", "scipy", "sentencepiece")
@@ -282,7 +282,7 @@ def compare(case: Case, found: dict[str, Tensor], peer: dict[str, Tensor], base:
 @click.option(
     "--venv", "environment", type=click.Path(path_type=Path), default=Path(".mergekit"), show_default=True,
     help="An environment with mergekit; made where there is none.",
-)  # fmt: skip
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(environment: Path, as_json: bool) -> None:
     """Merge by every method with `frankenmerge merge` and with mergekit, and print how far the results are apart."""

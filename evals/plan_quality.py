@@ -19,15 +19,15 @@ from splices import Bank, excerpts, single_seams
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.drawing import states_on_drawn
+from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.compare import read_text
-from frankenmerge.evaluation.drawn import damage_on_drawn
+from frankenmerge.evaluation.sampled_damage import damage_on_drawn
+from frankenmerge.models.sampling import states_on_drawn
 from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe, solar, uniform_repetition
 from frankenmerge.planning.damping import damped, dampings
 from frankenmerge.planning.plan import plan
 from frankenmerge.planning.search import Constraints
-from frankenmerge.recipe import Block, Recipe, recipe_of
 
 EVALUATIONS, RANDOM = 16, 200
 
@@ -97,7 +97,7 @@ def main(
     for column in ("recipe", "nats/token"):
         table.add_column(column, justify="left" if column == "recipe" else "right")
     rows = {"ours": ours, "ours, by drawn tokens": on_drawn, "the same, damped": result["ours_damped"]["nats"], "ours, verified": best,
-            "best random": randoms.min(), "median random": float(np.median(randoms))} | result["rules"]  # fmt: skip
+            "best random": randoms.min(), "median random": float(np.median(randoms))} | result["rules"]
     for name, value in sorted(rows.items(), key=lambda item: item[1]):
         table.add_row(name, f"{value:.4f}")
     Console().print(table)

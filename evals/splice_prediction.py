@@ -18,16 +18,16 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from splices import Bank, excerpts, random_seams, single_seams
 
-from frankenmerge.alignment import Alignment
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.drawing import states_on_drawn
+from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.evaluation.compare import read_text
-from frankenmerge.evaluation.drawn import damage_on_drawn
-from frankenmerge.models import blocks_of
+from frankenmerge.evaluation.sampled_damage import damage_on_drawn
+from frankenmerge.models.loading import blocks_of
+from frankenmerge.models.sampling import states_on_drawn
 from frankenmerge.planning.prediction import FLOOR, default_model, donor_loss, features
 from frankenmerge.planning.states import states_of
-from frankenmerge.recipe import Recipe
 
 RESAMPLES = 1000
 KINDS = ("predicted", "from_probes", "drawn")
@@ -45,7 +45,7 @@ KINDS = ("predicted", "from_probes", "drawn")
 def main(
     donor_a: str, donor_b: str, texts: tuple[Path, ...], characters: int, context: int | None, several: int, cache: Path | None,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Measure every single-seam splice and how well each score ranks them."""
     bank = Bank(excerpts(map(read_text, texts), 0, characters), [donor_a, donor_b], cache, context=context)
     a, b = bank.checkpoints[donor_a], bank.checkpoints[donor_b]
@@ -73,7 +73,7 @@ def main(
         "damage": {"measured": measured.tolist()} | {kind: values.tolist() for kind, values in damage.items()},
         "fingerprints": [a.fingerprint, b.fingerprint],
         "versions": atlases[0].provenance,
-    }  # fmt: skip
+    }
     if as_json:
         click.echo(json.dumps(result))
         return

@@ -9,9 +9,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.compare import Bench, Text
-from frankenmerge.recipe import Block, Recipe, recipe_of
 
 CHUNK = 64
 """Recipes measured between two saves."""
@@ -75,7 +75,7 @@ class Bank:
         """The loss of every recipe, measured where it is not known."""
         keys = [self._key(recipe.blocks) for recipe in recipes]
         missing = dict(sorted(((key, recipe) for key, recipe in zip(keys, recipes, strict=True) if key not in self.known),
-                              key=lambda item: item[1].blocks))  # fmt: skip
+                              key=lambda item: item[1].blocks))
         waiting = list(missing)
         for start in track(range(0, len(waiting), CHUNK), "splicing", console=Console(stderr=True), disable=not waiting):
             part = waiting[start : start + CHUNK]

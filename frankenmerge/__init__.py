@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _OFFERED = (
     "align", "analyze", "evaluate", "load_alignment", "load_atlas", "load_recipe", "merge", "open_donor", "plan", "save_alignment",
     "save_atlas",
-)  # fmt: skip
+)
 """What of `frankenmerge.api` is found here. Listed, so that no other name makes Python import it."""
 
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frankenmerge.alignment import Alignment, load_alignment, save_alignment  # noqa: F401 - offered by the package
-from frankenmerge.atlas import Atlas, load_atlas, save_atlas  # noqa: F401
-from frankenmerge.checkpoint import Checkpoint
-from frankenmerge.recipe import Recipe, load_recipe, open_donor, open_donors
+from frankenmerge.artefacts.alignment import Alignment, load_alignment, save_alignment  # noqa: F401 - offered by the package
+from frankenmerge.artefacts.atlas import Atlas, load_atlas, save_atlas  # noqa: F401
+from frankenmerge.artefacts.recipe import Recipe, load_recipe, open_donor, open_donors
+from frankenmerge.donors.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from frankenmerge.evaluation.compare import Result

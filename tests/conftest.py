@@ -151,8 +151,8 @@ def turned_donor(source, folder, turn):
     """The donor with its whole stream turned, its head parted from its embedding, as a checkpoint."""
     from safetensors.torch import load_file, save_file
 
-    from frankenmerge.checkpoint import open_checkpoint
-    from frankenmerge.gauge import turned_all
+    from frankenmerge.donors.checkpoint import open_checkpoint
+    from frankenmerge.splicing.rotation import turned_all
 
     checkpoint = open_checkpoint(str(source))
     architecture = checkpoint.architecture

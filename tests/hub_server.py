@@ -54,7 +54,7 @@ class Hub:
         return {
             "HF_ENDPOINT": self.address, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
             "XDG_CACHE_HOME": str(home / "cache"), "HF_TOKEN": "", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }  # fmt: skip
+        }
 
 
 @contextmanager

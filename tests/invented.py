@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from frankenmerge.alignment import Alignment, Score
+from frankenmerge.artefacts.alignment import Alignment, Score
 
 RECIPE = """\
 merge_method: passthrough
@@ -50,7 +50,7 @@ def evaluation(recipe: str = "recipe.yaml", donors: tuple[str, ...] = ("donors/c
             "models": {name: {"fingerprint": "0123456789abcdef", "revision": None} for name in donors},
             "recipes": {recipe: "f" * 64},
         },
-    }  # fmt: skip
+    }
 
 
 def _loss(bits: float) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _loss(bits: float) -> dict[str, Any]:
         "bytes": 12_000,
         "intervals": {"bits_per_byte": [bits - 0.03, bits + 0.03], "nats_per_token": [bits * 1.73 - 0.05, bits * 1.73 + 0.05],
                       "accuracy": [0.39, 0.43]},
-    }  # fmt: skip
+    }
 
 
 def _model(name: str, role: str, bits: float) -> dict[str, Any]:
@@ -68,11 +68,11 @@ def _model(name: str, role: str, bits: float) -> dict[str, Any]:
          "invalid": ["raed"] if role == "recipe" else []},
         {"prompt": "The function returns", "text": " a list of the modules that were impotred, or None if there are none.",
          "invalid": ["impotred"]},
-    ]  # fmt: skip
+    ]
     return {
         "name": name, "role": role, **_loss(bits), "texts": {text: _loss(bits + 0.06 * n) for n, text in enumerate(TEXTS)},
         "invalid_words": 0.021, "repetition": 0.3, "samples": samples,
-    }  # fmt: skip
+    }
 
 
 def _donor_block(number: int) -> int:
@@ -110,7 +110,7 @@ def alignment(blocks: tuple[int, int], width: int = 8, vocabulary: list[str] | N
         "rank_correlation": score(permuted, True), "cka": score(permuted[1:], False), "neighbours": score(permuted[1:], False),
         "angular": score(permuted, False), "relative_error": score(permuted, False), "norm_ratio": score(permuted[1:], False),
         "distance": score((), False),
-    }  # fmt: skip
+    }
     tokens = tuple(generator.integers(0, len(vocabulary), (count, width, 10), dtype=np.int32) for count in shape)
     return Alignment(donors, ("f" * 32, "e" * 32), (width, width), scores, tokens, vocabulary, {"context": "plain"})
 
@@ -124,7 +124,7 @@ def evidence(donors=("x/one", "y/two"), tokens=(" a", " b"), seams=((3, 2), (4, 
          "agree": [{"neuron": 1, "scores": {"jaccard": 0.9}, "tokens": [list(tokens), list(tokens)], "shared": list(tokens)}],
          "disagree": [{"neuron": 2, "scores": {}, "tokens": [list(tokens), ["other"]], "shared": []}]}
         for n, (i, j) in enumerate(seams)
-    ]  # fmt: skip
+    ]
     plan = {
         "recipe": {},
         "summary": "one[0:4] two[2:5] one[4:6]",
@@ -144,7 +144,7 @@ def write(path: Path, value: Any) -> Path:
 
 def write_run(path: Path, tokens: tuple[str, ...] = (" a", " b"), blocks: tuple[int, int] = (6, 6)) -> Path:
     """Write a run's folder; its vocabulary begins with `tokens`."""
-    from frankenmerge.alignment import save_alignment
+    from frankenmerge.artefacts.alignment import save_alignment
 
     path.mkdir()
     (path / "recipe.yaml").write_text(RECIPE)

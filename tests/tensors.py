@@ -5,7 +5,7 @@ import math
 import torch
 
 from frankenmerge.errors import Fault
-from frankenmerge.merging.methods.inputs import Part, Raw
+from frankenmerge.splicing.methods.inputs import Part, Raw
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

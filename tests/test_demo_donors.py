@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import DEMO
 
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.compare import Bench, Text
 from frankenmerge.merging.writer import merge
-from frankenmerge.models import load_model, virtual_splice
-from frankenmerge.recipe import Block, open_donors, recipe_of
+from frankenmerge.models.loading import load_model, virtual_splice
 
 NAMES = ("base", "code", "prose", "stranger", "wide", "gpt2")
 

@@ -10,10 +10,10 @@ import torch
 from conftest import write_stand_in
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from frankenmerge.merging.stages import checked
-from frankenmerge.merging.summary import summary
-from frankenmerge.recipe import load_recipes
-from frankenmerge.splice import result_config
+from frankenmerge.artefacts.recipe import load_recipes
+from frankenmerge.splicing.compatibility import result_config
+from frankenmerge.splicing.stages import checked
+from frankenmerge.splicing.summary import summary
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 PATHS = sorted(RECIPES.rglob("*.yaml"))

@@ -214,7 +214,7 @@ def card(name: str, history: list[dict], parent: dict[str, float] | None, tokens
         f"- shape: {json.dumps(donor.shape)}, vocabulary {VOCABULARY}",
         f"- torch {torch.__version__}, one thread", "",
         "| held-out text | nats per token |" + (f" {donor.parent} |" if parent else ""), "|---|---|" + ("---|" if parent else ""),
-    ]  # fmt: skip
+    ]
     for kind in ("code", "prose"):
         lines.append(f"| {kind} | {last[kind]:.3f} |" + (f" {parent[kind]:.3f} |" if parent else ""))
     return "\n".join(lines) + "\n"
@@ -246,7 +246,7 @@ def main(out: Path, state: Path, only: tuple[str, ...]) -> None:
     split = {
         (kind, held): [document for document in corpus if document.kind == kind and document.held_out == held]
         for kind in ("code", "prose") for held in (False, True)
-    }  # fmt: skip
+    }
     lines = {kind: encode(tokenizer, split[kind, False]) for kind in ("code", "prose")}
     held_out = {kind: encode(tokenizer, split[kind, True]) for kind in ("code", "prose")}
     write_text([document for document in corpus if document.held_out], out.parent / "text")

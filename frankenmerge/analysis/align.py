@@ -7,12 +7,12 @@ import numpy as np
 from scipy.stats import rankdata
 
 import frankenmerge
-from frankenmerge.agreement import token_agreement
-from frankenmerge.alignment import Alignment, Score
 from frankenmerge.analysis import geometry
 from frankenmerge.analysis.gauges import gauge_agreement, turned_gram
 from frankenmerge.analysis.nulls import derangement, mean_interval, mean_over, rounds_for
-from frankenmerge.atlas import Atlas
+from frankenmerge.artefacts.alignment import Alignment, Score
+from frankenmerge.artefacts.atlas import Atlas
+from frankenmerge.artefacts.token_overlap import token_agreement
 from frankenmerge.errors import Fault, raise_all
 
 

@@ -18,14 +18,14 @@ import frankenmerge
 from frankenmerge.analysis.complete import Ranked, searched
 from frankenmerge.analysis.probes import LENGTH, SEED, probe_hash, probe_states, random_probes
 from frankenmerge.analysis.ranking import top_tokens
-from frankenmerge.architectures import quantity
-from frankenmerge.atlas import SUFFIX, Atlas, TopTokens, load_atlas, save_atlas
-from frankenmerge.blockwise import BATCH, Donor, Passage, each_block, stream_model, streamable
-from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.artefacts.atlas import SUFFIX, Atlas, TopTokens, load_atlas, save_atlas
+from frankenmerge.distributed import Share, gathered, own_share
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.config import quantity
 from frankenmerge.errors import FrankenmergeError, fail
-from frankenmerge.files import read_arrays, write_arrays
-from frankenmerge.models import load_model, load_tokenizer
-from frankenmerge.processes import Share, gathered, own_share
+from frankenmerge.models.loading import load_model, load_tokenizer
+from frankenmerge.models.streaming import BATCH, Donor, Passage, each_block, stream_model, streamable
+from frankenmerge.storage.atomic import read_arrays, write_arrays
 
 TOP = 10
 PROBE_BATCH = 16
@@ -212,7 +212,7 @@ def _tensor_of(content: np.ndarray, like: Tensor) -> Tensor:
 def cached_analyze(
     checkpoint: Checkpoint, *, cache: Path, untrained: int | None = None, dtype: str = "float32", device: str = "cpu",
     progress: Callable[[int], None] = lambda _: None,
-) -> Atlas:  # fmt: skip
+) -> Atlas:
     """Return the donor's atlas from the folder `cache`, or analyze the donor and keep the atlas there.
 
     The fingerprint, the tokenizer, the dtype, the seed of random weights and the versions that could change a value are part

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from frankenmerge.analysis.ranking import merge, pack, top_tokens
-from frankenmerge.atlas import TopTokens
-from frankenmerge.blockwise import BATCH, Donor, Passage, each_block, model_of
-from frankenmerge.models import Site, embedding_of
+from frankenmerge.artefacts.atlas import TopTokens
+from frankenmerge.models.loading import Site, embedding_of
+from frankenmerge.models.streaming import BATCH, Donor, Passage, each_block, model_of
 
 
 def complete_search(

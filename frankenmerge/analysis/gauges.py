@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from frankenmerge.alignment import Score
 from frankenmerge.analysis.geometry import gram
 from frankenmerge.analysis.nulls import between, resamples
-from frankenmerge.atlas import Atlas
+from frankenmerge.artefacts.alignment import Score
+from frankenmerge.artefacts.atlas import Atlas
 
 MOST_DIRECTIONS = 1024
 """Wider donors are turned within so many of their leading directions, found by random projection (Halko et al., 2011)."""

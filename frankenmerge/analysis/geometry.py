@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from frankenmerge.alignment import Score
 from frankenmerge.analysis.nulls import between, derangement, mean_over, resamples
-from frankenmerge.atlas import Atlas
+from frankenmerge.artefacts.alignment import Score
+from frankenmerge.artefacts.atlas import Atlas
 
 NEIGHBOURS = 10
 MOST_PROBES = 512

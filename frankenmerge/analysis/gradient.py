@@ -21,7 +21,7 @@ from frankenmerge.analysis.decode import Decoder, artefact_share, decode_hidden,
 from frankenmerge.analysis.descent import Optimizer, descend, frozen
 from frankenmerge.analysis.features import Feature, check_features
 from frankenmerge.errors import fail
-from frankenmerge.models import Site, block_outputs, blocks_of, embedding_of, forward
+from frankenmerge.models.loading import Site, block_outputs, blocks_of, embedding_of, forward
 
 Decode = Literal["pinv", "hidden"]
 WEIGHT = 0.1

@@ -16,10 +16,10 @@ import frankenmerge
 from frankenmerge.analysis.features import Feature, check_features
 from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import greedy_search
-from frankenmerge.atlas import Atlas, Inputs
-from frankenmerge.checkpoint import Checkpoint
-from frankenmerge.files import read_arrays, write_arrays
-from frankenmerge.models import blocks_of, embedding_of, load_model
+from frankenmerge.artefacts.atlas import Atlas, Inputs
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.models.loading import blocks_of, embedding_of, load_model
+from frankenmerge.storage.atomic import read_arrays, write_arrays
 
 NEURONS = 16
 """How many neurons are searched where nobody names them: each costs about as much as a complete search."""

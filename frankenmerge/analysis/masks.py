@@ -2,9 +2,9 @@
 
 import torch
 
-from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
-from frankenmerge.models import load_tokenizer
+from frankenmerge.models.loading import load_tokenizer
 
 
 def meaningless_tokens(checkpoint: Checkpoint, embedding: torch.Tensor) -> list[int]:

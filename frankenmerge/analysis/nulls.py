@@ -48,6 +48,6 @@ def mean_interval(detail: np.ndarray) -> np.ndarray:
         values = row.astype(np.float32)
         known = np.isfinite(values)
         drawn = np.divide(np.where(known, values, 0) @ weights, known @ weights, out=np.full((len(row), RESAMPLES), np.nan, np.float32),
-                          where=known @ weights > 0)  # fmt: skip
+                          where=known @ weights > 0)
         rows.append(between(drawn))
     return np.stack(rows, axis=1)

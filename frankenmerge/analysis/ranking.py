@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frankenmerge.atlas import TopTokens
+from frankenmerge.artefacts.atlas import TopTokens
 from frankenmerge.errors import fail
 
 _LOW = 0xFFFFFFFF

@@ -15,9 +15,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from frankenmerge.distributed import own_share
 from frankenmerge.errors import Fault, fail, raise_all, visible
-from frankenmerge.files import check_place
-from frankenmerge.processes import own_share
+from frankenmerge.storage.atomic import check_place
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 download_option = click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache.")
@@ -41,7 +41,7 @@ device_option = click.option(
     "--device", default="cpu", show_default=True, help="A torch device, or `auto`: whatever there is, several where they are needed."
 )
 dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
-                            help="The type to compute in.")  # fmt: skip
+                            help="The type to compute in.")
 
 
 def _sizes(_context: Any, parameter: click.Parameter, values: tuple[str, ...]) -> dict[int | str, str] | None:
@@ -55,7 +55,7 @@ def _sizes(_context: Any, parameter: click.Parameter, values: tuple[str, ...]) -
 max_memory_option = click.option(
     "--max-memory", multiple=True, callback=_sizes, metavar="DEVICE=SIZE",
     help="With --device auto, how much of a device (0, 1, ..., cpu) may be used, such as 0=20GiB; may be repeated.",
-)  # fmt: skip
+)
 offload_option = click.option(
     "--offload",
     type=click.Path(path_type=Path, file_okay=False),

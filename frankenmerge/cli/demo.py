@@ -66,7 +66,7 @@ def _make_room(output: Path) -> None:
 
 def _donors(output: Path) -> list:
     """Open the donors through short relative names that stay valid from where the command was run."""
-    from frankenmerge.checkpoint import open_checkpoint
+    from frankenmerge.donors.checkpoint import open_checkpoint
 
     source = Path(__file__).parent.parent / "demo" / "donors"
     for name in ("code", "prose"):
@@ -75,7 +75,7 @@ def _donors(output: Path) -> list:
 
 
 def _inspect(console, donors: list) -> None:
-    from frankenmerge.splice import compatibility
+    from frankenmerge.splicing.compatibility import compatibility
 
     console.rule("1. Can they be spliced?")
     code = donors[0]
@@ -88,15 +88,15 @@ def _inspect(console, donors: list) -> None:
 
 
 def _plan(console, donors: list, output: Path):
-    from frankenmerge.alignment import save_alignment
     from frankenmerge.analysis.align import align
     from frankenmerge.analysis.analyze import analyze, work
-    from frankenmerge.atlas import save_atlas
-    from frankenmerge.cli.measuring import DRAWN, Bench, damped
+    from frankenmerge.artefacts.alignment import save_alignment
+    from frankenmerge.artefacts.atlas import save_atlas
     from frankenmerge.cli.plan import print_damping, print_seams, write_plans
     from frankenmerge.planning.plan import plan
     from frankenmerge.planning.prediction import default_model
     from frankenmerge.planning.search import Constraints
+    from frankenmerge.workflows.measuring import DRAWN, Bench, damped
 
     atlases = []
     for donor in donors:
@@ -139,9 +139,9 @@ def _merge(console, recipe, output: Path) -> bool:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from frankenmerge.artefacts.recipe import open_donors
     from frankenmerge.merging.writer import merge
-    from frankenmerge.models import load_model, virtual_splice
-    from frankenmerge.recipe import open_donors
+    from frankenmerge.models.loading import load_model, virtual_splice
 
     console.rule("4. The checkpoint")
     logging.disable_progress_bar()
@@ -157,7 +157,7 @@ def _merge(console, recipe, output: Path) -> bool:
     wrong = len(info["missing_keys"]) + len(info["unexpected_keys"])
     console.print(f"{merged.tensors} tensors, {merged.bytes / 1e6:.1f} MB in {merged.output}.", markup=False)
     console.print(f"transformers loads it with {wrong} missing or unexpected keys; "
-                  f"its logits {'equal' if equal else 'DIFFER from'} those of the splice in memory.\n")  # fmt: skip
+                  f"its logits {'equal' if equal else 'DIFFER from'} those of the splice in memory.\n")
     return equal
 
 
@@ -166,9 +166,9 @@ def _evaluate(plan, alignment, donors: list, output: Path) -> tuple[list, list[f
     from frankenmerge.evaluation.compare import Bench, Text
     from frankenmerge.evaluation.record import Looks, evaluation_json
     from frankenmerge.evaluation.samples import drawn_prompts, words_of
-    from frankenmerge.files import write_file
     from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe
     from frankenmerge.planning.damping import dampings
+    from frankenmerge.storage.atomic import write_file
 
     folder = Path(__file__).parent.parent / "demo" / "text"
     texts = [Text(name, (folder / f"{name}.txt").read_text(encoding="utf-8")[:CHARACTERS]) for name in ("code", "prose")]
@@ -203,9 +203,9 @@ def _evaluate(plan, alignment, donors: list, output: Path) -> tuple[list, list[f
 
 
 def _report(output: Path) -> None:
-    from frankenmerge.files import write_file
     from frankenmerge.reporting.page import page
     from frankenmerge.reporting.run import read_run
+    from frankenmerge.storage.atomic import write_file
 
     write_file(output / "report.html", page(read_run(output)).encode())
 

@@ -20,14 +20,14 @@ from frankenmerge.cli.console import (
     size,
     table,
 )
-from frankenmerge.files import cache_folder
-from frankenmerge.processes import own_share
+from frankenmerge.distributed import own_share
+from frankenmerge.storage.atomic import cache_folder
 
 INPUT_METHODS = ("greedy", "gradient")
 method_option = click.option(
     "--method", type=click.Choice(["complete", *INPUT_METHODS]), default="complete", show_default=True,
     help="What to search besides: inputs of several tokens, for some neurons.",
-)  # fmt: skip
+)
 neurons_option = click.option(
     "--neurons", callback=numbers, help="Which neurons, such as 0-3 or 1,4,8 (greedy and gradient). [default: 16, evenly spaced]"
 )
@@ -45,8 +45,8 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
 
     Of a donor on the hub nothing else is fetched; a pickled donor that is allowed is converted first, and kept in the cache.
     """
-    from frankenmerge.recipe import open_donor
-    from frankenmerge.splice import compatibility
+    from frankenmerge.artefacts.recipe import open_donor
+    from frankenmerge.splicing.compatibility import compatibility
 
     opened = [open_donor(donor, download=download, allow_pickle=allow_pickle, weights=False) for donor in donors]
     verdict = compatibility(opened)
@@ -59,7 +59,7 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
         "family": str, "blocks": str, "width": str, "heads": str, "kv_heads": str, "head_width": str, "inner": str, "vocabulary": str,
         "positions": str, "tied": lambda tied: "yes" if tied else "no", "dtype": str, "parameters": "{:,}".format, "bytes": size,
         "tokenizer": str, "fingerprint": lambda text: text[:12] if text else "weights not at hand",
-    }  # fmt: skip
+    }
     for key, text in shown.items():
         made.add_row(key.replace("_", " "), *(text(row[key]) for row in told))
     console = out()
@@ -75,7 +75,7 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
 
 
 def _describe(donor: Any) -> dict[str, Any]:
-    from frankenmerge.architectures import head_width, is_tied, quantity
+    from frankenmerge.donors.config import head_width, is_tied, quantity
 
     sizes = {key: quantity(donor.config, key) for key in ("blocks", "width", "heads", "kv_heads", "inner", "vocabulary", "positions")}
     return {
@@ -108,13 +108,13 @@ def _describe(donor: Any) -> dict[str, Any]:
 def analyze(
     context: click.Context, donor: str, output: Path, method: str, neurons: list[int] | None, tokens: int | None, untrained: int | None,
     device: str, dtype: str, download: bool, allow_pickle: bool, as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Search DONOR's features over the whole vocabulary and write its atlas.
 
     Its blocks are read one at a time, so that it may be larger than memory. What is finished when this is interrupted is
     kept, and the same command goes on from there. Under `accelerate launch` every process searches its part of the vocabulary.
     """
-    from frankenmerge.atlas import save_atlas
+    from frankenmerge.artefacts.atlas import save_atlas
 
     refuse_others(context, method, MEANT_FOR)
     how = How(device, dtype, download, allow_pickle, untrained)
@@ -157,12 +157,12 @@ class How(NamedTuple):
 
 def atlas_of(name: str, how: How) -> Any:
     """The atlas in a file, or that of a donor: from the cache, or analyzed now."""
-    from frankenmerge.atlas import load_atlas
+    from frankenmerge.artefacts.atlas import load_atlas
 
     if Path(name).is_file():
         return load_atlas(Path(name))
     from frankenmerge.analysis.analyze import cached_analyze, work
-    from frankenmerge.recipe import open_donor
+    from frankenmerge.artefacts.recipe import open_donor
 
     checkpoint = open_donor(name, download=how.download, allow_pickle=how.allow_pickle)
     with progress(f"analyzing {Path(name).name}", work(checkpoint), "inputs x blocks") as advance:
@@ -174,7 +174,7 @@ def atlas_of(name: str, how: How) -> Any:
 def add_inputs(name: str, atlas: Any, how: How, method: str, neurons: list[int] | None, tokens: int | None) -> Any:
     """A donor's atlas with the inputs of a greedy or gradient search: from the cache, or searched now."""
     from frankenmerge.analysis.inputs import TOKENS, even_neurons, with_inputs
-    from frankenmerge.recipe import open_donor
+    from frankenmerge.artefacts.recipe import open_donor
 
     checkpoint = open_donor(name, download=how.download, allow_pickle=how.allow_pickle)
     neurons = neurons or even_neurons(atlas.width)
@@ -183,4 +183,4 @@ def add_inputs(name: str, atlas: Any, how: How, method: str, neurons: list[int] 
         return with_inputs(
             atlas, checkpoint, method, neurons, cache=cache_folder(), tokens=tokens or TOKENS, untrained=how.untrained, dtype=how.dtype,
             device=how.device, progress=advance,
-        )  # fmt: skip
+        )

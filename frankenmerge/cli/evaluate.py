@@ -23,7 +23,7 @@ from frankenmerge.cli.console import (
     progress,
 )
 from frankenmerge.cli.donors import How, atlas_of
-from frankenmerge.cli.figures import differences_table, further_tables, print_samples, results_table, retention_table, seams_table
+from frankenmerge.cli.tables import differences_table, further_tables, print_samples, results_table, retention_table, seams_table
 from frankenmerge.errors import fail
 
 
@@ -80,7 +80,7 @@ def evaluate(
     prompts: tuple[str, ...], lists: tuple[Path, ...], seams: bool, retention: bool, tasks: tuple[str, ...], threshold: float | None,
     against: str | None, seed: int, output: Path | None, device: str, max_memory: dict | None, offload: Path | None, dtype: str,
     download: bool, allow_pickle: bool, as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Measure how well MODELS predict text. A recipe is run as a virtual splice: nothing is written.
 
     Every donor of a recipe is measured beside it; with --seams, --retention or --compare those of a merged checkpoint too.
@@ -96,8 +96,8 @@ def evaluate(
             stay_offline()
         check_tasks(tasks)
     from frankenmerge.evaluation.compare import compare, read_text
+    from frankenmerge.evaluation.non_inferiority import held_against
     from frankenmerge.evaluation.record import evaluation_json
-    from frankenmerge.evaluation.threshold import held_against
 
     shown = [read_text(text) for text in texts]
     looks = _looks(shown, samples, prompts, lists, seams, retention, tasks, seed)
@@ -105,16 +105,16 @@ def evaluate(
         models, shown, context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
         allow_pickle=allow_pickle, beside=seams or retention or (threshold is not None and not against), hold=seams,
         against=against, meter=progress, visit=looks.visit,
-    )  # fmt: skip
+    )
     looks.retention = _retained(looks.features, How(device, dtype, download, allow_pickle))
     comparison = None if threshold is None else held_against(results, threshold, seed, against)
     promises = kept_promises(results)
     told = evaluation_json(
         results, bench, looks, dtype=dtype, predictions=[promise._asdict() for promise in promises], comparison=comparison,
         against=against, arguments=_given(context_of_command),
-    )  # fmt: skip
+    )
     if output:
-        from frankenmerge.files import write_file
+        from frankenmerge.storage.atomic import write_file
 
         write_file(output, (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode())
     if as_json:
@@ -138,7 +138,7 @@ def _given(context: click.Context) -> dict[str, Any]:
 def _looks(
     shown: list, samples: int, prompts: tuple[str, ...], lists: tuple[Path, ...], seams: bool, retention: bool, tasks: tuple[str, ...],
     seed: int,
-) -> Any:  # fmt: skip
+) -> Any:
     from frankenmerge.analysis.complete import complete_search
     from frankenmerge.evaluation.record import Looks
     from frankenmerge.evaluation.samples import drawn_prompts, read_words, words_of
@@ -204,7 +204,7 @@ class Promise(NamedTuple):
 
 def kept_promises(results) -> list[Promise]:
     """Hold recipes against the evidence files in their folders, where one tells of them."""
-    from frankenmerge.recipe import load_recipe
+    from frankenmerge.artefacts.recipe import load_recipe
 
     losses = {result.name: result.total.nats_per_token for result in results if result.role != "recipe"}
     promises = []

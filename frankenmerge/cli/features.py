@@ -96,14 +96,14 @@ def features(
     context: click.Context, donor: str, method: str, layers: list[int] | None, notation: str, neurons: list[int] | None, bos: bool,
     untrained: int | None, device: str, max_memory: dict | None, offload: Path | None, dtype: str, download: bool,
     allow_pickle: bool, as_json: bool, **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Show which tokens excite the neurons of DONOR's blocks most.
 
     With `--method inversion`, show instead how much of a text each block's output tells.
     """
     from frankenmerge.analysis.analyze import token_texts
-    from frankenmerge.models import load_model
-    from frankenmerge.recipe import open_donor
+    from frankenmerge.artefacts.recipe import open_donor
+    from frankenmerge.models.loading import load_model
 
     refuse_others(context, method, MEANT_FOR)
     if neurons and context.get_parameter_source("notation") is not ParameterSource.DEFAULT:
@@ -134,7 +134,7 @@ def features(
 
 
 def _show_found(asked: Asked, found: Any, wanted: list, vocabulary: list[str], title: str, told: dict[str, Any], as_json: bool) -> None:
-    from frankenmerge.agreement import token_agreement
+    from frankenmerge.artefacts.token_overlap import token_agreement
 
     agreement = token_agreement(found.compared, found.compared)
     by_layer = [texts_of(tokens, vocabulary) for tokens in found.tokens]
@@ -143,7 +143,7 @@ def _show_found(asked: Asked, found: Any, wanted: list, vocabulary: list[str], t
             {"block": feature.block, "feature": feature.notation, "neuron": feature.neuron if len(feature.neurons) == 1 else None,
              "tokens": tokens, "texts": texts}
             for feature, tokens, texts in zip(wanted, found.tokens.reshape(len(wanted), -1).tolist(), sum(by_layer, []), strict=True)
-        ]  # fmt: skip
+        ]
         print_json({**told, "features": rows, **found.told, "agreement": _agreement_as_json(asked.layers, agreement)})
         return
     made = table(title, "block", *(feature.notation for feature in wanted[: found.tokens.shape[1]]))
@@ -161,7 +161,7 @@ def _show_found(asked: Asked, found: Any, wanted: list, vocabulary: list[str], t
 
 
 def _show_recovered(asked: Asked, found: Any, true: Any, vocabulary: list[str], title: str, told: dict[str, Any], as_json: bool) -> None:
-    from frankenmerge.agreement import token_agreement
+    from frankenmerge.artefacts.token_overlap import token_agreement
 
     recall = token_agreement(found.compared, true[None, :, None])
     agreement = token_agreement(found.compared, found.compared)

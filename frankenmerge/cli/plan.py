@@ -7,8 +7,8 @@ from typing import NamedTuple
 import click
 
 from frankenmerge.cli.console import device_option, dtype_option, json_option, out, output_option, print_json, table
-from frankenmerge.cli.measuring import DRAWN, HANDFUL, Bench, calibrated, damped, verified
 from frankenmerge.errors import fail
+from frankenmerge.workflows.measuring import DRAWN, HANDFUL, Bench, calibrated, damped, verified
 
 
 class _Named(NamedTuple):
@@ -93,12 +93,12 @@ def plan(
     protect_first: int, protect_last: int,
     max_back: int | None, use: list[_Named], avoid: list[_Named], shares: list[_Named], top: int, differ: int, whole_front: bool,
     calibrate: tuple[str, ...], verify: tuple[str, ...], damp: tuple[str, ...], device: str, dtype: str, as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Choose the splices that ALIGNMENTS predict to do the least damage, and write them as recipes.
 
     Every donor of the alignments is used. The evidence for every seam is written beside the recipe, as NAME.evidence.json.
     """
-    from frankenmerge.alignment import load_alignment
+    from frankenmerge.artefacts.alignment import load_alignment
     from frankenmerge.planning.plan import front
     from frankenmerge.planning.plan import plan as planned
     from frankenmerge.planning.prediction import default_model
@@ -113,7 +113,7 @@ def plan(
         depth or (_depth_within(parameters, donors) if parameters else deepest * 3 // 2),
         max_seams, min_slice, protect_first, protect_last, max_back,
         _blocks(use, donors), _blocks(avoid, donors), {_donor(share.donor, donors): (share.low, share.high) for share in shares},
-    )  # fmt: skip
+    )
     placed = {"device": device, "dtype": dtype}
     model = calibrated(loaded, Bench(donors, calibrate, placed)) if calibrate else default_model()
     plans = planned(loaded, constraints, top=top, differ=differ, model=model)
@@ -126,7 +126,7 @@ def plan(
     depths = front(loaded, constraints, model=model) if whole_front else []
     if as_json:
         told = {"front": [{"depth": len(entry.recipe.blocks), "predicted_damage": entry.predicted_damage, "summary": str(entry.recipe)}
-                          for entry in depths]} if depths else {}  # fmt: skip
+                          for entry in depths]} if depths else {}
         told |= {} if tried is None else {"damping": tried._asdict()}
         print_json(_plans_as_json(plans, constraints, model) | {"written": [str(path) for path in paths]} | told)
         return
@@ -138,7 +138,7 @@ def plan(
         if not entries:
             continue
         made = table(title, "recipe", "seams", "damage", "9 of 10 in", *(["measured"] if entries[0].measured is not None else []),
-                     "depth" if entries is depths else "file")  # fmt: skip
+                     "depth" if entries is depths else "file")
         for name, entry in zip(names, entries, strict=True):
             low, high = entry.interval
             measured = [] if entry.measured is None else [f"{entry.measured:.3f}"]
@@ -166,8 +166,8 @@ def _blocks(named: list[_Named], donors: list[str]) -> frozenset[tuple[str, int]
 
 def _depth_within(parameters: int, donors: list[str]) -> int:
     """The most blocks that a budget holds besides embedding, final norm and head."""
-    from frankenmerge.recipe import open_donor
-    from frankenmerge.splice import depth_within
+    from frankenmerge.artefacts.recipe import open_donor
+    from frankenmerge.splicing.compatibility import depth_within
 
     return depth_within(parameters, [open_donor(name) for name in donors])
 
@@ -176,7 +176,7 @@ def write_plans(plans, output: Path, constraints, model) -> list[Path]:
     """Write the best recipe to `output`, the others to NAME.2.yaml and on, the evidence of all to NAME.evidence.json."""
     import json
 
-    from frankenmerge.files import write_file
+    from frankenmerge.storage.atomic import write_file
 
     paths = [output, *(output.with_name(f"{output.stem}.{rank}{output.suffix}") for rank in range(2, len(plans) + 1))]
     for path, entry in zip(paths, plans, strict=True):

@@ -18,9 +18,9 @@ def report(run: Path, output: Path | None, figures: Path | None, as_json: bool) 
     It holds everything in itself and asks nothing of any network. What is not in the folder is left out, and the page says
     which command would make it.
     """
-    from frankenmerge.files import write_file
     from frankenmerge.reporting.page import page
     from frankenmerge.reporting.run import read_run
+    from frankenmerge.storage.atomic import write_file
 
     if not (output or figures):
         raise click.UsageError("Say where it goes: -o report.html, --figures DIR, or both.")

@@ -34,7 +34,7 @@ class Asked:
         """The features, block by block. Raises FrankenmergeError for those that the donor or the method does not have."""
         from frankenmerge.analysis.features import Feature, check_features, check_single, parse_features
         from frankenmerge.analysis.greedy import WHY_SINGLE
-        from frankenmerge.architectures import quantity
+        from frankenmerge.donors.config import quantity
 
         width = quantity(checkpoint.config, "width") or 0
         if self.neurons:
@@ -71,13 +71,13 @@ Advance = Callable[[int], None]
 def _complete(checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: Advance) -> Found:
     from frankenmerge.analysis.complete import complete_search
     from frankenmerge.analysis.masks import meaningless_tokens
-    from frankenmerge.models import embedding_of
+    from frankenmerge.models.loading import embedding_of
 
     masked = meaningless_tokens(checkpoint, embedding_of(model)) if asked.mask_special else []
     top = complete_search(
         model, k=asked.tokens, prefix=asked.prefix, site=asked.site, isolated=asked.isolated, bottom=asked.bottom, masked=masked,
         progress=advance,
-    )  # fmt: skip
+    )
     advance(len(masked))
     neurons = [feature.neuron for feature in wanted[: len(wanted) // len(asked.layers)]]
     tokens = top.tokens[asked.layers][:, neurons]
@@ -90,7 +90,7 @@ def _greedy(_checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: A
     result = greedy_search(
         model, wanted, n=asked.tokens, site=asked.site, isolated=asked.isolated, positions=asked.positions, beam=asked.beam,
         candidates=asked.candidates, start=asked.prefix, progress=advance,
-    )  # fmt: skip
+    )
     told = {"vocabulary_passes": result.passes} | ({} if result.recall is None else {"recall": result.recall})
     return _found(result.tokens, asked, told)
 
@@ -101,7 +101,7 @@ def _gradient(_checkpoint: Any, model: Any, asked: Asked, wanted: list, advance:
     result = gradient_search(
         model, wanted, tokens=asked.tokens, site=asked.site, isolated=asked.isolated, target=asked.target, decode=asked.decode,
         progress=advance, **asked.given("steps", "optimizer"),
-    )  # fmt: skip
+    )
     told = {"excluded_tokens": len(result.excluded), "token_id_equals_neuron": result.artefact_share}
     return _found(result.tokens.numpy(), asked, told | ({"artefact": True} if result.artefact else {}))
 
@@ -112,7 +112,7 @@ def _softmax_prior(_checkpoint: Any, model: Any, asked: Asked, wanted: list, adv
     result = prior_search(
         model, wanted, tokens=asked.tokens, site=asked.site, isolated=asked.isolated, target=asked.target, progress=advance,
         **asked.given("steps"),
-    )  # fmt: skip
+    )
     return _found(result.tokens.numpy(), asked, {"mean_gap_from_one_hot": float(result.gap.mean())})
 
 
@@ -141,7 +141,7 @@ def recovered(checkpoint: Any, model: Any, asked: Asked, advance: Advance) -> tu
     from frankenmerge.analysis.decode import decoder_of, embedding_table
     from frankenmerge.analysis.gradient import check_length
     from frankenmerge.analysis.inversion import invert, outputs_of
-    from frankenmerge.models import embedding_of, load_tokenizer
+    from frankenmerge.models.loading import embedding_of, load_tokenizer
 
     if not asked.text:
         raise fail("--input", "a text to recover", "none", 'give one, such as --input "the quick brown fox"')
@@ -154,7 +154,7 @@ def recovered(checkpoint: Any, model: Any, asked: Asked, advance: Advance) -> tu
         result = invert(
             model, outputs, layer, loss=asked.distance, site=asked.site, isolated=asked.isolated, decoder=decoder,
             **asked.given("steps", "optimizer"),
-        )  # fmt: skip
+        )
         found.append(result.tokens.numpy())
         advance(1)
     tokens = np.stack(found)

@@ -24,8 +24,8 @@ from frankenmerge.cli.console import (
     table,
 )
 from frankenmerge.cli.donors import MEANT_FOR, How, add_inputs, atlas_of, method_option, neurons_option, tokens_option
+from frankenmerge.distributed import Share, own_share
 from frankenmerge.errors import Fault, fail, raise_all
-from frankenmerge.processes import Share, own_share
 
 SHOWN = {
     "complete": ("jaccard", "Agreement on the 10 most exciting tokens (Jaccard)"),
@@ -55,10 +55,10 @@ SHOWN = {
 def align(
     context: click.Context, a: str, b: str, output: Path, method: str, neurons: list[int] | None, tokens: int | None, bos: bool,
     drawn: bool, exchange: bool, plot: Path | None, device: str, dtype: str, download: bool, allow_pickle: bool, as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Score how donors A and B agree, block by block. Each is a donor or an atlas."""
-    from frankenmerge.alignment import save_alignment
     from frankenmerge.analysis.align import align as aligned
+    from frankenmerge.artefacts.alignment import save_alignment
 
     refuse_others(context, method, {**MEANT_FOR, "bos": ("complete",)})
     if plot:
@@ -131,25 +131,25 @@ def _exchange_tables(alignment) -> list[tuple[str, Any]]:
 
 def _loaded(names: tuple[str, str], how: How) -> dict:
     """The donors in memory, by name."""
-    from frankenmerge.models import load_model
-    from frankenmerge.recipe import open_donor
+    from frankenmerge.artefacts.recipe import open_donor
+    from frankenmerge.models.loading import load_model
 
     raise_all(
         Fault("--drawn, --exchange", "donors, which are run", f"an atlas: {name}", "give the donor itself")
         for name in names if Path(name).is_file()
-    )  # fmt: skip
+    )
     donors = [open_donor(name, download=how.download, allow_pickle=how.allow_pickle) for name in dict.fromkeys(names)]
     return {donor.name: load_model(donor, dtype=how.dtype, device=how.device) for donor in donors}
 
 
 def _shown(models: dict) -> dict:
-    from frankenmerge.drawing import states_on_drawn
+    from frankenmerge.models.sampling import states_on_drawn
 
     return states_on_drawn(models)
 
 
 def _exchanged(alignment, models: dict):
-    from frankenmerge.evaluation.exchange import exchange
+    from frankenmerge.evaluation.block_swaps import exchange
 
     a, b = zip(alignment.donors, alignment.blocks, strict=True)
     with progress("exchanging blocks", None, "changes") as advance:
@@ -158,7 +158,7 @@ def _exchanged(alignment, models: dict):
 
 def _with_same_inputs(
     names: tuple[str, str], atlases: list, how: How, method: str, neurons: list[int] | None, tokens: int | None
-) -> list:  # fmt: skip
+) -> list:
     """The atlases, those of donors with inputs for the same neurons and as many tokens as a given atlas has, if one is given."""
     from frankenmerge.analysis.align import check_comparable, missing_inputs
     from frankenmerge.analysis.inputs import even_neurons
@@ -218,15 +218,15 @@ def _checked(path: Path, download: bool, allow_pickle: bool) -> list:
     """The sound stages of a recipe file, the result last."""
     from tempfile import TemporaryDirectory
 
-    from frankenmerge.merging.stages import checked
-    from frankenmerge.recipe import load_recipes
+    from frankenmerge.artefacts.recipe import load_recipes
+    from frankenmerge.splicing.stages import checked
 
     with TemporaryDirectory() as scratch:
         return checked(load_recipes(path), Path(scratch), download=download, allow_pickle=allow_pickle, place=str(path))
 
 
 def _tell(stages: list, as_json: bool) -> None:
-    from frankenmerge.merging.summary import summary
+    from frankenmerge.splicing.summary import summary
 
     told = [(stage.recipe, summary(stage)) for stage in stages]
     if as_json:
@@ -242,7 +242,7 @@ def _tell(stages: list, as_json: bool) -> None:
             "parameters": f"{found.parameters:,}", "weights": f"{size(found.bytes)}, {found.dtype}",
             "memory to load": ", ".join(f"{size(count)} in {dtype}" for dtype, count in found.memory.items()),
             "KV cache per token": size(found.kv_cache_per_token),
-        }  # fmt: skip
+        }
         for name, value in rows.items():
             made.add_row(name, str(value))
         console.print(made)
@@ -279,7 +279,7 @@ def _bytes(_context, _parameter, value: str) -> int:
 def merge(
     recipe: Path, output: Path, dry_run: bool, push_to_hub: str | None, private: bool, download: bool, allow_pickle: bool, as_json: bool,
     **options,
-) -> None:  # fmt: skip
+) -> None:
     """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all.
 
     Stages that it uses are written to OUTPUT.stages, and made again only when what they are made of has changed. Under
@@ -287,10 +287,10 @@ def merge(
     """
     from functools import partial
 
-    from frankenmerge.hub import check_push, push
     from frankenmerge.merging.plan import Options, output_faults, planned, room_faults
-    from frankenmerge.merging.stages import merge_stages
     from frankenmerge.merging.writer import merge as merged
+    from frankenmerge.splicing.stages import merge_stages
+    from frankenmerge.storage.hub import check_push, push
 
     stages, share = _checked(recipe, download, allow_pickle), own_share()
     if len(stages) > 1 and not share.first:
@@ -340,8 +340,8 @@ def widen(narrow: str, wide: str, output: Path, download: bool, allow_pickle: bo
 
     It computes what it did: whatever WIDE has more of is zeros. A gauge can then turn either into the other's basis.
     """
+    from frankenmerge.artefacts.recipe import open_donor
     from frankenmerge.merging.widen import widen as widened
-    from frankenmerge.recipe import open_donor
 
     donor, other = (open_donor(name, download=download, allow_pickle=allow_pickle) for name in (narrow, wide))
     widened(donor, other, output)

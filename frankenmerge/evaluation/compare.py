@@ -8,16 +8,16 @@ import numpy as np
 from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel
 
-from frankenmerge.architectures import quantity
-from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.artefacts.recipe import Recipe, load_recipe, open_donor
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.config import quantity
 from frankenmerge.errors import fail
 from frankenmerge.evaluation.language import Encoded, Loss, encode, measure
 from frankenmerge.evaluation.lineage import Lineage, checkpoint_lineage, recipe_lineage
-from frankenmerge.evaluation.together import measure_together
-from frankenmerge.meter import Meter, unseen
-from frankenmerge.models import load_model, load_tokenizer, virtual_splice
-from frankenmerge.recipe import Recipe, load_recipe, open_donor
-from frankenmerge.splice import stacked, validated
+from frankenmerge.evaluation.prefix_sharing import measure_together
+from frankenmerge.models.loading import load_model, load_tokenizer, virtual_splice
+from frankenmerge.progress import Meter, unseen
+from frankenmerge.splicing.compatibility import stacked, validated
 
 LONGEST_CONTEXT = 2048
 """Longest window used without being asked for."""
@@ -100,7 +100,7 @@ class Bench:
         self, texts: Iterable[Text], names: Iterable[str], *, context: int | None = None, dtype: str = "float32", device: str = "cpu",
         max_memory: Mapping[int | str, str] | None = None, offload: Path | None = None, download: bool = False,
         allow_pickle: bool = False, opened: Mapping[str, Checkpoint] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.texts = list(texts)
         self._placed: dict[str, Any] = {"dtype": dtype, "device": device, "max_memory": max_memory, "offload": offload}
         self._models: dict[str, tuple[Checkpoint, PreTrainedModel, dict[str, Encoded]]] = {}
@@ -184,7 +184,7 @@ def compare(
     max_memory: Mapping[int | str, str] | None = None, offload: Path | None = None, download: bool = False,
     allow_pickle: bool = False, beside: bool = False, hold: bool = False, against: str | None = None,
     meter: Meter = unseen, visit: Callable[[Subject, "Bench"], None] = lambda _subject, _bench: None,
-) -> tuple[list[Result], Bench]:  # fmt: skip
+) -> tuple[list[Result], Bench]:
     """Measure checkpoints and recipes, and after them every donor of the recipes that was not named itself.
 
     Models are in memory one after another: but for the donors of recipes that are still to come, each goes when it was measured.
@@ -219,7 +219,7 @@ def compare(
     bench = Bench(
         texts, [*opened, *donors], context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
         allow_pickle=allow_pickle, opened=opened,
-    )  # fmt: skip
+    )
     for name in bench.checkpoints:
         load_tokenizer(bench.checkpoints[name])
     for name, recipe in recipes.items():

@@ -79,7 +79,7 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks:
         found = lm_eval.simple_evaluate(
             held, tasks=list(asked.tasks), task_manager=manager, log_samples=False, random_seed=seed, numpy_random_seed=seed,
             torch_random_seed=seed, fewshot_random_seed=seed,
-        )  # fmt: skip
+        )
     assert found is not None, "the harness tells results to its first process"
     return [figure for task, figures in sorted(found["results"].items()) for figure in _figures(task, figures)]
 

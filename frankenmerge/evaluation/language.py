@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frankenmerge.errors import fail
-from frankenmerge.models import embedding_of
+from frankenmerge.models.loading import embedding_of
 
 POSITIONS = 4096
 """Positions in one forward pass, at most, unless a single window is longer; halved where memory does not have them."""

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from frankenmerge.checkpoint import Checkpoint, read_json
+from frankenmerge.artefacts.recipe import Block, Recipe
+from frankenmerge.donors.checkpoint import Checkpoint, read_json
 from frankenmerge.errors import FrankenmergeError, fail
-from frankenmerge.files import PROVENANCE
-from frankenmerge.recipe import Block, Recipe
-from frankenmerge.splice import spelled_out
-from frankenmerge.vocabulary import tokens_of
+from frankenmerge.splicing.compatibility import spelled_out
+from frankenmerge.splicing.vocabulary import tokens_of
+from frankenmerge.storage.atomic import PROVENANCE
 
 
 class Lineage(NamedTuple):

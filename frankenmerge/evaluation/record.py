@@ -12,20 +12,20 @@ import transformers
 from transformers import PreTrainedModel
 
 import frankenmerge
-from frankenmerge.atlas import TopTokens
-from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.artefacts.atlas import TopTokens
+from frankenmerge.artefacts.recipe import Block
+from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.evaluation.compare import Bench, Result, Subject, is_recipe
 from frankenmerge.evaluation.harness import TaskFigure, run_tasks
 from frankenmerge.evaluation.intervals import difference, drawn, intervals, together
 from frankenmerge.evaluation.lineage import same_tokens
+from frankenmerge.evaluation.non_inferiority import Comparison, merges
 from frankenmerge.evaluation.retention import Retention
 from frankenmerge.evaluation.samples import Sample, invalid_rate, repetition, sampled
 from frankenmerge.evaluation.seams import Behind, behind_blocks, windows_of
-from frankenmerge.evaluation.threshold import Comparison, merges
-from frankenmerge.meter import Meter, unseen
-from frankenmerge.models import embedding_of, load_tokenizer
-from frankenmerge.recipe import Block
+from frankenmerge.models.loading import embedding_of, load_tokenizer
+from frankenmerge.progress import Meter, unseen
 
 KIND = "frankenmerge.evaluation/1"
 
@@ -96,7 +96,7 @@ def _check_tokens(subject: Subject, donors: Mapping[str, Checkpoint]) -> None:
 def evaluation_json(
     results: Sequence[Result], bench: Bench, looks: Looks, *, dtype: str = "float32", predictions: Sequence[Mapping[str, Any]] = (),
     comparison: Comparison | None = None, against: str | None = None, arguments: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Everything an evaluation found, and what produced it. docs/evaluate.md says what each figure means."""
     found = {result.name: result for result in results}
     pairs = [(found[name], found[donor]) for name, donors in merges(results, against).items() for donor in donors]

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from frankenmerge.agreement import token_agreement
-from frankenmerge.atlas import TopTokens
-from frankenmerge.recipe import Block
+from frankenmerge.artefacts.atlas import TopTokens
+from frankenmerge.artefacts.recipe import Block
+from frankenmerge.artefacts.token_overlap import token_agreement
 
 
 class KeptBlock(NamedTuple):

@@ -65,7 +65,7 @@ def drawn_prompts(texts: Sequence[str], count: int, seed: int) -> list[str]:
 def sampled(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], vocabulary: frozenset[str], *, context: int,
     progress: Callable[[int], None] = lambda _: None,
-) -> list[Sample]:  # fmt: skip
+) -> list[Sample]:
     """Let a model write behind every prompt.
 
     Args:

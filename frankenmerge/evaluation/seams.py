@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
 from transformers import PreTrainedModel
 
-from frankenmerge.blockwise import leave
+from frankenmerge.artefacts.recipe import Block
 from frankenmerge.evaluation.language import Encoded
-from frankenmerge.models import block_outputs, embedding_of
-from frankenmerge.recipe import Block
+from frankenmerge.models.loading import block_outputs, embedding_of
+from frankenmerge.models.streaming import leave
 
 WINDOWS, WIDTH = 4, 256
 """How many windows of every text are looked at, and their tokens."""
@@ -56,7 +56,7 @@ def windows_of(texts: Mapping[str, Encoded], context: int) -> list[Tensor]:
 def behind_blocks(
     model: PreTrainedModel, blocks: Sequence[Block], donors: Mapping[str, PreTrainedModel], rows: Sequence[Tensor],
     progress: Callable[[int], None] = lambda _: None,
-) -> list[Behind]:  # fmt: skip
+) -> list[Behind]:
     """Hold a merged model against its donors, block by block.
 
     Cost: one pass of every model over the windows, and for each block of the merged model two read-outs by a head. Memory:

@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 
 import frankenmerge
-from frankenmerge import picture
-from frankenmerge.architectures import quantity
-from frankenmerge.checkpoint import Checkpoint
-from frankenmerge.hub import hub_ids
-from frankenmerge.recipe import Recipe
-from frankenmerge.splice import spelled_out
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.config import quantity
+from frankenmerge.splicing import diagram
+from frankenmerge.splicing.compatibility import spelled_out
+from frankenmerge.storage.hub import hub_ids
 
 PICTURE = "splice.svg"
 
@@ -104,4 +104,4 @@ def _licence(donor: Checkpoint) -> str | None:
 def card_picture(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> str:
     """Return the picture of the splice, as a file of SVG."""
     depths = {name: donor.blocks for name, donor in donors.items()}
-    return picture.svg(picture.pieces_of(spelled_out(recipe, donors), depths), depths, "splice")
+    return diagram.svg(diagram.pieces_of(spelled_out(recipe, donors), depths), depths, "splice")

@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
-from frankenmerge.files import read_arrays, write_arrays
 from frankenmerge.merging.journal import PAUSE, is_held
-from frankenmerge.meter import Meter, unseen
-from frankenmerge.recipe import Recipe
+from frankenmerge.progress import Meter, unseen
+from frankenmerge.storage.atomic import read_arrays, write_arrays
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from frankenmerge.fitting import Fit
-    from frankenmerge.gauge import Turn
+    from frankenmerge.splicing.gauge_fitting import Fit
+    from frankenmerge.splicing.rotation import Turn
 
 FITS = "fits.safetensors"
 _KIND = "frankenmerge.fits/1"
@@ -29,7 +29,7 @@ def fits_in(folder: Path, recipe: Recipe, donors: Mapping[str, Checkpoint], mete
     """The fits of a merge that grows in `folder`: those of an earlier run, or new ones, which are kept there."""
     if not recipe.has_gauges:
         return {}
-    from frankenmerge.fitting import fitted_turns
+    from frankenmerge.splicing.gauge_fitting import fitted_turns
 
     if not (folder / FITS).is_file():
         save_fits(fitted_turns(recipe, donors, meter), folder / FITS)
@@ -68,7 +68,7 @@ def save_fits(fits: "Mapping[int, Fit]", path: Path) -> None:
 
 def load_fits(path: Path) -> "dict[int, Fit]":
     """Read fits. Raises FrankenmergeError for a file that holds none."""
-    from frankenmerge.fitting import Fit
+    from frankenmerge.splicing.gauge_fitting import Fit
 
     arrays, told = read_arrays(path, _KIND, "the fits of a merge")
     try:
@@ -84,7 +84,7 @@ def load_fits(path: Path) -> "dict[int, Fit]":
 def _turn(arrays: "Mapping[str, np.ndarray]", name: str, scale: float) -> "Turn":
     import torch
 
-    from frankenmerge.gauge import Turn
+    from frankenmerge.splicing.rotation import Turn
 
     writing = arrays.get(f"{name}.writing")
     return Turn(torch.from_numpy(arrays[f"{name}.matrix"]), scale, None if writing is None else torch.from_numpy(writing))

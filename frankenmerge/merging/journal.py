@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from frankenmerge.distributed import Share
 from frankenmerge.errors import fail
 from frankenmerge.merging.shards import Shard
-from frankenmerge.processes import Share
 
 JOURNAL, GROWING = "journal.json", "checkpoint"
 PATIENCE = 60.0
@@ -145,7 +145,7 @@ def _agree(folder: Path, journal: dict, inputs: Mapping[str, str]) -> None:
         raise fail(
             str(folder), "an unfinished merge of the same inputs", f"another {', another '.join(other)}",
             f"merge as before to resume, or remove {folder} to begin anew",
-        )  # fmt: skip
+        )
 
 
 def joined(output: Path, inputs: Mapping[str, str]) -> Path | None:

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from frankenmerge.checkpoint import Checkpoint
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.distributed import Share
+from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
-from frankenmerge.merging.computing import Arithmetic, arithmetic, check_device, not_finite
 from frankenmerge.merging.copying import clonable
 from frankenmerge.merging.journal import work_folder
-from frankenmerge.merging.schedule import Copy, Operation, schedule
 from frankenmerge.merging.shards import Shard, operation_faults, plan_shards, readings
-from frankenmerge.processes import Share
-from frankenmerge.recipe import Recipe
-from frankenmerge.splice import recipe_faults
+from frankenmerge.splicing.compatibility import recipe_faults
+from frankenmerge.splicing.computing import Arithmetic, arithmetic, check_device, not_finite
+from frankenmerge.splicing.operations import Copy, Operation, schedule
 
 SPARE = 64 << 20
 """Bytes of the disk that are left free."""
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
 
 def planned(
     recipe: Recipe, donors: Mapping[str, Checkpoint], output: Path, options: Options, share: Share, *, dry: bool = False
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Check everything that can be known before the first byte and cut the result into shards. Writes nothing.
 
     A `dry` plan, after which nothing is written, does without the weights of donors on the hub. Raises FrankenmergeError with all

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import frankenmerge
-from frankenmerge.checkpoint import Checkpoint
-from frankenmerge.merging.schedule import Combine, Copy, Input, Operation, Rotate
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.merging.shards import Shard
-from frankenmerge.recipe import Recipe
+from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate
 
 if TYPE_CHECKING:
-    from frankenmerge.fitting import Fit
     from frankenmerge.merging.plan import Plan
+    from frankenmerge.splicing.gauge_fitting import Fit
 
 
 def provenance(

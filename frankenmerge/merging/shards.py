@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from frankenmerge.checkpoint import SINGLE_NAME
+from frankenmerge.donors.checkpoint import SINGLE_NAME
 from frankenmerge.errors import Fault
-from frankenmerge.headers import BYTES_OF, Tensor
-from frankenmerge.merging.schedule import Combine, Copy, Operation, Rotate
-from frankenmerge.splice import DTYPE_NAMES
+from frankenmerge.splicing.compatibility import DTYPE_NAMES
+from frankenmerge.splicing.operations import Combine, Copy, Operation, Rotate
+from frankenmerge.storage.safetensors_header import BYTES_OF, Tensor
 
 BLOCK = 4096
 """File systems clone whole blocks of this many bytes."""

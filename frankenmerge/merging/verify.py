@@ -7,15 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from frankenmerge.checkpoint import Checkpoint, open_checkpoint
+from frankenmerge.artefacts.recipe import open_donor, parse_recipe
+from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
-from frankenmerge.files import PROVENANCE
-from frankenmerge.headers import HEADER_LIMIT, Tensor, read_json
 from frankenmerge.merging.copying import CHUNK
 from frankenmerge.merging.provenance import file_hash, origin
-from frankenmerge.merging.reading import read_fully
-from frankenmerge.merging.schedule import schedule
-from frankenmerge.recipe import open_donor, parse_recipe
+from frankenmerge.splicing.operations import schedule
+from frankenmerge.splicing.reading import read_fully
+from frankenmerge.storage.atomic import PROVENANCE
+from frankenmerge.storage.safetensors_header import HEADER_LIMIT, Tensor, read_json
 
 _REMEDY = "merge again"
 

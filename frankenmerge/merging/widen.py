@@ -14,15 +14,15 @@ from operator import gt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frankenmerge.architectures import differences, head_width, quantity
-from frankenmerge.checkpoint import INDEX_NAME, TOKENIZER_FILES, Checkpoint
+from frankenmerge.donors.checkpoint import INDEX_NAME, TOKENIZER_FILES, Checkpoint
+from frankenmerge.donors.config import differences, head_width, quantity
+from frankenmerge.donors.families import Architecture
 from frankenmerge.errors import Fault, raise_all
-from frankenmerge.families import Architecture
-from frankenmerge.files import growing_folder
-from frankenmerge.gauge import meeting
-from frankenmerge.headers import BYTES_OF
 from frankenmerge.merging.plan import check_output
-from frankenmerge.splice import DTYPE_NAMES
+from frankenmerge.splicing.compatibility import DTYPE_NAMES
+from frankenmerge.splicing.rotation import meeting
+from frankenmerge.storage.atomic import growing_folder
+from frankenmerge.storage.safetensors_header import BYTES_OF
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import frankenmerge
-from frankenmerge.checkpoint import INDEX_NAME, Checkpoint
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.distributed import Share
+from frankenmerge.donors.checkpoint import INDEX_NAME, Checkpoint
 from frankenmerge.errors import fail
-from frankenmerge.files import PROVENANCE
 from frankenmerge.merging.card import PICTURE, card_picture, model_card
-from frankenmerge.merging.computing import compute, one_thread, rotate
 from frankenmerge.merging.copying import copy_range, pieces, write_fully
 from frankenmerge.merging.fits import awaited_fits, fits_in
 from frankenmerge.merging.journal import (
@@ -37,16 +37,16 @@ from frankenmerge.merging.journal import (
 )
 from frankenmerge.merging.plan import Options, Plan, planned
 from frankenmerge.merging.provenance import file_hash, plan_hash, provenance, texts_of
-from frankenmerge.merging.schedule import Combine, Rotate
 from frankenmerge.merging.shards import Shard, ranges_of
-from frankenmerge.merging.tokenizer import tokenizer_files
-from frankenmerge.meter import Meter, unseen
-from frankenmerge.processes import Share
-from frankenmerge.recipe import Recipe
-from frankenmerge.splice import result_config
+from frankenmerge.progress import Meter, unseen
+from frankenmerge.splicing.compatibility import result_config
+from frankenmerge.splicing.computing import compute, one_thread, rotate
+from frankenmerge.splicing.operations import Combine, Rotate
+from frankenmerge.splicing.tokenizer import tokenizer_files
+from frankenmerge.storage.atomic import PROVENANCE
 
 if TYPE_CHECKING:
-    from frankenmerge.fitting import Fit
+    from frankenmerge.splicing.gauge_fitting import Fit
 
 
 class Merged(NamedTuple):
@@ -116,7 +116,7 @@ def merge(
 
 def _write(
     plan: Plan, fits: "Mapping[int, Fit]", folder: Path, options: Options, share: Share, progress: Callable[[int], None]
-) -> None:  # fmt: skip
+) -> None:
     """Write the shards that are missing; returns when this process has no more to do."""
     stop, lock, made = threading.Event(), threading.Lock(), set()
 

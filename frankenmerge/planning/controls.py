@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from frankenmerge.recipe import Block, Recipe, recipe_of
+from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 
 GOLIATH_SLICE = 1 / 5
 """Goliath-120b takes runs of 16 of its donors' 80 blocks."""

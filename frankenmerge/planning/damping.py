@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from frankenmerge.alignment import Alignment
+from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe_schema import Slice, Source
 from frankenmerge.planning.plan import between
-from frankenmerge.recipe import Recipe
-from frankenmerge.schema import Slice, Source
 
 
 class Damping(NamedTuple):

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from frankenmerge.alignment import Alignment
-from frankenmerge.recipe import Recipe
-from frankenmerge.schema import Gauge
+from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe_schema import Gauge
 
 Pair = frozenset[str]
 ABOVE = 2.0

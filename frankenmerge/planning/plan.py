@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from frankenmerge.alignment import Alignment
+from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.recipe import Block, Recipe, Seam, recipe_of
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.planning.gauges import Pair, judged, with_gauges
 from frankenmerge.planning.prediction import Model, States, default_model, features, seam_damage
 from frankenmerge.planning.search import Constraints, Path, cheapest_by_depth, cheapest_paths
 from frankenmerge.planning.states import states_of
-from frankenmerge.recipe import Block, Recipe, Seam, recipe_of
 
 SHOWN = 5
 """How many agreeing and disagreeing neurons the evidence names."""
@@ -187,11 +187,11 @@ def _numbered(constraints: Constraints, task: _Task) -> Constraints:
     """The constraints with donors as the search numbers them."""
     named = {*(donor for donor, _ in constraints.required | constraints.avoided), *constraints.shares}
     raise_all(Fault("plan", f"a donor of the alignments: {', '.join(task.names)}", name, "name it as `align` did")
-              for name in sorted(named - set(task.names)))  # fmt: skip
+              for name in sorted(named - set(task.names)))
     number = {name: index for index, name in enumerate(task.names)}
     blocks = [(number[donor], block) for donor, block in constraints.required | constraints.avoided]
     raise_all(Fault("plan", f"a block of {task.names[donor]}: 0 to {task.lengths[donor] - 1}", str(block), "correct the block")
-              for donor, block in blocks if not 0 <= block < task.lengths[donor])  # fmt: skip
+              for donor, block in blocks if not 0 <= block < task.lengths[donor])
     return replace(
         constraints,
         required=frozenset((number[donor], block) for donor, block in constraints.required),

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from frankenmerge.recipe import Block
+from frankenmerge.artefacts.recipe import Block
 
 FEATURES = ("final", "kept", "third", "skipped")
 """What damage is predicted from, see `features`."""

@@ -168,7 +168,7 @@ def _problem(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], co
 
 def _continuations(
     problem: _Problem, to_go: np.ndarray, state: _State, limit: float
-) -> Iterator[tuple[Piece, float, float, _State | None]]:  # fmt: skip
+) -> Iterator[tuple[Piece, float, float, _State | None]]:
     """Every slice that may begin at `state`, with its seam's cost, the cheapest rest, and what comes after it; no more than `limit`."""
     length, used = problem.lengths[state.donor], state.used
     for stop in range(state.start + 1, min(length, state.start + state.blocks) + 1):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from frankenmerge.alignment import Alignment
+from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.planning.prediction import States
 

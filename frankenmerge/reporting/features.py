@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from frankenmerge.alignment import Alignment
-from frankenmerge.atlas import Atlas
+from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.atlas import Atlas
 
 NEURONS, BLOCKS, TOKENS = 16, 9, 5
 """Neurons, blocks and tokens of each that are shown."""

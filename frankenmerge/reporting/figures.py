@@ -8,15 +8,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 
-from frankenmerge import picture
-from frankenmerge.alignment import SUFFIX
+from frankenmerge.artefacts.alignment import SUFFIX
+from frankenmerge.artefacts.records import Promise, SeamsTold
 from frankenmerge.errors import fail
-from frankenmerge.reporting.artefacts import Promise, SeamsTold
 from frankenmerge.reporting.heatmaps import shortened
 from frankenmerge.reporting.plots import plot_alignment, save
 from frankenmerge.reporting.run import Run
 from frankenmerge.reporting.sections import chosen_plan, marks_of, plans, promises, splices
 from frankenmerge.reporting.sections import seams as seams_of
+from frankenmerge.splicing import diagram
 
 _INK, _SOFT, _REST = "#1d2330", "#5b6372", "#e3e6ec"
 _MARKERS = "osD^xP"
@@ -53,11 +53,11 @@ def draw(run: Run, folder: Path) -> list[Path]:
 
 def _splice(run: Run) -> Figure | None:
     recipe = run.recipes[splices(run)[0].files[0]]
-    slices = picture.pieces_of(recipe, run.depths)
-    return splice(picture.layout(slices, run.depths)) if slices else None
+    slices = diagram.pieces_of(recipe, run.depths)
+    return splice(diagram.layout(slices, run.depths)) if slices else None
 
 
-def splice(found: picture.Layout) -> Figure:
+def splice(found: diagram.Layout) -> Figure:
     """Which block comes from where."""
     figure = Figure(figsize=(found.width / 72, found.height / 72))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -78,12 +78,12 @@ def splice(found: picture.Layout) -> Figure:
     width = found.slices[0].width * len([cell for cell in found.slices if cell.y == found.slices[0].y])
     for y in found.seams:
         axes.plot([found.middle - width / 2 - 6, found.middle + width / 2 + 6], [y, y], color=_INK, linewidth=1.5)
-    for number, y in enumerate(found.seams if picture.numbered(found) else [], 1):
+    for number, y in enumerate(found.seams if diagram.numbered(found) else [], 1):
         where = {"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": _INK}
         axes.text(found.middle + width / 2 + 6, y, str(number), ha="center", va="center", color=_INK, fontsize=7, bbox=where)
     for n, (name, x) in enumerate(zip(found.donors, found.heads, strict=True)):
         blocks = sum(cell.donor == n for cell in found.columns)
-        axes.text(x, 18, picture.LETTERS[n % 26], ha="center", color=_colour(n), fontsize=12, fontweight="bold")
+        axes.text(x, 18, diagram.LETTERS[n % 26], ha="center", color=_colour(n), fontsize=12, fontweight="bold")
         axes.text(x, 34, _plain(shortened(name)), ha="center", color=_INK, fontsize=8.5)
         axes.text(x, 48, f"{blocks} blocks", ha="center", color=_SOFT, fontsize=7.5)
     axes.text(found.middle, 34, "result", ha="center", color=_INK, fontsize=8.5)
@@ -91,7 +91,7 @@ def splice(found: picture.Layout) -> Figure:
     return figure
 
 
-def _band(ribbon: picture.Ribbon) -> Outline:
+def _band(ribbon: diagram.Ribbon) -> Outline:
     (x, up, down), (to, upper, lower) = ribbon.source, ribbon.target
     bend = (x + to) / 2
     points = [(x, up), (bend, up), (bend, upper), (to, upper), (to, lower), (bend, lower), (bend, down), (x, down), (x, up)]
@@ -106,8 +106,8 @@ def prediction(told: Sequence[Promise]) -> Figure:
     places = range(len(told))
     spans = [[entry.predicted - entry.low for entry in told], [entry.high - entry.predicted for entry in told]]
     predicted, measured = ([getattr(entry, key) for entry in told] for key in ("predicted", "measured"))
-    axes.errorbar(predicted, places, xerr=spans, fmt="o", color=picture.COLOURS[0], capsize=4, label="predicted, 9 of 10")
-    axes.plot(measured, places, "D", color=picture.COLOURS[1], label="measured")
+    axes.errorbar(predicted, places, xerr=spans, fmt="o", color=diagram.COLOURS[0], capsize=4, label="predicted, 9 of 10")
+    axes.plot(measured, places, "D", color=diagram.COLOURS[1], label="measured")
     axes.set_yticks(places, [_plain(shortened(entry.recipe)) for entry in told])
     axes.set(xlabel="nats per token above the donors", ylim=(len(told) - 0.5, -0.5), xlim=(min(0, axes.get_xlim()[0]), None))
     axes.grid(axis="x", color=_REST)
@@ -141,7 +141,7 @@ def seams(told: SeamsTold) -> Figure:
 
 
 def _colour(donor: int) -> str:
-    return picture.COLOURS[donor % len(picture.COLOURS)]
+    return diagram.COLOURS[donor % len(diagram.COLOURS)]
 
 
 def _plain(text: str) -> str:

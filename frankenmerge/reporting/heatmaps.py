@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from frankenmerge.alignment import Alignment, Score
-from frankenmerge.picture import visible
+from frankenmerge.artefacts.alignment import Alignment, Score
+from frankenmerge.splicing.diagram import visible
 
 VIRIDIS = tuple(
     tuple(bytes.fromhex(shade))

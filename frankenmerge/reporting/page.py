@@ -11,19 +11,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import frankenmerge
-from frankenmerge import picture
-from frankenmerge.reporting import charts, sections, words
+from frankenmerge.reporting import charts, labels, sections
 from frankenmerge.reporting.heatmaps import VIRIDIS, shortened, token
 from frankenmerge.reporting.run import Run
+from frankenmerge.splicing import diagram
 
 
 def page(run: Run) -> str:
     """Return the report on a run as HTML."""
-    css, script = _file("report.css") + picture.STYLE, _file("report.js")
+    css, script = _file("report.css") + diagram.STYLE, _file("report.js")
     environment = Environment(
         loader=PackageLoader("frankenmerge.reporting", "files"), autoescape=True, undefined=StrictUndefined, finalize=_shown,
         trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"number": number, "interval": interval, "short": shortened, "token": token, "data": _data}
     template = environment.get_template("report.html")
     policy = f"default-src 'none'; img-src data:; style-src {_hash(css)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
@@ -35,7 +35,7 @@ def _content(run: Run) -> dict[str, Any]:
     plan = sections.chosen_plan(found, known)
     donors, tables = sections.features(run)
     present = {"recipes": run.recipes, "evidence": run.evidence, "alignments": run.alignments, "features": tables,
-               "evaluations": run.evaluations, "merges": run.merges}  # fmt: skip
+               "evaluations": run.evaluations, "merges": run.merges}
     return {
         "run": run,
         "title": sections.title(run, found, plan),
@@ -48,11 +48,11 @@ def _content(run: Run) -> dict[str, Any]:
         "feature_donors": donors,
         "tables": tables,
         "promises": told,
-        "missing": [words.MISSING[part] for part, value in present.items() if not value],
+        "missing": [labels.MISSING[part] for part, value in present.items() if not value],
         "version": frankenmerge.__version__,
         "sections": sections,
         "charts": charts,
-        "words": words,
+        "labels": labels,
     }
 
 
@@ -68,7 +68,7 @@ def _shown(value: Any) -> Any:
     """Make what is hidden in texts visible, line ends and tabs apart."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
-    return "\n".join("\t".join(picture.visible(cell) for cell in line.split("\t")) for line in value.split("\n"))
+    return "\n".join("\t".join(diagram.visible(cell) for cell in line.split("\t")) for line in value.split("\n"))
 
 
 def number(value: float | None, places: int = 3) -> str:

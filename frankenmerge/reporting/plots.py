@@ -9,10 +9,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from frankenmerge.alignment import Alignment
+from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.errors import fail
-from frankenmerge.files import write_file
 from frankenmerge.reporting.heatmaps import Mark
+from frankenmerge.storage.atomic import write_file
 
 TITLES = {
     "argmax": "same best token",

@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from frankenmerge.alignment import Alignment, load_alignment
-from frankenmerge.atlas import load_atlas
+from frankenmerge.artefacts.alignment import Alignment, load_alignment
+from frankenmerge.artefacts.atlas import load_atlas
+from frankenmerge.artefacts.recipe import Recipe, parse_recipes
+from frankenmerge.artefacts.records import Evaluation, Evidence, Merged
 from frankenmerge.errors import FrankenmergeError, fail
-from frankenmerge.files import kind_of
-from frankenmerge.recipe import Recipe, parse_recipes
-from frankenmerge.reporting.artefacts import Evaluation, Evidence, Merged
 from frankenmerge.reporting.features import Features, features_of
+from frankenmerge.storage.atomic import kind_of
 
 LARGEST = 200_000_000
 """Bytes of JSON or YAML; what is larger is none of ours."""

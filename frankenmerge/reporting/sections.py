@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from frankenmerge import picture
-from frankenmerge.alignment import Alignment
-from frankenmerge.recipe import Block, Seam
+from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.recipe import Block, Seam
+from frankenmerge.artefacts.records import Evaluation, PlanTold, Promise, RetentionTold, SeamsTold, SeamTold
 from frankenmerge.reporting import charts, heatmaps
-from frankenmerge.reporting.artefacts import Evaluation, PlanTold, Promise, RetentionTold, SeamsTold, SeamTold
 from frankenmerge.reporting.features import Table, aligned_features, feature_tables
 from frankenmerge.reporting.heatmaps import Mark, shortened
+from frankenmerge.reporting.labels import NULLS, SCORES, Named, null_named, score_named
 from frankenmerge.reporting.run import Run
-from frankenmerge.reporting.words import NULLS, SCORES, Named, null_named, score_named
+from frankenmerge.splicing import diagram
 
 TABLED = 17
 """Up to so many rows and columns a heatmap's values are also given as a table."""
@@ -67,8 +67,8 @@ def splices(run: Run) -> list[Splice]:
         if recipe.dump() in found:
             found[recipe.dump()].files.append(name)
             continue
-        slices = picture.pieces_of(recipe, run.depths)
-        drawn = picture.svg(slices, run.depths, f"splice{len(found)}", alone=False) if slices else ""
+        slices = diagram.pieces_of(recipe, run.depths)
+        drawn = diagram.svg(slices, run.depths, f"splice{len(found)}", alone=False) if slices else ""
         found[recipe.dump()] = Splice([name], str(recipe), run.texts[name], Markup(drawn), recipe.merge_method)
     return list(found.values())
 
@@ -162,7 +162,7 @@ def promises(run: Run) -> list[Promise]:
             low, high = plan.interval
             held = low <= plan.measured_damage <= high
             told.append(Promise(recipe=plan.summary + VERIFIED, predicted=plan.predicted_damage, low=low, high=high,
-                                measured=plan.measured_damage, held=held))  # fmt: skip
+                                measured=plan.measured_damage, held=held))
     return told
 
 
@@ -172,16 +172,16 @@ def promise_chart(told: Sequence[Promise]) -> Markup:
         charts.Bar(recipe_name(entry.recipe), entry.predicted, entry.low, entry.high, entry.measured,
                    "held" if entry.held else "did not hold")
         for entry in told
-    ]  # fmt: skip
+    ]
     return Markup(
         charts.bars(rows, "promises", "Predicted and measured damage", "nats per token above the donors", value="predicted, 9 of 10",
                     other="measured")
-    )  # fmt: skip
+    )
 
 
 def recipe_name(name: str) -> str:
     """What a promise was made of, as far as a label has room."""
-    return picture.visible(name) if name.endswith(VERIFIED) else shortened(name)
+    return diagram.visible(name) if name.endswith(VERIFIED) else shortened(name)
 
 
 def difference_chart(evaluation: Evaluation, name: str) -> Markup:
@@ -190,7 +190,7 @@ def difference_chart(evaluation: Evaluation, name: str) -> Markup:
         charts.Bar(f"{shortened(entry.model)} against {shortened(entry.donor)}", entry.bits_per_byte, *(entry.interval or (None, None)),
                    said=verdict(entry.interval))
         for entry in evaluation.differences
-    ]  # fmt: skip
+    ]
     return Markup(charts.bars(rows, name, "Difference to each donor", "bits per byte; left of the line the merge is better"))
 
 
@@ -211,7 +211,7 @@ def diagnostics(told: SeamsTold, name: str) -> list[tuple[str, str, Markup]]:
         [charts.Line(shortened(donor), [(entry.block, getattr(entry, key).get(donor)) for entry in blocks], n)
          for n, donor in enumerate(donors)]
         for key in ("cosine", "kl")
-    )  # fmt: skip
+    )
     kl.append(charts.Line("the donor alone", [(entry.block, entry.kl_alone) for entry in blocks], 5, broken=True))
     shown = (
         ("Length of the stream", "The hidden state's length over that of the donor behind the same block; 1 is as at home.", norm, "ratio"),
@@ -219,7 +219,7 @@ def diagnostics(told: SeamsTold, name: str) -> list[tuple[str, str, Markup]]:
          "block of that number; 1 is the same direction.", cosine, "cosine"),
         ("What it would say here", "How far what final norm and head would read here is from each donor's own prediction (KL "
          "divergence); 0 is the same. The broken line is the donor alone, which is far off in its first blocks too.", kl, "nats"),
-    )  # fmt: skip
+    )
     return [
         (title, how, Markup(charts.lines(series, f"{name}-{number}", title, axis, seams=seams)))
         for number, (title, how, series, axis) in enumerate(shown)

@@ -11,14 +11,14 @@ import torch
 from conftest import changed, write_donor, write_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from frankenmerge.alignment import load_alignment
 from frankenmerge.analysis.align import SCORES, align, jaccard
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.analysis.geometry import BLIND
-from frankenmerge.atlas import Atlas, TopTokens
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.alignment import load_alignment
+from frankenmerge.artefacts.atlas import Atlas, TopTokens
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import load_model
+from frankenmerge.models.loading import load_model
 
 
 def atlas_of(path) -> Atlas:
@@ -249,7 +249,7 @@ def permuted(path: Path, folder: Path, order: np.ndarray) -> Path:
     def reordered(tensors):
         gpt2 = "transformer.wte.weight" in tensors
         return {name: np.take(value, order, axis) if (axis := residual_axis(name, value, gpt2)) is not None else value
-                for name, value in tensors.items()}  # fmt: skip
+                for name, value in tensors.items()}
 
     return changed(path, folder, reordered)
 

@@ -11,9 +11,9 @@ from conftest import write_donor
 
 from frankenmerge.analysis import analyze as module
 from frankenmerge.analysis.analyze import analyze, cached_analyze
-from frankenmerge.atlas import Atlas, load_atlas
-from frankenmerge.blockwise import Passage, Streamed
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.atlas import Atlas, load_atlas
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.models.streaming import Passage, Streamed
 
 
 def assert_same(found: Atlas, expected: Atlas) -> None:
@@ -117,7 +117,7 @@ def test_two_processes_make_the_atlas_of_one(tmp_path, vocabulary):
         done = subprocess.run(
             [*command, "frankenmerge", "analyze", str(donor), "-o", str(tmp_path / f"{name}.atlas.safetensors")],
             env=own, capture_output=True, text=True, cwd=tmp_path,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Written to") == 1
     one, two = (tmp_path / f"{name}.atlas.safetensors" for name in ("one", "two"))

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from frankenmerge.analysis import complete, ranking
 from frankenmerge.analysis.complete import complete_search
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import blocks_of, load_model
+from frankenmerge.models.loading import blocks_of, load_model
 
 FAMILIES = {
     "llama": "norm",

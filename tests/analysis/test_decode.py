@@ -4,9 +4,9 @@ from conftest import write_donor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from frankenmerge.analysis.decode import artefact_share, decode_hidden, decoder_of, embedding_table
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import load_model
+from frankenmerge.models.loading import load_model
 
 
 def table(v=48, d=16, seed=0):

@@ -17,10 +17,10 @@ from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import greedy_search
 from frankenmerge.analysis.ranking import top_tokens
-from frankenmerge.atlas import save_atlas
-from frankenmerge.blockwise import Passage, each_block, stream_model
-from frankenmerge.checkpoint import open_checkpoint
-from frankenmerge.models import embedding_of, load_model
+from frankenmerge.artefacts.atlas import save_atlas
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.models.loading import embedding_of, load_model
+from frankenmerge.models.streaming import Passage, each_block, stream_model
 
 FEATURES = [Feature.of(block, neuron) for block in (0, 1, 3, 4) for neuron in (0, 5, 11)]
 DEMO = Path(__file__).resolve().parents[2] / "frankenmerge" / "demo" / "donors"

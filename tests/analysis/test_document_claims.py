@@ -13,8 +13,8 @@ from frankenmerge.analysis.complete import complete_search
 from frankenmerge.analysis.decode import artefact_share, decode_hidden, embedding_table
 from frankenmerge.analysis.features import parse_features
 from frankenmerge.analysis.gradient import gradient_search
-from frankenmerge.checkpoint import open_checkpoint
-from frankenmerge.models import load_model, untrained_model
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.models.loading import load_model, untrained_model
 
 PAIRS = [(1, 2), (2, 4), (1, 4), (4, 8), (1, 12)]
 SHAPES = {

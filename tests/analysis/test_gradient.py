@@ -4,9 +4,9 @@ from conftest import write_donor
 
 from frankenmerge.analysis.features import Feature, parse_features
 from frankenmerge.analysis.gradient import RATES, gradient_search
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import load_model
+from frankenmerge.models.loading import load_model
 
 FAMILIES = ["llama", "gpt2", "qwen2", "phi3", "olmo2", "gpt_neox"]
 MIXED = [

@@ -9,9 +9,9 @@ from frankenmerge.analysis import greedy
 from frankenmerge.analysis.complete import complete_search
 from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.greedy import greedy_search
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import block_outputs, embedding_of, forward, load_model
+from frankenmerge.models.loading import block_outputs, embedding_of, forward, load_model
 
 FAMILIES = ["llama", "gpt2", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "gpt_neox"]
 FEATURES = [Feature.of(*place) for place in ((0, 3), (1, 0), (2, 5), (4, 5), (4, 15), (3, 7), (4, 7), (1, 0))]

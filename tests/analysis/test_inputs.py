@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from conftest import write_donor
 
-from frankenmerge.alignment import load_alignment
 from frankenmerge.analysis.align import SCORES, align
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import greedy_search
 from frankenmerge.analysis.inputs import even_neurons, search_inputs, with_inputs
-from frankenmerge.atlas import Atlas, Inputs, load_atlas, save_atlas
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.alignment import load_alignment
+from frankenmerge.artefacts.atlas import Atlas, Inputs, load_atlas, save_atlas
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import load_model, untrained_model
+from frankenmerge.models.loading import load_model, untrained_model
 
 METHODS = ("greedy", "gradient")
 
@@ -129,7 +129,7 @@ def test_relabelled_tokens_meet_one_time_in_v():
     """The closed form of the null, against all relabellings of a small vocabulary."""
     from itertools import permutations
 
-    from frankenmerge.agreement import token_agreement
+    from frankenmerge.artefacts.token_overlap import token_agreement
 
     generator = np.random.default_rng(2)
     a, b = generator.integers(0, 5, (2, 3, 2)), generator.integers(0, 5, (2, 3, 2))

@@ -3,9 +3,9 @@ import torch
 from conftest import write_donor
 
 from frankenmerge.analysis.inversion import invert, outputs_of, recall
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import load_model
+from frankenmerge.models.loading import load_model
 
 TRUE = torch.randint(48, (16, 6), generator=torch.Generator().manual_seed(1))
 

@@ -5,9 +5,9 @@ from conftest import write_donor
 from frankenmerge.analysis.complete import complete_search
 from frankenmerge.analysis.features import Feature, parse_features
 from frankenmerge.analysis.prior import prior_search
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import load_model
+from frankenmerge.models.loading import load_model
 
 NEURONS = parse_features("[:, :, 0-15]", 1, 16)
 

@@ -7,10 +7,10 @@ from conftest import changed, write_donor
 
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.analysis.probes import probe_hash, probe_states, random_probes
-from frankenmerge.blockwise import Passage, each_block
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import load_model
+from frankenmerge.models.loading import load_model
+from frankenmerge.models.streaming import Passage, each_block
 
 
 def loaded(path):

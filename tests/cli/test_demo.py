@@ -21,9 +21,9 @@ def demo(run, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_demo_s_plan_keeps_its_word_twice_over(demo, tmp_path):
-    from frankenmerge.alignment import load_alignment
-    from frankenmerge.atlas import load_atlas
-    from frankenmerge.recipe import load_recipe
+    from frankenmerge.artefacts.alignment import load_alignment
+    from frankenmerge.artefacts.atlas import load_atlas
+    from frankenmerge.artefacts.recipe import load_recipe
 
     if missing := [name for name in ("code", "prose") if not (DEMO / "donors" / name / "model.safetensors").is_file()]:
         pytest.skip(f"the demo's donors are not there: {', '.join(missing)}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import changed, write_donor
 
-from frankenmerge.recipe import Block, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 
 WORDS = ("expected:", "found:", "remedy:")
 
@@ -43,10 +43,10 @@ def recipe(tmp_path):
 
 @pytest.fixture(scope="module")
 def alignment(donors, tmp_path_factory) -> Path:
-    from frankenmerge.alignment import save_alignment
     from frankenmerge.analysis.align import align
     from frankenmerge.analysis.analyze import analyze
-    from frankenmerge.checkpoint import open_checkpoint
+    from frankenmerge.artefacts.alignment import save_alignment
+    from frankenmerge.donors.checkpoint import open_checkpoint
 
     path = tmp_path_factory.mktemp("alignment") / "ab.alignment.safetensors"
     save_alignment(align(*(analyze(open_checkpoint(str(donors[name]))) for name in "ab")), path)

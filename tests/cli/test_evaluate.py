@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import DEMO
 
-from frankenmerge.recipe import Block, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 
 FIGURES = {"bits_per_byte", "perplexity", "nats_per_token", "accuracy", "tokens", "bytes", "intervals"}
 
@@ -119,7 +119,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(sp
     def opened(*_args, **_options):
         raise AssertionError("work began")
 
-    for stage in ("evaluation.compare.open_donor", "reporting.run.read_run", "recipe.open_donor"):  # imported unpatched
+    for stage in ("evaluation.compare.open_donor", "reporting.run.read_run", "artefacts.recipe.open_donor"):  # imported unpatched
         monkeypatch.setattr(f"frankenmerge.{stage}", opened)
     words = {"evaluate": [path, "--text", text], "analyze": donors[:1], "align": donors, "report": [tmp_path]}[command]
     output = tmp_path if place == "a folder" else text / "sub" / "x"

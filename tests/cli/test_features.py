@@ -13,8 +13,8 @@ from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import greedy_search
 from frankenmerge.analysis.inversion import invert, outputs_of
 from frankenmerge.analysis.prior import prior_search
-from frankenmerge.checkpoint import open_checkpoint
-from frankenmerge.models import load_model, untrained_model
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.models.loading import load_model, untrained_model
 
 METHODS = ("complete", "greedy", "gradient", "softmax-prior")
 LETTERS = "\0abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -95,7 +95,7 @@ def test_a_recipe_s_names_are_shown_and_not_obeyed(check):
 
 @pytest.mark.parametrize("value", [10**9, 10**30, -1, 0, 1.5, True, "4", None, [4], {"a": 1}, float("nan"), float("inf")])
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "num_key_value_heads", "head_dim",
-                                 "max_position_embeddings", "intermediate_size"])  # fmt: skip
+                                 "max_position_embeddings", "intermediate_size"])
 def test_a_size_that_is_none_is_told_at_once(told, check, donors, tmp_path, key, value):
     folder = changed(donors["a"], tmp_path / "odd", config=lambda config: config | {key: value})
     told("inspect", folder)
@@ -121,7 +121,7 @@ def test_a_range_that_is_none_is_told_at_once(check, donors, value):
     {"merge_method": "linear", "parameters": {"weight": 10**400}},
     {"merge_method": "linear", "parameters": {"weight": [1e308] * 3}},
     {"merge_method": "linear", "parameters": {"weight": [[[[1]]]]}},
-])  # fmt: skip
+])
 def test_numbers_that_are_too_large_are_told(check, donors, keys):
     text = yaml.safe_dump(stack(donors["a"]) | keys).replace("DONOR", str(donors["a"]))
     check(text)
@@ -159,7 +159,7 @@ def test_numbers_that_are_too_large_are_told(check, donors, keys):
     "merge_method: passthrough\nmodels: [{model: 'a+b+c'}]",
     "merge_method: passthrough\nmodels: [{model: 'http://127.0.0.1/x'}]",
     "merge_method: passthrough\nmodels: [{model: a/b@..}]",
-])  # fmt: skip
+])
 def test_a_recipe_that_is_an_attack_is_told(check, text):
     assert check(text)[0] == 1
 
@@ -167,7 +167,7 @@ def test_a_recipe_that_is_an_attack_is_told(check, text):
 @pytest.mark.parametrize("template", [
     "{% for i in range(10**9) %}{% endfor %}", "{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}", "{{", "../../../etc/passwd",
     "/etc/passwd",
-])  # fmt: skip
+])
 def test_a_chat_template_is_text_and_never_run(check, donors, template):
     code, said = check(stack(donors["a"], chat_template=template))
     assert "root:" not in said
@@ -186,7 +186,7 @@ def test_a_stage_s_name_leads_nowhere(check, donors, name):
 @pytest.mark.parametrize("dtype, shape, size", [
     ("F4", [2, 2], 2), ("F8_E4M3", [4], 4), ("U4", [4], 2), ("C64", [2], 16), ("F8_E8M0", [4], 4), ("BOOL", [4], 4), ("I64", [2], 16),
     ("F32", [], 4), ("F32", [0], 0), ("F32", [0, 9], 0),
-])  # fmt: skip
+])
 def test_a_tensor_of_an_odd_type_or_shape_is_told(told, check, donors, tmp_path, dtype, shape, size):
     def header(entries):
         name = "model.layers.1.input_layernorm.weight"
@@ -217,7 +217,7 @@ def with_header(source: Path, folder: Path, change) -> Path:
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "loop", "device", "outside"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja",
-                                  "model.safetensors.index.json"])  # fmt: skip
+                                  "model.safetensors.index.json"])
 def test_a_file_that_is_none_ends_nothing(told, donors, tmp_path, name, kind):
     folder = Path(shutil.copytree(donors["a"], tmp_path / "odd"))
     if name.endswith("index.json"):
@@ -240,7 +240,7 @@ def test_a_file_that_is_none_ends_nothing(told, donors, tmp_path, name, kind):
                                      '{"model": {"vocab": {"a": "x"}}}',
                                      '{"model": {"type": "BPE", "vocab": {"a": -1}}, "added_tokens": [{"id": 1}]}', "[" * 100000, "\xff",
                                      '{"model": {"type": "BPE", "vocab": {"a": 99999999999999999999}}}',
-                                     '{"model": {"type": "BPE", "vocab": {"a": 0}}, "added_tokens": 3}'])  # fmt: skip
+                                     '{"model": {"type": "BPE", "vocab": {"a": 0}}, "added_tokens": 3}'])
 @pytest.mark.parametrize("keys", [{}, {"tokenizer_source": "union"}, {"tokenizer_source": "base"}, {"chat_template": "auto"}])
 def test_a_tokenizer_that_is_none_is_told(told, donors, tmp_path, content, keys):
     folder = Path(shutil.copytree(donors["b"], tmp_path / "odd"))
@@ -253,14 +253,14 @@ def test_a_tokenizer_that_is_none_is_told(told, donors, tmp_path, content, keys)
 BYTES = st.one_of(st.binary(max_size=64), st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=4)
     | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "__metadata__", "x"]) | st.text(max_size=4), inner, max_size=4),
-    max_leaves=12).map(lambda value: json.dumps(value).encode()))  # fmt: skip
+    max_leaves=12).map(lambda value: json.dumps(value).encode()))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=BYTES, length=st.none() | st.integers(0, (1 << 64) - 1), rest=st.binary(max_size=16))
 def test_any_header_is_read_or_told(tmp_path, text, length, rest):
     from frankenmerge.errors import FrankenmergeError
-    from frankenmerge.headers import read_header
+    from frankenmerge.storage.safetensors_header import read_header
 
     file = tmp_path / "x.safetensors"
     file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + rest)
@@ -272,7 +272,7 @@ def test_any_header_is_read_or_told(tmp_path, text, length, rest):
 
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(-3, 1 << 70), st.floats(), st.text(max_size=6),
                    st.lists(st.integers(-1, 9), max_size=5),
-                   st.dictionaries(st.text(max_size=4), st.integers(), max_size=2), st.just("full_attention"))  # fmt: skip
+                   st.dictionaries(st.text(max_size=4), st.integers(), max_size=2), st.just("full_attention"))
 KEYS = """num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim vocab_size layer_types rope_theta rope_parameters
 rope_scaling sliding_window use_sliding_window max_window_layers tie_word_embeddings model_type no_rope_layers hidden_act rms_norm_eps
 num_kv_shared_layers torch_dtype architectures quantization_config""".split()
@@ -281,9 +281,9 @@ num_kv_shared_layers torch_dtype architectures quantization_config""".split()
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3), family=st.sampled_from(["llama", "qwen2"]))
 def test_any_config_is_read_or_told(tmp_path_factory, donors, changes, family):
+    from frankenmerge.artefacts.recipe import Recipe
     from frankenmerge.errors import FrankenmergeError
-    from frankenmerge.merging.stages import checked
-    from frankenmerge.recipe import Recipe
+    from frankenmerge.splicing.stages import checked
 
     root = tmp_path_factory.mktemp("odd")
     folder = changed(donors["a"], root / "donor", config=lambda config: config | {"model_type": family} | changes)

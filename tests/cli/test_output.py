@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from frankenmerge.recipe import Block, load_recipe, recipe_of
+from frankenmerge.artefacts.recipe import Block, load_recipe, recipe_of
 
 HEAVY = ("torch", "transformers", "accelerate")
 ALONE = """
@@ -96,7 +96,7 @@ def on_terminal(*arguments: object, **environment: str) -> tuple[str, str]:
     command = [sys.executable, "-m", "frankenmerge", *map(str, arguments)]
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm-256color"} | environment
     done = subprocess.run(command, stdout=theirs if "ALL" in environment else subprocess.PIPE, stderr=theirs, text=True, check=True,
-                          env=environment)  # fmt: skip
+                          env=environment)
     os.close(theirs)
     told = b""
     try:
@@ -142,7 +142,7 @@ def test_inspect_tells_a_donor(told, donors):
     expected = {
         "name": str(donors["b"]), "family": "llama", "blocks": 4, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 4, "inner": 24,
         "vocabulary": 48, "positions": 64, "tied": True, "dtype": "F32",
-    }  # fmt: skip
+    }
     assert {key: donor[key] for key in expected} == expected
     assert donor["bytes"] == 4 * donor["parameters"] == 4 * (48 * 16 + 4 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 16 * 24 + 2 * 16) + 16)
 
@@ -219,7 +219,7 @@ def test_evaluate_tells_the_same_of_a_recipe_and_its_checkpoint(told, donors, re
     models = told("evaluate", recipe, tmp_path / "out", "--text", text)["models"]
     assert [(model["name"], model["role"]) for model in models] == [
         (str(recipe), "recipe"), (str(tmp_path / "out"), "model"), (str(donors["a"]), "donor"), (str(donors["b"]), "donor"),
-    ]  # fmt: skip
+    ]
     figures = [[model[key] for key in ("bits_per_byte", "perplexity", "nats_per_token", "tokens")] for model in models]
     assert figures[0] == figures[1] and figures[2] != figures[3]
     assert {row[3] for row in figures} == {len(text.read_text())}

@@ -10,9 +10,9 @@ import torch
 from conftest import write_donor
 from torch.nn import functional
 
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.language import encode
-from frankenmerge.models import load_model, load_tokenizer
+from frankenmerge.models.loading import load_model, load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "evals" / "averaging.py"
 WAYS = ("raw", "gauge", "matched", "gauge_matched")

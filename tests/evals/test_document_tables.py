@@ -12,8 +12,8 @@ from conftest import DATA, VOCABULARY
 from frankenmerge.analysis.analyze import token_texts
 from frankenmerge.analysis.features import parse_features
 from frankenmerge.analysis.gradient import gradient_search
-from frankenmerge.checkpoint import open_checkpoint
-from frankenmerge.models import load_model
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.models.loading import load_model
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
 

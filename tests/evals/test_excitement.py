@@ -9,8 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from frankenmerge.checkpoint import open_checkpoint
-from frankenmerge.models import block_outputs, forward, load_model
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.models.loading import block_outputs, forward, load_model
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "evals" / "excitement.py"))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from scipy.stats import spearmanr
 
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.evaluation.compare import Bench, read_text
-from frankenmerge.recipe import Block, recipe_of
 
 SCRIPT = Path(__file__).resolve().parents[2] / "evals" / "splice_prediction.py"
 

@@ -14,14 +14,14 @@ import pytest
 from conftest import write_donor
 
 from frankenmerge.analysis.complete import complete_search
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.compare import LONGEST_CONTEXT, Text, compare, read_text, shared_context
 from frankenmerge.evaluation.language import encode, measure
 from frankenmerge.evaluation.record import Looks
 from frankenmerge.merging.writer import merge
-from frankenmerge.models import load_model, load_tokenizer
-from frankenmerge.recipe import Block, open_donors, recipe_of
+from frankenmerge.models.loading import load_model, load_tokenizer
 
 SPLICES = {
     "first untied, last tied": (["a", "b"], [(0, 0), (0, 1), (1, 1), (1, 2), (1, 3)]),
@@ -78,7 +78,7 @@ def test_a_donor_that_was_named_itself_is_not_told_twice(donors, text, tmp_path)
     results, _ = compare([str(donors["b"]), recipe, str(donors["b"])], [read_text(text)])
     assert [(result.name, result.role) for result in results] == [
         (str(donors["b"]), "model"), (recipe, "recipe"), (str(donors["a"]), "donor"),
-    ]  # fmt: skip
+    ]
 
 
 def test_each_model_is_measured_as_it_would_be_alone(donors, text, tmp_path):
@@ -146,14 +146,14 @@ def test_progress_is_told_of_samples_seams_and_features_too(donors, text, tmp_pa
     meter = metered(lines)
     looks = Looks(
         ["the", "a"], with_seams=True, search=lambda model, advance: complete_search(model, k=1, progress=advance), meter=meter,
-    )  # fmt: skip
+    )
     compare([recipe_file(tmp_path / "one.yaml", donors, "a", "b")], [read_text(text)], hold=True, meter=meter, visit=looks.visit)
     assert all(total == done > 0 for total, _, done in lines.values())
     kinds = {what.rsplit(": ", 1)[-1]: unit for what, (_, unit, _) in lines.items()}
     assert kinds == {
         "one.yaml on text": "tokens", "samples": "prompts", "seams": "windows", "features": "inputs x blocks",
         "a on text": "tokens", "b on text": "tokens",
-    }  # fmt: skip
+    }
 
 
 def test_what_keeps_a_later_model_from_being_measured_is_told_before_the_first_is(donors, text, tmp_path, monkeypatch):

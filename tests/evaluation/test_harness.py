@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import DATA, DEMO
 
-from frankenmerge.checkpoint import open_checkpoint
-from frankenmerge.models import load_model, load_tokenizer
-from frankenmerge.recipe import Block, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.models.loading import load_model, load_tokenizer
 
 QUESTIONS = 24
 TASK = """

@@ -8,11 +8,11 @@ import torch
 from conftest import DEMO
 from transformers import PreTrainedTokenizerFast
 
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation import language
 from frankenmerge.evaluation.language import Encoded, Loss, encode, measure
-from frankenmerge.models import load_model, load_tokenizer
+from frankenmerge.models.loading import load_model, load_tokenizer
 
 
 def bytes_to_unicode() -> dict[int, str]:
@@ -174,7 +174,7 @@ def test_the_figures_are_their_formulas():
     assert loss.as_json() == {
         "bits_per_byte": loss.bits_per_byte, "perplexity": loss.perplexity, "nats_per_token": 2.0, "accuracy": 2 / 3, "tokens": 3,
         "bytes": 8,
-    }  # fmt: skip
+    }
 
 
 def test_two_bits_a_byte_are_two():

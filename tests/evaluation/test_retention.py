@@ -9,11 +9,11 @@ from conftest import VOCABULARY, write_donor
 
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.analysis.complete import complete_search
-from frankenmerge.atlas import TopTokens
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.atlas import TopTokens
+from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.retention import retained
-from frankenmerge.models import block_outputs, load_model, virtual_splice
-from frankenmerge.recipe import Block, open_donors, recipe_of
+from frankenmerge.models.loading import block_outputs, load_model, virtual_splice
 
 
 @torch.no_grad()

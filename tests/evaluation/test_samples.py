@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import DEMO
 
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.samples import (
     PROMPT_WORDS,
@@ -19,7 +19,7 @@ from frankenmerge.evaluation.samples import (
     sampled,
     words_of,
 )
-from frankenmerge.models import load_model, load_tokenizer
+from frankenmerge.models.loading import load_model, load_tokenizer
 
 
 def demo_donor(name: str):
@@ -72,7 +72,7 @@ def test_an_empty_prompt_is_refused_where_nothing_stands_before_it():
 def test_words_are_runs_of_letters_without_case():
     assert list(words_of("Don't stop_me 2day, the CAFÉ's x-ray_12 o’clock")) == [
         "don't", "stop", "me", "day", "the", "café's", "ray", "o’clock",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(

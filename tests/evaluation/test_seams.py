@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import write_donor
 
+from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
 from frankenmerge.evaluation.compare import Bench, Text, compare
 from frankenmerge.evaluation.language import encode
 from frankenmerge.evaluation.record import Looks
 from frankenmerge.evaluation.seams import WIDTH, WINDOWS, behind_blocks, windows_of
 from frankenmerge.merging.writer import merge
-from frankenmerge.models import load_tokenizer, virtual_splice
-from frankenmerge.recipe import Block, open_donors, recipe_of
+from frankenmerge.models.loading import load_tokenizer, virtual_splice
 
 WORDS = "the quick brown fox jumps over the lazy dog and The Cat sat on a mat "
 
@@ -51,7 +51,7 @@ def test_every_figure_is_its_formula(donors, pair):
     here, logits = outputs(model, ids)
     assert [(entry.block, entry.donor, entry.donor_block, entry.seam) for entry in found] == [
         (1, a, 0, False), (2, a, 1, False), (3, b, 1, True), (4, b, 2, False), (5, a, 3, True),
-    ]  # fmt: skip
+    ]
     for entry in found:
         states, own = here[entry.block], streams[entry.donor][0][entry.donor_block + 1]
         lengths = [float(each[:, 1:].norm(dim=-1).mean()) for each in (states, own)]

@@ -6,9 +6,9 @@ from xml.etree import ElementTree
 import pytest
 from huggingface_hub import ModelCard
 
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.recipe import Block, recipe_of
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.merging.card import card_picture, model_card
-from frankenmerge.recipe import Block, recipe_of
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_the_hub_reads_donors_library_and_tags(splice):
     assert data == {
         "library_name": "transformers", "pipeline_tag": "text-generation", "base_model": ["org/one", "org/two", "org/lora"],
         "base_model_relation": "merge", "tags": ["merge", "frankenmerge"],
-    }  # fmt: skip
+    }
 
 
 def test_folders_are_not_named_as_models_of_the_hub(splice, tmp_path):
@@ -54,7 +54,7 @@ LICENSED = "---\nlicense: apache-2.0\n---\n# one\n"
     ("one", "two", "licence"),
     [(LICENSED, LICENSED, "apache-2.0"), (LICENSED, "---\nlicense: mit\n---\n", None), (LICENSED, None, None), (None, None, None),
      ("---\nlicense: other\n---\n",) * 2 + (None,), ("---\n: [\n---\n",) * 2 + (None,), ("---\nlicense: [a, b]\n---\n",) * 2 + (None,)],
-)  # fmt: skip
+)
 def test_a_licence_is_told_only_where_all_donors_have_it(splice, one, two, licence):
     assert card(*splice(one, two)).data.to_dict().get("license") == licence
 

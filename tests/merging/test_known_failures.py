@@ -15,7 +15,7 @@ from conftest import changed, write_donor
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from frankenmerge.merging.methods import METHODS
+from frankenmerge.splicing.methods import METHODS
 
 HEAD, EMBEDDING, UP = "lm_head.weight", "model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"
 
@@ -80,7 +80,7 @@ def refused(tmp_path, run):
 
 @pytest.mark.parametrize("family, changes, part", [
     ("olmo2", {}, "q_norm"), ("llama", {"attention_bias": True, "mlp_bias": True}, "bias"),
-])  # fmt: skip
+])
 def test_norms_of_queries_and_biases_dropped(tmp_path, merged, family, changes, part):
     one, two = (write_donor(tmp_path / name, family, seed=seed, **changes) for seed, name in enumerate("xy"))
     output = merged(merge_method="linear", models=models(one, two), parameters={"weight": 1})
@@ -113,7 +113,7 @@ def test_reversed_and_empty_ranges_accepted(donors, refused, start, stop):
 
 
 @pytest.mark.parametrize("wrong, right", [("dtpye: float16", "dtype"), ("parameters: {weight: 1, densty: 0.5}", "density"),
-                                          ("parameters: {weight: 1, normalise: true}", "normalize")])  # fmt: skip
+                                          ("parameters: {weight: 1, normalise: true}", "normalize")])
 def test_misspelt_keys_ignored(donors, refused, wrong, right):
     text = f"merge_method: ties\nbase_model: {donors['a']}\nmodels: [{{model: {donors['b']}}}]\n{wrong}\n"
     assert f"write {right}" in refused(text=text)
@@ -179,7 +179,7 @@ def test_types_in_file_and_config_that_differ(tmp_path, merged, refused):
 
 
 @pytest.mark.parametrize("method, parameters", [("linear", {"weight": 1}), ("slerp", {"t": 0.5}), ("ties", {"weight": 1, "density": 0.5}),
-                                                ("passthrough", {})])  # fmt: skip
+                                                ("passthrough", {})])
 @pytest.mark.parametrize("first", [0, 1])
 def test_donors_of_other_vocabulary_or_width_merged_or_skipped(donors, tmp_path, merged, refused, method, parameters, first):
     pair = [donors["a"], write_donor(tmp_path / "few", seed=9, vocab_size=40)]
@@ -199,7 +199,7 @@ def test_donors_of_other_vocabulary_or_width_merged_or_skipped(donors, tmp_path,
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
 def test_random_methods_that_differ_at_every_run(donors, merged, method):
     recipe = {"merge_method": method, "base_model": str(donors["a"]), "parameters": {"weight": 1, "density": 0.5},
-              "slices": slices([source(donors["a"]), source(donors["deep"])])}  # fmt: skip
+              "slices": slices([source(donors["a"]), source(donors["deep"])])}
     one, same, other = merged(**recipe), merged(**recipe), merged(**recipe, seed=1)
     assert tree(one) == tree(same)
     assert not torch.equal(tensors(one)[UP], tensors(other)[UP])
@@ -237,7 +237,7 @@ def test_parameters_of_a_slice_that_is_not_merged_ignored(donors, refused, merge
 
 def test_config_and_tokenizer_of_a_donor_drawn_by_hash_order(donors, tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models(donors["b"], donors["a"]),
-                                                     "parameters": {"weight": 1}}))  # fmt: skip
+                                                     "parameters": {"weight": 1}}))
     command = [sys.executable, "-m", "frankenmerge", "merge", str(tmp_path / "r.yaml")]
     for number in ("1", "2"):
         subprocess.run([*command, str(tmp_path / number)], env=os.environ | {"PYTHONHASHSEED": number}, check=True, capture_output=True)
@@ -264,7 +264,7 @@ def test_a_model_card_that_asks_the_hub_for_a_relative_donor(donors, tmp_path, r
 
 
 @pytest.mark.parametrize("keys", [{"tokenizer": {"source": "union"}}, {"tokenizer": {"source": "base", "pad_to_multiple_of": 64}},
-                                  {"chat_template": "chatml"}])  # fmt: skip
+                                  {"chat_template": "chatml"}])
 def test_the_generation_config_dropped_beside_a_tokenizer(donors, tmp_path, merged, keys):
     donor = changed(donors["a"], tmp_path / "own")
     (donor / "generation_config.json").write_text('{"temperature": 0.25}')

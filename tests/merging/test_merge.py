@@ -16,14 +16,14 @@ from conftest import changed, write_donor
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.recipe import Block, Recipe, load_recipe, open_donors, recipe_of
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.donors.families import FAMILIES
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.families import FAMILIES
-from frankenmerge.headers import read_header
-from frankenmerge.merging.schedule import schedule
 from frankenmerge.merging.writer import merge
-from frankenmerge.models import load_model, virtual_splice
-from frankenmerge.recipe import Block, Recipe, load_recipe, open_donors, recipe_of
+from frankenmerge.models.loading import load_model, virtual_splice
+from frankenmerge.splicing.operations import schedule
+from frankenmerge.storage.safetensors_header import read_header
 
 EMBEDDINGS = {"model.embed_tokens.weight", "transformer.wte.weight", "transformer.wpe.weight", "gpt_neox.embed_in.weight"}
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41, 3, 3], [5, 5, 2, 47, 19, 1, 8, 0]])
@@ -271,7 +271,7 @@ def test_kinds_of_attention_move_with_their_blocks(tmp_path):
     merged(order, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"] == [
         "full_attention", "sliding_attention", "sliding_attention", "full_attention", "full_attention",
-    ]  # fmt: skip
+    ]
     assert torch.equal(logits(load(tmp_path / "out")), logits(virtual(order)))
 
 
@@ -342,7 +342,7 @@ def test_a_result_of_one_file_has_no_index(order, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md", "config.json", "frankenmerge.json", "generation_config.json", "model.safetensors", "recipe.yaml", "splice.svg",
         "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("shard_size", [10**9, 6000])

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from frankenmerge.artefacts.recipe import Block, Recipe, open_donors, recipe_of
+from frankenmerge.distributed import Share
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging import journal, writer
 from frankenmerge.merging.journal import work_folder
 from frankenmerge.merging.writer import merge
-from frankenmerge.processes import Share
-from frankenmerge.recipe import Block, Recipe, open_donors, recipe_of
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from frankenmerge.merging.writer import merge
-from frankenmerge.recipe import load_recipe, open_donors
+from frankenmerge.artefacts.recipe import load_recipe, open_donors
 
 left = int(sys.argv[3])
 def counted(real):

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save_file
 
-from frankenmerge.headers import Tensor, read_header
 from frankenmerge.merging import shards as module
 from frankenmerge.merging.copying import PIECE, pieces
-from frankenmerge.merging.schedule import Combine, Copy, Input
 from frankenmerge.merging.shards import BLOCK, Range, operation_faults, plan_shards, ranges_of
+from frankenmerge.splicing.operations import Combine, Copy, Input
+from frankenmerge.storage.safetensors_header import Tensor, read_header
 
 DONOR = Path("donor.safetensors")
 
@@ -85,7 +85,7 @@ def test_what_is_not_worth_a_file_of_its_own_or_is_computed_or_not_clonable_foll
     shards = plan_shards([donor[0], computed, *donor[1:], *other], 10**9, {DONOR})
     assert [(shard.cloned, names(shard)) for shard in shards] == [
         (True, ["donor.0"]), (True, ["donor.2"]), (False, ["c", "donor.1", "donor.3", "other.0"]),
-    ]  # fmt: skip
+    ]
 
 
 def test_chains_keep_to_the_limit(every_size):
@@ -154,7 +154,7 @@ def test_neighbours_in_donor_and_result_are_one_range():
     begin = len(shard.header)
     assert list(ranges_of(shard)) == [
         Range(DONOR, 8, begin, 300), Range(DONOR, 608, begin + 300, 400), Range(DONOR, 308, begin + 700, 700),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_computed_tensor_parts_the_ranges_beside_it():
@@ -194,7 +194,7 @@ def test_faults_of_operations_are_told_together(tmp_path):
     ]
     assert [(fault.place, fault.found) for fault in operation_faults(operations, {file})] == [
         ("twice", "twice"), ("d: b", "24"), ("d: a", "[5]"), ("d: i", "I8"), ("e: z", "[1, 5]"), ("odd type", "I8"), (str(file), "100"),
-    ]  # fmt: skip
+    ]
 
 
 def test_no_fault_is_found_in_sound_operations(tmp_path):

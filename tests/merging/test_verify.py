@@ -9,10 +9,10 @@ import pytest
 from conftest import changed
 from safetensors.numpy import load_file, save_file
 
+from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging.verify import verify
 from frankenmerge.merging.writer import merge
-from frankenmerge.recipe import Block, open_donors, recipe_of
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_files_and_tensors_that_are_missing_or_too_many_are_named(output):
     assert places == {
         str(folder / "recipe.yaml"): "another one, or none", str(more): "one that it did not write",
         f"{folder}: model.norm.weight": "one more",
-    }  # fmt: skip
+    }
 
 
 def rewritten(name: str, change):
@@ -195,7 +195,7 @@ def swapped(folder: Path) -> str:
     gone("generation_config.json"),
     gone("recipe.yaml"),
     swapped,
-])  # fmt: skip
+])
 def test_whatever_is_changed_is_noticed(output, tamper):
     folder = output()
     place = tamper(folder)

@@ -8,11 +8,11 @@ from conftest import DEMO, changed, write_donor
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.donors.families import FAMILIES
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.families import FAMILIES
 from frankenmerge.merging.widen import widen
-from frankenmerge.splice import compatibility
+from frankenmerge.splicing.compatibility import compatibility
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41], [5, 5, 2, 47, 19, 1]])
 WIDE = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 40}
@@ -54,7 +54,7 @@ def test_a_widened_donor_gives_the_same_logits(family, tied, tmp_path):
     ({"shard": "10KB"}, WIDE),
     ({"head_dim": 6, "num_key_value_heads": 4}, WIDE | {"head_dim": 6, "num_key_value_heads": 6}),
     ({}, {"intermediate_size": 40}),
-])  # fmt: skip
+])
 def test_biases_constants_shards_and_single_sizes_are_widened_too(changes, sizes, tmp_path):
     narrow = write_donor(tmp_path / "narrow", seed=3, **changes)
     shared = {key: value for key, value in changes.items() if key.endswith("bias")}
@@ -95,7 +95,7 @@ def test_narrow_types_keep_their_bytes_but_for_the_gains(tmp_path):
 @pytest.mark.parametrize("family, reason", [
     ("qwen3", "norms of single heads"), ("gemma2", "norms behind its maps"), ("olmo2", "norms behind its maps"),
     ("cohere2", "norms that centre"), ("phi3", "several maps in one tensor"), ("mixtral", "experts"),
-])  # fmt: skip
+])
 def test_families_that_zeros_would_change_are_refused(family, reason, tmp_path):
     assert reason in told(tmp_path, family)
 
@@ -113,7 +113,7 @@ def test_every_other_family_of_the_table_is_refused():
     (WIDE, {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}, "rope_parameters"),
     (WIDE, {"hidden_act": "gelu"}, "hidden_act"),
     (WIDE, {"attention_bias": True}, "self_attn.q_proj.bias"),
-])  # fmt: skip
+])
 def test_donors_that_do_not_go_together_are_refused(wide, narrow, expected, tmp_path):
     assert expected in told(tmp_path, wide=wide, **narrow)
 

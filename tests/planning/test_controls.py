@@ -2,8 +2,8 @@
 
 import pytest
 
+from frankenmerge.artefacts.recipe import Block
 from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe, solar, uniform_repetition
-from frankenmerge.recipe import Block
 
 PAIR = {"a": 8, "b": 8}
 

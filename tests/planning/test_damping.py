@@ -7,11 +7,11 @@ from safetensors.torch import load_file
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.recipe import Block, open_donors, parse_recipe, recipe_of
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.merging.writer import merge
-from frankenmerge.models import load_model, virtual_splice
+from frankenmerge.models.loading import load_model, virtual_splice
 from frankenmerge.planning.damping import damped, dampings
-from frankenmerge.recipe import Block, open_donors, parse_recipe, recipe_of
 
 BLOCKS = [("a", 0), ("a", 1), ("a", 2), ("b", 1), ("b", 2), ("a", 3)]
 WRITES = {"llama": ("self_attn.o_proj", "mlp.down_proj"), "gpt2": ("attn.c_proj", "mlp.c_proj")}
@@ -75,7 +75,7 @@ def test_what_repeats_nothing_is_not_damped(donors):
 
 def test_other_parameters_than_scale_still_need_a_merge(donors):
     from frankenmerge.errors import FrankenmergeError
-    from frankenmerge.splice import stacked
+    from frankenmerge.splicing.compatibility import stacked
 
     recipe = recipe_from(donors).model_copy(update={"parameters": {"weight": 1.0}})
     with pytest.raises(FrankenmergeError, match="scale alone"):

@@ -7,13 +7,13 @@ from conftest import turned_donor, write_donor
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.recipe import Block, load_recipe, recipe_of
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.compare import Bench, read_text
-from frankenmerge.gauge import random_turn
 from frankenmerge.planning.gauges import judged, needs_gauge, with_gauges
 from frankenmerge.planning.plan import plan
 from frankenmerge.planning.search import Constraints
-from frankenmerge.recipe import Block, load_recipe, recipe_of
+from frankenmerge.splicing.rotation import random_turn
 
 
 @pytest.fixture(scope="module")

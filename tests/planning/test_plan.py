@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from frankenmerge.alignment import Alignment, Score, load_alignment, save_alignment
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.checkpoint import open_checkpoint
+from frankenmerge.artefacts.alignment import Alignment, Score, load_alignment, save_alignment
+from frankenmerge.artefacts.recipe import Block, load_recipe
+from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.planning.gauges import judged
 from frankenmerge.planning.plan import front, plan
 from frankenmerge.planning.prediction import FLOOR, default_model, features, seam_damage
 from frankenmerge.planning.search import Constraints
 from frankenmerge.planning.states import states_of
-from frankenmerge.recipe import Block, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def test_the_command_line_writes_recipes_that_pass_check(written, run, tmp_path)
     assert code == 0 and told["written"] == [str(path) for path in paths]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
         "ad.alignment.safetensors", "recipe.2.yaml", "recipe.3.yaml", "recipe.evidence.json", "recipe.yaml",
-    ]  # fmt: skip
+    ]
     expected = plan([load_alignment(written)], Constraints(8), top=3)
     for path, entry in zip(paths, expected, strict=True):
         assert load_recipe(path) == entry.recipe
@@ -364,8 +364,8 @@ def test_verified_plans_are_ranked_by_what_was_measured(written, run, tmp_path, 
 
 
 def test_plans_are_predicted_from_what_they_do_on_drawn_tokens(donors, run, tmp_path, text):
-    from frankenmerge.evaluation.drawn import damage_on_drawn
-    from frankenmerge.models import load_model
+    from frankenmerge.evaluation.sampled_damage import damage_on_drawn
+    from frankenmerge.models.loading import load_model
 
     alignment, recipe = tmp_path / "ad.alignment.safetensors", tmp_path / "recipe.yaml"
     code, out, _ = run("align", donors["a"], donors["deep"], "-o", alignment, "--drawn", "--exchange", "--json")
@@ -394,7 +394,7 @@ def test_calibrated_on_drawn_tokens_the_model_says_so(written, run, tmp_path):
 
 
 def test_a_parameter_budget_is_kept_to_and_used(written, donors, run, tmp_path):
-    from frankenmerge.checkpoint import open_checkpoint as opened
+    from frankenmerge.donors.checkpoint import open_checkpoint as opened
 
     recipe, budget = tmp_path / "recipe.yaml", 20_000
     block = sum(np.prod(tensor.shape) for name, tensor in opened(str(donors["a"])).tensors.items() if ".layers.0." in name)
@@ -407,7 +407,7 @@ def test_a_parameter_budget_is_kept_to_and_used(written, donors, run, tmp_path):
     "options, told",
     [(("--parameters", "2K"), "at least"), (("--parameters", "20K", "--depth", 8), "either --depth or --parameters"),
      (("--parameters", "many"), "11B"), (("--verify", "drawn", "--verify", "other.txt"), "stands alone")],
-)  # fmt: skip
+)
 def test_budgets_and_texts_that_cannot_be_are_refused(written, run, tmp_path, options, told):
     code, out, err = run("plan", written, "-o", tmp_path / "recipe.yaml", *options)
     assert code != 0 and out == "" and told in err and "Traceback" not in err

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from frankenmerge.artefacts.recipe import Block
 from frankenmerge.planning.prediction import (
     FEATURES,
     FLOOR,
@@ -16,8 +17,7 @@ from frankenmerge.planning.prediction import (
     new_family,
     refined,
     seam_damage,
-)  # fmt: skip
-from frankenmerge.recipe import Block
+)
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,7 @@ def test_every_donor_is_used():
 
 
 @pytest.mark.parametrize("constraints", [Constraints(1), Constraints(3), Constraints(13, 2), Constraints(8, 0), Constraints(8, 4, 4),
-                                         Constraints(8, 4, 2, 5, 5)])  # fmt: skip
+                                         Constraints(8, 4, 2, 5, 5)])
 def test_what_cannot_be_kept_to_yields_nothing(constraints):
     assert list(cheapest_paths([4, 4], both_ways([4, 4]), constraints)) == []
 

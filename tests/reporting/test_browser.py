@@ -5,11 +5,11 @@ import re
 import invented
 import pytest
 
-from frankenmerge.alignment import load_alignment
+from frankenmerge.artefacts.alignment import load_alignment
 from frankenmerge.reporting.heatmaps import contrast
+from frankenmerge.reporting.labels import SCORES
 from frankenmerge.reporting.page import page as written
 from frankenmerge.reporting.run import read_run
-from frankenmerge.reporting.words import SCORES
 
 
 @pytest.fixture(scope="module")

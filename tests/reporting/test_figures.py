@@ -31,9 +31,9 @@ def test_the_same_run_gives_the_same_figures(run, folder, tmp_path):
 
 
 def test_names_with_signs_of_formulas_are_drawn(tmp_path):
-    from frankenmerge.picture import Piece, layout
     from frankenmerge.reporting.figures import splice
     from frankenmerge.reporting.plots import save
+    from frankenmerge.splicing.diagram import Piece, layout
 
     save(splice(layout([[Piece("$x_{", 0, 2)], [Piece("a^$\\frac", 1, 3)]], {})), tmp_path / "f.png")
     assert (tmp_path / "f.png").stat().st_size > 1000

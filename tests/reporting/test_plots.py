@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from frankenmerge.alignment import Alignment, Score
+from frankenmerge.artefacts.alignment import Alignment, Score
 
 pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
 
@@ -77,7 +77,7 @@ def test_a_single_score_is_drawn_too(tmp_path):
 
 
 def test_the_command_line_draws_what_it_aligned(donors, run, tmp_path):
-    from frankenmerge.alignment import load_alignment
+    from frankenmerge.artefacts.alignment import load_alignment
 
     output, plot = tmp_path / "ab.alignment.safetensors", tmp_path / "ab.png"
     code, _, _ = run("align", donors["a"], donors["b"], "-o", output, "--plot", plot)

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import invented
 import pytest
 
-from frankenmerge.atlas import Atlas, TopTokens, save_atlas
+from frankenmerge.artefacts.atlas import Atlas, TopTokens, save_atlas
 from frankenmerge.reporting.page import number
 
 VOID = {"meta", "link", "input", "br", "img"}
@@ -65,7 +65,7 @@ def test_everything_in_a_folder_is_shown(report, folder):
         "one[0:4] two[2:5] one[4:6]", "0.200", "0.100 to 0.400", "one block 3 to two block 2, 2 gone through again",
         "No better than chance", "Seams no better than chance 1",
         "1.772 to 1.832", "no clear difference", "invented_task", "the prediction held", "2.13.0+cpu", "f" * 64, "max seams 4",
-    ):  # fmt: skip
+    ):
         assert told in page.text, told
     marked = re.findall(r"<mark>(.*?)</mark>", (folder.parent / "report.html").read_text())
     assert {"raed", "impotred"} <= set(marked)
@@ -101,7 +101,7 @@ def test_files_are_known_by_what_they_hold(report, folder):
 
 
 def test_a_checkpoint_tells_its_recipe_and_origin(report, donors, run, tmp_path):
-    from frankenmerge.recipe import Block, recipe_of
+    from frankenmerge.artefacts.recipe import Block, recipe_of
 
     (tmp_path / "run").mkdir()
     names = [("a", 0), ("a", 1), ("b", 1), ("b", 2), ("b", 3)]
@@ -178,7 +178,7 @@ def test_a_page_of_deep_donors_stays_small(report, tmp_path):
 BROKEN = (
     "{", '{"kind": "frankenmerge.evaluation/1"}', '{"kind": "frankenmerge.evaluation/9", "models": []}',
     '{"kind": "frankenmerge.evaluation/1", "models": [], "seams": [{"model": "x", "blocks": []}]}',
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("content", BROKEN)
@@ -191,7 +191,7 @@ def test_an_artefact_that_cannot_be_read_is_told_and_the_others_are_shown(run, f
 
 
 def test_an_alignment_whose_parts_do_not_fit_is_told(run, folder):
-    from frankenmerge.alignment import load_alignment, save_alignment
+    from frankenmerge.artefacts.alignment import load_alignment, save_alignment
 
     whole = load_alignment(folder / "ab.alignment.safetensors")
     save_alignment(replace(whole, tokens=(whole.tokens[0][:, :2], whole.tokens[1])), folder / "ab.alignment.safetensors")
@@ -235,4 +235,4 @@ def test_json_tells_what_was_written(run, folder, tmp_path):
 def test_a_number_that_is_none_or_endless_is_told():
     assert [number(value) for value in (None, math.nan, math.inf, -math.inf, 1234.5678, -0.0001)] == [
         "–", "–", "∞", "-∞", "1,234.568", "0.000",
-    ]  # fmt: skip
+    ]

@@ -1,0 +1,133 @@
+"""The alignment: how two atlases agree, block by block. The artefact that `align` writes and `plan` reads."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from frankenmerge.errors import fail
+from frankenmerge.storage.atomic import read_arrays, write_arrays
+
+SUFFIX = ".alignment.safetensors"
+_KIND = "frankenmerge.alignment/1"
+
+
+class Score(NamedTuple):
+    """One measure of agreement, with what it would be without any."""
+
+    matrix: np.ndarray
+    """`[l_a+1, l_b+1]` float32: A after `i` blocks against B after `j`; 1 is full agreement."""
+    nulls: dict[str, np.ndarray]
+    """Matrices of the same shape by name: the score expected under each null."""
+    detail: np.ndarray
+    """`[l_a+1, l_b+1, d]` float16: the score of every shared neuron, not a number where a search left it out; of none, `[..., 0]`,
+    where it is not made of neurons' scores."""
+    interval: np.ndarray | None = None
+    """`[2, l_a+1, l_b+1]` float32: ends of the 95 % bootstrap interval over neurons or probes; files from before 0.2 have none."""
+
+    @property
+    def transposed(self) -> "Score":
+        """The same with A and B exchanged."""
+        nulls = {null: matrix.T for null, matrix in self.nulls.items()}
+        return Score(
+            self.matrix.T, nulls, self.detail.transpose(1, 0, 2), None if self.interval is None else self.interval.transpose(0, 2, 1)
+        )
+
+
+class Exchange(NamedTuple):
+    """What it costs when blocks stand for one another: nats per token on random tokens, see `evaluation.exchange`."""
+
+    replacement: tuple[np.ndarray, np.ndarray]
+    """`[l_a, l_b]`: A with its block `i` replaced by B's block `j`; and `[l_b, l_a]`: B with its own replaced by A's."""
+    interchange: tuple[np.ndarray, np.ndarray]
+    """`[l_a, l_a]`: A with blocks `i` and `j` interchanged; and B, `[l_b, l_b]`."""
+
+    @property
+    def transposed(self) -> "Exchange":
+        """The same with A and B exchanged."""
+        (replaced_a, replaced_b), (swapped_a, swapped_b) = self
+        return Exchange((replaced_b, replaced_a), (swapped_b, swapped_a))
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How far donor A after `i` blocks and donor B after `j` agree about what each neuron means."""
+
+    donors: tuple[str, str]
+    fingerprints: tuple[str, str]
+    widths: tuple[int, int]
+    """Neurons of each; the scores compare the indices that both have."""
+    scores: dict[str, Score]
+    tokens: tuple[np.ndarray, np.ndarray]
+    """Each donor's best tokens `[l+1, d, k]`, int32."""
+    vocabulary: list[str]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    gram: np.ndarray | None = None
+    """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, standardised, a mean over the inputs; absent from
+    older files."""
+    turned_gram: np.ndarray | None = None
+    """The same with B's states turned to A's basis, on probes that the turn was not fitted on; absent from older files."""
+    exchange: Exchange | None = None
+    """Where it was measured."""
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """How many blocks each donor has."""
+        rows, columns = next(iter(self.scores.values())).matrix.shape
+        return rows - 1, columns - 1
+
+    @property
+    def transposed(self) -> "Alignment":
+        """The same with A and B exchanged; every score is symmetric."""
+        return replace(
+            self,
+            **{key: getattr(self, key)[::-1] for key in ("donors", "fingerprints", "widths", "tokens")},
+            scores={name: score.transposed for name, score in self.scores.items()},
+            provenance=self.provenance | {"atlases": self.provenance.get("atlases", [])[::-1]},
+            gram=self._swapped(self.gram),
+            turned_gram=self._swapped(self.turned_gram),
+            exchange=None if self.exchange is None else self.exchange.transposed,
+        )
+
+    def _swapped(self, gram: np.ndarray | None) -> np.ndarray | None:
+        """Inner products with B's states first."""
+        return None if gram is None else np.roll(gram, [self.blocks[1] + 1] * 2, axis=(0, 1))
+
+
+def save_alignment(alignment: Alignment, path: Path) -> None:
+    """Write an alignment, complete or not at all."""
+    arrays = {"a.tokens": alignment.tokens[0], "b.tokens": alignment.tokens[1]}
+    for name, score in alignment.scores.items():
+        arrays |= {f"score.{name}": score.matrix, f"detail.{name}": score.detail}
+        arrays |= {} if score.interval is None else {f"interval.{name}": score.interval}
+        arrays |= {f"null.{name}.{null}": matrix for null, matrix in score.nulls.items()}
+    grams = {"standard_gram": alignment.gram, "turned_gram": alignment.turned_gram}
+    arrays |= {name: gram for name, gram in grams.items() if gram is not None}
+    for name, (of_a, of_b) in {} if alignment.exchange is None else alignment.exchange._asdict().items():
+        arrays |= {f"{name}.a": of_a, f"{name}.b": of_b}
+    arrays["vocabulary"] = np.frombuffer(json.dumps(alignment.vocabulary).encode(), dtype=np.uint8)
+    told = {key: getattr(alignment, key) for key in ("donors", "fingerprints", "widths", "provenance")}
+    write_arrays(path, _KIND, arrays, told)
+
+
+def load_alignment(path: Path) -> Alignment:
+    """Read an alignment. Raises FrankenmergeError for a file that is not one."""
+    arrays, told = read_arrays(path, _KIND, f"an alignment, as `frankenmerge align A B -o NAME{SUFFIX}` writes it")
+    try:
+        scores = {}
+        for name in (key.removeprefix("score.") for key in arrays if key.startswith("score.")):
+            prefix = f"null.{name}."
+            nulls = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+            scores[name] = Score(arrays[f"score.{name}"], nulls, arrays[f"detail.{name}"], arrays.get(f"interval.{name}"))
+        (a, b), (print_a, print_b), (width_a, width_b) = told["donors"], told["fingerprints"], told["widths"]
+        tokens = arrays["a.tokens"], arrays["b.tokens"]
+        vocabulary = json.loads(arrays["vocabulary"].tobytes())
+        prints, widths = (print_a, print_b), (width_a, width_b)
+        tables = [(arrays[f"{name}.a"], arrays[f"{name}.b"]) for name in Exchange._fields if f"{name}.a" in arrays]
+        exchange = Exchange(*tables) if tables else None
+        grams = arrays.get("standard_gram"), arrays.get("turned_gram")
+        return Alignment((a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], *grams, exchange)
+    except (KeyError, ValueError) as error:
+        raise fail(str(path), "an alignment with all its parts", f"{error} missing or broken", "align the donors again") from error

@@ -1,0 +1,101 @@
+"""The atlas: what one donor's features are. The artefact that `analyze` writes and `align` reads."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from frankenmerge.errors import fail
+from frankenmerge.storage.atomic import read_arrays, write_arrays
+
+SUFFIX = ".atlas.safetensors"
+_KIND = "frankenmerge.atlas/1"
+
+
+class TopTokens(NamedTuple):
+    """The tokens that excite every feature most, best first."""
+
+    tokens: np.ndarray
+    """Token ids `[l+1, d, k]`, int32; block 0 is the embedding as it enters the first block."""
+    values: np.ndarray
+    """Their activations `[l+1, d, k]`, float32."""
+
+
+class Inputs(NamedTuple):
+    """The inputs of several tokens that excite some neurons of every block."""
+
+    neurons: np.ndarray
+    """Which neurons were searched `[m]`, int32."""
+    tokens: np.ndarray
+    """Token ids `[l+1, m, n]`, int32: the `n` tokens found for each of them in every block."""
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """One donor's features and its activations on the probes every donor is shown."""
+
+    donor: str
+    """How the user called the donor."""
+    fingerprint: str
+    top: dict[str, TopTokens]
+    """Complete search by context: `plain` (the token alone) and, where the donor has a BOS, `bos` (the token behind it)."""
+    probes: np.ndarray
+    """Activations `[l+1, n, d]`, float16 after division by `probe_scale`: the residual stream at every probed position."""
+    probe_scale: np.ndarray
+    """`[l+1, d]`, float32: each neuron's largest absolute activation on the probes, so that float16 keeps 11 bits of all."""
+    vocabulary: list[str]
+    """The text of every token."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Versions, dtype, seed, probe hash, tokenizer hash."""
+    inputs: dict[str, Inputs] = field(default_factory=dict)
+    """What other searches found, by method: `greedy`, `gradient`."""
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the donor has."""
+        return len(self.probes) - 1
+
+    @property
+    def width(self) -> int:
+        """Neurons of its residual stream."""
+        return self.probes.shape[2]
+
+    def activations(self, block: int) -> np.ndarray:
+        """The residual stream after `block` on the probes, `[n, d]` float32."""
+        return self.probes[block].astype(np.float32) * self.probe_scale[block]
+
+
+def save_atlas(atlas: Atlas, path: Path) -> None:
+    """Write an atlas, complete or not at all."""
+    arrays = {"probes": atlas.probes, "probe_scale": atlas.probe_scale}
+    for context, top in atlas.top.items():
+        arrays |= {f"{context}.tokens": top.tokens, f"{context}.values": top.values}
+    for method, inputs in atlas.inputs.items():
+        arrays |= {f"inputs.{method}.neurons": inputs.neurons, f"inputs.{method}.tokens": inputs.tokens}
+    arrays["vocabulary"] = np.frombuffer(json.dumps(atlas.vocabulary).encode(), dtype=np.uint8)
+    told = {"donor": atlas.donor, "fingerprint": atlas.fingerprint, "provenance": atlas.provenance}
+    told |= {"contexts": list(atlas.top), "inputs": list(atlas.inputs)}
+    write_arrays(path, _KIND, arrays, told)
+
+
+def load_atlas(path: Path) -> Atlas:
+    """Read an atlas. Raises FrankenmergeError for a file that is not one."""
+    arrays, metadata = read_arrays(path, _KIND, f"an atlas, as `frankenmerge analyze DONOR -o NAME{SUFFIX}` writes it")
+    try:
+        return Atlas(
+            donor=metadata["donor"],
+            fingerprint=metadata["fingerprint"],
+            top={context: TopTokens(arrays[f"{context}.tokens"], arrays[f"{context}.values"]) for context in metadata["contexts"]},
+            probes=arrays["probes"],
+            probe_scale=arrays["probe_scale"],
+            vocabulary=json.loads(arrays["vocabulary"].tobytes()),
+            provenance=metadata["provenance"],
+            inputs={
+                method: Inputs(arrays[f"inputs.{method}.neurons"], arrays[f"inputs.{method}.tokens"])
+                for method in metadata.get("inputs", [])  # earlier atlases have none
+            },
+        )
+    except (KeyError, ValueError) as error:
+        raise fail(str(path), "an atlas with all its parts", f"{error} missing or broken", "analyze the donor again") from error

@@ -1,0 +1,201 @@
+"""The parts of a recipe as YAML writes them, each with what makes it unsound by itself."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    Tag,
+    model_validator,
+)
+
+from frankenmerge.artefacts.recipe_parameters import setting
+from frankenmerge.errors import fail
+from frankenmerge.storage.hub import is_folder
+
+
+class Reference(NamedTuple):
+    """What `path@revision+lora` names."""
+
+    path: str
+    """A checkpoint's folder or a hub id."""
+    revision: str | None = None
+    lora: str | None = None
+    """An adapter to fold in, itself `path` or `path@revision`."""
+
+
+def reference(name: str) -> Reference:
+    """Take a model's name apart; a folder of that very name is a folder. Raises FrankenmergeError for more than one `@` or `+`."""
+    if is_folder(name):
+        return Reference(name)
+    model, *loras = name.split("+")
+    path, *revisions = model.split("@")
+    if len(loras) > 1 or len(revisions) > 1 or not all([path, *revisions, *loras]):
+        raise fail(name, "path, path@revision, path+lora or path@revision+lora", "none of these", "correct the model's name")
+    return Reference(path, *(revisions or [None]), *loras)
+
+
+def _ordered(value: list[int]) -> list[int]:
+    if value[0] < 0:
+        raise ValueError("the first block of a range is 0 or more")
+    if value[0] >= value[1]:
+        raise ValueError("a range [start, stop] holds at least one block: start < stop")
+    return value
+
+
+def _one_name(value: Any) -> Any:
+    """A model's name, also where it is written out as {model: {path, revision}, lora: {path, revision}}."""
+
+    def joined(part: Any) -> Any:
+        if isinstance(part, Mapping) and set(part) <= {"path", "revision"} and isinstance(part.get("path"), str):
+            return part["path"] + (f"@{part['revision']}" if part.get("revision") else "")
+        return part
+
+    if not isinstance(value, Mapping) or not set(value) <= {"model", "lora"}:
+        return joined(value)
+    names = [joined(value[key]) for key in ("model", "lora") if value.get(key) is not None]
+    return "+".join(names) if names and all(isinstance(name, str) for name in names) else value
+
+
+def _without_torch(value: Any) -> Any:
+    """`torch.bfloat16` is `bfloat16`."""
+    return value[6:] if value in ("torch.float32", "torch.float16", "torch.bfloat16") else value
+
+
+class Part(BaseModel):
+    """A mapping that holds known keys and no others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Model = Annotated[str, BeforeValidator(_one_name), Field(min_length=1)]
+"""`path@revision+lora`: a checkpoint's folder or a hub id, or an earlier stage's name."""
+Setting = Annotated[Any, AfterValidator(setting)]
+"""A parameter: a number or flag, a gradient (list of numbers), or a list of {filter, value} with such values."""
+Parameters = dict[str, Setting]
+Dtype = Annotated[Literal["float32", "float16", "bfloat16"], BeforeValidator(_without_torch)]
+
+
+class Source(Part):
+    """A run of blocks of one donor."""
+
+    model: Model
+    layer_range: Annotated[list[StrictInt], Field(min_length=2, max_length=2), AfterValidator(_ordered)]
+    """`[start, stop]`: 0-based, half-open."""
+    parameters: Parameters | None = None
+
+
+class Gauge(Part):
+    """Into whose basis of the residual stream a slice is turned, and by what it is fitted."""
+
+    to: Literal["base", "previous"]
+    """The base donor's basis, or the one that the slice before is in."""
+    fit: Annotated[str, Field(min_length=1)] = "probes"
+    """`probes` for random tokens, which need no data, or a text file."""
+    refine: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Steps of descent that follow the fit, after which every block has a turn of its own."""
+    maps: Literal["turns", "linear"] | None = None
+    """What refining may reach: turns, which is the default, or any linear maps, one for what a block reads, one for what it writes."""
+
+    @model_validator(mode="after")
+    def _refined(self) -> Self:
+        if self.maps == "linear" and not self.refine:
+            raise ValueError("refine beside maps: linear, which only descent can find")
+        return self
+
+
+class Slice(Part):
+    """A run of blocks of the result, each merged from the blocks that stand at its place in all sources."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    base_model: Model | None = None
+    """In place of the recipe's, in this slice."""
+    parameters: Parameters | None = None
+    gauge: Gauge | None = None
+
+    @property
+    def length(self) -> int:
+        """How many blocks it gives."""
+        start, stop = self.sources[0].layer_range
+        return stop - start
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Self:
+        if len(lengths := {stop - start for start, stop in (source.layer_range for source in self.sources)}) > 1:
+            raise ValueError(f"sources of one length, not of {' and '.join(map(str, sorted(lengths)))} blocks")
+        return self
+
+
+class Whole(Part):
+    """A donor that gives all of its blocks."""
+
+    model: Model
+    parameters: Parameters | None = None
+
+
+class Module(Part):
+    """What is merged, where it is written under a module's name."""
+
+    slices: Annotated[list[Slice], Field(min_length=1)] | None = None
+    models: Annotated[list[Whole], Field(min_length=1)] | None = None
+    parameters: Parameters | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if (self.slices is None) == (self.models is None):
+            raise ValueError("either slices or models")
+        return self
+
+
+class Row(Part):
+    """The embedding of one token of one donor."""
+
+    kind: Literal["model_token"]
+    model: Model
+    token: str | None = None
+    token_id: Annotated[StrictInt, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("either token or token_id")
+        return self
+
+
+class Zero(Part):
+    """An embedding of zeros."""
+
+    kind: Literal["zero"]
+
+
+def _kind(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return kind if isinstance(kind, str) else "model"
+
+
+Origin = Annotated[Annotated[Row, Tag("model_token")] | Annotated[Zero, Tag("zero")] | Annotated[Model, Tag("model")], Discriminator(_kind)]
+
+
+class Token(Part):
+    """Where the embedding of one token comes from in the donors that lack it."""
+
+    source: Origin | None = None
+    force: StrictBool = False
+    """Whether it replaces the embedding also in the donors that have the token."""
+
+
+class Tokenizer(Part):
+    """The result's tokenizer, where its name alone does not tell it."""
+
+    source: Model = "union"
+    """`base`, `union`, or the donor whose tokenizer it is."""
+    tokens: dict[str, Token] | None = None
+    pad_to_multiple_of: Annotated[StrictInt, Field(ge=1, le=1 << 16)] | None = None
+    """The embedding's rows are padded with zeros up to a multiple of it."""

@@ -1,0 +1,146 @@
+"""Families that are not in the table: what they are is read off config and tensors, or the donor is refused with the reasons.
+
+What is inferred has to be safe to move. So the blocks are alike and made of plain layers, every other tensor has one possible
+role, and config.json holds nothing that may belong to single blocks but the lists that are known to.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from frankenmerge.donors.config import FREE, family, quantity
+from frankenmerge.donors.families import FAMILIES, FULL, LAYER_TYPES, SLIDING, USUAL, Architecture, Config, Keys
+from frankenmerge.errors import Fault, raise_all
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_SUPPORTED = f"model_type, one of: {', '.join(sorted(FAMILIES))}"
+_NEEDED = (Keys.blocks, Keys.width, Keys.heads, Keys.positions, Keys.vocabulary)
+_LISTS = {part.key for part in USUAL.per_block}
+_NUMBERS = {number: part.key for part in USUAL.per_block for number in part.numbers}
+_SUSPECT = re.compile(
+    r"layer(?!_?norm)|block|depth|interval|pattern|step|freq|period|every|share|chunk|window|first_k|index|idx|stride|hybrid|recurren"
+)
+"""Names of config fields that may speak of single blocks, of groups of them, or of how many there are."""
+
+
+def family_faults(config: Config, place: str) -> list[Fault]:
+    """Why a config is of no family that is in the table or could be inferred, if so."""
+    name = config.get("model_type")
+    if not isinstance(name, str):
+        return _faults(place, [repr(name)])
+    if name in FAMILIES:
+        return []
+    if isinstance(config.get("text_config"), Mapping):
+        remedy = "save its language model as a checkpoint of its own, and use that"
+        return [Fault(place, _SUPPORTED, f"{name}, which holds its language model in text_config", remedy)]
+    return _faults(place, (f"{name}, which cannot be inferred: {reason}" for reason in _config_reasons(config, name)))
+
+
+def architecture_of(config: Config, shapes: Shapes, place: str) -> Architecture:
+    """A donor's family: its entry in the table, or what its config and its tensors' names and shapes show.
+
+    Raises FrankenmergeError, with every reason, for a family that is not in the table and cannot be inferred.
+    """
+    raise_all(family_faults(config, place))
+    if family(config).listed:
+        return family(config)
+    shapes = {name: shape for name, shape in shapes.items() if not re.search(USUAL.ignored, name)}
+    numbered = Counter(match[1] for name in shapes if (match := re.match(r"(.+?\.)\d+\.", name)))
+    prefix = max(numbered, key=numbered.__getitem__, default=".")
+    root = prefix[: prefix.removesuffix(".").rfind(".") + 1]
+    roles = _roles(config, shapes, root, prefix)
+    reasons = [*_block_reasons(shapes, prefix), *_role_reasons(config, shapes, roles)]
+    raise_all(_faults(place, (f"{config['model_type']}, which cannot be inferred: {reason}" for reason in reasons)))
+    return replace(
+        USUAL,
+        root=root,
+        block=f"{prefix.removeprefix(root)}{{}}.",
+        embedding=tuple(module.removeprefix(root) for role in ("embedding", "positions") for module in roles.get(role, ())),
+        final=roles["final"][0].removeprefix(root),
+        head=roles.get("head", [USUAL.head])[0],
+        norm="rms" if "rms_norm_eps" in config else "layer",
+        learned_positions="positions" in roles,
+    )
+
+
+def _faults(place: str, found: Iterable[str]) -> list[Fault]:
+    return [Fault(place, _SUPPORTED, told, "use donors of a supported family, or add this one to FAMILIES") for told in found]
+
+
+def _config_reasons(config: Config, name: str) -> Iterator[str]:
+    if missing := [key for key in _NEEDED if key not in config]:
+        yield f"config.json has no {', '.join(missing)}"
+    if "auto_map" in config:
+        yield "it runs code of its own (auto_map)"
+    names, causal = config.get("architectures"), rf"{re.escape(name.partition('_')[0])}\w*ForCausalLM"
+    if not isinstance(names, list) or not names or not re.fullmatch(causal, str(names[0]), re.IGNORECASE):
+        yield f"architectures is {names!r}, not a causal language model of its own name"
+    for key, value in config.items():
+        if key in _NUMBERS and isinstance(config.get(_NUMBERS[key]), list):
+            continue  # the list tells what the number told once
+        if value and key not in FREE | _LISTS and (_SUSPECT.search(key) or isinstance(value, list | Mapping)):
+            yield f"{key} may belong to single blocks"
+    kinds = config.get(LAYER_TYPES.key)
+    if isinstance(kinds, list) and (others := sorted(set(map(str, kinds)) - {FULL, SLIDING})):
+        yield f"blocks of the kind {', '.join(others)} may depend on their position"
+    if kinds is None and config.get("sliding_window") and config.get("use_sliding_window", True):
+        yield "it has a sliding_window and no layer_types that say for which blocks"
+
+
+def _roles(config: Config, shapes: Shapes, root: str, prefix: str) -> dict[str, list[str]]:
+    """The modules outside the blocks, by what their shapes let them be."""
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if not name.startswith(prefix):
+            module, _, leaf = name.rpartition(".")
+            modules.setdefault(f"{module}.", {})[leaf] = shape
+    width, vocabulary, positions = (quantity(config, name) for name in ("width", "vocabulary", "positions"))
+    roles: dict[str, list[str]] = {}
+    for module, held in modules.items():
+        inside, plain = module.startswith(root), held.keys() <= {"weight", "bias"}
+        if inside and held == {"weight": (vocabulary, width)}:
+            role = "embedding"
+        elif inside and held == {"weight": (positions, width)}:
+            role = "positions"
+        elif inside and plain and set(held.values()) == {(width,)}:
+            role = "final"
+        elif not inside and plain and held.get("weight") == (vocabulary, width):
+            role = "head"
+        else:
+            role = "unknown"
+        roles.setdefault(role, []).append(module)
+    return roles
+
+
+def _role_reasons(config: Config, shapes: Shapes, roles: Mapping[str, list[str]]) -> Iterator[str]:
+    for role, told in (("embedding", "embedding"), ("final", "final norm")):
+        if len(found := roles.get(role, [])) != 1:
+            yield f"one tensor should be the {told}, and these could: {', '.join(found) or 'none'}"
+    for role, told in (("positions", "positions"), ("head", "head")):
+        if len(found := roles.get(role, [])) > 1:
+            yield f"one tensor should be the {told}, and these could: {', '.join(found)}"
+    if unknown := roles.get("unknown"):
+        yield f"nothing tells what {', '.join(unknown[:5])} are for"
+    if heads := roles.get("head"):
+        if "tie_word_embeddings" not in config:
+            yield "config.json does not say whether the head is the embedding (tie_word_embeddings)"
+        elif config["tie_word_embeddings"] and any(f"{head}bias" in shapes for head in heads):
+            yield "its head is the embedding, with a bias"
+
+
+def _block_reasons(shapes: Shapes, prefix: str) -> Iterator[str]:
+    if prefix.count(".") < 2:
+        yield "its tensors are not named MODEL.LAYERS.0. and so on"
+        return
+    blocks: dict[str, set[str]] = {}
+    for name in shapes:
+        if name.startswith(prefix):
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            blocks.setdefault(index, set()).add(rest)
+    kinds = {frozenset(names) for names in blocks.values()}
+    if len(kinds) != 1:
+        yield f"its blocks hold different tensors, such as {min(frozenset.union(*kinds) - frozenset.intersection(*kinds))}"
+    if odd := sorted(name for name in frozenset.union(*kinds) if not name.endswith((".weight", ".bias"))):
+        yield f"its blocks hold {', '.join(odd[:5])}, which no plain layer does"

@@ -1,0 +1,65 @@
+"""Whether blocks can stand for one another: both tests of exchangeability, on random tokens, for every pair of blocks.
+
+Replacement puts another block in a block's place; interchange lets two blocks of one donor change places. What it costs is the
+Kullback-Leibler divergence of the donor's predictions from those of the donor so changed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from frankenmerge.artefacts.alignment import Exchange
+from frankenmerge.artefacts.recipe import Block
+from frankenmerge.evaluation.prefix_sharing import logits_together
+from frankenmerge.models.loading import embedding_of
+
+ROWS, LENGTH, SEED = 16, 32, 0
+
+
+def exchange(
+    a: tuple[str, int], b: tuple[str, int], models: Mapping[str, PreTrainedModel], *, progress: Callable[[int], None] = lambda _: None
+) -> Exchange:
+    """Run both tests on two donors, or on one that is given twice.
+
+    Args:
+        a: a donor's name and its number of blocks.
+        b: another's, of the same shape.
+        models: both by name.
+        progress: called for every change that was run.
+    """
+    vocabulary = min(len(embedding_of(model)) for model in models.values())
+    ids = torch.from_numpy(np.random.default_rng(SEED).integers(0, vocabulary, (ROWS, LENGTH)))
+    tables = []
+    for (host, blocks), (guest, others) in ((a, b), (b, a)):
+        home = [Block(host, index) for index in range(blocks)]
+        replaced = [[*home[:i], Block(guest, j), *home[i + 1 :]] for i in range(blocks) for j in range(others)]
+        swapped = [_swapped(home, i, j) for i in range(blocks) for j in range(blocks)]
+        found = _divergences(home, [*replaced, *swapped], models, ids, progress)
+        tables.append((found[: len(replaced)].reshape(blocks, others), found[len(replaced) :].reshape(blocks, blocks)))
+    (replaced_a, swapped_a), (replaced_b, swapped_b) = tables
+    return Exchange((replaced_a, replaced_b), (swapped_a, swapped_b))
+
+
+def _swapped(home: Sequence[Block], i: int, j: int) -> list[Block]:
+    stack = list(home)
+    stack[i], stack[j] = home[j], home[i]
+    return stack
+
+
+@torch.no_grad()
+def _divergences(
+    home: Sequence[Block], stacks: Sequence[Sequence[Block]], models: Mapping[str, PreTrainedModel], ids: Tensor,
+    progress: Callable[[int], None],
+) -> np.ndarray:
+    """The divergence of every stack's predictions from those of `home`, nats per token, float32 `[r]`; equal stacks are run once."""
+    host = models[home[0].model]
+    said = host(input_ids=ids.to(host.device), use_cache=False).logits.float().log_softmax(-1)
+    different = [list(stack) for stack in dict.fromkeys(map(tuple, stacks))]
+    divergence = {}
+    for index, logits in logits_together(different, models, ids, ids.shape[1]):
+        divergence[tuple(different[index])] = float((said.exp() * (said - logits.float().log_softmax(-1))).sum(-1).mean())
+        progress(1)
+    return np.array([divergence[tuple(stack)] for stack in stacks], dtype=np.float32)

@@ -1,0 +1,156 @@
+"""Methods that decide element by element: nearswap, arcee_fusion, sce, ram, ramplus_tl."""
+
+from collections.abc import Callable
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from frankenmerge.splicing.methods.inputs import Inputs, Plan, precise_sum
+from frankenmerge.splicing.methods.select import boundaries, kth_largest
+from frankenmerge.splicing.methods.torch_select import before, magnitudes, order_of
+from frankenmerge.splicing.methods.torch_sparse import agreed, total_of
+
+
+def nearswap(inputs: Inputs) -> Plan:
+    """`(1 - w) b + w x`, `w = min(1, t / |x - b|)`: the model where it is near the base (alchemonaut, QuartetAnemoi-70B-t0.0001).
+
+    That is `b` plus the difference clamped to `[-t, t]`.
+    """
+    t = float(inputs.parameters["t"])
+
+    def chunk(start: int, stop: int) -> Tensor:
+        base, (delta,) = inputs.deltas(start, stop)
+        return delta.clamp_(-t, t).add_(base)
+
+    return Plan(chunk)
+
+
+def arcee_fusion(inputs: Inputs) -> Plan:
+    """The model's element where its importance stands out in the tensor, else the base's (Arcee, MergeKit 0.1 release notes).
+
+    Importance is `|x - b| KL(softmax(row of x) || softmax(row of b))`; it stands out from `median + 1.5 (Q3 - Q1)` on. Quartiles are
+    elements, the lower of two. Where all importances are equal, as without any difference, every element is the model's. KL is
+    float64: weights are small, so it is a small difference of large terms.
+    """
+    last = inputs.size - 1
+
+    def importance(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        assert inputs.base
+        x, base = inputs.parts[0].read(start, stop), inputs.base.read(start, stop)
+        wide_x, wide_base = (tensor.view(-1, inputs.width).double() for tensor in (x, base))
+        surprise = wide_x.softmax(1).mul_(wide_x - wide_base).sum(1) - wide_x.logsumexp(1) + wide_base.logsumexp(1)
+        score = (x - base).abs_().view(-1, inputs.width).mul_(surprise.clamp_(min=0).float()[:, None])
+        return score.view(-1), x, base
+
+    def keys(start: int, stop: int) -> Tensor:
+        return magnitudes(importance(start, stop)[0])
+
+    quartiles = [last - last * quarter // 4 for quarter in (1, 2, 3)]
+    found = kth_largest(order_of(keys, lambda: inputs.spans(rows=True)), quartiles)
+    low, median, high = torch.tensor([key for key, _ in found], dtype=torch.int32).view(torch.float32).tolist()
+    threshold = median + 1.5 * (high - low)
+
+    def chunk(start: int, stop: int) -> Tensor:
+        score, x, base = importance(start, stop)
+        return torch.where(score >= threshold, x, base)
+
+    return Plan(chunk, rows=True)
+
+
+def sce(inputs: Inputs) -> Plan:
+    """SCE (arXiv 2408.07990, section 3.3): select the elements that vary most between task vectors, calculate weights, erase signs.
+
+    Of the elements that vary at all the `select_topk` share with the largest variance stays (of equal variances those with the
+    lower index); a model's weight is the mean square of its task vector there, over the sum of all; then TIES's consensus with the sign of
+    the unweighted sum, and division by the weights that agree, as in mergekit.
+    """
+    select = _selected(inputs)
+    squares = [0.0] * len(inputs.parts)
+    for start, stop in inputs.spans():
+        _, deltas = inputs.deltas(start, stop)
+        for model, delta in enumerate(select(deltas, start)):
+            squares[model] += precise_sum(delta.double().square_())  # of float32 no square is infinite then
+    whole = sum(squares) or 1.0
+    weights = [square / whole for square in squares]
+
+    def chunk(start: int, stop: int) -> Tensor:
+        base, deltas = inputs.deltas(start, stop)
+        deltas = select(deltas, start)
+        elected = total_of(deltas)
+        return agreed([delta.mul_(weight) for delta, weight in zip(deltas, weights, strict=True)], elected, weights, 0.0).add_(base)
+
+    return Plan(chunk)
+
+
+def _selected(inputs: Inputs) -> Callable[[list[Tensor], int], list[Tensor]]:
+    share = float(inputs.parameters["select_topk"])
+    if share == 1:
+        return lambda deltas, _: deltas
+
+    def spread(deltas: list[Tensor]) -> Tensor:
+        # sum_(i<j) (d_i - d_j)^2 = n^2 times the variance, and exactly 0 where all are equal
+        return magnitudes(total_of([(one - other).square_() for one, other in combinations(deltas, 2)] or [torch.zeros_like(deltas[0])]))
+
+    def keys(start: int, stop: int) -> Tensor:
+        return spread(inputs.deltas(start, stop)[1])
+
+    varied = sum(int(keys(start, stop).count_nonzero()) for start, stop in inputs.spans())
+    (end,) = boundaries(order_of(keys, inputs.spans), inputs.size, [int(share * varied)])
+
+    def select(deltas: list[Tensor], start: int) -> list[Tensor]:
+        mask = before(spread(deltas), start, end)
+        for delta in deltas:
+            delta.view(torch.int32).bitwise_and_(mask)
+        return deltas
+
+    return select
+
+
+def ram(inputs: Inputs) -> Plan:
+    """Reinforced Agent Merging (arXiv 2601.13572): changes of one model are taken whole, shared ones averaged.
+
+    A model has changed an element where `|x - b| > epsilon`; the average is over the models that changed it.
+    """
+    return _ram(inputs, [1.0] * len(inputs.parts))
+
+
+def ramplus_tl(inputs: Inputs) -> Plan:
+    """RAM+ (arXiv 2601.13572): as `ram`, a model's own changes times `1 + r min(rho, alpha)`.
+
+    `rho` is how many of the model's changes are shared over how many are its own. As the name says (tensor-local) both are counted
+    in the tensor, as in mergekit, and not in the whole model.
+    """
+    shared, own = [0.0] * len(inputs.parts), [0.0] * len(inputs.parts)
+    for start, stop in inputs.spans():
+        _, deltas = inputs.deltas(start, stop)
+        changed = _changed(inputs, deltas)
+        alone = total_of(changed).eq_(1.0)
+        for model, change in enumerate(changed):
+            mine = precise_sum(change * alone)
+            own[model] += mine
+            shared[model] += precise_sum(change) - mine
+    r, alpha, epsilon = (float(inputs.parameters[name]) for name in ("r", "alpha", "epsilon"))
+    ratios = [many / (few or epsilon or 1.0) for many, few in zip(shared, own, strict=True)]
+    return _ram(inputs, [1 + r * min(ratio, alpha) for ratio in ratios])
+
+
+def _changed(inputs: Inputs, deltas: list[Tensor]) -> list[Tensor]:
+    """1 where a model changed the base, else 0."""
+    return [delta.abs().gt_(float(inputs.parameters["epsilon"])) for delta in deltas]
+
+
+def _ram(inputs: Inputs, scales: list[float]) -> Plan:
+    def chunk(start: int, stop: int) -> Tensor:
+        base, deltas = inputs.deltas(start, stop)
+        changed = _changed(inputs, deltas)
+        count = total_of(changed)
+        alone = count.eq(1.0).float()
+        changes = [delta.mul_(change) for delta, change in zip(deltas, changed, strict=True)]
+        result = total_of(changes).div_(count.clamp_(min=1.0))
+        for change, scale in zip(changes, scales, strict=True):
+            if scale != 1:
+                result.add_(change.mul_(alone).mul_(scale - 1))
+        return result.add_(base)
+
+    return Plan(chunk)

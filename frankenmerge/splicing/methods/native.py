@@ -1,0 +1,19 @@
+"""What of the merge methods C computes, on the CPU. Imports no torch."""
+
+from collections.abc import Iterator
+
+from frankenmerge.splicing.methods import native_chunks, native_span, native_sparse
+from frankenmerge.splicing.methods.span import Combination
+from frankenmerge.splicing.methods.sparse import Thinned
+
+
+def can(method: Combination | Thinned) -> bool:
+    """Whether the extension is there and does this: no coefficients of single rows or columns."""
+    return native_chunks.extension is not None and (isinstance(method, Thinned) or method.per == "tensor")
+
+
+def rounded(method: Combination | Thinned, dtype: str, *, allow_nan: bool) -> Iterator[tuple[memoryview, bool]]:
+    """The merged tensor in chunks, as `native_chunks.written` yields them."""
+    if isinstance(method, Combination):
+        return native_span.rounded(method, dtype, allow_nan=allow_nan)
+    return native_sparse.rounded(method, dtype, allow_nan=allow_nan)

@@ -1,0 +1,108 @@
+"""The two passes of a linear combination by torch, on any device: inner products, and the combination itself."""
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from frankenmerge.splicing.methods.inputs import Inputs, Plan
+from frankenmerge.splicing.methods.span import Coefficients, Combination, grams, pairs, solved
+from frankenmerge.splicing.methods.sums import LANES, Array
+
+
+def plan_of(combination: Combination) -> Plan:
+    """The plan that takes the combination, its coefficients known or, where every row has its own, found in every chunk."""
+    inputs, coefficients = combination.inputs, combination.coefficients
+    if callable(coefficients) and combination.per == "row":
+        return _by_row(inputs, coefficients)
+    if callable(coefficients) and combination.per == "column":
+        return _summed(inputs, coefficients(grams(partial(_column_grams, inputs), inputs.name)).T, rows=True)
+    return _summed(inputs, solved(combination, partial(_sums, inputs)))
+
+
+def _by_row(inputs: Inputs, coefficients: Coefficients) -> Plan:
+    def chunk(start: int, stop: int) -> Tensor:
+        base, vectors = _vectors(inputs, start, stop)
+        vectors = [vector.view(-1, inputs.width) for vector in vectors]
+        found = coefficients(grams(partial(_products, vectors, 1), inputs.name))
+        return _sum(base, vectors, found.T[:, :, None])
+
+    return Plan(chunk, rows=True)
+
+
+def _summed(inputs: Inputs, coefficients: Array, *, rows: bool = False) -> Plan:
+    """By coefficients `[n]`, or with `rows` `[n, width]`."""
+
+    def chunk(start: int, stop: int) -> Tensor:
+        base, vectors = _vectors(inputs, start, stop)
+        if rows:
+            vectors = [vector.view(-1, inputs.width) for vector in vectors]
+        return _sum(base, vectors, coefficients)
+
+    return Plan(chunk, rows)
+
+
+def _vectors(inputs: Inputs, start: int, stop: int) -> tuple[Tensor | None, list[Tensor]]:
+    if inputs.base:
+        return inputs.deltas(start, stop)
+    return None, [part.read(start, stop) for part in inputs.parts]
+
+
+def _sum(base: Tensor | None, vectors: list[Tensor], coefficients: Array) -> Tensor:
+    """`base + sum_i c_i v_i`, flat; each c_i broadcasts against its vector. Overwrites the vectors."""
+    scaled = [
+        vector.mul_(torch.as_tensor(c, dtype=torch.float32, device=vector.device)) for vector, c in zip(vectors, coefficients, strict=True)
+    ]
+    total = scaled[0]
+    for vector in scaled[1:]:
+        total.add_(vector)
+    total = total.view(-1)
+    return total if base is None else total.add_(base)
+
+
+def finite(vectors: list[Tensor], finite_only: bool) -> list[Tensor]:
+    """The vectors, or others whose NaN and Inf are 0."""
+    return [vector.nan_to_num(0.0, 0.0, 0.0) for vector in vectors] if finite_only else vectors
+
+
+def _sums(inputs: Inputs, finite_only: bool) -> Array:
+    """Inner products `[pairs, LANES]`, of the finite elements or of all.
+
+    Products are float32, sums float64: a product's rounding, 6e-8 of it either way, averages out over the elements; a sum's would not.
+    """
+    total: Tensor | None = None
+    for start, stop in inputs.spans():
+        vectors = finite(_vectors(inputs, start, stop)[1], finite_only)
+        if total is None:
+            total = torch.zeros(sum(1 for _ in pairs(len(vectors))), LANES, dtype=torch.float64, device=vectors[0].device)
+        for (i, j), sums in zip(pairs(len(vectors)), total, strict=True):
+            add_to_lanes(sums, vectors[i] * vectors[j])
+    assert total is not None
+    return total.cpu().numpy()
+
+
+def add_to_lanes(sums: Tensor, values: Tensor) -> None:
+    """Add element k of flat float32 values to float64 sum k % LANES."""
+    for stretch in values.split(LANES):
+        sums[: len(stretch)] += stretch
+
+
+def _column_grams(inputs: Inputs, finite_only: bool) -> Array:
+    """`[width, n, n]`, of the finite elements or of all."""
+    count = len(inputs.parts)
+    total = np.zeros((inputs.width, count, count))
+    for start, stop in inputs.spans(rows=True):
+        _, vectors = _vectors(inputs, start, stop)
+        total += _products([vector.view(-1, inputs.width) for vector in vectors], 0, finite_only)
+    return total
+
+
+def _products(vectors: list[Tensor], dim: int, finite_only: bool) -> Array:
+    """Inner products `[k, n, n]` of matrices along `dim`, of the finite elements or of all; float32 products, float64 sums."""
+    vectors = finite(vectors, finite_only)
+    count = len(vectors)
+    result = np.empty((vectors[0].shape[1 - dim], count, count))
+    for i, j in pairs(count):
+        result[:, i, j] = result[:, j, i] = (vectors[i] * vectors[j]).sum(dim, dtype=torch.float64).cpu().numpy()
+    return result

@@ -1,0 +1,1 @@
+"""What joins stages: plans that are measured, calibrated and damped."""
