@@ -7,7 +7,8 @@ setup(
         Extension(
             "frankenmerge.splicing.methods._native",
             ["frankenmerge/splicing/methods/_native.c"],
-            # vectors wherever they change no bit: fused operations would, and would make the result the processor's
+            # vectors wherever they change no bit: fused operations would, and would make the result
+            # the processor's
             extra_compile_args=["-std=c99", "-O3", "-ffp-contract=off", "-fno-trapping-math"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,

@@ -1,7 +1,8 @@
 """Do two donors' weights average better once both are in one gauge, their heads and neurons matched?
 
-B is brought to A on tokens that the two draw themselves; the averages are measured on windows from the end of a text: raw, with B's
-stream turned, with its heads and neurons matched, and with both. Neither changes what B computes. Nothing is written.
+B is brought to A on tokens that the two draw themselves; the averages are measured on windows from
+the end of a text: raw, with B's stream turned, with its heads and neurons matched, and with both.
+Neither changes what B computes. Nothing is written.
 """
 
 import json
@@ -13,7 +14,15 @@ from typing import Any
 
 import click
 import torch
-from matching import Activations, activations, joint_turn, match, match_neurons, matched_model, turned_model
+from matching import (
+    Activations,
+    activations,
+    joint_turn,
+    match,
+    match_neurons,
+    matched_model,
+    turned_model,
+)
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -36,44 +45,95 @@ State = Mapping[str, Tensor]
 
 @click.command()
 @click.option("--donor-a", required=True, help="The donor whose basis and places are kept.")
-@click.option("--donor-b", required=True, help="The donor that is brought to them: of the same shape, with the same tokens.")
-@click.option("--text", "texts", required=True, multiple=True, type=click.Path(path_type=Path), help="A text; may be repeated.")
-@click.option("--windows", default=16, show_default=True, help="Windows that are measured, of all texts together.")
-@click.option("--t", "shares", default=[0.25, 0.5, 0.75], show_default=True, multiple=True, help="B's share; may be repeated.")
+@click.option(
+    "--donor-b",
+    required=True,
+    help="The donor that is brought to them: of the same shape, with the same tokens.",
+)
+@click.option(
+    "--text",
+    "texts",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A text; may be repeated.",
+)
+@click.option(
+    "--windows",
+    default=16,
+    show_default=True,
+    help="Windows that are measured, of all texts together.",
+)
+@click.option(
+    "--t",
+    "shares",
+    default=[0.25, 0.5, 0.75],
+    show_default=True,
+    multiple=True,
+    help="B's share; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(donor_a: str, donor_b: str, texts: tuple[Path, ...], windows: int, shares: tuple[float, ...], as_json: bool) -> None:
+def main(
+    donor_a: str,
+    donor_b: str,
+    texts: tuple[Path, ...],
+    windows: int,
+    shares: tuple[float, ...],
+    as_json: bool,
+) -> None:
     """Measure averages of two donors' weights, in nats per token."""
     checkpoints = [open_checkpoint(name) for name in (donor_a, donor_b)]
     a, b = (load_model(checkpoint).requires_grad_(False) for checkpoint in checkpoints)
-    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (a, b)]
+    shapes = [
+        {name: tensor.shape for name, tensor in model.state_dict().items()} for model in (a, b)
+    ]
     if shapes[0] != shapes[1]:
-        raise click.UsageError("donors of the same shape are averaged; these differ in their tensors' names or shapes")
+        raise click.UsageError(
+            "donors of the same shape are averaged; these differ in their tensors' names or shapes"
+        )
     tokenizer = load_tokenizer(checkpoints[0])
-    start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start: Any = (
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    )
     length = min(DRAWN_LENGTH, shared_context(checkpoints))
     contents = [encode(tokenizer, read_text(text).content, str(text)).ids for text in texts]
-    tested = torch.cat([_last_windows(ids, start, length, windows // len(texts)) for ids in contents])
-    shown = torch.cat([drawn(model, ROWS, length, start, seed) for seed, model in enumerate((a, b))])
+    tested = torch.cat(
+        [_last_windows(ids, start, length, windows // len(texts)) for ids in contents]
+    )
+    shown = torch.cat(
+        [drawn(model, ROWS, length, start, seed) for seed, model in enumerate((a, b))]
+    )
     result: dict[str, Any] = {"donor_a_nats": _loss(a, tested), "donor_b_nats": _loss(b, tested)}
     of_a, of_b = activations(a, shown), activations(b, shown)
     result["likeness"] = _likeness(of_a, of_b)
     for name, (left, right) in _alignments(a, b, checkpoints[0].architecture, of_a, of_b).items():
         result[name] = {
-            method: {str(t): _loss(_filled(a, _average(method, left, right, t)), tested) for t in shares} for method in ("linear", "slerp")
+            method: {
+                str(t): _loss(_filled(a, _average(method, left, right, t)), tested) for t in shares
+            }
+            for method in ("linear", "slerp")
         }
     click.echo(json.dumps(result)) if as_json else _print(result)
 
 
 def _alignments(
-    a: PreTrainedModel, b: PreTrainedModel, architecture: Architecture, of_a: Activations, of_b: Activations
+    a: PreTrainedModel,
+    b: PreTrainedModel,
+    architecture: Architecture,
+    of_a: Activations,
+    of_b: Activations,
 ) -> dict[str, tuple[State, State]]:
     """A's and B's tensors as they are averaged, by how B was brought to A."""
     groups = a.config.num_key_value_heads
-    found = [match(left, right, groups) for left, right in zip(of_a.inside, of_b.inside, strict=True)]
+    found = [
+        match(left, right, groups) for left, right in zip(of_a.inside, of_b.inside, strict=True)
+    ]
     turn = joint_turn(of_b.stream, of_a.stream)
     state_a, state_b = a.state_dict(), b.state_dict()
     # Where B is turned, A's gains have to be in the maps as well.
-    plain_a = turned_model(state_a, architecture, Turn(torch.eye(len(turn.matrix), dtype=torch.float64)))
+    plain_a = turned_model(
+        state_a, architecture, Turn(torch.eye(len(turn.matrix), dtype=torch.float64))
+    )
     matched_b = matched_model(state_b, architecture, found)
     return {
         "raw": (state_a, state_b),
@@ -85,7 +145,10 @@ def _alignments(
 
 def _likeness(of_a: Activations, of_b: Activations) -> dict[str, list[float]]:
     """How much longer B's stream is, median over positions at every depth; a block's mean correlation of matched neurons, and by chance."""
-    lengths = [float((b.norm(dim=1) / a.norm(dim=1)).median()) for a, b in zip(of_a.stream, of_b.stream, strict=True)]
+    lengths = [
+        float((b.norm(dim=1) / a.norm(dim=1)).median())
+        for a, b in zip(of_a.stream, of_b.stream, strict=True)
+    ]
     order = torch.randperm(len(of_b.stream[0]), generator=torch.Generator().manual_seed(0))
     pairs = [(a.neurons, b.neurons) for a, b in zip(of_a.inside, of_b.inside, strict=True)]
     return {
@@ -98,17 +161,25 @@ def _likeness(of_a: Activations, of_b: Activations) -> dict[str, list[float]]:
 def _correlation(of_a: Tensor, of_b: Tensor) -> float:
     places, _ = match_neurons(of_a, of_b)
     together = torch.stack([of_a.T, of_b.T[places]], 1).double()
-    return statistics.fmean(abs(float(torch.corrcoef(pair)[0, 1].nan_to_num())) for pair in together)
+    return statistics.fmean(
+        abs(float(torch.corrcoef(pair)[0, 1].nan_to_num())) for pair in together
+    )
 
 
 def _average(method: str, left: State, right: State, t: float) -> dict[str, Tensor]:
     """Tensor by tensor, as a merge averages: `(1 - t)` of the left one, `t` of the right one."""
     made = {}
     for name, tensor in left.items():
-        weights, parameters = ([{"weight": 1 - t}, {"weight": t}], {}) if method == "linear" else ([{}, {}], {"t": t})
-        parts = [_part(of, weight) for of, weight in zip((tensor, right[name]), weights, strict=True)]
+        weights, parameters = (
+            ([{"weight": 1 - t}, {"weight": t}], {}) if method == "linear" else ([{}, {}], {"t": t})
+        )
+        parts = [
+            _part(of, weight) for of, weight in zip((tensor, right[name]), weights, strict=True)
+        ]
         base = parts.pop(0) if method == "slerp" else None
-        chunks = combine(method, parts, base, shape=tuple(tensor.shape), parameters=parameters, name=name, seed=0)
+        chunks = combine(
+            method, parts, base, shape=tuple(tensor.shape), parameters=parameters, name=name, seed=0
+        )
         made[name] = torch.cat([chunk.clone() for chunk in chunks]).view(tensor.shape)
     return made
 
@@ -136,16 +207,23 @@ def _last_windows(ids: Any, start: int, length: int, count: int) -> Tensor:
 @torch.no_grad()
 def _loss(model: PreTrainedModel, ids: Tensor) -> float:
     logits = model(input_ids=ids, use_cache=False).logits
-    return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
+    return float(
+        functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    )
 
 
 def _print(result: dict[str, Any]) -> None:
-    click.echo(f"nats per token; the donors {result.pop('donor_a_nats'):.3f} and {result.pop('donor_b_nats'):.3f}")
+    click.echo(
+        f"nats per token; the donors {result.pop('donor_a_nats'):.3f} and {result.pop('donor_b_nats'):.3f}"
+    )
     for name, values in result.pop("likeness").items():
         click.echo(f"{name:14} " + " ".join(f"{value:.2f}" for value in values))
     for name, methods in result.items():
         for method, nats in methods.items():
-            click.echo(f"{name:14} {method:7}" + "".join(f"  t={t} {value:.3f}" for t, value in nats.items()))
+            click.echo(
+                f"{name:14} {method:7}"
+                + "".join(f"  t={t} {value:.3f}" for t, value in nats.items())
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """How fast the searches are, each beside what it is to be measured by, in turns within one run.
 
-Every section is a function of the options that returns its figures; `SECTIONS` names them. Times are medians over the rounds,
-ratios medians of the rounds' own ratios, so that a load that comes and goes falls on both sides. Complete search and dtypes
-are measured on a random GPT-2 of the `--shape`, gradient search on a random Llama (the time does not depend on the weights),
-greedy search on the `--donor`, whose weights say how many prefixes its features share.
+Every section is a function of the options that returns its figures; `SECTIONS` names them. Times
+are medians over the rounds, ratios medians of the rounds' own ratios, so that a load that comes and
+goes falls on both sides. Complete search and dtypes are measured on a random GPT-2 of the
+`--shape`, gradient search on a random Llama (the time does not depend on the weights), greedy
+search on the `--donor`, whose weights say how many prefixes its features share.
 """
 
 import json
@@ -35,7 +36,14 @@ from frankenmerge.analysis.greedy import Tokens, greedy_search
 from frankenmerge.artefacts.atlas import TopTokens
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models.loading import backbone, block_outputs, blocks_of, embedding_of, forward, load_model
+from frankenmerge.models.loading import (
+    backbone,
+    block_outputs,
+    blocks_of,
+    embedding_of,
+    forward,
+    load_model,
+)
 
 K, SCREEN_K, LENGTH, CANDIDATES, STEPS, SEED = 10, 32, 4, 64, 10, 0
 LISTING_BATCH = 1000
@@ -55,16 +63,42 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "small": Shape(
-        gpt2={"model_type": "gpt2"},  # whose defaults are GPT-2 small: 12 blocks, 768 wide, 50,257 tokens
-        llama={"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
-               "intermediate_size": 352, "vocab_size": 1024, "max_position_embeddings": 128},
+        gpt2={
+            "model_type": "gpt2"
+        },  # whose defaults are GPT-2 small: 12 blocks, 768 wide, 50,257 tokens
+        llama={
+            "model_type": "llama",
+            "hidden_size": 128,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 352,
+            "vocab_size": 1024,
+            "max_position_embeddings": 128,
+        },
         features=64,
         listed=4 * LISTING_BATCH,
     ),
     "tiny": Shape(
-        gpt2={"model_type": "gpt2", "n_layer": 3, "n_embd": 16, "n_head": 2, "vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0},
-        llama={"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-               "intermediate_size": 24, "vocab_size": 64, "max_position_embeddings": 32},
+        gpt2={
+            "model_type": "gpt2",
+            "n_layer": 3,
+            "n_embd": 16,
+            "n_head": 2,
+            "vocab_size": 300,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+        llama={
+            "model_type": "llama",
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 24,
+            "vocab_size": 64,
+            "max_position_embeddings": 32,
+        },
         features=8,
         listed=100,
     ),
@@ -89,7 +123,10 @@ Run = dict[str, tuple[Any, float]]
 def in_turns(work: Mapping[str, Callable[[], Any]], options: Options) -> list[Run]:
     """Time every piece of work once a round, one after the other, in turns forwards and backwards."""
     return [
-        {name: timed(work[name], options.device) for name in list(work)[:: 1 if number % 2 == 0 else -1]}
+        {
+            name: timed(work[name], options.device)
+            for name in list(work)[:: 1 if number % 2 == 0 else -1]
+        }
         for number in range(options.rounds)
     ]
 
@@ -118,7 +155,9 @@ def random_model(fields: Mapping[str, Any], device: str) -> PreTrainedModel:
 def random_features(model: PreTrainedModel, count: int) -> list[Feature]:
     generator = random.Random(SEED)
     blocks, width = len(blocks_of(model)), embedding_of(model).shape[1]
-    return [Feature.of(generator.randint(1, blocks), generator.randrange(width)) for _ in range(count)]
+    return [
+        Feature.of(generator.randint(1, blocks), generator.randrange(width)) for _ in range(count)
+    ]
 
 
 def complete(options: Options) -> dict[str, Any]:
@@ -135,9 +174,12 @@ def complete(options: Options) -> dict[str, Any]:
     }
     bare_forward(model, min(BATCH, vocabulary))  # warms up
     runs = in_turns(work, options)
-    # A pass ends behind the feature's block, so that its time grows evenly with depth: the mean of both ends is that of all.
+    # A pass ends behind the feature's block, so that its time grows evenly with depth: the mean of
+    # both ends is that of all.
     per_feature = [(run["first"][1] + run["last"][1]) / 2 * vocabulary / listed for run in runs]
-    per_table = [each * blocks * width / run["ours"][1] for each, run in zip(per_feature, runs, strict=True)]
+    per_table = [
+        each * blocks * width / run["ours"][1] for each, run in zip(per_feature, runs, strict=True)
+    ]
     return {
         "ours_s": seconds(runs, "ours"),
         "bare_forward_s": seconds(runs, "bare"),
@@ -174,7 +216,8 @@ def listing(model: PreTrainedModel, feature: Feature, tokens: int) -> int:
 def peak_extra_mb(options: Options) -> float | None:
     """The memory beyond the weights that a complete search takes at its peak, in a process of its own.
 
-    On the processor the resident set's high water mark, reset before the search; None where the system keeps none.
+    On the processor the resident set's high water mark, reset before the search; None where the
+    system keeps none.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         extra = fresh.submit(extra_bytes, options).result()
@@ -190,7 +233,9 @@ def extra_bytes(options: Options) -> int | None:
         complete_search(model, k=K)
         return torch.cuda.max_memory_allocated(options.device) - before
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high water mark to what is resident now
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # sets the high water mark to what is resident now
     except OSError:
         return None
     before = resident("VmRSS")
@@ -224,7 +269,8 @@ def greedy(options: Options) -> dict[str, Any]:
         "exact_s": seconds(runs, "exact"),
         "over_complete_search_per_prefix": ratio(runs, "exact", "one_pass") / prefixes,
         "same_inputs_as_uncached": statistics.mean(
-            tuple(ours) == theirs for ours, theirs in zip(exact.tokens.tolist(), uncached, strict=True)
+            tuple(ours) == theirs
+            for ours, theirs in zip(exact.tokens.tolist(), uncached, strict=True)
         ),
         "speedup_of_screen": ratio(runs, "exact", "screened"),
         "tokens_found_by_screen": float((screened.tokens == exact.tokens)[:, 1:].mean()),
@@ -235,7 +281,8 @@ def greedy(options: Options) -> dict[str, Any]:
 def uncached_greedy(model: PreTrainedModel, features: Sequence[Feature]) -> list[Tokens]:
     """Greedy search that runs every input from its first token on.
 
-    All else is the same: features whose inputs begin alike share their passes, which end at the deepest block needed.
+    All else is the same: features whose inputs begin alike share their passes, which end at the
+    deepest block needed.
     """
     found: list[Tokens] = [()] * len(features)
     device = embedding_of(model).device
@@ -246,10 +293,21 @@ def uncached_greedy(model: PreTrainedModel, features: Sequence[Feature]) -> list
             scores = []
             with block_outputs(model, last=max(features[row].block for row in rows)) as states:
                 for tokens in vocabulary.split(BATCH):
-                    before = torch.tensor(prefix, dtype=torch.long, device=device).expand(len(tokens), -1)
+                    before = torch.tensor(prefix, dtype=torch.long, device=device).expand(
+                        len(tokens), -1
+                    )
                     forward(model, input_ids=torch.cat([before, tokens[:, None]], dim=1))
-                    scores.append(torch.stack([states[features[row].block][:, -1, features[row].neuron] for row in rows]))
-            for row, best in zip(rows, torch.cat(scores, dim=1).argmax(dim=1).tolist(), strict=True):
+                    scores.append(
+                        torch.stack(
+                            [
+                                states[features[row].block][:, -1, features[row].neuron]
+                                for row in rows
+                            ]
+                        )
+                    )
+            for row, best in zip(
+                rows, torch.cat(scores, dim=1).argmax(dim=1).tolist(), strict=True
+            ):
                 found[row] = (*prefix, best)
     return found
 
@@ -257,14 +315,21 @@ def uncached_greedy(model: PreTrainedModel, features: Sequence[Feature]) -> list
 def gradient(options: Options) -> dict[str, Any]:
     """Neurons of the last block, five tokens each, all in one batch beside one at a time, and how far the results lie apart."""
     model = random_model(options.shape.llama, options.device)
-    features = [Feature(len(blocks_of(model)), range(neuron, neuron + 1)) for neuron in range(options.shape.features)]
+    features = [
+        Feature(len(blocks_of(model)), range(neuron, neuron + 1))
+        for neuron in range(options.shape.features)
+    ]
     decoder = decoder_of(embedding_table(model), excluded=None)
 
     def search(batch: int) -> torch.Tensor:
-        return gradient_search(model, features, steps=STEPS, batch=batch, decoder=decoder).embeddings
+        return gradient_search(
+            model, features, steps=STEPS, batch=batch, decoder=decoder
+        ).embeddings
 
     search(len(features))  # warms up
-    runs = in_turns({"together": lambda: search(len(features)), "alone": lambda: search(1)}, options)
+    runs = in_turns(
+        {"together": lambda: search(len(features)), "alone": lambda: search(1)}, options
+    )
     return {
         "speedup_over_single": ratio(runs, "alone", "together"),
         "batched_s": seconds(runs, "together"),
@@ -290,7 +355,11 @@ def rescored(model: PreTrainedModel, options: Options) -> dict[str, Any]:
     def screened() -> tuple[TopTokens, TopTokens, int]:
         screen = complete_search(half, k=SCREEN_K)
         union = np.unique(screen.tokens)
-        return screen, complete_search(model, k=1, masked=np.setdiff1d(np.arange(vocabulary), union).tolist()), len(union)
+        return (
+            screen,
+            complete_search(model, k=1, masked=np.setdiff1d(np.arange(vocabulary), union).tolist()),
+            len(union),
+        )
 
     runs = in_turns({"exact": lambda: complete_search(model, k=1), "screened": screened}, options)
     exact, (screen, again, union) = runs[0]["exact"][0], runs[0]["screened"][0]
@@ -309,22 +378,56 @@ def rescored(model: PreTrainedModel, options: Options) -> dict[str, Any]:
     }
 
 
-SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {"complete": complete, "greedy": greedy, "gradient": gradient, "dtype": dtype}
+SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
+    "complete": complete,
+    "greedy": greedy,
+    "gradient": gradient,
+    "dtype": dtype,
+}
 
 
 @click.command()
-@click.option("--donor", default="frankenmerge/demo/donors/base", show_default=True, help="A donor's folder or hub id.")
 @click.option(
-    "--shape", type=click.Choice(list(SHAPES)), default="small", show_default=True, help="Of the random models; tiny is a quick try."
+    "--donor",
+    default="frankenmerge/demo/donors/base",
+    show_default=True,
+    help="A donor's folder or hub id.",
 )
 @click.option(
-    "--section", "sections", multiple=True, type=click.Choice(list(SECTIONS)), help="What to measure; may be repeated; all by default."
+    "--shape",
+    type=click.Choice(list(SHAPES)),
+    default="small",
+    show_default=True,
+    help="Of the random models; tiny is a quick try.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="How often everything is timed.")
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Of the processor.")
+@click.option(
+    "--section",
+    "sections",
+    multiple=True,
+    type=click.Choice(list(SECTIONS)),
+    help="What to measure; may be repeated; all by default.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="How often everything is timed.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), default=2, show_default=True, help="Of the processor."
+)
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(donor: str, shape: str, sections: tuple[str, ...], rounds: int, threads: int, device: str, as_json: bool) -> None:
+def main(
+    donor: str,
+    shape: str,
+    sections: tuple[str, ...],
+    rounds: int,
+    threads: int,
+    device: str,
+    as_json: bool,
+) -> None:
     """Time the searches."""
     torch.set_num_threads(threads)
     options = Options(donor, SHAPES[shape], rounds, threads, device)
@@ -346,12 +449,18 @@ def main(donor: str, shape: str, sections: tuple[str, ...], rounds: int, threads
         "rounds": rounds,
         "threads": threads,
         "device": device,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
     }
     if as_json:
         click.echo(json.dumps(measured | {"made": made}))
         return
-    table = Table("search", "figure", "value", title=f"{shape}, {rounds} rounds, {threads} threads, {device}")
+    table = Table(
+        "search", "figure", "value", title=f"{shape}, {rounds} rounds, {threads} threads, {device}"
+    )
     for section, figures in measured.items():
         for name, value in flat(figures):
             table.add_row(section, name, "-" if value is None else f"{value:.3g}")
@@ -363,7 +472,11 @@ def flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float 
     return [
         pair
         for name, value in figures.items()
-        for pair in (flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)])
+        for pair in (
+            flat(value, f"{prefix}{name}.")
+            if isinstance(value, Mapping)
+            else [(f"{prefix}{name}", value)]
+        )
     ]
 
 

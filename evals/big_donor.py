@@ -1,7 +1,7 @@
 """Does a donor larger than memory go through? Makes up a Llama, analyzes it under a limit, and tells what that took.
 
-The limit is of the address space (`ulimit -v`), so that what is mapped counts too. Weights are random: time and memory do not
-depend on them.
+The limit is of the address space (`ulimit -v`), so that what is mapped counts too. Weights are
+random: time and memory do not depend on them.
 """
 
 import json
@@ -27,22 +27,43 @@ def make_donor(folder: Path, blocks: int, vocabulary: int) -> int:
     """Write a random bfloat16 Llama, a shard a block; returns its bytes."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
-    # bfloat16 is the upper half of float32. One stock of numbers serves all: only sizes matter here.
-    stock = (generator.standard_normal(INNER * WIDTH, dtype=np.float32) * 0.02).view(np.uint32) >> 16
+    # bfloat16 is the upper half of float32. One stock of numbers serves all: only sizes matter
+    # here.
+    stock = (generator.standard_normal(INNER * WIDTH, dtype=np.float32) * 0.02).view(
+        np.uint32
+    ) >> 16
     stock = stock.astype(np.uint16)
     head = WIDTH * KV_HEADS // HEADS
-    shapes = {"self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (head, WIDTH), "self_attn.v_proj": (head, WIDTH),
-              "self_attn.o_proj": (WIDTH, WIDTH), "mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH),
-              "mlp.down_proj": (WIDTH, INNER), "input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,)}
-    shards = [{f"model.layers.{index}.{name}.weight": shape for name, shape in shapes.items()} for index in range(blocks)]
-    shards.append({name: (vocabulary, WIDTH) for name in ("model.embed_tokens.weight", "lm_head.weight")} | {"model.norm.weight": (WIDTH,)})
+    shapes = {
+        "self_attn.q_proj": (WIDTH, WIDTH),
+        "self_attn.k_proj": (head, WIDTH),
+        "self_attn.v_proj": (head, WIDTH),
+        "self_attn.o_proj": (WIDTH, WIDTH),
+        "mlp.gate_proj": (INNER, WIDTH),
+        "mlp.up_proj": (INNER, WIDTH),
+        "mlp.down_proj": (WIDTH, INNER),
+        "input_layernorm": (WIDTH,),
+        "post_attention_layernorm": (WIDTH,),
+    }
+    shards = [
+        {f"model.layers.{index}.{name}.weight": shape for name, shape in shapes.items()}
+        for index in range(blocks)
+    ]
+    shards.append(
+        {name: (vocabulary, WIDTH) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+        | {"model.norm.weight": (WIDTH,)}
+    )
     weight_map, total = {}, 0
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header, position = {}, 0
         for tensor, shape in tensors.items():
             size = 2 * int(np.prod(shape))
-            header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + size]}
+            header[tensor] = {
+                "dtype": "BF16",
+                "shape": shape,
+                "data_offsets": [position, position + size],
+            }
             position += size
         text = json.dumps(header).encode()
         with (folder / name).open("wb") as file:
@@ -54,10 +75,21 @@ def make_donor(folder: Path, blocks: int, vocabulary: int) -> int:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": WIDTH, "intermediate_size": INNER,
-        "num_hidden_layers": blocks, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": vocabulary,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2,
-        "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
     }
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = Path(__file__).parents[1] / "frankenmerge/demo/donors/base"
@@ -68,22 +100,45 @@ def make_donor(folder: Path, blocks: int, vocabulary: int) -> int:
 
 
 @click.command()
-@click.option("--folder", type=click.Path(path_type=Path), required=True, help="Where the donor is made; removed at the end.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Where the donor is made; removed at the end.",
+)
 @click.option("--gigabytes", default=8.0, show_default=True, help="The donor's size.")
 @click.option("--vocabulary", default=1024, show_default=True, help="Tokens to search.")
-@click.option("--limit", default=3.0, show_default=True, help="Gigabytes of address space the analysis may have.")
+@click.option(
+    "--limit",
+    default=3.0,
+    show_default=True,
+    help="Gigabytes of address space the analysis may have.",
+)
 @click.option("--dtype", default="float32", show_default=True, help="The type to compute in.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(folder: Path, gigabytes: float, vocabulary: int, limit: float, dtype: str, as_json: bool) -> None:
+def main(
+    folder: Path, gigabytes: float, vocabulary: int, limit: float, dtype: str, as_json: bool
+) -> None:
     """Analyze a made-up donor in less memory than it takes."""
     blocks = max(1, round(gigabytes * 1e9 / (2 * BLOCK)))
     try:
         size = make_donor(folder / "donor", blocks, vocabulary)
-        command = [sys.executable, "-m", "frankenmerge", "analyze", str(folder / "donor"), "-o", str(folder / "donor.atlas.safetensors")]
+        command = [
+            sys.executable,
+            "-m",
+            "frankenmerge",
+            "analyze",
+            str(folder / "donor"),
+            "-o",
+            str(folder / "donor.atlas.safetensors"),
+        ]
         environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
         started = time.perf_counter()
         done = subprocess.run(
-            [*command, "--dtype", dtype, "--json"], capture_output=True, text=True, env=environment,
+            [*command, "--dtype", dtype, "--json"],
+            capture_output=True,
+            text=True,
+            env=environment,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (int(limit * 1e9),) * 2),
         )
         seconds = time.perf_counter() - started
@@ -93,8 +148,14 @@ def main(folder: Path, gigabytes: float, vocabulary: int, limit: float, dtype: s
     if done.returncode:
         raise click.ClickException(done.stderr)
     result = {
-        "donor_gb": size / 1e9, "blocks": blocks, "vocabulary": vocabulary, "limit_gb": limit, "dtype": dtype, "seconds": seconds,
-        "peak_rss_gb": peak / 1e9, "block_gb": BLOCK * (4 if dtype == "float32" else 2) / 1e9,
+        "donor_gb": size / 1e9,
+        "blocks": blocks,
+        "vocabulary": vocabulary,
+        "limit_gb": limit,
+        "dtype": dtype,
+        "seconds": seconds,
+        "peak_rss_gb": peak / 1e9,
+        "block_gb": BLOCK * (4 if dtype == "float32" else 2) / 1e9,
     }
     if as_json:
         click.echo(json.dumps(result))

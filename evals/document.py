@@ -18,7 +18,15 @@ class Table:
     """One table of the document."""
 
     name: str
-    method: Literal["complete", "greedy", "gradient", "isolated gradient", "L1 inversion", "cosine inversion", "softmax prior"]
+    method: Literal[
+        "complete",
+        "greedy",
+        "gradient",
+        "isolated gradient",
+        "L1 inversion",
+        "cosine inversion",
+        "softmax prior",
+    ]
     features: str
     """In the document's notation, read by `parse_features` once the neurons are put in."""
     blocks: tuple[int, ...]
@@ -36,8 +44,22 @@ class Table:
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "gpt2": {"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
-    "gpt2-medium": {"model_type": "gpt2", "n_layer": 24, "n_embd": 1024, "n_head": 16, "n_positions": 1024, "vocab_size": 50257},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_layer": 12,
+        "n_embd": 768,
+        "n_head": 12,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+    },
+    "gpt2-medium": {
+        "model_type": "gpt2",
+        "n_layer": 24,
+        "n_embd": 1024,
+        "n_head": 16,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+    },
 } | {
     name: {
         "model_type": "llama",
@@ -54,7 +76,9 @@ MODELS: dict[str, dict[str, Any]] = {
         ("llama-30b", 60, 6656, 52, 17920),
     ]
 }
-"""The models the document used, told by these fields of their configs. (Llama 2 has 4096 positions.)"""
+"""The models the document used, told by these fields of their configs. (Llama 2 has 4096
+positions.)
+"""
 
 ARTEFACT = (
     "The page's strings are a decoding artefact: the tokens whose ids are the neurons' indices (`called` is token 2000 of Llama's). "
@@ -64,7 +88,11 @@ _RANDOM = "the weights are random, and the page's seed is unknown"
 _NO_TARGET = "the page names neither the block nor the output to be reached; here the output of the best token at this block"
 _NO_STEP = "the page gives no step size, and the softmax needs a temperature that it does not have"
 _SECOND_THOUSAND = (
-    "called called called called called", "ItemItemItemItemItem", "urauraurauraura", "vecvecvecvecvec", "emeemeemeemeeme",
+    "called called called called called",
+    "ItemItemItemItemItem",
+    "urauraurauraura",
+    "vecvecvecvecvec",
+    "emeemeemeemeeme",
 )
 _THIRTEEN_AT_4 = ("tamb would си]{da", "column tamb mar marity", "cal would tambIONils")
 
@@ -89,8 +117,22 @@ TABLES: tuple[Table, ...] = (
             },
         },
     ),
-    Table("inversion, L1", "L1 inversion", "[:, :, 0-3]", (1,), {"gpt2": {1: ("for", "im", "G", "$")}}, excuse=_NO_TARGET),
-    Table("inversion, cosine", "cosine inversion", "[:, :, 0-3]", (1,), {"gpt2": {1: ("!", '"', "qu", "$")}}, excuse=_NO_TARGET),
+    Table(
+        "inversion, L1",
+        "L1 inversion",
+        "[:, :, 0-3]",
+        (1,),
+        {"gpt2": {1: ("for", "im", "G", "$")}},
+        excuse=_NO_TARGET,
+    ),
+    Table(
+        "inversion, cosine",
+        "cosine inversion",
+        "[:, :, 0-3]",
+        (1,),
+        {"gpt2": {1: ("!", '"', "qu", "$")}},
+        excuse=_NO_TARGET,
+    ),
     Table(
         "softmax prior",
         "softmax prior",
@@ -112,9 +154,24 @@ TABLES: tuple[Table, ...] = (
         (1, 4, 8, 12, 16, 20, 24),
         {
             "gpt2": {
-                1: (" Pwr PwrItemTrackerItemTracker", " Claud Lara Lara Lara", " Peb Peb Peb Peb", "Viewtnctnctnc"),
-                4: ("ItemTracker interf interfItemTracker", "watched watched watched watched", "Peb Peb Peb Peb", ' (@"></ guiName"></'),
-                8: ("ItemTracker interf interf interf", "watched watched watched watched", " Peb Peb Peb Peb", '(@ guiName"></ guiName'),
+                1: (
+                    " Pwr PwrItemTrackerItemTracker",
+                    " Claud Lara Lara Lara",
+                    " Peb Peb Peb Peb",
+                    "Viewtnctnctnc",
+                ),
+                4: (
+                    "ItemTracker interf interfItemTracker",
+                    "watched watched watched watched",
+                    "Peb Peb Peb Peb",
+                    ' (@"></ guiName"></',
+                ),
+                8: (
+                    "ItemTracker interf interf interf",
+                    "watched watched watched watched",
+                    " Peb Peb Peb Peb",
+                    '(@ guiName"></ guiName',
+                ),
                 12: (
                     "ItemTracker interf interf interf",
                     " hostages herpes herpes herpes",
@@ -123,17 +180,43 @@ TABLES: tuple[Table, ...] = (
                 ),
             },
             "llama-7b": {
-                1: ("Hein Hein mang Hein", "cyl szere Woj cyl", "inf inf char inf", "travers travers assim feb"),
-                4: ("</s></s>", "cylнциклоuvud Externe", "character postgresql mysqliAppData", "</s>Q</s>l"),
+                1: (
+                    "Hein Hein mang Hein",
+                    "cyl szere Woj cyl",
+                    "inf inf char inf",
+                    "travers travers assim feb",
+                ),
+                4: (
+                    "</s></s>",
+                    "cylнциклоuvud Externe",
+                    "character postgresql mysqliAppData",
+                    "</s>Q</s>l",
+                ),
                 8: ("</s></s>", "cyllista Which Peru", "</s></s></s></s>", "</s>Q</s>Q"),
                 12: ("</s></s>", "cyl которой|чення", "characterparameters\\ \\", "</s>武²)."),
-                16: ("1!--puésugo", " dataframe Broad Mediabestanden", "</s> rép оп нап", "</s>武性ktiv"),
-                20: ("</s> thor webpack winter", " Cés That roughly", " .= Repub", "� traject traject traject"),
+                16: (
+                    "1!--puésugo",
+                    " dataframe Broad Mediabestanden",
+                    "</s> rép оп нап",
+                    "</s>武性ktiv",
+                ),
+                20: (
+                    "</s> thor webpack winter",
+                    " Cés That roughly",
+                    " .= Repub",
+                    "� traject traject traject",
+                ),
                 24: ("</s>CURCURCUR", "aussianclar circuit", "</s> rép оп §", "1) traject/"),
             },
         },
     ),
-    Table("gradient, first neurons", "gradient", "[:, :, 0-2]", (1,), {"llama-7b": {1: (None, None, None)}}),
+    Table(
+        "gradient, first neurons",
+        "gradient",
+        "[:, :, 0-2]",
+        (1,),
+        {"llama-7b": {1: (None, None, None)}},
+    ),
     Table(
         "gradient, single neurons",
         "gradient",
@@ -154,7 +237,11 @@ TABLES: tuple[Table, ...] = (
             "llama-30b": {
                 1: _SECOND_THOUSAND[:3],
                 4: _SECOND_THOUSAND[:3],
-                32: ("called planlearason current", "******** doesn())ason current", "ura statlearason current"),
+                32: (
+                    "called planlearason current",
+                    "******** doesn())ason current",
+                    "ura statlearason current",
+                ),
             }
         },
     ),
@@ -163,11 +250,32 @@ TABLES: tuple[Table, ...] = (
         "gradient",
         "[:, 0-4, {0}]",
         (1,),
-        {"llama-7b": {1: ("called Iger Alsolass", "are calledger Alsolass", "are I called Alsolass", "are Iger calledlass",
-                          "are Iger Also called")}},
+        {
+            "llama-7b": {
+                1: (
+                    "called Iger Alsolass",
+                    "are calledger Alsolass",
+                    "are I called Alsolass",
+                    "are Iger calledlass",
+                    "are Iger Also called",
+                )
+            }
+        },
     ),
-    Table("gradient, first neurons combined", "gradient", "[:, :, 0:4]", (1,), {"llama-7b": {1: (None,)}}),
-    Table("gradient, neurons combined", "gradient", "[:, :, {0}:{4}]", (1,), {"llama-7b": {1: ("vec calledura calledvec",)}}),
+    Table(
+        "gradient, first neurons combined",
+        "gradient",
+        "[:, :, 0:4]",
+        (1,),
+        {"llama-7b": {1: (None,)}},
+    ),
+    Table(
+        "gradient, neurons combined",
+        "gradient",
+        "[:, :, {0}:{4}]",
+        (1,),
+        {"llama-7b": {1: ("vec calledura calledvec",)}},
+    ),
     Table(
         "gradient, all neurons at one position",
         "gradient",
@@ -213,12 +321,24 @@ TABLES: tuple[Table, ...] = (
         (1, 4, 8),
         {
             "gpt2": {
-                1: ("Officers ii Denis variability", "onductASE Media tissue", " Comp accusationShiftShift",
-                    " separated activekef patented"),
-                4: (" Abortion contention variability variability", ' one 185 (" Ic', " coin Foss multiplied multiplied",
-                    " Ae archetype faded faded"),
-                8: (" Preferencesstrip Installation Installation", " one logosAmy sheet", "coin tiles unique backstory",
-                    " active MDMA incentiv thirst"),
+                1: (
+                    "Officers ii Denis variability",
+                    "onductASE Media tissue",
+                    " Comp accusationShiftShift",
+                    " separated activekef patented",
+                ),
+                4: (
+                    " Abortion contention variability variability",
+                    ' one 185 (" Ic',
+                    " coin Foss multiplied multiplied",
+                    " Ae archetype faded faded",
+                ),
+                8: (
+                    " Preferencesstrip Installation Installation",
+                    " one logosAmy sheet",
+                    "coin tiles unique backstory",
+                    " active MDMA incentiv thirst",
+                ),
             }
         },
         untrained=True,
@@ -233,15 +353,29 @@ TABLES: tuple[Table, ...] = (
         untrained=True,
     ),
     Table(
-        "untrained, gradient, single neurons", "gradient", "[:, :, {0}-{4}]", (1,), {"llama-7b": {1: _SECOND_THOUSAND}}, untrained=True
+        "untrained, gradient, single neurons",
+        "gradient",
+        "[:, :, {0}-{4}]",
+        (1,),
+        {"llama-7b": {1: _SECOND_THOUSAND}},
+        untrained=True,
     ),
     Table(
         "untrained, gradient, one position at a time",
         "gradient",
         "[:, 0-4, {0}]",
         (1,),
-        {"llama-7b": {1: ("calledremger partlass", "are calleddata Alsolass", "are I calledamplelass", "are Idata calledlass",
-                          "are Idataample called")}},
+        {
+            "llama-7b": {
+                1: (
+                    "calledremger partlass",
+                    "are calleddata Alsolass",
+                    "are I calledamplelass",
+                    "are Idata calledlass",
+                    "are Idataample called",
+                )
+            }
+        },
         untrained=True,
     ),
     Table(
@@ -249,7 +383,16 @@ TABLES: tuple[Table, ...] = (
         "gradient",
         "[:, :, {0}-{3}]",
         (4,),
-        {"llama-7b": {4: ("are calleddata called met", "Item larItemItem met", "uraFieldurauraura", "vecvecvec reallypha")}},
+        {
+            "llama-7b": {
+                4: (
+                    "are calleddata called met",
+                    "Item larItemItem met",
+                    "uraFieldurauraura",
+                    "vecvecvec reallypha",
+                )
+            }
+        },
         untrained=True,
     ),
     Table(
@@ -261,12 +404,18 @@ TABLES: tuple[Table, ...] = (
         untrained=True,
     ),
 )
-"""All tables, the untrained controls last. (The page heads the single positions of the untrained 7b with `0-2` and shows five.)"""
+"""All tables, the untrained controls last. (The page heads the single positions of the untrained 7b
+with `0-2` and shows five.)
+"""
 
 
 def model_of(config: Any) -> str | None:
     """Which of the document's models a config is of, by its shape."""
-    matching = (name for name, shape in MODELS.items() if all(getattr(config, key, None) == value for key, value in shape.items()))
+    matching = (
+        name
+        for name, shape in MODELS.items()
+        if all(getattr(config, key, None) == value for key, value in shape.items())
+    )
     return next(matching, None)
 
 
@@ -292,14 +441,20 @@ def split(cell: str, vocabulary: Collection[str], count: int) -> tuple[str, ...]
 
 
 def verdict(
-    found: Sequence[str], cell: str | None, *, positions: range | None = None, tokens: Sequence[str] | None = None, excuse: str = ""
+    found: Sequence[str],
+    cell: str | None,
+    *,
+    positions: range | None = None,
+    tokens: Sequence[str] | None = None,
+    excuse: str = "",
 ) -> Verdict:
     """Score the texts of the tokens found against a page's cell, white space apart.
 
     Args:
         found: the texts, one a position.
         cell: the page's string; None where it shows none for this model.
-        positions: where the feature is; the other positions, which it leaves as they began, are not scored. None scores all.
+        positions: where the feature is; the other positions, which it leaves as they began, are not
+            scored. None scores all.
         tokens: the cell as `split` reads it, needed where only some positions are scored.
         excuse: why a difference would tell nothing, if it would not.
     """

@@ -1,7 +1,8 @@
 """The tables of the document "Language Model Features", for any model, with a verdict on each of its cells.
 
-Where the model is one that the document used, the page's own string stands beside what is found here: `agrees` or `differs`,
-white space apart; `not comparable` where the page shows no such cell, or leaves out what decides it.
+Where the model is one that the document used, the page's own string stands beside what is found
+here: `agrees` or `differs`, white space apart; `not comparable` where the page shows no such cell,
+or leaves out what decides it.
 """
 
 import platform
@@ -16,7 +17,18 @@ from typing import Any, NamedTuple
 import click
 import torch
 import transformers
-from document import ARTEFACT, FIRST_NEURON, MODELS, TABLES, Table, Verdict, model_of, split, squeezed, verdict
+from document import (
+    ARTEFACT,
+    FIRST_NEURON,
+    MODELS,
+    TABLES,
+    Table,
+    Verdict,
+    model_of,
+    split,
+    squeezed,
+    verdict,
+)
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
@@ -61,7 +73,9 @@ class Cell(NamedTuple):
     texts: list[str]
     page: str | None
     page_ids: list[list[int]] | None
-    """For each token of the document's string the ids it may be; in gradient tables below the width, as the artefact's are."""
+    """For each token of the document's string the ids it may be; in gradient tables below the
+    width, as the artefact's are.
+    """
     verdict: Verdict
     artefact: bool
     """Whether the tokens are neurons' indices in disguise."""
@@ -102,7 +116,9 @@ def greedy(donor: Donor, specs: list[Feature]) -> Found:
 
 def gradient(isolated: bool) -> Method:
     def search(donor: Donor, specs: list[Feature]) -> Found:
-        found = gradient_search(donor.model, specs, tokens=GRADIENT_TOKENS, isolated=isolated, decoder=donor.decoder)
+        found = gradient_search(
+            donor.model, specs, tokens=GRADIENT_TOKENS, isolated=isolated, decoder=donor.decoder
+        )
         return {DECODED: found.tokens.tolist(), FLAGGED: decode_hidden(found.embeddings).tolist()}
 
     return search
@@ -112,9 +128,14 @@ def inversion(loss: Loss) -> Method:
     def search(donor: Donor, specs: list[Feature]) -> Found:
         found = []
         for block, row in groupby(specs, key=lambda spec: spec.block):
-            best = torch.tensor(donor.best.tokens[block, [spec.neurons.start for spec in row]], device=embedding_of(donor.model).device)
+            best = torch.tensor(
+                donor.best.tokens[block, [spec.neurons.start for spec in row]],
+                device=embedding_of(donor.model).device,
+            )
             outputs = outputs_of(donor.model, best.long(), block)
-            found += invert(donor.model, outputs, block, loss=loss, decoder=donor.decoder).tokens.tolist()
+            found += invert(
+                donor.model, outputs, block, loss=loss, decoder=donor.decoder
+            ).tokens.tolist()
         return {"": found}
 
     return search
@@ -144,8 +165,12 @@ def filled(table: Table, donor: Donor, texts: list[str], page: str | None) -> di
     if table.excuse:
         notes.append(f"A difference tells nothing: {table.excuse}.")
     if notation != table.features and first != FIRST_NEURON:
-        notes.append(f"Neurons from {first} on stand for those from {FIRST_NEURON} on: the model is {width} wide.")
-    asked, missing = features(table, notation, len(blocks_of(donor.model)), width, table.pages.get(page or "", {}))
+        notes.append(
+            f"Neurons from {first} on stand for those from {FIRST_NEURON} on: the model is {width} wide."
+        )
+    asked, missing = features(
+        table, notation, len(blocks_of(donor.model)), width, table.pages.get(page or "", {})
+    )
     by_text = ids_by_text(texts[:width] if table.artefact else texts)
     found = METHODS[table.method](donor, [feature.spec for feature in asked]) if asked else {}
     cells = [
@@ -153,9 +178,19 @@ def filled(table: Table, donor: Donor, texts: list[str], page: str | None) -> di
         for row, feature in enumerate(asked)
         for way, inputs in found.items()
     ]
-    if table.artefact and (indices := own_indices([feature.spec for feature in asked], found[FLAGGED])):
-        missing.append(f"On the hidden axis {sum(indices)} of {len(indices)} tokens have the id of their own neuron.")
-    return {"table": table.name, "features": notation, "untrained": table.untrained, "notes": notes + missing, "cells": cells}
+    if table.artefact and (
+        indices := own_indices([feature.spec for feature in asked], found[FLAGGED])
+    ):
+        missing.append(
+            f"On the hidden axis {sum(indices)} of {len(indices)} tokens have the id of their own neuron."
+        )
+    return {
+        "table": table.name,
+        "features": notation,
+        "untrained": table.untrained,
+        "notes": notes + missing,
+        "cells": cells,
+    }
 
 
 def own_indices(specs: list[Feature], inputs: list[list[int]]) -> list[bool]:
@@ -177,7 +212,9 @@ def features(
         specs = parse_features(notation, block, width)
         page = pages.get(block, ())
         if page and len(page) != len(specs):
-            notes.append(f"The page's row of block {block} has {len(page)} cells for {len(specs)} features: {page}.")
+            notes.append(
+                f"The page's row of block {block} has {len(page)} cells for {len(specs)} features: {page}."
+            )
         if block <= depth:
             asked += map(Asked, specs, page if len(page) == len(specs) else [None] * len(specs))
     if deeper := [str(block) for block in table.blocks if block > depth]:
@@ -193,7 +230,14 @@ def ids_by_text(texts: list[str]) -> dict[str, list[int]]:
     return ids
 
 
-def cell(table: Table, asked: Asked, way: str, ids: list[int], texts: list[str], by_text: dict[str, list[int]]) -> Cell:
+def cell(
+    table: Table,
+    asked: Asked,
+    way: str,
+    ids: list[int],
+    texts: list[str],
+    by_text: dict[str, list[int]],
+) -> Cell:
     spec, page = asked
     words = [texts[token] for token in ids]
     tokens = None if page is None else split(page, by_text, len(ids))
@@ -211,11 +255,15 @@ def cell(table: Table, asked: Asked, way: str, ids: list[int], texts: list[str],
     )
 
 
-def measured(checkpoint: Checkpoint, tables: Sequence[Table], seed: int, device: str, dtype: str) -> dict[str, Any]:
+def measured(
+    checkpoint: Checkpoint, tables: Sequence[Table], seed: int, device: str, dtype: str
+) -> dict[str, Any]:
     """Fill the tables for one model: those of its own weights, then those of random ones, drawn by the next seed."""
     config = AutoConfig.for_model(**checkpoint.config)
     named, trained = checkpoint.has_tokenizer, bool(checkpoint.tensors)
-    texts = token_texts(checkpoint) if named else [f"<{token}>" for token in range(config.vocab_size)]
+    texts = (
+        token_texts(checkpoint) if named else [f"<{token}>" for token in range(config.vocab_size)]
+    )
     document_model = model_of(config) if named else None
     drawn_on = "cpu" if device == "auto" else device
     told = []
@@ -225,7 +273,9 @@ def measured(checkpoint: Checkpoint, tables: Sequence[Table], seed: int, device:
             continue
         own = trained and not untrained
         donor = Donor(
-            load_model(checkpoint, dtype=dtype, device=device) if own else untrained_model(checkpoint, seed + untrained, device=drawn_on)
+            load_model(checkpoint, dtype=dtype, device=device)
+            if own
+            else untrained_model(checkpoint, seed + untrained, device=drawn_on)
         )
         for table in chosen:
             click.echo(f"{checkpoint.name}: {table.name}", err=True)
@@ -242,13 +292,22 @@ def measured(checkpoint: Checkpoint, tables: Sequence[Table], seed: int, device:
 
 def random_checkpoint(name: str, tokenizer: Path | None) -> Checkpoint:
     """A checkpoint without weights, in the shape of one of the document's models, for `untrained_model` to draw them."""
-    return Checkpoint(f"random {name}", tokenizer or Path(f"random {name}"), AutoConfig.for_model(**MODELS[name]).to_dict(), {})
+    return Checkpoint(
+        f"random {name}",
+        tokenizer or Path(f"random {name}"),
+        AutoConfig.for_model(**MODELS[name]).to_dict(),
+        {},
+    )
 
 
 def show(told: dict[str, Any], out: Console) -> None:
     """Print one model's tables."""
     shape = told["document_model"] or "none of the models of the document, by its shape"
-    out.print(f"{told['model']}: {shape}{'' if told['trained'] else ', random weights'}\n", style="bold", markup=False)
+    out.print(
+        f"{told['model']}: {shape}{'' if told['trained'] else ', random weights'}\n",
+        style="bold",
+        markup=False,
+    )
     for table in told["tables"]:
         rows = {"block": [], "feature": [], "way": [], "found": [], "document": [], "verdict": []}
         for cell in table["cells"]:
@@ -259,7 +318,9 @@ def show(told: dict[str, Any], out: Console) -> None:
             rows["document"].append("" if cell["page"] is None else repr(cell["page"]))
             rows["verdict"].append(cell["verdict"])
         rows = {name: column for name, column in rows.items() if any(column)}
-        made = RichTable(*rows, title=f"{table['table']}, {table['features']}", title_justify="left", box=SIMPLE)
+        made = RichTable(
+            *rows, title=f"{table['table']}, {table['features']}", title_justify="left", box=SIMPLE
+        )
         for row in zip(*rows.values(), strict=True):
             made.add_row(*map(escape, row))
         if rows:
@@ -272,12 +333,32 @@ def show(told: dict[str, Any], out: Console) -> None:
 
 
 @click.command()
-@click.option("--model", "donors", multiple=True, help="A donor's folder or hub id; may be repeated.")
-@click.option("--random", "shape", type=click.Choice(list(MODELS)), help="Random weights in the shape of one of the document's models.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Its folder, for --random; without one, tokens are shown as ids.")
-@click.option("--seed", default=0, show_default=True, help="Draws the random weights; the next seed, those of the untrained control.")
 @click.option(
-    "--table", "names", multiple=True, type=click.Choice([table.name for table in TABLES]), help="May be repeated; all by default."
+    "--model", "donors", multiple=True, help="A donor's folder or hub id; may be repeated."
+)
+@click.option(
+    "--random",
+    "shape",
+    type=click.Choice(list(MODELS)),
+    help="Random weights in the shape of one of the document's models.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="Its folder, for --random; without one, tokens are shown as ids.",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help="Draws the random weights; the next seed, those of the untrained control.",
+)
+@click.option(
+    "--table",
+    "names",
+    multiple=True,
+    type=click.Choice([table.name for table in TABLES]),
+    help="May be repeated; all by default.",
 )
 @console.device_option
 @console.dtype_option

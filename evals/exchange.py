@@ -1,7 +1,8 @@
 """Do the scores know which blocks can stand for one another? Both tests of exchangeability beside alignment.
 
-Replacement: A with its block `i` replaced by B's block `j`, for every `i` and `j`. Interchange: A's blocks `i` and `j` change places.
-Prints Spearman's rho of every score, of what is given to the two blocks, with minus the divergence on random tokens.
+Replacement: A with its block `i` replaced by B's block `j`, for every `i` and `j`. Interchange: A's
+blocks `i` and `j` change places. Prints Spearman's rho of every score, of what is given to the two
+blocks, with minus the divergence on random tokens.
 """
 
 import json
@@ -30,17 +31,26 @@ def main(donor_a: str, donor_b: str, as_json: bool) -> None:
     a, b = ((name, donors[name].blocks) for name in (donor_a, donor_b))
     found = exchange(a, b, {name: load_model(donor) for name, donor in donors.items()})
     atlases = {name: analyze(donor) for name, donor in donors.items()}
-    between, within = align(atlases[donor_a], atlases[donor_b]), align(atlases[donor_a], atlases[donor_a])
+    between, within = (
+        align(atlases[donor_a], atlases[donor_b]),
+        align(atlases[donor_a], atlases[donor_a]),
+    )
     upper = np.triu_indices(a[1], 1)
     result = {
         name: {
-            "replacement": _rho(between.scores[name].matrix[:-1, :-1].ravel(), -found.replacement[0].ravel()),
-            "interchange": _rho(within.scores[name].matrix[:-1, :-1][upper], -found.interchange[0][upper]),
+            "replacement": _rho(
+                between.scores[name].matrix[:-1, :-1].ravel(), -found.replacement[0].ravel()
+            ),
+            "interchange": _rho(
+                within.scores[name].matrix[:-1, :-1][upper], -found.interchange[0][upper]
+            ),
         }
         for name in between.scores
     }
     if as_json:
-        tables = {name: [table.tolist() for table in pair] for name, pair in found._asdict().items()}
+        tables = {
+            name: [table.tolist() for table in pair] for name, pair in found._asdict().items()
+        }
         click.echo(json.dumps({"spearman": result, "nats": tables}))
         return
     made = Table(title="Spearman's rho with what exchanged blocks cost")

@@ -1,7 +1,7 @@
 """How excited do the gradient searches leave a neuron? Each one's single token, against all tokens of the vocabulary.
 
-0 is the vocabulary's mean, what a random token gives, and 1 its best token, what complete search finds. Measure on neurons that no
-setting was chosen on.
+0 is the vocabulary's mean, what a random token gives, and 1 its best token, what complete search
+finds. Measure on neurons that no setting was chosen on.
 """
 
 import json
@@ -41,10 +41,22 @@ def excitement(model: PreTrainedModel) -> np.ndarray:
 
 
 @click.command()
-@click.option("--donor", default="frankenmerge/demo/donors/base", show_default=True, help="A donor's folder or hub id.")
+@click.option(
+    "--donor",
+    default="frankenmerge/demo/donors/base",
+    show_default=True,
+    help="A donor's folder or hub id.",
+)
 @click.option("--first", default=64, show_default=True, help="The first neuron.")
 @click.option("--last", default=127, show_default=True, help="The last neuron.")
-@click.option("--block", "blocks", default=(1, 4, 8), show_default=True, multiple=True, help="A block; may be repeated.")
+@click.option(
+    "--block",
+    "blocks",
+    default=(1, 4, 8),
+    show_default=True,
+    multiple=True,
+    help="A block; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(donor: str, first: int, last: int, blocks: tuple[int, ...], as_json: bool) -> None:
     """Measure the searches on some neurons of some blocks."""
@@ -57,20 +69,43 @@ def main(donor: str, first: int, last: int, blocks: tuple[int, ...], as_json: bo
         return np.asarray(values, dtype=np.float64).reshape(len(blocks), -1).mean(axis=1).tolist()
 
     def told(search: str, tokens, gap=None) -> dict:
-        values = [reached[feature.block, feature.neuron, token] for feature, (token,) in zip(features, tokens.tolist(), strict=True)]
-        return {"search": search, "excitement": by_block(values), "gap": None if gap is None else by_block(gap)}
+        values = [
+            reached[feature.block, feature.neuron, token]
+            for feature, (token,) in zip(features, tokens.tolist(), strict=True)
+        ]
+        return {
+            "search": search,
+            "excitement": by_block(values),
+            "gap": None if gap is None else by_block(gap),
+        }
 
-    rows = [told(f"embedding gradient, {name}", gradient_search(model, features, tokens=1, optimizer=name).tokens)
-            for name in ("descent", "adam")]
+    rows = [
+        told(
+            f"embedding gradient, {name}",
+            gradient_search(model, features, tokens=1, optimizer=name).tokens,
+        )
+        for name in ("descent", "adam")
+    ]
     settings = [(temperatures, step) for temperatures, steps in PRIORS.items() for step in steps]
     for temperatures, step in track(settings, "searching", console=Console(stderr=True)):
         found = prior_search(model, features, tokens=1, temperatures=temperatures, step=step)
-        rows.append(told(f"prior, temperature {temperatures[0]} to {temperatures[1]}, step {step}", found.tokens, found.gap))
+        rows.append(
+            told(
+                f"prior, temperature {temperatures[0]} to {temperatures[1]}, step {step}",
+                found.tokens,
+                found.gap,
+            )
+        )
     made = {"donor": checkpoint.fingerprint, "neurons": [first, last], "blocks": blocks}
     if as_json:
         click.echo(json.dumps({"searches": rows, "made": made}))
         return
-    table = Table("search", *(f"block {block}" for block in blocks), "1 - max(a)", title=f"{donor}, neurons {first} to {last}")
+    table = Table(
+        "search",
+        *(f"block {block}" for block in blocks),
+        "1 - max(a)",
+        title=f"{donor}, neurons {first} to {last}",
+    )
     for row in rows:
         gaps = "" if row["gap"] is None else ", ".join(f"{gap:.3f}" for gap in row["gap"])
         table.add_row(row["search"], *(f"{value:.2f}" for value in row["excitement"]), gaps)

@@ -1,9 +1,11 @@
 """Matches: a donor's neurons, heads and stream brought to the places that another donor keeps them in, changing nothing it computes.
 
-A block computes the same with the neurons of its FFN in any order, each with its sign in `up` and `down` flipped or not, with its
-key-value heads in any order and the query heads of each in any, and with the values of a key-value head in any orthogonal basis
-(Ainsworth et al. 2023, Git Re-Basin, for the orders). Before two donors' weights are averaged, these are chosen so that both do the
-same things at the same places: by assignment on what they compute on the same tokens, the stream by one turn for all depths.
+A block computes the same with the neurons of its FFN in any order, each with its sign in `up` and
+`down` flipped or not, with its key-value heads in any order and the query heads of each in any, and
+with the values of a key-value head in any orthogonal basis (Ainsworth et al. 2023, Git Re-Basin,
+for the orders). Before two donors' weights are averaged, these are chosen so that both do the same
+things at the same places: by assignment on what they compute on the same tokens, the stream by one
+turn for all depths.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,11 +62,18 @@ class Match(NamedTuple):
 def activations(model: PreTrainedModel, ids: Tensor) -> Activations:
     """Run a donor on tokens `[n, s]`.
 
-    Raises FrankenmergeError for one whose blocks are not made of `self_attn.o_proj` and `mlp.down_proj` as Llama's are.
+    Raises FrankenmergeError for one whose blocks are not made of `self_attn.o_proj` and
+    `mlp.down_proj` as Llama's are.
     """
     read: dict[str, Tensor] = {}
-    sites = {f"{index}.{name}": _map(block, name) for index, block in enumerate(blocks_of(model)) for name in (HEADS, NEURONS)}
-    handles = [module.register_forward_pre_hook(_keeping(read, site)) for site, module in sites.items()]
+    sites = {
+        f"{index}.{name}": _map(block, name)
+        for index, block in enumerate(blocks_of(model))
+        for name in (HEADS, NEURONS)
+    }
+    handles = [
+        module.register_forward_pre_hook(_keeping(read, site)) for site, module in sites.items()
+    ]
     try:
         with block_outputs(model) as outputs:
             forward(model, input_ids=ids)
@@ -73,7 +82,10 @@ def activations(model: PreTrainedModel, ids: Tensor) -> Activations:
         for handle in handles:
             handle.remove()
     heads = model.config.num_attention_heads
-    inside = [Inside(read[f"{index}.{NEURONS}"], read[f"{index}.{HEADS}"].unflatten(1, (heads, -1))) for index in range(len(stream) - 1)]
+    inside = [
+        Inside(read[f"{index}.{NEURONS}"], read[f"{index}.{HEADS}"].unflatten(1, (heads, -1)))
+        for index in range(len(stream) - 1)
+    ]
     return Activations(stream, inside)
 
 
@@ -81,7 +93,12 @@ def _map(block: nn.Module, name: str) -> nn.Module:
     modules = dict(block.named_modules())
     for needed in (name, name.replace("o_proj", "v_proj").replace("down_proj", "up_proj")):
         if needed not in modules:
-            raise fail("blocks", f"a map {needed}, as Llama's blocks have", "none", "average donors of Llama's build")
+            raise fail(
+                "blocks",
+                f"a map {needed}, as Llama's blocks have",
+                "none",
+                "average donors of Llama's build",
+            )
     return modules[name]
 
 
@@ -113,15 +130,18 @@ def joint_turn(source: Sequence[Tensor], target: Sequence[Tensor]) -> Turn:
 def match(of_a: Inside, of_b: Inside, groups: int) -> Match:
     """Match one block of B to one of A by what they compute at the same positions.
 
-    Neurons by the size of their correlation. Heads by how much of one's output is a turn of the other's (the nuclear norm of
-    their cross product over their lengths), which no basis of the values changes; groups by their heads in the best order.
+    Neurons by the size of their correlation. Heads by how much of one's output is a turn of the
+    other's (the nuclear norm of their cross product over their lengths), which no basis of the
+    values changes; groups by their heads in the best order.
 
     Args:
         of_a: what A's block computes.
         of_b: what B's block computes.
         groups: how many key-value heads there are.
     """
-    return Match(*match_neurons(of_a.neurons, of_b.neurons), *_heads(of_a.heads, of_b.heads, groups))
+    return Match(
+        *match_neurons(of_a.neurons, of_b.neurons), *_heads(of_a.heads, of_b.heads, groups)
+    )
 
 
 def match_neurons(of_a: Tensor, of_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,16 +157,22 @@ def _heads(of_a: Tensor, of_b: Tensor, groups: int) -> tuple[Tensor, Tensor, Ten
     alike, each = torch.linalg.matrix_norm(products, "nuc"), len(products) // groups
     pairs = alike.unflatten(0, (groups, each)).unflatten(2, (groups, each)).transpose(1, 2)
     within = [[_assigned(pair) for pair in row] for row in pairs]
-    total = torch.tensor([[float(pairs[g, k][within[g][k]].sum()) for k in range(groups)] for g in range(groups)])
+    total = torch.tensor(
+        [[float(pairs[g, k][within[g][k]].sum()) for k in range(groups)] for g in range(groups)]
+    )
     _, order = _assigned(total)
     heads = torch.cat([k * each + within[g][k][1] for g, k in enumerate(order.tolist())])
-    left, _, right = torch.linalg.svd(products[torch.arange(len(heads)), heads].unflatten(0, (groups, each)).sum(1))
+    left, _, right = torch.linalg.svd(
+        products[torch.arange(len(heads)), heads].unflatten(0, (groups, each)).sum(1)
+    )
     return order, heads, left @ right
 
 
 def _unit(states: Tensor, over: tuple[int, ...]) -> Tensor:
     states = states.double()
-    return states / states.norm(dim=over, keepdim=True).clamp_min(1e-30)  # what is always zero stays zero
+    return states / states.norm(dim=over, keepdim=True).clamp_min(
+        1e-30
+    )  # what is always zero stays zero
 
 
 def _assigned(gain: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +208,9 @@ def _placed(name: str, tensor: Tensor, found: Match) -> Tensor:
     return tensor
 
 
-def matched_model(state: Mapping[str, Tensor], architecture: Architecture, found: Sequence[Match]) -> dict[str, Tensor]:
+def matched_model(
+    state: Mapping[str, Tensor], architecture: Architecture, found: Sequence[Match]
+) -> dict[str, Tensor]:
     """All of B's tensors, by name, with the parts of every block at A's places; in float64."""
     made = {name: tensor.double() for name, tensor in state.items()}
     for index, names in _blocks(state, architecture).items():
@@ -191,19 +219,25 @@ def matched_model(state: Mapping[str, Tensor], architecture: Architecture, found
     return made
 
 
-def turned_model(state: Mapping[str, Tensor], architecture: Architecture, turn: Turn) -> dict[str, Tensor]:
+def turned_model(
+    state: Mapping[str, Tensor], architecture: Architecture, turn: Turn
+) -> dict[str, Tensor]:
     """All of a donor's tensors, by name, in another basis of the stream, the norms' gains moved into the maps; in float64.
 
     The head must be among them, and is no longer the embedding's transpose.
     """
     made: dict[str, Tensor] = {}
     for names in _blocks(state, architecture).values():
-        result = turned_all({canonical: state[name] for canonical, name in names.items()}, architecture, turn)
+        result = turned_all(
+            {canonical: state[name] for canonical, name in names.items()}, architecture, turn
+        )
         made |= {name: result[canonical] for canonical, name in names.items()}
     return made
 
 
-def _blocks(state: Mapping[str, Tensor], architecture: Architecture) -> dict[int | None, dict[str, str]]:
+def _blocks(
+    state: Mapping[str, Tensor], architecture: Architecture
+) -> dict[int | None, dict[str, str]]:
     """Names by canonical names, by block; None for what lies outside the blocks."""
     blocks: dict[int | None, dict[str, str]] = {}
     for name in state:

@@ -1,15 +1,17 @@
 """The merge methods against mergekit's, on the same tiny donors with the same recipes, mergekit in an environment of its own.
 
-Donors are float32 Llamas with random weights, the models a few thousandths from the base, so that no two changes are equal: which of
-equal changes stay is left to chance in mergekit. Both compute in float32. For every recipe: the largest difference over
-the tensor's largest magnitude, and the share of elements that differ once rounded to bfloat16. Random methods are compared by
-what they do to the changes: their mean, their variance, the share that is not 0.
+Donors are float32 Llamas with random weights, the models a few thousandths from the base, so that
+no two changes are equal: which of equal changes stay is left to chance in mergekit. Both compute in
+float32. For every recipe: the largest difference over the tensor's largest magnitude, and the share
+of elements that differ once rounded to bfloat16. Random methods are compared by what they do to the
+changes: their mean, their variance, the share that is not 0.
 
-Then the same donors in bfloat16, merged into bfloat16: the share of elements that are not the nearest to the float64 result, ours and
-mergekit's, its `dtype` bfloat16 as in most recipes, or float32 with `out_dtype`. Of linear combinations the float64 result has its
-inner products and sums in float64, the formulas of the coefficients being `methods/span.py`'s; of the other methods it is mergekit's
-own with `dtype: float64`. These keep every element there (density 1, gamma 0, no select_topk): which of equal changes stay, and which
-chance takes, is no matter of rounding.
+Then the same donors in bfloat16, merged into bfloat16: the share of elements that are not the
+nearest to the float64 result, ours and mergekit's, its `dtype` bfloat16 as in most recipes, or
+float32 with `out_dtype`. Of linear combinations the float64 result has its inner products and sums
+in float64, the formulas of the coefficients being `methods/span.py`'s; of the other methods it is
+mergekit's own with `dtype: float64`. These keep every element there (density 1, gamma 0, no
+select_topk): which of equal changes stay, and which chance takes, is no matter of rounding.
 """
 
 import json
@@ -34,7 +36,18 @@ from frankenmerge.splicing.methods import METHODS, span
 from frankenmerge.splicing.methods.inputs import Part, inputs_of
 
 MERGEKIT = "0.1.5"
-NEEDS = ("accelerate", "click", "huggingface_hub", "immutables", "peft", "protobuf", "pydantic", "safetensors", "scipy", "sentencepiece")
+NEEDS = (
+    "accelerate",
+    "click",
+    "huggingface_hub",
+    "immutables",
+    "peft",
+    "protobuf",
+    "pydantic",
+    "safetensors",
+    "scipy",
+    "sentencepiece",
+)
 NEEDS += ("tokenizers", "tqdm", "transformers", "typing-extensions")
 SEED = 0
 WIDTH, INNER, VOCABULARY = 64, 160, 512
@@ -62,13 +75,19 @@ class Case(NamedTuple):
     base: bool
 
     def __str__(self) -> str:
-        return ", ".join([self.method, *(f"{name} {value}" for name, value in self.parameters.items())])
+        return ", ".join(
+            [self.method, *(f"{name} {value}" for name, value in self.parameters.items())]
+        )
 
     @property
     def whole(self) -> "Case":
         """Without dropping anything."""
         none = {"density": 1.0, "gamma": 0.0}
-        return self._replace(models=[{name: none.get(name, value) for name, value in own.items()} for own in self.models])
+        return self._replace(
+            models=[
+                {name: none.get(name, value) for name, value in own.items()} for own in self.models
+            ]
+        )
 
     @property
     def title(self) -> str:
@@ -77,8 +96,14 @@ class Case(NamedTuple):
 
     def recipe(self, donors: Path, **types: str) -> dict[str, Any]:
         """As mergekit reads it; where it wants the base among the models, it is there."""
-        models = [{"model": str(donors / str(number)), "parameters": own} for number, own in enumerate(self.models)]
-        recipe: dict[str, Any] = {"merge_method": self.method, "parameters": self.parameters} | types
+        models = [
+            {"model": str(donors / str(number)), "parameters": own}
+            for number, own in enumerate(self.models)
+        ]
+        recipe: dict[str, Any] = {
+            "merge_method": self.method,
+            "parameters": self.parameters,
+        } | types
         if self.base:
             recipe["base_model"] = str(donors / "base")
         if self.method in ("slerp", "nearswap", "arcee_fusion", "model_stock"):
@@ -87,11 +112,19 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    own = [{"weight": 0.5, "density": 0.53}, {"weight": 0.3, "density": 0.4}, {"weight": 0.4, "density": 0.6}]
+    own = [
+        {"weight": 0.5, "density": 0.53},
+        {"weight": 0.3, "density": 0.4},
+        {"weight": 0.4, "density": 0.6},
+    ]
     extra = {
         "slerp": [{"t": 0.3}],
         "nearswap": [{"t": 0.002}],
-        "nuslerp": [{}, {"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
+        "nuslerp": [
+            {},
+            {"nuslerp_flatten": False},
+            {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+        ],
         "sce": [{}, {"select_topk": 0.4}],
         "model_stock": [{}, {"filter_wise": True}],
         "ties": [{}, {"normalize": False, "rescale": True, "lambda": 0.7}],
@@ -100,19 +133,32 @@ def cases() -> list[Case]:
     found = []
     for method, spec in METHODS.items():
         known = [{"scale": 0.7, **values} for values in own[: spec.models[1] or 3]]
-        models = [{name: value for name, value in values.items() if name in spec.parameters} for values in known]
+        models = [
+            {name: value for name, value in values.items() if name in spec.parameters}
+            for values in known
+        ]
         for base in {"none": [False], "optional": [False, True], "required": [True]}[spec.base]:
-            found += [Case(method, models, parameters, base) for parameters in extra.get(method, [{}])]
+            found += [
+                Case(method, models, parameters, base) for parameters in extra.get(method, [{}])
+            ]
     return found
 
 
 def made_donors() -> dict[str, dict[str, Tensor]]:
     """Llamas of two blocks: a base and three models."""
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "lm_head.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
+    shapes = {
+        "model.embed_tokens.weight": (VOCABULARY, WIDTH),
+        "lm_head.weight": (VOCABULARY, WIDTH),
+        "model.norm.weight": (WIDTH,),
+    }
     for block in range(2):
         for name, shape in {
             **{f"self_attn.{letter}_proj": (WIDTH, WIDTH) for letter in "qkvo"},
-            **{"mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH), "mlp.down_proj": (WIDTH, INNER)},
+            **{
+                "mlp.gate_proj": (INNER, WIDTH),
+                "mlp.up_proj": (INNER, WIDTH),
+                "mlp.down_proj": (WIDTH, INNER),
+            },
             **{"input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,)},
         }.items():
             shapes[f"model.layers.{block}.{name}.weight"] = shape
@@ -120,19 +166,48 @@ def made_donors() -> dict[str, dict[str, Tensor]]:
     base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     donors = {"base": base}
     for number in range(3):
-        donors[str(number)] = {name: tensor + 0.005 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()}
+        donors[str(number)] = {
+            name: tensor + 0.005 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in base.items()
+        }
     return donors
 
 
-def write_donors(donors: dict[str, dict[str, Tensor]], dtype: torch.dtype, folder: Path) -> dict[str, dict[str, Tensor]]:
+def write_donors(
+    donors: dict[str, dict[str, Tensor]], dtype: torch.dtype, folder: Path
+) -> dict[str, dict[str, Tensor]]:
     """Write them in a type; what is returned is what was written."""
     config = {
-        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": INNER},
-        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5},
-        **{"tie_word_embeddings": False, "torch_dtype": str(dtype).removeprefix("torch."), "max_position_embeddings": 64},
+        **{
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": WIDTH,
+            "intermediate_size": INNER,
+        },
+        **{
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "vocab_size": VOCABULARY,
+            "rms_norm_eps": 1e-5,
+        },
+        **{
+            "tie_word_embeddings": False,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+            "max_position_embeddings": 64,
+        },
     }
-    tokenizer = {"model": {"type": "BPE", "vocab": {f"t{index}": index for index in range(VOCABULARY)}, "merges": []}}
-    written = {name: {key: tensor.to(dtype) for key, tensor in tensors.items()} for name, tensors in donors.items()}
+    tokenizer = {
+        "model": {
+            "type": "BPE",
+            "vocab": {f"t{index}": index for index in range(VOCABULARY)},
+            "merges": [],
+        }
+    }
+    written = {
+        name: {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        for name, tensors in donors.items()
+    }
     for name, tensors in written.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -144,24 +219,43 @@ def write_donors(donors: dict[str, dict[str, Tensor]], dtype: torch.dtype, folde
 def ours(recipes: list[Path]) -> None:
     """Merge every recipe as a user would, each into the folder of its name with `-ours` behind it."""
     for recipe in recipes:
-        checked_run([sys.executable, "-m", "frankenmerge", "merge", str(recipe), f"{recipe.with_suffix('')}-ours"])
+        checked_run(
+            [
+                sys.executable,
+                "-m",
+                "frankenmerge",
+                "merge",
+                str(recipe),
+                f"{recipe.with_suffix('')}-ours",
+            ]
+        )
 
 
 def checked_run(command: list[Any]) -> None:
     """Run a program; end with what it said where it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))[:300]} ended with {done.returncode}:\n{done.stderr}")
+        sys.exit(
+            f"{' '.join(map(str, command))[:300]} ended with {done.returncode}:\n{done.stderr}"
+        )
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def peer_version(python: Path) -> str | None:
     """The version of the mergekit that an interpreter has; None without."""
     program = "from importlib.metadata import version; print(version('mergekit'))"
-    done = subprocess.run([python, "-c", program], capture_output=True, text=True) if python.exists() else None
+    done = (
+        subprocess.run([python, "-c", program], capture_output=True, text=True)
+        if python.exists()
+        else None
+    )
     return done.stdout.strip() if done and not done.returncode else None
 
 
@@ -171,7 +265,11 @@ def peer_python(folder: Path) -> Path:
     if peer_version(python) is None:
         venv.create(folder, with_pip=True)
         torch_version = torch.__version__.split("+")[0]
-        for packages in ([f"torch=={torch_version}"], ["--no-deps", f"mergekit=={MERGEKIT}"], [f"torch=={torch_version}", *NEEDS]):
+        for packages in (
+            [f"torch=={torch_version}"],
+            ["--no-deps", f"mergekit=={MERGEKIT}"],
+            [f"torch=={torch_version}", *NEEDS],
+        ):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     return python
 
@@ -199,7 +297,10 @@ def merged(listed: Listed, donors: Path, folder: Path, python: Path) -> list[tup
     """Merge every case in its types by both programs: (ours, mergekit's) for each."""
     recipes = recipes_in(folder, listed, donors)
     ours(recipes)
-    return [(tensors_of(folder / f"{recipe.stem}-ours"), peer) for recipe, peer in zip(recipes, theirs(recipes, python), strict=True)]
+    return [
+        (tensors_of(folder / f"{recipe.stem}-ours"), peer)
+        for recipe, peer in zip(recipes, theirs(recipes, python), strict=True)
+    ]
 
 
 def exact(case: Case, donors: dict[str, dict[str, Tensor]], name: str) -> np.ndarray:
@@ -213,11 +314,19 @@ def exact(case: Case, donors: dict[str, dict[str, Tensor]], name: str) -> np.nda
     shape = tuple(donors["base"][name].shape)
     base = part("base", {}) if case.base else None
     inputs, coefficients, per = span.RULES[case.method](
-        inputs_of(case.method, parts, base, shape=shape, parameters=case.parameters, name=name, seed=0)
+        inputs_of(
+            case.method, parts, base, shape=shape, parameters=case.parameters, name=name, seed=0
+        )
     )
     start = inputs.base.read(0, inputs.size) if inputs.base else np.zeros(inputs.size)
-    vectors = np.stack([part.read(0, inputs.size) - (start if inputs.base else 0) for part in inputs.parts])
-    matrices = vectors.reshape(len(vectors), 1, -1) if per == "tensor" else vectors.reshape(len(vectors), -1, inputs.width)
+    vectors = np.stack(
+        [part.read(0, inputs.size) - (start if inputs.base else 0) for part in inputs.parts]
+    )
+    matrices = (
+        vectors.reshape(len(vectors), 1, -1)
+        if per == "tensor"
+        else vectors.reshape(len(vectors), -1, inputs.width)
+    )
     if per == "column":
         matrices = matrices.swapaxes(1, 2)
     if callable(coefficients):
@@ -237,7 +346,8 @@ def rounded_once(values: np.ndarray) -> np.ndarray:
 def wrong(found: dict[str, Tensor], values: dict[str, np.ndarray]) -> float:
     """The share of elements that are not the bfloat16 nearest to the float64 result; of two as near, either will do.
 
-    Weights such as 5/12 put percents of the elements halfway between two, but for float64's own rounding.
+    Weights such as 5/12 put percents of the elements halfway between two, but for float64's own
+    rounding.
     """
     off = count = 0
     for name, tensor in found.items():
@@ -247,40 +357,75 @@ def wrong(found: dict[str, Tensor], values: dict[str, np.ndarray]) -> float:
     return off / count
 
 
-def rounding(donors: dict[str, dict[str, Tensor]], folder: Path, python: Path) -> list[dict[str, Any]]:
+def rounding(
+    donors: dict[str, dict[str, Tensor]], folder: Path, python: Path
+) -> list[dict[str, Any]]:
     """How often an element of bfloat16 is not the nearest to the float64 result."""
     written = write_donors(donors, torch.bfloat16, folder / "bf16")
     usual, wide = {"dtype": "bfloat16"}, {"dtype": "float32", "out_dtype": "bfloat16"}
     listed = [case.whole for case in cases() if "select_topk" not in case.parameters]
-    made = merged([(case, types) for case in listed for types in (usual, wide)], folder / "bf16", folder / "rounding", python)
+    made = merged(
+        [(case, types) for case in listed for types in (usual, wide)],
+        folder / "bf16",
+        folder / "rounding",
+        python,
+    )
     others = [case for case in listed if case.method not in span.RULES]
-    widest = theirs(recipes_in(folder / "float64", [(case, {"dtype": "float64"}) for case in others], folder / "bf16"), python)
+    widest = theirs(
+        recipes_in(
+            folder / "float64", [(case, {"dtype": "float64"}) for case in others], folder / "bf16"
+        ),
+        python,
+    )
     values = {
-        case.title: {name: tensor.flatten().numpy() for name, tensor in found.items()} for case, found in zip(others, widest, strict=True)
+        case.title: {name: tensor.flatten().numpy() for name, tensor in found.items()}
+        for case, found in zip(others, widest, strict=True)
     }
     rows = []
     for case, narrow, other in zip(listed, made[::2], made[1::2], strict=True):
         known = values.get(case.title) or {name: exact(case, written, name) for name in narrow[0]}
         shares = {"ours": narrow[0], "mergekit": narrow[1], "mergekit_float32": other[1]}
-        rows.append({"recipe": case.title} | {name: wrong(found, known) for name, found in shares.items()})
+        rows.append(
+            {"recipe": case.title} | {name: wrong(found, known) for name, found in shares.items()}
+        )
     return rows
 
 
-def compare(case: Case, found: dict[str, Tensor], peer: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Any]:
+def compare(
+    case: Case, found: dict[str, Tensor], peer: dict[str, Tensor], base: dict[str, Tensor]
+) -> dict[str, Any]:
     if not METHODS[case.method].random:
-        largest = max(float((found[name] - peer[name]).abs().max() / peer[name].abs().max()) for name in peer)
-        differ = torch.cat([(found[name].bfloat16() != peer[name].bfloat16()).view(-1) for name in peer])
+        largest = max(
+            float((found[name] - peer[name]).abs().max() / peer[name].abs().max()) for name in peer
+        )
+        differ = torch.cat(
+            [(found[name].bfloat16() != peer[name].bfloat16()).view(-1) for name in peer]
+        )
         return {"largest_difference": largest, "bf16_differ": float(differ.float().mean())}
     figures = {}
     for label, tensors in (("ours", found), ("mergekit", peer)):
-        changes = np.concatenate([(tensors[name] - base[name]).double().view(-1).numpy() for name in peer if base[name].dim() > 1])
-        figures[label] = {"mean": changes.mean(), "variance": changes.var(), "density": (changes != 0).mean()}
+        changes = np.concatenate(
+            [
+                (tensors[name] - base[name]).double().view(-1).numpy()
+                for name in peer
+                if base[name].dim() > 1
+            ]
+        )
+        figures[label] = {
+            "mean": changes.mean(),
+            "variance": changes.var(),
+            "density": (changes != 0).mean(),
+        }
     return figures
 
 
 @click.command()
 @click.option(
-    "--venv", "environment", type=click.Path(path_type=Path), default=Path(".mergekit"), show_default=True,
+    "--venv",
+    "environment",
+    type=click.Path(path_type=Path),
+    default=Path(".mergekit"),
+    show_default=True,
     help="An environment with mergekit; made where there is none.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -292,29 +437,56 @@ def main(environment: Path, as_json: bool) -> None:
         donors = write_donors(made_donors(), torch.float32, folder / "float32")
         listed = cases()
         rows = []
-        made = merged([(case, {"dtype": "float32"}) for case in listed], folder / "float32", folder / "recipes", python)
+        made = merged(
+            [(case, {"dtype": "float32"}) for case in listed],
+            folder / "float32",
+            folder / "recipes",
+            python,
+        )
         for case, (found, peer) in zip(listed, made, strict=True):
             assert found.keys() == peer.keys() == donors["base"].keys()
             rows.append({"recipe": case.title} | compare(case, found, peer, donors["base"]))
         off = rounding(donors, folder, python)
-    versions = {"mergekit": peer_version(python), "torch": torch.__version__, "python": platform.python_version()}
+    versions = {
+        "mergekit": peer_version(python),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     if as_json:
         click.echo(json.dumps({"rows": rows, "rounding": off, "seed": SEED, "versions": versions}))
         return
     console = Console()
-    exact = Table("recipe", "largest difference", "bf16 that differ", title=f"deterministic, against mergekit {versions['mergekit']}")
+    exact = Table(
+        "recipe",
+        "largest difference",
+        "bf16 that differ",
+        title=f"deterministic, against mergekit {versions['mergekit']}",
+    )
     chance = Table("recipe", "figure", "ours", "mergekit", title=f"random, seed {SEED}")
     for row in rows:
         if "ours" in row:
             for figure, value in row["ours"].items():
-                chance.add_row(row["recipe"], figure, f"{value:.4g}", f"{row['mergekit'][figure]:.4g}")
+                chance.add_row(
+                    row["recipe"], figure, f"{value:.4g}", f"{row['mergekit'][figure]:.4g}"
+                )
         else:
-            exact.add_row(row["recipe"], f"{row['largest_difference']:.1e}", f"{row['bf16_differ']:.2%}")
+            exact.add_row(
+                row["recipe"], f"{row['largest_difference']:.1e}", f"{row['bf16_differ']:.2%}"
+            )
     console.print(exact)
     console.print(chance)
-    rounds = Table("recipe", "ours", "mergekit", "mergekit, float32", title="bf16 elements that are not the nearest to the float64 result")
+    rounds = Table(
+        "recipe",
+        "ours",
+        "mergekit",
+        "mergekit, float32",
+        title="bf16 elements that are not the nearest to the float64 result",
+    )
     for row in off:
-        rounds.add_row(row["recipe"], *(f"{row[name]:.3%}" for name in ("ours", "mergekit", "mergekit_float32")))
+        rounds.add_row(
+            row["recipe"],
+            *(f"{row[name]:.3%}" for name in ("ours", "mergekit", "mergekit_float32")),
+        )
     console.print(rounds)
 
 

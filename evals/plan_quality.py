@@ -1,9 +1,10 @@
 """Is the planner's choice any good? Against exhaustive search, random recipes, rules of thumb and evolutionary search.
 
-Plans are made without any text: `ours` from the donors' states on tokens that they drew; `ours_drawn` is the best of sixteen such
-plans by their damage on those tokens, and `ours_damped` the best of them with their repeated blocks damped, where that does less damage
-on them. Where a search measures on text (`verified`, `evolution`), it does so on the part of the texts behind the one that all
-are judged on, sixteen recipes each.
+Plans are made without any text: `ours` from the donors' states on tokens that they drew;
+`ours_drawn` is the best of sixteen such plans by their damage on those tokens, and `ours_damped`
+the best of them with their repeated blocks damped, where that does less damage on them. Where a
+search measures on text (`verified`, `evolution`), it does so on the part of the texts behind the
+one that all are judged on, sixteen recipes each.
 """
 
 import json
@@ -24,7 +25,13 @@ from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.compare import read_text
 from frankenmerge.evaluation.sampled_damage import damage_on_drawn
 from frankenmerge.models.sampling import states_on_drawn
-from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe, solar, uniform_repetition
+from frankenmerge.planning.controls import (
+    goliath,
+    naive_interleave,
+    random_recipe,
+    solar,
+    uniform_repetition,
+)
 from frankenmerge.planning.damping import damped, dampings
 from frankenmerge.planning.plan import plan
 from frankenmerge.planning.search import Constraints
@@ -35,14 +42,41 @@ EVALUATIONS, RANDOM = 16, 200
 @click.command()
 @click.option("--donor-a", required=True)
 @click.option("--donor-b", required=True)
-@click.option("--text", "texts", required=True, multiple=True, type=click.Path(path_type=Path), help="A held-out text; may be repeated.")
+@click.option(
+    "--text",
+    "texts",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A held-out text; may be repeated.",
+)
 @click.option("--depth", required=True, type=click.IntRange(2), help="Blocks of the recipes.")
-@click.option("--characters", default=20_000, show_default=True, help="Of each text, how much is used; verification uses as much more.")
-@click.option("--context", type=click.IntRange(2), help="Tokens in a window. [default: what both donors were made for]")
-@click.option("--cache", type=click.Path(path_type=Path), help="A file for what was measured, to go on from after an interruption.")
+@click.option(
+    "--characters",
+    default=20_000,
+    show_default=True,
+    help="Of each text, how much is used; verification uses as much more.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(2),
+    help="Tokens in a window. [default: what both donors were made for]",
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="A file for what was measured, to go on from after an interruption.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    donor_a: str, donor_b: str, texts: tuple[Path, ...], depth: int, characters: int, context: int | None, cache: Path | None, as_json: bool
+    donor_a: str,
+    donor_b: str,
+    texts: tuple[Path, ...],
+    depth: int,
+    characters: int,
+    context: int | None,
+    cache: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure the plan of a depth beside everything it has to beat. Losses are in nats per token."""
     names = [donor_a, donor_b]
@@ -56,7 +90,10 @@ def main(
     drawn = _best_on_drawn(judge, plans)
     stream = judge.checkpoints[donor_a].architecture.stream
     writes = stream.writes if stream else ()
-    ours_damped = _best_on_drawn(judge, [*plans, *(way.recipe for entry in plans for way in dampings(entry, [alignment], writes))])
+    ours_damped = _best_on_drawn(
+        judge,
+        [*plans, *(way.recipe for entry in plans for way in dampings(entry, [alignment], writes))],
+    )
     verified = plans[int(np.argmin(trial.losses(plans)))]
     rules = {
         "naive interleave": naive_interleave(donors, depth),
@@ -72,9 +109,16 @@ def main(
         "regret": regret,
         "regret_drawn": regret_drawn,
         "rank_among_random": int((randoms < ours).sum()) + 1,
-        "random": {"count": RANDOM, "best": randoms.min(), "median": float(np.median(randoms)), "worst": randoms.max()},
+        "random": {
+            "count": RANDOM,
+            "best": randoms.min(),
+            "median": float(np.median(randoms)),
+            "worst": randoms.max(),
+        },
         "rules": dict(zip(rules, others, strict=True)),
-        "rules_damped": {name: _nats(judge, _damped(recipe, writes)) for name, recipe in rules.items()},
+        "rules_damped": {
+            name: _nats(judge, _damped(recipe, writes)) for name, recipe in rules.items()
+        },
         "ours": ours,
         "ours_drawn": _placed(on_drawn, randoms),
         "ours_damped": _placed(_nats(judge, ours_damped), randoms),
@@ -96,8 +140,14 @@ def main(
     )
     for column in ("recipe", "nats/token"):
         table.add_column(column, justify="left" if column == "recipe" else "right")
-    rows = {"ours": ours, "ours, by drawn tokens": on_drawn, "the same, damped": result["ours_damped"]["nats"], "ours, verified": best,
-            "best random": randoms.min(), "median random": float(np.median(randoms))} | result["rules"]
+    rows = {
+        "ours": ours,
+        "ours, by drawn tokens": on_drawn,
+        "the same, damped": result["ours_damped"]["nats"],
+        "ours, verified": best,
+        "best random": randoms.min(),
+        "median random": float(np.median(randoms)),
+    } | result["rules"]
     for name, value in sorted(rows.items(), key=lambda item: item[1]):
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
@@ -129,13 +179,24 @@ def _regret(bank: Bank, names: list[str], alignment) -> tuple[float, float]:
     """
     blocks, regrets = alignment.blocks, []
     both = {(names[0], names[1]): blocks, (names[1], names[0]): blocks[::-1]}
-    whole = [(i, j, sizes, recipe) for (a, b), sizes in both.items() for (i, j), recipe in single_seams(a, b, sizes).items()]
+    whole = [
+        (i, j, sizes, recipe)
+        for (a, b), sizes in both.items()
+        for (i, j), recipe in single_seams(a, b, sizes).items()
+    ]
     # What the planner's own constraints allow: two blocks on either side, no seam at a donor's end.
-    inner = [recipe for i, j, sizes, recipe in whole if 2 <= i < sizes[0] and 1 <= j <= sizes[1] - 2 and recipe.seams]
+    inner = [
+        recipe
+        for i, j, sizes, recipe in whole
+        if 2 <= i < sizes[0] and 1 <= j <= sizes[1] - 2 and recipe.seams
+    ]
     for depth in sorted({len(recipe.blocks) for recipe in inner}):
         losses = np.array(bank.losses([recipe for recipe in inner if len(recipe.blocks) == depth]))
         try:
-            plans = [entry.recipe for entry in plan([alignment], Constraints(depth, max_seams=1), top=EVALUATIONS)]
+            plans = [
+                entry.recipe
+                for entry in plan([alignment], Constraints(depth, max_seams=1), top=EVALUATIONS)
+            ]
         except FrankenmergeError:
             continue
         if np.ptp(losses) > 0:
@@ -148,7 +209,10 @@ def _regret(bank: Bank, names: list[str], alignment) -> tuple[float, float]:
 def _evolved(donors: dict[str, int], depth: int, bank: Bank) -> Recipe:
     """A (4 + 1) evolution of `EVALUATIONS` recipes in all: a seam of one of the best four is moved by a block or two."""
     generator = np.random.default_rng(0)
-    known = {str(recipe): recipe for recipe in (random_recipe(donors, depth, 1_000 + seed) for seed in range(4))}
+    known = {
+        str(recipe): recipe
+        for recipe in (random_recipe(donors, depth, 1_000 + seed) for seed in range(4))
+    }
     while len(known) < EVALUATIONS:
         parents = sorted(known.values(), key=lambda recipe: bank.losses([recipe])[0])[:4]
         child = _moved(parents[int(generator.integers(len(parents)))], donors, generator)
@@ -165,7 +229,9 @@ def _moved(recipe: Recipe, donors: dict[str, int], generator: np.random.Generato
         moved[seam][2] += step
         moved[seam + 1][1] += step
         if all(0 <= start < stop <= donors[name] for name, start, stop in moved):
-            return recipe_of([Block(name, index) for name, start, stop in moved for index in range(start, stop)])
+            return recipe_of(
+                [Block(name, index) for name, start, stop in moved for index in range(start, stop)]
+            )
     return recipe
 
 

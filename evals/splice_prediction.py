@@ -1,10 +1,12 @@
 """Does the planner predict what a splice costs? All single-seam splices of two donors, and random ones of more seams, measured.
 
-A splice is A's blocks `[0, i)` and B's blocks `[j, L)`, for every `i >= 1` and `j < L`; the truth is its loss on the texts.
-Prints Spearman's rho of every score at the seam with minus that loss: over the splices that skip no depth (`i >= j`), and
-over all. Beside them what is predicted of whole recipes, by the default weights, also for recipes of two and three seams:
-`predicted` from the donors' states on tokens that they drew, `from_probes` from their states on random tokens; and `drawn`, the
-damage that the splices themselves do on the drawn tokens. None of the three reads a text.
+A splice is A's blocks `[0, i)` and B's blocks `[j, L)`, for every `i >= 1` and `j < L`; the truth
+is its loss on the texts. Prints Spearman's rho of every score at the seam with minus that loss:
+over the splices that skip no depth (`i >= j`), and over all. Beside them what is predicted of whole
+recipes, by the default weights, also for recipes of two and three seams: `predicted` from the
+donors' states on tokens that they drew, `from_probes` from their states on random tokens; and
+`drawn`, the damage that the splices themselves do on the drawn tokens. None of the three reads a
+text.
 """
 
 import json
@@ -36,22 +38,52 @@ KINDS = ("predicted", "from_probes", "drawn")
 @click.command()
 @click.option("--donor-a", required=True, help="The donor of the first slice.")
 @click.option("--donor-b", required=True, help="The donor of the second slice.")
-@click.option("--text", "texts", required=True, multiple=True, type=click.Path(path_type=Path), help="A held-out text; may be repeated.")
-@click.option("--characters", default=20_000, show_default=True, help="Of each text, how much is used.")
-@click.option("--context", type=click.IntRange(2), help="Tokens in a window. [default: what both donors were made for]")
-@click.option("--several", default=200, show_default=True, help="Random recipes of two or three seams.")
-@click.option("--cache", type=click.Path(path_type=Path), help="A file for what was measured, to go on from after an interruption.")
+@click.option(
+    "--text",
+    "texts",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A held-out text; may be repeated.",
+)
+@click.option(
+    "--characters", default=20_000, show_default=True, help="Of each text, how much is used."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(2),
+    help="Tokens in a window. [default: what both donors were made for]",
+)
+@click.option(
+    "--several", default=200, show_default=True, help="Random recipes of two or three seams."
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="A file for what was measured, to go on from after an interruption.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    donor_a: str, donor_b: str, texts: tuple[Path, ...], characters: int, context: int | None, several: int, cache: Path | None,
+    donor_a: str,
+    donor_b: str,
+    texts: tuple[Path, ...],
+    characters: int,
+    context: int | None,
+    several: int,
+    cache: Path | None,
     as_json: bool,
 ) -> None:
     """Measure every single-seam splice and how well each score ranks them."""
-    bank = Bank(excerpts(map(read_text, texts), 0, characters), [donor_a, donor_b], cache, context=context)
+    bank = Bank(
+        excerpts(map(read_text, texts), 0, characters), [donor_a, donor_b], cache, context=context
+    )
     a, b = bank.checkpoints[donor_a], bank.checkpoints[donor_b]
     atlases = [analyze(a), analyze(b)]
     single = single_seams(donor_a, donor_b, (a.blocks, b.blocks))
-    pairs, chosen = list(single), [*single.values(), *random_seams(donor_a, donor_b, (a.blocks, b.blocks), several)]
+    pairs, chosen = (
+        list(single),
+        [*single.values(), *random_seams(donor_a, donor_b, (a.blocks, b.blocks), several)],
+    )
     nats = np.array(bank.losses(chosen))
     damage = _predictions(bank, atlases, chosen)
     own = {name: bank.donor(name) for name in bank.names}
@@ -61,27 +93,44 @@ def main(
     scores = _scores(bank, atlases, pairs)
     result = {
         "spearman": {
-            name: {"non_skipping": _rho(value[keeps], -first[keeps]), "all": _rho(value, -first),
-                   "ci": _interval(value[keeps], -first[keeps])}
+            name: {
+                "non_skipping": _rho(value[keeps], -first[keeps]),
+                "all": _rho(value, -first),
+                "ci": _interval(value[keeps], -first[keeps]),
+            }
             for name, value in scores.items()
         },
-        **{kind: _judged(damage[kind], nats, keeps) | _held(kind, damage[kind], measured, seamed) for kind in KINDS},
+        **{
+            kind: _judged(damage[kind], nats, keeps) | _held(kind, damage[kind], measured, seamed)
+            for kind in KINDS
+        },
         "splices": len(pairs),
         "several": len(chosen) - len(pairs),
         "donors": own,
-        "measured": [{"i": i, "j": j, "nats_per_token": value} for (i, j), value in zip(pairs, first.tolist(), strict=True)],
-        "damage": {"measured": measured.tolist()} | {kind: values.tolist() for kind, values in damage.items()},
+        "measured": [
+            {"i": i, "j": j, "nats_per_token": value}
+            for (i, j), value in zip(pairs, first.tolist(), strict=True)
+        ],
+        "damage": {"measured": measured.tolist()}
+        | {kind: values.tolist() for kind, values in damage.items()},
         "fingerprints": [a.fingerprint, b.fingerprint],
         "versions": atlases[0].provenance,
     }
     if as_json:
         click.echo(json.dumps(result))
         return
-    table = Table(title=f"Spearman's rho with the measured loss, {len(pairs)} splices, {result['several']} of more seams")
+    table = Table(
+        title=f"Spearman's rho with the measured loss, {len(pairs)} splices, {result['several']} of more seams"
+    )
     for column in ("score", "i >= j", "95 %", "all", "more seams", "in the interval"):
         table.add_column(column, justify="left" if column == "score" else "right")
     for kind in KINDS:
-        table.add_row(kind, *_cells(result[kind]), f"{result[kind]['multi_seam']:.3f}", f"{result[kind]['within_interval']:.0%}")
+        table.add_row(
+            kind,
+            *_cells(result[kind]),
+            f"{result[kind]['multi_seam']:.3f}",
+            f"{result[kind]['within_interval']:.0%}",
+        )
     for name, rho in sorted(result["spearman"].items(), key=lambda item: -item[1]["non_skipping"]):
         table.add_row(name, *_cells(rho))
     Console().print(table)
@@ -98,22 +147,37 @@ def _predictions(bank: Bank, atlases: list, recipes: list[Recipe]) -> dict[str, 
     found, seamed = {}, np.array([bool(recipe.seams) for recipe in recipes])
     for kind, shown in (("predicted", states_on_drawn(models)), ("from_probes", None)):
         states = states_of([align(*atlases, shown=shown)])
-        found[kind] = default_model().damage(features([recipe.blocks for recipe in recipes], states)) * seamed
+        found[kind] = (
+            default_model().damage(features([recipe.blocks for recipe in recipes], states)) * seamed
+        )
     return found | {"drawn": damage_on_drawn(recipes, bank.checkpoints, models)}
 
 
 def _judged(damage: np.ndarray, nats: np.ndarray, keeps: np.ndarray) -> dict[str, Any]:
     """Rho of foretold damage with losses: all splices of one seam, those of them that skip nothing, and recipes of more seams."""
     count = len(keeps)
-    parts = {"non_skipping": np.flatnonzero(keeps), "all": np.arange(count), "multi_seam": np.arange(count, len(nats))}
+    parts = {
+        "non_skipping": np.flatnonzero(keeps),
+        "all": np.arange(count),
+        "multi_seam": np.arange(count, len(nats)),
+    }
     told: dict[str, Any] = {name: _rho(damage[part], nats[part]) for name, part in parts.items()}
-    return told | {"ci": {name: _interval(damage[part], nats[part]) for name, part in parts.items()}}
+    return told | {
+        "ci": {name: _interval(damage[part], nats[part]) for name, part in parts.items()}
+    }
 
 
-def _held(kind: str, damage: np.ndarray, measured: np.ndarray, seamed: np.ndarray) -> dict[str, float]:
+def _held(
+    kind: str, damage: np.ndarray, measured: np.ndarray, seamed: np.ndarray
+) -> dict[str, float]:
     """The share of measured damages in the interval, and by how much their logarithm is off."""
-    ends = [default_model().interval(value, drawn=kind == "drawn") for value in damage[seamed].tolist()]
-    held = [low <= value <= high for (low, high), value in zip(ends, measured[seamed].tolist(), strict=True)]
+    ends = [
+        default_model().interval(value, drawn=kind == "drawn") for value in damage[seamed].tolist()
+    ]
+    held = [
+        low <= value <= high
+        for (low, high), value in zip(ends, measured[seamed].tolist(), strict=True)
+    ]
     off = (np.log(FLOOR + np.maximum(0, measured)) - np.log(FLOOR + np.maximum(0, damage)))[seamed]
     return {
         "within_interval": float(np.mean(held)),
@@ -124,12 +188,16 @@ def _held(kind: str, damage: np.ndarray, measured: np.ndarray, seamed: np.ndarra
 
 def _scores(bank: Bank, atlases: list, pairs: list[tuple[int, int]]) -> dict[str, np.ndarray]:
     """Every score at the seams, by name."""
-    alignments: dict[str, Alignment] = {kind: align(*atlases, context=kind) for kind in atlases[0].top if kind in atlases[1].top}
+    alignments: dict[str, Alignment] = {
+        kind: align(*atlases, context=kind) for kind in atlases[0].top if kind in atlases[1].top
+    }
     scores = {"weights": _weights(bank, pairs)}
     for kind, alignment in alignments.items():
         for name, score in alignment.scores.items():
             if kind == "plain" or name in ("argmax", "jaccard"):
-                scores[name if kind == "plain" else f"{name} ({kind})"] = np.array([score.matrix[pair] for pair in pairs])
+                scores[name if kind == "plain" else f"{name} ({kind})"] = np.array(
+                    [score.matrix[pair] for pair in pairs]
+                )
     scores["-abs(i-j)"] = scores.pop("distance")
     return scores
 
@@ -147,7 +215,9 @@ def _interval(one: np.ndarray, other: np.ndarray) -> list[float]:
         chosen = generator.integers(0, len(one), len(one))
         if len(set(one[chosen])) > 1:
             drawn.append(_rho(one[chosen], other[chosen]))
-    return [float(end) for end in np.quantile(drawn, [0.025, 0.975])] if drawn else [float("nan")] * 2
+    return (
+        [float(end) for end in np.quantile(drawn, [0.025, 0.975])] if drawn else [float("nan")] * 2
+    )
 
 
 def _weights(bank: Bank, pairs: list[tuple[int, int]]) -> np.ndarray:

@@ -20,16 +20,24 @@ CHUNK = 64
 def single_seams(a: str, b: str, blocks: tuple[int, int]) -> dict[tuple[int, int], Recipe]:
     """A's blocks `[0, i)` and B's `[j, L)`, for every `i >= 1` and `j < L`; a donor that merely goes on is among them."""
     return {
-        (i, j): recipe_of([*(Block(a, index) for index in range(i)), *(Block(b, index) for index in range(j, blocks[1]))])
+        (i, j): recipe_of(
+            [
+                *(Block(a, index) for index in range(i)),
+                *(Block(b, index) for index in range(j, blocks[1])),
+            ]
+        )
         for i in range(1, blocks[0] + 1)
         for j in range(blocks[1])
     }
 
 
-def random_seams(a: str, b: str, blocks: tuple[int, int], count: int, *, seed: int = 0) -> list[Recipe]:
+def random_seams(
+    a: str, b: str, blocks: tuple[int, int], count: int, *, seed: int = 0
+) -> list[Recipe]:
     """`count` different recipes of two or three seams, donors in turn, from three quarters of the mean depth to nine quarters.
 
-    They begin at a block 0 and end with a last block; the slices between are drawn uniformly, and may begin at block 0 again.
+    They begin at a block 0 and end with a last block; the slices between are drawn uniformly, and
+    may begin at block 0 again.
     """
     generator, found = np.random.default_rng(seed), {}
     mean = sum(blocks) / 2
@@ -38,8 +46,16 @@ def random_seams(a: str, b: str, blocks: tuple[int, int], count: int, *, seed: i
         order = [(first + number) % 2 for number in range(pieces)]
         cuts = [np.sort(generator.choice(blocks[donor] + 1, 2, replace=False)) for donor in order]
         cuts[0][0], cuts[-1][1] = 0, blocks[order[-1]]
-        slices = [(donor, int(start), int(stop)) for donor, (start, stop) in zip(order, cuts, strict=True)]
-        recipe = recipe_of([Block((a, b)[donor], index) for donor, start, stop in slices for index in range(start, stop)])
+        slices = [
+            (donor, int(start), int(stop)) for donor, (start, stop) in zip(order, cuts, strict=True)
+        ]
+        recipe = recipe_of(
+            [
+                Block((a, b)[donor], index)
+                for donor, start, stop in slices
+                for index in range(start, stop)
+            ]
+        )
         if all(start < stop for _, start, stop in slices) and len(recipe.seams) == pieces - 1:
             if 0.75 * mean <= len(recipe.blocks) <= 2.25 * mean:
                 found[str(recipe)] = recipe
@@ -54,32 +70,60 @@ def excerpts(texts: Iterable[Text], start: int, characters: int) -> list[Text]:
 class Bank:
     """Measured losses in nats per token, by what was measured on what; kept in a file where one is given."""
 
-    def __init__(self, texts: Sequence[Text], names: Iterable[str], cache: Path | None = None, *, context: int | None = None) -> None:
+    def __init__(
+        self,
+        texts: Sequence[Text],
+        names: Iterable[str],
+        cache: Path | None = None,
+        *,
+        context: int | None = None,
+    ) -> None:
         self.names = list(dict.fromkeys(names))
         self.checkpoints = {name: open_checkpoint(name) for name in self.names}
         self.bench = Bench(texts, self.names, context=context)
         content = "\0".join(text.content for text in texts)
         self.place = hashlib.sha256(f"{self.bench.context} {content}".encode()).hexdigest()[:16]
         self.cache = cache
-        self.known: dict[str, float] = json.loads(cache.read_text()) if cache and cache.exists() else {}
+        self.known: dict[str, float] = (
+            json.loads(cache.read_text()) if cache and cache.exists() else {}
+        )
 
     def _key(self, blocks: Sequence[Block]) -> str:
-        told = " ".join(f"{self.checkpoints[block.model].fingerprint[:16]}:{block.index}" for block in blocks)
+        told = " ".join(
+            f"{self.checkpoints[block.model].fingerprint[:16]}:{block.index}" for block in blocks
+        )
         return f"{self.place} {hashlib.sha256(told.encode()).hexdigest()[:32]}"
 
     def donor(self, name: str) -> float:
         """A donor's own loss."""
-        return self.losses([recipe_of([Block(name, index) for index in range(self.checkpoints[name].blocks)])])[0]
+        return self.losses(
+            [recipe_of([Block(name, index) for index in range(self.checkpoints[name].blocks)])]
+        )[0]
 
     def losses(self, recipes: Sequence[Recipe]) -> list[float]:
         """The loss of every recipe, measured where it is not known."""
         keys = [self._key(recipe.blocks) for recipe in recipes]
-        missing = dict(sorted(((key, recipe) for key, recipe in zip(keys, recipes, strict=True) if key not in self.known),
-                              key=lambda item: item[1].blocks))
+        missing = dict(
+            sorted(
+                (
+                    (key, recipe)
+                    for key, recipe in zip(keys, recipes, strict=True)
+                    if key not in self.known
+                ),
+                key=lambda item: item[1].blocks,
+            )
+        )
         waiting = list(missing)
-        for start in track(range(0, len(waiting), CHUNK), "splicing", console=Console(stderr=True), disable=not waiting):
+        for start in track(
+            range(0, len(waiting), CHUNK),
+            "splicing",
+            console=Console(stderr=True),
+            disable=not waiting,
+        ):
             part = waiting[start : start + CHUNK]
-            for key, result in zip(part, self.bench.recipes([missing[key] for key in part]), strict=True):
+            for key, result in zip(
+                part, self.bench.recipes([missing[key] for key in part]), strict=True
+            ):
                 self.known[key] = result.total.nats_per_token
             self._save()
         return [self.known[key] for key in keys]

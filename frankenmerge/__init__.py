@@ -6,17 +6,29 @@ from typing import Any
 __version__ = "0.1.0"
 
 _OFFERED = (
-    "align", "analyze", "evaluate", "load_alignment", "load_atlas", "load_recipe", "merge", "open_donor", "plan", "save_alignment",
+    "align",
+    "analyze",
+    "evaluate",
+    "load_alignment",
+    "load_atlas",
+    "load_recipe",
+    "merge",
+    "open_donor",
+    "plan",
+    "save_alignment",
     "save_atlas",
 )
-"""What of `frankenmerge.api` is found here. Listed, so that no other name makes Python import it."""
+"""What of `frankenmerge.api` is found here. Listed, so that no other name makes Python import it.
+"""
 
 
 def __getattr__(name: str) -> Any:
     """Import a function of the package when it is first asked for: importing the package alone stays instant."""
     if name in _OFFERED:
         return getattr(import_module("frankenmerge.api"), name)
-    raise AttributeError(f"module 'frankenmerge' has no attribute {name!r}; it offers {', '.join(_OFFERED)}")
+    raise AttributeError(
+        f"module 'frankenmerge' has no attribute {name!r}; it offers {', '.join(_OFFERED)}"
+    )
 
 
 def __dir__() -> list[str]:

@@ -22,7 +22,8 @@ def analyze(donor: Donor, **options: Any) -> Atlas:
 
     Args:
         donor: a folder, a hub id that is in the local cache, or what `open_donor` returned.
-        options: those of `frankenmerge.analysis.analyze.analyze`: `k`, `untrained`, `dtype`, `device`, `progress`.
+        options: those of `frankenmerge.analysis.analyze.analyze`: `k`, `untrained`, `dtype`,
+            `device`, `progress`.
 
     Raises:
         FrankenmergeError: for a donor that is not there, is broken, or has no tokenizer.
@@ -32,7 +33,9 @@ def analyze(donor: Donor, **options: Any) -> Atlas:
     return analyzed(donor if isinstance(donor, Checkpoint) else open_donor(str(donor)), **options)
 
 
-def align(a: Donor | Atlas, b: Donor | Atlas, *, context: str = "plain", **options: Any) -> Alignment:
+def align(
+    a: Donor | Atlas, b: Donor | Atlas, *, context: str = "plain", **options: Any
+) -> Alignment:
     """Score how A after `i` blocks and B after `j` agree, for every `i` and `j`, beside the nulls.
 
     Args:
@@ -46,11 +49,20 @@ def align(a: Donor | Atlas, b: Donor | Atlas, *, context: str = "plain", **optio
     """
     from frankenmerge.analysis.align import align as aligned
 
-    first, second = (given if isinstance(given, Atlas) else analyze(given, **options) for given in (a, b))
+    first, second = (
+        given if isinstance(given, Atlas) else analyze(given, **options) for given in (a, b)
+    )
     return aligned(first, second, context=context)
 
 
-def plan(alignments: Alignment | Iterable[Alignment], depth: int, *, top: int = 1, differ: int = 0, **constraints: Any) -> "list[Plan]":
+def plan(
+    alignments: Alignment | Iterable[Alignment],
+    depth: int,
+    *,
+    top: int = 1,
+    differ: int = 0,
+    **constraints: Any,
+) -> "list[Plan]":
     """The `top` recipes of `depth` blocks that are predicted to do the least damage, the best first.
 
     Args:
@@ -79,7 +91,8 @@ def merge(recipe: Recipe | str | Path, output: str | Path, **options: Any) -> "M
         options: the fields of `frankenmerge.merging.plan.Options`, and `progress`.
 
     Raises:
-        FrankenmergeError: for a recipe that cannot become a model, or an output that exists or has no room.
+        FrankenmergeError: for a recipe that cannot become a model, or an output that exists or has
+            no room.
     """
     from frankenmerge.merging.writer import merge as merged
 
@@ -87,7 +100,9 @@ def merge(recipe: Recipe | str | Path, output: str | Path, **options: Any) -> "M
     return merged(made, open_donors(made), Path(output), **options)
 
 
-def evaluate(*models: Donor | Recipe, texts: Mapping[str, str] | Iterable[str | Path], **options: Any) -> "list[Result]":
+def evaluate(
+    *models: Donor | Recipe, texts: Mapping[str, str] | Iterable[str | Path], **options: Any
+) -> "list[Result]":
     """Measure checkpoints and recipes on texts; a recipe is run as a virtual splice, and nothing is written.
 
     Args:
@@ -112,9 +127,16 @@ def evaluate(*models: Donor | Recipe, texts: Mapping[str, str] | Iterable[str | 
     }
     used = dict.fromkeys(donor for recipe in recipes.values() for donor in recipe.donors)
     checkpoints = dict.fromkeys(name for name in names if name not in recipes)
-    bench = Bench(shown, [*checkpoints, *(donor for donor in used if donor not in checkpoints)], **options)
-    measured = [bench.recipe(name, recipes[name]) if name in recipes else bench.checkpoint(name) for name in names]
-    return measured + [bench.checkpoint(name, role="donor") for name in used if name not in checkpoints]
+    bench = Bench(
+        shown, [*checkpoints, *(donor for donor in used if donor not in checkpoints)], **options
+    )
+    measured = [
+        bench.recipe(name, recipes[name]) if name in recipes else bench.checkpoint(name)
+        for name in names
+    ]
+    return measured + [
+        bench.checkpoint(name, role="donor") for name in used if name not in checkpoints
+    ]
 
 
 def _recipe(given: Recipe | str | Path) -> Recipe:

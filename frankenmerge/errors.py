@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 def visible(text: str) -> str:
     """`text` with what a terminal would obey, or not show, written out: names in a donor's files may hold anything."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 class Fault(NamedTuple):

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 Meter = Callable[[str, float | None, str], AbstractContextManager[Callable[[int], None]]]
-"""Shows progress in something: what it is, how many units it has, what they are called. Gives what to call with the units done."""
+"""Shows progress in something: what it is, how many units it has, what they are called. Gives what
+to call with the units done.
+"""
 
 
 @contextmanager

@@ -11,12 +11,23 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 DEMO = Path(__file__).resolve().parents[1] / "frankenmerge" / "demo"
 
 VOCABULARY = 48
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 TINY = {
     "mixtral": {"num_local_experts": 4},
     "qwen3": {"head_dim": 8},
-    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    "qwen3_moe": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+    },
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8},
 }
@@ -32,16 +43,33 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>"
+    ).save_pretrained(folder)
 
 
-def write_donor(folder: Path, family: str = "llama", seed: int = 0, shard: str = "5GB", dtype: str = "float32", **changes) -> Path:
+def write_donor(
+    folder: Path,
+    family: str = "llama",
+    seed: int = 0,
+    shard: str = "5GB",
+    dtype: str = "float32",
+    **changes,
+) -> Path:
     """Write a random donor of `family` and return its folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = {"n_embd": 16, "n_layer": 4, "n_head": 4, "n_positions": 64} if family == "gpt2" else SMALL | {"max_position_embeddings": 64}
-    shape = shape | TINY.get(family, {}) | {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    shape = (
+        {"n_embd": 16, "n_layer": 4, "n_head": 4, "n_positions": 64}
+        if family == "gpt2"
+        else SMALL | {"max_position_embeddings": 64}
+    )
+    shape = (
+        shape
+        | TINY.get(family, {})
+        | {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    )
     config = AutoConfig.for_model(family, **shape | changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
@@ -117,7 +145,9 @@ def changed(source: Path, folder: Path, tensors=None, config=None) -> Path:
     return folder
 
 
-def write_stand_in(folder: Path, family: str, dtype: str = "BF16", tokens: int | None = None, **sizes) -> Path:
+def write_stand_in(
+    folder: Path, family: str, dtype: str = "BF16", tokens: int | None = None, **sizes
+) -> Path:
     """Write a donor of any size that takes no disk: transformers' own tensor names and shapes, a header, and a hole for the weights.
 
     Its tokenizer has the tokens t0, t1, ..., as many as the vocabulary or `tokens`.
@@ -134,7 +164,11 @@ def write_stand_in(folder: Path, family: str, dtype: str = "BF16", tokens: int |
     header, position = {}, 0
     for name, tensor in model.state_dict().items():
         stop = position + prod(tensor.shape) * {"BF16": 2, "F16": 2, "F32": 4}[dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [position, stop]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, stop],
+        }
         position = stop
     text = json.dumps(header).encode()
     folder.mkdir(parents=True)
@@ -143,7 +177,11 @@ def write_stand_in(folder: Path, family: str, dtype: str = "BF16", tokens: int |
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + position)
     vocabulary = {f"t{index}": index for index in range(tokens or config.vocab_size)}
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": []}))
+    (folder / "tokenizer.json").write_text(
+        json.dumps(
+            {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": []}
+        )
+    )
     return folder
 
 
@@ -157,20 +195,37 @@ def turned_donor(source, folder, turn):
     checkpoint = open_checkpoint(str(source))
     architecture = checkpoint.architecture
     stored = load_file(source / "model.safetensors")
-    head, embedding = f"{architecture.head}weight", f"{architecture.root}{architecture.embedding[0]}weight"
+    head, embedding = (
+        f"{architecture.head}weight",
+        f"{architecture.root}{architecture.embedding[0]}weight",
+    )
     outside = {
-        name: stored[found] for role in ("embedding", "final", "head") for name, found in checkpoint.by_role.get((role, None), {}).items()
+        name: stored[found]
+        for role in ("embedding", "final", "head")
+        for name, found in checkpoint.by_role.get((role, None), {}).items()
     }
     result = turned_all(outside | {head: outside.get(head, outside[embedding])}, architecture, turn)
     for index in range(checkpoint.blocks):
-        block = {canonical: stored[name] for canonical, name in checkpoint.by_role["block", index].items()}
-        result |= {name.format(index): value for name, value in turned_all(block, architecture, turn).items()}
+        block = {
+            canonical: stored[name]
+            for canonical, name in checkpoint.by_role["block", index].items()
+        }
+        result |= {
+            name.format(index): value
+            for name, value in turned_all(block, architecture, turn).items()
+        }
     # A norm's small constant is added to the stream's mean square, which the scale has changed.
     constants = {
         key: value * turn.scale**2
         for key, value in checkpoint.config.items()
         if key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
     }
-    path = changed(source, folder, config=lambda config: config | constants | {"tie_word_embeddings": False})
-    save_file({name: value.float().contiguous() for name, value in result.items()}, path / "model.safetensors", {"format": "pt"})
+    path = changed(
+        source, folder, config=lambda config: config | constants | {"tie_word_embeddings": False}
+    )
+    save_file(
+        {name: value.float().contiguous() for name, value in result.items()},
+        path / "model.safetensors",
+        {"format": "pt"},
+    )
     return path

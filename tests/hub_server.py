@@ -27,11 +27,19 @@ class Repository:
     """Contents that stand in place of the folder's."""
 
     def names(self) -> list[str]:
-        return sorted({*self.files, *(path.name for path in self.folder.iterdir() if path.is_file())})
+        return sorted(
+            {*self.files, *(path.name for path in self.folder.iterdir() if path.is_file())}
+        )
 
     def content(self, name: str) -> bytes | None:
         path = self.folder / name
-        return self.files[name] if name in self.files else path.read_bytes() if path.is_file() else None
+        return (
+            self.files[name]
+            if name in self.files
+            else path.read_bytes()
+            if path.is_file()
+            else None
+        )
 
 
 @dataclass
@@ -52,8 +60,14 @@ class Hub:
     def environment(self, home: Path) -> dict[str, str]:
         """What tells the client to talk to this server alone, and to keep everything in `home`."""
         return {
-            "HF_ENDPOINT": self.address, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-            "XDG_CACHE_HOME": str(home / "cache"), "HF_TOKEN": "", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_ENDPOINT": self.address,
+            "HF_HOME": str(home / "hf"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "XDG_CACHE_HOME": str(home / "cache"),
+            "HF_TOKEN": "",
+            "NO_PROXY": "127.0.0.1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
 
 
@@ -75,7 +89,9 @@ def serving():
         def answer(self):
             path = self.path.partition("?")[0]
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if path != "/api/agent-harnesses":  # which the client may ask for at any time, for its own affairs
+            if (
+                path != "/api/agent-harnesses"
+            ):  # which the client may ask for at any time, for its own affairs
                 hub.asked.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
             if self.command in ("POST", "PUT") or path == "/api/whoami-v2":
                 return self.written(path, body)
@@ -98,23 +114,39 @@ def serving():
                 return self.send(404, error="RevisionNotFound")
             if kind == "tree":
                 files = [(name, repository.content(name)) for name in repository.names()]
-                entries = [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for name, data in files]
+                entries = [
+                    {
+                        "type": "file",
+                        "path": name,
+                        "size": len(data),
+                        "oid": hashlib.sha1(data).hexdigest(),
+                    }
+                    for name, data in files
+                ]
                 return self.send(200, json.dumps(entries).encode())
             files = [{"rfilename": name} for name in repository.names()]
-            return self.send(200, json.dumps({"id": "x/y", "sha": COMMIT, "siblings": files}).encode())
+            return self.send(
+                200, json.dumps({"id": "x/y", "sha": COMMIT, "siblings": files}).encode()
+            )
 
         def file(self, repository, revision, name):
             content = repository.content(name)
             if content is None:
                 return self.send(404, error="EntryNotFound")
-            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+            headers = {
+                "X-Repo-Commit": COMMIT,
+                "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+                "Accept-Ranges": "bytes",
+            }
             wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if wanted is None or repository.whole:
                 return self.send(200, content, headers, name=name)
             part = content[int(wanted[1]) : int(wanted[2]) + 1]
             if not part:
                 return self.send(416)
-            headers["Content-Range"] = f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(content)}"
+            headers["Content-Range"] = (
+                f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(content)}"
+            )
             return self.send(206, part[: len(part) - repository.cut], headers, name=name)
 
         def written(self, path, body):
@@ -125,7 +157,10 @@ def serving():
             if self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 return self.send(401, b'{"error": "Invalid credentials in Authorization header"}')
             if path == "/api/whoami-v2":
-                return self.send(200, json.dumps({"type": "user", "name": "me", "orgs": [{"name": "us"}]}).encode())
+                return self.send(
+                    200,
+                    json.dumps({"type": "user", "name": "me", "orgs": [{"name": "us"}]}).encode(),
+                )
             if hub.refused:
                 return self.send(403, b'{"error": "You do not have the rights to write"}')
             if path == "/api/repos/create":
@@ -133,9 +168,14 @@ def serving():
                 name = f"{asked.get('organization') or 'me'}/{asked['name']}"
                 if name in hub.repositories:
                     return self.send(409, json.dumps({"url": f"{hub.address}/{name}"}).encode())
-                hub.repositories[name], hub.private[name] = Repository(Path("/nonexistent")), asked.get("visibility") == "private"
+                hub.repositories[name], hub.private[name] = (
+                    Repository(Path("/nonexistent")),
+                    asked.get("visibility") == "private",
+                )
                 hub.repositories[name].names = lambda: sorted(hub.repositories[name].files)
-                return self.send(200, json.dumps({"url": f"{hub.address}/{name}", "id": name}).encode())
+                return self.send(
+                    200, json.dumps({"url": f"{hub.address}/{name}", "id": name}).encode()
+                )
             if match := re.fullmatch(r"/api/models/(\w+/[\w-]+)/preupload/main", path):
                 files = [
                     {
@@ -148,19 +188,31 @@ def serving():
                 return self.send(200, json.dumps({"files": files}).encode())
             if re.fullmatch(r"/\w+/[\w-]+\.git/info/lfs/objects/batch", path):
                 objects = [
-                    {"oid": each["oid"], "size": each["size"], "actions": {"upload": {"href": f"{hub.address}/upload/{each['oid']}"}}}
+                    {
+                        "oid": each["oid"],
+                        "size": each["size"],
+                        "actions": {"upload": {"href": f"{hub.address}/upload/{each['oid']}"}},
+                    }
                     for each in json.loads(body)["objects"]
                 ]
                 kind = {"Content-Type": "application/vnd.git-lfs+json"}
-                return self.send(200, json.dumps({"transfer": "basic", "objects": objects}).encode(), kind)
+                return self.send(
+                    200, json.dumps({"transfer": "basic", "objects": objects}).encode(), kind
+                )
             if match := re.fullmatch(r"/api/models/(\w+/[\w-]+)/commit/main", path):
                 for line in map(json.loads, body.splitlines()):
                     value = line["value"]
                     if line["key"] == "file":
-                        hub.repositories[match[1]].files[value["path"]] = base64.b64decode(value["content"])
+                        hub.repositories[match[1]].files[value["path"]] = base64.b64decode(
+                            value["content"]
+                        )
                     if line["key"] == "lfsFile":
                         hub.repositories[match[1]].files[value["path"]] = hub.blobs[value["oid"]]
-                told = {"success": True, "commitOid": COMMIT, "commitUrl": f"{hub.address}/{match[1]}/commit/{COMMIT}"}
+                told = {
+                    "success": True,
+                    "commitOid": COMMIT,
+                    "commitUrl": f"{hub.address}/{match[1]}/commit/{COMMIT}",
+                }
                 return self.send(200, json.dumps(told).encode())
             if path == "/api/validate-yaml":
                 return self.send(200, b'{"errors": [], "warnings": []}')
@@ -168,7 +220,11 @@ def serving():
 
         def send(self, status, content=b"", headers=None, *, error="", name=""):
             self.send_response(status)
-            for key, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **(headers or {})}.items():
+            for key, value in {
+                "Content-Length": str(len(content)),
+                "Content-Type": "application/json",
+                **(headers or {}),
+            }.items():
                 self.send_header(key, value)
             if error:
                 self.send_header("X-Error-Code", error)

@@ -20,34 +20,77 @@ slices:
 TEXTS = ("texts/code.txt", "texts/prose.txt")
 
 
-def evaluation(recipe: str = "recipe.yaml", donors: tuple[str, ...] = ("donors/code", "donors/prose"), blocks: int = 12) -> dict[str, Any]:
+def evaluation(
+    recipe: str = "recipe.yaml",
+    donors: tuple[str, ...] = ("donors/code", "donors/prose"),
+    blocks: int = 12,
+) -> dict[str, Any]:
     """An evaluation of one recipe beside its donors, every number made up."""
     return {
         "kind": "frankenmerge.evaluation/1",
-        "models": [_model(recipe, "recipe", 1.802), *(_model(name, "donor", 1.72 + 0.005 * n) for n, name in enumerate(donors))],
+        "models": [
+            _model(recipe, "recipe", 1.802),
+            *(_model(name, "donor", 1.72 + 0.005 * n) for n, name in enumerate(donors)),
+        ],
         "differences": [
-            {"model": recipe, "donor": name, "bits_per_byte": 0.08 - 0.1 * n, "interval": [0.06 - 0.11 * n, 0.11 - 0.09 * n],
-             "texts": {text: {"bits_per_byte": 0.1, "interval": [0.05, 0.15]} for text in TEXTS}}
+            {
+                "model": recipe,
+                "donor": name,
+                "bits_per_byte": 0.08 - 0.1 * n,
+                "interval": [0.06 - 0.11 * n, 0.11 - 0.09 * n],
+                "texts": {text: {"bits_per_byte": 0.1, "interval": [0.05, 0.15]} for text in TEXTS},
+            }
             for n, name in enumerate(donors)
         ],
-        "seams": [{"model": recipe, "blocks": [_block(number, donors) for number in range(1, blocks + 1)]}],
+        "seams": [
+            {"model": recipe, "blocks": [_block(number, donors) for number in range(1, blocks + 1)]}
+        ],
         "retention": [
-            {"model": recipe, "donor": name, "chance": 0.01, "kept": 0.3 - 0.1 * n,
-             "blocks": [{"block": number, "donor_block": _donor_block(number), "kept": round(0.6 * math.exp(-number / 9), 3)}
-                        for number in range(1, blocks + 1) if (number in (8, 9)) == n]}
+            {
+                "model": recipe,
+                "donor": name,
+                "chance": 0.01,
+                "kept": 0.3 - 0.1 * n,
+                "blocks": [
+                    {
+                        "block": number,
+                        "donor_block": _donor_block(number),
+                        "kept": round(0.6 * math.exp(-number / 9), 3),
+                    }
+                    for number in range(1, blocks + 1)
+                    if (number in (8, 9)) == n
+                ],
+            }
             for n, name in enumerate(donors)
         ],
-        "tasks": [{"model": name, "task": "invented_task", "metric": "acc", "value": 0.4, "stderr": 0.02} for name in (recipe, *donors)],
-        "predictions": [{"recipe": recipe, "predicted": 0.136, "low": 0.077, "high": 0.234, "measured": 0.139, "held": True}],
+        "tasks": [
+            {"model": name, "task": "invented_task", "metric": "acc", "value": 0.4, "stderr": 0.02}
+            for name in (recipe, *donors)
+        ],
+        "predictions": [
+            {
+                "recipe": recipe,
+                "predicted": 0.136,
+                "low": 0.077,
+                "high": 0.234,
+                "measured": 0.139,
+                "held": True,
+            }
+        ],
         "comparison": None,
         "dtype": "float32",
         "context": 512,
-        "texts": [{"path": text, "sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": 12_000} for text in TEXTS],
+        "texts": [
+            {"path": text, "sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": 12_000}
+            for text in TEXTS
+        ],
         "provenance": {
             "arguments": {"models": [recipe], "text": list(TEXTS)},
             "seed": 0,
             "versions": {"frankenmerge": "0.1.0", "torch": "2.13.0+cpu"},
-            "models": {name: {"fingerprint": "0123456789abcdef", "revision": None} for name in donors},
+            "models": {
+                name: {"fingerprint": "0123456789abcdef", "revision": None} for name in donors
+            },
             "recipes": {recipe: "f" * 64},
         },
     }
@@ -55,23 +98,41 @@ def evaluation(recipe: str = "recipe.yaml", donors: tuple[str, ...] = ("donors/c
 
 def _loss(bits: float) -> dict[str, Any]:
     return {
-        "bits_per_byte": bits, "perplexity": math.exp(bits * 1.73), "nats_per_token": bits * 1.73, "accuracy": 0.41, "tokens": 4807,
+        "bits_per_byte": bits,
+        "perplexity": math.exp(bits * 1.73),
+        "nats_per_token": bits * 1.73,
+        "accuracy": 0.41,
+        "tokens": 4807,
         "bytes": 12_000,
-        "intervals": {"bits_per_byte": [bits - 0.03, bits + 0.03], "nats_per_token": [bits * 1.73 - 0.05, bits * 1.73 + 0.05],
-                      "accuracy": [0.39, 0.43]},
+        "intervals": {
+            "bits_per_byte": [bits - 0.03, bits + 0.03],
+            "nats_per_token": [bits * 1.73 - 0.05, bits * 1.73 + 0.05],
+            "accuracy": [0.39, 0.43],
+        },
     }
 
 
 def _model(name: str, role: str, bits: float) -> dict[str, Any]:
     samples = [
-        {"prompt": "def read(path):", "text": "\n    with open(path) as file:\n        return file.raed()\n",
-         "invalid": ["raed"] if role == "recipe" else []},
-        {"prompt": "The function returns", "text": " a list of the modules that were impotred, or None if there are none.",
-         "invalid": ["impotred"]},
+        {
+            "prompt": "def read(path):",
+            "text": "\n    with open(path) as file:\n        return file.raed()\n",
+            "invalid": ["raed"] if role == "recipe" else [],
+        },
+        {
+            "prompt": "The function returns",
+            "text": " a list of the modules that were impotred, or None if there are none.",
+            "invalid": ["impotred"],
+        },
     ]
     return {
-        "name": name, "role": role, **_loss(bits), "texts": {text: _loss(bits + 0.06 * n) for n, text in enumerate(TEXTS)},
-        "invalid_words": 0.021, "repetition": 0.3, "samples": samples,
+        "name": name,
+        "role": role,
+        **_loss(bits),
+        "texts": {text: _loss(bits + 0.06 * n) for n, text in enumerate(TEXTS)},
+        "invalid_words": 0.021,
+        "repetition": 0.3,
+        "samples": samples,
     }
 
 
@@ -87,13 +148,23 @@ def _block(number: int, donors: tuple[str, ...]) -> dict[str, Any]:
         "donor_block": _donor_block(number),
         "seam": number in (8, 10),
         "norm_ratio": 1 + 0.2 * (number > 7) - 0.01 * number,
-        "cosine": {name: round(0.98 - 0.03 * number * (1 + 0.3 * n), 3) for n, name in enumerate(donors)},
+        "cosine": {
+            name: round(0.98 - 0.03 * number * (1 + 0.3 * n), 3) for n, name in enumerate(donors)
+        },
         "kl_alone": 0.1,
-        "kl": {name: round(0.1 + 0.05 * number * (1 + 0.3 * n) + 0.4 * (number > 7), 3) for n, name in enumerate(donors)},
+        "kl": {
+            name: round(0.1 + 0.05 * number * (1 + 0.3 * n) + 0.4 * (number > 7), 3)
+            for n, name in enumerate(donors)
+        },
     }
 
 
-def alignment(blocks: tuple[int, int], width: int = 8, vocabulary: list[str] | None = None, donors=("x/one", "y/two")) -> Alignment:
+def alignment(
+    blocks: tuple[int, int],
+    width: int = 8,
+    vocabulary: list[str] | None = None,
+    donors=("x/one", "y/two"),
+) -> Alignment:
     """An alignment of two donors of any depth, its scores drawn at random."""
     generator = np.random.default_rng(0)
     shape = blocks[0] + 1, blocks[1] + 1
@@ -102,27 +173,69 @@ def alignment(blocks: tuple[int, int], width: int = 8, vocabulary: list[str] | N
     def score(nulls: tuple[str, ...], detailed: bool) -> Score:
         detail = generator.random((*shape, width if detailed else 0)).astype(np.float16)
         matrix = generator.random(shape, dtype=np.float32)
-        return Score(matrix, {null: matrix / 10 for null in nulls}, detail, np.stack([matrix - 0.05, matrix + 0.05]))
+        return Score(
+            matrix,
+            {null: matrix / 10 for null in nulls},
+            detail,
+            np.stack([matrix - 0.05, matrix + 0.05]),
+        )
 
     permuted = ("permuted_neurons", "permuted_probes")
     scores = {
-        "jaccard": score(permuted, True), "argmax": score(permuted, True), "correlation": score((*permuted, "residual_law"), True),
-        "rank_correlation": score(permuted, True), "cka": score(permuted[1:], False), "neighbours": score(permuted[1:], False),
-        "angular": score(permuted, False), "relative_error": score(permuted, False), "norm_ratio": score(permuted[1:], False),
+        "jaccard": score(permuted, True),
+        "argmax": score(permuted, True),
+        "correlation": score((*permuted, "residual_law"), True),
+        "rank_correlation": score(permuted, True),
+        "cka": score(permuted[1:], False),
+        "neighbours": score(permuted[1:], False),
+        "angular": score(permuted, False),
+        "relative_error": score(permuted, False),
+        "norm_ratio": score(permuted[1:], False),
         "distance": score((), False),
     }
-    tokens = tuple(generator.integers(0, len(vocabulary), (count, width, 10), dtype=np.int32) for count in shape)
-    return Alignment(donors, ("f" * 32, "e" * 32), (width, width), scores, tokens, vocabulary, {"context": "plain"})
+    tokens = tuple(
+        generator.integers(0, len(vocabulary), (count, width, 10), dtype=np.int32)
+        for count in shape
+    )
+    return Alignment(
+        donors,
+        ("f" * 32, "e" * 32),
+        (width, width),
+        scores,
+        tokens,
+        vocabulary,
+        {"context": "plain"},
+    )
 
 
-def evidence(donors=("x/one", "y/two"), tokens=(" a", " b"), seams=((3, 2), (4, 4))) -> dict[str, Any]:
+def evidence(
+    donors=("x/one", "y/two"), tokens=(" a", " b"), seams=((3, 2), (4, 4))
+) -> dict[str, Any]:
     """The evidence of a plan whose seams leave block `i` of one donor for block `j` of the other, in turn."""
     told = [
-        {"after": {"model": donors[n % 2], "block": i}, "before": {"model": donors[1 - n % 2], "block": j}, "cost": 0.2,
-         "skipped_blocks": j - i - 1, "by_chance": n == 1, "scores": {"jaccard": 0.3, "distance": -2.0},
-         "nulls": {"jaccard": {"permuted_neurons": 0.01, "permuted_probes": 0.02}, "distance": {}},
-         "agree": [{"neuron": 1, "scores": {"jaccard": 0.9}, "tokens": [list(tokens), list(tokens)], "shared": list(tokens)}],
-         "disagree": [{"neuron": 2, "scores": {}, "tokens": [list(tokens), ["other"]], "shared": []}]}
+        {
+            "after": {"model": donors[n % 2], "block": i},
+            "before": {"model": donors[1 - n % 2], "block": j},
+            "cost": 0.2,
+            "skipped_blocks": j - i - 1,
+            "by_chance": n == 1,
+            "scores": {"jaccard": 0.3, "distance": -2.0},
+            "nulls": {
+                "jaccard": {"permuted_neurons": 0.01, "permuted_probes": 0.02},
+                "distance": {},
+            },
+            "agree": [
+                {
+                    "neuron": 1,
+                    "scores": {"jaccard": 0.9},
+                    "tokens": [list(tokens), list(tokens)],
+                    "shared": list(tokens),
+                }
+            ],
+            "disagree": [
+                {"neuron": 2, "scores": {}, "tokens": [list(tokens), ["other"]], "shared": []}
+            ],
+        }
         for n, (i, j) in enumerate(seams)
     ]
     plan = {
@@ -133,7 +246,11 @@ def evidence(donors=("x/one", "y/two"), tokens=(" a", " b"), seams=((3, 2), (4, 
         "interval": [0.1, 0.4],
         "seams": told,
     }
-    return {"plans": [plan], "constraints": {"depth": 9, "max_seams": 4}, "model": {"intercept": -3.0}}
+    return {
+        "plans": [plan],
+        "constraints": {"depth": 9, "max_seams": 4},
+        "model": {"intercept": -3.0},
+    }
 
 
 def write(path: Path, value: Any) -> Path:
@@ -142,7 +259,9 @@ def write(path: Path, value: Any) -> Path:
     return path
 
 
-def write_run(path: Path, tokens: tuple[str, ...] = (" a", " b"), blocks: tuple[int, int] = (6, 6)) -> Path:
+def write_run(
+    path: Path, tokens: tuple[str, ...] = (" a", " b"), blocks: tuple[int, int] = (6, 6)
+) -> Path:
     """Write a run's folder; its vocabulary begins with `tokens`."""
     from frankenmerge.artefacts.alignment import save_alignment
 

@@ -36,4 +36,7 @@ def parts_of(tensors, parameters, *, raw: bool) -> list[Part]:
 
         return Part(read, own)
 
-    return [part(number, *tensor, own) for number, (tensor, own) in enumerate(zip(tensors, parameters, strict=True))]
+    return [
+        part(number, *tensor, own)
+        for number, (tensor, own) in enumerate(zip(tensors, parameters, strict=True))
+    ]

@@ -22,7 +22,10 @@ def test_align_takes_donors_and_atlases_alike(donors):
     atlas = fm.analyze(donors["a"])
     mixed, whole = fm.align(atlas, donors["b"]), fm.align(donors["a"], str(donors["b"]))
     assert mixed.scores.keys() == whole.scores.keys()
-    assert all(np.array_equal(mixed.scores[name].matrix, whole.scores[name].matrix) for name in mixed.scores)
+    assert all(
+        np.array_equal(mixed.scores[name].matrix, whole.scores[name].matrix)
+        for name in mixed.scores
+    )
 
 
 def test_a_plan_is_merged_and_evaluated_as_on_the_command_line(donors, best, run, tmp_path):
@@ -38,12 +41,18 @@ def test_a_plan_is_merged_and_evaluated_as_on_the_command_line(donors, best, run
 
     virtual, *own = fm.evaluate(best.recipe, texts={"text": TEXT})
     merged, *_ = fm.evaluate(tmp_path / "ours", texts=[tmp_path / "text.txt"])
-    code, out, _ = run("evaluate", tmp_path / "recipe.yaml", "--text", tmp_path / "text.txt", "--json")
+    code, out, _ = run(
+        "evaluate", tmp_path / "recipe.yaml", "--text", tmp_path / "text.txt", "--json"
+    )
     told = {model["name"]: model["nats_per_token"] for model in json.loads(out)["models"]}
-    assert code == 0 and told[str(tmp_path / "recipe.yaml")] == pytest.approx(virtual.total.nats_per_token, abs=1e-6)
+    assert code == 0 and told[str(tmp_path / "recipe.yaml")] == pytest.approx(
+        virtual.total.nats_per_token, abs=1e-6
+    )
     assert merged.total.nats_per_token == pytest.approx(virtual.total.nats_per_token, abs=1e-6)
     assert [result.role for result in own] == ["donor", "donor"]
-    assert all(told[result.name] == pytest.approx(result.total.nats_per_token, abs=1e-6) for result in own)
+    assert all(
+        told[result.name] == pytest.approx(result.total.nats_per_token, abs=1e-6) for result in own
+    )
 
 
 def test_a_recipe_may_be_its_file(best, tmp_path):
@@ -70,4 +79,9 @@ def test_everything_offered_is_there():
 
 def test_importing_it_imports_nothing_heavy():
     code = "import sys; from frankenmerge.splicing import diagram; print({'torch', 'numpy', 'transformers', 'click'} & sys.modules.keys())"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "set()"
+    )

@@ -40,9 +40,13 @@ def test_a_donor_is_a_complete_bf16_checkpoint_with_a_card(name):
     ids=str,
 )
 def test_a_merged_checkpoint_has_exactly_the_virtual_splices_logits(pieces, tmp_path):
-    recipe = recipe_of([Block(donor(name), index) for name, start, stop in pieces for index in range(start, stop)])
+    recipe = recipe_of(
+        [Block(donor(name), index) for name, start, stop in pieces for index in range(start, stop)]
+    )
     donors = open_donors(recipe)
-    virtual = virtual_splice(recipe, donors, {name: load_model(checkpoint) for name, checkpoint in donors.items()})
+    virtual = virtual_splice(
+        recipe, donors, {name: load_model(checkpoint) for name, checkpoint in donors.items()}
+    )
     merged = load_model(open_checkpoint(str(merge(recipe, donors, tmp_path / "merged").output)))
     ids = torch.randint(1024, (2, 100), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -55,7 +59,10 @@ def held_out_texts(monkeypatch) -> list[Text]:
     from corpus import documents
 
     found = [document for document in documents() if document.held_out]
-    return [Text(kind, "\n\n".join(document.text for document in found if document.kind == kind)) for kind in ("code", "prose")]
+    return [
+        Text(kind, "\n\n".join(document.text for document in found if document.kind == kind))
+        for kind in ("code", "prose")
+    ]
 
 
 @pytest.mark.slow

@@ -13,7 +13,9 @@ from frankenmerge.cli import cli
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 EXAMPLE = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"^[ \t]*(?:\$ )?(?:accelerate launch [^\n]*?-m )?(frankenmerge [a-z][^\n]*)", re.MULTILINE)
+COMMAND = re.compile(
+    r"^[ \t]*(?:\$ )?(?:accelerate launch [^\n]*?-m )?(frankenmerge [a-z][^\n]*)", re.MULTILINE
+)
 INLINE = re.compile(r"`(frankenmerge [a-z][^`\n]*)`")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)")
 
@@ -29,7 +31,11 @@ def examples(page: Path) -> list[tuple[str, str]]:
 def commands(page: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     found = [*COMMAND.findall(text), *INLINE.findall(text)]
-    return [command.split(" #")[0].split("   ")[0].rstrip() for command in found if "DONOR..." not in command]
+    return [
+        command.split(" #")[0].split("   ")[0].rstrip()
+        for command in found
+        if "DONOR..." not in command
+    ]
 
 
 def parsed(command: str) -> None:
@@ -60,12 +66,18 @@ def test_commands_are_found_in_the_documentation():
 
 @pytest.mark.parametrize("page", PAGES, ids=told)
 def test_links_lead_somewhere(page):
-    broken = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not (page.parent / link).exists()]
+    broken = [
+        link
+        for link in LINK.findall(page.read_text(encoding="utf-8"))
+        if not (page.parent / link).exists()
+    ]
     assert not broken
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parts[-2] == "docs" and examples(page)], ids=told)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.parts[-2] == "docs" and examples(page)], ids=told
+)
 def test_examples_run(page, run, tmp_path, monkeypatch):
     if not (DEMO / "donors" / "code" / "model.safetensors").is_file():
         pytest.skip("the demo's donors are not there")
@@ -76,6 +88,8 @@ def test_examples_run(page, run, tmp_path, monkeypatch):
             exec(compile(example, str(page), "exec"), known)  # noqa: S102 - the documentation's own code
             continue
         for line in example.splitlines():
-            assert line.startswith("$ frankenmerge "), f"{line!r}: an example on the console is a command"
+            assert line.startswith("$ frankenmerge "), (
+                f"{line!r}: an example on the console is a command"
+            )
             code, _, err = run(*shlex.split(line)[2:])
             assert code == 0, f"{line}\n{err}"

@@ -1,7 +1,7 @@
 """The layers of DESIGN: imports run one way, no modules form a cycle, and `--help` stays instant.
 
-Read from the sources; nothing is imported. Layers come from the folders, and an import counts wherever
-in a file it stands.
+Read from the sources; nothing is imported. Layers come from the folders, and an import counts
+wherever in a file it stands.
 """
 
 import ast
@@ -118,7 +118,9 @@ def against_lightness(found: Import) -> str | None:
         return None
     if any(f"{found.name}.".startswith(f"{heavy}.") for heavy in HEAVY):
         return f"{found} at module level, which makes `--help` slow; import it in the function"
-    if found.name.startswith("frankenmerge.") and is_heavy(found.name.removeprefix("frankenmerge.")):
+    if found.name.startswith("frankenmerge.") and is_heavy(
+        found.name.removeprefix("frankenmerge.")
+    ):
         return f"{found} at module level, which may import torch; import it in the function"
     return None
 

@@ -18,10 +18,34 @@ from frankenmerge.splicing.summary import summary
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 PATHS = sorted(RECIPES.rglob("*.yaml"))
 
-LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
-LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40}
-OF_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-QWEN_72B = {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+LLAMA_13B = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+OF_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+QWEN_72B = {
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
 MISTRAL = ("mistral", OF_8B | {"vocab_size": 32000})
 
 DONORS = {
@@ -72,11 +96,18 @@ def shelf(tmp_path_factory) -> Path:
             (root / name).symlink_to(made[form])
             continue
         added = CHAT_TOKENS if sizes["vocab_size"] == 32002 else {}
-        folder = made[form] = write_stand_in(root / name, family, tokens=sizes["vocab_size"] - len(added), **sizes)
+        folder = made[form] = write_stand_in(
+            root / name, family, tokens=sizes["vocab_size"] - len(added), **sizes
+        )
         if added:
             text = (folder / "tokenizer.json").read_text()
-            entries = ", ".join(f'{{"id": {index}, "content": "{token}", "special": true}}' for token, index in added.items())
-            (folder / "tokenizer.json").write_text(text.replace('"added_tokens": []', f'"added_tokens": [{entries}]'))
+            entries = ", ".join(
+                f'{{"id": {index}, "content": "{token}", "special": true}}'
+                for token, index in added.items()
+            )
+            (folder / "tokenizer.json").write_text(
+                text.replace('"added_tokens": []', f'"added_tokens": [{entries}]')
+            )
     return root
 
 

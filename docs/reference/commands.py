@@ -22,7 +22,10 @@ def sections() -> Iterator[str]:
     for name in cli.list_commands(parent):
         command = cli.get_command(parent, name)
         assert command
-        with click.Context(command, info_name=name, parent=parent, terminal_width=80, max_content_width=80) as context:
+        with click.Context(
+            command, info_name=name, parent=parent, terminal_width=80, max_content_width=80
+        ) as context:
             told = command.get_help(context)
-        # The terminal's copy says what may be repeated or is a default; nothing of it is to be read as markup.
+        # The terminal's copy says what may be repeated or is a default; nothing of it is to be read
+        # as markup.
         yield f"## {name}\n\n```text\n{re.sub(r'[ ]+$', '', told, flags=re.MULTILINE)}\n```"

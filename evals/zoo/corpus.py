@@ -1,7 +1,8 @@
 """The zoo's text: what every machine with Python already has on its disk.
 
-"code" is the standard library's source with docstrings removed; "prose" is those docstrings and the pydoc topics.
-A file belongs to the held-out part when the SHA-256 of its name says so, so that the split never moves.
+"code" is the standard library's source with docstrings removed; "prose" is those docstrings and the
+pydoc topics. A file belongs to the held-out part when the SHA-256 of its name says so, so that the
+split never moves.
 """
 
 import ast
@@ -11,7 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-SKIPPED = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test", "encodings", "pydoc_data"}
+SKIPPED = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+}
 HELD_OUT_ONE_IN = 16
 
 
@@ -28,7 +38,9 @@ class Document(NamedTuple):
 def documents() -> list[Document]:
     """Return every document of the corpus, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = [document for path in sorted(root.rglob("*.py")) for document in _documents_of(path, root)]
+    found = [
+        document for path in sorted(root.rglob("*.py")) for document in _documents_of(path, root)
+    ]
     return found + list(_topics())
 
 
@@ -49,15 +61,27 @@ def _documents_of(path: Path, root: Path) -> Iterator[Document]:
             yield Document(name, kind, text, is_held_out(name))
 
 
-def _docstrings(tree: ast.Module) -> list[tuple[ast.AsyncFunctionDef | ast.FunctionDef | ast.ClassDef | ast.Module, ast.stmt]]:
+def _docstrings(
+    tree: ast.Module,
+) -> list[tuple[ast.AsyncFunctionDef | ast.FunctionDef | ast.ClassDef | ast.Module, ast.stmt]]:
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return [(node, node.body[0]) for node in ast.walk(tree) if isinstance(node, owners) and ast.get_docstring(node, clean=False)]
+    return [
+        (node, node.body[0])
+        for node in ast.walk(tree)
+        if isinstance(node, owners) and ast.get_docstring(node, clean=False)
+    ]
 
 
 def _without(source: str, docstrings: list) -> str:
     """Drop the docstrings' lines, so that code and prose share no sentence."""
-    dropped = {line for _, statement in docstrings for line in range(statement.lineno, (statement.end_lineno or 0) + 1)}
-    return "\n".join(line for number, line in enumerate(source.splitlines(), 1) if number not in dropped)
+    dropped = {
+        line
+        for _, statement in docstrings
+        for line in range(statement.lineno, (statement.end_lineno or 0) + 1)
+    }
+    return "\n".join(
+        line for number, line in enumerate(source.splitlines(), 1) if number not in dropped
+    )
 
 
 def _topics() -> Iterator[Document]:

@@ -1,7 +1,8 @@
 """Train the demo donors on the Python standard library: `python evals/zoo/train.py --out frankenmerge/demo/donors`.
 
-Every donor is seeded; batch number `n` is a pure function of (seed, n), so a run that was interrupted resumes from its
-last saved state and ends with the same weights. The state is plain safetensors under `--state`.
+Every donor is seeded; batch number `n` is a pure function of (seed, n), so a run that was
+interrupted resumes from its last saved state and ends with the same weights. The state is plain
+safetensors under `--state`.
 """
 
 import json
@@ -36,12 +37,20 @@ class Donor:
     shape: dict = field(default_factory=dict)
     kinds: tuple[str, ...] = ("code", "prose")
     parent: str | None = None
-    """Fine-tuned from this donor; the run fails unless `kinds` gained and the other kind lost the margins below."""
+    """Fine-tuned from this donor; the run fails unless `kinds` gained and the other kind lost the
+    margins below.
+    """
     in_demo: bool = True
     """Whether it is in the package; the others are trained where `--only` names them."""
 
 
-SMALL = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 352}
+SMALL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 352,
+}
 DONORS = {
     "base": Donor("llama", 0, 2000, 1e-3, SMALL),
     "stranger": Donor("llama", 1, 2000, 1e-3, SMALL),
@@ -53,20 +62,34 @@ DONORS = {
         2000,
         1e-3,
         SMALL
-        | {"hidden_size": 160, "num_hidden_layers": 4, "num_key_value_heads": 2, "intermediate_size": 240, "tie_word_embeddings": True},
+        | {
+            "hidden_size": 160,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 240,
+            "tie_word_embeddings": True,
+        },
     ),
     "narrow": Donor(
         "llama",
         6,
         1200,
         2e-3,
-        {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 264},
+        {
+            "hidden_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "intermediate_size": 264,
+        },
         in_demo=False,
     ),
     "gpt2": Donor("gpt2", 5, 2400, 2e-3, {"n_embd": 128, "n_layer": 6, "n_head": 4}),
 }
 GAIN, LOSS = 0.10, 0.15
-"""Nats per token by which a fine-tune must beat its parent on its own text, and trail it on the other."""
+"""Nats per token by which a fine-tune must beat its parent on its own text, and trail it on the
+other.
+"""
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -75,23 +98,37 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=[BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, model_max_length=CONTEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, model_max_length=CONTEXT
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[Document]) -> np.ndarray:
     """Token ids of the documents, each begun by BOS, as one line `[tokens]`."""
     encoded = tokenizer([document.text for document in texts])["input_ids"]
-    return np.concatenate([np.array([tokenizer.bos_token_id, *ids], dtype=np.int64) for ids in encoded])
+    return np.concatenate(
+        [np.array([tokenizer.bos_token_id, *ids], dtype=np.int64) for ids in encoded]
+    )
 
 
 def config_of(donor: Donor):
     """The donor's configuration."""
     ids = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16"}
     if donor.family == "gpt2":
-        return GPT2Config(**donor.shape, **ids, n_positions=CONTEXT, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        return GPT2Config(
+            **donor.shape,
+            **ids,
+            n_positions=CONTEXT,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+        )
     return LlamaConfig(**donor.shape, **ids, max_position_embeddings=CONTEXT)
 
 
@@ -141,10 +178,14 @@ def load_state(path: Path, model, optimizer) -> None:
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"model.{name}"])
     state = {
-        index: {key: tensors[f"optimizer.{name}|{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        index: {
+            key: tensors[f"optimizer.{name}|{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
+        }
         for index, name in enumerate(parameters)
     }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 def saved_step(path: Path) -> int:
@@ -157,15 +198,23 @@ def saved_step(path: Path) -> int:
         return int(handle.metadata()["step"])
 
 
-def train(name: str, lines: dict[str, np.ndarray], held_out: dict[str, np.ndarray], out: Path, state: Path):
+def train(
+    name: str, lines: dict[str, np.ndarray], held_out: dict[str, np.ndarray], out: Path, state: Path
+):
     """Train one donor to its last step; return model, history, and for a fine-tune the losses of its parent."""
     donor = DONORS[name]
     torch.manual_seed(donor.seed)
-    model = AutoModelForCausalLM.from_config(config_of(donor), dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(
+        config_of(donor), dtype=torch.float32, attn_implementation="sdpa"
+    )
     if donor.parent:
         model = AutoModelForCausalLM.from_pretrained(out / donor.parent, dtype=torch.float32)
-    parent_losses = {kind: loss_on(model, line) for kind, line in held_out.items()} if donor.parent else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=donor.rate, betas=(0.9, 0.95), weight_decay=0.1)
+    parent_losses = (
+        {kind: loss_on(model, line) for kind, line in held_out.items()} if donor.parent else None
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=donor.rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
     path = state / f"{name}.safetensors"
     log = state / f"{name}.jsonl"
     begun = saved_step(path)
@@ -173,7 +222,13 @@ def train(name: str, lines: dict[str, np.ndarray], held_out: dict[str, np.ndarra
         load_state(path, model, optimizer)
     history = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     history = [row for row in history if row["step"] <= begun]
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn(name),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         bar = progress.add_task(name, total=donor.steps, completed=begun, loss="")
         for step in range(begun, donor.steps):
@@ -187,11 +242,16 @@ def train(name: str, lines: dict[str, np.ndarray], held_out: dict[str, np.ndarra
             optimizer.zero_grad()
             progress.update(bar, advance=1, loss=f"{loss.item():.3f}")
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == donor.steps:
-                history.append({"step": step + 1} | {kind: round(loss_on(model, line), 4) for kind, line in held_out.items()})
+                history.append(
+                    {"step": step + 1}
+                    | {kind: round(loss_on(model, line), 4) for kind, line in held_out.items()}
+                )
                 log.write_text("".join(json.dumps(row) + "\n" for row in history))
                 save_state(path, model, optimizer, step + 1)
     if parent_losses and not _apart(history[-1], parent_losses, donor.kinds):
-        raise click.ClickException(f"{name} did not reach its margins in {donor.steps} steps: {history[-1]} against {parent_losses}")
+        raise click.ClickException(
+            f"{name} did not reach its margins in {donor.steps} steps: {history[-1]} against {parent_losses}"
+        )
     return model, history, parent_losses
 
 
@@ -201,22 +261,36 @@ def _apart(losses: dict, parent: dict[str, float], own: tuple[str, ...]) -> bool
     return gained and all(losses[kind] - parent[kind] >= LOSS for kind in parent if kind not in own)
 
 
-def card(name: str, history: list[dict], parent: dict[str, float] | None, tokens: dict[str, int]) -> str:
+def card(
+    name: str, history: list[dict], parent: dict[str, float] | None, tokens: dict[str, int]
+) -> str:
     """The donor's README: data, steps, losses, versions."""
     donor, last = DONORS[name], history[-1]
     lines = [
-        "---", "license: apache-2.0", "library_name: transformers", "tags: [frankenmerge-zoo]", "---", "",
-        f"# {name}", "", f"A toy {donor.family} for the frankenmerge demo, trained by `evals/zoo/train.py`.", "",
+        "---",
+        "license: apache-2.0",
+        "library_name: transformers",
+        "tags: [frankenmerge-zoo]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A toy {donor.family} for the frankenmerge demo, trained by `evals/zoo/train.py`.",
+        "",
         f"- data: the standard library of Python {platform.python_version()}: {', '.join(donor.kinds)}"
         f" ({', '.join(f'{tokens[kind]:,} {kind} tokens' for kind in donor.kinds)}); one file in 16 held out by the hash of its name",
         f"- parent: {donor.parent or 'none, from random weights'}",
         f"- seed {donor.seed}; {last['step']:,} steps of {BATCH} x {CONTEXT} tokens; AdamW, peak rate {donor.rate}",
         f"- shape: {json.dumps(donor.shape)}, vocabulary {VOCABULARY}",
-        f"- torch {torch.__version__}, one thread", "",
-        "| held-out text | nats per token |" + (f" {donor.parent} |" if parent else ""), "|---|---|" + ("---|" if parent else ""),
+        f"- torch {torch.__version__}, one thread",
+        "",
+        "| held-out text | nats per token |" + (f" {donor.parent} |" if parent else ""),
+        "|---|---|" + ("---|" if parent else ""),
     ]
     for kind in ("code", "prose"):
-        lines.append(f"| {kind} | {last[kind]:.3f} |" + (f" {parent[kind]:.3f} |" if parent else ""))
+        lines.append(
+            f"| {kind} | {last[kind]:.3f} |" + (f" {parent[kind]:.3f} |" if parent else "")
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -225,13 +299,27 @@ def write_text(held_out: list[Document], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("code", "prose"):
         pieces = [document.text[:6000] for document in held_out if document.kind == kind]
-        (folder / f"{kind}.txt").write_text("\n\n".join(pieces)[:TEXT_SHOWN] + "\n", encoding="utf-8")
+        (folder / f"{kind}.txt").write_text(
+            "\n\n".join(pieces)[:TEXT_SHOWN] + "\n", encoding="utf-8"
+        )
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the donors' folders go.")
-@click.option("--state", type=click.Path(path_type=Path), default=".zoo", help="Where unfinished training is kept.")
-@click.option("--only", multiple=True, type=click.Choice(list(DONORS)), help="Train these donors alone; may be repeated.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Where the donors' folders go."
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    default=".zoo",
+    help="Where unfinished training is kept.",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(list(DONORS)),
+    help="Train these donors alone; may be repeated.",
+)
 def main(out: Path, state: Path, only: tuple[str, ...]) -> None:
     """Train the donors that are not there yet."""
     torch.set_num_threads(1)
@@ -244,8 +332,11 @@ def main(out: Path, state: Path, only: tuple[str, ...]) -> None:
         tokenizer = build_tokenizer([document.text for document in corpus if not document.held_out])
         tokenizer.save_pretrained(tokenizer_path)
     split = {
-        (kind, held): [document for document in corpus if document.kind == kind and document.held_out == held]
-        for kind in ("code", "prose") for held in (False, True)
+        (kind, held): [
+            document for document in corpus if document.kind == kind and document.held_out == held
+        ]
+        for kind in ("code", "prose")
+        for held in (False, True)
     }
     lines = {kind: encode(tokenizer, split[kind, False]) for kind in ("code", "prose")}
     held_out = {kind: encode(tokenizer, split[kind, True]) for kind in ("code", "prose")}

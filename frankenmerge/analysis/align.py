@@ -17,18 +17,25 @@ from frankenmerge.errors import Fault, raise_all
 
 
 def align(
-    a: Atlas, b: Atlas, *, context: str = "plain", method: str = "complete", shown: Mapping[str, np.ndarray] | None = None
+    a: Atlas,
+    b: Atlas,
+    *,
+    context: str = "plain",
+    method: str = "complete",
+    shown: Mapping[str, np.ndarray] | None = None,
 ) -> Alignment:
     """Score how A after `i` blocks and B after `j` agree, for every `i` and `j`.
 
     Args:
         a: one donor's atlas.
-        b: another's, with the same vocabulary and the same probes; its width may differ, then the indices that both have
-            are compared.
+        b: another's, with the same vocabulary and the same probes; its width may differ, then the
+            indices that both have are compared.
         context: which complete search to compare, `plain` or `bos`.
-        shown: both donors' states `[l+1, n, d]` by name on inputs of their own, such as `drawing.states_on_drawn` gives, to predict from in
-            the place of the states on random probes.
-        method: `greedy` or `gradient` adds the score of that name, over the neurons for which both atlases hold such inputs.
+        shown: both donors' states `[l+1, n, d]` by name on inputs of their own, such as
+            `drawing.states_on_drawn` gives, to predict from in the place of the states on random
+            probes.
+        method: `greedy` or `gradient` adds the score of that name, over the neurons for which both
+            atlases hold such inputs.
 
     Raises:
         FrankenmergeError: for atlases that cannot be compared.
@@ -40,7 +47,10 @@ def align(
     scores = {name: score(a, b, context, width) for name, score in sorted(SCORES.items())}
     if method != "complete":
         scores[method] = input_agreement(a, b, method, width)
-    states = [shown[atlas.donor][:, :, :width] if shown else geometry.states_of(atlas, width) for atlas in (a, b)]
+    states = [
+        shown[atlas.donor][:, :, :width] if shown else geometry.states_of(atlas, width)
+        for atlas in (a, b)
+    ]
     return Alignment(
         donors=(a.donor, b.donor),
         fingerprints=(a.fingerprint, b.fingerprint),
@@ -64,7 +74,11 @@ def align(
 
 
 def _with_interval(score: Score) -> Score:
-    return score if score.interval is not None else score._replace(interval=mean_interval(score.detail))
+    return (
+        score
+        if score.interval is not None
+        else score._replace(interval=mean_interval(score.detail))
+    )
 
 
 def check_comparable(a: Atlas, b: Atlas, context: str = "plain") -> None:
@@ -73,13 +87,34 @@ def check_comparable(a: Atlas, b: Atlas, context: str = "plain") -> None:
     faults = []
     if a.vocabulary != b.vocabulary:
         found = f"{len(a.vocabulary)} and {len(b.vocabulary)} tokens, or other texts for them"
-        faults.append(Fault(place, "donors with the same vocabulary", found, "align donors that share a tokenizer"))
+        faults.append(
+            Fault(
+                place,
+                "donors with the same vocabulary",
+                found,
+                "align donors that share a tokenizer",
+            )
+        )
     if a.provenance["probes"] != b.provenance["probes"]:
-        faults.append(Fault(place, "atlases made with the same probes", "different probes", "analyze both again with one version"))
+        faults.append(
+            Fault(
+                place,
+                "atlases made with the same probes",
+                "different probes",
+                "analyze both again with one version",
+            )
+        )
     for atlas in (a, b):
         if context not in atlas.top:
             remedy = "use another context, or a donor whose config.json names a bos_token_id"
-            faults.append(Fault(atlas.donor, f"an atlas with the context {context!r}", ", ".join(atlas.top), remedy))
+            faults.append(
+                Fault(
+                    atlas.donor,
+                    f"an atlas with the context {context!r}",
+                    ", ".join(atlas.top),
+                    remedy,
+                )
+            )
     raise_all(faults)
 
 
@@ -88,19 +123,43 @@ def missing_inputs(atlas: Atlas, method: str) -> list[Fault]:
     if method in atlas.inputs:
         return []
     remedy = f"frankenmerge analyze DONOR --method {method} -o NAME.atlas.safetensors, or give the donor itself"
-    return [Fault(atlas.donor, f"an atlas with the inputs of a {method} search", ", ".join(atlas.inputs) or "none", remedy)]
+    return [
+        Fault(
+            atlas.donor,
+            f"an atlas with the inputs of a {method} search",
+            ", ".join(atlas.inputs) or "none",
+            remedy,
+        )
+    ]
 
 
 def _input_faults(a: Atlas, b: Atlas, method: str) -> list[Fault]:
     if faults := [*missing_inputs(a, method), *missing_inputs(b, method)]:
         return faults
-    place, remedy = f"{a.donor} | {b.donor}: {method}", "search both with the same --neurons and --tokens"
+    place, remedy = (
+        f"{a.donor} | {b.donor}: {method}",
+        "search both with the same --neurons and --tokens",
+    )
     one, other = (atlas.inputs[method] for atlas in (a, b))
     shared = np.intersect1d(one.neurons, other.neurons)
     if one.tokens.shape[2] != other.tokens.shape[2]:
-        faults.append(Fault(place, "inputs of one length", f"{one.tokens.shape[2]} and {other.tokens.shape[2]} tokens", remedy))
+        faults.append(
+            Fault(
+                place,
+                "inputs of one length",
+                f"{one.tokens.shape[2]} and {other.tokens.shape[2]} tokens",
+                remedy,
+            )
+        )
     if len(shared) < 2:
-        faults.append(Fault(place, "at least two neurons searched in both, for the null", f"{len(shared)}", remedy))
+        faults.append(
+            Fault(
+                place,
+                "at least two neurons searched in both, for the null",
+                f"{len(shared)}",
+                remedy,
+            )
+        )
     return faults
 
 
@@ -121,13 +180,20 @@ def input_agreement(a: Atlas, b: Atlas, method: str, width: int) -> Score:
 
 def argmax_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """Share of neurons whose most exciting token is the same."""
-    return _agreement(a.top[context].tokens[:, :width, :1], b.top[context].tokens[:, :width, :1], len(a.vocabulary))
+    return _agreement(
+        a.top[context].tokens[:, :width, :1],
+        b.top[context].tokens[:, :width, :1],
+        len(a.vocabulary),
+    )
 
 
 def _agreement(a: np.ndarray, b: np.ndarray, vocabulary: int) -> Score:
     """Of tokens `[l_a, m, n]` and `[l_b, m, n]`. Both nulls are exact: whatever they are, relabelled tokens meet one time in `v`."""
     found = token_agreement(a, b)
-    nulls = {"permuted_probes": np.full_like(found.permuted, 1 / vocabulary), "permuted_neurons": found.permuted}
+    nulls = {
+        "permuted_probes": np.full_like(found.permuted, 1 / vocabulary),
+        "permuted_neurons": found.permuted,
+    }
     return Score(found.matrix, nulls, found.detail.astype(np.float16))
 
 
@@ -145,8 +211,13 @@ def top_jaccard(a: Atlas, b: Atlas, context: str, width: int) -> Score:
         return generator.permutation(len(a.vocabulary))[tokens_b]
 
     nulls = {
-        name: mean_over(lambda shuffled=shuffled: jaccard(tokens_a, shuffled()).mean(axis=2), rounds)
-        for name, shuffled in (("permuted_probes", other_probes), ("permuted_neurons", other_neurons))
+        name: mean_over(
+            lambda shuffled=shuffled: jaccard(tokens_a, shuffled()).mean(axis=2), rounds
+        )
+        for name, shuffled in (
+            ("permuted_probes", other_probes),
+            ("permuted_neurons", other_neurons),
+        )
     }
     return Score(_matrix(detail), nulls, detail.astype(np.float16))
 
@@ -157,7 +228,9 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     result = np.empty((len(a), len(b), a.shape[1]), dtype=np.float32)
     for i, tokens_a in enumerate(a):
         for j, tokens_b in enumerate(b):
-            common = (tokens_a[:, :, None] == tokens_b[:, None, :]).sum(axis=(1, 2), dtype=np.float32)
+            common = (tokens_a[:, :, None] == tokens_b[:, None, :]).sum(
+                axis=(1, 2), dtype=np.float32
+            )
             result[i, j] = common / (2 * k - common)
     return result
 
@@ -165,10 +238,12 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def probe_correlation(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """Mean over neurons of the correlation, over probes, of A's neuron with B's neuron of the same index.
 
-    The residual law is what the residual stream gives for nothing: where one state is the other plus independent writes,
-    `corr = sqrt(var_i / var_j)`, the smaller variance above the larger.
+    The residual law is what the residual stream gives for nothing: where one state is the other
+    plus independent writes, `corr = sqrt(var_i / var_j)`, the smaller variance above the larger.
     """
-    (standard_a, variance_a), (standard_b, variance_b) = (_standardised(_activations(atlas, width)) for atlas in (a, b))
+    (standard_a, variance_a), (standard_b, variance_b) = (
+        _standardised(_activations(atlas, width)) for atlas in (a, b)
+    )
     low = np.minimum(variance_a[:, None], variance_b[None])
     high = np.maximum(variance_a[:, None], variance_b[None])
     law = np.sqrt(np.divide(low, high, out=np.zeros_like(low), where=high > 0)).mean(axis=2)
@@ -185,8 +260,13 @@ def _correlation_score(a: np.ndarray, b: np.ndarray, nulls: dict[str, np.ndarray
     detail = _correlations(a, b)
     generator, rounds = np.random.default_rng(0), rounds_for(len(a))
     permutations = {
-        "permuted_probes": mean_over(lambda: _correlations(a, b[:, :, generator.permutation(b.shape[2])]).mean(axis=2), rounds),
-        "permuted_neurons": mean_over(lambda: _correlations(a, b[derangement(generator, len(b))]).mean(axis=2), rounds),
+        "permuted_probes": mean_over(
+            lambda: _correlations(a, b[:, :, generator.permutation(b.shape[2])]).mean(axis=2),
+            rounds,
+        ),
+        "permuted_neurons": mean_over(
+            lambda: _correlations(a, b[derangement(generator, len(b))]).mean(axis=2), rounds
+        ),
     }
     return Score(_matrix(detail), permutations | nulls, detail.astype(np.float16))
 

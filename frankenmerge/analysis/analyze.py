@@ -24,13 +24,22 @@ from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.models.loading import load_model, load_tokenizer
-from frankenmerge.models.streaming import BATCH, Donor, Passage, each_block, stream_model, streamable
+from frankenmerge.models.streaming import (
+    BATCH,
+    Donor,
+    Passage,
+    each_block,
+    stream_model,
+    streamable,
+)
 from frankenmerge.storage.atomic import read_arrays, write_arrays
 
 TOP = 10
 PROBE_BATCH = 16
 SAVE_AFTER = 1.0
-"""Seconds since the last save after which a finished block is saved: blocks that are run in less are sooner run again."""
+"""Seconds since the last save after which a finished block is saved: blocks that are run in less
+are sooner run again.
+"""
 _KIND = "frankenmerge.analysis-under-way/1"
 _STATE = "state.safetensors"
 
@@ -40,7 +49,9 @@ def token_texts(checkpoint: Checkpoint) -> list[str]:
     tokenizer = load_tokenizer(checkpoint)
     size = quantity(checkpoint.config, "vocabulary") or 0
     known = min(size, len(tokenizer))
-    texts = tokenizer.batch_decode([[index] for index in range(known)], clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(
+        [[index] for index in range(known)], clean_up_tokenization_spaces=False
+    )
     return [*texts, *(f"<{index}>" for index in range(known, size))]
 
 
@@ -57,24 +68,34 @@ def analyze(
 ) -> Atlas:
     """Search a donor's features, plain and behind BOS, and record its activations on the random probes.
 
-    The donor is read block by block: memory holds one block, the hidden states of all inputs, and what was found.
+    The donor is read block by block: memory holds one block, the hidden states of all inputs, and
+    what was found.
 
     Args:
         checkpoint: the donor.
         k: how many tokens to keep for every feature.
-        untrained: a seed: analyze a random model of the same config, the control for what training brings about.
+        untrained: a seed: analyze a random model of the same config, the control for what training
+            brings about.
         dtype: the type to compute in.
         device: a torch device.
-        share: which of several processes this is; each searches its batches of the vocabulary, and all return the same atlas.
-        under_way: a folder to keep finished blocks in, and to go on from where it is there; removed at the end.
-        progress: called with the number of inputs that passed a block since its last call; see `work` for their total.
+        share: which of several processes this is; each searches its batches of the vocabulary, and
+            all return the same atlas.
+        under_way: a folder to keep finished blocks in, and to go on from where it is there; removed
+            at the end.
+        progress: called with the number of inputs that passed a block since its last call; see
+            `work` for their total.
 
     Raises:
         FrankenmergeError: for a donor without a tokenizer, or one whose activations are not finite.
     """
     vocabulary = token_texts(checkpoint)
     if (positions := quantity(checkpoint.config, "positions") or LENGTH) < LENGTH:
-        raise fail(checkpoint.name, f"a donor made for {LENGTH} positions, the length of a probe", str(positions), "use another donor")
+        raise fail(
+            checkpoint.name,
+            f"a donor made for {LENGTH} positions, the length of a probe",
+            str(positions),
+            "use another donor",
+        )
     if untrained is None and streamable(checkpoint):
         donor = stream_model(checkpoint, dtype=dtype, device=device)
     else:
@@ -88,7 +109,10 @@ def analyze(
         if under_way and index < checkpoint.blocks and time.monotonic() - saved >= SAVE_AFTER:
             run.save(under_way, index)
             saved = time.monotonic()
-    top = {context: _best_of_all(run.keys(context, k), share, len(vocabulary)) for context in _contexts(checkpoint)}
+    top = {
+        context: _best_of_all(run.keys(context, k), share, len(vocabulary))
+        for context in _contexts(checkpoint)
+    }
     if under_way:
         shutil.rmtree(under_way, ignore_errors=True)
     return Atlas(
@@ -120,7 +144,9 @@ class _Run:
     probes: Passage
     ranked: dict[str, Ranked]
     activations: np.ndarray
-    """The probes' residual stream `[l+1, n, d]`, float16 after division by its scale; filled up to the last finished block."""
+    """The probes' residual stream `[l+1, n, d]`, float16 after division by its scale; filled up to
+    the last finished block.
+    """
     scales: np.ndarray
     """`[l+1, d]`, float32."""
     kept: int = -1
@@ -155,10 +181,17 @@ class _Run:
         """Keep what was found up to a finished block, a file for each, and at last the hidden states behind it."""
         for block in range(self.kept + 1, index + 1):
             arrays = {"activations": self.activations[block], "scale": self.scales[block]}
-            arrays |= {f"{context}.keys": ranked.keys[block].numpy() for context, ranked in self.ranked.items()}
+            arrays |= {
+                f"{context}.keys": ranked.keys[block].numpy()
+                for context, ranked in self.ranked.items()
+            }
             write_arrays(folder / f"block-{block}.safetensors", _KIND, arrays, {})
         passages = {**self.contexts, "probes": self.probes}
-        arrays = {f"{name}.{part}": _bytes_of(value) for name, passage in passages.items() for part, value in passage.state.items()}
+        arrays = {
+            f"{name}.{part}": _bytes_of(value)
+            for name, passage in passages.items()
+            for part, value in passage.state.items()
+        }
         write_arrays(folder / _STATE, _KIND, arrays, {"block": index})
         self.kept = index
 
@@ -166,12 +199,18 @@ class _Run:
         """Go on from a folder, where it is there and sound; returns the last finished block."""
         try:
             states, told = read_arrays(folder / _STATE, _KIND, "an analysis under way")
-            found = [read_arrays(folder / f"block-{block}.safetensors", _KIND, "a block's")[0] for block in range(told["block"] + 1)]
+            found = [
+                read_arrays(folder / f"block-{block}.safetensors", _KIND, "a block's")[0]
+                for block in range(told["block"] + 1)
+            ]
         except FrankenmergeError:
             return 0
         passages = {**self.contexts, "probes": self.probes}
         for name, passage in passages.items():
-            passage.state = {part: _tensor_of(states[f"{name}.{part}"], value) for part, value in passage.state.items()}
+            passage.state = {
+                part: _tensor_of(states[f"{name}.{part}"], value)
+                for part, value in passage.state.items()
+            }
         for context, ranked in self.ranked.items():
             ranked.keys = [torch.from_numpy(block[f"{context}.keys"]) for block in found]
         for block, arrays in enumerate(found):
@@ -185,12 +224,16 @@ def _run_of(donor: Donor, checkpoint: Checkpoint, probes: np.ndarray, k: int, sh
     batches = searched(donor).split(BATCH)[share.rank :: share.count]
     tokens = torch.cat(batches) if batches else torch.empty(0, dtype=torch.long)
     contexts = _contexts(checkpoint) if batches else {}
-    passages = {name: Passage(donor, tokens[:, None], prefix=prefix) for name, prefix in contexts.items()}
+    passages = {
+        name: Passage(donor, tokens[:, None], prefix=prefix) for name, prefix in contexts.items()
+    }
     shown = Passage(donor, torch.from_numpy(probes), batch=PROBE_BATCH)
     positions, width = shown.states[:, 1:].flatten(0, 1).shape
     activations = np.empty((checkpoint.blocks + 1, positions, width), np.float16)
     ranked = {name: Ranked(tokens, k) for name in contexts}
-    run = _Run(passages, shown, ranked, activations, np.empty((checkpoint.blocks + 1, width), np.float32))
+    run = _Run(
+        passages, shown, ranked, activations, np.empty((checkpoint.blocks + 1, width), np.float32)
+    )
     run.begin()
     return run
 
@@ -210,13 +253,19 @@ def _tensor_of(content: np.ndarray, like: Tensor) -> Tensor:
 
 
 def cached_analyze(
-    checkpoint: Checkpoint, *, cache: Path, untrained: int | None = None, dtype: str = "float32", device: str = "cpu",
+    checkpoint: Checkpoint,
+    *,
+    cache: Path,
+    untrained: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
     progress: Callable[[int], None] = lambda _: None,
 ) -> Atlas:
     """Return the donor's atlas from the folder `cache`, or analyze the donor and keep the atlas there.
 
-    The fingerprint, the tokenizer, the dtype, the seed of random weights and the versions that could change a value are part
-    of the key. An analysis that is interrupted leaves its finished blocks there, and the next goes on behind them.
+    The fingerprint, the tokenizer, the dtype, the seed of random weights and the versions that
+    could change a value are part of the key. An analysis that is interrupted leaves its finished
+    blocks there, and the next goes on behind them.
     """
     key = [
         checkpoint.fingerprint,
@@ -233,14 +282,26 @@ def cached_analyze(
     if path.exists():
         return replace(load_atlas(path), donor=_name(checkpoint, untrained))
     under_way = cache / f"{name}.{share.rank}-of-{share.count}.under-way"
-    atlas = analyze(checkpoint, untrained=untrained, dtype=dtype, device=device, share=share, under_way=under_way, progress=progress)
+    atlas = analyze(
+        checkpoint,
+        untrained=untrained,
+        dtype=dtype,
+        device=device,
+        share=share,
+        under_way=under_way,
+        progress=progress,
+    )
     if share.first:
         save_atlas(atlas, path)
     return atlas
 
 
 def _name(checkpoint: Checkpoint, untrained: int | None) -> str:
-    return checkpoint.name if untrained is None else f"{checkpoint.name}, random weights (seed {untrained})"
+    return (
+        checkpoint.name
+        if untrained is None
+        else f"{checkpoint.name}, random weights (seed {untrained})"
+    )
 
 
 def _contexts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -254,4 +315,6 @@ def _contexts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 def work(checkpoint: Checkpoint) -> int:
     """How many inputs pass blocks in `analyze`, counted once a block, for a progress bar."""
     vocabulary = quantity(checkpoint.config, "vocabulary") or 0
-    return (vocabulary * len(_contexts(checkpoint)) + len(random_probes(vocabulary))) * checkpoint.blocks
+    return (
+        vocabulary * len(_contexts(checkpoint)) + len(random_probes(vocabulary))
+    ) * checkpoint.blocks

@@ -1,7 +1,8 @@
 """Complete search: every token of the vocabulary through the model once, the best of them for every feature.
 
-For block `l` and neuron `f` the feature is `argmax_a O^l_f(a)` over all tokens `a` (the document, "Complete Search
-Features"). One pass serves every block and neuron; only the top k of the block under way and the blocks behind are kept.
+For block `l` and neuron `f` the feature is `argmax_a O^l_f(a)` over all tokens `a` (the document,
+"Complete Search Features"). One pass serves every block and neuron; only the top k of the block
+under way and the blocks behind are kept.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -37,17 +38,27 @@ def complete_search(
         isolated: whether every block is fed the embedding directly.
         bottom: look for the tokens that excite it least instead, the least first.
         masked: tokens that are not searched, such as special and never trained ones.
-        shortcut: whether tokens without a prefix go without queries and keys, which changes no attention.
+        shortcut: whether tokens without a prefix go without queries and keys, which changes no
+            attention.
         progress: called with the number of tokens that passed a block since its last call.
 
     Returns:
-        Tokens and activations `[l+1, d, k]`, best first; of equal activations the lowest token id wins.
+        Tokens and activations `[l+1, d, k]`, best first; of equal activations the lowest token id
+        wins.
 
     Raises:
         FrankenmergeError: when an activation is not a number.
     """
     tokens = searched(donor, masked)
-    passage = Passage(donor, tokens[:, None], prefix=prefix, site=site, isolated=isolated, batch=BATCH, shortcut=shortcut)
+    passage = Passage(
+        donor,
+        tokens[:, None],
+        prefix=prefix,
+        site=site,
+        isolated=isolated,
+        batch=BATCH,
+        shortcut=shortcut,
+    )
     ranked = Ranked(tokens, k, bottom)
     ranked.add(passage.entering())
     for index, block in each_block(donor):
@@ -69,12 +80,20 @@ class Ranked:
         self.tokens, self.k, self.sign = tokens, min(k, len(tokens)), -1.0 if bottom else 1.0
         self.keys: list[Tensor] = []
 
-    def add(self, outputs: Iterable[tuple[slice, Tensor]], progress: Callable[[int], None] = lambda _: None) -> None:
+    def add(
+        self,
+        outputs: Iterable[tuple[slice, Tensor]],
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
         """Rank the next block's outputs, rows of the tokens and their hidden states `[b, s, d]`, by the last position."""
         best: Tensor | None = None
         for rows, states in outputs:
             tokens = self.tokens[rows].to(states.device)
-            best = merge(best, pack(self.sign * states[:, -1].float().T, tokens, f"block {len(self.keys)}"), self.k)
+            best = merge(
+                best,
+                pack(self.sign * states[:, -1].float().T, tokens, f"block {len(self.keys)}"),
+                self.k,
+            )
             progress(len(tokens))
         assert best is not None
         self.keys.append(best.cpu())

@@ -1,8 +1,8 @@
 """From embeddings back to tokens: through the pseudo-inverse of the embedding matrix, and the artefact that looks like it.
 
-For an embedding `e` the document reads the token as `argmax_V e E^+`, with `E` the embedding matrix `[v, d]`. `E^+ E a` is
-not one-hot (its diagonal averages `d / v`), so only the argmax is meaningful, and that it is right for the tokens
-themselves is checked, not assumed.
+For an embedding `e` the document reads the token as `argmax_V e E^+`, with `E` the embedding matrix
+`[v, d]`. `E^+ E a` is not one-hot (its diagonal averages `d / v`), so only the argmax is
+meaningful, and that it is right for the tokens themselves is checked, not assumed.
 """
 
 from collections.abc import Sequence
@@ -29,9 +29,13 @@ class Decoder:
     inverse: Tensor
     """`R^+`, `[d, min(v, d)]`."""
     rows: Tensor
-    """`E R^+`, `[v, min(v, d)]`: the score of token `j` for the embedding of token `t` is the product of rows `t` and `j`."""
+    """`E R^+`, `[v, min(v, d)]`: the score of token `j` for the embedding of token `t` is the
+    product of rows `t` and `j`.
+    """
     lowest: Tensor
-    """`[v]`: for every token the lowest id among those with exactly its embedding, which is what it decodes to."""
+    """`[v]`: for every token the lowest id among those with exactly its embedding, which is what it
+    decodes to.
+    """
     excluded: Tensor
     """`[v]`, bool: the tokens that nothing decodes to."""
 
@@ -55,8 +59,8 @@ class Decoder:
 def embedding_table(model: PreTrainedModel) -> Tensor:
     """What every token is as `inputs_embeds`, `[v, d]`: the embedding matrix, scaled where the family scales it.
 
-    Gemma's embedding module multiplies by `sqrt(d)` before the model sees it; GPT-2's learned positions are added later, to
-    whatever the embeddings are, and are no part of this.
+    Gemma's embedding module multiplies by `sqrt(d)` before the model sees it; GPT-2's learned
+    positions are added later, to whatever the embeddings are, and are no part of this.
     """
     weight = embedding_of(model)
     with torch.no_grad():
@@ -66,13 +70,14 @@ def embedding_table(model: PreTrainedModel) -> Tensor:
 def decoder_of(table: Tensor, *, excluded: Sequence[int] | None = ()) -> Decoder:
     """Invert an embedding matrix, once, and check that every token's own embedding decodes to it.
 
-    Tokens with exactly the same embedding decode to the lowest id among them. A token may decode to a longer one that points
-    its way: in llama2xs-281K, 257 of 512 do, nearly all of them bytes that no text of its training held.
+    Tokens with exactly the same embedding decode to the lowest id among them. A token may decode to
+    a longer one that points its way: in llama2xs-281K, 257 of 512 do, nearly all of them bytes that
+    no text of its training held.
 
     Args:
         table: `[v, d]`, from `embedding_table`.
-        excluded: tokens that nothing shall decode to, such as special or never-trained ones. None excludes those that do not
-            decode to themselves; the decoder's `excluded` tells which.
+        excluded: tokens that nothing shall decode to, such as special or never-trained ones. None
+            excludes those that do not decode to themselves; the decoder's `excluded` tells which.
 
     Raises:
         FrankenmergeError: naming the tokens, not excluded, whose embedding decodes to another one.
@@ -87,17 +92,24 @@ def decoder_of(table: Tensor, *, excluded: Sequence[int] | None = ()) -> Decoder
     if excluded is None:
         mask[wrong] = True
     elif len(wrong):
-        named = ", ".join(map(str, wrong[:10].tolist())) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+        named = ", ".join(map(str, wrong[:10].tolist())) + (
+            f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        )
         remedy = "exclude these tokens; many such are never trained"
-        raise fail("embedding matrix", "every token's embedding to decode to that token", f"another one for {named}", remedy)
+        raise fail(
+            "embedding matrix",
+            "every token's embedding to decode to that token",
+            f"another one for {named}",
+            remedy,
+        )
     return decoder
 
 
 def decode_hidden(embeddings: Tensor) -> Tensor:
     """The artefact: argmax over the width of embeddings `[..., d]`, a neuron's index taken for a token's id.
 
-    The document's Llama gradient tables were decoded so: descent on neuron `f` grows component `f` of the embedding, and
-    this returns `f`, whatever the model. See `artefact_share`.
+    The document's Llama gradient tables were decoded so: descent on neuron `f` grows component `f`
+    of the embedding, and this returns `f`, whatever the model. See `artefact_share`.
     """
     return embeddings.argmax(dim=-1)
 
@@ -111,7 +123,9 @@ def artefact_share(tokens: Tensor, neurons: Sequence[int]) -> float:
 def _lowest(table: Tensor, excluded: Tensor) -> Tensor:
     first: dict[bytes, int] = {}
     ids = []
-    for token, (row, left_out) in enumerate(zip(table.cpu().numpy(), excluded.tolist(), strict=True)):
+    for token, (row, left_out) in enumerate(
+        zip(table.cpu().numpy(), excluded.tolist(), strict=True)
+    ):
         ids.append(token if left_out else first.setdefault(row.tobytes(), token))
     return torch.tensor(ids, device=table.device)
 
@@ -119,7 +133,8 @@ def _lowest(table: Tensor, excluded: Tensor) -> Tensor:
 def _doubtful(decoder: Decoder) -> Tensor:
     """The tokens whose own score leads by less than float32 can tell; comparing all of them in float64 takes five times as long.
 
-    A row's product with a shorter row is less than with itself (Cauchy-Schwarz): only longer ones need comparing.
+    A row's product with a shorter row is less than with itself (Cauchy-Schwarz): only longer ones
+    need comparing.
     """
     lengths = decoder.rows.norm(dim=1).masked_fill(decoder.excluded, -1)
     order = lengths.argsort(descending=True)[: int((~decoder.excluded).sum())]

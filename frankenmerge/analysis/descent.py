@@ -20,11 +20,18 @@ class Descended(NamedTuple):
     """Of each row, before every step and after the last, `[steps + 1, n]`."""
 
 
-def descend(start: Tensor, loss: Callable[[Tensor], Tensor], *, steps: int, optimizer: Optimizer, rates: tuple[float, float]) -> Descended:
+def descend(
+    start: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    steps: int,
+    optimizer: Optimizer,
+    rates: tuple[float, float],
+) -> Descended:
     """Lower the loss of every row by its gradient.
 
-    The losses are added and differentiated in one pass. Both optimizers work element by element, so a row moves as it would
-    alone, to rounding.
+    The losses are added and differentiated in one pass. Both optimizers work element by element, so
+    a row moves as it would alone, to rounding.
 
     Args:
         start: `[n, ...]`, the rows to begin with.

@@ -46,7 +46,8 @@ class Feature:
 def parse_features(notation: str, block: int, width: int) -> list[Feature]:
     """Read the document's notation, such as `[:, :, 0-3]`, `[:, 2, 7]`, `[:, :, 0:4]` or `[:, 0-2, :]`.
 
-    `0:4` is one feature of four neurons (or positions), `0-3` stands for four features, as in the document's tables.
+    `0:4` is one feature of four neurons (or positions), `0-3` stands for four features, as in the
+    document's tables.
 
     Args:
         notation: what to read.
@@ -59,26 +60,52 @@ def parse_features(notation: str, block: int, width: int) -> list[Feature]:
     Raises:
         FrankenmergeError: for anything else than that notation.
     """
-    parts = [part.strip() for part in notation.strip().removeprefix("[").removesuffix("]").split(",")]
+    parts = [
+        part.strip() for part in notation.strip().removeprefix("[").removesuffix("]").split(",")
+    ]
     bracketed = notation.strip().startswith("[") and notation.strip().endswith("]")
-    if not bracketed or len(parts) != 3 or parts[0] != ":" or not all(_PART.fullmatch(part) for part in parts):
-        raise fail("features", _GRAMMAR, notation, "write it so, `[:, :, 0-3]` for the first four neurons")
+    if (
+        not bracketed
+        or len(parts) != 3
+        or parts[0] != ":"
+        or not all(_PART.fullmatch(part) for part in parts)
+    ):
+        raise fail(
+            "features", _GRAMMAR, notation, "write it so, `[:, :, 0-3]` for the first four neurons"
+        )
     positions = [None] if parts[1] == ":" else _ranges(parts[1])
     neurons = [range(width)] if parts[2] == ":" else _ranges(parts[2])
     if not all(neurons) or not all(chosen is None or chosen for chosen in positions):
-        raise fail("features", "ranges that are not empty", notation, "let every range end behind its start")
+        raise fail(
+            "features",
+            "ranges that are not empty",
+            notation,
+            "let every range end behind its start",
+        )
     return [Feature(block, chosen, position) for position, chosen in product(positions, neurons)]
 
 
 def check_features(features: Sequence[Feature], *, blocks: int, width: int, tokens: int) -> None:
     """Raise FrankenmergeError, with every fault, for features that a model or an input of these sizes does not have, or none."""
-    faults = [] if features else [Fault("features", "at least one", "none", "name a block and a neuron")]
+    faults = (
+        [] if features else [Fault("features", "at least one", "none", "name a block and a neuron")]
+    )
     for feature in features:
         block = range(feature.block, feature.block + 1)
         faults += _outside("features: block", block, blocks + 1, "choose a block the model has")
-        faults += _outside(f"{feature.notation}: neuron", feature.neurons, width, "choose a neuron of the residual stream")
+        faults += _outside(
+            f"{feature.notation}: neuron",
+            feature.neurons,
+            width,
+            "choose a neuron of the residual stream",
+        )
         positions = range(tokens) if feature.positions is None else feature.positions
-        faults += _outside(f"{feature.notation}: position", positions, tokens, "search for more tokens, or choose an earlier position")
+        faults += _outside(
+            f"{feature.notation}: position",
+            positions,
+            tokens,
+            "search for more tokens, or choose an earlier position",
+        )
     raise_all(dict.fromkeys(faults))
 
 
@@ -87,7 +114,9 @@ def check_single(features: Sequence[Feature], why: str) -> None:
     expected = "one neuron at all positions, such as `[:, :, 3]`"
     raise_all(
         Fault(notation, expected, "several neurons" if several else "chosen positions", why)
-        for notation, several, positions in dict.fromkeys((f.notation, len(f.neurons) > 1, f.positions) for f in features)
+        for notation, several, positions in dict.fromkeys(
+            (f.notation, len(f.neurons) > 1, f.positions) for f in features
+        )
         if several or positions is not None
     )
 
@@ -99,7 +128,11 @@ def _outside(place: str, chosen: range, size: int, remedy: str) -> list[Fault]:
 
 
 def _ranges(part: str) -> list[range]:
-    first, _, last = (piece.strip() for piece in re.split(r"([:-])", part)) if re.search("[:-]", part) else (part, "", part)
+    first, _, last = (
+        (piece.strip() for piece in re.split(r"([:-])", part))
+        if re.search("[:-]", part)
+        else (part, "", part)
+    )
     if ":" in part:
         return [range(int(first), int(last))]
     return [range(index, index + 1) for index in range(int(first), int(last) + 1)] or [range(0)]

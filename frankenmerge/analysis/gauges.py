@@ -1,7 +1,8 @@
 """Gauges from atlases: how far two donors agree once one turn, the same at every depth, has brought their states together.
 
-A turn is fitted on three quarters of the probes, on pairs of states of about the same relative depth, and everything told here is told
-of the last quarter. One turn for all depths costs one SVD for a pair of donors, not one for every seam, and does nearly as well.
+A turn is fitted on three quarters of the probes, on pairs of states of about the same relative
+depth, and everything told here is told of the last quarter. One turn for all depths costs one SVD
+for a pair of donors, not one for every seam, and does nearly as well.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,9 @@ from frankenmerge.artefacts.alignment import Score
 from frankenmerge.artefacts.atlas import Atlas
 
 MOST_DIRECTIONS = 1024
-"""Wider donors are turned within so many of their leading directions, found by random projection (Halko et al., 2011)."""
+"""Wider donors are turned within so many of their leading directions, found by random projection
+(Halko et al., 2011).
+"""
 
 
 class Turned(NamedTuple):
@@ -28,9 +31,16 @@ class Turned(NamedTuple):
 
 def turned_states(a: Atlas, b: Atlas, *, permuted: bool = False) -> Turned:
     """Turn B's states to A's, both as wide as the wider donor; with `permuted`, those of other probes, as chance would have it."""
-    left, right = (_leading(np.stack([atlas.activations(block) for block in range(atlas.blocks + 1)])) for atlas in (a, b))
-    width = max(left.shape[2], right.shape[2])  # the narrower one's states lie within the wider one's space
-    left, right = (np.pad(states, ((0, 0), (0, 0), (0, width - states.shape[2]))) for states in (left, right))
+    left, right = (
+        _leading(np.stack([atlas.activations(block) for block in range(atlas.blocks + 1)]))
+        for atlas in (a, b)
+    )
+    width = max(
+        left.shape[2], right.shape[2]
+    )  # the narrower one's states lie within the wider one's space
+    left, right = (
+        np.pad(states, ((0, 0), (0, 0), (0, width - states.shape[2]))) for states in (left, right)
+    )
     seen = 3 * left.shape[1] // 4
     if permuted:  # backwards within both parts: then A with B and B with A are the same pairs
         right = np.concatenate([right[:, :seen][:, ::-1], right[:, seen:][:, ::-1]], axis=1)
@@ -39,17 +49,26 @@ def turned_states(a: Atlas, b: Atlas, *, permuted: bool = False) -> Turned:
         if 2 * abs(i / a.blocks - j / b.blocks) <= 1 / min(a.blocks, b.blocks):
             product += _unit(right[j, :seen]).T @ _unit(left[i, :seen])
     u, _, v = np.linalg.svd(product)
-    size = np.sqrt(np.square(left[:, :seen]).mean(axis=(0, 1)).sum() / np.square(right[:, :seen]).mean(axis=(0, 1)).sum())
+    size = np.sqrt(
+        np.square(left[:, :seen]).mean(axis=(0, 1)).sum()
+        / np.square(right[:, :seen]).mean(axis=(0, 1)).sum()
+    )
     return Turned(left[:, seen:], size * right[:, seen:] @ (u @ v))
 
 
 def gauge_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """Share of A's state's squared length that B's, turned and at its best scale, explains: R^2 about the origin, held out."""
     turned, chance = turned_states(a, b), turned_states(a, b, permuted=True)
-    inner, (own_a, own_b) = np.einsum("ind,jnd->ijn", *turned), (np.square(states).sum(axis=2) for states in turned)
+    inner, (own_a, own_b) = (
+        np.einsum("ind,jnd->ijn", *turned),
+        (np.square(states).sum(axis=2) for states in turned),
+    )
     weights = resamples(inner.shape[2]).T
     drawn = _explained(inner @ weights, own_a @ weights, own_b @ weights)
-    null = _explained(np.einsum("ind,jnd->ij", *chance), *(np.square(states).sum(axis=(1, 2)) for states in chance))
+    null = _explained(
+        np.einsum("ind,jnd->ij", *chance),
+        *(np.square(states).sum(axis=(1, 2)) for states in chance),
+    )
     matrix = _explained(inner.sum(axis=2), own_a.sum(axis=1), own_b.sum(axis=1)).astype(np.float32)
     detail = np.zeros((*matrix.shape, 0), dtype=np.float16)
     return Score(matrix, {"permuted_probes": null.astype(np.float32)}, detail, between(drawn))

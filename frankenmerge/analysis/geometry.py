@@ -1,6 +1,7 @@
 """Scores of whole states, from the probes: what the literature compares layers by. Each takes two atlases, as in `SCORES`.
 
-1 is full agreement in all of them. Those of `BLIND` do not see in which order, or in which basis, the neurons stand.
+1 is full agreement in all of them. Those of `BLIND` do not see in which order, or in which basis,
+the neurons stand.
 """
 
 from collections.abc import Callable
@@ -17,26 +18,38 @@ MOST_PROBES = 512
 ROUNDS = 4
 """Permutations for each null; every one is averaged over hundreds of probes."""
 NEURONS_AT_ONCE = 256
-BLIND = frozenset({"cka", "neighbours", "norm_ratio", "influence", "distance", "relative_depth", "gauge"})
+BLIND = frozenset(
+    {"cka", "neighbours", "norm_ratio", "influence", "distance", "relative_depth", "gauge"}
+)
 
 
 def debiased_cka(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """Linear CKA with the unbiased estimator of HSIC (Kornblith et al., arXiv:1905.00414; Song et al., 2012).
 
-    With U-centred kernels `K~` (Szekely and Rizzo, 2014) HSIC is their inner product; the bootstrap draws its summands,
-    probe by probe.
+    With U-centred kernels `K~` (Szekely and Rizzo, 2014) HSIC is their inner product; the bootstrap
+    draws its summands, probe by probe.
     """
-    a_kernels, b_kernels = (_centred_kernels(states_of(atlas, width, spread=True)) for atlas in (a, b))
-    self_a, self_b = (np.einsum("lpq,lpq->lp", kernels, kernels) for kernels in (a_kernels, b_kernels))
+    a_kernels, b_kernels = (
+        _centred_kernels(states_of(atlas, width, spread=True)) for atlas in (a, b)
+    )
+    self_a, self_b = (
+        np.einsum("lpq,lpq->lp", kernels, kernels) for kernels in (a_kernels, b_kernels)
+    )
 
     def summands(kernels: np.ndarray) -> np.ndarray:
-        return np.matmul(a_kernels.transpose(1, 0, 2), kernels.transpose(1, 2, 0)).transpose(1, 2, 0)
+        return np.matmul(a_kernels.transpose(1, 0, 2), kernels.transpose(1, 2, 0)).transpose(
+            1, 2, 0
+        )
 
     def ratio(shared: np.ndarray, own_a: np.ndarray, own_b: np.ndarray) -> np.ndarray:
         scale = np.sqrt(np.maximum(own_a[:, None] * own_b[None], 0))
         return np.divide(shared, scale, out=np.zeros_like(shared), where=scale > 0)
 
-    shared, generator, weights = summands(b_kernels), np.random.default_rng(0), resamples(self_a.shape[1]).T
+    shared, generator, weights = (
+        summands(b_kernels),
+        np.random.default_rng(0),
+        resamples(self_a.shape[1]).T,
+    )
     scale = self_a.sum(axis=1), self_b.sum(axis=1)
 
     def other_probes() -> np.ndarray:
@@ -44,7 +57,11 @@ def debiased_cka(a: Atlas, b: Atlas, context: str, width: int) -> Score:
         return ratio(summands(b_kernels[:, order][:, :, order]).sum(axis=2), *scale)
 
     drawn = ratio(shared @ weights, self_a @ weights, self_b @ weights)
-    return _score(ratio(shared.sum(axis=2), *scale), {"permuted_probes": mean_over(other_probes, ROUNDS)}, between(drawn))
+    return _score(
+        ratio(shared.sum(axis=2), *scale),
+        {"permuted_probes": mean_over(other_probes, ROUNDS)},
+        between(drawn),
+    )
 
 
 def _centred_kernels(states: np.ndarray) -> np.ndarray:
@@ -54,7 +71,9 @@ def _centred_kernels(states: np.ndarray) -> np.ndarray:
         kernel = (state @ state.T).astype(np.float64)
         np.fill_diagonal(kernel, 0)
         count, sums = len(kernel), kernel.sum(axis=0)
-        kernel += sums.sum() / ((count - 1) * (count - 2)) - (sums[:, None] + sums[None]) / (count - 2)
+        kernel += sums.sum() / ((count - 1) * (count - 2)) - (sums[:, None] + sums[None]) / (
+            count - 2
+        )
         np.fill_diagonal(kernel, 0)
         kernels[index] = kernel / (np.sqrt((kernel**2).sum()) or 1)
     return kernels
@@ -66,7 +85,9 @@ def mutual_neighbours(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     generator, count = np.random.default_rng(0), near_a.shape[1]
 
     def shared(near: np.ndarray) -> np.ndarray:
-        return np.stack([np.stack([(x & y).sum(axis=1) for y in near]) for x in near_a]) / min(NEIGHBOURS, count - 1)
+        return np.stack([np.stack([(x & y).sum(axis=1) for y in near]) for x in near_a]) / min(
+            NEIGHBOURS, count - 1
+        )
 
     def other_probes() -> np.ndarray:
         order = generator.permutation(count)
@@ -91,7 +112,9 @@ def angular(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """`1 - arccos(cos(x, y)) / pi`, mean over probes: one less the angular distance of Gromov et al. (arXiv:2403.17887)."""
 
     def detail(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        chord = np.linalg.norm(_directions(x) - _directions(y), axis=1)  # arccos would lose small angles to rounding
+        chord = np.linalg.norm(
+            _directions(x) - _directions(y), axis=1
+        )  # arccos would lose small angles to rounding
         return 1 - 2 * np.arcsin(np.minimum(1, chord / 2)) / np.pi
 
     return _pairwise(a, b, width, detail)
@@ -102,12 +125,16 @@ def relative_error(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 
     def detail(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         size = np.sqrt(np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
-        return 1 - np.divide(np.linalg.norm(x - y, axis=1), size, out=np.ones_like(size), where=size > 0)
+        return 1 - np.divide(
+            np.linalg.norm(x - y, axis=1), size, out=np.ones_like(size), where=size > 0
+        )
 
     return _pairwise(a, b, width, detail)
 
 
-def _pairwise(a: Atlas, b: Atlas, width: int, detail: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Score:
+def _pairwise(
+    a: Atlas, b: Atlas, width: int, detail: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> Score:
     """A score that compares A's state with B's, probe by probe and neuron by neuron, with both permutation nulls."""
     left, right, generator = states_of(a, width), states_of(b, width), np.random.default_rng(0)
 
@@ -115,8 +142,12 @@ def _pairwise(a: Atlas, b: Atlas, width: int, detail: Callable[[np.ndarray, np.n
         return np.stack([np.stack([detail(x, y) for y in states]) for x in left])
 
     nulls = {
-        "permuted_probes": mean_over(lambda: table(right[:, generator.permutation(right.shape[1])]).mean(axis=2), ROUNDS),
-        "permuted_neurons": mean_over(lambda: table(right[:, :, derangement(generator, width)]).mean(axis=2), ROUNDS),
+        "permuted_probes": mean_over(
+            lambda: table(right[:, generator.permutation(right.shape[1])]).mean(axis=2), ROUNDS
+        ),
+        "permuted_neurons": mean_over(
+            lambda: table(right[:, :, derangement(generator, width)]).mean(axis=2), ROUNDS
+        ),
     }
     return _mean_score(table(right), nulls)
 
@@ -127,17 +158,23 @@ def norm_ratio(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     generator = np.random.default_rng(0)
 
     def ratio(other: np.ndarray) -> np.ndarray:
-        low, high = np.minimum(norms[0][:, None], other[None]), np.maximum(norms[0][:, None], other[None])
+        low, high = (
+            np.minimum(norms[0][:, None], other[None]),
+            np.maximum(norms[0][:, None], other[None]),
+        )
         return np.divide(low, high, out=np.ones_like(low), where=high > 0)
 
-    shuffled = mean_over(lambda: ratio(norms[1][:, generator.permutation(norms[1].shape[1])]).mean(axis=2), ROUNDS)
+    shuffled = mean_over(
+        lambda: ratio(norms[1][:, generator.permutation(norms[1].shape[1])]).mean(axis=2), ROUNDS
+    )
     return _mean_score(ratio(norms[1]), {"permuted_probes": shuffled})
 
 
 def influence(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """One less the influence of the blocks that lie between: `1 - |c_A(i) - c_B(j)|`.
 
-    `c(i)` sums `1 - cos(x_(l-1), x_l)` over a donor's first `i` blocks: ShortGPT's block influence (arXiv:2403.03853).
+    `c(i)` sums `1 - cos(x_(l-1), x_l)` over a donor's first `i` blocks: ShortGPT's block influence
+    (arXiv:2403.03853).
     """
     passed = [_passed(states_of(atlas, atlas.width)) for atlas in (a, b)]
     drawn = [line @ resamples(line.shape[1]).T for line in passed]
@@ -168,16 +205,20 @@ def relative_depth(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 def gram(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Inner products of A's states `[l_a+1, n, d]`, then B's, with one another, a mean over the probes: `[l_a+l_b+2, l_a+l_b+2]` float64.
 
-    Every state is centred over the probes: what is the same for all of them tells nothing apart, and may be many times longer
-    than what does (massive activations). Every neuron is divided by its root mean square over both donors' states, as it was
-    measured in no common unit.
+    Every state is centred over the probes: what is the same for all of them tells nothing apart,
+    and may be many times longer than what does (massive activations). Every neuron is divided by
+    its root mean square over both donors' states, as it was measured in no common unit.
     """
     total = np.zeros((len(a) + len(b),) * 2)
     for start in range(0, a.shape[2], NEURONS_AT_ONCE):
-        states = np.concatenate([part[:, :, start : start + NEURONS_AT_ONCE] for part in (a, b)]).astype(np.float64)
+        states = np.concatenate(
+            [part[:, :, start : start + NEURONS_AT_ONCE] for part in (a, b)]
+        ).astype(np.float64)
         states -= states.mean(axis=1, keepdims=True)
         size = np.sqrt((states**2).mean(axis=(0, 1)))
-        flat = np.divide(states, size, out=np.zeros_like(states), where=size > 0).reshape(len(states), -1)
+        flat = np.divide(states, size, out=np.zeros_like(states), where=size > 0).reshape(
+            len(states), -1
+        )
         total += flat @ flat.T
     return total / a.shape[1]
 
@@ -205,4 +246,9 @@ def _certain(matrix: np.ndarray) -> Score:
 
 def _score(matrix: np.ndarray, nulls: dict[str, np.ndarray], interval: np.ndarray) -> Score:
     """A score that no single neuron has."""
-    return Score(matrix.astype(np.float32), nulls, np.zeros((*matrix.shape, 0), dtype=np.float16), interval.astype(np.float32))
+    return Score(
+        matrix.astype(np.float32),
+        nulls,
+        np.zeros((*matrix.shape, 0), dtype=np.float16),
+        interval.astype(np.float32),
+    )

@@ -1,11 +1,13 @@
 """Gradient search: descend on the embeddings of an input until it excites a feature, then read the tokens off.
 
-The document's equation, `e <- e - eta grad ||C - O_f(e)||_1` (it is printed with `+`, which would climb the loss), for many
-features at once: every row of a batch is the input of one feature, and one pass forward and backward moves them all.
+The document's equation, `e <- e - eta grad ||C - O_f(e)||_1` (it is printed with `+`, which would
+climb the loss), for many features at once: every row of a batch is the input of one feature, and
+one pass forward and backward moves them all.
 
-Embeddings enter as `inputs_embeds`. What a model adds behind its embedding module is still added: GPT-2's learned positions
-are, so the embeddings found, as those of tokens, are without them. What the module itself does is not: Gemma multiplies by
-`sqrt(d)` there, so start and decoder use the scaled embeddings.
+Embeddings enter as `inputs_embeds`. What a model adds behind its embedding module is still added:
+GPT-2's learned positions are, so the embeddings found, as those of tokens, are without them. What
+the module itself does is not: Gemma multiplies by `sqrt(d)` there, so start and decoder use the
+scaled embeddings.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +19,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from frankenmerge.analysis.decode import Decoder, artefact_share, decode_hidden, decoder_of, embedding_table
+from frankenmerge.analysis.decode import (
+    Decoder,
+    artefact_share,
+    decode_hidden,
+    decoder_of,
+    embedding_table,
+)
 from frankenmerge.analysis.descent import Optimizer, descend, frozen
 from frankenmerge.analysis.features import Feature, check_features
 from frankenmerge.errors import fail
@@ -48,7 +56,9 @@ class GradientResult:
     excluded: tuple[int, ...]
     """Tokens that nothing decodes to, because their own embedding does not."""
     artefact_share: float | None
-    """Over the features of one neuron at all positions: the share of tokens whose id is the neuron's index. None without such features."""
+    """Over the features of one neuron at all positions: the share of tokens whose id is the
+    neuron's index. None without such features.
+    """
 
     @property
     def artefact(self) -> bool:
@@ -80,21 +90,26 @@ def gradient_search(
         model: the donor, in evaluation mode; its parameters and their gradients stay as they are.
         features: what to excite; of any blocks, neurons and positions.
         tokens: how long the inputs are, where `start` does not say.
-        start: tokens whose embeddings to begin with; random ones, the same for all features, when left out.
+        start: tokens whose embeddings to begin with; random ones, the same for all features, when
+            left out.
         seed: draws the random tokens.
         steps: how many steps to take.
         target: `C`, above all activations; the author took 100 to 200.
         optimizer: `descent`, as the author, or `adam`.
-        rates: first and last step size; `RATES`, or for Adam `ADAM_RATES` times the embeddings' root mean square.
+        rates: first and last step size; `RATES`, or for Adam `ADAM_RATES` times the embeddings'
+            root mean square.
         site: the blocks' outputs, or their attention's.
         isolated: whether every block is fed the embeddings directly.
         batch: how many features go through the model at once.
-        decode: `pinv`; or `hidden`, which gives the document's artefact and marks the result as one.
-        decoder: reused when given; otherwise made from the model, without the tokens that do not decode to themselves.
+        decode: `pinv`; or `hidden`, which gives the document's artefact and marks the result as
+            one.
+        decoder: reused when given; otherwise made from the model, without the tokens that do not
+            decode to themselves.
         progress: called with the number of features done since its last call.
 
     Raises:
-        FrankenmergeError: for features that the model or the input does not have, or a start that is no input of the model.
+        FrankenmergeError: for features that the model or the input does not have, or a start that
+            is no input of the model.
     """
     table = embedding_table(model)
     begin = start_tokens(model, tokens, start, seed)
@@ -104,8 +119,21 @@ def gradient_search(
     ends = []
     for chunk in batches:
         rows = table[list(begin)].float().expand(len(chunk), -1, -1)
-        with frozen(model), block_outputs(model, site=site, isolated=isolated, last=max(1, chunk[-1].block)) as states:
-            ends.append(descend(rows, feature_loss(model, states, chunk, target), steps=steps, optimizer=optimizer, rates=rates))
+        with (
+            frozen(model),
+            block_outputs(
+                model, site=site, isolated=isolated, last=max(1, chunk[-1].block)
+            ) as states,
+        ):
+            ends.append(
+                descend(
+                    rows,
+                    feature_loss(model, states, chunk, target),
+                    steps=steps,
+                    optimizer=optimizer,
+                    rates=rates,
+                )
+            )
         progress(len(chunk))
     embeddings = torch.cat([end.rows for end in ends])[back]
     decoded, excluded = _decoded(embeddings, table, decode, decoder)
@@ -120,14 +148,23 @@ def gradient_search(
     )
 
 
-def start_tokens(model: PreTrainedModel, tokens: int, start: Sequence[int] | None, seed: int) -> tuple[int, ...]:
+def start_tokens(
+    model: PreTrainedModel, tokens: int, start: Sequence[int] | None, seed: int
+) -> tuple[int, ...]:
     """The tokens a search begins with: `start`, or random ones. Raises FrankenmergeError for what is no input of the model."""
     vocabulary = len(embedding_of(model))
     if start is None:
-        start = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+        start = torch.randint(
+            vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
     check_length(model, len(start))
     if outside := [token for token in start if not 0 <= token < vocabulary]:
-        raise fail("start", f"token ids below {vocabulary}", f"{outside}", "take them from the model's own tokenizer")
+        raise fail(
+            "start",
+            f"token ids below {vocabulary}",
+            f"{outside}",
+            "take them from the model's own tokenizer",
+        )
     return tuple(start)
 
 
@@ -135,13 +172,23 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
     """Raise FrankenmergeError for an input of no tokens, or of more than the model has positions for."""
     longest = model.config.max_position_embeddings
     if not 1 <= tokens <= longest:
-        raise fail("tokens", f"1 to {longest}", str(tokens), "search for an input that the model has positions for")
+        raise fail(
+            "tokens",
+            f"1 to {longest}",
+            str(tokens),
+            "search for an input that the model has positions for",
+        )
 
 
-def feature_batches(features: Sequence[Feature], size: int) -> tuple[list[list[Feature]], list[int]]:
+def feature_batches(
+    features: Sequence[Feature], size: int
+) -> tuple[list[list[Feature]], list[int]]:
     """Batches of features of similar depth, as the deepest block of a batch ends its pass; and where in them each one is."""
     order = sorted(range(len(features)), key=lambda index: features[index].block)
-    batches = [[features[index] for index in order[first : first + size]] for first in range(0, len(order), size)]
+    batches = [
+        [features[index] for index in order[first : first + size]]
+        for first in range(0, len(order), size)
+    ]
     return batches, sorted(range(len(order)), key=order.__getitem__)
 
 
@@ -151,17 +198,27 @@ def default_rates(table: Tensor, optimizer: Optimizer) -> tuple[float, float]:
     return RATES if optimizer == "descent" else (ADAM_RATES[0] * unit, ADAM_RATES[1] * unit)
 
 
-def feature_loss(model: PreTrainedModel, states: list[Tensor], features: Sequence[Feature], target: float) -> Callable[[Tensor], Tensor]:
+def feature_loss(
+    model: PreTrainedModel, states: list[Tensor], features: Sequence[Feature], target: float
+) -> Callable[[Tensor], Tensor]:
     """The loss `[n]` of rows `[n, s, d]`, one a feature: `0.1 ||C - O_f||_1`, `features` sorted by block.
 
     `states` is what `block_outputs` fills.
     """
-    groups = {block: len(list(group)) for block, group in groupby(features, key=lambda feature: feature.block)}
+    groups = {
+        block: len(list(group))
+        for block, group in groupby(features, key=lambda feature: feature.block)
+    }
 
     def loss(rows: Tensor) -> Tensor:
         forward(model, inputs_embeds=rows.to(model.dtype))
         ends = accumulate(groups.values())
-        outputs = torch.cat([states[block][end - size : end] for (block, size), end in zip(groups.items(), ends, strict=True)])
+        outputs = torch.cat(
+            [
+                states[block][end - size : end]
+                for (block, size), end in zip(groups.items(), ends, strict=True)
+            ]
+        )
         return WEIGHT * ((target - outputs.float()).abs() * _mask(features, rows)).sum(dim=(1, 2))
 
     return loss
@@ -176,7 +233,9 @@ def _mask(features: Sequence[Feature], rows: Tensor) -> Tensor:
     return mask
 
 
-def _decoded(embeddings: Tensor, table: Tensor, decode: Decode, decoder: Decoder | None) -> tuple[Tensor, tuple[int, ...]]:
+def _decoded(
+    embeddings: Tensor, table: Tensor, decode: Decode, decoder: Decoder | None
+) -> tuple[Tensor, tuple[int, ...]]:
     if decode == "hidden":
         return decode_hidden(embeddings), ()
     decoder = decoder or decoder_of(table, excluded=None)
@@ -184,5 +243,13 @@ def _decoded(embeddings: Tensor, table: Tensor, decode: Decode, decoder: Decoder
 
 
 def _artefact_share(features: Sequence[Feature], tokens: Tensor) -> float | None:
-    single = [index for index, feature in enumerate(features) if len(feature.neurons) == 1 and feature.positions is None]
-    return artefact_share(tokens[single], [features[index].neurons.start for index in single]) if single else None
+    single = [
+        index
+        for index, feature in enumerate(features)
+        if len(feature.neurons) == 1 and feature.positions is None
+    ]
+    return (
+        artefact_share(tokens[single], [features[index].neurons.start for index in single])
+        if single
+        else None
+    )

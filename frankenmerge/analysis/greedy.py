@@ -1,8 +1,9 @@
 """Greedy search: an input built left to right, each token the one that excites a feature most behind those before it.
 
-For block `l` and neuron `f`, `a_n = argmax_a O^l_{f,n}(a | a_{0:n-1})` over all tokens `a`, N times (the document, "Greedy
-Search Features"). Features whose inputs begin alike share their passes: the vocabulary runs once behind every distinct
-prefix, whose keys and values are computed once, and no deeper than the deepest block that one of them needs.
+For block `l` and neuron `f`, `a_n = argmax_a O^l_{f,n}(a | a_{0:n-1})` over all tokens `a`, N times
+(the document, "Greedy Search Features"). Features whose inputs begin alike share their passes: the
+vocabulary runs once behind every distinct prefix, whose keys and values are computed once, and no
+deeper than the deepest block that one of them needs.
 """
 
 import math
@@ -28,7 +29,9 @@ Tokens = tuple[int, ...]
 
 BATCH = 1024
 SCREEN_DEPTH = 4
-"""The screen runs a quarter of the blocks that a feature needs: what excites its neuron there mostly excites it later."""
+"""The screen runs a quarter of the blocks that a feature needs: what excites its neuron there
+mostly excites it later.
+"""
 RECALL_SAMPLE = 8
 """How many features are searched exactly to measure what the screen missed."""
 WHY_SINGLE = "a token is chosen by one neuron at the position where it stands; use gradient or softmax-prior for others"
@@ -45,11 +48,14 @@ class GreedyResult:
     prefixes: tuple[int, ...]
     """How many distinct prefixes were continued at each of the `n` steps."""
     passes: int
-    """Passes of the whole vocabulary to the features' full depth: the sum of `prefixes`; with `candidates` the first alone, and
-    one for the screen."""
+    """Passes of the whole vocabulary to the features' full depth: the sum of `prefixes`; with
+    `candidates` the first alone, and one for the screen.
+    """
     recall: float | None
-    """With `candidates`: of the steps behind prefixes that an exact search reaches too, the share that take the same token.
-    The first step, which is not screened, is left out. Measured on a sample of the features; None for an exact search."""
+    """With `candidates`: of the steps behind prefixes that an exact search reaches too, the share
+    that take the same token. The first step, which is not screened, is left out. Measured on a
+    sample of the features; None for an exact search.
+    """
 
 
 class _Path(NamedTuple):
@@ -65,7 +71,8 @@ class _Screen(NamedTuple):
     count: int
     """How many are to be tried for each feature."""
     first: Tensor
-    """The tokens `[features, count // 2]` that excite each feature most as the first of the input."""
+    """The tokens `[features, count // 2]` that excite each feature most as the first of the input.
+    """
 
 
 @torch.no_grad()
@@ -86,20 +93,26 @@ def greedy_search(
 
     Args:
         model: the donor; activations are compared in float32.
-        features: any number of them, each one neuron of any block; the more of them share their prefixes, the less each costs.
+        features: any number of them, each one neuron of any block; the more of them share their
+            prefixes, the less each costs.
         n: how many tokens to find.
-        site: `block` for the residual stream behind the block, `attention` for the output of its attention.
+        site: `block` for the residual stream behind the block, `attention` for the output of its
+            attention.
         isolated: whether every block is fed the embedding instead of its predecessor's output.
-        positions: what a token is chosen by: the feature at the `last` position, or its sum over `all`, those of `start` included.
-            The prefix's part of the sum is the same for every token, so that both choose alike but where rounding makes a tie.
-        beam: how many inputs to go on with at each step, those with the best score; 1 is the greedy search.
-        candidates: from the second token on, try only so many for each feature (features with the same prefix share theirs):
-            one half excites it most as a first token, the other its neuron at a quarter of its depth. None tries all tokens.
+        positions: what a token is chosen by: the feature at the `last` position, or its sum over
+            `all`, those of `start` included. The prefix's part of the sum is the same for every
+            token, so that both choose alike but where rounding makes a tie.
+        beam: how many inputs to go on with at each step, those with the best score; 1 is the greedy
+            search.
+        candidates: from the second token on, try only so many for each feature (features with the
+            same prefix share theirs): one half excites it most as a first token, the other its
+            neuron at a quarter of its depth. None tries all tokens.
         start: tokens put before the searched ones, such as BOS.
         progress: called with the number of inputs run since its last call.
 
     Raises:
-        FrankenmergeError: for features, tokens or lengths that the donor does not have, or activations that are not finite.
+        FrankenmergeError: for features, tokens or lengths that the donor does not have, or
+            activations that are not finite.
     """
     _check(model, features, n, beam, candidates, start)
     runs = _Runs(model, site, isolated, positions, progress)
@@ -111,16 +124,27 @@ def greedy_search(
         recall = _shared_steps(tokens[sample], exact)
     passes = 2 if candidates else sum(prefixes)
     begun = torch.tensor(start, dtype=torch.long).expand(len(features), -1)
-    values = runs.values(features, torch.cat([begun, torch.from_numpy(tokens)], dim=1))[:, len(start) :]
+    values = runs.values(features, torch.cat([begun, torch.from_numpy(tokens)], dim=1))[
+        :, len(start) :
+    ]
     return GreedyResult(tokens.astype(np.int32), values.numpy(), prefixes, passes, recall)
 
 
 def _search(
-    runs: "_Runs", features: Sequence[Feature], n: int, beam: int, candidates: int | None, start: Tokens
+    runs: "_Runs",
+    features: Sequence[Feature],
+    n: int,
+    beam: int,
+    candidates: int | None,
+    start: Tokens,
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """Find the inputs: tokens `[features, n]`, int64, and the number of distinct prefixes at each step."""
     paths = [[_Path(start, 0.0)] for _ in features]
-    screen = None if candidates is None else _Screen(candidates, runs.best(start, features, runs.vocabulary, candidates // 2)[0])
+    screen = (
+        None
+        if candidates is None
+        else _Screen(candidates, runs.best(start, features, runs.vocabulary, candidates // 2)[0])
+    )
     prefixes = []
     for step in range(n):
         followers = _followers(paths)
@@ -139,7 +163,11 @@ def _followers(paths: list[list[_Path]]) -> dict[Tokens, list[int]]:
 
 
 def _grown(
-    runs: "_Runs", features: Sequence[Feature], followers: dict[Tokens, list[int]], beam: int, screen: _Screen | None
+    runs: "_Runs",
+    features: Sequence[Feature],
+    followers: dict[Tokens, list[int]],
+    beam: int,
+    screen: _Screen | None,
 ) -> list[list[_Path]]:
     """For each feature the `beam` best inputs that are one token longer, best first; of equal scores the lowest ids."""
     grown: list[list[_Path]] = [[] for _ in features]
@@ -148,15 +176,25 @@ def _grown(
         pool = runs.vocabulary if screen is None else _pool(runs, screen, prefix, own, rows)
         tokens, scores = runs.best(prefix, own, pool, beam)
         for row, ids, values in zip(rows, tokens.tolist(), scores.tolist(), strict=True):
-            grown[row] += [_Path((*prefix, token), score) for token, score in zip(ids, values, strict=True)]
+            grown[row] += [
+                _Path((*prefix, token), score) for token, score in zip(ids, values, strict=True)
+            ]
     return [sorted(own, key=lambda path: (-path.score, path.tokens))[:beam] for own in grown]
 
 
-def _pool(runs: "_Runs", screen: _Screen, prefix: Tokens, features: Sequence[Feature], rows: list[int]) -> Tensor:
+def _pool(
+    runs: "_Runs", screen: _Screen, prefix: Tokens, features: Sequence[Feature], rows: list[int]
+) -> Tensor:
     """The candidates of `features`, which are at `rows`, behind `prefix`: distinct ids, ascending."""
-    early = [Feature.of(math.ceil(feature.block / SCREEN_DEPTH), feature.neuron) for feature in features]
+    early = [
+        Feature.of(math.ceil(feature.block / SCREEN_DEPTH), feature.neuron) for feature in features
+    ]
     fitting, _ = runs.best(prefix, early, runs.vocabulary, screen.count - screen.first.shape[1])
-    return torch.cat([fitting.flatten(), screen.first[rows].flatten()]).unique().to(runs.vocabulary.device)
+    return (
+        torch.cat([fitting.flatten(), screen.first[rows].flatten()])
+        .unique()
+        .to(runs.vocabulary.device)
+    )
 
 
 def _shared_steps(found: np.ndarray, exact: np.ndarray) -> float:
@@ -181,11 +219,14 @@ class _Runs:
         weight = embedding_of(self.model)
         return torch.arange(weight.shape[0], device=weight.device)
 
-    def best(self, prefix: Tokens, features: Sequence[Feature], candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def best(
+        self, prefix: Tokens, features: Sequence[Feature], candidates: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
         """The `k` candidates with the largest score behind `prefix`, for each feature.
 
         Returns:
-            Tokens, int64, and scores, float32, both `[features, k]`, best first; of equal scores the lowest id.
+            Tokens, int64, and scores, float32, both `[features, k]`, best first; of equal scores
+            the lowest id.
         """
         best: Tensor | None = None
         with self._collecting(features) as states:
@@ -201,12 +242,18 @@ class _Runs:
         assert best is not None
         return unpack(best.cpu())
 
-    def _begin(self, prefix: Tokens, features: Sequence[Feature], states: list[Tensor]) -> tuple[DynamicCache, Tensor | float]:
+    def _begin(
+        self, prefix: Tokens, features: Sequence[Feature], states: list[Tensor]
+    ) -> tuple[DynamicCache, Tensor | float]:
         """The keys and values of a prefix, and what its own positions add to the features' scores, `[features, 1]`."""
         cache = DynamicCache()
         if not prefix:
             return cache, 0.0
-        forward(self.model, input_ids=torch.tensor([prefix], device=embedding_of(self.model).device), past_key_values=cache)
+        forward(
+            self.model,
+            input_ids=torch.tensor([prefix], device=embedding_of(self.model).device),
+            past_key_values=cache,
+        )
         return cache, _activations(states, features).sum(2) if self.positions == "all" else 0.0
 
     def values(self, features: Sequence[Feature], inputs: Tensor) -> Tensor:
@@ -214,37 +261,75 @@ class _Runs:
         parts = []
         with self._collecting(features) as states:
             for start in range(0, len(features), BATCH):
-                forward(self.model, input_ids=inputs[start : start + BATCH].to(embedding_of(self.model).device))
+                forward(
+                    self.model,
+                    input_ids=inputs[start : start + BATCH].to(embedding_of(self.model).device),
+                )
                 own = features[start : start + BATCH]
-                parts += [states[feature.block][row, :, feature.neuron].float().cpu() for row, feature in enumerate(own)]
+                parts += [
+                    states[feature.block][row, :, feature.neuron].float().cpu()
+                    for row, feature in enumerate(own)
+                ]
         return torch.stack(parts)
 
     def _collecting(self, features: Sequence[Feature]) -> AbstractContextManager[list[Tensor]]:
         """Collects block outputs as deep as the deepest feature."""
         deepest = max(feature.block for feature in features)
-        return block_outputs(self.model, site=self.site, isolated=self.isolated, last=max(1, deepest))
+        return block_outputs(
+            self.model, site=self.site, isolated=self.isolated, last=max(1, deepest)
+        )
 
 
 def _activations(states: list[Tensor], features: Sequence[Feature]) -> Tensor:
     """Take features out of block outputs: `[features, b, s]`, float32."""
-    return torch.stack([states[feature.block][..., feature.neuron].to(states[0].device) for feature in features]).float()
+    return torch.stack(
+        [states[feature.block][..., feature.neuron].to(states[0].device) for feature in features]
+    ).float()
 
 
 def _expanded(cache: DynamicCache, size: int) -> DynamicCache:
     """A cache of batch `size` for a pass to append to; what `cache`, of batch 1, holds stays as it is."""
     layers: list[Any] = cache.layers
-    return DynamicCache((layer.keys.expand(size, -1, -1, -1), layer.values.expand(size, -1, -1, -1)) for layer in layers)
+    return DynamicCache(
+        (layer.keys.expand(size, -1, -1, -1), layer.values.expand(size, -1, -1, -1))
+        for layer in layers
+    )
 
 
-def _check(model: PreTrainedModel, features: Sequence[Feature], n: int, beam: int, candidates: int | None, start: Tokens) -> None:
+def _check(
+    model: PreTrainedModel,
+    features: Sequence[Feature],
+    n: int,
+    beam: int,
+    candidates: int | None,
+    start: Tokens,
+) -> None:
     vocabulary, width = embedding_of(model).shape
     check_features(features, blocks=len(blocks_of(model)), width=width, tokens=max(n, 1))
     check_single(features, WHY_SINGLE)
     counts = {"n": n, "beam": beam, "candidates": 1 if candidates is None else candidates}
-    faults = [Fault(name, "at least 1", str(count), "ask for more") for name, count in counts.items() if count < 1]
+    faults = [
+        Fault(name, "at least 1", str(count), "ask for more")
+        for name, count in counts.items()
+        if count < 1
+    ]
     if unknown := [token for token in start if not 0 <= token < vocabulary]:
-        faults.append(Fault("start", f"token ids in 0..{vocabulary - 1}", str(unknown), "use the donor's own tokens"))
+        faults.append(
+            Fault(
+                "start",
+                f"token ids in 0..{vocabulary - 1}",
+                str(unknown),
+                "use the donor's own tokens",
+            )
+        )
     longest = model.config.max_position_embeddings
     if len(start) + n > longest:
-        faults.append(Fault("start and n", f"at most {longest} tokens in all", str(len(start) + n), "ask for fewer tokens"))
+        faults.append(
+            Fault(
+                "start and n",
+                f"at most {longest} tokens in all",
+                str(len(start) + n),
+                "ask for fewer tokens",
+            )
+        )
     raise_all(faults)

@@ -22,13 +22,17 @@ from frankenmerge.models.loading import blocks_of, embedding_of, load_model
 from frankenmerge.storage.atomic import read_arrays, write_arrays
 
 NEURONS = 16
-"""How many neurons are searched where nobody names them: each costs about as much as a complete search."""
+"""How many neurons are searched where nobody names them: each costs about as much as a complete
+search.
+"""
 TOKENS = 4
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "gradient": {"steps": 100, "target": 100.0, "optimizer": "descent", "seed": 0},
 }
-"""How each method searches, told in the provenance. Donors of one vocabulary begin the descent with the same tokens."""
+"""How each method searches, told in the provenance. Donors of one vocabulary begin the descent with
+the same tokens.
+"""
 _KIND = "frankenmerge.inputs/1"
 
 
@@ -39,7 +43,12 @@ def even_neurons(width: int) -> list[int]:
 
 
 def search_inputs(
-    model: PreTrainedModel, method: str, neurons: Sequence[int], *, tokens: int = TOKENS, progress: Callable[[int], None] = lambda _: None
+    model: PreTrainedModel,
+    method: str,
+    neurons: Sequence[int],
+    *,
+    tokens: int = TOKENS,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Inputs:
     """Search for every block, and what enters the first, the inputs that excite some neurons most.
 
@@ -48,20 +57,30 @@ def search_inputs(
         method: `greedy` or `gradient`.
         neurons: which neurons, the same in every block.
         tokens: how long the inputs are.
-        progress: called with the number of inputs run (greedy) or of features done (gradient) since its last call.
+        progress: called with the number of inputs run (greedy) or of features done (gradient) since
+            its last call.
 
     Raises:
-        FrankenmergeError: for neurons that the donor does not have, or more tokens than it has positions for.
+        FrankenmergeError: for neurons that the donor does not have, or more tokens than it has
+            positions for.
     """
     blocks, width = len(blocks_of(model)), embedding_of(model).shape[1]
-    check_features([Feature.of(0, neuron) for neuron in neurons], blocks=blocks, width=width, tokens=tokens)
+    check_features(
+        [Feature.of(0, neuron) for neuron in neurons], blocks=blocks, width=width, tokens=tokens
+    )
     features = [Feature.of(block, neuron) for block in range(blocks + 1) for neuron in neurons]
     settings = SETTINGS[method]
     if method == "greedy":
         found = greedy_search(model, features, n=tokens, progress=progress, **settings).tokens
     else:
-        found = gradient_search(model, features, tokens=tokens, progress=progress, **settings).tokens.numpy().astype(np.int32)
-    return Inputs(np.array(neurons, dtype=np.int32), found.reshape(blocks + 1, len(neurons), tokens))
+        found = (
+            gradient_search(model, features, tokens=tokens, progress=progress, **settings)
+            .tokens.numpy()
+            .astype(np.int32)
+        )
+    return Inputs(
+        np.array(neurons, dtype=np.int32), found.reshape(blocks + 1, len(neurons), tokens)
+    )
 
 
 def with_inputs(
@@ -92,4 +111,8 @@ def with_inputs(
         inputs = search_inputs(model, method, neurons, tokens=tokens, progress=progress)
         write_arrays(path, _KIND, inputs._asdict(), {"key": key})
     told = atlas.provenance.get("inputs", {}) | {method: settings}
-    return replace(atlas, inputs=atlas.inputs | {method: inputs}, provenance=atlas.provenance | {"inputs": told})
+    return replace(
+        atlas,
+        inputs=atlas.inputs | {method: inputs},
+        provenance=atlas.provenance | {"inputs": told},
+    )

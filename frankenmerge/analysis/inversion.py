@@ -52,14 +52,17 @@ def invert(
         model: the donor, in evaluation mode; its parameters and their gradients stay as they are.
         outputs: `[n, s, d]`, as `outputs_of` gives them.
         block: the block they came from, 1-based; 0 is what enters the first block.
-        loss: `l1`, the mean absolute difference of each input's outputs, or `cosine`, one less their cosine as one vector each.
+        loss: `l1`, the mean absolute difference of each input's outputs, or `cosine`, one less
+            their cosine as one vector each.
         steps: how many steps to take.
         optimizer: `adam`, or plain `descent`.
-        rates: first and last step size; by default those of the gradient search, falling to a hundredth.
+        rates: first and last step size; by default those of the gradient search, falling to a
+            hundredth.
         seed: draws the tokens the inputs begin with.
         site: the blocks' outputs, or their attention's.
         isolated: whether every block is fed the embeddings directly.
-        decoder: reused when given; otherwise made from the model, without the tokens that do not decode to themselves.
+        decoder: reused when given; otherwise made from the model, without the tokens that do not
+            decode to themselves.
 
     Raises:
         FrankenmergeError: for a block that the model does not have, or outputs of another width.
@@ -68,21 +71,37 @@ def invert(
     _check(model, block, outputs, table.shape[1])
     start = table[list(start_tokens(model, outputs.shape[1], None, seed))].float()
     first = default_rates(table, optimizer)[0]
-    with frozen(model), block_outputs(model, site=site, isolated=isolated, last=max(1, block)) as states:
+    with (
+        frozen(model),
+        block_outputs(model, site=site, isolated=isolated, last=max(1, block)) as states,
+    ):
 
         def distances(rows: Tensor) -> Tensor:
             forward(model, inputs_embeds=rows.to(model.dtype))
             return _DISTANCES[loss](states[block].float(), outputs)
 
         ended = descend(
-            start.expand(len(outputs), -1, -1), distances, steps=steps, optimizer=optimizer, rates=rates or (first, first / 100)
+            start.expand(len(outputs), -1, -1),
+            distances,
+            steps=steps,
+            optimizer=optimizer,
+            rates=rates or (first, first / 100),
         )
     decoder = decoder or decoder_of(table, excluded=None)
-    return InversionResult(decoder(ended.rows).cpu(), ended.rows.cpu(), ended.losses.cpu(), decoder.left_out)
+    return InversionResult(
+        decoder(ended.rows).cpu(), ended.rows.cpu(), ended.losses.cpu(), decoder.left_out
+    )
 
 
 @torch.no_grad()
-def outputs_of(model: PreTrainedModel, tokens: Tensor, block: int, *, site: Site = "block", isolated: bool = False) -> Tensor:
+def outputs_of(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    block: int,
+    *,
+    site: Site = "block",
+    isolated: bool = False,
+) -> Tensor:
     """What a block makes of `tokens` `[n, s]`: `[n, s, d]` float32, to be inverted.
 
     Raises FrankenmergeError for a block that the model does not have.
@@ -117,4 +136,9 @@ def _check_block(model: PreTrainedModel, block: int) -> None:
 def _check(model: PreTrainedModel, block: int, outputs: Tensor, width: int) -> None:
     _check_block(model, block)
     if outputs.ndim != 3 or outputs.shape[2] != width:
-        raise fail("outputs", f"[n, s, {width}]", str(list(outputs.shape)), "take them from a model of this width")
+        raise fail(
+            "outputs",
+            f"[n, s, {width}]",
+            str(list(outputs.shape)),
+            "take them from a model of this width",
+        )

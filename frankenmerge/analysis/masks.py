@@ -10,9 +10,10 @@ from frankenmerge.models.loading import load_tokenizer
 def meaningless_tokens(checkpoint: Checkpoint, embedding: torch.Tensor) -> list[int]:
     """Token ids to leave out of a search, ascending.
 
-    They are what the tokenizer calls special, the ids that it gives to no text (rows that only pad the matrix), and those
-    whose embedding is, bit for bit, another one's: training moves every row it meets by a gradient of its own, so equal rows
-    are rows it never met. Rows that began apart and never moved are not recognised.
+    They are what the tokenizer calls special, the ids that it gives to no text (rows that only pad
+    the matrix), and those whose embedding is, bit for bit, another one's: training moves every row
+    it meets by a gradient of its own, so equal rows are rows it never met. Rows that began apart
+    and never moved are not recognised.
 
     Args:
         checkpoint: whose tokenizer to ask.
@@ -22,11 +23,22 @@ def meaningless_tokens(checkpoint: Checkpoint, embedding: torch.Tensor) -> list[
         FrankenmergeError: when no token would be left.
     """
     tokenizer = load_tokenizer(checkpoint)
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    special = {
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    } | set(tokenizer.all_special_ids)
     nameless = set(range(len(tokenizer), len(embedding)))
-    _, groups, sizes = embedding.detach().cpu().unique(dim=0, return_inverse=True, return_counts=True)
+    _, groups, sizes = (
+        embedding.detach().cpu().unique(dim=0, return_inverse=True, return_counts=True)
+    )
     doubled = (sizes[groups] > 1).nonzero()[:, 0].tolist()
-    left_out = sorted({index for index in special if index < len(embedding)} | nameless | set(doubled))
+    left_out = sorted(
+        {index for index in special if index < len(embedding)} | nameless | set(doubled)
+    )
     if len(left_out) == len(embedding):
-        raise fail(checkpoint.name, "tokens that are neither special nor equal to others", "none", "search without a mask")
+        raise fail(
+            checkpoint.name,
+            "tokens that are neither special nor equal to others",
+            "none",
+            "search without a mask",
+        )
     return left_out

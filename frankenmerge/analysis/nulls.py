@@ -31,7 +31,9 @@ def mean_over(sample: Callable[[], np.ndarray], rounds: int) -> np.ndarray:
 def resamples(count: int) -> np.ndarray:
     """Weights `[RESAMPLES, count]`, float32: how often each of `count` things is drawn, with replacement, over their number."""
     generator = np.random.default_rng(0)
-    return (generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count).astype(np.float32)
+    return (generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count).astype(
+        np.float32
+    )
 
 
 def between(drawn: np.ndarray) -> np.ndarray:
@@ -47,7 +49,11 @@ def mean_interval(detail: np.ndarray) -> np.ndarray:
     for row in detail:  # one row at a time: the details of large donors are in float16
         values = row.astype(np.float32)
         known = np.isfinite(values)
-        drawn = np.divide(np.where(known, values, 0) @ weights, known @ weights, out=np.full((len(row), RESAMPLES), np.nan, np.float32),
-                          where=known @ weights > 0)
+        drawn = np.divide(
+            np.where(known, values, 0) @ weights,
+            known @ weights,
+            out=np.full((len(row), RESAMPLES), np.nan, np.float32),
+            where=known @ weights > 0,
+        )
         rows.append(between(drawn))
     return np.stack(rows, axis=1)

@@ -1,13 +1,15 @@
 """Softmax prior: descend on weights over the vocabulary, pressed towards one token after every step.
 
-The document's `a <- softmax(a - grad_a ||C - O_f(a E)||_1)`, from uniform weights. As printed it does not work: of weights
-within [0, 1] a softmax over a vocabulary is almost flat, and the gradient's size depends on the model. So the gradient is
-divided by its largest entry at each position, times `STEP`, and the softmax has a temperature that falls geometrically
-through `TEMPERATURES`.
+The document's `a <- softmax(a - grad_a ||C - O_f(a E)||_1)`, from uniform weights. As printed it
+does not work: of weights within [0, 1] a softmax over a vocabulary is almost flat, and the
+gradient's size depends on the model. So the gradient is divided by its largest entry at each
+position, times `STEP`, and the softmax has a temperature that falls geometrically through
+`TEMPERATURES`.
 
-`python evals/excitement.py` on the demo's donor `base` (8 blocks, d = 128, v = 1024), one token, neurons 64 to 127, none of which
-the settings were chosen on; how excited the decoded token leaves the neuron, 0 for the vocabulary's mean and 1 for its best
-token (a standard error of about 0.05), and how far `a` is from one-hot:
+`python evals/excitement.py` on the demo's donor `base` (8 blocks, d = 128, v = 1024), one token,
+neurons 64 to 127, none of which the settings were chosen on; how excited the decoded token leaves
+the neuron, 0 for the vocabulary's mean and 1 for its best token (a standard error of about 0.05),
+and how far `a` is from one-hot:
 
 | temperature | step | excitement at blocks 1, 4, 8 | `1 - max(a)` |
 |---|---|---|---|
@@ -21,9 +23,10 @@ token (a standard error of about 0.05), and how far `a` is from one-hot:
 | embedding gradient, no prior: descent | 0.5 to 0.4 | 0.65, 0.53, 0.49 | - |
 | embedding gradient, no prior: Adam | 0.1 | 0.71, 0.59, 0.45 | - |
 
-A temperature makes `a` one-hot and raises the excitement; between the settings that do, the differences are hardly more than
-noise. Whether the prior pays depends on the donor: on this one the embedding gradient does as well or better, on the demo's `gpt2`
-(blocks 1, 3, 6) the default reaches 0.92, 0.87, 0.86, as printed (temperature 1) 0.90 to 0.92, 0.79 to 0.84, 0.73 to 0.81, and the
+A temperature makes `a` one-hot and raises the excitement; between the settings that do, the
+differences are hardly more than noise. Whether the prior pays depends on the donor: on this one the
+embedding gradient does as well or better, on the demo's `gpt2` (blocks 1, 3, 6) the default reaches
+0.92, 0.87, 0.86, as printed (temperature 1) 0.90 to 0.92, 0.79 to 0.84, 0.73 to 0.81, and the
 embedding gradient 0.49, 0.41, 0.36.
 """
 
@@ -54,7 +57,9 @@ class PriorResult:
     tokens: Tensor
     """The token of the largest weight, `[n, s]`."""
     gap: Tensor
-    """How far the weights are from one-hot, `1 - max(a)`, `[n, s]`: near 0, the token is what the model was shown."""
+    """How far the weights are from one-hot, `1 - max(a)`, `[n, s]`: near 0, the token is what the
+    model was shown.
+    """
     losses: Tensor
     """`[steps, n]`: `0.1 ||C - O_f||_1` before every step."""
 
@@ -85,21 +90,36 @@ def prior_search(
         temperatures: of the softmax at the first and at the last step.
         site: the blocks' outputs, or their attention's.
         isolated: whether every block is fed the embeddings directly.
-        batch: how many features go through the model at once; `batch * tokens * v` weights are held.
+        batch: how many features go through the model at once; `batch * tokens * v` weights are
+            held.
         progress: called with the number of features done since its last call.
 
     Raises:
-        FrankenmergeError: for features that the model or the input does not have, or more tokens than it has positions for.
+        FrankenmergeError: for features that the model or the input does not have, or more tokens
+            than it has positions for.
     """
     table = embedding_table(model)
     check_length(model, tokens)
     check_features(features, blocks=len(blocks_of(model)), width=table.shape[1], tokens=tokens)
-    falling = torch.logspace(math.log10(temperatures[0]), math.log10(temperatures[1]), steps).tolist()
+    falling = torch.logspace(
+        math.log10(temperatures[0]), math.log10(temperatures[1]), steps
+    ).tolist()
     batches, back = feature_batches(features, batch)
     found, losses = [], []
     for chunk in batches:
-        with frozen(model), block_outputs(model, site=site, isolated=isolated, last=max(1, chunk[-1].block)) as states:
-            weights, lost = _press(table, feature_loss(model, states, chunk, target), (len(chunk), tokens), step, falling)
+        with (
+            frozen(model),
+            block_outputs(
+                model, site=site, isolated=isolated, last=max(1, chunk[-1].block)
+            ) as states,
+        ):
+            weights, lost = _press(
+                table,
+                feature_loss(model, states, chunk, target),
+                (len(chunk), tokens),
+                step,
+                falling,
+            )
         found.append(weights.max(dim=-1))
         losses.append(lost)
         progress(len(chunk))
@@ -111,7 +131,11 @@ def prior_search(
 
 
 def _press(
-    table: Tensor, loss: Callable[[Tensor], Tensor], size: tuple[int, int], step: float, temperatures: Sequence[float]
+    table: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    size: tuple[int, int],
+    step: float,
+    temperatures: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """The weights `[n, s, v]` that `loss` of the rows `[n, s, d]` they mix leads to, and its values `[steps, n]`."""
     vocabulary = table.float()
@@ -121,7 +145,9 @@ def _press(
         rows = (weights @ vocabulary).requires_grad_()
         current = loss(rows)
         gradient = torch.autograd.grad(current.sum(), rows)[0] @ vocabulary.T
-        gradient /= gradient.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+        gradient /= (
+            gradient.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+        )
         weights = ((weights - step * gradient) / temperature).softmax(dim=-1)
         losses.append(current.detach())
     return weights, torch.stack(losses)

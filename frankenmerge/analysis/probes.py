@@ -11,7 +11,9 @@ from frankenmerge.errors import fail
 SEED, COUNT, LENGTH = 0, 64, 17
 
 
-def random_probes(vocabulary: int, *, count: int = COUNT, length: int = LENGTH, seed: int = SEED) -> np.ndarray:
+def random_probes(
+    vocabulary: int, *, count: int = COUNT, length: int = LENGTH, seed: int = SEED
+) -> np.ndarray:
     """Token ids `[count, length]`, uniform over the vocabulary."""
     return np.random.default_rng(seed).integers(0, vocabulary, size=(count, length), dtype=np.int64)
 
@@ -24,8 +26,8 @@ def probe_hash(probes: np.ndarray) -> str:
 def probe_states(outputs: Iterable[tuple[slice, Tensor]], place: str) -> np.ndarray:
     """The hidden states of all probes after one block, `[n, d]`, float32, with `n = count * (length - 1)`.
 
-    The first position of every probe is left out: trained models put activations there that are no token's own
-    (attention sinks), and two or three neurons would drown the others.
+    The first position of every probe is left out: trained models put activations there that are no
+    token's own (attention sinks), and two or three neurons would drown the others.
 
     Args:
         outputs: rows of the probes and their hidden states `[b, s, d]`, in order.
@@ -34,7 +36,14 @@ def probe_states(outputs: Iterable[tuple[slice, Tensor]], place: str) -> np.ndar
     Raises:
         FrankenmergeError: when an activation is not a number.
     """
-    states = np.concatenate([output[:, 1:].flatten(0, 1).float().cpu().numpy() for _, output in outputs])
+    states = np.concatenate(
+        [output[:, 1:].flatten(0, 1).float().cpu().numpy() for _, output in outputs]
+    )
     if not np.isfinite(states).all():
-        raise fail(place, "finite activations", "NaN or infinity", "analyze in float32, or check the donor's weights")
+        raise fail(
+            place,
+            "finite activations",
+            "NaN or infinity",
+            "analyze in float32, or check the donor's weights",
+        )
     return states

@@ -22,17 +22,23 @@ class Score(NamedTuple):
     nulls: dict[str, np.ndarray]
     """Matrices of the same shape by name: the score expected under each null."""
     detail: np.ndarray
-    """`[l_a+1, l_b+1, d]` float16: the score of every shared neuron, not a number where a search left it out; of none, `[..., 0]`,
-    where it is not made of neurons' scores."""
+    """`[l_a+1, l_b+1, d]` float16: the score of every shared neuron, not a number where a search
+    left it out; of none, `[..., 0]`, where it is not made of neurons' scores.
+    """
     interval: np.ndarray | None = None
-    """`[2, l_a+1, l_b+1]` float32: ends of the 95 % bootstrap interval over neurons or probes; files from before 0.2 have none."""
+    """`[2, l_a+1, l_b+1]` float32: ends of the 95 % bootstrap interval over neurons or probes;
+    files from before 0.2 have none.
+    """
 
     @property
     def transposed(self) -> "Score":
         """The same with A and B exchanged."""
         nulls = {null: matrix.T for null, matrix in self.nulls.items()}
         return Score(
-            self.matrix.T, nulls, self.detail.transpose(1, 0, 2), None if self.interval is None else self.interval.transpose(0, 2, 1)
+            self.matrix.T,
+            nulls,
+            self.detail.transpose(1, 0, 2),
+            None if self.interval is None else self.interval.transpose(0, 2, 1),
         )
 
 
@@ -40,7 +46,9 @@ class Exchange(NamedTuple):
     """What it costs when blocks stand for one another: nats per token on random tokens, see `evaluation.exchange`."""
 
     replacement: tuple[np.ndarray, np.ndarray]
-    """`[l_a, l_b]`: A with its block `i` replaced by B's block `j`; and `[l_b, l_a]`: B with its own replaced by A's."""
+    """`[l_a, l_b]`: A with its block `i` replaced by B's block `j`; and `[l_b, l_a]`: B with its
+    own replaced by A's.
+    """
     interchange: tuple[np.ndarray, np.ndarray]
     """`[l_a, l_a]`: A with blocks `i` and `j` interchanged; and B, `[l_b, l_b]`."""
 
@@ -65,10 +73,13 @@ class Alignment:
     vocabulary: list[str]
     provenance: dict[str, Any] = field(default_factory=dict)
     gram: np.ndarray | None = None
-    """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, standardised, a mean over the inputs; absent from
-    older files."""
+    """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, standardised, a
+    mean over the inputs; absent from older files.
+    """
     turned_gram: np.ndarray | None = None
-    """The same with B's states turned to A's basis, on probes that the turn was not fitted on; absent from older files."""
+    """The same with B's states turned to A's basis, on probes that the turn was not fitted on;
+    absent from older files.
+    """
     exchange: Exchange | None = None
     """Where it was measured."""
 
@@ -83,7 +94,10 @@ class Alignment:
         """The same with A and B exchanged; every score is symmetric."""
         return replace(
             self,
-            **{key: getattr(self, key)[::-1] for key in ("donors", "fingerprints", "widths", "tokens")},
+            **{
+                key: getattr(self, key)[::-1]
+                for key in ("donors", "fingerprints", "widths", "tokens")
+            },
             scores={name: score.transposed for name, score in self.scores.items()},
             provenance=self.provenance | {"atlases": self.provenance.get("atlases", [])[::-1]},
             gram=self._swapped(self.gram),
@@ -105,29 +119,59 @@ def save_alignment(alignment: Alignment, path: Path) -> None:
         arrays |= {f"null.{name}.{null}": matrix for null, matrix in score.nulls.items()}
     grams = {"standard_gram": alignment.gram, "turned_gram": alignment.turned_gram}
     arrays |= {name: gram for name, gram in grams.items() if gram is not None}
-    for name, (of_a, of_b) in {} if alignment.exchange is None else alignment.exchange._asdict().items():
+    for name, (of_a, of_b) in (
+        {} if alignment.exchange is None else alignment.exchange._asdict().items()
+    ):
         arrays |= {f"{name}.a": of_a, f"{name}.b": of_b}
     arrays["vocabulary"] = np.frombuffer(json.dumps(alignment.vocabulary).encode(), dtype=np.uint8)
-    told = {key: getattr(alignment, key) for key in ("donors", "fingerprints", "widths", "provenance")}
+    told = {
+        key: getattr(alignment, key) for key in ("donors", "fingerprints", "widths", "provenance")
+    }
     write_arrays(path, _KIND, arrays, told)
 
 
 def load_alignment(path: Path) -> Alignment:
     """Read an alignment. Raises FrankenmergeError for a file that is not one."""
-    arrays, told = read_arrays(path, _KIND, f"an alignment, as `frankenmerge align A B -o NAME{SUFFIX}` writes it")
+    arrays, told = read_arrays(
+        path, _KIND, f"an alignment, as `frankenmerge align A B -o NAME{SUFFIX}` writes it"
+    )
     try:
         scores = {}
         for name in (key.removeprefix("score.") for key in arrays if key.startswith("score.")):
             prefix = f"null.{name}."
-            nulls = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
-            scores[name] = Score(arrays[f"score.{name}"], nulls, arrays[f"detail.{name}"], arrays.get(f"interval.{name}"))
-        (a, b), (print_a, print_b), (width_a, width_b) = told["donors"], told["fingerprints"], told["widths"]
+            nulls = {
+                key.removeprefix(prefix): array
+                for key, array in arrays.items()
+                if key.startswith(prefix)
+            }
+            scores[name] = Score(
+                arrays[f"score.{name}"],
+                nulls,
+                arrays[f"detail.{name}"],
+                arrays.get(f"interval.{name}"),
+            )
+        (a, b), (print_a, print_b), (width_a, width_b) = (
+            told["donors"],
+            told["fingerprints"],
+            told["widths"],
+        )
         tokens = arrays["a.tokens"], arrays["b.tokens"]
         vocabulary = json.loads(arrays["vocabulary"].tobytes())
         prints, widths = (print_a, print_b), (width_a, width_b)
-        tables = [(arrays[f"{name}.a"], arrays[f"{name}.b"]) for name in Exchange._fields if f"{name}.a" in arrays]
+        tables = [
+            (arrays[f"{name}.a"], arrays[f"{name}.b"])
+            for name in Exchange._fields
+            if f"{name}.a" in arrays
+        ]
         exchange = Exchange(*tables) if tables else None
         grams = arrays.get("standard_gram"), arrays.get("turned_gram")
-        return Alignment((a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], *grams, exchange)
+        return Alignment(
+            (a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], *grams, exchange
+        )
     except (KeyError, ValueError) as error:
-        raise fail(str(path), "an alignment with all its parts", f"{error} missing or broken", "align the donors again") from error
+        raise fail(
+            str(path),
+            "an alignment with all its parts",
+            f"{error} missing or broken",
+            "align the donors again",
+        ) from error

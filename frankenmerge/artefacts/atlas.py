@@ -40,11 +40,17 @@ class Atlas:
     """How the user called the donor."""
     fingerprint: str
     top: dict[str, TopTokens]
-    """Complete search by context: `plain` (the token alone) and, where the donor has a BOS, `bos` (the token behind it)."""
+    """Complete search by context: `plain` (the token alone) and, where the donor has a BOS, `bos`
+    (the token behind it).
+    """
     probes: np.ndarray
-    """Activations `[l+1, n, d]`, float16 after division by `probe_scale`: the residual stream at every probed position."""
+    """Activations `[l+1, n, d]`, float16 after division by `probe_scale`: the residual stream at
+    every probed position.
+    """
     probe_scale: np.ndarray
-    """`[l+1, d]`, float32: each neuron's largest absolute activation on the probes, so that float16 keeps 11 bits of all."""
+    """`[l+1, d]`, float32: each neuron's largest absolute activation on the probes, so that float16
+    keeps 11 bits of all.
+    """
     vocabulary: list[str]
     """The text of every token."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +79,10 @@ def save_atlas(atlas: Atlas, path: Path) -> None:
     for context, top in atlas.top.items():
         arrays |= {f"{context}.tokens": top.tokens, f"{context}.values": top.values}
     for method, inputs in atlas.inputs.items():
-        arrays |= {f"inputs.{method}.neurons": inputs.neurons, f"inputs.{method}.tokens": inputs.tokens}
+        arrays |= {
+            f"inputs.{method}.neurons": inputs.neurons,
+            f"inputs.{method}.tokens": inputs.tokens,
+        }
     arrays["vocabulary"] = np.frombuffer(json.dumps(atlas.vocabulary).encode(), dtype=np.uint8)
     told = {"donor": atlas.donor, "fingerprint": atlas.fingerprint, "provenance": atlas.provenance}
     told |= {"contexts": list(atlas.top), "inputs": list(atlas.inputs)}
@@ -82,20 +91,32 @@ def save_atlas(atlas: Atlas, path: Path) -> None:
 
 def load_atlas(path: Path) -> Atlas:
     """Read an atlas. Raises FrankenmergeError for a file that is not one."""
-    arrays, metadata = read_arrays(path, _KIND, f"an atlas, as `frankenmerge analyze DONOR -o NAME{SUFFIX}` writes it")
+    arrays, metadata = read_arrays(
+        path, _KIND, f"an atlas, as `frankenmerge analyze DONOR -o NAME{SUFFIX}` writes it"
+    )
     try:
         return Atlas(
             donor=metadata["donor"],
             fingerprint=metadata["fingerprint"],
-            top={context: TopTokens(arrays[f"{context}.tokens"], arrays[f"{context}.values"]) for context in metadata["contexts"]},
+            top={
+                context: TopTokens(arrays[f"{context}.tokens"], arrays[f"{context}.values"])
+                for context in metadata["contexts"]
+            },
             probes=arrays["probes"],
             probe_scale=arrays["probe_scale"],
             vocabulary=json.loads(arrays["vocabulary"].tobytes()),
             provenance=metadata["provenance"],
             inputs={
-                method: Inputs(arrays[f"inputs.{method}.neurons"], arrays[f"inputs.{method}.tokens"])
+                method: Inputs(
+                    arrays[f"inputs.{method}.neurons"], arrays[f"inputs.{method}.tokens"]
+                )
                 for method in metadata.get("inputs", [])  # earlier atlases have none
             },
         )
     except (KeyError, ValueError) as error:
-        raise fail(str(path), "an atlas with all its parts", f"{error} missing or broken", "analyze the donor again") from error
+        raise fail(
+            str(path),
+            "an atlas with all its parts",
+            f"{error} missing or broken",
+            "analyze the donor again",
+        ) from error

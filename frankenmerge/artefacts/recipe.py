@@ -1,7 +1,7 @@
 """The recipe: which tensors of which donors make the result, and how. YAML in mergekit's terms.
 
-docs/recipes.md tells what every key means. Those that mergekit does not know are `embedding`, `final_norm`, `head`,
-`seed` and `gauge`.
+docs/recipes.md tells what every key means. Those that mergekit does not know are `embedding`,
+`final_norm`, `head`, `seed` and `gauge`.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -63,18 +63,24 @@ class Recipe(Part):
     """`slices` or `models` under the name of the family's one module."""
     merge_method: Annotated[str, Field(min_length=1)]
     base_model: Model | None = None
-    """What the methods that need one start from; donor of config, tokenizer and generation config. The first source's when absent."""
+    """What the methods that need one start from; donor of config, tokenizer and generation config.
+    The first source's when absent.
+    """
     parameters: Parameters | None = None
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
-    """The type of the result's tensors; `dtype` when absent, and the donors' own when that is absent too."""
+    """The type of the result's tensors; `dtype` when absent, and the donors' own when that is
+    absent too.
+    """
     tokenizer_source: Model | None = None
     """Short for `tokenizer: {source: ...}`."""
     tokenizer: Tokenizer | None = None
     chat_template: Annotated[str, Field(min_length=1)] | None = None
     """`auto`, a built-in template's name, or jinja."""
     embedding: Model | None = None
-    """The donor whose embedding the result gets as it is; merged from the first slice's sources when absent."""
+    """The donor whose embedding the result gets as it is; merged from the first slice's sources
+    when absent.
+    """
     final_norm: Model | None = None
     """The same for the final norm; merged from the last slice's sources when absent."""
     head: Model | None = None
@@ -123,9 +129,25 @@ class Recipe(Part):
     def tensor_donors(self) -> list[str]:
         """Every donor of tensors or config once, in order of appearance."""
         bases = [part.base_model for part in self.stack.slices or []]
-        tokens = [token.source for token in (self.tokenizer.tokens or {}).values()] if self.tokenizer else []
-        rows = [token.model if isinstance(token, Row) else token for token in tokens if not isinstance(token, Zero)]
-        names = [*(source.model for source in self.sources), *bases, self.base, self.embedding, self.final_norm, self.head, *rows]
+        tokens = (
+            [token.source for token in (self.tokenizer.tokens or {}).values()]
+            if self.tokenizer
+            else []
+        )
+        rows = [
+            token.model if isinstance(token, Row) else token
+            for token in tokens
+            if not isinstance(token, Zero)
+        ]
+        names = [
+            *(source.model for source in self.sources),
+            *bases,
+            self.base,
+            self.embedding,
+            self.final_norm,
+            self.head,
+            *rows,
+        ]
         return list(dict.fromkeys(name for name in names if name))
 
     @property
@@ -155,20 +177,32 @@ class Recipe(Part):
     def blocks(self) -> list[Block]:
         """The result's blocks in order, each as its slice's first source has it."""
         firsts = [part.sources[0] for part in self.parts]
-        return [Block(source.model, index) for source in firsts for index in range(*source.layer_range)]
+        return [
+            Block(source.model, index) for source in firsts for index in range(*source.layer_range)
+        ]
 
     @property
     def seams(self) -> list[Seam]:
         """Where the block that follows is not the one that followed in the donor."""
         pairs = zip(self.blocks, self.blocks[1:], strict=False)
-        return [Seam(after, before) for after, before in pairs if before != (after.model, after.index + 1)]
+        return [
+            Seam(after, before)
+            for after, before in pairs
+            if before != (after.model, after.index + 1)
+        ]
 
     @property
     def plain(self) -> bool:
         """Whether it only puts blocks one behind the other, as their donors have them."""
         levels = [self, self.stack, *(self.stack.slices or []), *self.sources]
-        single = not self.stack.models and all(len(part.sources) == 1 and part.gauge is None for part in self.parts)
-        return self.merge_method == "passthrough" and single and not any(level.parameters for level in levels)
+        single = not self.stack.models and all(
+            len(part.sources) == 1 and part.gauge is None for part in self.parts
+        )
+        return (
+            self.merge_method == "passthrough"
+            and single
+            and not any(level.parameters for level in levels)
+        )
 
     def dump(self) -> str:
         """The recipe as YAML."""
@@ -177,23 +211,40 @@ class Recipe(Part):
     def __str__(self) -> str:
         """One line: donor[start:stop] for every slice, sources of one slice joined by +."""
         if self.stack.models:
-            return f"{self.merge_method}: " + "+".join(Path(whole.model).name for whole in self.stack.models)
+            return f"{self.merge_method}: " + "+".join(
+                Path(whole.model).name for whole in self.stack.models
+            )
         told = [
-            "+".join(f"{Path(source.model).name}[{source.layer_range[0]}:{source.layer_range[1]}]" for source in part.sources)
+            "+".join(
+                f"{Path(source.model).name}[{source.layer_range[0]}:{source.layer_range[1]}]"
+                for source in part.sources
+            )
             for part in self.parts
         ]
-        return " ".join(told if self.merge_method == "passthrough" else [f"{self.merge_method}:", *told])
+        return " ".join(
+            told if self.merge_method == "passthrough" else [f"{self.merge_method}:", *told]
+        )
 
 
 def recipe_of(blocks: list[Block], **fields: Any) -> Recipe:
     """Make the passthrough recipe that yields `blocks`, its slices as long as they can be."""
     slices: list[dict] = []
     for block in blocks:
-        if slices and slices[-1]["model"] == block.model and slices[-1]["layer_range"][1] == block.index:
+        if (
+            slices
+            and slices[-1]["model"] == block.model
+            and slices[-1]["layer_range"][1] == block.index
+        ):
             slices[-1]["layer_range"][1] += 1
         else:
             slices.append({"model": block.model, "layer_range": [block.index, block.index + 1]})
-    return Recipe.model_validate({"slices": [{"sources": [part]} for part in slices], "merge_method": "passthrough", **fields})
+    return Recipe.model_validate(
+        {
+            "slices": [{"sources": [part]} for part in slices],
+            "merge_method": "passthrough",
+            **fields,
+        }
+    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -207,17 +258,25 @@ class _Loader(yaml.SafeLoader):
         for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen |= {key} if isinstance(key, Hashable) else set()  # PyYAML refuses the others itself
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", key_node.start_mark
+                )
+            seen |= (
+                {key} if isinstance(key, Hashable) else set()
+            )  # PyYAML refuses the others itself
         return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         self.merging += 1
-        super().flatten_mapping(node)  # which calls this for what is merged, before it takes over the keys
+        super().flatten_mapping(
+            node
+        )  # which calls this for what is merged, before it takes over the keys
         self.merging -= 1
         self.keys += len(node.value) if self.merging else 0
         if self.keys > _LARGEST:
-            raise yaml.constructor.ConstructorError(None, None, f"more than {_LARGEST:,} keys by way of merge keys", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"more than {_LARGEST:,} keys by way of merge keys", node.start_mark
+            )
 
 
 _LARGEST = 1_000_000
@@ -243,15 +302,30 @@ def parse_recipes(text: str, place: str) -> list[Recipe]:
     try:
         documents = [document for document in yaml.load_all(text, _Loader) if document is not None]  # noqa: S506 - a SafeLoader
         if _extent(documents, {}) > _LARGEST:
-            raise ValueError(f"more than {_LARGEST:,} values, or values that hold themselves, by way of aliases")
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # PyYAML lets scalars' own errors out
+            raise ValueError(
+                f"more than {_LARGEST:,} values, or values that hold themselves, by way of aliases"
+            )
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # PyYAML lets scalars' own errors out
         raise fail(place, "YAML", " ".join(str(error).split()), "mend the file") from error
-    if len(documents) == 1 and isinstance(documents[0], list) and documents[0] and all(isinstance(part, Mapping) for part in documents[0]):
+    if (
+        len(documents) == 1
+        and isinstance(documents[0], list)
+        and documents[0]
+        and all(isinstance(part, Mapping) for part in documents[0])
+    ):
         documents = documents[0]
     recipes, faults = [], []
     for number, document in enumerate(documents or [None], 1):
         try:
-            recipes.append(_recipe(document, place if len(documents) <= 1 else f"{place}: stage {number}"))
+            recipes.append(
+                _recipe(document, place if len(documents) <= 1 else f"{place}: stage {number}")
+            )
         except FrankenmergeError as error:
             faults += error.faults
     raise_all(faults)
@@ -265,18 +339,38 @@ def parse_recipe(text: str, place: str) -> Recipe:
 
 def _single(recipes: list[Recipe], place: str) -> Recipe:
     if len(recipes) > 1:
-        raise fail(place, "a single recipe", f"{len(recipes)} stages", "merge them: only check and merge take stages")
+        raise fail(
+            place,
+            "a single recipe",
+            f"{len(recipes)} stages",
+            "merge them: only check and merge take stages",
+        )
     return recipes[0]
 
 
 def _recipe(data: Any, place: str) -> Recipe:
     if not isinstance(data, Mapping):
-        raise fail(place, "a recipe: slices, models or modules, and merge_method", type(data).__name__, "see recipes/ for examples")
+        raise fail(
+            place,
+            "a recipe: slices, models or modules, and merge_method",
+            type(data).__name__,
+            "see recipes/ for examples",
+        )
     faults = []
-    for keys, remedy in ((("slices", "models", "modules"), "keep one"), (("tokenizer", "tokenizer_source"), "remove tokenizer_source")):
+    for keys, remedy in (
+        (("slices", "models", "modules"), "keep one"),
+        (("tokenizer", "tokenizer_source"), "remove tokenizer_source"),
+    ):
         given = [key for key in keys if data.get(key) is not None]
         if len(given) > 1 or (not given and "slices" in keys):
-            faults.append(Fault(place, f"one of {', '.join(keys)}", " and ".join(given) or "none of them", remedy))
+            faults.append(
+                Fault(
+                    place,
+                    f"one of {', '.join(keys)}",
+                    " and ".join(given) or "none of them",
+                    remedy,
+                )
+            )
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -285,20 +379,41 @@ def _recipe(data: Any, place: str) -> Recipe:
     return recipe  # pyright: ignore[reportPossiblyUnbound] - unless it raised
 
 
-_HOLDERS = {"slices": Slice, "gauge": Gauge, "sources": Source, "models": Whole, "modules": Module, "tokenizer": Tokenizer, "tokens": Token,
-            "model_token": Row, "zero": Zero}
+_HOLDERS = {
+    "slices": Slice,
+    "gauge": Gauge,
+    "sources": Source,
+    "models": Whole,
+    "modules": Module,
+    "tokenizer": Tokenizer,
+    "tokens": Token,
+    "model_token": Row,
+    "zero": Zero,
+}
 
 
 def _fault(place: str, detail: Any) -> Fault:
     loc = detail["loc"]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(
+        "."
+    )
     where = f"{place}: {where}" if where else place
     found = "nothing" if detail["type"] == "missing" else repr(detail["input"])[:200]
     if detail["type"] == "extra_forbidden":
-        # A holder stands one step above the key where it is one, two above where it is one of a list or mapping.
-        known = list(next((_HOLDERS[part] for part in loc[-2:-4:-1] if part in _HOLDERS), Recipe).model_fields)
+        # A holder stands one step above the key where it is one, two above where it is one of a
+        # list or mapping.
+        known = list(
+            next(
+                (_HOLDERS[part] for part in loc[-2:-4:-1] if part in _HOLDERS), Recipe
+            ).model_fields
+        )
         near = get_close_matches(str(loc[-1]), known, 1)
-        return Fault(where, f"one of: {', '.join(known)}", "an unknown key", f"write {near[0]}" if near else "remove the key")
+        return Fault(
+            where,
+            f"one of: {', '.join(known)}",
+            "an unknown key",
+            f"write {near[0]}" if near else "remove the key",
+        )
     return Fault(where, detail["msg"].removeprefix("Value error, "), found, "correct the recipe")
 
 
@@ -307,18 +422,32 @@ def load_recipes(path: Path) -> list[Recipe]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise fail(str(path), "a recipe file", str(error), "give the path of a YAML recipe") from error
+        raise fail(
+            str(path), "a recipe file", str(error), "give the path of a YAML recipe"
+        ) from error
     recipes = parse_recipes(text, str(path))
     stages = {recipe.name for recipe in recipes}
 
     def found(name: str) -> str:
         if name in stages:
             return name
-        parts = (part.partition("@") for part in ([name] if is_folder(name) or is_folder(str(path.parent / name)) else name.split("+")))
-        return "+".join(_beside(path.parent, model) + at + revision for model, at, revision in parts)
+        parts = (
+            part.partition("@")
+            for part in (
+                [name] if is_folder(name) or is_folder(str(path.parent / name)) else name.split("+")
+            )
+        )
+        return "+".join(
+            _beside(path.parent, model) + at + revision for model, at, revision in parts
+        )
 
     def beside(key: str, value: str) -> str:
-        is_text = key == "fit" and value != "probes" and not Path(value).is_file() and (path.parent / value).is_file()
+        is_text = (
+            key == "fit"
+            and value != "probes"
+            and not Path(value).is_file()
+            and (path.parent / value).is_file()
+        )
         return str(path.parent / value) if is_text else value
 
     return [_changed(renamed(recipe, found), beside) for recipe in recipes]
@@ -330,7 +459,11 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _beside(folder: Path, name: str) -> str:
-    return str(folder / name) if name and not is_folder(name) and is_folder(str(folder / name)) else name
+    return (
+        str(folder / name)
+        if name and not is_folder(name) and is_folder(str(folder / name))
+        else name
+    )
 
 
 _NAMES = ("model", "base_model", "tokenizer_source", "source", "embedding", "final_norm", "head")
@@ -338,7 +471,10 @@ _NAMES = ("model", "base_model", "tokenizer_source", "source", "embedding", "fin
 
 def renamed(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:
     """The same recipe with every model's name put through `rename`."""
-    return _changed(recipe, lambda key, value: rename(value.removeprefix("model:")) if _is_name(key, value) else value)
+    return _changed(
+        recipe,
+        lambda key, value: rename(value.removeprefix("model:")) if _is_name(key, value) else value,
+    )
 
 
 def _changed(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
@@ -349,17 +485,26 @@ def _changed(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
             return [walk(entry) for entry in value]
         if not isinstance(value, dict):
             return value
-        return {key: change(key, entry) if isinstance(entry, str) else walk(entry) for key, entry in value.items()}
+        return {
+            key: change(key, entry) if isinstance(entry, str) else walk(entry)
+            for key, entry in value.items()
+        }
 
     return Recipe.model_validate(walk(recipe.model_dump(exclude_none=True)))
 
 
 def _is_name(key: str, value: str) -> bool:
-    return key in _NAMES and not (key in ("source", "tokenizer_source") and value in ("base", "union"))
+    return key in _NAMES and not (
+        key in ("source", "tokenizer_source") and value in ("base", "union")
+    )
 
 
 def open_donors(
-    recipe: Recipe, *, download: bool = False, allow_pickle: bool = False, weights: bool = True,
+    recipe: Recipe,
+    *,
+    download: bool = False,
+    allow_pickle: bool = False,
+    weights: bool = True,
     opened: Mapping[str, Checkpoint] | None = None,
 ) -> dict[str, Checkpoint]:
     """Open every donor of a recipe, but for those that are `opened` already. Raises FrankenmergeError with the faults of all."""
@@ -367,22 +512,27 @@ def open_donors(
     donors, faults = {}, []
     for name in recipe.donors:
         try:
-            donors[name] = opened[name] if opened and name in opened else open_donor(name, **options)
+            donors[name] = (
+                opened[name] if opened and name in opened else open_donor(name, **options)
+            )
         except FrankenmergeError as error:
             faults += error.faults
     raise_all(faults)
     return donors
 
 
-def open_donor(name: str, *, download: bool = False, allow_pickle: bool = False, weights: bool = True) -> Checkpoint:
+def open_donor(
+    name: str, *, download: bool = False, allow_pickle: bool = False, weights: bool = True
+) -> Checkpoint:
     """Open a donor by the name that a recipe gives it, `path@revision+lora`.
 
     Args:
         name: the donor's; what is opened keeps it.
         download: whether it may be fetched from the hub.
         allow_pickle: whether weights that are there as pickles alone are converted.
-        weights: whether they will be read. Without, headers are enough of a donor on the hub, and a LoRA is looked for and not folded
-            in: what is opened is its base, whose names, shapes and types are the same.
+        weights: whether they will be read. Without, headers are enough of a donor on the hub, and a
+            LoRA is looked for and not folded in: what is opened is its base, whose names, shapes
+            and types are the same.
 
     Raises:
         FrankenmergeError: for a donor or a LoRA that is not there or cannot be used.
@@ -393,4 +543,8 @@ def open_donor(name: str, *, download: bool = False, allow_pickle: bool = False,
     if lora is None:
         return base
     adapter = find_adapter(lora, download=download, weights=weights)
-    return replace(folded(base, adapter), name=name) if weights else replace(base, name=name, whole=False)
+    return (
+        replace(folded(base, adapter), name=name)
+        if weights
+        else replace(base, name=name, whole=False)
+    )

@@ -37,7 +37,9 @@ def setting(value: Any) -> Any:
     made: list[dict[str, Any]] = []
     for entry in entries:
         if not isinstance(entry, Mapping):
-            raise ValueError(f"either numbers or entries of filter and value, not {entry!r:.60} among entries")
+            raise ValueError(
+                f"either numbers or entries of filter and value, not {entry!r:.60} among entries"
+            )
         if unknown := [key for key in entry if key not in ("filter", "value")]:
             raise ValueError(f"an entry holds filter and value, not {unknown[0]!r:.60}")
         if "value" not in entry:
@@ -60,8 +62,8 @@ def evaluate(written: Any, tensor: str, t: float) -> Value | None:
     Args:
         written: as `setting` returns it.
         tensor: the tensor's name; the first entry whose filter is a part of it counts.
-        t: the depth within the slice, from 0 at its first block to 1 at its last. A gradient's numbers stand evenly
-            spaced over [0, 1] and are interpolated linearly.
+        t: the depth within the slice, from 0 at its first block to 1 at its last. A gradient's
+            numbers stand evenly spaced over [0, 1] and are interpolated linearly.
     """
     if not isinstance(written, list):
         return written
@@ -70,10 +72,19 @@ def evaluate(written: Any, tensor: str, t: float) -> Value | None:
         left = min(int(position), len(written) - 1)
         right = min(left + 1, len(written) - 1)
         return written[left] + (written[right] - written[left]) * (position - left)
-    return next((evaluate(entry["value"], tensor, t) for entry in written if _takes_all(entry) or entry["filter"] in tensor), None)
+    return next(
+        (
+            evaluate(entry["value"], tensor, t)
+            for entry in written
+            if _takes_all(entry) or entry["filter"] in tensor
+        ),
+        None,
+    )
 
 
-def resolve(name: str, levels: Iterable[Mapping[str, Any] | None], tensor: str, t: float) -> Value | None:
+def resolve(
+    name: str, levels: Iterable[Mapping[str, Any] | None], tensor: str, t: float
+) -> Value | None:
     """The parameter `name` for one tensor: the first level that gives it a value counts, levels from the narrowest to the widest."""
     found = (evaluate(level[name], tensor, t) for level in levels if level and name in level)
     return next((value for value in found if value is not None), None)
@@ -91,5 +102,11 @@ def values(written: Any) -> Iterator[Value]:
 def filters(written: Any) -> list[str]:
     """The parts of tensor names that a setting asks for."""
     return (
-        [entry["filter"] for entry in written if isinstance(entry, Mapping) and not _takes_all(entry)] if isinstance(written, list) else []
+        [
+            entry["filter"]
+            for entry in written
+            if isinstance(entry, Mapping) and not _takes_all(entry)
+        ]
+        if isinstance(written, list)
+        else []
     )

@@ -38,7 +38,12 @@ def reference(name: str) -> Reference:
     model, *loras = name.split("+")
     path, *revisions = model.split("@")
     if len(loras) > 1 or len(revisions) > 1 or not all([path, *revisions, *loras]):
-        raise fail(name, "path, path@revision, path+lora or path@revision+lora", "none of these", "correct the model's name")
+        raise fail(
+            name,
+            "path, path@revision, path+lora or path@revision+lora",
+            "none of these",
+            "correct the model's name",
+        )
     return Reference(path, *(revisions or [None]), *loras)
 
 
@@ -54,7 +59,11 @@ def _one_name(value: Any) -> Any:
     """A model's name, also where it is written out as {model: {path, revision}, lora: {path, revision}}."""
 
     def joined(part: Any) -> Any:
-        if isinstance(part, Mapping) and set(part) <= {"path", "revision"} and isinstance(part.get("path"), str):
+        if (
+            isinstance(part, Mapping)
+            and set(part) <= {"path", "revision"}
+            and isinstance(part.get("path"), str)
+        ):
             return part["path"] + (f"@{part['revision']}" if part.get("revision") else "")
         return part
 
@@ -78,7 +87,9 @@ class Part(BaseModel):
 Model = Annotated[str, BeforeValidator(_one_name), Field(min_length=1)]
 """`path@revision+lora`: a checkpoint's folder or a hub id, or an earlier stage's name."""
 Setting = Annotated[Any, AfterValidator(setting)]
-"""A parameter: a number or flag, a gradient (list of numbers), or a list of {filter, value} with such values."""
+"""A parameter: a number or flag, a gradient (list of numbers), or a list of {filter, value} with
+such values.
+"""
 Parameters = dict[str, Setting]
 Dtype = Annotated[Literal["float32", "float16", "bfloat16"], BeforeValidator(_without_torch)]
 
@@ -87,7 +98,9 @@ class Source(Part):
     """A run of blocks of one donor."""
 
     model: Model
-    layer_range: Annotated[list[StrictInt], Field(min_length=2, max_length=2), AfterValidator(_ordered)]
+    layer_range: Annotated[
+        list[StrictInt], Field(min_length=2, max_length=2), AfterValidator(_ordered)
+    ]
     """`[start, stop]`: 0-based, half-open."""
     parameters: Parameters | None = None
 
@@ -102,7 +115,9 @@ class Gauge(Part):
     refine: Annotated[StrictInt, Field(ge=1)] | None = None
     """Steps of descent that follow the fit, after which every block has a turn of its own."""
     maps: Literal["turns", "linear"] | None = None
-    """What refining may reach: turns, which is the default, or any linear maps, one for what a block reads, one for what it writes."""
+    """What refining may reach: turns, which is the default, or any linear maps, one for what a
+    block reads, one for what it writes.
+    """
 
     @model_validator(mode="after")
     def _refined(self) -> Self:
@@ -128,8 +143,17 @@ class Slice(Part):
 
     @model_validator(mode="after")
     def _of_one_length(self) -> Self:
-        if len(lengths := {stop - start for start, stop in (source.layer_range for source in self.sources)}) > 1:
-            raise ValueError(f"sources of one length, not of {' and '.join(map(str, sorted(lengths)))} blocks")
+        if (
+            len(
+                lengths := {
+                    stop - start for start, stop in (source.layer_range for source in self.sources)
+                }
+            )
+            > 1
+        ):
+            raise ValueError(
+                f"sources of one length, not of {' and '.join(map(str, sorted(lengths)))} blocks"
+            )
         return self
 
 
@@ -180,7 +204,12 @@ def _kind(value: Any) -> str:
     return kind if isinstance(kind, str) else "model"
 
 
-Origin = Annotated[Annotated[Row, Tag("model_token")] | Annotated[Zero, Tag("zero")] | Annotated[Model, Tag("model")], Discriminator(_kind)]
+Origin = Annotated[
+    Annotated[Row, Tag("model_token")]
+    | Annotated[Zero, Tag("zero")]
+    | Annotated[Model, Tag("model")],
+    Discriminator(_kind),
+]
 
 
 class Token(Part):

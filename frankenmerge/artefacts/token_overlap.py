@@ -11,8 +11,9 @@ class Agreement(NamedTuple):
     detail: np.ndarray
     """`[l_a, l_b, m]` float32: the share of a neuron's positions at which the token is the same."""
     permuted: np.ndarray
-    """`[l_a, l_b]` float32: that share expected when neurons are permuted, the mean over all pairs of different neurons, exact.
-    Not a number for a single neuron."""
+    """`[l_a, l_b]` float32: that share expected when neurons are permuted, the mean over all pairs
+    of different neurons, exact. Not a number for a single neuron.
+    """
 
     @property
     def matrix(self) -> np.ndarray:
@@ -25,8 +26,15 @@ def token_agreement(a: np.ndarray, b: np.ndarray) -> Agreement:
     _, m, n = a.shape
     same = np.stack([(tokens == b).sum(axis=2) for tokens in a])
     # All pairs of neurons at once: how often each token stands at each position, multiplied.
-    kinds, names = np.unique(np.concatenate([a, b]).astype(np.int64) * n + np.arange(n), return_inverse=True)
-    counts = np.stack([np.bincount(place, minlength=len(kinds)) for place in names.reshape(len(a) + len(b), m * n)]).astype(np.float64)
+    kinds, names = np.unique(
+        np.concatenate([a, b]).astype(np.int64) * n + np.arange(n), return_inverse=True
+    )
+    counts = np.stack(
+        [
+            np.bincount(place, minlength=len(kinds))
+            for place in names.reshape(len(a) + len(b), m * n)
+        ]
+    ).astype(np.float64)
     others = counts[: len(a)] @ counts[len(a) :].T - same.sum(axis=2)
     permuted = others / (n * m * (m - 1)) if m > 1 else np.full(others.shape, np.nan)
     return Agreement((same / n).astype(np.float32), permuted.astype(np.float32))

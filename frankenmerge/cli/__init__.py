@@ -37,7 +37,19 @@ def cli() -> None:
     """Hold the commands."""
 
 
-for command in (inspect, features, analyze, align, plan, check, merge, widen, evaluate, report, demo):
+for command in (
+    inspect,
+    features,
+    analyze,
+    align,
+    plan,
+    check,
+    merge,
+    widen,
+    evaluate,
+    report,
+    demo,
+):
     command.params.append(quiet_option)
     cli.add_command(command)
 
@@ -45,7 +57,11 @@ for command in (inspect, features, analyze, align, plan, check, merge, widen, ev
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0, 1 for a user's mistake, 130 when interrupted."""
     try:
-        cli.main(args=None if arguments is None else list(arguments), prog_name="frankenmerge", standalone_mode=False)
+        cli.main(
+            args=None if arguments is None else list(arguments),
+            prog_name="frankenmerge",
+            standalone_mode=False,
+        )
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
     except click.ClickException as error:

@@ -19,10 +19,16 @@ from frankenmerge.distributed import own_share
 from frankenmerge.errors import Fault, fail, raise_all, visible
 from frankenmerge.storage.atomic import check_place
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-download_option = click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
+)
+download_option = click.option(
+    "--download", is_flag=True, help="Fetch hub ids that are not in the local cache."
+)
 pickle_option = click.option(
-    "--allow-pickle", is_flag=True, help="Convert donors that have no safetensors, once, running nothing that their pickles hold."
+    "--allow-pickle",
+    is_flag=True,
+    help="Convert donors that have no safetensors, once, running nothing that their pickles hold.",
 )
 _QUIET = "frankenmerge.quiet"
 
@@ -34,26 +40,53 @@ def _hush(context: click.Context, _parameter: click.Parameter, quiet: bool) -> N
 
 
 quiet_option = click.Option(
-    ["--quiet"], is_flag=True, expose_value=False, is_eager=True, callback=_hush, help="Show no progress, only results."
+    ["--quiet"],
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_hush,
+    help="Show no progress, only results.",
 )
 """Every command has it."""
 device_option = click.option(
-    "--device", default="cpu", show_default=True, help="A torch device, or `auto`: whatever there is, several where they are needed."
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="A torch device, or `auto`: whatever there is, several where they are needed.",
 )
-dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
-                            help="The type to compute in.")
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="The type to compute in.",
+)
 
 
-def _sizes(_context: Any, parameter: click.Parameter, values: tuple[str, ...]) -> dict[int | str, str] | None:
+def _sizes(
+    _context: Any, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[int | str, str] | None:
     """Read an option's `0=20GiB`, given for several devices."""
     pairs = [value.partition("=") for value in values]
-    if unclear := [value for value, (device, _, amount) in zip(values, pairs, strict=True) if not (device and amount)]:
-        raise click.BadParameter(f"{unclear[0]!r}: write a device and a size, such as 0=20GiB or cpu=60GiB", param=parameter)
-    return {int(device) if device.isdigit() else device: amount for device, _, amount in pairs} or None
+    if unclear := [
+        value
+        for value, (device, _, amount) in zip(values, pairs, strict=True)
+        if not (device and amount)
+    ]:
+        raise click.BadParameter(
+            f"{unclear[0]!r}: write a device and a size, such as 0=20GiB or cpu=60GiB",
+            param=parameter,
+        )
+    return {
+        int(device) if device.isdigit() else device: amount for device, _, amount in pairs
+    } or None
 
 
 max_memory_option = click.option(
-    "--max-memory", multiple=True, callback=_sizes, metavar="DEVICE=SIZE",
+    "--max-memory",
+    multiple=True,
+    callback=_sizes,
+    metavar="DEVICE=SIZE",
     help="With --device auto, how much of a device (0, 1, ..., cpu) may be used, such as 0=20GiB; may be repeated.",
 )
 offload_option = click.option(
@@ -72,13 +105,25 @@ def _writable(_context: Any, _parameter: click.Parameter, path: Path | None) -> 
 
 def output_option(what: str, *, required: bool = True) -> Callable:
     """`-o FILE`, refused at once where it could not be written; `what` is its help."""
-    return click.option("-o", "--output", type=click.Path(path_type=Path), required=required, callback=_writable, help=what)
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        required=required,
+        callback=_writable,
+        help=what,
+    )
 
 
 def need_matplotlib(option: str) -> None:
     """Raise FrankenmergeError where an option is given that draws and the extra for that is not installed."""
     if find_spec("matplotlib") is None:
-        raise fail(option, "matplotlib, to draw with", "it is not installed", "pip install 'frankenmerge[plots]', or leave the option out")
+        raise fail(
+            option,
+            "matplotlib, to draw with",
+            "it is not installed",
+            "pip install 'frankenmerge[plots]', or leave the option out",
+        )
 
 
 def numbers(_context: Any, parameter: click.Parameter, value: str | None) -> list[int] | None:
@@ -91,16 +136,25 @@ def numbers(_context: Any, parameter: click.Parameter, value: str | None) -> lis
             first, _, last = part.partition("-")
             found += range(int(first), int(last or first) + 1)
     except ValueError as error:
-        raise click.BadParameter(f"{value!r}: write numbers and ranges, such as 1,4,8 or 0-3", param=parameter) from error
+        raise click.BadParameter(
+            f"{value!r}: write numbers and ranges, such as 1,4,8 or 0-3", param=parameter
+        ) from error
     if not found or min(found) < 0:
         raise click.BadParameter(f"{value!r} names nothing", param=parameter)
     return list(dict.fromkeys(found))
 
 
-def refuse_others(context: click.Context, method: str, meant_for: dict[str, tuple[str, ...]]) -> None:
+def refuse_others(
+    context: click.Context, method: str, meant_for: dict[str, tuple[str, ...]]
+) -> None:
     """Raise FrankenmergeError for options that were given and mean nothing to a method; `meant_for` tells the methods of each."""
     raise_all(
-        Fault(option.opts[0], f"--method {' or '.join(methods)}", f"--method {method}", "leave the option out, or choose another method")
+        Fault(
+            option.opts[0],
+            f"--method {' or '.join(methods)}",
+            f"--method {method}",
+            "leave the option out, or choose another method",
+        )
         for option in context.command.params
         if method not in (methods := meant_for.get(option.name or "", (method,)))
         and context.get_parameter_source(option.name or "") is not ParameterSource.DEFAULT
@@ -124,12 +178,19 @@ def out() -> Console:
 def print_json(value: Any) -> None:
     """Print one JSON object."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    click.echo("".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text))
+    click.echo(
+        "".join(
+            letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1]
+            for letter in text
+        )
+    )
 
 
 def table(title: str, *columns: str) -> Table:
     """An empty table: the first column to the left, the others to the right; long cells fold."""
-    made = Table(title=title, title_justify="left", title_style="bold", min_width=min(len(title) + 1, 79))
+    made = Table(
+        title=title, title_justify="left", title_style="bold", min_width=min(len(title) + 1, 79)
+    )
     for number, column in enumerate(columns):
         made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     return made
@@ -154,7 +215,13 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Show the rate."""
         rate = task.finished_speed or task.speed
-        told = "" if not rate else f"{size(rate)}/s" if self.unit == "bytes" else f"{rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s"
+        told = (
+            ""
+            if not rate
+            else f"{size(rate)}/s"
+            if self.unit == "bytes"
+            else f"{rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s"
+        )
         return Text(told, style="dim")
 
 
@@ -164,7 +231,9 @@ def progress(description: str, total: float | None, unit: str) -> Iterator[Calla
     columns = (TextColumn("{task.description}"), BarColumn(), _Rate(unit), TimeRemainingColumn())
     console = Console(stderr=True)
     context = click.get_current_context(silent=True)
-    hidden = not (console.is_terminal and own_share().first) or (context is not None and context.meta.get(_QUIET, False))
+    hidden = not (console.is_terminal and own_share().first) or (
+        context is not None and context.meta.get(_QUIET, False)
+    )
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(description, total=total)
         yield lambda done: bar.update(task, advance=done)

@@ -27,13 +27,20 @@ class Found(NamedTuple):
 
 
 @click.command()
-@click.option("--out", "output", type=click.Path(path_type=Path), default="demo-run", show_default=True, help="Where everything made goes.")
+@click.option(
+    "--out",
+    "output",
+    type=click.Path(path_type=Path),
+    default="demo-run",
+    show_default=True,
+    help="Where everything made goes.",
+)
 @json_option
 def demo(output: Path, as_json: bool) -> None:
     """Inspect, analyze, align, plan, merge, evaluate and report on the two demo donors.
 
-    `code` and `prose` were fine-tuned from one small model, one on source code, one on documentation. An earlier demo's
-    folder is replaced; any other folder is left alone.
+    `code` and `prose` were fine-tuned from one small model, one on source code, one on
+    documentation. An earlier demo's folder is replaced; any other folder is left alone.
     """
     started = time.perf_counter()
     _make_room(output)
@@ -56,8 +63,17 @@ _MARK = ".frankenmerge-demo"
 
 
 def _make_room(output: Path) -> None:
-    if output.exists() and not (output / _MARK).exists() and (not output.is_dir() or any(output.iterdir())):
-        raise fail(str(output), "a new folder, or an earlier demo's", "something else", "choose another folder with --out")
+    if (
+        output.exists()
+        and not (output / _MARK).exists()
+        and (not output.is_dir() or any(output.iterdir()))
+    ):
+        raise fail(
+            str(output),
+            "a new folder, or an earlier demo's",
+            "something else",
+            "choose another folder with --out",
+        )
     if (output / _MARK).exists():
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -84,7 +100,11 @@ def _inspect(console, donors: list) -> None:
         "'code' on Python source, 'prose' on its documentation."
     )
     reasons = compatibility(donors).reasons
-    console.print("Their shapes agree: blocks of both fit into one model.\n" if not reasons else "\n".join(reasons))
+    console.print(
+        "Their shapes agree: blocks of both fit into one model.\n"
+        if not reasons
+        else "\n".join(reasons)
+    )
 
 
 def _plan(console, donors: list, output: Path):
@@ -107,9 +127,15 @@ def _plan(console, donors: list, output: Path):
     alignment = align(*atlases)
     save_alignment(alignment, output / "code-prose.alignment.safetensors")
     score = alignment.scores["jaccard"]
-    made = table("Overlap of the tokens that excite each neuron most", "after blocks", *map(str, range(len(score.matrix))))
+    made = table(
+        "Overlap of the tokens that excite each neuron most",
+        "after blocks",
+        *map(str, range(len(score.matrix))),
+    )
     made.add_row("code and prose", *(f"{value:.2f}" for value in score.matrix.diagonal()))
-    made.add_row("by chance", *(f"{value:.2f}" for value in score.nulls["permuted_neurons"].diagonal()))
+    made.add_row(
+        "by chance", *(f"{value:.2f}" for value in score.nulls["permuted_neurons"].diagonal())
+    )
     console.print(made)
     try:
         from frankenmerge.reporting.plots import plot_alignment
@@ -121,15 +147,24 @@ def _plan(console, donors: list, output: Path):
     console.rule(f"3. The plan: {DEPTH} blocks out of {donors[0].blocks} + {donors[1].blocks}")
     model = default_model()
     plans = plan([alignment], Constraints(DEPTH), top=3)
-    plans, tried = damped(plans, [alignment], Bench([donor.name for donor in donors], (DRAWN,), {}), model)
+    plans, tried = damped(
+        plans, [alignment], Bench([donor.name for donor in donors], (DRAWN,), {}), model
+    )
     write_plans(plans, output / "recipe.yaml", Constraints(DEPTH), model)
     low, high = plans[0].interval
     console.print(f"{plans[0].recipe}", markup=False)
-    console.print("The best of three, run on tokens that the donors drew themselves: no text was needed.")
-    console.print(f"Predicted damage {plans[0].predicted_damage:z.2f} nats per token, nine times of ten from {low:z.2f} to {high:z.2f}.\n")
+    console.print(
+        "The best of three, run on tokens that the donors drew themselves: no text was needed."
+    )
+    console.print(
+        f"Predicted damage {plans[0].predicted_damage:z.2f} nats per token, nine times of ten from {low:z.2f} to {high:z.2f}.\n"
+    )
     print_seams(console, plans[0].seams)
     print_damping(console, tried)
-    console.print(f"All scores, and the neurons that agree and disagree most: {output / 'recipe.evidence.json'}\n", markup=False)
+    console.print(
+        f"All scores, and the neurons that agree and disagree most: {output / 'recipe.evidence.json'}\n",
+        markup=False,
+    )
     return alignment, plans[0]
 
 
@@ -148,16 +183,24 @@ def _merge(console, recipe, output: Path) -> bool:
     donors = open_donors(recipe)
     with progress("merging", None, "bytes") as advance:
         merged = merge(recipe, donors, output / "merged", progress=advance)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(merged.output, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        merged.output, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
     model, info = loaded
-    virtual = virtual_splice(recipe, donors, {name: load_model(donor) for name, donor in donors.items()})
+    virtual = virtual_splice(
+        recipe, donors, {name: load_model(donor) for name, donor in donors.items()}
+    )
     ids = torch.arange(64)[None]
     with torch.no_grad():
         equal = torch.equal(model.eval()(input_ids=ids).logits, virtual(input_ids=ids).logits)
     wrong = len(info["missing_keys"]) + len(info["unexpected_keys"])
-    console.print(f"{merged.tensors} tensors, {merged.bytes / 1e6:.1f} MB in {merged.output}.", markup=False)
-    console.print(f"transformers loads it with {wrong} missing or unexpected keys; "
-                  f"its logits {'equal' if equal else 'DIFFER from'} those of the splice in memory.\n")
+    console.print(
+        f"{merged.tensors} tensors, {merged.bytes / 1e6:.1f} MB in {merged.output}.", markup=False
+    )
+    console.print(
+        f"transformers loads it with {wrong} missing or unexpected keys; "
+        f"its logits {'equal' if equal else 'DIFFER from'} those of the splice in memory.\n"
+    )
     return equal
 
 
@@ -171,20 +214,39 @@ def _evaluate(plan, alignment, donors: list, output: Path) -> tuple[list, list[f
     from frankenmerge.storage.atomic import write_file
 
     folder = Path(__file__).parent.parent / "demo" / "text"
-    texts = [Text(name, (folder / f"{name}.txt").read_text(encoding="utf-8")[:CHARACTERS]) for name in ("code", "prose")]
+    texts = [
+        Text(name, (folder / f"{name}.txt").read_text(encoding="utf-8")[:CHARACTERS])
+        for name in ("code", "prose")
+    ]
     blocks = {donor.name: donor.blocks for donor in donors}
     bench = Bench(texts, [*blocks, str(output / "merged")])
     words = frozenset().union(*(words_of(text.content) for text in texts))
-    looks = Looks(drawn_prompts([text.content for text in texts], PROMPTS, 0), words, with_seams=True)
+    looks = Looks(
+        drawn_prompts([text.content for text in texts], PROMPTS, 0), words, with_seams=True
+    )
     pattern, writes = goliath(blocks, DEPTH), donors[0].architecture.stream.writes
     by_passes = {way.name: way.recipe for way in dampings(pattern, [alignment], writes)}["1/n"]
-    controls = {"naive interleave": naive_interleave(blocks, DEPTH), "Goliath's pattern": pattern, "the same, damped": by_passes}
+    controls = {
+        "naive interleave": naive_interleave(blocks, DEPTH),
+        "Goliath's pattern": pattern,
+        "the same, damped": by_passes,
+    }
     results = []
-    with progress("evaluating", len(donors) + 2 + len(controls) + RANDOM_RECIPES, "models") as advance:
+    with progress(
+        "evaluating", len(donors) + 2 + len(controls) + RANDOM_RECIPES, "models"
+    ) as advance:
         for donor in donors:
-            results.append(bench.checkpoint(donor.name, role="donor", visit=lambda subject: looks.visit(subject, bench)))
+            results.append(
+                bench.checkpoint(
+                    donor.name, role="donor", visit=lambda subject: looks.visit(subject, bench)
+                )
+            )
             advance(1)
-        results.append(bench.checkpoint(str(output / "merged"), visit=lambda subject: looks.visit(subject, bench)))
+        results.append(
+            bench.checkpoint(
+                str(output / "merged"), visit=lambda subject: looks.visit(subject, bench)
+            )
+        )
         advance(1)
         for name, control in controls.items():
             results.append(bench.recipe(name, control))
@@ -194,8 +256,17 @@ def _evaluate(plan, alignment, donors: list, output: Path) -> tuple[list, list[f
             randoms.append(bench.recipe(f"random {seed}", random_recipe(blocks, DEPTH, seed)))
             advance(1)
     own = {result.name: result.total.nats_per_token for result in results[: len(donors)]}
-    promise = held_promise(results[len(donors)], plan.recipe, plan.predicted_damage, plan.interval, own)
-    told = json.dumps(evaluation_json(results, bench, looks, predictions=[promise._asdict()]), indent=2, ensure_ascii=False) + "\n"
+    promise = held_promise(
+        results[len(donors)], plan.recipe, plan.predicted_damage, plan.interval, own
+    )
+    told = (
+        json.dumps(
+            evaluation_json(results, bench, looks, predictions=[promise._asdict()]),
+            indent=2,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
     write_file(output / "evaluation.json", told.encode())
     middle = sorted(randoms, key=lambda result: result.total.bits_per_byte)[RANDOM_RECIPES // 2]
     results.append(middle._replace(name=f"median of {RANDOM_RECIPES} random"))
@@ -214,7 +285,9 @@ def _tell(console, found: Found, output: Path) -> None:
     from frankenmerge.cli.evaluate import print_promise, results_table
 
     console.rule("5. Did the plan keep its word?")
-    console.print(results_table(found.results, "On held-out code and prose (bits per byte; lower is better)"))
+    console.print(
+        results_table(found.results, "On held-out code and prose (bits per byte; lower is better)")
+    )
     ours = found.results[2].total.bits_per_byte
     beaten = sum(random > ours for random in found.randoms)
     print_promise(console, found.promise)
@@ -225,12 +298,17 @@ def _tell(console, found: Found, output: Path) -> None:
         f"\nEverything is in {output}: atlases, alignment, recipe, evidence, evaluation, and the checkpoint in {output / 'merged'}.",
         markup=False,
     )
-    console.print(f"To look at: {output / 'report.html'}, a page of all that was found.", markup=False)
+    console.print(
+        f"To look at: {output / 'report.html'}, a page of all that was found.", markup=False
+    )
     console.print("Next: `frankenmerge inspect YOUR-DONOR-A YOUR-DONOR-B`")
 
 
 def _as_json(found: Found, output: Path) -> dict[str, Any]:
-    models = [{"name": result.name, "role": result.role, **result.total.as_json()} for result in found.results]
+    models = [
+        {"name": result.name, "role": result.role, **result.total.as_json()}
+        for result in found.results
+    ]
     return {
         "output": str(output),
         "plan": found.plan.as_json(),

@@ -23,14 +23,32 @@ from frankenmerge.cli.console import (
     progress,
 )
 from frankenmerge.cli.donors import How, atlas_of
-from frankenmerge.cli.tables import differences_table, further_tables, print_samples, results_table, retention_table, seams_table
+from frankenmerge.cli.tables import (
+    differences_table,
+    further_tables,
+    print_samples,
+    results_table,
+    retention_table,
+    seams_table,
+)
 from frankenmerge.errors import fail
 
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL|RECIPE...")
-@click.option("--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path), help="A UTF-8 text file; may be repeated.")
-@click.option("--context", type=click.IntRange(2), help="Tokens in a window. [default: what every model was made for, at most 2048]")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A UTF-8 text file; may be repeated.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(2),
+    help="Tokens in a window. [default: what every model was made for, at most 2048]",
+)
 @click.option(
     "--samples",
     type=click.IntRange(0),
@@ -56,7 +74,12 @@ from frankenmerge.errors import fail
     is_flag=True,
     help="Tell how many of the donors' features a merge keeps. Costs a pass of the vocabulary, and of each donor's, which is kept.",
 )
-@click.option("--tasks", multiple=True, metavar="NAME|YAML", help="Run a task of lm-evaluation-harness on every model; may be repeated.")
+@click.option(
+    "--tasks",
+    multiple=True,
+    metavar="NAME|YAML",
+    help="Run a task of lm-evaluation-harness on every model; may be repeated.",
+)
 @click.option(
     "--compare",
     "threshold",
@@ -64,8 +87,18 @@ from frankenmerge.errors import fail
     metavar="BITS",
     help="Leave with exit code 1 when a merge takes more bits per byte than its best donor by more than this; see docs/evaluate.md.",
 )
-@click.option("--against", metavar="MODEL", help="Hold merges against this model, instead of against their best donor.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws resamples, prompts, and what the harness draws.")
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="Hold merges against this model, instead of against their best donor.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Draws resamples, prompts, and what the harness draws.",
+)
 @output_option("Where to write everything found, as NAME.evaluation.json.", required=False)
 @device_option
 @max_memory_option
@@ -76,14 +109,32 @@ from frankenmerge.errors import fail
 @json_option
 @click.pass_context
 def evaluate(
-    context_of_command: click.Context, models: tuple[str, ...], texts: tuple[Path, ...], context: int | None, samples: int,
-    prompts: tuple[str, ...], lists: tuple[Path, ...], seams: bool, retention: bool, tasks: tuple[str, ...], threshold: float | None,
-    against: str | None, seed: int, output: Path | None, device: str, max_memory: dict | None, offload: Path | None, dtype: str,
-    download: bool, allow_pickle: bool, as_json: bool,
+    context_of_command: click.Context,
+    models: tuple[str, ...],
+    texts: tuple[Path, ...],
+    context: int | None,
+    samples: int,
+    prompts: tuple[str, ...],
+    lists: tuple[Path, ...],
+    seams: bool,
+    retention: bool,
+    tasks: tuple[str, ...],
+    threshold: float | None,
+    against: str | None,
+    seed: int,
+    output: Path | None,
+    device: str,
+    max_memory: dict | None,
+    offload: Path | None,
+    dtype: str,
+    download: bool,
+    allow_pickle: bool,
+    as_json: bool,
 ) -> None:
     """Measure how well MODELS predict text. A recipe is run as a virtual splice: nothing is written.
 
-    Every donor of a recipe is measured beside it; with --seams, --retention or --compare those of a merged checkpoint too.
+    Every donor of a recipe is measured beside it; with --seams, --retention or --compare those of a
+    merged checkpoint too.
     """
     if lists and not (samples or prompts):
         raise fail("--words", "samples to be judged", "none", "give --samples or --prompt as well")
@@ -102,16 +153,33 @@ def evaluate(
     shown = [read_text(text) for text in texts]
     looks = _looks(shown, samples, prompts, lists, seams, retention, tasks, seed)
     results, bench = compare(
-        models, shown, context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
-        allow_pickle=allow_pickle, beside=seams or retention or (threshold is not None and not against), hold=seams,
-        against=against, meter=progress, visit=looks.visit,
+        models,
+        shown,
+        context=context,
+        dtype=dtype,
+        device=device,
+        max_memory=max_memory,
+        offload=offload,
+        download=download,
+        allow_pickle=allow_pickle,
+        beside=seams or retention or (threshold is not None and not against),
+        hold=seams,
+        against=against,
+        meter=progress,
+        visit=looks.visit,
     )
     looks.retention = _retained(looks.features, How(device, dtype, download, allow_pickle))
     comparison = None if threshold is None else held_against(results, threshold, seed, against)
     promises = kept_promises(results)
     told = evaluation_json(
-        results, bench, looks, dtype=dtype, predictions=[promise._asdict() for promise in promises], comparison=comparison,
-        against=against, arguments=_given(context_of_command),
+        results,
+        bench,
+        looks,
+        dtype=dtype,
+        predictions=[promise._asdict() for promise in promises],
+        comparison=comparison,
+        against=against,
+        arguments=_given(context_of_command),
     )
     if output:
         from frankenmerge.storage.atomic import write_file
@@ -130,13 +198,23 @@ def evaluate(
 def _given(context: click.Context) -> dict[str, Any]:
     """The command's arguments, as JSON can hold them."""
     return {
-        name: [str(part) for part in value] if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+        name: [str(part) for part in value]
+        if isinstance(value, tuple)
+        else str(value)
+        if isinstance(value, Path)
+        else value
         for name, value in sorted(context.params.items())
     }
 
 
 def _looks(
-    shown: list, samples: int, prompts: tuple[str, ...], lists: tuple[Path, ...], seams: bool, retention: bool, tasks: tuple[str, ...],
+    shown: list,
+    samples: int,
+    prompts: tuple[str, ...],
+    lists: tuple[Path, ...],
+    seams: bool,
+    retention: bool,
+    tasks: tuple[str, ...],
     seed: int,
 ) -> Any:
     from frankenmerge.analysis.complete import complete_search
@@ -145,10 +223,14 @@ def _looks(
 
     return Looks(
         prompts=[*prompts, *drawn_prompts([text.content for text in shown], samples, seed)],
-        vocabulary=frozenset().union(*(words_of(text.content) for text in shown), *map(read_words, lists)),
+        vocabulary=frozenset().union(
+            *(words_of(text.content) for text in shown), *map(read_words, lists)
+        ),
         with_seams=seams,
         with_tasks=tasks,
-        search=(lambda model, advance: complete_search(model, k=1, progress=advance)) if retention else None,
+        search=(lambda model, advance: complete_search(model, k=1, progress=advance))
+        if retention
+        else None,
         seed=seed,
         meter=progress,
     )
@@ -170,7 +252,9 @@ def _print(results: list, looks: Any, told: dict, promises: list, comparison: An
         console.print(made)
     tokens = sorted({result.total.tokens for result in results})
     counted = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
-    console.print(f"Windows of {told['context']} tokens, {told['dtype']}; {counted} tokens of {results[0].total.bytes:,} bytes.")
+    console.print(
+        f"Windows of {told['context']} tokens, {told['dtype']}; {counted} tokens of {results[0].total.bytes:,} bytes."
+    )
     if told["differences"]:
         console.print(differences_table(told["differences"]))
     for name, blocks in looks.seams.items():
@@ -187,7 +271,11 @@ def _print(results: list, looks: Any, told: dict, promises: list, comparison: An
         style = {"worse": "bold red", "undecided": "bold"}.get(entry.verdict, "green")
         more = "; more text would decide" if entry.verdict == "undecided" else ""
         console.print(
-            Text.assemble(f"{Path(entry.model).name} against {Path(entry.donor).name}: {told_of}: ", (entry.verdict, style), f"{more}.")
+            Text.assemble(
+                f"{Path(entry.model).name} against {Path(entry.donor).name}: {told_of}: ",
+                (entry.verdict, style),
+                f"{more}.",
+            )
         )
 
 
@@ -206,12 +294,16 @@ def kept_promises(results) -> list[Promise]:
     """Hold recipes against the evidence files in their folders, where one tells of them."""
     from frankenmerge.artefacts.recipe import load_recipe
 
-    losses = {result.name: result.total.nats_per_token for result in results if result.role != "recipe"}
+    losses = {
+        result.name: result.total.nats_per_token for result in results if result.role != "recipe"
+    }
     promises = []
     for result in (result for result in results if result.role == "recipe"):
         recipe = load_recipe(Path(result.name))
         if told := _foretold(Path(result.name).parent, str(recipe)):
-            promises.append(held_promise(result, recipe, told["predicted_damage"], told["interval"], losses))
+            promises.append(
+                held_promise(result, recipe, told["predicted_damage"], told["interval"], losses)
+            )
     return promises
 
 
@@ -219,7 +311,9 @@ def print_promise(console, promise: Promise) -> None:
     """Show what was predicted, what was measured, and whether the one was in the other's interval."""
     verdict = "the prediction held" if promise.held else "the prediction did not hold"
     around = f"{promise.predicted:z.3f} ({promise.low:z.3f} to {promise.high:z.3f}) nats per token above its donors"
-    console.print(f"{Path(promise.recipe).name}: predicted {around}, measured {promise.measured:z.3f}: {verdict}.")
+    console.print(
+        f"{Path(promise.recipe).name}: predicted {around}, measured {promise.measured:z.3f}: {verdict}."
+    )
 
 
 def held_promise(result, recipe, predicted: float, interval, losses) -> Promise:
@@ -235,7 +329,9 @@ def _foretold(folder: Path, summary: str) -> dict | None:
     for path in sorted(folder.glob("*.evidence.json")):
         try:
             plans = json.loads(path.read_text(encoding="utf-8"))["plans"]
-            return next(entry for entry in plans if entry["summary"] == summary and "interval" in entry)
+            return next(
+                entry for entry in plans if entry["summary"] == summary and "interval" in entry
+            )
         except (OSError, ValueError, LookupError, TypeError, StopIteration):
             continue  # another program's file, or another recipe's evidence: nothing is foretold there
     return None

@@ -4,19 +4,30 @@ from pathlib import Path
 
 import click
 
-from frankenmerge.cli.console import json_option, need_matplotlib, out, output_option, print_json, size
+from frankenmerge.cli.console import (
+    json_option,
+    need_matplotlib,
+    out,
+    output_option,
+    print_json,
+    size,
+)
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @output_option("Where the page goes, such as report.html.", required=False)
-@click.option("--figures", type=click.Path(path_type=Path), help="A folder for the same figures as PNG and SVG (needs matplotlib).")
+@click.option(
+    "--figures",
+    type=click.Path(path_type=Path),
+    help="A folder for the same figures as PNG and SVG (needs matplotlib).",
+)
 @json_option
 def report(run: Path, output: Path | None, figures: Path | None, as_json: bool) -> None:
     """Make one HTML page of all that the commands left in the folder RUN.
 
-    It holds everything in itself and asks nothing of any network. What is not in the folder is left out, and the page says
-    which command would make it.
+    It holds everything in itself and asks nothing of any network. What is not in the folder is left
+    out, and the page says which command would make it.
     """
     from frankenmerge.reporting.page import page
     from frankenmerge.reporting.run import read_run

@@ -32,7 +32,12 @@ class Asked:
 
     def features(self, checkpoint: Any, method: str) -> list:
         """The features, block by block. Raises FrankenmergeError for those that the donor or the method does not have."""
-        from frankenmerge.analysis.features import Feature, check_features, check_single, parse_features
+        from frankenmerge.analysis.features import (
+            Feature,
+            check_features,
+            check_single,
+            parse_features,
+        )
         from frankenmerge.analysis.greedy import WHY_SINGLE
         from frankenmerge.donors.config import quantity
 
@@ -40,7 +45,11 @@ class Asked:
         if self.neurons:
             wanted = [Feature.of(layer, neuron) for layer in self.layers for neuron in self.neurons]
         else:
-            wanted = [feature for layer in self.layers for feature in parse_features(self.notation, layer, width)]
+            wanted = [
+                feature
+                for layer in self.layers
+                for feature in parse_features(self.notation, layer, width)
+            ]
         if why := {"complete": WHY_COMPLETE, "greedy": WHY_SINGLE}.get(method):
             check_single(wanted, why)
         check_features(wanted, blocks=checkpoint.blocks, width=width, tokens=self.tokens)
@@ -75,7 +84,13 @@ def _complete(checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: 
 
     masked = meaningless_tokens(checkpoint, embedding_of(model)) if asked.mask_special else []
     top = complete_search(
-        model, k=asked.tokens, prefix=asked.prefix, site=asked.site, isolated=asked.isolated, bottom=asked.bottom, masked=masked,
+        model,
+        k=asked.tokens,
+        prefix=asked.prefix,
+        site=asked.site,
+        isolated=asked.isolated,
+        bottom=asked.bottom,
+        masked=masked,
         progress=advance,
     )
     advance(len(masked))
@@ -88,10 +103,20 @@ def _greedy(_checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: A
     from frankenmerge.analysis.greedy import greedy_search
 
     result = greedy_search(
-        model, wanted, n=asked.tokens, site=asked.site, isolated=asked.isolated, positions=asked.positions, beam=asked.beam,
-        candidates=asked.candidates, start=asked.prefix, progress=advance,
+        model,
+        wanted,
+        n=asked.tokens,
+        site=asked.site,
+        isolated=asked.isolated,
+        positions=asked.positions,
+        beam=asked.beam,
+        candidates=asked.candidates,
+        start=asked.prefix,
+        progress=advance,
     )
-    told = {"vocabulary_passes": result.passes} | ({} if result.recall is None else {"recall": result.recall})
+    told = {"vocabulary_passes": result.passes} | (
+        {} if result.recall is None else {"recall": result.recall}
+    )
     return _found(result.tokens, asked, told)
 
 
@@ -99,18 +124,38 @@ def _gradient(_checkpoint: Any, model: Any, asked: Asked, wanted: list, advance:
     from frankenmerge.analysis.gradient import gradient_search
 
     result = gradient_search(
-        model, wanted, tokens=asked.tokens, site=asked.site, isolated=asked.isolated, target=asked.target, decode=asked.decode,
-        progress=advance, **asked.given("steps", "optimizer"),
+        model,
+        wanted,
+        tokens=asked.tokens,
+        site=asked.site,
+        isolated=asked.isolated,
+        target=asked.target,
+        decode=asked.decode,
+        progress=advance,
+        **asked.given("steps", "optimizer"),
     )
-    told = {"excluded_tokens": len(result.excluded), "token_id_equals_neuron": result.artefact_share}
-    return _found(result.tokens.numpy(), asked, told | ({"artefact": True} if result.artefact else {}))
+    told = {
+        "excluded_tokens": len(result.excluded),
+        "token_id_equals_neuron": result.artefact_share,
+    }
+    return _found(
+        result.tokens.numpy(), asked, told | ({"artefact": True} if result.artefact else {})
+    )
 
 
-def _softmax_prior(_checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: Advance) -> Found:
+def _softmax_prior(
+    _checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: Advance
+) -> Found:
     from frankenmerge.analysis.prior import prior_search
 
     result = prior_search(
-        model, wanted, tokens=asked.tokens, site=asked.site, isolated=asked.isolated, target=asked.target, progress=advance,
+        model,
+        wanted,
+        tokens=asked.tokens,
+        site=asked.site,
+        isolated=asked.isolated,
+        target=asked.target,
+        progress=advance,
         **asked.given("steps"),
     )
     return _found(result.tokens.numpy(), asked, {"mean_gap_from_one_hot": float(result.gap.mean())})
@@ -144,18 +189,39 @@ def recovered(checkpoint: Any, model: Any, asked: Asked, advance: Advance) -> tu
     from frankenmerge.models.loading import embedding_of, load_tokenizer
 
     if not asked.text:
-        raise fail("--input", "a text to recover", "none", 'give one, such as --input "the quick brown fox"')
-    true = torch.tensor(load_tokenizer(checkpoint).encode(asked.text, add_special_tokens=False), dtype=torch.long)
+        raise fail(
+            "--input",
+            "a text to recover",
+            "none",
+            'give one, such as --input "the quick brown fox"',
+        )
+    true = torch.tensor(
+        load_tokenizer(checkpoint).encode(asked.text, add_special_tokens=False), dtype=torch.long
+    )
     check_length(model, len(true))
     decoder = decoder_of(embedding_table(model), excluded=None)
     found = []
     for layer in asked.layers:
-        outputs = outputs_of(model, true[None].to(embedding_of(model).device), layer, site=asked.site, isolated=asked.isolated)
+        outputs = outputs_of(
+            model,
+            true[None].to(embedding_of(model).device),
+            layer,
+            site=asked.site,
+            isolated=asked.isolated,
+        )
         result = invert(
-            model, outputs, layer, loss=asked.distance, site=asked.site, isolated=asked.isolated, decoder=decoder,
+            model,
+            outputs,
+            layer,
+            loss=asked.distance,
+            site=asked.site,
+            isolated=asked.isolated,
+            decoder=decoder,
             **asked.given("steps", "optimizer"),
         )
         found.append(result.tokens.numpy())
         advance(1)
     tokens = np.stack(found)
-    return Found(tokens, tokens.transpose(0, 2, 1), {"excluded_tokens": len(decoder.left_out)}), true.numpy()
+    return Found(
+        tokens, tokens.transpose(0, 2, 1), {"excluded_tokens": len(decoder.left_out)}
+    ), true.numpy()

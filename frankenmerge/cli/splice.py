@@ -23,7 +23,15 @@ from frankenmerge.cli.console import (
     size,
     table,
 )
-from frankenmerge.cli.donors import MEANT_FOR, How, add_inputs, atlas_of, method_option, neurons_option, tokens_option
+from frankenmerge.cli.donors import (
+    MEANT_FOR,
+    How,
+    add_inputs,
+    atlas_of,
+    method_option,
+    neurons_option,
+    tokens_option,
+)
 from frankenmerge.distributed import Share, own_share
 from frankenmerge.errors import Fault, fail, raise_all
 
@@ -42,10 +50,27 @@ SHOWN = {
 @method_option
 @neurons_option
 @tokens_option
-@click.option("--bos/--no-bos", default=False, show_default=True, help="Compare the tokens behind BOS, or alone (complete).")
-@click.option("--drawn", is_flag=True, help="Predict from tokens that the donors draw, not from random ones: both must fit into memory.")
-@click.option("--exchange", is_flag=True, help="Let blocks stand for one another too, by both tests: both must fit into memory.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the scores to this PNG or SVG file (needs matplotlib).")
+@click.option(
+    "--bos/--no-bos",
+    default=False,
+    show_default=True,
+    help="Compare the tokens behind BOS, or alone (complete).",
+)
+@click.option(
+    "--drawn",
+    is_flag=True,
+    help="Predict from tokens that the donors draw, not from random ones: both must fit into memory.",
+)
+@click.option(
+    "--exchange",
+    is_flag=True,
+    help="Let blocks stand for one another too, by both tests: both must fit into memory.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw the scores to this PNG or SVG file (needs matplotlib).",
+)
 @device_option
 @dtype_option
 @download_option
@@ -53,8 +78,22 @@ SHOWN = {
 @json_option
 @click.pass_context
 def align(
-    context: click.Context, a: str, b: str, output: Path, method: str, neurons: list[int] | None, tokens: int | None, bos: bool,
-    drawn: bool, exchange: bool, plot: Path | None, device: str, dtype: str, download: bool, allow_pickle: bool, as_json: bool,
+    context: click.Context,
+    a: str,
+    b: str,
+    output: Path,
+    method: str,
+    neurons: list[int] | None,
+    tokens: int | None,
+    bos: bool,
+    drawn: bool,
+    exchange: bool,
+    plot: Path | None,
+    device: str,
+    dtype: str,
+    download: bool,
+    allow_pickle: bool,
+    as_json: bool,
 ) -> None:
     """Score how donors A and B agree, block by block. Each is a donor or an atlas."""
     from frankenmerge.analysis.align import align as aligned
@@ -70,7 +109,12 @@ def align(
     if method != "complete":
         atlases = _with_same_inputs((a, b), atlases, how, method, neurons, tokens)
     models = _loaded((a, b), how) if drawn or exchange else {}
-    alignment = aligned(*atlases, context="bos" if bos else "plain", method=method, shown=_shown(models) if drawn else None)
+    alignment = aligned(
+        *atlases,
+        context="bos" if bos else "plain",
+        method=method,
+        shown=_shown(models) if drawn else None,
+    )
     if exchange:
         alignment = replace(alignment, exchange=_exchanged(alignment, models))
     save_alignment(alignment, output)
@@ -80,30 +124,62 @@ def align(
         plot_alignment(alignment, plot)
     if as_json:
         scores = {
-            name: {"matrix": score.matrix.tolist(), "nulls": {null: matrix.tolist() for null, matrix in score.nulls.items()}}
+            name: {
+                "matrix": score.matrix.tolist(),
+                "nulls": {null: matrix.tolist() for null, matrix in score.nulls.items()},
+            }
             for name, score in alignment.scores.items()
         }
-        shared = {"shared_neurons": alignment.provenance["shared_neurons"], "widths": alignment.widths}
-        shared |= {"method": method, "context": alignment.provenance["context"], "searched": alignment.provenance["searched"]}
+        shared = {
+            "shared_neurons": alignment.provenance["shared_neurons"],
+            "widths": alignment.widths,
+        }
+        shared |= {
+            "method": method,
+            "context": alignment.provenance["context"],
+            "searched": alignment.provenance["searched"],
+        }
         if alignment.exchange:
             tables = alignment.exchange._asdict().items()
-            shared |= {"exchange": {name: [matrix.tolist() for matrix in pair] for name, pair in tables}}
-        print_json({"output": str(output), "donors": alignment.donors, "blocks": alignment.blocks, **shared, "scores": scores})
+            shared |= {
+                "exchange": {name: [matrix.tolist() for matrix in pair] for name, pair in tables}
+            }
+        print_json(
+            {
+                "output": str(output),
+                "donors": alignment.donors,
+                "blocks": alignment.blocks,
+                **shared,
+                "scores": scores,
+            }
+        )
         return
     console = out()
     name, title = SHOWN[method]
     score = alignment.scores[name]
     columns = [str(block) for block in range(alignment.blocks[1] + 1)]
     if len(columns) <= 12:
-        made = table(f"{title}{', behind BOS' if bos else ''}: rows A, columns B, after so many blocks", "", *columns)
+        made = table(
+            f"{title}{', behind BOS' if bos else ''}: rows A, columns B, after so many blocks",
+            "",
+            *columns,
+        )
         for block, row in enumerate(score.matrix):
             made.add_row(str(block), *(f"{value:.2f}" for value in row))
         console.print(made)
-    summary = table("Mean over the blocks of equal depth, beside what chance gives", "score", "mean", *score.nulls, "residual_law")
+    summary = table(
+        "Mean over the blocks of equal depth, beside what chance gives",
+        "score",
+        "mean",
+        *score.nulls,
+        "residual_law",
+    )
     depth = min(alignment.blocks) + 1
     for name, entry in alignment.scores.items():
         nulls = [entry.nulls.get(null) for null in (*score.nulls, "residual_law")]
-        cells = ["" if matrix is None else f"{matrix.diagonal()[1:depth].mean():.3f}" for matrix in nulls]
+        cells = [
+            "" if matrix is None else f"{matrix.diagonal()[1:depth].mean():.3f}" for matrix in nulls
+        ]
         summary.add_row(name, f"{entry.matrix.diagonal()[1:depth].mean():.3f}", *cells)
     console.print(summary)
     for title, matrix in _exchange_tables(alignment):
@@ -112,9 +188,13 @@ def align(
             made.add_row(str(block), *(f"{value:.2f}" for value in row))
         console.print(made)
     if searched := alignment.provenance["searched"]:
-        console.print(f"{method}: {len(searched['neurons'])} of {min(alignment.widths)} neurons, {searched['tokens']} tokens each.")
+        console.print(
+            f"{method}: {len(searched['neurons'])} of {min(alignment.widths)} neurons, {searched['tokens']} tokens each."
+        )
     if alignment.widths[0] != alignment.widths[1]:
-        console.print(f"Widths {alignment.widths[0]} and {alignment.widths[1]}: the first {min(alignment.widths)} neurons are compared.")
+        console.print(
+            f"Widths {alignment.widths[0]} and {alignment.widths[1]}: the first {min(alignment.widths)} neurons are compared."
+        )
     console.print(f"Written to {output}", markup=False)
 
 
@@ -135,10 +215,19 @@ def _loaded(names: tuple[str, str], how: How) -> dict:
     from frankenmerge.models.loading import load_model
 
     raise_all(
-        Fault("--drawn, --exchange", "donors, which are run", f"an atlas: {name}", "give the donor itself")
-        for name in names if Path(name).is_file()
+        Fault(
+            "--drawn, --exchange",
+            "donors, which are run",
+            f"an atlas: {name}",
+            "give the donor itself",
+        )
+        for name in names
+        if Path(name).is_file()
     )
-    donors = [open_donor(name, download=how.download, allow_pickle=how.allow_pickle) for name in dict.fromkeys(names)]
+    donors = [
+        open_donor(name, download=how.download, allow_pickle=how.allow_pickle)
+        for name in dict.fromkeys(names)
+    ]
     return {donor.name: load_model(donor, dtype=how.dtype, device=how.device) for donor in donors}
 
 
@@ -157,7 +246,12 @@ def _exchanged(alignment, models: dict):
 
 
 def _with_same_inputs(
-    names: tuple[str, str], atlases: list, how: How, method: str, neurons: list[int] | None, tokens: int | None
+    names: tuple[str, str],
+    atlases: list,
+    how: How,
+    method: str,
+    neurons: list[int] | None,
+    tokens: int | None,
 ) -> list:
     """The atlases, those of donors with inputs for the same neurons and as many tokens as a given atlas has, if one is given."""
     from frankenmerge.analysis.align import check_comparable, missing_inputs
@@ -169,7 +263,12 @@ def _with_same_inputs(
     made = [atlas.inputs[method] for atlas in given]
     if made and (neurons or tokens):
         told = f"{len(made[0].neurons)} neurons, {made[0].tokens.shape[2]} tokens"
-        raise fail("--neurons, --tokens", "the ones that the atlas was made with", f"others beside an atlas ({told})", "leave them out")
+        raise fail(
+            "--neurons, --tokens",
+            "the ones that the atlas was made with",
+            f"others beside an atlas ({told})",
+            "leave them out",
+        )
     if made:
         neurons, tokens = made[0].neurons.tolist(), made[0].tokens.shape[2]
     neurons = neurons or even_neurons(min(atlas.width for atlas in atlases))
@@ -187,8 +286,9 @@ def _with_same_inputs(
 def check(target: Path, download: bool, allow_pickle: bool, as_json: bool) -> None:
     """Hold a recipe against its donors, or a finished merge against its provenance.
 
-    For a RECIPE configs and headers are read, no weights, and it is told what it would make. For the folder OUTPUT of a merge
-    every file is held against frankenmerge.json, and copied tensors, where their donors are at hand, against the donors' bytes.
+    For a RECIPE configs and headers are read, no weights, and it is told what it would make. For
+    the folder OUTPUT of a merge every file is held against frankenmerge.json, and copied tensors,
+    where their donors are at hand, against the donors' bytes.
     """
     if target.is_dir():
         _verify(target, download, allow_pickle, as_json)
@@ -211,7 +311,9 @@ def _verify(folder: Path, download: bool, allow_pickle: bool, as_json: bool) -> 
         markup=False,
     )
     for name in found.absent:
-        console.print(f"Not compared: the tensors of {name}, which is not at hand as it was.", markup=False)
+        console.print(
+            f"Not compared: the tensors of {name}, which is not at hand as it was.", markup=False
+        )
 
 
 def _checked(path: Path, download: bool, allow_pickle: bool) -> list:
@@ -222,7 +324,13 @@ def _checked(path: Path, download: bool, allow_pickle: bool) -> list:
     from frankenmerge.splicing.stages import checked
 
     with TemporaryDirectory() as scratch:
-        return checked(load_recipes(path), Path(scratch), download=download, allow_pickle=allow_pickle, place=str(path))
+        return checked(
+            load_recipes(path),
+            Path(scratch),
+            download=download,
+            allow_pickle=allow_pickle,
+            place=str(path),
+        )
 
 
 def _tell(stages: list, as_json: bool) -> None:
@@ -231,16 +339,32 @@ def _tell(stages: list, as_json: bool) -> None:
     told = [(stage.recipe, summary(stage)) for stage in stages]
     if as_json:
         result, before = told[-1], told[:-1]
-        named = {recipe.name: {"recipe": str(recipe), **found._asdict()} for recipe, found in before}
-        print_json({"recipe": str(result[0]), **result[1]._asdict()} | ({"stages": named} if named else {}))
+        named = {
+            recipe.name: {"recipe": str(recipe), **found._asdict()} for recipe, found in before
+        }
+        print_json(
+            {"recipe": str(result[0]), **result[1]._asdict()} | ({"stages": named} if named else {})
+        )
         return
     console = out()
     for recipe, found in told:
-        made = table(f"Stage {recipe.name} makes" if recipe is not told[-1][0] else "The recipe is sound. It makes", "", "")
+        made = table(
+            f"Stage {recipe.name} makes"
+            if recipe is not told[-1][0]
+            else "The recipe is sound. It makes",
+            "",
+            "",
+        )
         rows = {
-            "blocks": found.depth, "seams": found.seams, "tensors": f"{found.tensors:,}", "of these computed": f"{found.computed:,}",
-            "parameters": f"{found.parameters:,}", "weights": f"{size(found.bytes)}, {found.dtype}",
-            "memory to load": ", ".join(f"{size(count)} in {dtype}" for dtype, count in found.memory.items()),
+            "blocks": found.depth,
+            "seams": found.seams,
+            "tensors": f"{found.tensors:,}",
+            "of these computed": f"{found.computed:,}",
+            "parameters": f"{found.parameters:,}",
+            "weights": f"{size(found.bytes)}, {found.dtype}",
+            "memory to load": ", ".join(
+                f"{size(count)} in {dtype}" for dtype, count in found.memory.items()
+            ),
             "KV cache per token": size(found.kv_cache_per_token),
         }
         for name, value in rows.items():
@@ -264,26 +388,71 @@ def _bytes(_context, _parameter, value: str) -> int:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Check everything and tell what would be written.")
-@click.option("--resume", is_flag=True, help="Go on with a merge that was cut off, and keep finished shards if this one fails.")
-@click.option("--shard-size", default="5GB", show_default=True, callback=_bytes, help="Largest file of weights.")
-@click.option("--reflink/--no-reflink", default=True, help="Share blocks with the donors where the file system can (XFS, btrfs).")
-@click.option("--device", default="cpu", show_default=True, help="The torch device that computes tensors; copies need none.")
-@click.option("--allow-nan", is_flag=True, help="Go on where a computed tensor holds NaN or Inf, or is made of any.")
-@click.option("--check-finite", is_flag=True, help="Read all of the donors first, and refuse NaN and Inf in copied tensors too.")
-@click.option("--checksums", is_flag=True, help="Put the SHA-256 of every file of weights into frankenmerge.json.")
-@click.option("--push-to-hub", metavar="REPOSITORY", help="Put the finished merge into a new repository of the hub, org/name.")
-@click.option("--private", is_flag=True, help="With --push-to-hub: nobody else may see the repository.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with a merge that was cut off, and keep finished shards if this one fails.",
+)
+@click.option(
+    "--shard-size",
+    default="5GB",
+    show_default=True,
+    callback=_bytes,
+    help="Largest file of weights.",
+)
+@click.option(
+    "--reflink/--no-reflink",
+    default=True,
+    help="Share blocks with the donors where the file system can (XFS, btrfs).",
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="The torch device that computes tensors; copies need none.",
+)
+@click.option(
+    "--allow-nan",
+    is_flag=True,
+    help="Go on where a computed tensor holds NaN or Inf, or is made of any.",
+)
+@click.option(
+    "--check-finite",
+    is_flag=True,
+    help="Read all of the donors first, and refuse NaN and Inf in copied tensors too.",
+)
+@click.option(
+    "--checksums",
+    is_flag=True,
+    help="Put the SHA-256 of every file of weights into frankenmerge.json.",
+)
+@click.option(
+    "--push-to-hub",
+    metavar="REPOSITORY",
+    help="Put the finished merge into a new repository of the hub, org/name.",
+)
+@click.option(
+    "--private", is_flag=True, help="With --push-to-hub: nobody else may see the repository."
+)
 @download_option
 @pickle_option
 @json_option
 def merge(
-    recipe: Path, output: Path, dry_run: bool, push_to_hub: str | None, private: bool, download: bool, allow_pickle: bool, as_json: bool,
+    recipe: Path,
+    output: Path,
+    dry_run: bool,
+    push_to_hub: str | None,
+    private: bool,
+    download: bool,
+    allow_pickle: bool,
+    as_json: bool,
     **options,
 ) -> None:
     """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all.
 
-    Stages that it uses are written to OUTPUT.stages, and made again only when what they are made of has changed. Under
-    `accelerate launch` the processes share the work of a recipe without stages, shard by shard.
+    Stages that it uses are written to OUTPUT.stages, and made again only when what they are made of
+    has changed. Under `accelerate launch` the processes share the work of a recipe without stages,
+    shard by shard.
     """
     from functools import partial
 
@@ -305,7 +474,12 @@ def merge(
     elif dry_run:
         planned(stages[0].recipe, stages[0].donors, output, Options(**options), share, dry=True)
     if private and not push_to_hub:
-        raise fail("--private", "--push-to-hub", "none", "say which repository is meant, or leave --private out")
+        raise fail(
+            "--private",
+            "--push-to-hub",
+            "none",
+            "say which repository is meant, or leave --private out",
+        )
     if push_to_hub and share.first:
         check_push(push_to_hub)
     if dry_run:
@@ -313,17 +487,30 @@ def merge(
         return
     with progress(f"merging into {output.name}", total, "bytes") as advance:
         write = partial(merged, share=share, progress=advance, meter=progress, **options)
-        result = merge_stages([stage.recipe for stage in stages], output, write, download=download, allow_pickle=allow_pickle)
+        result = merge_stages(
+            [stage.recipe for stage in stages],
+            output,
+            write,
+            download=download,
+            allow_pickle=allow_pickle,
+        )
     if not share.first:
         return
     address = push(result.output, push_to_hub, private=private) if push_to_hub else None
     if as_json:
-        print_json(result._asdict() | {"output": str(result.output)} | ({"repository": address} if address else {}))
+        print_json(
+            result._asdict()
+            | {"output": str(result.output)}
+            | ({"repository": address} if address else {})
+        )
         return
     made = f"{result.computed} of them computed, the others" if result.computed else "every one"
     kept = f", {result.kept} files of weights kept from an earlier run" if result.kept else ""
     rate = f"{size(result.bytes)} in {result.seconds:.1f} s"
-    out().print(f"{result.output}: {result.tensors} tensors, {rate}, {made} its donor's bytes{kept}", markup=False)
+    out().print(
+        f"{result.output}: {result.tensors} tensors, {rate}, {made} its donor's bytes{kept}",
+        markup=False,
+    )
     if address:
         out().print(f"Put into {address}", markup=False)
 
@@ -335,18 +522,33 @@ def merge(
 @download_option
 @pickle_option
 @json_option
-def widen(narrow: str, wide: str, output: Path, download: bool, allow_pickle: bool, as_json: bool) -> None:
+def widen(
+    narrow: str, wide: str, output: Path, download: bool, allow_pickle: bool, as_json: bool
+) -> None:
     """Write the donor NARROW in the shape of the donor WIDE to the new folder OUTPUT, so that the two can be spliced.
 
-    It computes what it did: whatever WIDE has more of is zeros. A gauge can then turn either into the other's basis.
+    It computes what it did: whatever WIDE has more of is zeros. A gauge can then turn either into
+    the other's basis.
     """
     from frankenmerge.artefacts.recipe import open_donor
     from frankenmerge.merging.widen import widen as widened
 
-    donor, other = (open_donor(name, download=download, allow_pickle=allow_pickle) for name in (narrow, wide))
+    donor, other = (
+        open_donor(name, download=download, allow_pickle=allow_pickle) for name in (narrow, wide)
+    )
     widened(donor, other, output)
     made = open_donor(str(output))
     if as_json:
-        print_json({"output": str(output), "tensors": len(made.tensors), "bytes": made.bytes, "parameters": made.parameters})
+        print_json(
+            {
+                "output": str(output),
+                "tensors": len(made.tensors),
+                "bytes": made.bytes,
+                "parameters": made.parameters,
+            }
+        )
         return
-    out().print(f"{output}: {narrow} in the shape of {wide}, {made.parameters:,} parameters, {size(made.bytes)}", markup=False)
+    out().print(
+        f"{output}: {narrow} in the shape of {wide}, {made.parameters:,} parameters, {size(made.bytes)}",
+        markup=False,
+    )

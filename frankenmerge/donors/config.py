@@ -4,20 +4,71 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from frankenmerge.donors.families import FAMILIES, FULL, INDEX_BOUND, LAYER_TYPES, SLIDING, USUAL, Architecture, Config, PerBlock
+from frankenmerge.donors.families import (
+    FAMILIES,
+    FULL,
+    INDEX_BOUND,
+    LAYER_TYPES,
+    SLIDING,
+    USUAL,
+    Architecture,
+    Config,
+    PerBlock,
+)
 from frankenmerge.errors import Fault
 
 FREE = {
-    "_name_or_path", "architectures", "torch_dtype", "dtype", "transformers_version", "bos_token_id", "eos_token_id",
-    "pad_token_id", "use_cache", "initializer_range", "tie_word_embeddings", "attention_dropout", "attn_pdrop", "embd_pdrop",
-    "resid_pdrop", "hidden_dropout", "classifier_dropout", "summary_type", "summary_use_proj", "summary_activation",
-    "summary_proj_to_labels", "summary_first_dropout", "task_specific_params", "pretraining_tp", "vocab_size",
-    "max_position_embeddings", "n_positions", "n_ctx", "num_hidden_layers", "n_layer", "rope_theta", "rope_scaling",
-    "rope_parameters", "head_dim", "sliding_window", "use_sliding_window", "rotary_pct", "rotary_emb_base",
-    "partial_rotary_factor", "_attn_implementation_autoset", "id2label", "label2id", "problem_type", "cache_implementation",
-    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+    "_name_or_path",
+    "architectures",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "initializer_range",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "hidden_dropout",
+    "classifier_dropout",
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+    "task_specific_params",
+    "pretraining_tp",
+    "vocab_size",
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "num_hidden_layers",
+    "n_layer",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "head_dim",
+    "sliding_window",
+    "use_sliding_window",
+    "rotary_pct",
+    "rotary_emb_base",
+    "partial_rotary_factor",
+    "_attn_implementation_autoset",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "cache_implementation",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
 }
-"""Config fields in which donors may differ, because no block computes differently for them or they are compared apart."""
+"""Config fields in which donors may differ, because no block computes differently for them or they
+are compared apart.
+"""
 
 _EPSILONS = {"rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"}
 
@@ -55,16 +106,28 @@ def rope(config: Config) -> dict[str, Any]:
         return _rope(config, written, "rope_theta")
     # The flat form, of older versions, is about the blocks that see everything.
     apart = written if set(written) & set(architecture.rope_kinds) else {FULL: written}
-    return {kind: _rope(config, apart.get(kind) or {}, base) for kind, base in architecture.rope_kinds.items()}
+    return {
+        kind: _rope(config, apart.get(kind) or {}, base)
+        for kind, base in architecture.rope_kinds.items()
+    }
 
 
 def _rope(config: Config, written: Config, base: str) -> dict[str, Any]:
     settings, defaults = dict(written), family(config).defaults
     settings["rope_type"] = settings.pop("type", None) or settings.get("rope_type") or "default"
-    bases = (settings.get("rope_theta"), config.get(base), config.get("rotary_emb_base"), defaults.get(base))
+    bases = (
+        settings.get("rope_theta"),
+        config.get(base),
+        config.get("rotary_emb_base"),
+        defaults.get(base),
+    )
     settings["rope_theta"] = next((float(value) for value in bases if value), None)
-    shares = (settings.pop("partial_rotary_factor", None), config.get("partial_rotary_factor"), config.get("rotary_pct"),
-              defaults.get("partial_rotary_factor"))
+    shares = (
+        settings.pop("partial_rotary_factor", None),
+        config.get("partial_rotary_factor"),
+        config.get("rotary_pct"),
+        defaults.get("partial_rotary_factor"),
+    )
     if (share := next((share for share in shares if share is not None), 1.0)) != 1.0:
         settings["partial_rotary_factor"] = share
     return settings
@@ -75,10 +138,18 @@ def window(config: Config) -> int | None:
     architecture = family(config)
     kinds = next(part for part in architecture.per_block if part.key == LAYER_TYPES.key)
     if kinds.rule or isinstance(config.get(kinds.key), list):
-        limited = any(kinds.of(config, index) == SLIDING for index in range(quantity(config, "blocks") or 0))
+        limited = any(
+            kinds.of(config, index) == SLIDING for index in range(quantity(config, "blocks") or 0)
+        )
     else:
-        limited = config.get("use_sliding_window", architecture.defaults.get("use_sliding_window", True))
-    return config.get("sliding_window", architecture.defaults.get("sliding_window")) if limited else None
+        limited = config.get(
+            "use_sliding_window", architecture.defaults.get("use_sliding_window", True)
+        )
+    return (
+        config.get("sliding_window", architecture.defaults.get("sliding_window"))
+        if limited
+        else None
+    )
 
 
 def head_width(config: Config) -> int | None:
@@ -99,27 +170,43 @@ def differences(first: Config, other: Config) -> tuple[list[str], list[str]]:
         return [f"family: {first['model_type']} and {other['model_type']} compute differently"], []
     architecture = family(first)
     both: dict[str, tuple[Any, ...]] = {"head_dim": (head_width(first), head_width(other))}
-    named = [{architecture.synonyms.get(key, key): value for key, value in config.items()} for config in (first, other)]
-    apart = {key for part in architecture.per_block for key in (part.key, *part.numbers)} | set(architecture.rope_kinds.values())
+    named = [
+        {architecture.synonyms.get(key, key): value for key, value in config.items()}
+        for config in (first, other)
+    ]
+    apart = {key for part in architecture.per_block for key in (part.key, *part.numbers)} | set(
+        architecture.rope_kinds.values()
+    )
     for key in sorted((set(named[0]) | set(named[1]) | set(architecture.defaults)) - FREE - apart):
         both[key] = tuple(config.get(key, architecture.defaults.get(key)) for config in named)
     both["rope_parameters"] = (rope(first), rope(other))
     both["sliding_window"] = (window(first), window(other))
     if not architecture.listed:
         for part in architecture.per_block:
-            both[part.key] = tuple("one entry a block" if isinstance(config.get(part.key), list) else None for config in named)
+            both[part.key] = tuple(
+                "one entry a block" if isinstance(config.get(part.key), list) else None
+                for config in named
+            )
     unequal = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
     reasons = {key: f"{key}: {a} and {b}" for key, (a, b) in unequal.items()}
-    # A field on one side only, and without a default here, is one that the other side's version of the library did not write.
-    one_sided = {key for key in unequal if key not in architecture.defaults and None in unequal[key]} - {"sliding_window"}
+    # A field on one side only, and without a default here, is one that the other side's version of
+    # the library did not write.
+    one_sided = {
+        key for key in unequal if key not in architecture.defaults and None in unequal[key]
+    } - {"sliding_window"}
     harmless = (_EPSILONS | (one_sided if architecture.listed else set())) & set(reasons)
-    return [reasons[key] for key in reasons if key not in harmless], [reasons[key] for key in reasons if key in harmless]
+    return [reasons[key] for key in reasons if key not in harmless], [
+        reasons[key] for key in reasons if key in harmless
+    ]
 
 
-def spliced_config(base: Config, blocks: Sequence[tuple[Config, int]], tied: bool) -> dict[str, Any]:
+def spliced_config(
+    base: Config, blocks: Sequence[tuple[Config, int]], tied: bool
+) -> dict[str, Any]:
     """The config of a model made of `blocks`, each (config of its donor, its index there), otherwise as `base`.
 
-    What config.json tells of single blocks follows them, also where a donor leaves it to its family's rule.
+    What config.json tells of single blocks follows them, also where a donor leaves it to its
+    family's rule.
     """
     config = deepcopy(dict(base))
     config[family(base).keys.blocks] = len(blocks)
@@ -140,9 +227,16 @@ def _retold(config: dict[str, Any], part: PerBlock, entries: list[Any]) -> dict[
         return [rule(trial, index) for index in range(len(entries))] == entries
 
     for number, least in part.numbers.items():
-        own, read = rest.pop(number, None), next(iter(part.numbers))  # the others are what other versions call it
+        own, read = (
+            rest.pop(number, None),
+            next(iter(part.numbers)),
+        )  # the others are what other versions call it
         values = (own, *range(least, len(entries) + 2)) if part.rule and own is not None else ()
-        fitting = [value for value in values if agrees(rest | (listed if part.marker else {}) | {read: value})]
+        fitting = [
+            value
+            for value in values
+            if agrees(rest | (listed if part.marker else {}) | {read: value})
+        ]
         rest |= {number: fitting[0]} if fitting else {}
     return rest | listed if part.key in config or not agrees(rest) else rest
 
@@ -155,13 +249,21 @@ def config_faults(config: Config, place: str) -> list[Fault]:
     for key in (*architecture.index_bound, *INDEX_BOUND):
         if config.get(key):
             faults.append(
-                Fault(f"{place}: {key}", "not set", repr(config[key]), "a block of this model depends on its position; use another donor")
+                Fault(
+                    f"{place}: {key}",
+                    "not set",
+                    repr(config[key]),
+                    "a block of this model depends on its position; use another donor",
+                )
             )
     for part in architecture.per_block:
         faults += _per_block_faults(config, part, place)
     for key in ("rope_parameters", "rope_scaling"):
         kinds = architecture.rope_kinds if isinstance(config.get(key), Mapping) else ()
-        for name, value in ((key, config.get(key)), *((f"{key}.{kind}", config[key].get(kind)) for kind in kinds)):
+        for name, value in (
+            (key, config.get(key)),
+            *((f"{key}.{kind}", config[key].get(kind)) for kind in kinds),
+        ):
             if not isinstance(value, Mapping | None):
                 faults.append(Fault(f"{place}: {name}", "an object", repr(value), remedy))
     for key in ("rope_theta", "rotary_emb_base", *architecture.rope_kinds.values()):
@@ -176,11 +278,19 @@ def _per_block_faults(config: Config, part: PerBlock, place: str) -> Iterator[Fa
     if not isinstance(listed, list | None):
         yield Fault(where, "a list", repr(listed), remedy)
     elif listed is not None and not part.marker and len(listed) != blocks:
-        yield Fault(where, f"one entry for each of {blocks} blocks", f"{len(listed)} entries", remedy)
-    elif listed and part.marker and any(type(index) is not int or not 0 <= index < blocks for index in listed):
+        yield Fault(
+            where, f"one entry for each of {blocks} blocks", f"{len(listed)} entries", remedy
+        )
+    elif (
+        listed
+        and part.marker
+        and any(type(index) is not int or not 0 <= index < blocks for index in listed)
+    ):
         yield Fault(where, f"indices of blocks, 0 to {blocks - 1}", repr(listed), remedy)
     for number, least in part.numbers.items():
         value = config.get(number, least)
         unread = value is None and listed is not None
         if not unread and (type(value) is not int or value < least):
-            yield Fault(f"{place}: {number}", f"a whole number, {least} or more", repr(value), remedy)
+            yield Fault(
+                f"{place}: {number}", f"a whole number, {least} or more", repr(value), remedy
+            )

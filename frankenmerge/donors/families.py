@@ -38,10 +38,13 @@ class PerBlock:
     rule: Callable[[Config, int], Any] | None = None
     """What the family takes a block of a given index to be where config.json has no list."""
     numbers: Mapping[str, int] = field(default_factory=dict)
-    """Config numbers that a rule reads, here or in older versions of the family, each with the least it may be."""
+    """Config numbers that a rule reads, here or in older versions of the family, each with the
+    least it may be.
+    """
     marker: str | None = None
-    """Set where the list holds not an entry a block but the indices of some blocks, which the rule always reads: a part of a
-    tensor name that those blocks have and the others have not."""
+    """Set where the list holds not an entry a block but the indices of some blocks, which the rule
+    always reads: a part of a tensor name that those blocks have and the others have not.
+    """
 
     def of(self, config: Config, index: int) -> Any:
         """The entry of one block."""
@@ -52,7 +55,11 @@ class PerBlock:
 
     def written(self, entries: Sequence[Any]) -> list[Any]:
         """What config.json lists for blocks with these entries."""
-        return [index for index, entry in enumerate(entries) if entry] if self.marker else list(entries)
+        return (
+            [index for index, entry in enumerate(entries) if entry]
+            if self.marker
+            else list(entries)
+        )
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -65,13 +72,17 @@ class Stream:
     """How a block's tensors meet the residual stream, so that it can be turned to another basis; names behind the block's prefix."""
 
     norms: Mapping[str, tuple[str, ...]]
-    """Norms of the stream, each with the maps that read what it makes; experts' maps without the expert's number."""
+    """Norms of the stream, each with the maps that read what it makes; experts' maps without the
+    expert's number.
+    """
     writes: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     """Maps whose outputs are added to the stream."""
     inside: tuple[str, ...] = ()
     """What meets the stream nowhere, such as norms of single heads."""
     behind: tuple[str, ...] = ()
-    """Norms of what a map writes: their gains belong to the donor's own basis, so such a block cannot be turned."""
+    """Norms of what a map writes: their gains belong to the donor's own basis, so such a block
+    cannot be turned.
+    """
     transposed: bool = False
     """Whether maps are stored `[in, out]`."""
 
@@ -95,15 +106,21 @@ class Architecture:
     per_block: tuple[PerBlock, ...] = (NO_ROPE_LAYERS, LAYER_TYPES)
     """What moves with the blocks; what a rule needs comes before it."""
     index_bound: tuple[str, ...] = ()
-    """Config fields that, when set, make a block's computation depend on its index: such donors cannot be respliced."""
+    """Config fields that, when set, make a block's computation depend on its index: such donors
+    cannot be respliced.
+    """
     rope_kinds: Mapping[str, str] = field(default_factory=dict)
-    """Kinds of attention that have rotary settings of their own, each with the older config field that holds its base."""
+    """Kinds of attention that have rotary settings of their own, each with the older config field
+    that holds its base.
+    """
     synonyms: Mapping[str, str] = field(default_factory=dict)
     """Older names of config fields, with the newer ones."""
     ignored: str = r"(?!)"
     """Pattern of constant buffers that old checkpoints carry and no loader reads."""
     defaults: Config = field(default_factory=dict)
-    """What the family takes for a field that config.json leaves out, for the fields compared between donors."""
+    """What the family takes for a field that config.json leaves out, for the fields compared
+    between donors.
+    """
     learned_positions: bool = False
     """Whether positions are a matrix beside the embedding."""
     tied: bool = False
@@ -111,7 +128,9 @@ class Architecture:
     widening: int = 0
     """How many times the width the inner width is when config.json does not say."""
     queries_keys: tuple[str, ...] = ("q_proj", "k_proj")
-    """Maps of a block's attention that make queries and keys alone; attention to one position does without them."""
+    """Maps of a block's attention that make queries and keys alone; attention to one position does
+    without them.
+    """
     fused: str | None = None
     """The map that makes queries, keys and values together, in this order."""
     fused_by_head: bool = False
@@ -124,7 +143,8 @@ class Architecture:
     def role(self, name: str) -> tuple[Role, int | None, str]:
         """Tell what a tensor is for: (role, block index or None, canonical name).
 
-        A canonical block tensor name holds `{}` for the index. Raises FrankenmergeError for a tensor of no known role.
+        A canonical block tensor name holds `{}` for the index. Raises FrankenmergeError for a
+        tensor of no known role.
         """
         if re.search(self.ignored, name):
             return "ignored", None, name
@@ -147,7 +167,9 @@ class Architecture:
 
 def _from_the_window_on(config: Config, index: int) -> str:
     """Qwen: the first `max_window_layers` blocks see everything."""
-    limited = config.get("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
+    limited = (
+        config.get("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
+    )
     return SLIDING if limited and index >= config.get("max_window_layers", 28) else FULL
 
 
@@ -170,49 +192,87 @@ def _without_rope_sliding(config: Config, index: int) -> str:
 def _is_dense(config: Config, index: int) -> bool:
     """Qwen's mixtures of experts: some blocks have a plain MLP instead."""
     experts = config.get("num_local_experts", config.get("num_experts", 128))
-    sparse = isinstance(experts, int) and experts > 0 and (index + 1) % config.get("decoder_sparse_step", 1) == 0
+    sparse = (
+        isinstance(experts, int)
+        and experts > 0
+        and (index + 1) % config.get("decoder_sparse_step", 1) == 0
+    )
     return index in (config.get("mlp_only_layers") or ()) or not sparse
 
 
 _SMOLLM3_ROPE = replace(NO_ROPE_LAYERS, rule=_has_rope, numbers={"no_rope_layer_interval": 1})
 _QWEN_TYPES = replace(LAYER_TYPES, rule=_from_the_window_on, numbers={"max_window_layers": 0})
-_DENSE_BLOCKS = PerBlock("mlp_only_layers", False, _is_dense, {"decoder_sparse_step": 1}, marker="mlp.gate_proj.")
+_DENSE_BLOCKS = PerBlock(
+    "mlp_only_layers", False, _is_dense, {"decoder_sparse_step": 1}, marker="mlp.gate_proj."
+)
 
-_LLAMA_DEFAULTS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+_LLAMA_DEFAULTS = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
 _QWEN_DEFAULTS = _LLAMA_DEFAULTS | {"use_sliding_window": False, "sliding_window": 4096}
 _GEMMA_DEFAULTS = {
-    "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "head_dim": 256,
-    "query_pre_attn_scalar": 256, "sliding_window": 4096,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
 }
 _QKV, _GATED = tuple(f"self_attn.{name}_proj" for name in "qkv"), ("mlp.gate_proj", "mlp.up_proj")
 _STREAM = Stream({"input_layernorm": _QKV, "post_attention_layernorm": _GATED})
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _FUSED_EXPERTS = ("mlp.gate", "mlp.experts.gate_up_proj")
-"""The router, and the experts' reading maps as transformers 5 holds them in memory, one tensor for all."""
+"""The router, and the experts' reading maps as transformers 5 holds them in memory, one tensor for
+all.
+"""
 _BEHIND = Stream({}, behind=("post_attention_layernorm", "post_feedforward_layernorm"))
 _INV_FREQ = r"rotary_emb\.inv_freq$"
-DECODER = Architecture("model.", "layers.{}.", ("embed_tokens.",), "norm.", ignored=_INV_FREQ, defaults=_LLAMA_DEFAULTS)
+DECODER = Architecture(
+    "model.", "layers.{}.", ("embed_tokens.",), "norm.", ignored=_INV_FREQ, defaults=_LLAMA_DEFAULTS
+)
 """The layout that Llama began and most families follow."""
 USUAL = replace(
     DECODER,
     per_block=(
         replace(NO_ROPE_LAYERS, numbers={"no_rope_layer_interval": 1}),
-        replace(LAYER_TYPES, numbers={"max_window_layers": 0, "sliding_window_pattern": 1, "_sliding_window_pattern": 1}),
+        replace(
+            LAYER_TYPES,
+            numbers={
+                "max_window_layers": 0,
+                "sliding_window_pattern": 1,
+                "_sliding_window_pattern": 1,
+            },
+        ),
     ),
     defaults={},
     tied=True,
     queries_keys=(),  # whether its attention to one position is the value there is not known
     listed=False,
 )
-"""What a family that is not in the table is taken to have, where `inferred` finds no reason against it."""
+"""What a family that is not in the table is taken to have, where `inferred` finds no reason against
+it.
+"""
 
 FAMILIES: dict[str, Architecture] = {
     "llama": replace(DECODER, stream=_STREAM),
-    "mistral": replace(DECODER, defaults=_LLAMA_DEFAULTS | {"sliding_window": 4096}, stream=_STREAM),
+    "mistral": replace(
+        DECODER, defaults=_LLAMA_DEFAULTS | {"sliding_window": 4096}, stream=_STREAM
+    ),
     "mixtral": replace(
         DECODER,
         synonyms={"num_experts": "num_local_experts"},
-        defaults=_LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2, "num_local_experts": 8},
+        defaults=_LLAMA_DEFAULTS
+        | {
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_experts_per_tok": 2,
+            "num_local_experts": 8,
+        },
         stream=Stream(
             {
                 "input_layernorm": _QKV,
@@ -236,11 +296,21 @@ FAMILIES: dict[str, Architecture] = {
         per_block=(_DENSE_BLOCKS, LAYER_TYPES),
         synonyms={"num_experts": "num_local_experts"},
         defaults=_QWEN_DEFAULTS
-        | {"moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_local_experts": 128, "norm_topk_prob": False},
+        | {
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+            "num_local_experts": 128,
+            "norm_topk_prob": False,
+        },
         stream=Stream(
             {
                 "input_layernorm": _QKV,
-                "post_attention_layernorm": (*_GATED, "mlp.experts.gate_proj", "mlp.experts.up_proj", *_FUSED_EXPERTS),
+                "post_attention_layernorm": (
+                    *_GATED,
+                    "mlp.experts.gate_proj",
+                    "mlp.experts.up_proj",
+                    *_FUSED_EXPERTS,
+                ),
             },
             (*_STREAM.writes, "mlp.experts.down_proj"),
             _HEAD_NORMS,
@@ -249,7 +319,12 @@ FAMILIES: dict[str, Architecture] = {
     "gemma2": replace(
         DECODER,
         per_block=(replace(LAYER_TYPES, rule=_all_but_every(2)),),
-        defaults=_GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "use_bidirectional_attention": None},
+        defaults=_GEMMA_DEFAULTS
+        | {
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "use_bidirectional_attention": None,
+        },
         tied=True,
         stream=_BEHIND,
     ),
@@ -264,7 +339,11 @@ FAMILIES: dict[str, Architecture] = {
         ),
         rope_kinds={FULL: "rope_theta", SLIDING: "rope_local_base_freq"},
         defaults=_GEMMA_DEFAULTS
-        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "use_bidirectional_attention": False}
+        | {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "use_bidirectional_attention": False,
+        }
         | {"rope_theta": 1e6, "rope_local_base_freq": 10000.0},
         tied=True,
         stream=_BEHIND,
@@ -273,8 +352,14 @@ FAMILIES: dict[str, Architecture] = {
         DECODER,
         queries_keys=(),
         fused="qkv_proj",
-        defaults=_LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "sliding_window": None, "original_max_position_embeddings": 4096},
-        stream=Stream({"input_layernorm": ("self_attn.qkv_proj",), "post_attention_layernorm": ("mlp.gate_up_proj",)}),
+        defaults=_LLAMA_DEFAULTS
+        | {"rms_norm_eps": 1e-5, "sliding_window": None, "original_max_position_embeddings": 4096},
+        stream=Stream(
+            {
+                "input_layernorm": ("self_attn.qkv_proj",),
+                "post_attention_layernorm": ("mlp.gate_up_proj",),
+            }
+        ),
     ),
     "olmo2": replace(
         DECODER,
@@ -284,7 +369,8 @@ FAMILIES: dict[str, Architecture] = {
     "smollm3": replace(
         DECODER,
         per_block=(_SMOLLM3_ROPE, replace(LAYER_TYPES, rule=_without_rope_sliding)),
-        defaults=_LLAMA_DEFAULTS | {"rope_theta": 2e6, "use_sliding_window": False, "sliding_window": None},
+        defaults=_LLAMA_DEFAULTS
+        | {"rope_theta": 2e6, "use_sliding_window": False, "sliding_window": None},
         tied=True,
         stream=_STREAM,
     ),
@@ -293,10 +379,18 @@ FAMILIES: dict[str, Architecture] = {
         norm="layer",
         per_block=(
             replace(
-                LAYER_TYPES, rule=_all_but_every(4, "sliding_window_pattern"), numbers={"sliding_window_pattern": 1, "layer_switch": 1}
+                LAYER_TYPES,
+                rule=_all_but_every(4, "sliding_window_pattern"),
+                numbers={"sliding_window_pattern": 1, "layer_switch": 1},
             ),
         ),
-        defaults={"hidden_act": "silu", "attention_bias": False, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "rope_theta": 10000.0}
+        defaults={
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "layer_norm_eps": 1e-5,
+            "logit_scale": 0.0625,
+            "rope_theta": 10000.0,
+        }
         | {"sliding_window": 4096},
         tied=True,
         stream=Stream({"input_layernorm": (*_QKV, *_GATED)}),
@@ -304,9 +398,16 @@ FAMILIES: dict[str, Architecture] = {
     "stablelm": replace(
         DECODER,
         norm="layer",
-        defaults={"hidden_act": "silu", "layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+        defaults={
+            "hidden_act": "silu",
+            "layer_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+        }
         | {"use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False},
-        stream=replace(_STREAM, inside=("self_attn.q_layernorm.norms", "self_attn.k_layernorm.norms")),
+        stream=replace(
+            _STREAM, inside=("self_attn.q_layernorm.norms", "self_attn.k_layernorm.norms")
+        ),
     ),
     "gpt2": Architecture(
         "transformer.",
@@ -317,14 +418,22 @@ FAMILIES: dict[str, Architecture] = {
         keys=Keys("n_layer", "n_embd", "n_head", "n_head", "n_inner", "n_positions"),
         index_bound=("scale_attn_by_inverse_layer_idx",),
         ignored=r"\.attn\.(bias|masked_bias)$",
-        defaults={"activation_function": "gelu_new", "scale_attn_weights": True, "layer_norm_epsilon": 1e-5}
+        defaults={
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "layer_norm_epsilon": 1e-5,
+        }
         | {"reorder_and_upcast_attn": False, "add_cross_attention": False},
         learned_positions=True,
         tied=True,
         widening=4,
         queries_keys=(),
         fused="c_attn",
-        stream=Stream({"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)}, ("attn.c_proj", "mlp.c_proj"), transposed=True),
+        stream=Stream(
+            {"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
+            ("attn.c_proj", "mlp.c_proj"),
+            transposed=True,
+        ),
     ),
     "gpt_neox": Architecture(
         "gpt_neox.",
@@ -334,17 +443,27 @@ FAMILIES: dict[str, Architecture] = {
         head="embed_out.",
         norm="layer",
         ignored=rf"attention\.(bias|masked_bias)$|{_INV_FREQ}",
-        defaults={"hidden_act": "gelu", "use_parallel_residual": True, "attention_bias": True, "layer_norm_eps": 1e-5}
+        defaults={
+            "hidden_act": "gelu",
+            "use_parallel_residual": True,
+            "attention_bias": True,
+            "layer_norm_eps": 1e-5,
+        }
         | {"rope_theta": 10000.0, "partial_rotary_factor": 0.25},
         queries_keys=(),
         fused="query_key_value",
         fused_by_head=True,
         stream=Stream(
-            {"input_layernorm": ("attention.query_key_value",), "post_attention_layernorm": ("mlp.dense_h_to_4h",)},
+            {
+                "input_layernorm": ("attention.query_key_value",),
+                "post_attention_layernorm": ("mlp.dense_h_to_4h",),
+            },
             ("attention.dense", "mlp.dense_4h_to_h"),
         ),
     ),
 }
 
 INDEX_BOUND = ("num_kv_shared_layers", "per_layer_config")
-"""Likewise `Architecture.index_bound`, in any family: blocks that read the keys and values of others, settings by index."""
+"""Likewise `Architecture.index_bound`, in any family: blocks that read the keys and values of
+others, settings by index.
+"""

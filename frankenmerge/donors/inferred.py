@@ -1,7 +1,8 @@
 """Families that are not in the table: what they are is read off config and tensors, or the donor is refused with the reasons.
 
-What is inferred has to be safe to move. So the blocks are alike and made of plain layers, every other tensor has one possible
-role, and config.json holds nothing that may belong to single blocks but the lists that are known to.
+What is inferred has to be safe to move. So the blocks are alike and made of plain layers, every
+other tensor has one possible role, and config.json holds nothing that may belong to single blocks
+but the lists that are known to.
 """
 
 import re
@@ -10,7 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from frankenmerge.donors.config import FREE, family, quantity
-from frankenmerge.donors.families import FAMILIES, FULL, LAYER_TYPES, SLIDING, USUAL, Architecture, Config, Keys
+from frankenmerge.donors.families import (
+    FAMILIES,
+    FULL,
+    LAYER_TYPES,
+    SLIDING,
+    USUAL,
+    Architecture,
+    Config,
+    Keys,
+)
 from frankenmerge.errors import Fault, raise_all
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -22,7 +32,9 @@ _NUMBERS = {number: part.key for part in USUAL.per_block for number in part.numb
 _SUSPECT = re.compile(
     r"layer(?!_?norm)|block|depth|interval|pattern|step|freq|period|every|share|chunk|window|first_k|index|idx|stride|hybrid|recurren"
 )
-"""Names of config fields that may speak of single blocks, of groups of them, or of how many there are."""
+"""Names of config fields that may speak of single blocks, of groups of them, or of how many there
+are.
+"""
 
 
 def family_faults(config: Config, place: str) -> list[Fault]:
@@ -34,14 +46,22 @@ def family_faults(config: Config, place: str) -> list[Fault]:
         return []
     if isinstance(config.get("text_config"), Mapping):
         remedy = "save its language model as a checkpoint of its own, and use that"
-        return [Fault(place, _SUPPORTED, f"{name}, which holds its language model in text_config", remedy)]
-    return _faults(place, (f"{name}, which cannot be inferred: {reason}" for reason in _config_reasons(config, name)))
+        return [
+            Fault(
+                place, _SUPPORTED, f"{name}, which holds its language model in text_config", remedy
+            )
+        ]
+    return _faults(
+        place,
+        (f"{name}, which cannot be inferred: {reason}" for reason in _config_reasons(config, name)),
+    )
 
 
 def architecture_of(config: Config, shapes: Shapes, place: str) -> Architecture:
     """A donor's family: its entry in the table, or what its config and its tensors' names and shapes show.
 
-    Raises FrankenmergeError, with every reason, for a family that is not in the table and cannot be inferred.
+    Raises FrankenmergeError, with every reason, for a family that is not in the table and cannot be
+    inferred.
     """
     raise_all(family_faults(config, place))
     if family(config).listed:
@@ -52,12 +72,21 @@ def architecture_of(config: Config, shapes: Shapes, place: str) -> Architecture:
     root = prefix[: prefix.removesuffix(".").rfind(".") + 1]
     roles = _roles(config, shapes, root, prefix)
     reasons = [*_block_reasons(shapes, prefix), *_role_reasons(config, shapes, roles)]
-    raise_all(_faults(place, (f"{config['model_type']}, which cannot be inferred: {reason}" for reason in reasons)))
+    raise_all(
+        _faults(
+            place,
+            (f"{config['model_type']}, which cannot be inferred: {reason}" for reason in reasons),
+        )
+    )
     return replace(
         USUAL,
         root=root,
         block=f"{prefix.removeprefix(root)}{{}}.",
-        embedding=tuple(module.removeprefix(root) for role in ("embedding", "positions") for module in roles.get(role, ())),
+        embedding=tuple(
+            module.removeprefix(root)
+            for role in ("embedding", "positions")
+            for module in roles.get(role, ())
+        ),
         final=roles["final"][0].removeprefix(root),
         head=roles.get("head", [USUAL.head])[0],
         norm="rms" if "rms_norm_eps" in config else "layer",
@@ -66,7 +95,12 @@ def architecture_of(config: Config, shapes: Shapes, place: str) -> Architecture:
 
 
 def _faults(place: str, found: Iterable[str]) -> list[Fault]:
-    return [Fault(place, _SUPPORTED, told, "use donors of a supported family, or add this one to FAMILIES") for told in found]
+    return [
+        Fault(
+            place, _SUPPORTED, told, "use donors of a supported family, or add this one to FAMILIES"
+        )
+        for told in found
+    ]
 
 
 def _config_reasons(config: Config, name: str) -> Iterator[str]:
@@ -74,13 +108,24 @@ def _config_reasons(config: Config, name: str) -> Iterator[str]:
         yield f"config.json has no {', '.join(missing)}"
     if "auto_map" in config:
         yield "it runs code of its own (auto_map)"
-    names, causal = config.get("architectures"), rf"{re.escape(name.partition('_')[0])}\w*ForCausalLM"
-    if not isinstance(names, list) or not names or not re.fullmatch(causal, str(names[0]), re.IGNORECASE):
+    names, causal = (
+        config.get("architectures"),
+        rf"{re.escape(name.partition('_')[0])}\w*ForCausalLM",
+    )
+    if (
+        not isinstance(names, list)
+        or not names
+        or not re.fullmatch(causal, str(names[0]), re.IGNORECASE)
+    ):
         yield f"architectures is {names!r}, not a causal language model of its own name"
     for key, value in config.items():
         if key in _NUMBERS and isinstance(config.get(_NUMBERS[key]), list):
             continue  # the list tells what the number told once
-        if value and key not in FREE | _LISTS and (_SUSPECT.search(key) or isinstance(value, list | Mapping)):
+        if (
+            value
+            and key not in FREE | _LISTS
+            and (_SUSPECT.search(key) or isinstance(value, list | Mapping))
+        ):
             yield f"{key} may belong to single blocks"
     kinds = config.get(LAYER_TYPES.key)
     if isinstance(kinds, list) and (others := sorted(set(map(str, kinds)) - {FULL, SLIDING})):
@@ -96,7 +141,9 @@ def _roles(config: Config, shapes: Shapes, root: str, prefix: str) -> dict[str, 
         if not name.startswith(prefix):
             module, _, leaf = name.rpartition(".")
             modules.setdefault(f"{module}.", {})[leaf] = shape
-    width, vocabulary, positions = (quantity(config, name) for name in ("width", "vocabulary", "positions"))
+    width, vocabulary, positions = (
+        quantity(config, name) for name in ("width", "vocabulary", "positions")
+    )
     roles: dict[str, list[str]] = {}
     for module, held in modules.items():
         inside, plain = module.startswith(root), held.keys() <= {"weight", "bias"}
@@ -142,5 +189,7 @@ def _block_reasons(shapes: Shapes, prefix: str) -> Iterator[str]:
     kinds = {frozenset(names) for names in blocks.values()}
     if len(kinds) != 1:
         yield f"its blocks hold different tensors, such as {min(frozenset.union(*kinds) - frozenset.intersection(*kinds))}"
-    if odd := sorted(name for name in frozenset.union(*kinds) if not name.endswith((".weight", ".bias"))):
+    if odd := sorted(
+        name for name in frozenset.union(*kinds) if not name.endswith((".weight", ".bias"))
+    ):
         yield f"its blocks hold {', '.join(odd[:5])}, which no plain layer does"

@@ -34,12 +34,19 @@ def converted(folder: Path, others: Iterable[Path]) -> Path:
         others: its files that go with the weights, such as the config; they are copied.
 
     Raises:
-        FrankenmergeError: for a pickle that holds anything but tensors by name; nothing in it is run.
+        FrankenmergeError: for a pickle that holds anything but tensors by name; nothing in it is
+            run.
     """
     files, weights = sorted(others), pickles(folder)
-    # Hashing the weights would take as long as converting them, so a file is known by its place, size and time.
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in [*files, *weights]]
-    path = cache_folder() / "converted" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
+    # Hashing the weights would take as long as converting them, so a file is known by its place,
+    # size and time.
+    stats = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in [*files, *weights]
+    ]
+    path = (
+        cache_folder() / "converted" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
+    )
     if path.is_dir():
         return path
     with growing_folder(path) as beside:
@@ -61,7 +68,10 @@ def _convert(file: Path, target: Path) -> list[str]:
     places = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items()}
     sharing = Counter(places.values())
     # A tied head shares the embedding's memory, which safetensors cannot express.
-    separate = {name: (tensor.clone() if sharing[places[name]] > 1 else tensor).contiguous() for name, tensor in tensors.items()}
+    separate = {
+        name: (tensor.clone() if sharing[places[name]] > 1 else tensor).contiguous()
+        for name, tensor in tensors.items()
+    }
     try:
         save_file(separate, target, {"format": "pt"})
     except (KeyError, ValueError) as error:
@@ -74,11 +84,27 @@ def _tensors(file: Path) -> "dict[str, torch.Tensor]":
 
     try:
         # Files from before PyTorch 1.6 are no archives, and cannot be mapped.
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
+        loaded = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except (
+        pickle.UnpicklingError,
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:
         found = str(error)[:300] or type(error).__name__
-        raise fail(str(file), "pickled tensors and nothing that would have to be run", found, _REMEDY) from error
+        raise fail(
+            str(file), "pickled tensors and nothing that would have to be run", found, _REMEDY
+        ) from error
     named = isinstance(loaded, dict) and all(isinstance(name, str) for name in loaded)
-    if not named or not all(isinstance(value, torch.Tensor) and value.layout == torch.strided for value in loaded.values()):
+    if not named or not all(
+        isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for value in loaded.values()
+    ):
         raise fail(str(file), "dense tensors by name", "something else", _REMEDY)
     return loaded

@@ -1,7 +1,8 @@
 """Whether blocks can stand for one another: both tests of exchangeability, on random tokens, for every pair of blocks.
 
-Replacement puts another block in a block's place; interchange lets two blocks of one donor change places. What it costs is the
-Kullback-Leibler divergence of the donor's predictions from those of the donor so changed.
+Replacement puts another block in a block's place; interchange lets two blocks of one donor change
+places. What it costs is the Kullback-Leibler divergence of the donor's predictions from those of
+the donor so changed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,11 @@ ROWS, LENGTH, SEED = 16, 32, 0
 
 
 def exchange(
-    a: tuple[str, int], b: tuple[str, int], models: Mapping[str, PreTrainedModel], *, progress: Callable[[int], None] = lambda _: None
+    a: tuple[str, int],
+    b: tuple[str, int],
+    models: Mapping[str, PreTrainedModel],
+    *,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Exchange:
     """Run both tests on two donors, or on one that is given twice.
 
@@ -35,10 +40,19 @@ def exchange(
     tables = []
     for (host, blocks), (guest, others) in ((a, b), (b, a)):
         home = [Block(host, index) for index in range(blocks)]
-        replaced = [[*home[:i], Block(guest, j), *home[i + 1 :]] for i in range(blocks) for j in range(others)]
+        replaced = [
+            [*home[:i], Block(guest, j), *home[i + 1 :]]
+            for i in range(blocks)
+            for j in range(others)
+        ]
         swapped = [_swapped(home, i, j) for i in range(blocks) for j in range(blocks)]
         found = _divergences(home, [*replaced, *swapped], models, ids, progress)
-        tables.append((found[: len(replaced)].reshape(blocks, others), found[len(replaced) :].reshape(blocks, blocks)))
+        tables.append(
+            (
+                found[: len(replaced)].reshape(blocks, others),
+                found[len(replaced) :].reshape(blocks, blocks),
+            )
+        )
     (replaced_a, swapped_a), (replaced_b, swapped_b) = tables
     return Exchange((replaced_a, replaced_b), (swapped_a, swapped_b))
 
@@ -51,7 +65,10 @@ def _swapped(home: Sequence[Block], i: int, j: int) -> list[Block]:
 
 @torch.no_grad()
 def _divergences(
-    home: Sequence[Block], stacks: Sequence[Sequence[Block]], models: Mapping[str, PreTrainedModel], ids: Tensor,
+    home: Sequence[Block],
+    stacks: Sequence[Sequence[Block]],
+    models: Mapping[str, PreTrainedModel],
+    ids: Tensor,
     progress: Callable[[int], None],
 ) -> np.ndarray:
     """The divergence of every stack's predictions from those of `home`, nats per token, float32 `[r]`; equal stacks are run once."""
@@ -60,6 +77,8 @@ def _divergences(
     different = [list(stack) for stack in dict.fromkeys(map(tuple, stacks))]
     divergence = {}
     for index, logits in logits_together(different, models, ids, ids.shape[1]):
-        divergence[tuple(different[index])] = float((said.exp() * (said - logits.float().log_softmax(-1))).sum(-1).mean())
+        divergence[tuple(different[index])] = float(
+            (said.exp() * (said - logits.float().log_softmax(-1))).sum(-1).mean()
+        )
         progress(1)
     return np.array([divergence[tuple(stack)] for stack in stacks], dtype=np.float32)

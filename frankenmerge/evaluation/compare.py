@@ -86,33 +86,63 @@ def read_text(path: Path) -> Text:
 
 def shared_context(checkpoints: Iterable[Checkpoint]) -> int:
     """The longest window that every checkpoint was made for, at most `LONGEST_CONTEXT`."""
-    return min([LONGEST_CONTEXT, *(quantity(checkpoint.config, "positions") or LONGEST_CONTEXT for checkpoint in checkpoints)])
+    return min(
+        [
+            LONGEST_CONTEXT,
+            *(
+                quantity(checkpoint.config, "positions") or LONGEST_CONTEXT
+                for checkpoint in checkpoints
+            ),
+        ]
+    )
 
 
 class Bench:
     """Models loaded once, shared by every recipe that uses them, and the texts they are measured on.
 
-    Every model is measured with the same windows: of `context` tokens, or as many as all of `names` were made for. What was
-    loaded stays in memory until `keep` lets it go.
+    Every model is measured with the same windows: of `context` tokens, or as many as all of `names`
+    were made for. What was loaded stays in memory until `keep` lets it go.
     """
 
     def __init__(
-        self, texts: Iterable[Text], names: Iterable[str], *, context: int | None = None, dtype: str = "float32", device: str = "cpu",
-        max_memory: Mapping[int | str, str] | None = None, offload: Path | None = None, download: bool = False,
-        allow_pickle: bool = False, opened: Mapping[str, Checkpoint] | None = None,
+        self,
+        texts: Iterable[Text],
+        names: Iterable[str],
+        *,
+        context: int | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        max_memory: Mapping[int | str, str] | None = None,
+        offload: Path | None = None,
+        download: bool = False,
+        allow_pickle: bool = False,
+        opened: Mapping[str, Checkpoint] | None = None,
     ) -> None:
         self.texts = list(texts)
-        self._placed: dict[str, Any] = {"dtype": dtype, "device": device, "max_memory": max_memory, "offload": offload}
+        self._placed: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "max_memory": max_memory,
+            "offload": offload,
+        }
         self._models: dict[str, tuple[Checkpoint, PreTrainedModel, dict[str, Encoded]]] = {}
         opened = opened or {}
         self.checkpoints = {
-            name: opened[name] if name in opened else open_donor(name, download=download, allow_pickle=allow_pickle) for name in names
+            name: opened[name]
+            if name in opened
+            else open_donor(name, download=download, allow_pickle=allow_pickle)
+            for name in names
         }
         self.context = context or shared_context(self.checkpoints.values())
         for name, checkpoint in self.checkpoints.items():
             longest = quantity(checkpoint.config, "positions") or self.context
             if checkpoint.architecture.learned_positions and self.context > longest:
-                raise fail(f"context for {name}", f"at most {longest} tokens, its positions", str(self.context), "use a shorter --context")
+                raise fail(
+                    f"context for {name}",
+                    f"at most {longest} tokens, its positions",
+                    str(self.context),
+                    "use a shorter --context",
+                )
 
     def load(self, name: str) -> tuple[Checkpoint, PreTrainedModel, dict[str, Encoded]]:
         """A checkpoint by name: its headers, its model, and the texts as its tokenizer reads them."""
@@ -130,21 +160,35 @@ class Bench:
                 del self._models[name]
             clear_device_cache(garbage_collection=True)
 
-    def checkpoint(self, name: str, *, role: str = "model", meter: Meter = unseen, visit: Visit = _nothing) -> Result:
+    def checkpoint(
+        self, name: str, *, role: str = "model", meter: Meter = unseen, visit: Visit = _nothing
+    ) -> Result:
         """Measure a checkpoint."""
         checkpoint, model, encoded = self.load(name)
         others = {other: opened for other, opened in self.checkpoints.items() if other != name}
         lineage = None if role == "donor" else checkpoint_lineage(checkpoint, others)
-        return self._measured(Subject(name, role, model, checkpoint, encoded, lineage), meter, visit)
+        return self._measured(
+            Subject(name, role, model, checkpoint, encoded, lineage), meter, visit
+        )
 
-    def recipe(self, name: str, recipe: Recipe, *, meter: Meter = unseen, visit: Visit = _nothing) -> Result:
+    def recipe(
+        self, name: str, recipe: Recipe, *, meter: Meter = unseen, visit: Visit = _nothing
+    ) -> Result:
         """Measure a recipe as a virtual splice."""
         donors = {donor: self.checkpoints[donor] for donor in recipe.donors}
-        model = virtual_splice(recipe, donors, {donor: self.load(donor)[1] for donor in donors}, meter=meter)
+        model = virtual_splice(
+            recipe, donors, {donor: self.load(donor)[1] for donor in donors}, meter=meter
+        )
         reader, _, encoded = self.load(recipe.tokenizer_donor)
-        return self._measured(Subject(name, "recipe", model, reader, encoded, recipe_lineage(recipe, donors)), meter, visit)
+        return self._measured(
+            Subject(name, "recipe", model, reader, encoded, recipe_lineage(recipe, donors)),
+            meter,
+            visit,
+        )
 
-    def recipes(self, recipes: Sequence[Recipe], *, progress: Callable[[int], None] = lambda _: None) -> list[Result]:
+    def recipes(
+        self, recipes: Sequence[Recipe], *, progress: Callable[[int], None] = lambda _: None
+    ) -> list[Result]:
         """Measure many recipes; what they begin with alike is run once, where blocks are taken as they are.
 
         `progress` is called for every recipe on every text.
@@ -156,20 +200,36 @@ class Bench:
             if not recipe.plain:
                 losses[index] = self.recipe(str(recipe), recipe).losses
                 progress(len(self.texts))
-        for tokenizer in dict.fromkeys(recipe.tokenizer_donor for recipe in recipes if recipe.plain):
-            chosen = [index for index, recipe in enumerate(recipes) if recipe.plain and recipe.tokenizer_donor == tokenizer]
-            models = {donor: self.load(donor)[1] for index in chosen for donor in recipes[index].donors}
+        for tokenizer in dict.fromkeys(
+            recipe.tokenizer_donor for recipe in recipes if recipe.plain
+        ):
+            chosen = [
+                index
+                for index, recipe in enumerate(recipes)
+                if recipe.plain and recipe.tokenizer_donor == tokenizer
+            ]
+            models = {
+                donor: self.load(donor)[1] for index in chosen for donor in recipes[index].donors
+            }
             for text, line in self.load(tokenizer)[2].items():
-                measured = measure_together([recipes[index].blocks for index in chosen], models, line, context=self.context)
+                measured = measure_together(
+                    [recipes[index].blocks for index in chosen], models, line, context=self.context
+                )
                 for index, loss in zip(chosen, measured, strict=True):
                     losses[index][text] = loss
                 progress(len(chosen))
-        return [Result(str(recipe), "recipe", loss) for recipe, loss in zip(recipes, losses, strict=True)]
+        return [
+            Result(str(recipe), "recipe", loss)
+            for recipe, loss in zip(recipes, losses, strict=True)
+        ]
 
     def _measured(self, subject: Subject, meter: Meter, visit: Visit) -> Result:
         tokens = sum(len(line.ids) - 1 for line in subject.texts.values())
         with meter(f"{Path(subject.name).name} on text", tokens, "tokens") as advance:
-            losses = {text: measure(subject.model, line, context=self.context, progress=advance) for text, line in subject.texts.items()}
+            losses = {
+                text: measure(subject.model, line, context=self.context, progress=advance)
+                for text, line in subject.texts.items()
+            }
         visit(subject)
         return Result(subject.name, subject.role, losses, subject.lineage)
 
@@ -180,14 +240,26 @@ def is_recipe(name: str) -> bool:
 
 
 def compare(
-    names: Iterable[str], texts: Iterable[Text], *, context: int | None = None, dtype: str = "float32", device: str = "cpu",
-    max_memory: Mapping[int | str, str] | None = None, offload: Path | None = None, download: bool = False,
-    allow_pickle: bool = False, beside: bool = False, hold: bool = False, against: str | None = None,
-    meter: Meter = unseen, visit: Callable[[Subject, "Bench"], None] = lambda _subject, _bench: None,
+    names: Iterable[str],
+    texts: Iterable[Text],
+    *,
+    context: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    max_memory: Mapping[int | str, str] | None = None,
+    offload: Path | None = None,
+    download: bool = False,
+    allow_pickle: bool = False,
+    beside: bool = False,
+    hold: bool = False,
+    against: str | None = None,
+    meter: Meter = unseen,
+    visit: Callable[[Subject, "Bench"], None] = lambda _subject, _bench: None,
 ) -> tuple[list[Result], Bench]:
     """Measure checkpoints and recipes, and after them every donor of the recipes that was not named itself.
 
-    Models are in memory one after another: but for the donors of recipes that are still to come, each goes when it was measured.
+    Models are in memory one after another: but for the donors of recipes that are still to come,
+    each goes when it was measured.
 
     Args:
         names: checkpoints and recipes.
@@ -199,8 +271,9 @@ def compare(
         offload: a folder for what fits nowhere.
         download: as in `open_donor`, and so is allow_pickle.
         allow_pickle: whether pickles are converted.
-        beside: whether the donors of merged checkpoints, told by the `frankenmerge.json` in their folders, are measured as
-            those of recipes are; to be asked only where some model's donors are known.
+        beside: whether the donors of merged checkpoints, told by the `frankenmerge.json` in their
+            folders, are measured as those of recipes are; to be asked only where some model's
+            donors are known.
         hold: whether these too stay in memory for `visit`.
         against: another model that is measured as a donor.
         meter: shows progress in every model; with several models, which of how many it is.
@@ -208,17 +281,37 @@ def compare(
     """
     names = list(dict.fromkeys(names))
     recipes = {name: load_recipe(Path(name)) for name in names if is_recipe(name)}
-    opened = {name: open_donor(name, download=download, allow_pickle=allow_pickle) for name in names if name not in recipes}
+    opened = {
+        name: open_donor(name, download=download, allow_pickle=allow_pickle)
+        for name in names
+        if name not in recipes
+    }
     needed = {name: tuple(recipe.donors) for name, recipe in recipes.items()}
     told = _told_donors(opened) if beside else {}
     if beside and not any([*needed.values(), *told.values()]):
         found = ", ".join(names)
-        raise fail("evaluate", "a recipe, or a checkpoint with a frankenmerge.json that names its donors", found, "name one")
-    wanted = [*(donor for made_of in (needed, told) for donors in made_of.values() for donor in donors), *([against] if against else [])]
+        raise fail(
+            "evaluate",
+            "a recipe, or a checkpoint with a frankenmerge.json that names its donors",
+            found,
+            "name one",
+        )
+    wanted = [
+        *(donor for made_of in (needed, told) for donors in made_of.values() for donor in donors),
+        *([against] if against else []),
+    ]
     donors = [name for name in dict.fromkeys(wanted) if name not in names]
     bench = Bench(
-        texts, [*opened, *donors], context=context, dtype=dtype, device=device, max_memory=max_memory, offload=offload, download=download,
-        allow_pickle=allow_pickle, opened=opened,
+        texts,
+        [*opened, *donors],
+        context=context,
+        dtype=dtype,
+        device=device,
+        max_memory=max_memory,
+        offload=offload,
+        download=download,
+        allow_pickle=allow_pickle,
+        opened=opened,
     )
     for name in bench.checkpoints:
         load_tokenizer(bench.checkpoints[name])
@@ -227,9 +320,16 @@ def compare(
     needed |= told if hold else {}
     results, order = [], [*names, *donors]
     for number, name in enumerate(order, 1):
-        look: dict[str, Any] = {"meter": _counted(meter, number, len(order)), "visit": lambda subject: visit(subject, bench)}
+        look: dict[str, Any] = {
+            "meter": _counted(meter, number, len(order)),
+            "visit": lambda subject: visit(subject, bench),
+        }
         role = "donor" if name in donors else "model"
-        results.append(bench.recipe(name, recipes[name], **look) if name in recipes else bench.checkpoint(name, role=role, **look))
+        results.append(
+            bench.recipe(name, recipes[name], **look)
+            if name in recipes
+            else bench.checkpoint(name, role=role, **look)
+        )
         later = order[number:]
         bench.keep({*later, *(donor for other in later for donor in needed.get(other, ()))})
     return results, bench
@@ -237,13 +337,19 @@ def compare(
 
 def _counted(meter: Meter, number: int, models: int) -> Meter:
     """A meter that tells which of the models is looked at."""
-    return meter if models == 1 else lambda what, total, unit: meter(f"{number} of {models}: {what}", total, unit)
+    return (
+        meter
+        if models == 1
+        else lambda what, total, unit: meter(f"{number} of {models}: {what}", total, unit)
+    )
 
 
 def _told_donors(opened: Mapping[str, Checkpoint]) -> dict[str, tuple[str, ...]]:
     """The donors of merged checkpoints, by what lies beside their weights."""
     found = {
-        name: checkpoint_lineage(checkpoint, {other: opened[other] for other in opened if other != name})
+        name: checkpoint_lineage(
+            checkpoint, {other: opened[other] for other in opened if other != name}
+        )
         for name, checkpoint in opened.items()
     }
     return {name: lineage.donors for name, lineage in found.items() if lineage}

@@ -22,7 +22,9 @@ class TaskFigure(NamedTuple):
 
     task: str
     metric: str
-    """As the harness calls it, and the filter behind a comma where there is one: `acc`, `exact_match,strict-match`."""
+    """As the harness calls it, and the filter behind a comma where there is one: `acc`,
+    `exact_match,strict-match`.
+    """
     value: float
     stderr: float | None
 
@@ -35,7 +37,12 @@ def stay_offline() -> None:
 def check_tasks(tasks: Sequence[str]) -> None:
     """Raise FrankenmergeError where the harness is not installed or cannot load a task: to be asked before hours of measuring."""
     if find_spec("lm_eval") is None:
-        raise fail("--tasks", "lm-evaluation-harness", "it is not installed", "pip install 'frankenmerge[harness]'")
+        raise fail(
+            "--tasks",
+            "lm-evaluation-harness",
+            "it is not installed",
+            "pip install 'frankenmerge[harness]'",
+        )
     from lm_eval.config.evaluate_config import EvaluatorConfig  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import get_task_dict  # pyright: ignore[reportMissingImports]
 
@@ -57,10 +64,17 @@ def _told(tasks: Sequence[str]) -> Iterator[None]:
     except (ValueError, LookupError, TypeError, OSError, AssertionError, yaml.YAMLError) as error:
         told = " ".join(str(error).split()) or repr(error)
         remedy = "name tasks of the harness whose data are at hand (--download fetches them), or YAML files of tasks that fit the model"
-        raise fail(f"--tasks {' '.join(tasks)}", "tasks that the harness can run on this model", told, remedy) from error
+        raise fail(
+            f"--tasks {' '.join(tasks)}",
+            "tasks that the harness can run on this model",
+            told,
+            remedy,
+        ) from error
 
 
-def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, seed: int) -> list[TaskFigure]:
+def run_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, seed: int
+) -> list[TaskFigure]:
     """Let the harness run tasks, each a name or the path of a task's YAML.
 
     Raises:
@@ -77,11 +91,21 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks:
         manager = asked.process_tasks()
         held = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
         found = lm_eval.simple_evaluate(
-            held, tasks=list(asked.tasks), task_manager=manager, log_samples=False, random_seed=seed, numpy_random_seed=seed,
-            torch_random_seed=seed, fewshot_random_seed=seed,
+            held,
+            tasks=list(asked.tasks),
+            task_manager=manager,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
         )
     assert found is not None, "the harness tells results to its first process"
-    return [figure for task, figures in sorted(found["results"].items()) for figure in _figures(task, figures)]
+    return [
+        figure
+        for task, figures in sorted(found["results"].items())
+        for figure in _figures(task, figures)
+    ]
 
 
 def _figures(task: str, figures: dict) -> list[TaskFigure]:
@@ -91,5 +115,12 @@ def _figures(task: str, figures: dict) -> list[TaskFigure]:
         if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
             error = figures.get(f"{metric}_stderr,{kind}")
             name = metric if kind == "none" else key
-            told.append(TaskFigure(task, name, float(value), float(error) if isinstance(error, int | float) else None))
+            told.append(
+                TaskFigure(
+                    task,
+                    name,
+                    float(value),
+                    float(error) if isinstance(error, int | float) else None,
+                )
+            )
     return told

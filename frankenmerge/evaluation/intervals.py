@@ -1,8 +1,9 @@
 """How sure a figure is: the bootstrap over segments of text, the same segments for every model, so that differences are paired.
 
-Tokens are no independent draws: a passage is hard or easy as a whole, and neighbours share their context. What is drawn is
-therefore a segment of consecutive bytes with all its tokens (a block bootstrap). Segments are of bytes and not of tokens, so
-that models of different tokenizers are compared on the same pieces of text.
+Tokens are no independent draws: a passage is hard or easy as a whole, and neighbours share their
+context. What is drawn is therefore a segment of consecutive bytes with all its tokens (a block
+bootstrap). Segments are of bytes and not of tokens, so that models of different tokenizers are
+compared on the same pieces of text.
 """
 
 import math
@@ -44,20 +45,26 @@ def segment_sums(loss: Loss) -> np.ndarray:
     ends = np.linspace(0, loss.bytes, loss.tokens + 1)[1:] if loss.ends is None else loss.ends
     place = np.clip(np.searchsorted(edges, ends, side="left") - 1, 0, count - 1)
     hits = np.full(loss.tokens, np.nan) if loss.hits is None else loss.hits
-    sums = (np.bincount(place, weights=values, minlength=count) for values in (loss.nats, hits, np.ones(loss.tokens)))
+    sums = (
+        np.bincount(place, weights=values, minlength=count)
+        for values in (loss.nats, hits, np.ones(loss.tokens))
+    )
     return np.stack([*sums, np.diff(edges)])
 
 
 def drawn(losses: Mapping[str, Loss], seed: int) -> dict[str, np.ndarray]:
     """Resamples of every text's sums, `[4, RESAMPLES]`: of each text as many segments as it has, with replacement.
 
-    The draws depend on the seed, the text's place among the texts and its bytes alone: they are the same for every model.
+    The draws depend on the seed, the text's place among the texts and its bytes alone: they are the
+    same for every model.
     """
     result = {}
     for position, (name, loss) in enumerate(losses.items()):
         sums = segment_sums(loss)
         count = sums.shape[1]
-        chosen = np.random.default_rng([seed, position]).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+        chosen = np.random.default_rng([seed, position]).multinomial(
+            count, np.full(count, 1 / count), size=RESAMPLES
+        )
         result[name] = sums @ chosen.T
     return result
 
@@ -85,11 +92,20 @@ def intervals(sums: np.ndarray) -> dict[str, Interval]:
     return {name: _between(value) for name, value in values.items() if np.isfinite(value).all()}
 
 
-def difference(model: Mapping[str, Loss], donor: Mapping[str, Loss], seed: int) -> tuple[Difference, dict[str, Difference]]:
+def difference(
+    model: Mapping[str, Loss], donor: Mapping[str, Loss], seed: int
+) -> tuple[Difference, dict[str, Difference]]:
     """How much more bits per byte a model takes than a donor: on all texts together, and on each."""
     ours, theirs = drawn(model, seed), drawn(donor, seed)
-    texts = {name: Difference(model[name].bits_per_byte - donor[name].bits_per_byte, _paired(ours[name], theirs[name])) for name in model}
-    bits = [sum(loss.nats.sum() for loss in losses.values()) / math.log(2) for losses in (model, donor)]
+    texts = {
+        name: Difference(
+            model[name].bits_per_byte - donor[name].bits_per_byte, _paired(ours[name], theirs[name])
+        )
+        for name in model
+    }
+    bits = [
+        sum(loss.nats.sum() for loss in losses.values()) / math.log(2) for losses in (model, donor)
+    ]
     total = float(bits[0] - bits[1]) / sum(loss.bytes for loss in model.values())
     return Difference(total, _paired(together(ours), together(theirs))), texts
 

@@ -15,7 +15,9 @@ from frankenmerge.errors import fail
 from frankenmerge.models.loading import embedding_of
 
 POSITIONS = 4096
-"""Positions in one forward pass, at most, unless a single window is longer; halved where memory does not have them."""
+"""Positions in one forward pass, at most, unless a single window is longer; halved where memory
+does not have them.
+"""
 
 
 class Encoded(NamedTuple):
@@ -26,7 +28,9 @@ class Encoded(NamedTuple):
     bytes: int
     """UTF-8 bytes of the text."""
     ends: np.ndarray | None = None
-    """Where in the text each predicted token ends, in bytes, `[s-1]`; None where the tokenizer does not tell."""
+    """Where in the text each predicted token ends, in bytes, `[s-1]`; None where the tokenizer does
+    not tell.
+    """
 
 
 class Loss(NamedTuple):
@@ -36,7 +40,9 @@ class Loss(NamedTuple):
     """Per predicted token, in order, float64 `[tokens]`."""
     bytes: int
     hits: np.ndarray | None = None
-    """Whether each was the token the model held most likely, bool `[tokens]`; None where that was not asked."""
+    """Whether each was the token the model held most likely, bool `[tokens]`; None where that was
+    not asked.
+    """
     ends: np.ndarray | None = None
     """As in `Encoded`."""
 
@@ -83,15 +89,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> Encoded
     Raises FrankenmergeError for a text without two tokens.
     """
     tells_places = bool(tokenizer.is_fast)
-    read: Any = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=tells_places)
+    read: Any = tokenizer(
+        text, add_special_tokens=False, verbose=False, return_offsets_mapping=tells_places
+    )
     ids = read["input_ids"]
     start = start_token(tokenizer)
     line = np.array(ids if start is None else [start, *ids], dtype=np.int64)
     if len(line) < 2:
-        raise fail(place, "a text of at least two tokens", f"{len(ids)} tokens", "give a longer text")
+        raise fail(
+            place, "a text of at least two tokens", f"{len(ids)} tokens", "give a longer text"
+        )
     ends = None
     if tells_places:
-        characters = np.array([stop for _, stop in read["offset_mapping"]])[len(ids) - len(line) + 1 :]
+        characters = np.array([stop for _, stop in read["offset_mapping"]])[
+            len(ids) - len(line) + 1 :
+        ]
         ends = _byte_ends(text)[characters]
     return Encoded(line, len(text.encode()), ends)
 
@@ -104,7 +116,9 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> Any:
 def _byte_ends(text: str) -> np.ndarray:
     """The UTF-8 bytes before every character, and those of the whole text, `[characters + 1]`."""
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    return np.concatenate([[0], np.cumsum(1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000))])
+    return np.concatenate(
+        [[0], np.cumsum(1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000))]
+    )
 
 
 def windows(length: int, context: int) -> tuple[int, list[int]]:
@@ -114,20 +128,32 @@ def windows(length: int, context: int) -> tuple[int, list[int]]:
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, encoded: Encoded, *, context: int, progress: Callable[[int], None] = lambda _: None) -> Loss:
+def measure(
+    model: PreTrainedModel,
+    encoded: Encoded,
+    *,
+    context: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Loss:
     """Predict every token of a text once.
 
-    Windows of `context` tokens advance by half of it; only tokens that no earlier window predicted count, so every token
-    but those of the first window is seen behind at least half a window. The last window is moved back to be as long as
-    the others. As many windows pass the model together as `POSITIONS` and memory allow. `progress` is called with the
-    number of tokens done since its last call.
+    Windows of `context` tokens advance by half of it; only tokens that no earlier window predicted
+    count, so every token but those of the first window is seen behind at least half a window. The
+    last window is moved back to be as long as the others. As many windows pass the model together
+    as `POSITIONS` and memory allow. `progress` is called with the number of tokens done since its
+    last call.
 
     Raises:
         FrankenmergeError: when a loss is not a number, or memory has no room for a single window.
     """
     name, ids = model.name_or_path or "model", torch.from_numpy(encoded.ids)
     if (largest := int(ids.max())) >= (size := embedding_of(model).shape[0]):
-        raise fail(name, f"token ids below {size}, its vocabulary", str(largest), "use the model's own tokenizer")
+        raise fail(
+            name,
+            f"token ids below {size}, its vocabulary",
+            str(largest),
+            "use the model's own tokenizer",
+        )
     width, starts = windows(len(ids), context)
     nats = torch.full((len(ids) - 1,), torch.nan, dtype=torch.float64)
     hits = torch.zeros(len(ids) - 1, dtype=torch.bool)
@@ -137,18 +163,28 @@ def measure(model: PreTrainedModel, encoded: Encoded, *, context: int, progress:
         predicted = _tried(model, torch.stack([ids[start : start + width + 1] for start in group]))
         if predicted is None:
             if len(group) == 1:
-                raise fail(name, f"memory for a window of {width} tokens", "less", "shorten --context, or give --device auto")
+                raise fail(
+                    name,
+                    f"memory for a window of {width} tokens",
+                    "less",
+                    "shorten --context, or give --device auto",
+                )
             clear_device_cache(garbage_collection=True)
             size = len(group) // 2
             continue
         before = done
         for start, losses, right in zip(group, *predicted, strict=True):
-            nats[done : start + width], hits[done : start + width] = losses[done - start :], right[done - start :]
+            nats[done : start + width], hits[done : start + width] = (
+                losses[done - start :],
+                right[done - start :],
+            )
             done = start + width
         progress(done - before)
         starts = starts[len(group) :]
     if not torch.isfinite(nats).all():
-        raise fail(name, "finite losses", "NaN or infinity", "evaluate in float32, or check the weights")
+        raise fail(
+            name, "finite losses", "NaN or infinity", "evaluate in float32, or check the weights"
+        )
     return Loss(nats.numpy(), encoded.bytes, hits.numpy(), encoded.ends)
 
 
@@ -157,7 +193,9 @@ def _tried(model: PreTrainedModel, rows: Tensor) -> Sequence[Tensor] | None:
     try:
         logits = model(input_ids=rows[:, :-1].to(model.device), use_cache=False).logits.float()
         targets = rows[:, 1:].to(logits.device)
-        losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none"
+        ).view(targets.shape)
         return losses.double().cpu(), (logits.argmax(dim=-1) == targets).cpu()
     except RuntimeError as error:
         if should_reduce_batch_size(error):

@@ -28,7 +28,8 @@ def recipe_lineage(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Lineage:
 def checkpoint_lineage(checkpoint: Checkpoint, known: Mapping[str, Checkpoint]) -> Lineage | None:
     """What a merged checkpoint is made of, by the `frankenmerge.json` beside its weights; None where there is none.
 
-    Donors that are among the `known`, by their fingerprints, are called as they are there; the others as when they were merged.
+    Donors that are among the `known`, by their fingerprints, are called as they are there; the
+    others as when they were merged.
 
     Raises:
         FrankenmergeError: for a `frankenmerge.json` that does not tell of these weights.
@@ -39,13 +40,27 @@ def checkpoint_lineage(checkpoint: Checkpoint, known: Mapping[str, Checkpoint]) 
     told = read_json(path, "the provenance that a merge writes")
     try:
         called = {other.fingerprint: name for name, other in known.items()}
-        names = {donor: called.get(given["fingerprint"], str(donor)) for donor, given in told["donors"].items()}
-        origins = [_first(told["tensors"][next(iter(checkpoint.by_role["block", index].values()))]) for index in range(checkpoint.blocks)]
+        names = {
+            donor: called.get(given["fingerprint"], str(donor))
+            for donor, given in told["donors"].items()
+        }
+        origins = [
+            _first(told["tensors"][next(iter(checkpoint.by_role["block", index].values()))])
+            for index in range(checkpoint.blocks)
+        ]
         places = [checkpoint.architecture.role(origin["tensor"])[1] for origin in origins]
-        blocks = tuple(Block(names[origin["donor"]], place or 0) for origin, place in zip(origins, places, strict=True))
+        blocks = tuple(
+            Block(names[origin["donor"]], place or 0)
+            for origin, place in zip(origins, places, strict=True)
+        )
         return Lineage(blocks, tuple(dict.fromkeys(names.values())))
     except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
-        raise fail(str(path), "the origin of every tensor of these weights", f"{error!r} missing or broken", "merge again") from error
+        raise fail(
+            str(path),
+            "the origin of every tensor of these weights",
+            f"{error!r} missing or broken",
+            "merge again",
+        ) from error
 
 
 def _first(origin: dict[str, Any]) -> dict[str, Any]:

@@ -46,21 +46,30 @@ class Comparison(NamedTuple):
 def merges(results: Sequence[Result], against: str | None = None) -> dict[str, list[str]]:
     """The merges among what was measured, each with the donors it is held against.
 
-    A merge is what is known to be made of donors, and these are what it is held against, with the one named in `against`. Where
-    nothing is known of any model, all are held against the one that is named.
+    A merge is what is known to be made of donors, and these are what it is held against, with the
+    one named in `against`. Where nothing is known of any model, all are held against the one that
+    is named.
     """
     measured, named = [result.name for result in results], [against] if against else []
-    known: dict[str, tuple[str, ...]] = {result.name: result.lineage.donors for result in results if result.lineage}
+    known: dict[str, tuple[str, ...]] = {
+        result.name: result.lineage.donors for result in results if result.lineage
+    }
     if against and not known:
         known = {name: () for name in measured}
     return {
-        name: [donor for donor in dict.fromkeys([*donors, *named]) if donor in measured and donor != name]
+        name: [
+            donor
+            for donor in dict.fromkeys([*donors, *named])
+            if donor in measured and donor != name
+        ]
         for name, donors in known.items()
         if name != against
     }
 
 
-def held_against(results: Sequence[Result], threshold: float, seed: int, against: str | None = None) -> Comparison:
+def held_against(
+    results: Sequence[Result], threshold: float, seed: int, against: str | None = None
+) -> Comparison:
     """Hold every merge against the best of its donors on all texts together, or against the one named.
 
     Raises:
@@ -74,9 +83,20 @@ def held_against(results: Sequence[Result], threshold: float, seed: int, against
             total, _ = difference(found[name].losses, found[best].losses, seed)
             verdicts.append(Verdict(name, best, *total, _verdict(total.interval, threshold)))
     if not verdicts:
-        raise fail("--compare", "a recipe, or a checkpoint whose donors are known", "none", "name its donor with --against")
+        raise fail(
+            "--compare",
+            "a recipe, or a checkpoint whose donors are known",
+            "none",
+            "name its donor with --against",
+        )
     return Comparison(threshold, verdicts)
 
 
 def _verdict(interval: Interval, threshold: float) -> str:
-    return "worse" if interval.low > threshold else "not worse" if interval.high <= threshold else "undecided"
+    return (
+        "worse"
+        if interval.low > threshold
+        else "not worse"
+        if interval.high <= threshold
+        else "undecided"
+    )

@@ -24,7 +24,11 @@ class _Group(NamedTuple):
 
 @torch.no_grad()
 def measure_together(
-    stacks: Sequence[Sequence[Block]], models: Mapping[str, PreTrainedModel], encoded: Encoded, *, context: int
+    stacks: Sequence[Sequence[Block]],
+    models: Mapping[str, PreTrainedModel],
+    encoded: Encoded,
+    *,
+    context: int,
 ) -> list[Loss]:
     """Predict every token of a text with every stack of blocks, as `measure` does with its virtual splice.
 
@@ -39,9 +43,15 @@ def measure_together(
     nats = torch.full((len(stacks), len(ids) - 1), torch.nan, dtype=torch.float64)
     for starts, kept in groups:
         rows = torch.stack([ids[start : start + width + 1] for start in starts])
-        places = torch.tensor([[start + width - kept + offset for offset in range(kept)] for start in starts])
+        places = torch.tensor(
+            [[start + width - kept + offset for offset in range(kept)] for start in starts]
+        )
         for index, logits in logits_together(stacks, models, rows[:, :-1], kept):
-            losses = functional.cross_entropy(logits.float().flatten(0, 1), rows[:, -kept:].flatten().to(logits.device), reduction="none")
+            losses = functional.cross_entropy(
+                logits.float().flatten(0, 1),
+                rows[:, -kept:].flatten().to(logits.device),
+                reduction="none",
+            )
             nats[index, places.flatten()] = losses.double().cpu()
     return [Loss(line.numpy(), encoded.bytes) for line in nats]
 
@@ -64,8 +74,10 @@ def logits_together(
 ) -> Iterator[tuple[int, Tensor]]:
     """Give every stack's number and its logits `[b, kept, v]` at the last `kept` positions of `ids` `[b, s]`.
 
-    The stacks are gone through in lexicographic order, and the hidden states behind every block of the one under way are
-    kept: the next begins behind the last block that both have in common. Memory: the states of one stack.
+    The stacks are gone through in lexicographic order, and the hidden states behind every block of
+    the one under way are
+    kept: the next begins behind the last block that both have in common. Memory: the states of one
+        stack.
     """
     ids = ids.to(next(iter(models.values())).device)
     blocks = {name: list(blocks_of(model)) for name, model in models.items()}
@@ -73,10 +85,15 @@ def logits_together(
     passed: list[tuple[Block, Tensor]] = []
     for index in sorted(range(len(stacks)), key=lambda index: list(stacks[index])):
         stack = stacks[index]
-        common = next((at for at, (block, _) in enumerate(passed) if at == len(stack) or stack[at] != block), len(passed))
+        common = next(
+            (at for at, (block, _) in enumerate(passed) if at == len(stack) or stack[at] != block),
+            len(passed),
+        )
         del passed[common:]
         states = passed[-1][1] if passed else entered[stack[0].model][0]
         for block in stack[len(passed) :]:
-            states = run_block(blocks[block.model][block.index], states, entered[block.model][1][block.index])
+            states = run_block(
+                blocks[block.model][block.index], states, entered[block.model][1][block.index]
+            )
             passed.append((block, states))
         yield index, leave(models[stack[-1].model], ids[:, -kept:], states[:, -kept:])

@@ -43,8 +43,9 @@ class Looks:
     with_tasks: Sequence[str] = ()
     """Tasks of lm-evaluation-harness."""
     search: Callable[[PreTrainedModel, Callable[[int], None]], TopTokens] | None = None
-    """Complete search, where the features of such models are asked for; the stage that has it is another. It is given what to
-    call with the inputs times blocks done."""
+    """Complete search, where the features of such models are asked for; the stage that has it is
+    another. It is given what to call with the inputs times blocks done.
+    """
     meter: Meter = unseen
     """Shows progress; tasks show their own."""
     seed: int = 0
@@ -61,7 +62,12 @@ class Looks:
         if self.prompts:
             with self.meter(f"{shown}: samples", len(self.prompts), "prompts") as advance:
                 self.samples[subject.name] = sampled(
-                    subject.model, tokenizer, self.prompts, self.vocabulary, context=bench.context, progress=advance
+                    subject.model,
+                    tokenizer,
+                    self.prompts,
+                    self.vocabulary,
+                    context=bench.context,
+                    progress=advance,
                 )
         blocks, model = subject.lineage.blocks if subject.lineage else (), subject.model
         names = dict.fromkeys(block.model for block in blocks)
@@ -73,10 +79,14 @@ class Looks:
                 with self.meter(f"{shown}: seams", len(rows), "windows") as advance:
                     self.seams[subject.name] = behind_blocks(model, blocks, donors, rows, advance)
             if self.search:
-                with self.meter(f"{shown}: features", len(embedding_of(model)) * len(blocks), "inputs x blocks") as advance:
+                with self.meter(
+                    f"{shown}: features", len(embedding_of(model)) * len(blocks), "inputs x blocks"
+                ) as advance:
                     self.features[subject.name] = blocks, self.search(model, advance)
         if self.with_tasks:
-            self.tasks[subject.name] = run_tasks(subject.model, tokenizer, self.with_tasks, seed=self.seed)
+            self.tasks[subject.name] = run_tasks(
+                subject.model, tokenizer, self.with_tasks, seed=self.seed
+            )
 
 
 def _check_tokens(subject: Subject, donors: Mapping[str, Checkpoint]) -> None:
@@ -94,29 +104,55 @@ def _check_tokens(subject: Subject, donors: Mapping[str, Checkpoint]) -> None:
 
 
 def evaluation_json(
-    results: Sequence[Result], bench: Bench, looks: Looks, *, dtype: str = "float32", predictions: Sequence[Mapping[str, Any]] = (),
-    comparison: Comparison | None = None, against: str | None = None, arguments: Mapping[str, Any] | None = None,
+    results: Sequence[Result],
+    bench: Bench,
+    looks: Looks,
+    *,
+    dtype: str = "float32",
+    predictions: Sequence[Mapping[str, Any]] = (),
+    comparison: Comparison | None = None,
+    against: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything an evaluation found, and what produced it. docs/evaluate.md says what each figure means."""
     found = {result.name: result for result in results}
-    pairs = [(found[name], found[donor]) for name, donors in merges(results, against).items() for donor in donors]
+    pairs = [
+        (found[name], found[donor])
+        for name, donors in merges(results, against).items()
+        for donor in donors
+    ]
     return {
         "kind": KIND,
         "models": [_model(result, looks) for result in results],
         "differences": [_difference(model, donor, looks.seed) for model, donor in pairs],
-        "seams": [{"model": name, "blocks": [block._asdict() for block in blocks]} for name, blocks in looks.seams.items()],
+        "seams": [
+            {"model": name, "blocks": [block._asdict() for block in blocks]}
+            for name, blocks in looks.seams.items()
+        ],
         "retention": [
-            {"model": name, **entry._asdict(), "blocks": [block._asdict() for block in entry.blocks]}
+            {
+                "model": name,
+                **entry._asdict(),
+                "blocks": [block._asdict() for block in entry.blocks],
+            }
             for name, entries in looks.retention.items()
             for entry in entries
         ],
-        "tasks": [{"model": name, **figure._asdict()} for name, figures in looks.tasks.items() for figure in figures],
+        "tasks": [
+            {"model": name, **figure._asdict()}
+            for name, figures in looks.tasks.items()
+            for figure in figures
+        ],
         "predictions": list(predictions),
         "comparison": comparison.as_json() if comparison else None,
         "dtype": dtype,
         "context": bench.context,
         "texts": [
-            {"path": text.name, "sha256": hashlib.sha256(text.content.encode()).hexdigest(), "bytes": len(text.content.encode())}
+            {
+                "path": text.name,
+                "sha256": hashlib.sha256(text.content.encode()).hexdigest(),
+                "bytes": len(text.content.encode()),
+            }
             for text in bench.texts
         ],
         "provenance": {
@@ -133,7 +169,11 @@ def evaluation_json(
                 name: {"fingerprint": checkpoint.fingerprint, "revision": _revision(checkpoint)}
                 for name, checkpoint in bench.checkpoints.items()
             },
-            "recipes": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in found if is_recipe(name)},
+            "recipes": {
+                name: hashlib.sha256(Path(name).read_bytes()).hexdigest()
+                for name in found
+                if is_recipe(name)
+            },
         },
     }
 
@@ -145,16 +185,27 @@ def _model(result: Result, looks: Looks) -> dict[str, Any]:
         "role": result.role,
         **result.total.as_json(),
         "intervals": intervals(together(sums)),
-        "texts": {name: loss.as_json() | {"intervals": intervals(sums[name])} for name, loss in result.losses.items()},
+        "texts": {
+            name: loss.as_json() | {"intervals": intervals(sums[name])}
+            for name, loss in result.losses.items()
+        },
         "invalid_words": invalid_rate(samples),
         "repetition": repetition(samples),
-        "samples": [{"prompt": sample.prompt, "text": sample.text, "invalid": sample.invalid} for sample in samples],
+        "samples": [
+            {"prompt": sample.prompt, "text": sample.text, "invalid": sample.invalid}
+            for sample in samples
+        ],
     }
 
 
 def _difference(model: Result, donor: Result, seed: int) -> dict[str, Any]:
     total, texts = difference(model.losses, donor.losses, seed)
-    return {"model": model.name, "donor": donor.name, **total._asdict(), "texts": {name: entry._asdict() for name, entry in texts.items()}}
+    return {
+        "model": model.name,
+        "donor": donor.name,
+        **total._asdict(),
+        "texts": {name: entry._asdict() for name, entry in texts.items()},
+    }
 
 
 def _revision(checkpoint: Checkpoint) -> str | None:

@@ -1,7 +1,8 @@
 """Which of its donors' features a merged model still has.
 
-A feature is a neuron behind a block and the token that excites it most (complete search). It is kept where the same neuron behind
-the merged model's block that was made of that block has the same token.
+A feature is a neuron behind a block and the token that excites it most (complete search). It is
+kept where the same neuron behind the merged model's block that was made of that block has the same
+token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,10 +34,13 @@ class Retention(NamedTuple):
     kept: float
     """The mean over the blocks that are from this donor."""
     chance: float
-    """What would be kept if neurons were exchanged for others: how often any two share their token."""
+    """What would be kept if neurons were exchanged for others: how often any two share their token.
+    """
 
 
-def retained(merged: TopTokens, donors: Mapping[str, TopTokens], blocks: Sequence[Block]) -> list[Retention]:
+def retained(
+    merged: TopTokens, donors: Mapping[str, TopTokens], blocks: Sequence[Block]
+) -> list[Retention]:
     """Compare a merged model's features, block by block, with those of the blocks that it was made of.
 
     Args:
@@ -46,12 +50,22 @@ def retained(merged: TopTokens, donors: Mapping[str, TopTokens], blocks: Sequenc
     """
     result = []
     for name, top in donors.items():
-        own = [(number, block.index) for number, block in enumerate(blocks, 1) if block.model == name]
+        own = [
+            (number, block.index) for number, block in enumerate(blocks, 1) if block.model == name
+        ]
         found = [
-            token_agreement(merged.tokens[number : number + 1, :, :1], top.tokens[index + 1 : index + 2, :, :1]) for number, index in own
+            token_agreement(
+                merged.tokens[number : number + 1, :, :1], top.tokens[index + 1 : index + 2, :, :1]
+            )
+            for number, index in own
         ]
         if found:
-            kept = [KeptBlock(number, index, float(agreed.matrix[0, 0])) for (number, index), agreed in zip(own, found, strict=True)]
+            kept = [
+                KeptBlock(number, index, float(agreed.matrix[0, 0]))
+                for (number, index), agreed in zip(own, found, strict=True)
+            ]
             chance = float(np.mean([agreed.permuted[0, 0] for agreed in found]))
-            result.append(Retention(name, kept, float(np.mean([block.kept for block in kept])), chance))
+            result.append(
+                Retention(name, kept, float(np.mean([block.kept for block in kept])), chance)
+            )
     return result

@@ -24,9 +24,11 @@ def damage_on_drawn(
 ) -> np.ndarray:
     """Nats per token that every recipe loses above its donors, each donor's loss by its share of the blocks, `[r]`.
 
-    The text is what all donors drew, of each as much; a donor's loss is on the whole of it, as on any text: what two fine-tunes lose on
-    each other's tokens is no damage. Losses are expected ones, cross-entropies with the predictions of the donor that drew, summed over
-    the vocabulary, where the token that was drawn would only sample them. Of a recipe of one donor that is the Kullback-Leibler divergence.
+    The text is what all donors drew, of each as much; a donor's loss is on the whole of it, as on
+    any text: what two fine-tunes lose on each other's tokens is no damage. Losses are expected
+    ones, cross-entropies with the predictions of the donor that drew, summed over the vocabulary,
+    where the token that was drawn would only sample them. Of a recipe of one donor that is the
+    Kullback-Leibler divergence.
 
     Args:
         recipes: what to run as virtual splices.
@@ -34,13 +36,21 @@ def damage_on_drawn(
         models: the same, loaded.
         progress: called for every recipe on every donor's tokens.
     """
-    shares = np.array([[np.mean([block.model == name for block in recipe.blocks]) for name in models] for recipe in recipes])
+    shares = np.array(
+        [
+            [np.mean([block.model == name for block in recipe.blocks]) for name in models]
+            for recipe in recipes
+        ]
+    )
     damage = np.zeros(len(recipes))
     for model in models.values():
         ids = draw(model).to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits
         said = logits.float().softmax(-1)
-        own = [_loss(said, logits if other is model else other(input_ids=ids, use_cache=False).logits) for other in models.values()]
+        own = [
+            _loss(said, logits if other is model else other(input_ids=ids, use_cache=False).logits)
+            for other in models.values()
+        ]
         for index, logits in _logits(recipes, donors, models, ids):
             damage[index] += (_loss(said, logits) - shares[index] @ own) / len(models)
             progress(1)
@@ -53,13 +63,23 @@ def _loss(said: Tensor, logits: Tensor) -> float:
 
 
 def _logits(
-    recipes: Sequence[Recipe], donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel], ids: Tensor
+    recipes: Sequence[Recipe],
+    donors: Mapping[str, Checkpoint],
+    models: Mapping[str, PreTrainedModel],
+    ids: Tensor,
 ) -> Iterator[tuple[int, Tensor]]:
     """Every recipe's number and its logits; plain ones share what they begin with."""
     plain = [index for index, recipe in enumerate(recipes) if recipe.plain]
-    for place, logits in logits_together([recipes[index].blocks for index in plain], models, ids, ids.shape[1]):
+    for place, logits in logits_together(
+        [recipes[index].blocks for index in plain], models, ids, ids.shape[1]
+    ):
         yield plain[place], logits
     for index in sorted(set(range(len(recipes))) - set(plain)):
         recipe = recipes[index]
         parts = {name: donors[name] for name in recipe.donors}
-        yield index, virtual_splice(recipe, parts, {name: models[name] for name in parts})(input_ids=ids, use_cache=False).logits
+        yield (
+            index,
+            virtual_splice(recipe, parts, {name: models[name] for name in parts})(
+                input_ids=ids, use_cache=False
+            ).logits,
+        )

@@ -63,7 +63,12 @@ def drawn_prompts(texts: Sequence[str], count: int, seed: int) -> list[str]:
 
 
 def sampled(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], vocabulary: frozenset[str], *, context: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str],
+    vocabulary: frozenset[str],
+    *,
+    context: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Sample]:
     """Let a model write behind every prompt.
@@ -83,13 +88,24 @@ def sampled(
     return samples
 
 
-def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, vocabulary: frozenset[str], context: int) -> Sample:
+def _sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    vocabulary: frozenset[str],
+    context: int,
+) -> Sample:
     count, start = min(TOKENS, max(1, context // 2)), start_token(tokenizer)
-    given: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"][-max(1, context - count - 1) :]  # pyright: ignore
+    given: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"][
+        -max(1, context - count - 1) :
+    ]  # pyright: ignore
     given = given if start is None else [start, *given]
     if not given:
         raise fail("prompt", "a text of at least one token", repr(prompt), "give another --prompt")
-    ends = [*_listed(tokenizer.eos_token_id), *_listed(getattr(model.generation_config, "eos_token_id", None))]
+    ends = [
+        *_listed(tokenizer.eos_token_id),
+        *_listed(getattr(model.generation_config, "eos_token_id", None)),
+    ]
     tokens = greedy_tokens(model, given, count, ends)
     text = _decoded(tokenizer, given, tokens)
     words = _written(prompt, text, cut=len(tokens) == count)
@@ -99,11 +115,17 @@ def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
 
 
 @torch.no_grad()
-def greedy_tokens(model: PreTrainedModel, given: Sequence[int], count: int, ends: Sequence[int] = ()) -> list[int]:
+def greedy_tokens(
+    model: PreTrainedModel, given: Sequence[int], count: int, ends: Sequence[int] = ()
+) -> list[int]:
     """The `count` likeliest tokens behind `given`, one after another, up to one of `ends`, which is left out."""
     cache, found, ids = DynamicCache(config=model.config), [], list(given)
     while len(found) < count:
-        logits = model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True).logits
+        logits = model(
+            input_ids=torch.tensor([ids], device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
         token = int(logits[0, -1].argmax())
         if token in ends:
             break
@@ -118,8 +140,14 @@ def _listed(value: Any) -> list[int]:
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, given: list[int], tokens: list[int]) -> str:
     """The text of `tokens` as it goes on behind that of `given`: a token's space is lost where it is decoded alone."""
-    before, whole = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (given, [*given, *tokens]))
-    return whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(tokens, skip_special_tokens=True))
+    before, whole = (
+        str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (given, [*given, *tokens])
+    )
+    return (
+        whole[len(before) :]
+        if whole.startswith(before)
+        else str(tokenizer.decode(tokens, skip_special_tokens=True))
+    )
 
 
 def _written(prompt: str, text: str, *, cut: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """Where a merged model breaks: its stream behind every block beside the donors' streams, and what could be read out there.
 
-The read-out is the logit lens: a model's own final norm and head, applied behind a block as if it were the last one.
+The read-out is the logit lens: a model's own final norm and head, applied behind a block as if it
+were the last one.
 """
 
 from collections import defaultdict
@@ -35,11 +36,17 @@ class Behind(NamedTuple):
     norm_ratio: float
     """Mean length of its hidden states over that of the donor's behind the same block."""
     cosine: dict[str, float]
-    """Mean cosine with the donor's hidden states behind the same block; with another donor's behind the block of that number."""
+    """Mean cosine with the donor's hidden states behind the same block; with another donor's behind
+    the block of that number.
+    """
     kl: dict[str, float]
-    """Mean KL divergence, in nats, of what the logit lens reads here from each donor's own prediction, `KL(donor || here)`."""
+    """Mean KL divergence, in nats, of what the logit lens reads here from each donor's own
+    prediction, `KL(donor || here)`.
+    """
     kl_alone: float
-    """The same of the donor alone, read behind its own block: what the lens costs where nothing was spliced."""
+    """The same of the donor alone, read behind its own block: what the lens costs where nothing was
+    spliced.
+    """
 
 
 def windows_of(texts: Mapping[str, Encoded], context: int) -> list[Tensor]:
@@ -54,13 +61,16 @@ def windows_of(texts: Mapping[str, Encoded], context: int) -> list[Tensor]:
 
 @torch.no_grad()
 def behind_blocks(
-    model: PreTrainedModel, blocks: Sequence[Block], donors: Mapping[str, PreTrainedModel], rows: Sequence[Tensor],
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    donors: Mapping[str, PreTrainedModel],
+    rows: Sequence[Tensor],
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Behind]:
     """Hold a merged model against its donors, block by block.
 
-    Cost: one pass of every model over the windows, and for each block of the merged model two read-outs by a head. Memory:
-    all models, and their hidden states of one window.
+    Cost: one pass of every model over the windows, and for each block of the merged model two
+        read-outs by a head. Memory: all models, and their hidden states of one window.
 
     Args:
         model: the merged model.
@@ -77,14 +87,21 @@ def behind_blocks(
                 total[key] += float(value)
         positions += ids.shape[1] - 1
         progress(1)
-    return [_behind(number, blocks, donors, total, positions) for number, total in enumerate(totals, 1)]
+    return [
+        _behind(number, blocks, donors, total, positions) for number, total in enumerate(totals, 1)
+    ]
 
 
 def _window(
-    model: PreTrainedModel, blocks: Sequence[Block], donors: Mapping[str, PreTrainedModel], ids: Tensor
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    donors: Mapping[str, PreTrainedModel],
+    ids: Tensor,
 ) -> Iterator[dict[str, Tensor]]:
     """Sums over a window's positions, block by block."""
-    shared = min(len(embedding_of(each)) for each in (model, *donors.values()))  # rows beyond are padding, of which some have more
+    shared = min(
+        len(embedding_of(each)) for each in (model, *donors.values())
+    )  # rows beyond are padding, of which some have more
     streams, predicted = {}, {}
     for name, donor in donors.items():
         streams[name], predicted[name] = _passed(donor, ids, shared)
@@ -92,9 +109,15 @@ def _window(
     for here, block in zip(_passed(model, ids, shared)[0][1:], blocks, strict=True):
         own = streams[block.model][block.index + 1]
         if block not in alone:
-            alone[block] = _divergence(predicted[block.model], _read(donors[block.model], ids, own, shared))
+            alone[block] = _divergence(
+                predicted[block.model], _read(donors[block.model], ids, own, shared)
+            )
         read = _read(model, ids, here, shared)
-        values = {"norm": _kept(here).norm(dim=-1).sum(), "own_norm": _kept(own).norm(dim=-1).sum(), "alone": alone[block]}
+        values = {
+            "norm": _kept(here).norm(dim=-1).sum(),
+            "own_norm": _kept(own).norm(dim=-1).sum(),
+            "alone": alone[block],
+        }
         for name, stream in streams.items():
             other = stream[min(block.index + 1, len(stream) - 1)]
             values[f"cosine {name}"] = cosine_similarity(_kept(here), _kept(other), dim=-1).sum()
@@ -127,7 +150,13 @@ def _divergence(truth: Tensor, read: Tensor) -> Tensor:
     return kl_div(read, truth, log_target=True, reduction="sum")
 
 
-def _behind(number: int, blocks: Sequence[Block], donors: Mapping[str, Any], total: Mapping[str, float], positions: int) -> Behind:
+def _behind(
+    number: int,
+    blocks: Sequence[Block],
+    donors: Mapping[str, Any],
+    total: Mapping[str, float],
+    positions: int,
+) -> Behind:
     block = blocks[number - 1]
     return Behind(
         number,

@@ -28,13 +28,25 @@ def model_card(recipe: Recipe, donors: Mapping[str, Checkpoint], config: Mapping
         rows.append(f"| {position}-{position + part.length - 1} | {names} | {' + '.join(ranges)} |")
         position += part.length
     touched = (
-        recipe.dtype or recipe.out_dtype or any(level.parameters for level in (recipe, recipe.stack, *spelled.parts, *spelled.sources))
+        recipe.dtype
+        or recipe.out_dtype
+        or any(
+            level.parameters for level in (recipe, recipe.stack, *spelled.parts, *spelled.sources)
+        )
     )
     plain = recipe.merge_method == "passthrough" and not touched
     weights = "some turned to another basis" if spelled.has_gauges else "their weights unchanged"
-    made = f"by stacking blocks of other models, {weights}" if plain else "from blocks of other models"
-    ends = {"Embedding": spelled.embedding_donors, "Final norm": spelled.final_donors, "Head": spelled.head_donors}
-    ends["Tokenizer"] = ["union of all"] if recipe.vocabulary == "union" else [recipe.tokenizer_donor]
+    made = (
+        f"by stacking blocks of other models, {weights}" if plain else "from blocks of other models"
+    )
+    ends = {
+        "Embedding": spelled.embedding_donors,
+        "Final norm": spelled.final_donors,
+        "Head": spelled.head_donors,
+    }
+    ends["Tokenizer"] = (
+        ["union of all"] if recipe.vocabulary == "union" else [recipe.tokenizer_donor]
+    )
     prints = "\n".join(f"| {name} | `{donor.fingerprint}` |" for name, donor in donors.items())
     return f"""---
 {yaml.safe_dump(front_matter(donors), sort_keys=False).strip()}
@@ -93,7 +105,9 @@ def front_matter(donors: Mapping[str, Checkpoint]) -> dict[str, Any]:
 def _licence(donor: Checkpoint) -> str | None:
     """The licence in the donor's own card, as a single word that the hub knows; nothing is inferred."""
     try:
-        head = re.match(r"---\n(.*?)\n---", (donor.path / "README.md").read_text(encoding="utf-8"), re.S)
+        head = re.match(
+            r"---\n(.*?)\n---", (donor.path / "README.md").read_text(encoding="utf-8"), re.S
+        )
         told = yaml.safe_load(head[1]) if head else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None

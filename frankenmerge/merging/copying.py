@@ -14,7 +14,9 @@ CHUNK = 8 << 20
 PIECE = 64 << 20
 """Bytes that one thread copies in one go."""
 _FICLONERANGE = 0x4020940D
-"""The request of ioctl(2) by which XFS, btrfs and others let two files share blocks; see ioctl_ficlonerange(2)."""
+"""The request of ioctl(2) by which XFS, btrfs and others let two files share blocks; see
+ioctl_ficlonerange(2).
+"""
 
 
 def clonable(files: Iterable[Path], folder: Path) -> frozenset[Path]:
@@ -23,7 +25,12 @@ def clonable(files: Iterable[Path], folder: Path) -> frozenset[Path]:
     for file in files:
         by_device.setdefault(file.stat().st_dev, []).append(file)
     largest = [max(group, key=lambda file: file.stat().st_size) for group in by_device.values()]
-    return frozenset(file for group, first in zip(by_device.values(), largest, strict=True) if _clones(first, folder) for file in group)
+    return frozenset(
+        file
+        for group, first in zip(by_device.values(), largest, strict=True)
+        if _clones(first, folder)
+        for file in group
+    )
 
 
 def _clones(file: Path, folder: Path) -> bool:
@@ -49,10 +56,13 @@ def pieces(whole: Range) -> Iterator[Range]:
         start = stop
 
 
-def copy_range(piece: Range, source: int, target: int, moved: Callable[[int], None], *, cloning: bool) -> None:
+def copy_range(
+    piece: Range, source: int, target: int, moved: Callable[[int], None], *, cloning: bool
+) -> None:
     """Bring a range from the file `source` to the file `target`; `moved` is called with the bytes done since its last call.
 
-    With `cloning` the whole blocks are shared and only the ends copied. Raises OSError when a file does not do its part.
+    With `cloning` the whole blocks are shared and only the ends copied. Raises OSError when a file
+    does not do its part.
     """
     start, position, left = piece.start, piece.position, piece.bytes
     if cloning and (start - position) % BLOCK == 0:
@@ -74,7 +84,15 @@ def _cloned(source: int, target: int, start: int, position: int, count: int) -> 
     return True
 
 
-def _copy(file: Path, source: int, target: int, start: int, position: int, left: int, moved: Callable[[int], None]) -> None:
+def _copy(
+    file: Path,
+    source: int,
+    target: int,
+    start: int,
+    position: int,
+    left: int,
+    moved: Callable[[int], None],
+) -> None:
     while left:
         count = min(left, CHUNK)
         try:
@@ -101,7 +119,8 @@ def write_fully(target: int, content: bytes | memoryview, position: int) -> None
 def flush(target: int, position: int, count: int) -> None:
     """Have the kernel begin to write these bytes to the disk, so that the sync at the end finds little left to do.
 
-    The advice means that the pages are not needed soon: dirty ones are written, and stay in memory while they are.
+    The advice means that the pages are not needed soon: dirty ones are written, and stay in memory
+    while they are.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(target, position, count, os.POSIX_FADV_DONTNEED)

@@ -1,6 +1,7 @@
 """The fits of a merge's gauges: made once by its first process, kept beside the journal for the others and for whoever resumes.
 
-A fit may differ in its last bits with the number of threads, or from one machine to another: all shards of a merge are of one.
+A fit may differ in its last bits with the number of threads, or from one machine to another: all
+shards of a merge are of one.
 """
 
 import time
@@ -25,7 +26,9 @@ FITS = "fits.safetensors"
 _KIND = "frankenmerge.fits/1"
 
 
-def fits_in(folder: Path, recipe: Recipe, donors: Mapping[str, Checkpoint], meter: Meter = unseen) -> "dict[int, Fit]":
+def fits_in(
+    folder: Path, recipe: Recipe, donors: Mapping[str, Checkpoint], meter: Meter = unseen
+) -> "dict[int, Fit]":
     """The fits of a merge that grows in `folder`: those of an earlier run, or new ones, which are kept there."""
     if not recipe.has_gauges:
         return {}
@@ -48,7 +51,10 @@ def awaited_fits(folder: Path, output: Path, recipe: Recipe) -> "dict[int, Fit] 
             if output.is_dir():
                 return None
             raise fail(
-                str(folder), "the first process (RANK 0), which fits the gauges", "none", "start all processes of the merge together"
+                str(folder),
+                "the first process (RANK 0), which fits the gauges",
+                "none",
+                "start all processes of the merge together",
             )
         time.sleep(PAUSE)
     return load_fits(folder / FITS)
@@ -62,7 +68,9 @@ def save_fits(fits: "Mapping[int, Fit]", path: Path) -> None:
         told[str(number)] = {"residual": fit.residual, "scales": [turn.scale for turn in turns]}
         for place, turn in enumerate(turns):
             arrays[f"{number}.{place}.matrix"] = turn.matrix.numpy()
-            arrays |= {} if turn.writing is None else {f"{number}.{place}.writing": turn.writing.numpy()}
+            arrays |= (
+                {} if turn.writing is None else {f"{number}.{place}.writing": turn.writing.numpy()}
+            )
     write_arrays(path, _KIND, arrays, told)
 
 
@@ -74,11 +82,19 @@ def load_fits(path: Path) -> "dict[int, Fit]":
     try:
         fits = {}
         for number, fit in told.items():
-            turns = [_turn(arrays, f"{number}.{place}", scale) for place, scale in enumerate(fit["scales"])]
+            turns = [
+                _turn(arrays, f"{number}.{place}", scale)
+                for place, scale in enumerate(fit["scales"])
+            ]
             fits[int(number)] = Fit(turns[0], fit["residual"], tuple(turns[1:]))
         return fits
     except (KeyError, ValueError, TypeError) as error:
-        raise fail(str(path), "the fits of a merge with all their parts", f"{error} missing or broken", "remove the file") from error
+        raise fail(
+            str(path),
+            "the fits of a merge with all their parts",
+            f"{error} missing or broken",
+            "remove the file",
+        ) from error
 
 
 def _turn(arrays: "Mapping[str, np.ndarray]", name: str, scale: float) -> "Turn":
@@ -87,4 +103,8 @@ def _turn(arrays: "Mapping[str, np.ndarray]", name: str, scale: float) -> "Turn"
     from frankenmerge.splicing.rotation import Turn
 
     writing = arrays.get(f"{name}.writing")
-    return Turn(torch.from_numpy(arrays[f"{name}.matrix"]), scale, None if writing is None else torch.from_numpy(writing))
+    return Turn(
+        torch.from_numpy(arrays[f"{name}.matrix"]),
+        scale,
+        None if writing is None else torch.from_numpy(writing),
+    )

@@ -1,7 +1,8 @@
 """The folder beside the output in which it grows: held by one merge, and able to be gone on with after a kill.
 
-It holds `journal.json`, which says what the merge is made of, files `SHARD.writing`, and in `checkpoint/` what is finished:
-a shard is synced before it is moved there, so that being there means being whole. `checkpoint/` becomes the output.
+It holds `journal.json`, which says what the merge is made of, files `SHARD.writing`, and in
+`checkpoint/` what is finished: a shard is synced before it is moved there, so that being there
+means being whole. `checkpoint/` becomes the output.
 """
 
 import errno
@@ -39,8 +40,9 @@ def work_folder(output: Path) -> Path:
 def workplace(output: Path, *, resume: bool) -> Iterator[Path]:
     """Hold the work folder of `output` for this merge alone.
 
-    When the merge fails the folder goes, unless `resume` says to keep what is finished. Raises FrankenmergeError where
-    another merge holds it or has finished, or an unfinished one lies there that was not to be resumed.
+    When the merge fails the folder goes, unless `resume` says to keep what is finished. Raises
+    FrankenmergeError where another merge holds it or has finished, or an unfinished one lies there
+    that was not to be resumed.
     """
     made = [parent for parent in output.absolute().parents if not parent.exists()]
     folder = work_folder(output)
@@ -51,7 +53,10 @@ def workplace(output: Path, *, resume: bool) -> Iterator[Path]:
             if output.is_dir() and any(output.iterdir()):
                 with suppress(OSError):  # an earlier merge has left something in it
                     folder.rmdir()
-                found, remedy = "one that has finished meanwhile", "choose another output, or move that one away"
+                found, remedy = (
+                    "one that has finished meanwhile",
+                    "choose another output, or move that one away",
+                )
                 raise fail(str(output), "no other merge into this output", found, remedy)
             (folder / GROWING).mkdir(exist_ok=True)
             yield folder
@@ -91,7 +96,12 @@ def _occupied(folder: Path, resume: bool) -> int:
                 raise
             os.close(handle)
         time.sleep(PAUSE)
-    raise fail(str(folder), "no other merge into this output", "one that is running", "wait for it, or choose another output")
+    raise fail(
+        str(folder),
+        "no other merge into this output",
+        "one that is running",
+        "wait for it, or choose another output",
+    )
 
 
 def _locked(handle: int) -> bool:
@@ -100,7 +110,8 @@ def _locked(handle: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        # Network file systems that lock no folders; that the folder is there still stops a second merge.
+        # Network file systems that lock no folders; that the folder is there still stops a second
+        # merge.
         if error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOTSUP):
             raise
     return True
@@ -126,15 +137,20 @@ def _read(folder: Path) -> dict:
 def begin(folder: Path, inputs: Mapping[str, str], shards: Sequence[Shard]) -> None:
     """Write the journal, or hold the one that is there against this merge.
 
-    `inputs` names everything that the bytes depend on, each with a hash. Raises FrankenmergeError where a merge of other
-    inputs was left unfinished.
+    `inputs` names everything that the bytes depend on, each with a hash. Raises FrankenmergeError
+    where a merge of other inputs was left unfinished.
     """
     journal = _read(folder)
     if not journal:
         # Without its journal nobody can say what the finished shards are made of.
         shutil.rmtree(folder / GROWING)
         (folder / GROWING).mkdir()
-        write_synced(folder / JOURNAL, json.dumps({"inputs": dict(inputs), "shards": [shard.name for shard in shards]}).encode())
+        write_synced(
+            folder / JOURNAL,
+            json.dumps(
+                {"inputs": dict(inputs), "shards": [shard.name for shard in shards]}
+            ).encode(),
+        )
         return
     _agree(folder, journal, inputs)
 
@@ -143,7 +159,9 @@ def _agree(folder: Path, journal: dict, inputs: Mapping[str, str]) -> None:
     before = journal.get("inputs", {})
     if other := [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]:
         raise fail(
-            str(folder), "an unfinished merge of the same inputs", f"another {', another '.join(other)}",
+            str(folder),
+            "an unfinished merge of the same inputs",
+            f"another {', another '.join(other)}",
             f"merge as before to resume, or remove {folder} to begin anew",
         )
 
@@ -161,7 +179,12 @@ def joined(output: Path, inputs: Mapping[str, str]) -> Path | None:
         if output.exists() and any(output.iterdir()):
             return None
         time.sleep(PAUSE)
-    raise fail(str(folder), "the work folder of the first process (RANK 0)", "none", "start all processes of the merge together")
+    raise fail(
+        str(folder),
+        "the work folder of the first process (RANK 0)",
+        "none",
+        "start all processes of the merge together",
+    )
 
 
 def is_held(folder: Path) -> bool:
@@ -185,13 +208,19 @@ def is_finished(folder: Path, shard: Shard) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes
 
 
-def write_shards(folder: Path, shards: Sequence[Shard], fill: Callable[[Shard, int], None], share: Share) -> Iterator[Shard]:
+def write_shards(
+    folder: Path, shards: Sequence[Shard], fill: Callable[[Shard, int], None], share: Share
+) -> Iterator[Shard]:
     """Have every shard written, and yield each that is finished once.
 
-    `fill` writes a shard to a file that has its size. Processes share the shards by locking them, each beginning with
-    its own; those of a process that ends are taken over, and the first process stays until all are there.
+    `fill` writes a shard to a file that has its size. Processes share the shards by locking them,
+    each beginning with its own; those of a process that ends are taken over, and the first process
+    stays until all are there.
     """
-    missing = sorted(shards, key=lambda shard: ((shards.index(shard) - share.rank) % share.count, shards.index(shard)))
+    missing = sorted(
+        shards,
+        key=lambda shard: ((shards.index(shard) - share.rank) % share.count, shards.index(shard)),
+    )
     while missing:
         for shard in list(missing):
             if is_finished(folder, shard) or _written(folder, shard, fill):
@@ -212,7 +241,9 @@ def _written(folder: Path, shard: Shard, fill: Callable[[Shard, int], None]) -> 
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        if not is_finished(folder, shard):  # nor did another process finish it before the lock was had
+        if not is_finished(
+            folder, shard
+        ):  # nor did another process finish it before the lock was had
             os.truncate(handle, 0)
             os.truncate(handle, shard.bytes)
             fill(shard, handle)

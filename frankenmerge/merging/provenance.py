@@ -27,15 +27,19 @@ def provenance(
 ) -> dict[str, Any]:
     """Return what `frankenmerge.json` holds.
 
-    A shard is told by its size and the hash of its header, which cost nothing; `checksums`, hashes of whole shards by name,
-    cost a read of every byte and are there when they were asked for. `files` are the small files beside them.
+    A shard is told by its size and the hash of its header, which cost nothing; `checksums`, hashes
+    of whole shards by name, cost a read of every byte and are there when they were asked for.
+    `files` are the small files beside them.
     """
     operations = [operation for shard in plan.shards for operation in shard.operations]
     versions = {"python": platform.python_version()}
     if plan.arithmetics:
         from importlib.metadata import version
 
-        versions |= {name: version(name) for name in ("numpy", *(("torch",) if "torch" in plan.arithmetics else ()))}
+        versions |= {
+            name: version(name)
+            for name in ("numpy", *(("torch",) if "torch" in plan.arithmetics else ()))
+        }
     gauges = {str(number): _gauge(fit) for number, fit in fits.items()}
     texts = texts_of(recipe)
     return {
@@ -46,7 +50,10 @@ def provenance(
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "donors": {name: {"fingerprint": donor.fingerprint} for name, donor in donors.items()},
         "shards": {
-            shard.name: {"bytes": shard.bytes, "header_sha256": hashlib.sha256(shard.header).hexdigest()}
+            shard.name: {
+                "bytes": shard.bytes,
+                "header_sha256": hashlib.sha256(shard.header).hexdigest(),
+            }
             | ({"sha256": checksums[shard.name]} if shard.name in checksums else {})
             for shard in plan.shards
         },
@@ -59,12 +66,19 @@ def provenance(
 def texts_of(recipe: Recipe) -> dict[str, str]:
     """The texts that a recipe's gauges are fitted to, each with its hash."""
     gauges = (part.gauge for part in recipe.stack.slices or [])
-    return {gauge.fit: file_hash(Path(gauge.fit)) for gauge in gauges if gauge and gauge.fit != "probes"}
+    return {
+        gauge.fit: file_hash(Path(gauge.fit)) for gauge in gauges if gauge and gauge.fit != "probes"
+    }
 
 
 def _gauge(fit: "Fit") -> dict[str, Any]:
     refined = {"refined": [turn.hash for turn in fit.refined]} if fit.refined else {}
-    return {"rotation": fit.turn.hash, "scale": fit.turn.scale, "held_out_r2": 1 - fit.residual, **refined}
+    return {
+        "rotation": fit.turn.hash,
+        "scale": fit.turn.scale,
+        "held_out_r2": 1 - fit.residual,
+        **refined,
+    }
 
 
 def origin(operation: Operation) -> dict[str, Any]:
@@ -74,7 +88,13 @@ def origin(operation: Operation) -> dict[str, Any]:
     if isinstance(operation, Rotate):
         gain = {"gain": operation.gain.source} if operation.gain else {}
         place = {"slice": operation.part, "place": operation.place}
-        return {"donor": operation.given.donor, "tensor": operation.given.source, "method": "rotate", **place, **gain}
+        return {
+            "donor": operation.given.donor,
+            "tensor": operation.given.source,
+            "method": "rotate",
+            **place,
+            **gain,
+        }
     return {
         "method": operation.method,
         "parameters": operation.parameters,
@@ -96,7 +116,9 @@ def plan_hash(shards: Sequence[Shard]) -> str:
         digest.update(f"{shard.name} {len(shard.header)} ".encode() + shard.header)
         for operation in shard.operations:
             digest.update(f"{operation.name} {origin(operation)}\n".encode())
-            for part in [*operation.inputs, operation.base] if isinstance(operation, Combine) else []:
+            for part in (
+                [*operation.inputs, operation.base] if isinstance(operation, Combine) else []
+            ):
                 if part and part.rows:
                     digest.update(part.rows.origin.tobytes() + part.rows.row.tobytes())
     return digest.hexdigest()

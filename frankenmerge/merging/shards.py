@@ -34,7 +34,8 @@ class Shard(NamedTuple):
     """The eight bytes of its length included."""
     operations: tuple[Operation, ...]
     cloned: bool = False
-    """Whether every tensor lies as its donor's does within a block, so that blocks can be cloned."""
+    """Whether every tensor lies as its donor's does within a block, so that blocks can be cloned.
+    """
 
     @property
     def tensor_bytes(self) -> int:
@@ -84,7 +85,10 @@ def readings(operation: Operation) -> list[Reading]:
         if part.rows is None:
             found.append(Reading(part.donor, part.source, part.tensor))
         else:
-            found += [Reading(donor, part.source, tensor) for donor, tensor in zip(part.rows.donors, part.rows.tensors, strict=True)]
+            found += [
+                Reading(donor, part.source, tensor)
+                for donor, tensor in zip(part.rows.donors, part.rows.tensors, strict=True)
+            ]
     return found
 
 
@@ -94,44 +98,81 @@ def operation_faults(operations: Sequence[Operation], files: Collection[Path]) -
     needed: dict[Path, int] = {}
     for operation in operations:
         if operation.name in names:
-            yield Fault(operation.name, "each tensor of the result once", "twice", "remove what makes it a second time")
+            yield Fault(
+                operation.name,
+                "each tensor of the result once",
+                "twice",
+                "remove what makes it a second time",
+            )
         names.add(operation.name)
         if not isinstance(operation, Copy):
             yield from _computed_faults(operation)
         for donor, source, tensor in readings(operation):
             if tensor.bytes != BYTES_OF[tensor.dtype] * math.prod(tensor.shape):
                 expected = f"bytes for the shape {list(tensor.shape)} of {tensor.dtype}"
-                yield Fault(f"{donor}: {source}", expected, f"{tensor.bytes:,}", "restore the donor")
+                yield Fault(
+                    f"{donor}: {source}", expected, f"{tensor.bytes:,}", "restore the donor"
+                )
             needed[tensor.file] = max(tensor.stop, needed.get(tensor.file, 0))
     for file, stop in ((file, stop) for file, stop in needed.items() if file in files):
         size = file.stat().st_size if file.exists() else 0
         if size < stop:
-            yield Fault(str(file), f"{stop:,} bytes or more, as its header said", f"{size:,}", "restore the donor")
+            yield Fault(
+                str(file),
+                f"{stop:,} bytes or more, as its header said",
+                f"{size:,}",
+                "restore the donor",
+            )
 
 
 def _computed_faults(operation: Combine | Rotate) -> Iterator[Fault]:
     if operation.dtype not in DTYPE_NAMES:
-        yield Fault(operation.name, f"one of the types {', '.join(DTYPE_NAMES)}", operation.dtype, "choose another dtype")
+        yield Fault(
+            operation.name,
+            f"one of the types {', '.join(DTYPE_NAMES)}",
+            operation.dtype,
+            "choose another dtype",
+        )
     for donor, source, tensor in readings(operation):
         if tensor.dtype not in DTYPE_NAMES:
-            yield Fault(f"{donor}: {source}", f"one of the types {', '.join(DTYPE_NAMES)}", tensor.dtype, "use an unquantised donor")
+            yield Fault(
+                f"{donor}: {source}",
+                f"one of the types {', '.join(DTYPE_NAMES)}",
+                tensor.dtype,
+                "use an unquantised donor",
+            )
     for part in operation.read if isinstance(operation, Combine) else ():
-        shape = part.tensor.shape if part.rows is None else (len(part.rows.row), *part.tensor.shape[1:])
+        shape = (
+            part.tensor.shape if part.rows is None else (len(part.rows.row), *part.tensor.shape[1:])
+        )
         if shape != operation.shape:
             expected = f"the shape {list(operation.shape)} of {operation.name}"
-            yield Fault(f"{part.donor}: {part.source}", expected, str(list(shape)), "merge donors of one shape")
+            yield Fault(
+                f"{part.donor}: {part.source}",
+                expected,
+                str(list(shape)),
+                "merge donors of one shape",
+            )
 
 
-def plan_shards(operations: Sequence[Operation], limit: int, clonable: Collection[Path] = frozenset()) -> list[Shard]:
+def plan_shards(
+    operations: Sequence[Operation], limit: int, clonable: Collection[Path] = frozenset()
+) -> list[Shard]:
     """Share the operations out to files of at most `limit` bytes of tensors (one tensor may exceed it).
 
-    Without `clonable` files the tensors stay in their order. From `clonable` files blocks can be cloned where the tensor
-    begins at the same byte of a block here as there: those tensors are chained into shards in which they do, and the
-    others follow in shards of their own.
+    Without `clonable` files the tensors stay in their order. From `clonable` files blocks can be
+    cloned where the tensor begins at the same byte of a block here as there: those tensors are
+    chained into shards in which they do, and the others follow in shards of their own.
     """
     chains, rest = _chained(operations, limit, clonable)
-    groups = [(group, group[0].tensor.start % BLOCK) for group in chains] + [(group, None) for group in _in_order(rest, limit)]
-    names = [SINGLE_NAME] if len(groups) == 1 else [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+    groups = [(group, group[0].tensor.start % BLOCK) for group in chains] + [
+        (group, None) for group in _in_order(rest, limit)
+    ]
+    names = (
+        [SINGLE_NAME]
+        if len(groups) == 1
+        else [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+    )
     return [
         Shard(name, _header(group, residue), tuple(group), residue is not None)
         for name, (group, residue) in zip(names, groups, strict=True)
@@ -150,11 +191,14 @@ def _in_order(operations: Sequence[Operation], limit: int) -> list[list[Operatio
     return groups
 
 
-def _chained(operations: Sequence[Operation], limit: int, clonable: Collection[Path]) -> tuple[list[list[Copy]], list[Operation]]:
+def _chained(
+    operations: Sequence[Operation], limit: int, clonable: Collection[Path]
+) -> tuple[list[list[Copy]], list[Operation]]:
     """Chains of copies, and the operations that are in none.
 
-    A tensor may follow another where the one's bytes end at the same byte of a block as the other's begin. Sizes are mostly
-    whole blocks, so that there is about one chain for every `start % BLOCK` that occurs.
+    A tensor may follow another where the one's bytes end at the same byte of a block as the other's
+    begin. Sizes are mostly whole blocks, so that there is about one chain for every `start % BLOCK`
+    that occurs.
     """
     chains: list[list[Copy]] = []
     ending: dict[int, list[int]] = defaultdict(list)
@@ -166,7 +210,9 @@ def _chained(operations: Sequence[Operation], limit: int, clonable: Collection[P
             rest.append(operation)
             continue
         candidates, size = ending[operation.tensor.start % BLOCK], operation.tensor.bytes
-        number = next((number for number in reversed(candidates) if filled[number] + size <= limit), None)
+        number = next(
+            (number for number in reversed(candidates) if filled[number] + size <= limit), None
+        )
         if number is not None:
             candidates.remove(number)
         elif size >= WORTH_CLONING:
@@ -188,7 +234,11 @@ def _header(operations: Sequence[Operation], residue: int | None) -> bytes:
     position = 0
     for operation in operations:
         stop = position + operation.bytes
-        entries[operation.name] = {"dtype": operation.dtype, "shape": operation.shape, "data_offsets": [position, stop]}
+        entries[operation.name] = {
+            "dtype": operation.dtype,
+            "shape": operation.shape,
+            "data_offsets": [position, stop],
+        }
         position = stop
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8 if residue is None else (residue - 8 - len(text)) % BLOCK)
@@ -202,7 +252,11 @@ def ranges_of(shard: Shard) -> Iterator[Range]:
         if not isinstance(operation, Copy):
             continue
         file, start, size = operation.tensor.file, operation.tensor.start, operation.tensor.bytes
-        if last and (file, start, position) == (last.file, last.start + last.bytes, last.position + last.bytes):
+        if last and (file, start, position) == (
+            last.file,
+            last.start + last.bytes,
+            last.position + last.bytes,
+        ):
             last = last._replace(bytes=last.bytes + size)
             continue
         if last:

@@ -35,20 +35,28 @@ class Verified(NamedTuple):
 
 
 def verify(
-    folder: Path, *, download: bool = False, allow_pickle: bool = False, progress: Callable[[int], None] = lambda _: None
+    folder: Path,
+    *,
+    download: bool = False,
+    allow_pickle: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Verified:
     """Hold the checkpoint in `folder` against its `frankenmerge.json`.
 
-    Files, sizes, headers and names always; what every tensor is said to be made of where all donors are at hand, unchanged, and the
-    bytes of copied tensors where their own donors are; whole shards where they have checksums. `progress` is called with bytes
-    compared. Raises FrankenmergeError with all that differs.
+    Files, sizes, headers and names always; what every tensor is said to be made of where all donors
+    are at hand, unchanged, and the bytes of copied tensors where their own donors are; whole shards
+    where they have checksums. `progress` is called with bytes compared. Raises FrankenmergeError
+    with all that differs.
     """
     path = folder / PROVENANCE
     told = read_json(path, "the provenance that a merge writes")
     try:
         checkpoint = open_checkpoint(str(folder))
         raise_all([*_file_faults(folder, told), *_name_faults(checkpoint, told)])
-        opened = {name: _donor(name, given["fingerprint"], download, allow_pickle) for name, given in told["donors"].items()}
+        opened = {
+            name: _donor(name, given["fingerprint"], download, allow_pickle)
+            for name, given in told["donors"].items()
+        }
         at_hand = {name: donor for name, donor in opened.items() if donor}
         if at_hand.keys() == opened.keys():
             raise_all(_origin_faults(folder, told, at_hand))
@@ -59,22 +67,38 @@ def verify(
         ]
         hashed = sum("sha256" in shard for shard in told["shards"].values())
     except (KeyError, TypeError, AttributeError) as error:
-        raise fail(str(path), "the provenance that this version's merge writes", f"something else: {error!r}", _REMEDY) from error
+        raise fail(
+            str(path),
+            "the provenance that this version's merge writes",
+            f"something else: {error!r}",
+            _REMEDY,
+        ) from error
     with ThreadPoolExecutor(2) as pool:
         differences = [pool.submit(_difference, *pair, progress) for pair in pairs]
     raise_all(filter(None, (difference.result() for difference in differences)))
     absent = [name for name in told["donors"] if name not in at_hand]
-    return Verified(folder, len(told["shards"]), len(checkpoint.tensors), hashed, len(pairs), absent)
+    return Verified(
+        folder, len(told["shards"]), len(checkpoint.tensors), hashed, len(pairs), absent
+    )
 
 
 def _file_faults(folder: Path, told: dict[str, Any]) -> Iterator[Fault]:
     for name, expected in told["files"].items():
         if not (folder / name).is_file() or file_hash(folder / name) != expected:
-            yield Fault(str(folder / name), "the file that the merge wrote", "another one, or none", _REMEDY)
+            yield Fault(
+                str(folder / name), "the file that the merge wrote", "another one, or none", _REMEDY
+            )
     for file in sorted(folder.iterdir()):
         # The card is there to be written on, and hidden files are no part of a model.
-        if not file.name.startswith(".") and file.name not in {*told["shards"], *told["files"], PROVENANCE, "README.md"}:
-            yield Fault(str(file), "only files of the merge", "one that it did not write", "remove it")
+        if not file.name.startswith(".") and file.name not in {
+            *told["shards"],
+            *told["files"],
+            PROVENANCE,
+            "README.md",
+        }:
+            yield Fault(
+                str(file), "only files of the merge", "one that it did not write", "remove it"
+            )
     for name, shard in told["shards"].items():
         file = folder / name
         if not file.is_file():
@@ -94,16 +118,30 @@ def _file_faults(folder: Path, told: dict[str, Any]) -> Iterator[Fault]:
 def _name_faults(checkpoint: Checkpoint, told: dict[str, Any]) -> Iterator[Fault]:
     for name in sorted(checkpoint.tensors.keys() ^ told["tensors"].keys()):
         there = name in checkpoint.tensors
-        yield Fault(f"{checkpoint.path}: {name}", "the tensors of the provenance", "one more" if there else "not there", _REMEDY)
+        yield Fault(
+            f"{checkpoint.path}: {name}",
+            "the tensors of the provenance",
+            "one more" if there else "not there",
+            _REMEDY,
+        )
 
 
-def _origin_faults(folder: Path, told: dict[str, Any], donors: dict[str, Checkpoint]) -> Iterator[Fault]:
+def _origin_faults(
+    folder: Path, told: dict[str, Any], donors: dict[str, Checkpoint]
+) -> Iterator[Fault]:
     """Hold what the provenance says of every tensor against what the recipe makes of the donors."""
-    recipe = parse_recipe((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
+    recipe = parse_recipe(
+        (folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml")
+    )
     made = {operation.name: origin(operation) for operation in schedule(recipe, donors)}
     for name, expected in json.loads(json.dumps(made)).items():
         if (found := told["tensors"].get(name)) != expected:
-            yield Fault(f"{folder / PROVENANCE}: {name}", f"{expected}, as recipe.yaml has it"[:400], str(found)[:400], _REMEDY)
+            yield Fault(
+                f"{folder / PROVENANCE}: {name}",
+                f"{expected}, as recipe.yaml has it"[:400],
+                str(found)[:400],
+                _REMEDY,
+            )
 
 
 def _donor(name: str, fingerprint: str, download: bool, allow_pickle: bool) -> Checkpoint | None:
@@ -114,15 +152,26 @@ def _donor(name: str, fingerprint: str, download: bool, allow_pickle: bool) -> C
         return None
 
 
-def _difference(name: str, ours: Tensor, donor: Checkpoint, source: str, progress: Callable[[int], None]) -> Fault | None:
+def _difference(
+    name: str, ours: Tensor, donor: Checkpoint, source: str, progress: Callable[[int], None]
+) -> Fault | None:
     theirs = donor.tensors.get(source)
     if theirs is None or (theirs.dtype, theirs.shape) != (ours.dtype, ours.shape):
-        return Fault(f"{ours.file}: {name}", f"the type and shape of {donor.name}: {source}", f"{ours.dtype} {list(ours.shape)}", _REMEDY)
+        return Fault(
+            f"{ours.file}: {name}",
+            f"the type and shape of {donor.name}: {source}",
+            f"{ours.dtype} {list(ours.shape)}",
+            _REMEDY,
+        )
     with ours.file.open("rb", buffering=0) as here, theirs.file.open("rb", buffering=0) as there:
         for start in range(0, ours.bytes, CHUNK):
             stop = min(start + CHUNK, ours.bytes)
-            if read_fully(here.fileno(), ours, start, stop) != read_fully(there.fileno(), theirs, start, stop):
+            if read_fully(here.fileno(), ours, start, stop) != read_fully(
+                there.fileno(), theirs, start, stop
+            ):
                 found = f"others, between bytes {start:,} and {stop:,} of the tensor"
-                return Fault(f"{ours.file}: {name}", f"the bytes of {donor.name}: {source}", found, _REMEDY)
+                return Fault(
+                    f"{ours.file}: {name}", f"the bytes of {donor.name}: {source}", found, _REMEDY
+                )
             progress(stop - start)
     return None

@@ -1,8 +1,9 @@
 """A narrow donor in the shape of a wider one, computing what it did: zeros wherever the wider one has more.
 
-A head of zeros attends to all alike and sees nothing, a neuron of zeros adds nothing, and so the directions of the stream
-that the narrow donor lacks stay zero. A norm alone notices: it divides by the root of the mean square over all `D` directions
-instead of the donor's `d`, which gains times `sqrt(d / D)` and a small constant times `d / D` make good.
+A head of zeros attends to all alike and sees nothing, a neuron of zeros adds nothing, and so the
+directions of the stream that the narrow donor lacks stay zero. A norm alone notices: it divides by
+the root of the mean square over all `D` directions instead of the donor's `d`, which gains times
+`sqrt(d / D)` and a small constant times `d / D` make good.
 """
 
 import json
@@ -42,7 +43,9 @@ def widened_config(narrow: Checkpoint, wide: Checkpoint) -> dict[str, Any]:
     """The narrow donor's config with the wide one's sizes, and the small constant of its norms made good."""
     sizes = {getattr(narrow.architecture.keys, size): quantity(wide.config, size) for size in SIZES}
     heads = {"head_dim": wide.config["head_dim"]} if "head_dim" in wide.config else {}
-    return narrow.config | sizes | heads | {"rms_norm_eps": _constant(narrow) * _share(narrow, wide)}
+    return (
+        narrow.config | sizes | heads | {"rms_norm_eps": _constant(narrow) * _share(narrow, wide)}
+    )
 
 
 def _constant(donor: Checkpoint) -> Any:
@@ -58,11 +61,21 @@ def widening_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
     """Everything that keeps `narrow` from being written in the shape of `wide`, so that their blocks can stand in one model."""
     families = [donor.config["model_type"] for donor in (narrow, wide)]
     if families[0] != families[1]:
-        yield Fault(narrow.name, f"a donor of the family {families[1]}, as {wide.name} is", families[0], "use donors of one family")
+        yield Fault(
+            narrow.name,
+            f"a donor of the family {families[1]}, as {wide.name} is",
+            families[0],
+            "use donors of one family",
+        )
         return
     if reason := _inexact(narrow.architecture):
         remedy = "splice it with donors of its own width"
-        yield Fault(narrow.name, "a family in which zeros change nothing", f"{families[0]}, with {reason}", remedy)
+        yield Fault(
+            narrow.name,
+            "a family in which zeros change nothing",
+            f"{families[0]}, with {reason}",
+            remedy,
+        )
         return
     if wrong := [*_size_faults(narrow, wide)]:
         yield from wrong
@@ -71,39 +84,72 @@ def widening_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
         yield Fault(f"{narrow.name}: rms_norm_eps", "a number", repr(constant), "mend config.json")
         return
     for reason in differences(widened_config(narrow, wide), wide.config)[0]:
-        yield Fault(narrow.name, f"blocks that one config can describe with those of {wide.name}", reason, "use other donors")
+        yield Fault(
+            narrow.name,
+            f"blocks that one config can describe with those of {wide.name}",
+            reason,
+            "use other donors",
+        )
     own, others = _block_shapes(narrow), _block_shapes(wide)
     for name in sorted(set(own) | set(others)):
         a, b = own.get(name), others.get(name)
         if a is None or b is None or len(a) != len(b) or any(map(gt, a, b)):
             expected, found = (f"shape {list(shape)}" if shape else "none" for shape in (b, a))
-            yield Fault(f"{narrow.name}: {name}", f"{expected} or less, as in {wide.name}", found, "use other donors")
+            yield Fault(
+                f"{narrow.name}: {name}",
+                f"{expected} or less, as in {wide.name}",
+                found,
+                "use other donors",
+            )
     for dtype in sorted(set(narrow.dtypes) - set(DTYPE_NAMES)):
         yield Fault(narrow.name, "tensors of floating types", dtype, "use an unquantised donor")
 
 
 def _size_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
     """What of the sizes in config.json forbids it."""
-    sizes = {size: (quantity(narrow.config, size) or 0, quantity(wide.config, size) or 0) for size in SIZES}
+    sizes = {
+        size: (quantity(narrow.config, size) or 0, quantity(wide.config, size) or 0)
+        for size in SIZES
+    }
     for size, (own, other) in sizes.items():
         place = f"{narrow.name}: {getattr(narrow.architecture.keys, size)}"
         if not (type(own) is int and type(other) is int and own > 0 and other > 0):
-            yield Fault(place, f"positive whole numbers, here and in {wide.name}", f"{own!r} and {other!r}", "mend config.json")
+            yield Fault(
+                place,
+                f"positive whole numbers, here and in {wide.name}",
+                f"{own!r} and {other!r}",
+                "mend config.json",
+            )
             return
         if own > other:
-            yield Fault(place, f"{other} or less, as {wide.name} has", str(own), "widen the other donor, or one smaller in every size")
-    widths, ratios = (head_width(narrow.config), head_width(wide.config)), [sizes["heads"][at] / sizes["kv_heads"][at] for at in (0, 1)]
+            yield Fault(
+                place,
+                f"{other} or less, as {wide.name} has",
+                str(own),
+                "widen the other donor, or one smaller in every size",
+            )
+    widths, ratios = (
+        (head_width(narrow.config), head_width(wide.config)),
+        [sizes["heads"][at] / sizes["kv_heads"][at] for at in (0, 1)],
+    )
     if widths[0] != widths[1]:
         remedy = "use donors whose heads are alike: rotary positions turn heads of other widths by other angles"
-        yield Fault(f"{narrow.name}: head_dim", f"{widths[1]}, as {wide.name} has", str(widths[0]), remedy)
+        yield Fault(
+            f"{narrow.name}: head_dim", f"{widths[1]}, as {wide.name} has", str(widths[0]), remedy
+        )
     if ratios[0] != ratios[1]:
         expected = f"{ratios[1]:g} query heads for each key head, as {wide.name} has"
-        yield Fault(narrow.name, expected, f"{ratios[0]:g}", "use donors that share out their heads alike")
+        yield Fault(
+            narrow.name, expected, f"{ratios[0]:g}", "use donors that share out their heads alike"
+        )
 
 
 def _block_shapes(donor: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Of the first block, which is like all others in the families that can be widened."""
-    return {canonical: donor.tensors[name].shape for canonical, name in donor.by_role["block", 0].items()}
+    return {
+        canonical: donor.tensors[name].shape
+        for canonical, name in donor.by_role["block", 0].items()
+    }
 
 
 def _inexact(architecture: Architecture) -> str | None:
@@ -117,7 +163,9 @@ def _inexact(architecture: Architecture) -> str | None:
         return "norms behind its maps"
     if stream.inside:
         return "norms of single heads, which share the small constant of those that have to be made good"
-    if architecture.fused or any("experts" in name for maps in stream.norms.values() for name in maps):
+    if architecture.fused or any(
+        "experts" in name for maps in stream.norms.values() for name in maps
+    ):
         return "several maps in one tensor, or experts"
     return None
 
@@ -125,18 +173,21 @@ def _inexact(architecture: Architecture) -> str | None:
 def widen(narrow: Checkpoint, wide: Checkpoint, output: Path) -> Path:
     """Write `narrow` in the shape of `wide` to the new folder `output`, complete or not at all.
 
-    It keeps its depth, vocabulary, tokenizer, types and files of weights, of which one at a time is held in memory; all tensors
-    but the gains of its norms are padded as they are. In float32 it gives the same logits; in narrower types its gains are rounded.
+    It keeps its depth, vocabulary, tokenizer, types and files of weights, of which one at a time is
+    held in memory; all tensors but the gains of its norms are padded as they are. In float32 it
+    gives the same logits; in narrower types its gains are rounded.
 
     Raises:
-        FrankenmergeError: naming everything that keeps it from being exact or from fitting `wide`, and for an output that
-            exists, lies in a donor or has no room.
+        FrankenmergeError: naming everything that keeps it from being exact or from fitting `wide`,
+            and for an output that exists, lies in a donor or has no room.
     """
     from safetensors.torch import save_file
 
     raise_all(widening_faults(narrow, wide))
     shapes = _shapes(narrow, wide)
-    size = sum(BYTES_OF[narrow.tensors[name].dtype] * math.prod(shape) for name, shape in shapes.items())
+    size = sum(
+        BYTES_OF[narrow.tensors[name].dtype] * math.prod(shape) for name, shape in shapes.items()
+    )
     check_output(output, {donor.name: donor for donor in (narrow, wide)}, size)
     files: dict[Path, list[str]] = defaultdict(list)
     for name in shapes:
@@ -149,9 +200,16 @@ def widen(narrow: Checkpoint, wide: Checkpoint, output: Path) -> Path:
         _write_json(beside / "config.json", widened_config(narrow, wide))
         if len(files) > 1:
             weight_map = {name: file.name for file, names in files.items() for name in names}
-            _write_json(beside / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
+            _write_json(
+                beside / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map}
+            )
         for file, names in files.items():
-            made = _widened_file(file, {name: shapes[name] for name in names}, narrow, math.sqrt(_share(narrow, wide)))
+            made = _widened_file(
+                file,
+                {name: shapes[name] for name in names},
+                narrow,
+                math.sqrt(_share(narrow, wide)),
+            )
             save_file(made, beside / file.name, {"format": "pt"})
     return output
 
@@ -161,11 +219,15 @@ def _shapes(narrow: Checkpoint, wide: Checkpoint) -> dict[str, tuple[int, ...]]:
     width, blocks, shapes = wide.config[wide.architecture.keys.width], _block_shapes(wide), {}
     for (role, _), names in narrow.by_role.items():
         for canonical, name in names.items() if role != "ignored" else ():
-            shapes[name] = blocks[canonical] if role == "block" else (*narrow.tensors[name].shape[:-1], width)
+            shapes[name] = (
+                blocks[canonical] if role == "block" else (*narrow.tensors[name].shape[:-1], width)
+            )
     return shapes
 
 
-def _widened_file(file: Path, shapes: dict[str, tuple[int, ...]], narrow: Checkpoint, factor: float) -> "dict[str, Tensor]":
+def _widened_file(
+    file: Path, shapes: dict[str, tuple[int, ...]], narrow: Checkpoint, factor: float
+) -> "dict[str, Tensor]":
     from safetensors import safe_open
 
     made = {}

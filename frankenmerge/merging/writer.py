@@ -1,7 +1,7 @@
 """Write a checkpoint: complete or absent, and able to be gone on with after a kill.
 
-The floor is one read and one write of every byte; nothing larger than a few chunks is ever held here, but for tensors that
-are turned, one in each thread.
+The floor is one read and one write of every byte; nothing larger than a few chunks is ever held
+here, but for tensors that are turned, one in each thread.
 """
 
 import hashlib
@@ -74,23 +74,33 @@ def merge(
 ) -> Merged:
     """Write the checkpoint that `recipe` describes to the folder `output`.
 
-    `options` are the fields of `Options`. Everything is written to a work folder beside the output, synced, and renamed at the
-    end. `progress` is called, from several threads but one at a time, with the bytes written since its last call; `meter` shows
-    how far the fits of gauges are. Raises FrankenmergeError before writing for a recipe that cannot become a model, an output that
-    exists, lies inside a donor or has no room; nothing is left behind when writing fails, unless it was to be resumed.
+    `options` are the fields of `Options`. Everything is written to a work folder beside the output,
+    synced, and renamed at the end. `progress` is called, from several threads but one at a time,
+    with the bytes written since its last call; `meter` shows how far the fits of gauges are. Raises
+    FrankenmergeError before writing for a recipe that cannot become a model, an output that exists,
+    lies inside a donor or has no room; nothing is left behind when writing fails, unless it was to
+    be resumed.
     """
     started, chosen = time.perf_counter(), Options(**options)
     plan = planned(recipe, donors, output, chosen, share)
-    inputs = {"recipe": hashlib.sha256(recipe.dump().encode()).hexdigest(), "plan of shards": plan_hash(plan.shards)}
+    inputs = {
+        "recipe": hashlib.sha256(recipe.dump().encode()).hexdigest(),
+        "plan of shards": plan_hash(plan.shards),
+    }
     inputs |= {f"donor {name}": donor.fingerprint for name, donor in donors.items()}
     inputs["version of frankenmerge"] = frankenmerge.__version__
     if plan.computed:
-        inputs |= {"device": chosen.device.partition(":")[0], "arithmetic": " and ".join(sorted(plan.arithmetics))}
+        inputs |= {
+            "device": chosen.device.partition(":")[0],
+            "arithmetic": " and ".join(sorted(plan.arithmetics)),
+        }
     inputs |= {f"text {name}": digest for name, digest in texts_of(recipe).items()}
     kept = 0
     try:
         if not share.first:
-            if (folder := joined(output, inputs)) and (fits := awaited_fits(folder, output, recipe)) is not None:
+            if (folder := joined(output, inputs)) and (
+                fits := awaited_fits(folder, output, recipe)
+            ) is not None:
                 _write(plan, fits, folder, chosen, share, progress)
         else:
             with workplace(output, resume=chosen.resume) as folder:
@@ -99,7 +109,11 @@ def merge(
                 kept = sum(is_finished(folder, shard) for shard in plan.shards)
                 _write(plan, fits, folder, chosen, share, progress)
                 grown = folder / GROWING
-                checksums = {shard.name: file_hash(grown / shard.name) for shard in plan.shards} if chosen.checksums else {}
+                checksums = (
+                    {shard.name: file_hash(grown / shard.name) for shard in plan.shards}
+                    if chosen.checksums
+                    else {}
+                )
                 for name, content in small_files(recipe, donors, plan, fits, checksums).items():
                     write_synced(grown / name, content)
                 sync(grown)
@@ -107,15 +121,34 @@ def merge(
                 sync(output.absolute().parent)
     except OSError as error:
         if not share.first and output.is_dir():  # the first process has finished meanwhile
-            return Merged(output, len(plan.operations), plan.bytes, time.perf_counter() - started, plan.computed)
-        left = f"the finished shards are kept in {work_folder(output)}" if chosen.resume else "nothing was left"
+            return Merged(
+                output,
+                len(plan.operations),
+                plan.bytes,
+                time.perf_counter() - started,
+                plan.computed,
+            )
+        left = (
+            f"the finished shards are kept in {work_folder(output)}"
+            if chosen.resume
+            else "nothing was left"
+        )
         remedy = f"mend that and merge again; {left}"
-        raise fail(str(output), "room and leave to write the checkpoint", str(error), remedy) from error
-    return Merged(output, len(plan.operations), plan.bytes, time.perf_counter() - started, plan.computed, kept)
+        raise fail(
+            str(output), "room and leave to write the checkpoint", str(error), remedy
+        ) from error
+    return Merged(
+        output, len(plan.operations), plan.bytes, time.perf_counter() - started, plan.computed, kept
+    )
 
 
 def _write(
-    plan: Plan, fits: "Mapping[int, Fit]", folder: Path, options: Options, share: Share, progress: Callable[[int], None]
+    plan: Plan,
+    fits: "Mapping[int, Fit]",
+    folder: Path,
+    options: Options,
+    share: Share,
+    progress: Callable[[int], None],
 ) -> None:
     """Write the shards that are missing; returns when this process has no more to do."""
     stop, lock, made = threading.Event(), threading.Lock(), set()
@@ -143,21 +176,48 @@ class _Stopped(Exception):
 
 
 def _jobs(
-    shard: Shard, fits: "Mapping[int, Fit]", handles: Mapping[Path, int], target: int, options: Options, moved: Callable[[int], None]
+    shard: Shard,
+    fits: "Mapping[int, Fit]",
+    handles: Mapping[Path, int],
+    target: int,
+    options: Options,
+    moved: Callable[[int], None],
 ) -> Iterator[Callable[[], None]]:
     for whole in ranges_of(shard):
         for piece in pieces(whole):
-            yield partial(copy_range, piece, handles[piece.file], target, moved, cloning=shard.cloned)
+            yield partial(
+                copy_range, piece, handles[piece.file], target, moved, cloning=shard.cloned
+            )
     # The largest first, so that no thread is left alone with one at the end.
     for operation, position in sorted(shard.places, key=lambda place: -place.operation.bytes):
         if isinstance(operation, Combine):
-            yield partial(compute, operation, handles, target, position, moved, device=options.device, allow_nan=options.allow_nan)
+            yield partial(
+                compute,
+                operation,
+                handles,
+                target,
+                position,
+                moved,
+                device=options.device,
+                allow_nan=options.allow_nan,
+            )
         elif isinstance(operation, Rotate):
             turn = fits[operation.part].at(operation.place)
-            yield partial(rotate, operation, turn, handles, target, position, moved, allow_nan=options.allow_nan)
+            yield partial(
+                rotate,
+                operation,
+                turn,
+                handles,
+                target,
+                position,
+                moved,
+                allow_nan=options.allow_nan,
+            )
 
 
-def _run(jobs: Iterator[Callable[[], None]], pool: ThreadPoolExecutor, stop: threading.Event) -> None:
+def _run(
+    jobs: Iterator[Callable[[], None]], pool: ThreadPoolExecutor, stop: threading.Event
+) -> None:
     futures = [pool.submit(job) for job in jobs]
     try:
         for future in as_completed(futures):
@@ -196,19 +256,30 @@ def cores() -> int:
 @contextmanager
 def _open(files: set[Path]) -> Iterator[dict[Path, int]]:
     with ExitStack() as stack:
-        yield {file: stack.enter_context(file.open("rb", buffering=0)).fileno() for file in sorted(files)}
+        yield {
+            file: stack.enter_context(file.open("rb", buffering=0)).fileno()
+            for file in sorted(files)
+        }
 
 
 def small_files(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], plan: Plan, fits: "Mapping[int, Fit]", checksums: Mapping[str, str]
+    recipe: Recipe,
+    donors: Mapping[str, Checkpoint],
+    plan: Plan,
+    fits: "Mapping[int, Fit]",
+    checksums: Mapping[str, str],
 ) -> dict[str, bytes]:
     """Everything beside the weights, by name: config, index, tokenizer, recipe, card with its picture, provenance."""
     base = donors[recipe.base]
     config = result_config(recipe, donors)
     files = {"config.json": _json(config)}
     if len(plan.shards) > 1:
-        weight_map = {operation.name: shard.name for shard in plan.shards for operation in shard.operations}
-        files[INDEX_NAME] = _json({"metadata": {"total_size": plan.bytes}, "weight_map": weight_map})
+        weight_map = {
+            operation.name: shard.name for shard in plan.shards for operation in shard.operations
+        }
+        files[INDEX_NAME] = _json(
+            {"metadata": {"total_size": plan.bytes}, "weight_map": weight_map}
+        )
     files |= tokenizer_files(recipe, donors)
     if (generation := base.path / "generation_config.json").is_file():
         files[generation.name] = generation.read_bytes()

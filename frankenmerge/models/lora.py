@@ -1,6 +1,7 @@
 """LoRAs: low-rank changes to a donor's weights, folded in once by peft and kept as an ordinary checkpoint.
 
-The result has the base's files, names, shapes and types; what the LoRA changes is computed in float32 and rounded once.
+The result has the base's files, names, shapes and types; what the LoRA changes is computed in
+float32 and rounded once.
 """
 
 import hashlib
@@ -29,7 +30,8 @@ _REMEDY = "name the model that the LoRA was trained on, or fold it in with peft'
 def find_adapter(name: str, *, download: bool = False, weights: bool = True) -> Path:
     """Find a LoRA's folder, reading its config and its header alone, and of the hub, where `weights` is not set, fetching no more.
 
-    Raises FrankenmergeError for a folder without either, for pickled weights, and for adapters of another kind.
+    Raises FrankenmergeError for a folder without either, for pickled weights, and for adapters of
+    another kind.
     """
     repository = repository_of(name, weights)
     folder = resolve(name, (CONFIG_NAME, WEIGHTS_NAME) if weights else (CONFIG_NAME,), download)
@@ -41,7 +43,12 @@ def find_adapter(name: str, *, download: bool = False, weights: bool = True) -> 
     if tensors_in(folder / WEIGHTS_NAME, repository, download) is None:
         others = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
         remedy = "load the adapter with peft and save it again, which writes safetensors"
-        raise fail(str(folder), WEIGHTS_NAME, f"only pickle files ({others})" if others else "no safetensors", remedy)
+        raise fail(
+            str(folder),
+            WEIGHTS_NAME,
+            f"only pickle files ({others})" if others else "no safetensors",
+            remedy,
+        )
     return folder
 
 
@@ -50,13 +57,24 @@ def folded(base: Checkpoint, adapter: Path) -> Checkpoint:
 
     Raises FrankenmergeError when peft is not installed, or cannot fold this LoRA into this base.
     """
-    files = [file for file in sorted(base.path.iterdir()) if file.suffix in (".json", ".model", ".txt", ".jinja")]
+    files = [
+        file
+        for file in sorted(base.path.iterdir())
+        if file.suffix in (".json", ".model", ".txt", ".jinja")
+    ]
     try:
-        versions = {"frankenmerge": __version__} | {name: version(name) for name in ("peft", "torch", "transformers")}
+        versions = {"frankenmerge": __version__} | {
+            name: version(name) for name in ("peft", "torch", "transformers")
+        }
     except PackageNotFoundError as error:
         raise _no_peft() from error
-    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in [*files, adapter / CONFIG_NAME, adapter / WEIGHTS_NAME]]
-    key = hashlib.sha256(json.dumps([base.fingerprint, contents, versions], sort_keys=True).encode()).hexdigest()
+    contents = [
+        hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in [*files, adapter / CONFIG_NAME, adapter / WEIGHTS_NAME]
+    ]
+    key = hashlib.sha256(
+        json.dumps([base.fingerprint, contents, versions], sort_keys=True).encode()
+    ).hexdigest()
     path = cache_folder() / "folded" / key[:32]
     if not path.is_dir():
         model = _merged(base, adapter)
@@ -70,7 +88,12 @@ def folded(base: Checkpoint, adapter: Path) -> Checkpoint:
 
 
 def _no_peft() -> Exception:
-    return fail("a LoRA in a model's name", "peft, which folds it in", "not installed", "install frankenmerge[lora]")
+    return fail(
+        "a LoRA in a model's name",
+        "peft, which folds it in",
+        "not installed",
+        "install frankenmerge[lora]",
+    )
 
 
 def _merged(base: Checkpoint, adapter: Path) -> Any:
@@ -85,30 +108,59 @@ def _merged(base: Checkpoint, adapter: Path) -> Any:
         raise _no_peft() from error
     raise_all(_type_faults(base))
     model = load_model(base)
-    model.generation_config = GenerationConfig()  # the base's is copied; saving refuses many an old one
+    model.generation_config = (
+        GenerationConfig()
+    )  # the base's is copied; saving refuses many an old one
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what transformers renames, which is peft's affair
-            # What peft warns of is a fold that is not what was trained: weights that are absent, or tied.
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # of what transformers renames, which is peft's affair
+            # What peft warns of is a fold that is not what was trained: weights that are absent, or
+            # tied.
             warnings.filterwarnings("error", category=UserWarning, module="peft")
             warnings.filterwarnings("error", category=RuntimeWarning, module="peft")
             config = PeftConfig.from_pretrained(str(adapter), local_files_only=True)
             config.inference_mode = True
-            # PeftModel.from_pretrained does the same, and keeps to itself which weights had no place.
+            # PeftModel.from_pretrained does the same, and keeps to itself which weights had no
+            # place.
             wrapped = PeftModel(model, config)  # pyright: ignore[reportArgumentType]
-            loaded = wrapped.load_adapter(str(adapter), "default", torch_device="cpu", local_files_only=True)
+            loaded = wrapped.load_adapter(
+                str(adapter), "default", torch_device="cpu", local_files_only=True
+            )
             if odd := [*loaded.missing_keys, *loaded.unexpected_keys]:
-                raise ValueError(f"weights without a place, or places without weights: {', '.join(odd[:3])}")
+                raise ValueError(
+                    f"weights without a place, or places without weights: {', '.join(odd[:3])}"
+                )
             return wrapped.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError, ImportError, Warning) as error:
-        raise fail(str(adapter), f"a LoRA that peft can fold into {base.name}", " ".join(str(error).split())[:400], _REMEDY) from error
+    except (
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+        ImportError,
+        Warning,
+    ) as error:
+        raise fail(
+            str(adapter),
+            f"a LoRA that peft can fold into {base.name}",
+            " ".join(str(error).split())[:400],
+            _REMEDY,
+        ) from error
 
 
 def _type_faults(base: Checkpoint) -> Iterator[Fault]:
     for (role, _), names in base.by_role.items():
         for name in names.values():
             if role != "ignored" and (dtype := base.tensors[name].dtype) not in _TYPES:
-                yield Fault(f"{base.path}: {name}", f"one of {', '.join(_TYPES)}, to fold a LoRA into", dtype, "use a plain donor")
+                yield Fault(
+                    f"{base.path}: {name}",
+                    f"one of {', '.join(_TYPES)}, to fold a LoRA into",
+                    dtype,
+                    "use a plain donor",
+                )
 
 
 def _overwrite(folder: Path, base: Checkpoint, saved: Checkpoint) -> None:
@@ -116,18 +168,34 @@ def _overwrite(folder: Path, base: Checkpoint, saved: Checkpoint) -> None:
     import torch
     from safetensors import safe_open
 
-    names = {(key, canonical): name for key, found in saved.by_role.items() for canonical, name in found.items()}
+    names = {
+        (key, canonical): name
+        for key, found in saved.by_role.items()
+        for canonical, name in found.items()
+    }
     for key, found in base.by_role.items():
         for canonical, name in found.items():
             tensor, ours = base.tensors[name], names.pop((key, canonical), None)
             if ours is None and key[0] in ("ignored", "head"):
                 continue  # a buffer, or a tied head that is stored all the same
             if ours is None or saved.tensors[ours].shape != tensor.shape:
-                raise fail(f"{base.path}: {name}", "the same tensor with the LoRA folded in", "not there, or of another shape", _REMEDY)
+                raise fail(
+                    f"{base.path}: {name}",
+                    "the same tensor with the LoRA folded in",
+                    "not there, or of another shape",
+                    _REMEDY,
+                )
             with safe_open(saved.tensors[ours].file, "pt") as handle:
-                value = handle.get_tensor(ours).to(getattr(torch, _TYPES[tensor.dtype])).contiguous()
+                value = (
+                    handle.get_tensor(ours).to(getattr(torch, _TYPES[tensor.dtype])).contiguous()
+                )
             with (folder / tensor.file.name).open("r+b") as file:
                 file.seek(tensor.start)
                 file.write(value.view(torch.uint8).numpy().tobytes())
     if names:
-        raise fail(str(base.path), "the base's tensors alone", f"others too: {', '.join(list(names.values())[:3])}", _REMEDY)
+        raise fail(
+            str(base.path),
+            "the base's tensors alone",
+            f"others too: {', '.join(list(names.values())[:3])}",
+            _REMEDY,
+        )

@@ -20,8 +20,12 @@ def drawn(model: PreTrainedModel, rows: int, length: int, start: int, seed: int)
     generator = torch.Generator().manual_seed(seed)
     ids, cache = torch.full((rows, 1), start), DynamicCache()
     while ids.shape[1] < length:
-        logits = model(input_ids=ids[:, -1:].to(model.device), past_key_values=cache, use_cache=True).logits[:, -1]
-        ids = torch.cat([ids, torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)], 1)
+        logits = model(
+            input_ids=ids[:, -1:].to(model.device), past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+        ids = torch.cat(
+            [ids, torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)], 1
+        )
     return ids
 
 
@@ -30,7 +34,14 @@ def draw(model: PreTrainedModel) -> Tensor:
     config = model.config.to_dict()
     named = [config.get(key) for key in ("bos_token_id", "eos_token_id")]
     flat = [token[0] if isinstance(token, list) else token for token in named]
-    start = next((token for token in flat if isinstance(token, int) and token < (quantity(config, "vocabulary") or 0)), 0)
+    start = next(
+        (
+            token
+            for token in flat
+            if isinstance(token, int) and token < (quantity(config, "vocabulary") or 0)
+        ),
+        0,
+    )
     return drawn(model, ROWS, min(LENGTH, quantity(config, "positions") or LENGTH), start, SEED)
 
 
@@ -47,6 +58,8 @@ def states_on_drawn(models: Mapping[str, PreTrainedModel]) -> dict[str, np.ndarr
         for ids in shown:
             with block_outputs(model) as states:
                 model(input_ids=ids.to(model.device), use_cache=False)
-                parts.append(np.stack([state[:, 1:].flatten(0, 1).float().cpu().numpy() for state in states]))
+                parts.append(
+                    np.stack([state[:, 1:].flatten(0, 1).float().cpu().numpy() for state in states])
+                )
         found[name] = np.concatenate(parts, axis=1)
     return found

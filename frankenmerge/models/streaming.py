@@ -1,7 +1,7 @@
 """Block by block: all inputs pass a block before the next one is needed, so that every weight is read once.
 
-Memory: one block, and the inputs' hidden states. A model that is in memory goes the same way as one that is read from disk
-while it runs, and gives the same bits.
+Memory: one block, and the inputs' hidden states. A model that is in memory goes the same way as one
+that is read from disk while it runs, and gives the same bits.
 """
 
 import math
@@ -23,11 +23,21 @@ from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import block_kind, family, head_width, quantity, spliced_config
 from frankenmerge.donors.families import Config
 from frankenmerge.errors import fail
-from frankenmerge.models.loading import DTYPES, Site, attention_of, backbone, blocks_of, embedding_of, one_device
+from frankenmerge.models.loading import (
+    DTYPES,
+    Site,
+    attention_of,
+    backbone,
+    blocks_of,
+    embedding_of,
+    one_device,
+)
 
 BATCH = 1024
 ROWS = 16
-"""Batches are filled up to a multiple of this, and all to the same size where there are several: equal tokens give equal bits."""
+"""Batches are filled up to a multiple of this, and all to the same size where there are several:
+equal tokens give equal bits.
+"""
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -36,7 +46,9 @@ class Streamed(NamedTuple):
 
     checkpoint: Checkpoint
     model: PreTrainedModel
-    """What comes before the first block has its weights; the blocks and what follows them have none."""
+    """What comes before the first block has its weights; the blocks and what follows them have
+    none.
+    """
     device: torch.device
     dtype: torch.dtype
 
@@ -44,24 +56,31 @@ class Streamed(NamedTuple):
 Donor = PreTrainedModel | Streamed
 
 
-def stream_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu") -> Streamed:
+def stream_model(
+    checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu"
+) -> Streamed:
     """Open a donor to be run block by block; reads what comes before the first block.
 
     Args:
         checkpoint: what to run; only its safetensors are read and none of its code runs.
         dtype: `float32`, `bfloat16` or `float16`, to compute in.
-        device: a torch device, on which the inputs' hidden states and one block must fit; `auto` for an accelerator where
-            there is one.
+        device: a torch device, on which the inputs' hidden states and one block must fit; `auto`
+            for an accelerator where there is one.
 
     Raises:
         FrankenmergeError: when its tensors do not fill the model exactly.
     """
     model = _without_weights(checkpoint.config, DTYPES[dtype])
     donor = Streamed(checkpoint, model, one_device(device), DTYPES[dtype])
-    # Constants such as rotary frequencies are no tensors of the checkpoint: they are made with a model that has one block of each
-    # kind and hardly any vocabulary, which takes no memory to speak of.
-    kinds = {block_kind(checkpoint.config, index): index for index in reversed(range(checkpoint.blocks))}
-    config = spliced_config(checkpoint.config, [(checkpoint.config, index) for index in kinds.values()], tied=False)
+    # Constants such as rotary frequencies are no tensors of the checkpoint: they are made with a
+    # model that has one block of each kind and hardly any vocabulary, which takes no memory to
+    # speak of.
+    kinds = {
+        block_kind(checkpoint.config, index): index for index in reversed(range(checkpoint.blocks))
+    }
+    config = spliced_config(
+        checkpoint.config, [(checkpoint.config, index) for index in kinds.values()], tied=False
+    )
     nothing = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     small: dict[str, Any] = {**config, checkpoint.architecture.keys.vocabulary: 1, **nothing}
     with init_empty_weights(include_buffers=False):
@@ -80,13 +99,19 @@ def stream_model(checkpoint: Checkpoint, *, dtype: str = "float32", device: str 
 def streamable(checkpoint: Checkpoint) -> bool:
     """Whether the tensors of a block on disk are all that the block is in memory; some families' experts are packed otherwise."""
     blocks = list(enumerate(blocks_of(_without_weights(checkpoint.config, torch.float32))))
-    named = all(set(block.state_dict()) == set(_tensors(checkpoint, index)) for index, block in blocks)
+    named = all(
+        set(block.state_dict()) == set(_tensors(checkpoint, index)) for index, block in blocks
+    )
     return named and not any(list(block.buffers()) for _, block in blocks)
 
 
 def _without_weights(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype).eval().requires_grad_(False)
+        return (
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+            .eval()
+            .requires_grad_(False)
+        )
 
 
 def model_of(donor: Donor) -> PreTrainedModel:
@@ -105,35 +130,55 @@ def each_block(donor: Donor, first: int = 1) -> Iterator[tuple[int, nn.Module]]:
         try:
             yield index + 1, block
         finally:
-            block.load_state_dict({name: value.to("meta") for name, value in block.state_dict().items()}, assign=True)
+            block.load_state_dict(
+                {name: value.to("meta") for name, value in block.state_dict().items()}, assign=True
+            )
 
 
 def _tensors(checkpoint: Checkpoint, index: int) -> dict[str, str]:
     """The tensors of a block: names in the file by names in the block."""
     architecture = checkpoint.architecture
     prefix = architecture.root + architecture.block
-    return {canonical.removeprefix(prefix): name for canonical, name in checkpoint.by_role.get(("block", index), {}).items()}
+    return {
+        canonical.removeprefix(prefix): name
+        for canonical, name in checkpoint.by_role.get(("block", index), {}).items()
+    }
 
 
 def _fill(donor: Streamed, module: nn.Module, names: Mapping[str, str]) -> None:
     """Give a module the tensors of the checkpoint that `names` names, by their names in the module."""
-    values = {name: read_tensor(donor.checkpoint.tensors[stored]).to(donor.device, donor.dtype) for name, stored in names.items()}
+    values = {
+        name: read_tensor(donor.checkpoint.tensors[stored]).to(donor.device, donor.dtype)
+        for name, stored in names.items()
+    }
     try:
         module.load_state_dict(values, strict=True, assign=True)
     except RuntimeError as error:
         found = " ".join(str(error).split())
-        raise fail(str(donor.checkpoint.path), "tensors that fill the model exactly", found, "use a complete checkpoint") from error
+        raise fail(
+            str(donor.checkpoint.path),
+            "tensors that fill the model exactly",
+            found,
+            "use a complete checkpoint",
+        ) from error
     module.requires_grad_(False)
 
 
 def read_tensor(tensor: stored.Tensor) -> Tensor:
     """A tensor's values; read, not mapped, so that they count once and are freed at once."""
-    content = torch.empty(tensor.bytes, dtype=torch.uint8)  # aligned as every tensor is: products depend on that in their last bits
+    content = torch.empty(
+        tensor.bytes, dtype=torch.uint8
+    )  # aligned as every tensor is: products depend on that in their last bits
     buffer: Any = content.numpy()
     with tensor.file.open("rb", buffering=0) as file:
         file.seek(tensor.start)
         if file.readinto(buffer) != tensor.bytes:
-            raise fail(str(tensor.file), f"{tensor.bytes:,} bytes from {tensor.start:,} on", "fewer", "download the shard again")
+            raise fail(
+                str(tensor.file),
+                f"{tensor.bytes:,} bytes from {tensor.start:,} on",
+                "fewer",
+                "download the shard again",
+            )
     return content.view(_TYPES[tensor.dtype]).view(tensor.shape)
 
 
@@ -156,7 +201,13 @@ class Call(NamedTuple):
     def behind(self, cache: Cache | None) -> "Call":
         """The same with `cache` in the place of the cache."""
         args = tuple(cache if isinstance(value, Cache) else value for value in self.args)
-        return Call(args, {key: cache if isinstance(value, Cache) else value for key, value in self.kwargs.items()})
+        return Call(
+            args,
+            {
+                key: cache if isinstance(value, Cache) else value
+                for key, value in self.kwargs.items()
+            },
+        )
 
 
 class _Enough(Exception):
@@ -166,8 +217,8 @@ class _Enough(Exception):
 class Passage:
     """Inputs on their way through a donor's blocks: block after block, batch after batch.
 
-    Every batch has the same shape, the last filled up with rows that are dropped, so that an input's bits do not depend on
-    how many others there are.
+    Every batch has the same shape, the last filled up with rows that are dropped, so that an
+    input's bits do not depend on how many others there are.
     """
 
     states: Tensor
@@ -194,8 +245,9 @@ class Passage:
             site: what is collected, the blocks' outputs or their attention's.
             isolated: whether every block is given what enters the first one.
             batch: the most inputs that are run at once.
-            shortcut: whether, for inputs of one token without a prefix, queries and keys are left out. Attention to a single
-                position is the value there whatever they are: a softmax over one score is exactly 1.
+            shortcut: whether, for inputs of one token without a prefix, queries and keys are left
+                out. Attention to a single position is the value there whatever they are: a softmax
+                over one score is exactly 1.
         """
         self.model, self.site, self.isolated = model_of(donor), site, isolated
         self.count, self.size = len(ids), min(batch, math.ceil(len(ids) / ROWS) * ROWS)
@@ -204,12 +256,18 @@ class Passage:
         held = None
         self.before: Tensor | None = None
         if prefix:
-            self.before, self.calls_before = enter(self.model, torch.tensor([prefix], device=ids.device), DynamicCache())
-            unknown = torch.zeros(1, 1, len(prefix), 1, device=ids.device)  # positions and masks come from its length alone
+            self.before, self.calls_before = enter(
+                self.model, torch.tensor([prefix], device=ids.device), DynamicCache()
+            )
+            unknown = torch.zeros(
+                1, 1, len(prefix), 1, device=ids.device
+            )  # positions and masks come from its length alone
             held = _cache(len(self.calls_before), unknown, unknown)
         entered = []
         for rows in ids.split(self.size):
-            states, self.calls = enter(self.model, pad(rows, (0, 0, 0, self.size - len(rows))), held)
+            states, self.calls = enter(
+                self.model, pad(rows, (0, 0, 0, self.size - len(rows))), held
+            )
             entered.append(states[: len(rows)])
         self.states = torch.cat(entered)
 
@@ -231,7 +289,8 @@ class Passage:
         """Take the inputs through a block, 1-based, the one behind the last they passed.
 
         Yields:
-            Rows and what the block, or its attention, makes of them, `[b, s, d]`. To be exhausted before the next block.
+            Rows and what the block, or its attention, makes of them, `[b, s, d]`. To be exhausted
+            before the next block.
         """
         shared = None
         if self.before is not None:
@@ -240,25 +299,40 @@ class Passage:
             self.before = self.before if self.isolated else before
             layer: Any = passed.layers[index - 1]
             shared = layer.keys, layer.values
-        with _collecting(block if self.site == "block" else attention_of(block)) as collected, self._shortened(block):
+        with (
+            _collecting(block if self.site == "block" else attention_of(block)) as collected,
+            self._shortened(block),
+        ):
             for rows in self._batches():
                 states = self.states[rows]
-                # The prefix's keys and values are the same for all rows: expanded, never computed again.
-                cache = _cache(index, *(part.expand(self.size, -1, -1, -1) for part in shared)) if shared else None
+                # The prefix's keys and values are the same for all rows: expanded, never computed
+                # again.
+                cache = (
+                    _cache(index, *(part.expand(self.size, -1, -1, -1) for part in shared))
+                    if shared
+                    else None
+                )
                 call = self.calls[index - 1].behind(cache)
-                output = run_block(block, pad(states, (0, 0, 0, 0, 0, self.size - len(states))), call)
+                output = run_block(
+                    block, pad(states, (0, 0, 0, 0, 0, self.size - len(states))), call
+                )
                 if not self.isolated:
                     self.states[rows] = output[: len(states)].to(self.states.device)
                 yield rows, collected.pop()[: len(states)]
 
     def _batches(self) -> list[slice]:
-        return [slice(start, min(start + self.size, self.count)) for start in range(0, self.count, self.size)]
+        return [
+            slice(start, min(start + self.size, self.count))
+            for start in range(0, self.count, self.size)
+        ]
 
     def _shortened(self, block: nn.Module) -> AbstractContextManager:
         return values_only(block, self.model.config.to_dict()) if self.alone else nullcontext()
 
 
-def enter(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, list[Call]]:
+def enter(
+    model: PreTrainedModel, ids: Tensor, cache: Cache | None = None
+) -> tuple[Tensor, list[Call]]:
     """What enters the first block, and what every block would be called with: a pass in which no block runs."""
     entered, calls = [], []
     blocks = list(blocks_of(model))
@@ -296,7 +370,9 @@ def values_only(block: nn.Module, config: Config) -> Iterator[None]:
             stack.enter_context(_replaced(projection, partial(_zeros, len(projection.weight))))
         if architecture.fused:
             projection: Any = attention.get_submodule(architecture.fused)
-            weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T  # GPT-2's is transposed
+            weight = (
+                projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
+            )  # GPT-2's is transposed
             outputs, head = torch.arange(len(weight), device=weight.device), head_width(config) or 0
             behind = len(weight) - head * (quantity(config, "kv_heads") or 0)
             values = outputs // head % 3 == 2 if architecture.fused_by_head else outputs >= behind
@@ -350,7 +426,9 @@ def _replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
 def _collecting(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect a module's outputs while the context lasts."""
     outputs: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _args, output: outputs.append(_first(output)))
+    handle = module.register_forward_hook(
+        lambda _module, _args, output: outputs.append(_first(output))
+    )
     try:
         yield outputs
     finally:

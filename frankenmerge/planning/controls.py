@@ -23,10 +23,15 @@ def naive_interleave(donors: Mapping[str, int], depth: int) -> Recipe:
 def goliath(donors: Mapping[str, int], depth: int) -> Recipe:
     """Goliath's pattern scaled to the depth: overlapping runs, donors in turn, starts evenly spread.
 
-    `donors` maps names to their blocks; the runs' lengths differ by one at most, so that they add up to `depth`.
+    `donors` maps names to their blocks; the runs' lengths differ by one at most, so that they add
+    up to `depth`.
     """
     names = list(donors)
-    runs = max(2, round(depth / max(2, max(donors.values()) * GOLIATH_SLICE)), -(-depth // min(donors.values())))
+    runs = max(
+        2,
+        round(depth / max(2, max(donors.values()) * GOLIATH_SLICE)),
+        -(-depth // min(donors.values())),
+    )
     edges = [round(depth * run / runs) for run in range(runs + 1)]
     blocks = []
     for run in range(runs):
@@ -44,7 +49,12 @@ def solar(donors: Mapping[str, int], depth: int) -> Recipe:
     first, last = (list(donors) * 2)[:2]
     taken = (depth + 1) // 2
     start = donors[last] - (depth - taken)
-    return recipe_of([*(Block(first, index) for index in range(taken)), *(Block(last, index) for index in range(start, donors[last]))])
+    return recipe_of(
+        [
+            *(Block(first, index) for index in range(taken)),
+            *(Block(last, index) for index in range(start, donors[last])),
+        ]
+    )
 
 
 def uniform_repetition(donors: Mapping[str, int], depth: int) -> Recipe:
@@ -53,7 +63,9 @@ def uniform_repetition(donors: Mapping[str, int], depth: int) -> Recipe:
     return recipe_of([Block(name, position * donors[name] // depth) for position in range(depth)])
 
 
-def random_recipe(donors: Mapping[str, int], depth: int, seed: int, *, max_seams: int = 4, min_slice: int = 2) -> Recipe:
+def random_recipe(
+    donors: Mapping[str, int], depth: int, seed: int, *, max_seams: int = 4, min_slice: int = 2
+) -> Recipe:
     """Draw a recipe under a planner's usual constraints: it begins and ends as a donor does, and none of several follows itself.
 
     `donors` maps names to their blocks; `depth` must be within what they can give.
@@ -65,15 +77,32 @@ def random_recipe(donors: Mapping[str, int], depth: int, seed: int, *, max_seams
     while True:
         count = int(generator.integers(1, max_seams + 1)) + 1
         lengths = (
-            generator.multinomial(depth - min_slice * count, np.full(count, 1 / count)) + min_slice if depth >= min_slice * count else []
+            generator.multinomial(depth - min_slice * count, np.full(count, 1 / count)) + min_slice
+            if depth >= min_slice * count
+            else []
         )
         order = [int(generator.integers(len(names)))]
         while len(order) < count:
-            order.append((order[-1] + int(generator.integers(1, len(names)))) % len(names) if len(names) > 1 else 0)
+            order.append(
+                (order[-1] + int(generator.integers(1, len(names)))) % len(names)
+                if len(names) > 1
+                else 0
+            )
         sizes = [donors[names[donor]] for donor in order]
-        if len(lengths) == 0 or any(length > size for length, size in zip(lengths, sizes, strict=True)):
+        if len(lengths) == 0 or any(
+            length > size for length, size in zip(lengths, sizes, strict=True)
+        ):
             continue
-        starts = [int(generator.integers(0, size - length + 1)) for length, size in zip(lengths, sizes, strict=True)]
+        starts = [
+            int(generator.integers(0, size - length + 1))
+            for length, size in zip(lengths, sizes, strict=True)
+        ]
         starts[0], starts[-1] = 0, sizes[-1] - int(lengths[-1])
         pieces = zip(order, starts, lengths, strict=True)
-        return recipe_of([Block(names[donor], start + index) for donor, start, length in pieces for index in range(int(length))])
+        return recipe_of(
+            [
+                Block(names[donor], start + index)
+                for donor, start, length in pieces
+                for index in range(int(length))
+            ]
+        )

@@ -14,20 +14,26 @@ class Damping(NamedTuple):
     """One way to damp a recipe."""
 
     name: str
-    """`1/n` and `1/sqrt(n)`, for all `n` passes of a block alike; `norms`, for all but the first pass."""
+    """`1/n` and `1/sqrt(n)`, for all `n` passes of a block alike; `norms`, for all but the first
+    pass.
+    """
     recipe: Recipe
 
 
-def dampings(recipe: Recipe, alignments: Sequence[Alignment], writes: Sequence[str]) -> list[Damping]:
+def dampings(
+    recipe: Recipe, alignments: Sequence[Alignment], writes: Sequence[str]
+) -> list[Damping]:
     """Return the recipe damped in three ways; none where no block is gone through again.
 
-    `norms` scales what a block writes by the ratio of norms at the seam where it is entered again: the stream is that much
-    longer there than at home, or shorter, so that the block's write keeps its part of the whole.
+    `norms` scales what a block writes by the ratio of norms at the seam where it is entered again:
+    the stream is that much longer there than at home, or shorter, so that the block's write keeps
+    its part of the whole.
 
     Args:
         recipe: a plain one.
         alignments: of its donors, for their measured norms.
-        writes: what a block writes to the residual stream by, as parts of tensor names: `self_attn.o_proj`, `mlp.down_proj`.
+        writes: what a block writes to the residual stream by, as parts of tensor names:
+            `self_attn.o_proj`, `mlp.down_proj`.
     """
     passes = Counter(block.index for block in recipe.blocks)
     if max(passes.values()) == 1:
@@ -40,7 +46,9 @@ def dampings(recipe: Recipe, alignments: Sequence[Alignment], writes: Sequence[s
     factors = {
         "1/n": [1 / passes[block.index] for block in recipe.blocks],
         "1/sqrt(n)": [passes[block.index] ** -0.5 for block in recipe.blocks],
-        "norms": [ratio if repeated else 1.0 for ratio, repeated in zip(ratios, again, strict=True)],
+        "norms": [
+            ratio if repeated else 1.0 for ratio, repeated in zip(ratios, again, strict=True)
+        ],
     }
     return [Damping(name, damped(recipe, values, writes)) for name, values in factors.items()]
 
@@ -49,14 +57,23 @@ def damped(recipe: Recipe, factors: Sequence[float], writes: Sequence[str]) -> R
     """Scale what every block writes by its factor: slices of blocks with one factor, in mergekit's terms."""
     runs: list[tuple[str, int, int, float]] = []
     for block, factor in zip(recipe.blocks, (round(factor, 4) for factor in factors), strict=True):
-        if runs and runs[-1][0] == block.model and runs[-1][2] == block.index and runs[-1][3] == factor:
+        if (
+            runs
+            and runs[-1][0] == block.model
+            and runs[-1][2] == block.index
+            and runs[-1][3] == factor
+        ):
             runs[-1] = (*runs[-1][:2], block.index + 1, factor)
         else:
             runs.append((block.model, block.index, block.index + 1, factor))
     slices = []
     for model, start, stop, factor in runs:
         scale = [*({"filter": name, "value": factor} for name in writes), {"value": 1.0}]
-        source = Source(model=model, layer_range=[start, stop], parameters=None if factor == 1 else {"scale": scale})
+        source = Source(
+            model=model,
+            layer_range=[start, stop],
+            parameters=None if factor == 1 else {"scale": scale},
+        )
         slices.append(Slice(sources=[source]))
     return recipe.model_copy(update={"slices": slices})
 

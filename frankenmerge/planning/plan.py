@@ -37,9 +37,11 @@ class SeamEvidence:
     nulls: dict[str, dict[str, float]]
     """Per score, what it would be under each null."""
     agree: list[dict[str, Any]]
-    """The neurons with the highest score: neuron, its scores, each donor's best tokens, and those that both have.
+    """The neurons with the highest score: neuron, its scores, each donor's best tokens, and those
+    that both have.
 
-    A search that left a neuron out gives it no score."""
+    A search that left a neuron out gives it no score.
+    """
     disagree: list[dict[str, Any]]
     gauged: bool = False
     """Whether the recipe brings the two donors into one basis."""
@@ -75,7 +77,9 @@ class Plan(NamedTuple):
     """Where nine of ten measured damages are expected around it."""
     seams: list[SeamEvidence]
     basis: str = "scores"
-    """What the prediction rests on: `scores`, or `drawn` where the splice was run on tokens that the donors drew."""
+    """What the prediction rests on: `scores`, or `drawn` where the splice was run on tokens that
+    the donors drew.
+    """
     measured: float | None = None
     """Damage measured on a text, where the plan was verified on one."""
 
@@ -108,12 +112,20 @@ class _Task(NamedTuple):
     """Pairs of donors that share no basis, but a gauge."""
 
 
-def plan(alignments: list[Alignment], constraints: Constraints, *, top: int = 1, differ: int = 0, model: Model | None = None) -> list[Plan]:
+def plan(
+    alignments: list[Alignment],
+    constraints: Constraints,
+    *,
+    top: int = 1,
+    differ: int = 0,
+    model: Model | None = None,
+) -> list[Plan]:
     """Return the `top` recipes that use every donor of the alignments and are predicted to do the least damage, the best first.
 
-    Seams lead from one donor to another wherever an alignment of the two is given, either way; within one donor where
-    its alignment with itself is given. The exact search finds the `POOL` recipes of the least summed costs of seams; those
-    are ranked by the damage that is predicted of each as a whole.
+    Seams lead from one donor to another wherever an alignment of the two is given, either way;
+    within one donor where its alignment with itself is given. The exact search finds the `POOL`
+    recipes of the least summed costs of seams; those are ranked by the damage that is predicted of
+    each as a whole.
 
     Args:
         alignments: of pairs of donors, each pair once.
@@ -123,28 +135,46 @@ def plan(alignments: list[Alignment], constraints: Constraints, *, top: int = 1,
         model: what predicts; the default that comes with the package.
 
     Raises:
-        FrankenmergeError: when the alignments contradict each other, or no recipe keeps to the constraints.
+        FrankenmergeError: when the alignments contradict each other, or no recipe keeps to the
+            constraints.
     """
     task = _task(alignments, model or default_model())
     numbered = _numbered(constraints, task)
-    paths = cheapest_paths(task.lengths, task.costs, numbered, most=DIVERSE if differ else max(POOL, top))
+    paths = cheapest_paths(
+        task.lengths, task.costs, numbered, most=DIVERSE if differ else max(POOL, top)
+    )
     chosen = list(islice(_different(paths, differ), top) if differ else paths)
     if not chosen:
-        kept = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in constraints.as_json().items())
-        blocks = ", ".join(f"{name} ({count} blocks)" for name, count in zip(task.names, task.lengths, strict=True))
+        kept = ", ".join(
+            f"{key.replace('_', '-')} {value}" for key, value in constraints.as_json().items()
+        )
+        blocks = ", ".join(
+            f"{name} ({count} blocks)" for name, count in zip(task.names, task.lengths, strict=True)
+        )
         remedy = "ask for another depth, more seams, shorter slices or fewer protected blocks"
-        raise fail("plan", f"a recipe of all donors that keeps to {kept}", f"none can be made of {blocks}", remedy)
+        raise fail(
+            "plan",
+            f"a recipe of all donors that keeps to {kept}",
+            f"none can be made of {blocks}",
+            remedy,
+        )
     return _plans(chosen, task, top)
 
 
-def front(alignments: list[Alignment], constraints: Constraints, *, model: Model | None = None) -> list[Plan]:
+def front(
+    alignments: list[Alignment], constraints: Constraints, *, model: Model | None = None
+) -> list[Plan]:
     """Return, for every depth up to the one asked for, the plan of the least summed seam costs: depth against damage."""
     task = _task(alignments, model or default_model())
     found = cheapest_by_depth(task.lengths, task.costs, _numbered(constraints, task))
-    return sorted(_plans(list(found.values()), task, len(found)), key=lambda entry: len(entry.recipe.blocks))
+    return sorted(
+        _plans(list(found.values()), task, len(found)), key=lambda entry: len(entry.recipe.blocks)
+    )
 
 
-def spread_splices(alignments: list[Alignment], count: int, *, model: Model | None = None) -> list[Recipe]:
+def spread_splices(
+    alignments: list[Alignment], count: int, *, model: Model | None = None
+) -> list[Recipe]:
     """Return `count` splices of one seam, from the least to the most damage predicted: what to measure to calibrate a model by."""
     task = _task(alignments, model or default_model())
     found = sorted(
@@ -165,7 +195,10 @@ def _task(alignments: list[Alignment], model: Model) -> _Task:
     donors = _donors(alignments)
     alignments, gauged = judged(alignments)
     names = list(donors)
-    directed = {(names.index(a), names.index(b)): alignment for (a, b), alignment in between(alignments).items()}
+    directed = {
+        (names.index(a), names.index(b)): alignment
+        for (a, b), alignment in between(alignments).items()
+    }
     states = states_of(alignments)
     costs = {(a, b): seam_damage(model, states, names[a], names[b]) for a, b in directed}
     return _Task(names, list(donors.values()), directed, states, costs, model, gauged)
@@ -177,7 +210,12 @@ def between(alignments: Sequence[Alignment]) -> dict[tuple[str, str], Alignment]
     for alignment in alignments:
         a, b = alignment.donors
         if (a, b) in directed:
-            raise fail(" | ".join(alignment.donors), "one alignment of a pair", "several", "give each pair once")
+            raise fail(
+                " | ".join(alignment.donors),
+                "one alignment of a pair",
+                "several",
+                "give each pair once",
+            )
         directed[a, b] = alignment
         directed.setdefault((b, a), alignment.transposed)
     return directed
@@ -185,13 +223,31 @@ def between(alignments: Sequence[Alignment]) -> dict[tuple[str, str], Alignment]
 
 def _numbered(constraints: Constraints, task: _Task) -> Constraints:
     """The constraints with donors as the search numbers them."""
-    named = {*(donor for donor, _ in constraints.required | constraints.avoided), *constraints.shares}
-    raise_all(Fault("plan", f"a donor of the alignments: {', '.join(task.names)}", name, "name it as `align` did")
-              for name in sorted(named - set(task.names)))
+    named = {
+        *(donor for donor, _ in constraints.required | constraints.avoided),
+        *constraints.shares,
+    }
+    raise_all(
+        Fault(
+            "plan",
+            f"a donor of the alignments: {', '.join(task.names)}",
+            name,
+            "name it as `align` did",
+        )
+        for name in sorted(named - set(task.names))
+    )
     number = {name: index for index, name in enumerate(task.names)}
     blocks = [(number[donor], block) for donor, block in constraints.required | constraints.avoided]
-    raise_all(Fault("plan", f"a block of {task.names[donor]}: 0 to {task.lengths[donor] - 1}", str(block), "correct the block")
-              for donor, block in blocks if not 0 <= block < task.lengths[donor])
+    raise_all(
+        Fault(
+            "plan",
+            f"a block of {task.names[donor]}: 0 to {task.lengths[donor] - 1}",
+            str(block),
+            "correct the block",
+        )
+        for donor, block in blocks
+        if not 0 <= block < task.lengths[donor]
+    )
     return replace(
         constraints,
         required=frozenset((number[donor], block) for donor, block in constraints.required),
@@ -204,7 +260,11 @@ def _different(paths: Iterator[Path], differ: int) -> Iterator[Path]:
     """Paths that differ from every earlier one in `differ` blocks or more."""
     kept: list[Counter] = []
     for path in paths:
-        blocks = Counter((piece.donor, block) for piece in path.pieces for block in range(piece.start, piece.stop))
+        blocks = Counter(
+            (piece.donor, block)
+            for piece in path.pieces
+            for block in range(piece.start, piece.stop)
+        )
         if all((blocks - other).total() >= differ for other in kept):
             kept.append(blocks)
             yield path
@@ -213,12 +273,21 @@ def _different(paths: Iterator[Path], differ: int) -> Iterator[Path]:
 def _plans(paths: list[Path], task: _Task, top: int) -> list[Plan]:
     """Judge whole recipes, and give the `top` of them in the order of what is predicted."""
     recipes = [
-        recipe_of([Block(task.names[piece.donor], index) for piece in path.pieces for index in range(piece.start, piece.stop)])
+        recipe_of(
+            [
+                Block(task.names[piece.donor], index)
+                for piece in path.pieces
+                for index in range(piece.start, piece.stop)
+            ]
+        )
         for path in paths
     ]
     damage = task.model.damage(features([recipe.blocks for recipe in recipes], task.states))
     damage[[not recipe.seams for recipe in recipes]] = 0.0
-    return [_plan_of(recipes[index], paths[index], float(damage[index]), task) for index in np.argsort(damage, kind="stable")[:top]]
+    return [
+        _plan_of(recipes[index], paths[index], float(damage[index]), task)
+        for index in np.argsort(damage, kind="stable")[:top]
+    ]
 
 
 def _donors(alignments: list[Alignment]) -> dict[str, int]:
@@ -226,9 +295,16 @@ def _donors(alignments: list[Alignment]) -> dict[str, int]:
     donors: dict[str, int] = {}
     fingerprints: dict[str, str] = {}
     for alignment in alignments:
-        for name, fingerprint, blocks in zip(alignment.donors, alignment.fingerprints, alignment.blocks, strict=True):
+        for name, fingerprint, blocks in zip(
+            alignment.donors, alignment.fingerprints, alignment.blocks, strict=True
+        ):
             if fingerprints.setdefault(name, fingerprint) != fingerprint:
-                raise fail(name, "the same donor in every alignment", "two different checkpoints of this name", "align the donors again")
+                raise fail(
+                    name,
+                    "the same donor in every alignment",
+                    "two different checkpoints of this name",
+                    "align the donors again",
+                )
             donors[name] = blocks
     return donors
 
@@ -237,29 +313,63 @@ def _plan_of(recipe: Recipe, path: Path, damage: float, task: _Task) -> Plan:
     seams = []
     for left, entered in zip(path.pieces, path.pieces[1:], strict=False):
         pair = left.donor, entered.donor
-        seam = Seam(Block(task.names[left.donor], left.stop - 1), Block(task.names[entered.donor], entered.start))
+        seam = Seam(
+            Block(task.names[left.donor], left.stop - 1),
+            Block(task.names[entered.donor], entered.start),
+        )
         cost = float(task.costs[pair][left.stop, entered.start])
         evidence = _evidence(seam, task.directed[pair], left.stop, entered.start, cost)
-        seams.append(replace(evidence, gauged=frozenset(task.names[donor] for donor in pair) in task.gauged))
-    return Plan(with_gauges(recipe, task.gauged), damage, task.model.interval(damage) if seams else (0.0, 0.0), seams)
+        seams.append(
+            replace(evidence, gauged=frozenset(task.names[donor] for donor in pair) in task.gauged)
+        )
+    return Plan(
+        with_gauges(recipe, task.gauged),
+        damage,
+        task.model.interval(damage) if seams else (0.0, 0.0),
+        seams,
+    )
 
 
-def _evidence(seam: Seam, alignment: Alignment, left: int, entered: int, cost: float) -> SeamEvidence:
-    scores = {name: round(float(score.matrix[left, entered]), 4) for name, score in alignment.scores.items()}
+def _evidence(
+    seam: Seam, alignment: Alignment, left: int, entered: int, cost: float
+) -> SeamEvidence:
+    scores = {
+        name: round(float(score.matrix[left, entered]), 4)
+        for name, score in alignment.scores.items()
+    }
     nulls = {
         name: {null: round(float(matrix[left, entered]), 4) for null, matrix in score.nulls.items()}
         for name, score in alignment.scores.items()
     }
-    detail = {name: score.detail[left, entered].astype(np.float32) for name, score in alignment.scores.items() if score.detail.shape[2]}
+    detail = {
+        name: score.detail[left, entered].astype(np.float32)
+        for name, score in alignment.scores.items()
+        if score.detail.shape[2]
+    }
     # Many neurons tie on the tokens; among those the correlation tells which agree most.
     ranked = np.lexsort((detail["correlation"], detail["jaccard"]))
 
     def told(neuron: int) -> dict[str, Any]:
-        a, b = (table[block, neuron].tolist() for table, block in zip(alignment.tokens, (left, entered), strict=True))
+        a, b = (
+            table[block, neuron].tolist()
+            for table, block in zip(alignment.tokens, (left, entered), strict=True)
+        )
         texts = {"tokens": [a[:4], b[:4]], "shared": [[token for token in a if token in b]]}
-        named = {key: [[alignment.vocabulary[token] for token in part] for part in parts] for key, parts in texts.items()}
-        values = {name: round(float(values[neuron]), 4) for name, values in detail.items() if not np.isnan(values[neuron])}
-        return {"neuron": int(neuron), "scores": values, "tokens": named["tokens"], "shared": named["shared"][0]}
+        named = {
+            key: [[alignment.vocabulary[token] for token in part] for part in parts]
+            for key, parts in texts.items()
+        }
+        values = {
+            name: round(float(values[neuron]), 4)
+            for name, values in detail.items()
+            if not np.isnan(values[neuron])
+        }
+        return {
+            "neuron": int(neuron),
+            "scores": values,
+            "tokens": named["tokens"],
+            "shared": named["shared"][0],
+        }
 
     agree, disagree = [told(n) for n in ranked[::-1][:SHOWN]], [told(n) for n in ranked[:SHOWN]]
     return SeamEvidence(seam, cost, entered - left, scores, nulls, agree, disagree)

@@ -1,8 +1,8 @@
 """What a whole recipe is predicted to cost, from its donors' states on the probes alone.
 
-The recipe is run in superposition: every block adds to the residual stream what it added at home. Where the stream differs
-from what a block was given at home, the block is out of place. All of it follows from inner products of the donors' states
-(`Alignment.gram`): no weights, no text.
+The recipe is run in superposition: every block adds to the residual stream what it added at home.
+Where the stream differs from what a block was given at home, the block is out of place. All of it
+follows from inner products of the donors' states (`Alignment.gram`): no weights, no text.
 """
 
 import json
@@ -21,10 +21,12 @@ from frankenmerge.artefacts.recipe import Block
 FEATURES = ("final", "kept", "third", "skipped")
 """What damage is predicted from, see `features`."""
 FLOOR = 0.02
-"""Nats below which differences are noise; damage is predicted as the logarithm of itself and this."""
+"""Nats below which differences are noise; damage is predicted as the logarithm of itself and this.
+"""
 DRAWN_FLOOR = 0.05
-"""Nats below which damage on drawn tokens says nothing: how much better one donor is than the other, there and on a text, differs
-by as much."""
+"""Nats below which damage on drawn tokens says nothing: how much better one donor is than the
+other, there and on a text, differs by as much.
+"""
 RIDGE = 0.1
 """Pull of the weights of standardised features to zero, or to those that are refined."""
 
@@ -55,27 +57,39 @@ class Drift(NamedTuple):
     roots: np.ndarray
     """Sum over the blocks of its square root."""
     final: np.ndarray
-    """Behind the last block, of the mean of the donors' last states, each by its share of the blocks."""
+    """Behind the last block, of the mean of the donors' last states, each by its share of the
+    blocks.
+    """
 
 
-def drift(gram: np.ndarray, entered: np.ndarray, blocks: np.ndarray, ends: np.ndarray, *, lossy: bool) -> Drift:
+def drift(
+    gram: np.ndarray, entered: np.ndarray, blocks: np.ndarray, ends: np.ndarray, *, lossy: bool
+) -> Drift:
     """Run `r` stacks of blocks in superposition.
 
     Args:
         gram: `[n, n]`, inner products of states.
         entered: `[r]`, the state that enters each stack.
-        blocks: `[r, t]`, the state that each block is given at home (its output at home is the next one); -1 behind the last.
-        ends: `[r, n]`, weights of the states that the stream is compared with behind the last block.
-        lossy: whether a block that is given something else adds only `cos` of what it added at home, and noise of the norm
-            that is lost so; otherwise it adds the same wherever it stands.
+        blocks: `[r, t]`, the state that each block is given at home (its output at home is the next
+            one); -1 behind the last.
+        ends: `[r, n]`, weights of the states that the stream is compared with behind the last
+            block.
+        lossy: whether a block that is given something else adds only `cos` of what it added at
+            home, and noise of the norm that is lost so; otherwise it adds the same wherever it
+            stands.
     """
     rows, norms = np.arange(len(entered)), gram.diagonal()
-    inner, square = gram[entered].copy(), norms[entered].copy()  # of the stream with every state, and with itself
+    inner, square = (
+        gram[entered].copy(),
+        norms[entered].copy(),
+    )  # of the stream with every state, and with itself
     noise, roots = np.zeros(len(rows)), np.zeros(len(rows))
     for given in blocks.T:
         here = given >= 0
         place = np.where(here, given, 0)
-        match = np.clip(inner[rows, place] / np.sqrt(np.maximum(norms[place] * (square + noise), 1e-24)), -1, 1)
+        match = np.clip(
+            inner[rows, place] / np.sqrt(np.maximum(norms[place] * (square + noise), 1e-24)), -1, 1
+        )
         roots += np.sqrt(1 - match) * here
         kept = (np.maximum(match, 0) if lossy else np.ones_like(match)) * here
         own = norms[place + 1] + norms[place] - 2 * gram[place, place + 1]
@@ -91,9 +105,11 @@ def drift(gram: np.ndarray, entered: np.ndarray, blocks: np.ndarray, ends: np.nd
 def features(stacks: Sequence[Sequence[Block]], states: States) -> np.ndarray:
     """What damage is predicted from, `[r, FEATURES]`, for stacks of blocks.
 
-    `final`: root of `1 - cos` with the donors' last states behind the last block, in lossy superposition. `kept`: mean over the
-    blocks of the root of `1 - cos` before them, in plain superposition. `third`: blocks that are gone through a third time or more
-    often, over the blocks of the deepest donor. `skipped`: influence of blocks that are jumped over, further than any before.
+    `final`: root of `1 - cos` with the donors' last states behind the last block, in lossy
+        superposition. `kept`: mean over the blocks of the root of `1 - cos` before them, in plain
+        superposition. `third`: blocks that are gone through a third time or more often, over the
+        blocks of the deepest donor. `skipped`: influence of blocks that are jumped over, further
+        than any before.
     """
     longest = max(len(stack) for stack in stacks)
     given = np.full((len(stacks), longest), -1)
@@ -101,7 +117,14 @@ def features(stacks: Sequence[Sequence[Block]], states: States) -> np.ndarray:
         row[: len(stack)] = [states.first[block.model] + block.index for block in stack]
     entered = np.array([states.first[stack[0].model] for stack in stacks])
     depth = np.array([len(stack) for stack in stacks])
-    ends = np.array([_ends({name: sum(block.model == name for block in stack) for name in states.first}, states) for stack in stacks])
+    ends = np.array(
+        [
+            _ends(
+                {name: sum(block.model == name for block in stack) for name in states.first}, states
+            )
+            for stack in stacks
+        ]
+    )
     counted = np.array([_counted(stack, states) for stack in stacks])
     return np.column_stack([_drifts(states.gram, entered, given, ends, depth), counted])
 
@@ -114,7 +137,9 @@ def _ends(taken: Mapping[str, int], states: States) -> np.ndarray:
     return ends
 
 
-def _drifts(gram: np.ndarray, entered: np.ndarray, given: np.ndarray, ends: np.ndarray, depth: np.ndarray) -> np.ndarray:
+def _drifts(
+    gram: np.ndarray, entered: np.ndarray, given: np.ndarray, ends: np.ndarray, depth: np.ndarray
+) -> np.ndarray:
     """`final` and `kept` of stacks of `depth` blocks; those of them that are not `given` are at home."""
     kept, lost = (drift(gram, entered, given, ends, lossy=lossy) for lossy in (False, True))
     return np.column_stack([np.sqrt(lost.final), kept.roots / depth])
@@ -133,13 +158,17 @@ def _counted(stack: Sequence[Block], states: States) -> tuple[float, float]:
 
 
 def _influence(states: States) -> list[float]:
-    return _cached_influence(states.gram.tobytes(), tuple(states.first.items()), tuple(states.blocks.items()))
+    return _cached_influence(
+        states.gram.tobytes(), tuple(states.first.items()), tuple(states.blocks.items())
+    )
 
 
 @cache
 def _cached_influence(gram: bytes, first: tuple, blocks: tuple) -> list[float]:
     count = sum(number + 1 for _, number in blocks)
-    return States(dict(first), dict(blocks), np.frombuffer(gram).reshape(count, count)).influence.tolist()
+    return States(
+        dict(first), dict(blocks), np.frombuffer(gram).reshape(count, count)
+    ).influence.tolist()
 
 
 @dataclass(frozen=True)
@@ -150,7 +179,9 @@ class Model:
     weights: tuple[float, ...]
     """One for each of `FEATURES`."""
     spread: tuple[float, float]
-    """Between these nine of ten logarithms of measured damage are expected to be off, on donors it was not fitted on."""
+    """Between these nine of ten logarithms of measured damage are expected to be off, on donors it
+    was not fitted on.
+    """
     drawn_spread: tuple[float, float]
     """The same of damage that was measured on tokens which the donors drew, see `Plan.basis`."""
     origin: dict[str, Any] = field(default_factory=dict)
@@ -163,7 +194,8 @@ class Model:
     def interval(self, damage: float, *, drawn: bool = False) -> tuple[float, float]:
         """Where nine of ten measured damages are expected around one that was predicted, or measured on drawn tokens.
 
-        What is predicted is never below 0; what is measured may be, where a splice of fine-tunes is better than their mean.
+        What is predicted is never below 0; what is measured may be, where a splice of fine-tunes is
+        better than their mean.
         """
         floor, ends = (DRAWN_FLOOR, self.drawn_spread) if drawn else (FLOOR, self.spread)
         low, high = (damage + (max(0.0, damage) + floor) * (math.exp(end) - 1) for end in ends)
@@ -176,21 +208,29 @@ class Model:
         return {"intercept": self.intercept, "weights": weights, **spreads, "origin": self.origin}
 
 
-def fitted(found: np.ndarray, damage: np.ndarray, importance: np.ndarray) -> tuple[float, np.ndarray]:
+def fitted(
+    found: np.ndarray, damage: np.ndarray, importance: np.ndarray
+) -> tuple[float, np.ndarray]:
     """Intercept and weights of the ridge regression, fitted to features `[r, FEATURES]` and measured damage `[r]`."""
     share, target = importance / importance.sum(), np.log(FLOOR + np.maximum(0, damage))
     mean = share @ found
     scale = np.sqrt(share @ (found - mean) ** 2) + 1e-9
     standard = (found - mean) / scale
     lean = (standard * share[:, None]).T
-    weights = np.linalg.solve(lean @ standard + RIDGE * np.eye(len(mean)), lean @ (target - share @ target)) / scale
+    weights = (
+        np.linalg.solve(
+            lean @ standard + RIDGE * np.eye(len(mean)), lean @ (target - share @ target)
+        )
+        / scale
+    )
     return float(share @ target - mean @ weights), weights
 
 
 def refined(model: Model, found: np.ndarray, damage: np.ndarray, origin: dict[str, Any]) -> Model:
     """The model after seeing measured splices of other donors: its logarithm scaled and shifted, no feature weighed anew.
 
-    A handful of splices does not tell four weights apart. The spread becomes that of leaving each splice out in turn.
+    A handful of splices does not tell four weights apart. The spread becomes that of leaving each
+    splice out in turn.
     """
     predicted, target = np.log(FLOOR + model.damage(found)), np.log(FLOOR + np.maximum(0, damage))
 
@@ -204,18 +244,31 @@ def refined(model: Model, found: np.ndarray, damage: np.ndarray, origin: dict[st
         return middle + slope * (x - predicted[chosen].mean())
 
     everyone = np.arange(len(target))
-    off = np.array([target[left] - applied(np.delete(everyone, left), predicted[[left]])[0] for left in everyone])
+    off = np.array(
+        [
+            target[left] - applied(np.delete(everyone, left), predicted[[left]])[0]
+            for left in everyone
+        ]
+    )
     slope, middle = line(everyone)
     intercept = middle + slope * (model.intercept - predicted.mean())
     low, high = np.quantile(off, [0.05, 0.95])
-    weights, spread = tuple(float(slope * weight) for weight in model.weights), (float(min(low, 0)), float(max(high, 0)))
+    weights, spread = (
+        tuple(float(slope * weight) for weight in model.weights),
+        (float(min(low, 0)), float(max(high, 0))),
+    )
     return Model(float(intercept), weights, spread, model.drawn_spread, origin)
 
 
 def default_model() -> Model:
     """The model that comes with the package, fitted by `evals/fit_planner.py`."""
-    told = json.loads(files("frankenmerge.planning").joinpath("prediction.json").read_text(encoding="utf-8"))
-    weights, spreads = tuple(told["weights"][name] for name in FEATURES), (tuple(told["spread"]), tuple(told["drawn_spread"]))
+    told = json.loads(
+        files("frankenmerge.planning").joinpath("prediction.json").read_text(encoding="utf-8")
+    )
+    weights, spreads = (
+        tuple(told["weights"][name] for name in FEATURES),
+        (tuple(told["spread"]), tuple(told["drawn_spread"])),
+    )
     return Model(told["intercept"], weights, *spreads, told["origin"])
 
 
@@ -228,7 +281,12 @@ def seam_damage(model: Model, states: States, left: str, entered: str) -> np.nda
         given = np.tile(states.first[entered] + np.arange(j, places), (rows + 1, 1))
         skipped = np.maximum(0, influence[states.first[entered] + j] - influence[begin])
         ends = np.array(
-            [_ends({left: i, entered: places - j}, states) if left != entered else _ends({left: 1}, states) for i in range(rows + 1)]
+            [
+                _ends({left: i, entered: places - j}, states)
+                if left != entered
+                else _ends({left: 1}, states)
+                for i in range(rows + 1)
+            ]
         )
         drifts = _drifts(states.gram, begin, given, ends, np.arange(rows + 1) + places - j)
         result[:, j] = model.damage(np.column_stack([drifts, np.zeros(rows + 1), skipped]))

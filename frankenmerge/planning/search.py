@@ -1,8 +1,9 @@
 """The k cheapest ways through the donors' blocks: exact dynamic programming, then best-first enumeration.
 
-A path is a sequence of slices (donor, start, stop) that begins at a donor's block 0 and ends with a donor's last block.
-The cost to go is exact, so the enumeration (A*) expands only what belongs to one of the k cheapest paths; shares of donors
-are kept to in the enumeration alone, for which the cost to go is a lower bound, so that it stays exact and takes longer.
+A path is a sequence of slices (donor, start, stop) that begins at a donor's block 0 and ends with a
+donor's last block. The cost to go is exact, so the enumeration (A*) expands only what belongs to
+one of the k cheapest paths; shares of donors are kept to in the enumeration alone, for which the
+cost to go is a lower bound, so that it stays exact and takes longer.
 """
 
 import heapq
@@ -31,7 +32,9 @@ class Constraints:
     min_slice: int = 2
     """Fewest blocks of a slice."""
     protect_first: int = 1
-    """Blocks at a donor's beginning that stay together at the beginning: no seam before or among them."""
+    """Blocks at a donor's beginning that stay together at the beginning: no seam before or among
+    them.
+    """
     protect_last: int = 1
     """Likewise at a donor's end."""
     max_back: int | None = None
@@ -41,12 +44,21 @@ class Constraints:
     avoided: frozenset[tuple[Any, int]] = frozenset()
     """Blocks that must not be used."""
     shares: Mapping[Any, tuple[float, float]] = field(default_factory=dict)
-    """By donor, the least and the largest part of the result's blocks that may be its own, from 0 to 1."""
+    """By donor, the least and the largest part of the result's blocks that may be its own, from 0
+    to 1.
+    """
 
     def as_json(self) -> dict[str, Any]:
         """The constraints that are set, as JSON."""
-        blocks = {key: sorted([donor, block] for donor, block in getattr(self, key)) for key in ("required", "avoided")}
-        told = vars(self) | blocks | {"shares": {donor: list(share) for donor, share in self.shares.items()}}
+        blocks = {
+            key: sorted([donor, block] for donor, block in getattr(self, key))
+            for key in ("required", "avoided")
+        }
+        told = (
+            vars(self)
+            | blocks
+            | {"shares": {donor: list(share) for donor, share in self.shares.items()}}
+        )
         return {key: value for key, value in told.items() if value not in (None, [], {})}
 
 
@@ -81,7 +93,9 @@ class _Problem(NamedTuple):
     costs: Mapping[tuple[int, int], np.ndarray]
     constraints: Constraints
     bits: list[np.ndarray]
-    """By donor and block: what using it adds to `_State.used`; -1 for a block that must not be used."""
+    """By donor and block: what using it adds to `_State.used`; -1 for a block that must not be
+    used.
+    """
     everything: int
     """`_State.used` when all is used that must be."""
 
@@ -99,36 +113,51 @@ class _Node(NamedTuple):
 
 
 def cheapest_paths(
-    lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints, *, most: int | None = None
+    lengths: list[int],
+    costs: Mapping[tuple[int, int], np.ndarray],
+    constraints: Constraints,
+    *,
+    most: int | None = None,
 ) -> Iterator[Path]:
     """Give paths that use every donor at least once, the cheapest first.
 
     Args:
         lengths: blocks of each donor.
-        costs: for (donor left, donor entered) the seam costs `[l_left+1, l_entered+1]`; pairs that are absent are not used.
+        costs: for (donor left, donor entered) the seam costs `[l_left+1, l_entered+1]`; pairs that
+            are absent are not used.
         constraints: what every path keeps to.
         most: how many are wanted, which spares looking at others; all that there are without it.
 
     Raises:
-        FrankenmergeError: when more blocks are required than the search can keep in mind, or shares make it too long.
+        FrankenmergeError: when more blocks are required than the search can keep in mind, or shares
+            make it too long.
     """
     problem = _problem(lengths, costs, constraints)
     return islice(_cheapest(problem, _cost_to_go(problem), most), most)
 
 
-def cheapest_by_depth(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints) -> dict[int, Path]:
+def cheapest_by_depth(
+    lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints
+) -> dict[int, Path]:
     """The cheapest path of every depth up to the one that is asked for, where there is one."""
     problem = _problem(lengths, costs, constraints)
     to_go = _cost_to_go(problem)  # of every number of blocks left, so of every depth
     depths = range(1, constraints.depth + 1)
-    first = {depth: next(_cheapest(problem._replace(constraints=replace(constraints, depth=depth)), to_go, 1), None) for depth in depths}
+    first = {
+        depth: next(
+            _cheapest(problem._replace(constraints=replace(constraints, depth=depth)), to_go, 1),
+            None,
+        )
+        for depth in depths
+    }
     return {depth: path for depth, path in first.items() if path}
 
 
 def _cheapest(problem: _Problem, to_go: np.ndarray, most: int | None) -> Iterator[Path]:
     """The enumeration, best first."""
     lengths, constraints = problem.lengths, problem.constraints
-    # Without shares every node's bound is the cost of a path of its own: beyond the `most` least of them nothing is wanted.
+    # Without shares every node's bound is the cost of a path of its own: beyond the `most` least of
+    # them nothing is wanted.
     kept, limit = None if constraints.shares else most, np.inf
     order, steps = count(), count()
     heap: list[_Node] = []
@@ -142,20 +171,40 @@ def _cheapest(problem: _Problem, to_go: np.ndarray, most: int | None) -> Iterato
             yield Path(node.cost, node.pieces)
             continue
         if next(steps) > MOST_STEPS:
-            told = ", ".join(f"{donor} {low:.0%} to {high:.0%}" for donor, (low, high) in constraints.shares.items())
-            raise fail("plan", f"shares that good plans can keep to: {told}", f"none in {MOST_STEPS:,} steps", "widen the shares")
-        for piece, step, rest, follower in _continuations(problem, to_go, node.state, limit - node.cost):
+            told = ", ".join(
+                f"{donor} {low:.0%} to {high:.0%}"
+                for donor, (low, high) in constraints.shares.items()
+            )
+            raise fail(
+                "plan",
+                f"shares that good plans can keep to: {told}",
+                f"none in {MOST_STEPS:,} steps",
+                "widen the shares",
+            )
+        for piece, step, rest, follower in _continuations(
+            problem, to_go, node.state, limit - node.cost
+        ):
             pieces = (*node.pieces, piece)
             if _keeps_shares(problem, pieces, 0 if follower is None else follower.blocks):
-                heapq.heappush(heap, _Node(node.cost + step + rest, next(order), node.cost + step, pieces, follower))
+                heapq.heappush(
+                    heap,
+                    _Node(node.cost + step + rest, next(order), node.cost + step, pieces, follower),
+                )
         if kept and len(heap) > 4 * kept:
             heap = heapq.nsmallest(kept, heap)  # sorted, and so a heap
             limit = heap[-1].bound
 
 
-def _problem(lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints) -> _Problem:
+def _problem(
+    lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints
+) -> _Problem:
     if len(constraints.required) > MOST_REQUIRED:
-        raise fail("plan", f"at most {MOST_REQUIRED} required blocks", str(len(constraints.required)), "require fewer; seams move little")
+        raise fail(
+            "plan",
+            f"at most {MOST_REQUIRED} required blocks",
+            str(len(constraints.required)),
+            "require fewer; seams move little",
+        )
     bits = [np.full(length, 1 << donor) for donor, length in enumerate(lengths)]
     for number, (donor, block) in enumerate(sorted(constraints.required), len(lengths)):
         bits[donor][block] |= 1 << number
@@ -190,7 +239,12 @@ def _continuations(
             rests = to_go[left, state.seams - 1, used, entered, : matrix.shape[1]]
             whole = matrix[stop] + rests
             for start in np.flatnonzero(np.isfinite(whole) & (whole <= limit + 1e-12)):
-                yield piece, float(matrix[stop, start]), float(rests[start]), _State(left, state.seams - 1, used, entered, int(start))
+                yield (
+                    piece,
+                    float(matrix[stop, start]),
+                    float(rests[start]),
+                    _State(left, state.seams - 1, used, entered, int(start)),
+                )
 
 
 def _keeps_shares(problem: _Problem, pieces: tuple[Piece, ...], left: int) -> bool:
@@ -219,11 +273,20 @@ def _allowed(costs: np.ndarray, pair: tuple[int, int], constraints: Constraints)
 def _cost_to_go(problem: _Problem) -> np.ndarray:
     """The cheapest rest when beginning a slice, `[blocks left, seams left, used, donor, start]`: exact but for shares.
 
-    Block by block, for every number of blocks left from none upwards: a slice that is long enough is left, or goes on by a block.
+    Block by block, for every number of blocks left from none upwards: a slice that is long enough
+    is left, or goes on by a block.
     """
     donors, constraints = len(problem.lengths), problem.constraints
-    shape = (constraints.depth + 1, constraints.max_seams + 1, problem.everything + 1, donors, max(problem.lengths) + 1)
-    within = np.full(shape, np.inf)  # in a slice that is long enough, behind so many of its donor's blocks
+    shape = (
+        constraints.depth + 1,
+        constraints.max_seams + 1,
+        problem.everything + 1,
+        donors,
+        max(problem.lengths) + 1,
+    )
+    within = np.full(
+        shape, np.inf
+    )  # in a slice that is long enough, behind so many of its donor's blocks
     starting = np.full(shape, np.inf)
     within[0, :, -1, range(donors), problem.lengths] = 0.0
     for blocks in range(1, constraints.depth + 1):
@@ -239,7 +302,9 @@ def _cost_to_go(problem: _Problem) -> np.ndarray:
             np.minimum(target, (cost + rest[:, :, None]).min(axis=3), out=target)
         for donor in range(donors):
             target = within[blocks, :, :, donor]
-            np.minimum(target, _one_more(problem, donor, within[blocks - 1, :, :, donor]), out=target)
+            np.minimum(
+                target, _one_more(problem, donor, within[blocks - 1, :, :, donor]), out=target
+            )
     return starting
 
 

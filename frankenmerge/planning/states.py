@@ -25,7 +25,11 @@ def states_of(alignments: Sequence[Alignment]) -> States:
         for alignment in alignments
         if alignment.gram is None
     )
-    blocks = {name: count for alignment in alignments for name, count in zip(alignment.donors, alignment.blocks, strict=True)}
+    blocks = {
+        name: count
+        for alignment in alignments
+        for name, count in zip(alignment.donors, alignment.blocks, strict=True)
+    }
     first, total = {}, 0
     for name, count in blocks.items():
         first[name], total = total, total + count + 1
@@ -33,12 +37,15 @@ def states_of(alignments: Sequence[Alignment]) -> States:
     own: dict[str, list[np.ndarray]] = {name: [] for name in blocks}
     for alignment in alignments:
         middle = alignment.blocks[0] + 1
-        for name, part in zip(alignment.donors, (slice(None, middle), slice(middle, None)), strict=True):
+        for name, part in zip(
+            alignment.donors, (slice(None, middle), slice(middle, None)), strict=True
+        ):
             own[name].append(_gram(alignment)[part, part])
     gram = np.zeros((total, total))
     for name, parts in own.items():
         gram[np.ix_(places[name], places[name])] = np.mean(parts, axis=0)
-    # A donor's states are measured in another unit in every alignment: between two donors the cosines are what holds.
+    # A donor's states are measured in another unit in every alignment: between two donors the
+    # cosines are what holds.
     size = np.sqrt(gram.diagonal())
     for alignment in alignments:
         (a, b), middle = (places[name] for name in alignment.donors), alignment.blocks[0] + 1

@@ -36,7 +36,9 @@ class Line(NamedTuple):
     """Drawn broken and without marks: what another line is held against."""
 
 
-def bars(rows: Sequence[Bar], name: str, title: str, axis: str, *, value: str = "value", other: str = "") -> str:
+def bars(
+    rows: Sequence[Bar], name: str, title: str, axis: str, *, value: str = "value", other: str = ""
+) -> str:
     """Draw values as dots on their intervals, one below the other, with a line at 0.
 
     Args:
@@ -47,7 +49,9 @@ def bars(rows: Sequence[Bar], name: str, title: str, axis: str, *, value: str = 
         value: what the dot is, for the key.
         other: what the diamond is.
     """
-    numbers = [part for row in rows for part in (row.value, row.low, row.high, row.other) if _finite(part)]
+    numbers = [
+        part for row in rows for part in (row.value, row.low, row.high, row.other) if _finite(part)
+    ]
     low, high, ticks = _scale([*numbers, 0.0])
     top, step, left, right = 30 if other else 10, 46, 10, 10
     bottom = top + step * len(rows)
@@ -59,7 +63,11 @@ def bars(rows: Sequence[Bar], name: str, title: str, axis: str, *, value: str = 
     parts.append(f'<path class="base" d="M{x(0):.1f} {top}V{bottom}"/>')
     for number, row in enumerate(rows):
         y = top + number * step
-        parts.append(_text(left, y + 14, row.label if len(row.label) <= 44 else f"{row.label[:43]}…", "start"))
+        parts.append(
+            _text(
+                left, y + 14, row.label if len(row.label) <= 44 else f"{row.label[:43]}…", "start"
+            )
+        )
         parts.append(_text(WIDTH - right, y + 14, row.said, "finish soft"))
         if _finite(row.low) and _finite(row.high):
             parts.append(f'<path class="span" d="M{x(row.low):.1f} {y + 30}H{x(row.high):.1f}"/>')
@@ -67,21 +75,41 @@ def bars(rows: Sequence[Bar], name: str, title: str, axis: str, *, value: str = 
             parts.append(f'<circle class="dot" cx="{x(row.value):.1f}" cy="{y + 30}" r="5"/>')
         if _finite(row.other):
             parts.append(_mark("diamond", x(row.other), y + 30, "hit"))
-    parts += [_text(min(max(x(tick), 14), WIDTH - 14), bottom + 16, _number(tick), "soft") for tick in ticks]
+    parts += [
+        _text(min(max(x(tick), 14), WIDTH - 14), bottom + 16, _number(tick), "soft")
+        for tick in ticks
+    ]
     parts.append(_text(WIDTH / 2, bottom + 34, axis, "soft"))
     if other:
-        parts += [f'<circle class="dot" cx="{left + 6}" cy="12" r="5"/>', _text(left + 18, 16, value, "start soft")]
-        parts += [_mark("diamond", WIDTH / 2, 12, "hit"), _text(WIDTH / 2 + 12, 16, other, "start soft")]
+        parts += [
+            f'<circle class="dot" cx="{left + 6}" cy="12" r="5"/>',
+            _text(left + 18, 16, value, "start soft"),
+        ]
+        parts += [
+            _mark("diamond", WIDTH / 2, 12, "hit"),
+            _text(WIDTH / 2 + 12, 16, other, "start soft"),
+        ]
     told = "; ".join(f"{row.label}: {_spoken(row, other)}" for row in rows)
     return _svg(name, title, told, bottom + 42, parts)
 
 
 def _spoken(row: Bar, other: str) -> str:
-    told = _number(row.value) + (f", from {_number(row.low)} to {_number(row.high)}" if _finite(row.low) and _finite(row.high) else "")
+    told = _number(row.value) + (
+        f", from {_number(row.low)} to {_number(row.high)}"
+        if _finite(row.low) and _finite(row.high)
+        else ""
+    )
     return told + (f", {other} {_number(row.other)}" if _finite(row.other) else "")
 
 
-def lines(series: Sequence[Line], name: str, title: str, axis: str, *, seams: Sequence[tuple[float, str]] = ()) -> str:
+def lines(
+    series: Sequence[Line],
+    name: str,
+    title: str,
+    axis: str,
+    *,
+    seams: Sequence[tuple[float, str]] = (),
+) -> str:
     """Draw values over blocks as lines, 0 in view, each with a shape of its own; seams as broken upright lines with their labels.
 
     Args:
@@ -109,14 +137,25 @@ def lines(series: Sequence[Line], name: str, title: str, axis: str, *, seams: Se
     parts = [f'<path class="grid" d="M{left} {y(tick):.1f}H{WIDTH - right}"/>' for tick in ticks]
     parts += [_text(left - 6, y(tick) + 4, _number(tick), "finish soft") for tick in ticks]
     for place, label in seams:
-        parts.append(f'<path class="seamline" d="M{x(place):.1f} {top - 4}V{bottom}"/>' + _text(x(place), top - 8, label, "soft"))
+        parts.append(
+            f'<path class="seamline" d="M{x(place):.1f} {top - 4}V{bottom}"/>'
+            + _text(x(place), top - 8, label, "soft")
+        )
     for number, line in enumerate(series):
         parts += _drawn(line, x, y)
         key = left + number % beside * 180, 12 + number // beside * 18
-        sample = f'<path class="line broken l{line.style % 6}" d="M{key[0] - 6} {key[1]}h14"/>' if line.broken else _symbol(line, *key)
+        sample = (
+            f'<path class="line broken l{line.style % 6}" d="M{key[0] - 6} {key[1]}h14"/>'
+            if line.broken
+            else _symbol(line, *key)
+        )
         parts.append(sample + _text(key[0] + 12, key[1] + 4, line.label, "start soft"))
     every = next((step for step in (1, 2, 4, 5, 10, 20, 50) if (last - first) / step <= 12), 100)
-    parts += [_text(x(block), bottom + 16, f"{block:g}", "soft") for block in sorted(set(blocks)) if block % every == 0]
+    parts += [
+        _text(x(block), bottom + 16, f"{block:g}", "soft")
+        for block in sorted(set(blocks))
+        if block % every == 0
+    ]
     parts.append(_text((left + WIDTH) / 2, bottom + 34, f"{axis}, by block of the result", "soft"))
     told = "; ".join(f"{line.label}: {_summed(line)}" for line in series)
     return _svg(name, title, told, bottom + 42, parts)
@@ -128,7 +167,9 @@ def _drawn(line: Line, x, y) -> Iterable[str]:
         if _finite(start) and _finite(stop):
             style = f"line{' broken' if line.broken else ''} l{line.style % 6}"
             yield f'<path class="{style}" d="M{x(a):.1f} {y(start):.1f}L{x(b):.1f} {y(stop):.1f}"/>'
-    for block, value in [] if line.broken else known if len(known) <= 40 else known[:: len(known) // 20]:
+    for block, value in (
+        [] if line.broken else known if len(known) <= 40 else known[:: len(known) // 20]
+    ):
         told = f"<title>{escape(line.label)}, block {block:g}: {_number(value)}</title>"
         yield _symbol(line, x(block), y(value), told)
 
@@ -148,7 +189,9 @@ def _summed(line: Line) -> str:
 def _mark(shape: str, x: float, y: float, style: str, inner: str = "") -> str:
     if shape in ("circle", "ring"):
         hollow = " hollow" if shape == "ring" else ""
-        return f'<circle class="mark {style}{hollow}" cx="{x:.1f}" cy="{y:.1f}" r="4">{inner}</circle>'
+        return (
+            f'<circle class="mark {style}{hollow}" cx="{x:.1f}" cy="{y:.1f}" r="4">{inner}</circle>'
+        )
     path = {
         "square": "m-4 -4h8v8h-8z",
         "diamond": "m0 -6l6 6l-6 6l-6 -6z",

@@ -42,7 +42,9 @@ class Table(NamedTuple):
 def features_of(atlas: Atlas) -> Features:
     """Take from an atlas what a page shows of it."""
     tokens = next(iter(atlas.top.values())).tokens[:, :NEURONS]
-    told = {"fingerprint": atlas.fingerprint} | {str(key): str(value) for key, value in atlas.provenance.items()}
+    told = {"fingerprint": atlas.fingerprint} | {
+        str(key): str(value) for key, value in atlas.provenance.items()
+    }
     control = "" if atlas.provenance.get("untrained") is None else " (untrained)"
     return Features(atlas.donor + control, atlas.fingerprint, tokens, atlas.vocabulary, told)
 
@@ -50,14 +52,22 @@ def features_of(atlas: Atlas) -> Features:
 def aligned_features(alignment: Alignment) -> list[Features]:
     """The same of both donors of an alignment, for runs that keep no atlas."""
     parts = zip(alignment.donors, alignment.fingerprints, alignment.tokens, strict=True)
-    return [Features(donor, fingerprint, tokens[:, :NEURONS], alignment.vocabulary, {}) for donor, fingerprint, tokens in parts]
+    return [
+        Features(donor, fingerprint, tokens[:, :NEURONS], alignment.vocabulary, {})
+        for donor, fingerprint, tokens in parts
+    ]
 
 
 def feature_tables(donors: Sequence[Features]) -> list[Table]:
     """Set the donors side by side, block by block; of deep donors evenly spaced blocks, the first and the last among them."""
     deepest = max(len(donor.tokens) for donor in donors)
-    blocks = np.unique(np.linspace(0, deepest - 1, min(deepest, BLOCKS)).round().astype(int)).tolist()
-    return [Table(block, [(neuron, _row(donors, block, neuron)) for neuron in range(_width(donors))]) for block in blocks]
+    blocks = np.unique(
+        np.linspace(0, deepest - 1, min(deepest, BLOCKS)).round().astype(int)
+    ).tolist()
+    return [
+        Table(block, [(neuron, _row(donors, block, neuron)) for neuron in range(_width(donors))])
+        for block in blocks
+    ]
 
 
 def _width(donors: Sequence[Features]) -> int:
@@ -66,11 +76,22 @@ def _width(donors: Sequence[Features]) -> int:
 
 def _row(donors: Sequence[Features], block: int, neuron: int) -> list[list[Chip]]:
     found = [_texts(donor, block, neuron) for donor in donors]
-    others = [{text for n, texts in enumerate(found) if n != number for text in texts} for number in range(len(found))]
-    return [[Chip(text, text in other) for text in texts[:TOKENS]] for texts, other in zip(found, others, strict=True)]
+    others = [
+        {text for n, texts in enumerate(found) if n != number for text in texts}
+        for number in range(len(found))
+    ]
+    return [
+        [Chip(text, text in other) for text in texts[:TOKENS]]
+        for texts, other in zip(found, others, strict=True)
+    ]
 
 
 def _texts(donor: Features, block: int, neuron: int) -> list[str]:
     blocks, width, _ = donor.tokens.shape
-    ids: list[int] = donor.tokens[block, neuron].tolist() if block < blocks and neuron < width else []
-    return [donor.vocabulary[token] if 0 <= token < len(donor.vocabulary) else f"#{token}" for token in ids]
+    ids: list[int] = (
+        donor.tokens[block, neuron].tolist() if block < blocks and neuron < width else []
+    )
+    return [
+        donor.vocabulary[token] if 0 <= token < len(donor.vocabulary) else f"#{token}"
+        for token in ids
+    ]

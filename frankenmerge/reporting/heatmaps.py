@@ -20,7 +20,9 @@ VIRIDIS = tuple(
         "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1f9f88 27ad81 3dbc74 5cc863 81d34d aadc32 d5e21a fde725"
     ).split()
 )
-"""Seventeen even steps of the colour map viridis: perceptually uniform, legible without red and green."""
+"""Seventeen even steps of the colour map viridis: perceptually uniform, legible without red and
+green.
+"""
 WRITTEN = 12
 """Up to so many rows and columns the values stand in the cells."""
 CELLS = 900
@@ -43,7 +45,9 @@ def colour(value: float) -> tuple[int, int, int]:
     place = min(max(value, 0.0), 1.0) * (len(VIRIDIS) - 1)
     index = min(int(place), len(VIRIDIS) - 2)
     low, high = VIRIDIS[index], VIRIDIS[index + 1]
-    red, green, blue = (round(a + (b - a) * (place - index)) for a, b in zip(low, high, strict=True))
+    red, green, blue = (
+        round(a + (b - a) * (place - index)) for a, b in zip(low, high, strict=True)
+    )
     return red, green, blue
 
 
@@ -53,12 +57,27 @@ def png(matrix: np.ndarray) -> bytes:
     rows = b"".join(b"\0" + row.tobytes() for row in shades)
     palette = b"".join(bytes(colour(index / 254)) for index in range(255)) + b"\x80\x80\x80"
     header = struct.pack(">IIBBBBB", matrix.shape[1], matrix.shape[0], 8, 3, 0, 0, 0)
-    parts = ((b"IHDR", header), (b"PLTE", palette), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
-    chunks = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
+    parts = (
+        (b"IHDR", header),
+        (b"PLTE", palette),
+        (b"IDAT", zlib.compress(rows, 9)),
+        (b"IEND", b""),
+    )
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def svg(matrix: np.ndarray, donors: tuple[str, str], marks: Iterable[Mark], title: str, *, small: bool = False) -> str:
+def svg(
+    matrix: np.ndarray,
+    donors: tuple[str, str],
+    marks: Iterable[Mark],
+    title: str,
+    *,
+    small: bool = False,
+) -> str:
     """A heatmap: rows are A after so many blocks, columns B. The picture alone; its numbers are told elsewhere."""
     rows, columns = matrix.shape
     side = (150 if small else 340) / max(rows, columns)
@@ -73,21 +92,31 @@ def svg(matrix: np.ndarray, donors: tuple[str, str], marks: Iterable[Mark], titl
         *_ticks(rows, columns, side, left, top, small),
         *([] if small else _axes(donors, left, top, columns * side, rows * side)),
         *(_values(matrix, side, left, top) if not small and max(rows, columns) <= WRITTEN else []),
-        "" if small else f'<rect class="cursor" width="{side:g}" height="{side:g}" x="{left}" y="{top}"/>',
+        ""
+        if small
+        else f'<rect class="cursor" width="{side:g}" height="{side:g}" x="{left}" y="{top}"/>',
         *(part for mark in marks for part in _mark(mark, side, left, top, small)),
     ]
     return "".join(parts) + "</svg>"
 
 
-def _ticks(rows: int, columns: int, side: float, left: float, top: float, small: bool) -> Iterable[str]:
-    every = next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, 1000) if step * side >= (24 if small else 16))
+def _ticks(
+    rows: int, columns: int, side: float, left: float, top: float, small: bool
+) -> Iterable[str]:
+    every = next(
+        step
+        for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, 1000)
+        if step * side >= (24 if small else 16)
+    )
     for row in range(0, rows, every):
         yield f'<text class="tick end" x="{left - 4}" y="{top + (row + 0.5) * side + 4:g}">{row}</text>'
     for column in range(0, columns, every):
         yield f'<text class="tick" x="{left + (column + 0.5) * side:g}" y="{top - 4}">{column}</text>'
 
 
-def _axes(donors: tuple[str, str], left: float, top: float, width: float, height: float) -> Iterable[str]:
+def _axes(
+    donors: tuple[str, str], left: float, top: float, width: float, height: float
+) -> Iterable[str]:
     a, b = (escape(f"{shortened(name)}, after so many blocks") for name in donors)
     x, y = left + width / 2, top + height / 2
     yield f'<text class="axis" x="{x:g}" y="12">{b}</text>'
@@ -96,7 +125,12 @@ def _axes(donors: tuple[str, str], left: float, top: float, width: float, height
 
 def _values(matrix: np.ndarray, side: float, left: float, top: float) -> Iterable[str]:
     for (row, column), value in np.ndenumerate(matrix):
-        shade = "dark" if contrast(colour(float(value)), (0, 0, 0)) > contrast(colour(float(value)), (255, 255, 255)) else "light"
+        shade = (
+            "dark"
+            if contrast(colour(float(value)), (0, 0, 0))
+            > contrast(colour(float(value)), (255, 255, 255))
+            else "light"
+        )
         x, y = left + (column + 0.5) * side, top + (row + 0.5) * side + 4
         yield f'<text class="value {shade}" x="{x:g}" y="{y:g}">{short_number(float(value))}</text>'
 
@@ -120,7 +154,10 @@ def short_number(value: float) -> str:
 
 def luminance(shade: tuple[int, int, int]) -> float:
     """Relative luminance (WCAG 2.2)."""
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in (value / 255 for value in shade)]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+        for part in (value / 255 for value in shade)
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -138,14 +175,23 @@ def shortened(name: str) -> str:
 
 def token(text: str) -> str:
     """A token as it is shown: blanks (many as ␣×24), line ends and everything hidden made visible, the very long cut."""
-    shown = re.sub(" {4,}", lambda run: f"␣×{len(run[0])}", text).replace("\r\n", "↵").translate({10: "↵", 9: "⇥", 32: "␣"})
+    shown = (
+        re.sub(" {4,}", lambda run: f"␣×{len(run[0])}", text)
+        .replace("\r\n", "↵")
+        .translate({10: "↵", 9: "⇥", 32: "␣"})
+    )
     return visible(shown if len(shown) <= 32 else f"{shown[:31]}…") or "(empty)"
 
 
 def scores_with_nulls(alignment: Alignment) -> dict[str, Score]:
     """The scores that can be held against chance, the one that plans rest on first."""
-    order = {name: place for place, name in enumerate(("jaccard", "argmax", "correlation", "rank_correlation"))}
-    named = sorted(alignment.scores.items(), key=lambda entry: (order.get(entry[0], len(order)), entry[0]))
+    order = {
+        name: place
+        for place, name in enumerate(("jaccard", "argmax", "correlation", "rank_correlation"))
+    }
+    named = sorted(
+        alignment.scores.items(), key=lambda entry: (order.get(entry[0], len(order)), entry[0])
+    )
     return {name: score for name, score in named if score.nulls}
 
 
@@ -155,39 +201,63 @@ def numbers(alignment: Alignment, marks: Sequence[Mark]) -> dict[str, Any]:
         name: {
             "score": _packed(score.matrix),
             "nulls": {null: _packed(matrix) for null, matrix in sorted(score.nulls.items())},
-            "interval": None if score.interval is None else [_packed(end) for end in score.interval],
+            "interval": None
+            if score.interval is None
+            else [_packed(end) for end in score.interval],
         }
         for name, score in scores_with_nulls(alignment).items()
     }
     words: dict[int, int] = {}
-    cells = {f"{row},{column}": _cell(alignment, row, column, words) for row, column in _told(alignment, marks)}
-    texts = [token(alignment.vocabulary[index]) if index < len(alignment.vocabulary) else f"#{index}" for index in words]
+    cells = {
+        f"{row},{column}": _cell(alignment, row, column, words)
+        for row, column in _told(alignment, marks)
+    }
+    texts = [
+        token(alignment.vocabulary[index]) if index < len(alignment.vocabulary) else f"#{index}"
+        for index in words
+    ]
     rows, columns = (blocks + 1 for blocks in alignment.blocks)
     donors = [shortened(name) for name in alignment.donors]
-    return {"donors": donors, "rows": rows, "columns": columns, "scores": scores, "words": texts, "cells": cells}
+    return {
+        "donors": donors,
+        "rows": rows,
+        "columns": columns,
+        "scores": scores,
+        "words": texts,
+        "cells": cells,
+    }
 
 
 def _packed(matrix: np.ndarray) -> list:
     """Numbers as [largest, base64 of little-endian int16]: four significant places, three characters each."""
     finite = np.isfinite(matrix)
     peak = float(np.abs(matrix[finite]).max(initial=0)) or 1.0
-    scaled = np.where(finite, np.round(np.where(finite, matrix, 0).astype(np.float64) / peak * _PEAK), _ABSENT).astype("<i2")
+    scaled = np.where(
+        finite, np.round(np.where(finite, matrix, 0).astype(np.float64) / peak * _PEAK), _ABSENT
+    ).astype("<i2")
     return [round(peak, 6), base64.b64encode(scaled.tobytes()).decode()]
 
 
 def _told(alignment: Alignment, marks: Sequence[Mark]) -> list[tuple[int, int]]:
     """The cells whose neurons are told: the seams', then those nearest to equal depth."""
     rows, columns = (blocks + 1 for blocks in alignment.blocks)
-    near = sorted(np.ndindex(rows, columns), key=lambda cell: (abs(cell[0] / rows - cell[1] / columns), cell))
+    near = sorted(
+        np.ndindex(rows, columns), key=lambda cell: (abs(cell[0] / rows - cell[1] / columns), cell)
+    )
     return list(dict.fromkeys([*((mark.row, mark.column) for mark in marks), *near]))[:CELLS]
 
 
 def _cell(alignment: Alignment, row: int, column: int, words: dict[int, int]) -> list[list]:
     """Neurons that agree most, then those that agree least: `[neuron, Jaccard in thousandths, A's tokens, B's tokens]`.
 
-    Tokens are places in `words`; the complement `~place` says that the other donor's list of best tokens has it too.
+    Tokens are places in `words`; the complement `~place` says that the other donor's list of best
+    tokens has it too.
     """
-    detail = {name: score.detail[row, column].astype(np.float32) for name, score in alignment.scores.items() if score.detail.shape[2]}
+    detail = {
+        name: score.detail[row, column].astype(np.float32)
+        for name, score in alignment.scores.items()
+        if score.detail.shape[2]
+    }
     keys = [np.nan_to_num(detail[name]) for name in ("correlation", "jaccard") if name in detail]
     if not keys:
         return []
@@ -197,7 +267,12 @@ def _cell(alignment: Alignment, row: int, column: int, words: dict[int, int]) ->
 
     def told(neuron: int) -> list:
         a, b = (tokens[neuron].tolist() for tokens in pair)
-        return [int(neuron), round(float(keys[-1][neuron]) * 1000), _places(a, b, words), _places(b, a, words)]
+        return [
+            int(neuron),
+            round(float(keys[-1][neuron]) * 1000),
+            _places(a, b, words),
+            _places(b, a, words),
+        ]
 
     return [told(neuron) for neuron in [*ranked[::-1][:SHOWN], *ranked[:SHOWN]]]
 

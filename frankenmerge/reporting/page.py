@@ -21,10 +21,20 @@ def page(run: Run) -> str:
     """Return the report on a run as HTML."""
     css, script = _file("report.css") + diagram.STYLE, _file("report.js")
     environment = Environment(
-        loader=PackageLoader("frankenmerge.reporting", "files"), autoescape=True, undefined=StrictUndefined, finalize=_shown,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("frankenmerge.reporting", "files"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "interval": interval, "short": shortened, "token": token, "data": _data}
+    environment.filters |= {
+        "number": number,
+        "interval": interval,
+        "short": shortened,
+        "token": token,
+        "data": _data,
+    }
     template = environment.get_template("report.html")
     policy = f"default-src 'none'; img-src data:; style-src {_hash(css)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
     return template.render(policy=policy, css=Markup(css), script=Markup(script), **_content(run))
@@ -34,8 +44,14 @@ def _content(run: Run) -> dict[str, Any]:
     found, known, told = sections.splices(run), sections.plans(run), sections.promises(run)
     plan = sections.chosen_plan(found, known)
     donors, tables = sections.features(run)
-    present = {"recipes": run.recipes, "evidence": run.evidence, "alignments": run.alignments, "features": tables,
-               "evaluations": run.evaluations, "merges": run.merges}
+    present = {
+        "recipes": run.recipes,
+        "evidence": run.evidence,
+        "alignments": run.alignments,
+        "features": tables,
+        "evaluations": run.evaluations,
+        "merges": run.merges,
+    }
     return {
         "run": run,
         "title": sections.title(run, found, plan),
@@ -68,14 +84,20 @@ def _shown(value: Any) -> Any:
     """Make what is hidden in texts visible, line ends and tabs apart."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
-    return "\n".join("\t".join(diagram.visible(cell) for cell in line.split("\t")) for line in value.split("\n"))
+    return "\n".join(
+        "\t".join(diagram.visible(cell) for cell in line.split("\t")) for line in value.split("\n")
+    )
 
 
 def number(value: float | None, places: int = 3) -> str:
     """A number for people; a dash where there is none."""
     if value is None or math.isnan(value):
         return "–"
-    return ("∞" if value > 0 else "-∞") if math.isinf(value) else f"{round(value, places) + 0:,.{places}f}"
+    return (
+        ("∞" if value > 0 else "-∞")
+        if math.isinf(value)
+        else f"{round(value, places) + 0:,.{places}f}"
+    )
 
 
 def interval(ends: tuple[float, float] | None, places: int = 3) -> str:

@@ -53,7 +53,15 @@ def plot_alignment(alignment: Alignment, path: Path, marks: Iterable[Mark] = ())
             axes.add_patch(Rectangle(box, 1, 1, fill=False, edgecolor="white", linewidth=3.5))
             axes.add_patch(Rectangle(box, 1, 1, fill=False, edgecolor="black", linewidth=1.5))
             where = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": "black"}
-            axes.text(mark.column + 0.5, mark.row - 0.5, mark.label, ha="center", va="center", fontsize=6, bbox=where)
+            axes.text(
+                mark.column + 0.5,
+                mark.row - 0.5,
+                mark.label,
+                ha="center",
+                va="center",
+                fontsize=6,
+                bbox=where,
+            )
     figure.colorbar(image, ax=figure.axes, shrink=0.8)  # pyright: ignore[reportArgumentType]
     figure.suptitle(f"Where {a} and {b} agree about what their neurons mean")
     save(figure, path)
@@ -65,16 +73,31 @@ def save(figure: Figure, path: Path) -> None:
     Raises FrankenmergeError for another kind of file, or one that may not be written.
     """
     if path.suffix not in (".png", ".svg"):
-        raise fail(str(path), "a file name that ends in .png or .svg", path.suffix or "no ending", "choose another name")
+        raise fail(
+            str(path),
+            "a file name that ends in .png or .svg",
+            path.suffix or "no ending",
+            "choose another name",
+        )
     drawn = BytesIO()
     # Without these entries the same figure gives other bytes tomorrow.
     unstamped = {"Software": None} if path.suffix == ".png" else {"Date": None}
     with rc_context({"svg.hashsalt": "frankenmerge"}):
-        figure.savefig(drawn, format=path.suffix[1:], dpi=110, bbox_inches="tight", metadata=unstamped)
+        figure.savefig(
+            drawn, format=path.suffix[1:], dpi=110, bbox_inches="tight", metadata=unstamped
+        )
     write_file(path, drawn.getvalue())
 
 
 def _write_values(axes, matrix: np.ndarray) -> None:
     for (row, column), value in np.ndenumerate(matrix):
         shade = "black" if value > 0.6 else "white"
-        axes.text(column, row, f"{value:.2f}".lstrip("0") or "0", ha="center", va="center", fontsize=7, color=shade)
+        axes.text(
+            column,
+            row,
+            f"{value:.2f}".lstrip("0") or "0",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=shade,
+        )

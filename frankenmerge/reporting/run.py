@@ -46,7 +46,12 @@ def read_run(folder: Path) -> Run:
     Raises FrankenmergeError for something that is no folder, or holds nothing that can be shown.
     """
     if not folder.is_dir():
-        raise fail(str(folder), "the folder that commands wrote to", "no folder", "give the folder, such as demo-run")
+        raise fail(
+            str(folder),
+            "the folder that commands wrote to",
+            "no folder",
+            "give the folder, such as demo-run",
+        )
     run = Run(folder)
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
@@ -66,14 +71,22 @@ def _files(folder: Path) -> Iterator[Path]:
     """The files that may be artefacts, those of merged checkpoints first."""
     for origin in sorted(folder.glob("*/frankenmerge.json")):
         yield from (path for path in (origin.with_name("recipe.yaml"), origin) if path.is_file())
-    yield from (path for path in sorted(folder.iterdir()) if path.suffix in _READERS and path.is_file() and not path.name.startswith("."))
+    yield from (
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix in _READERS and path.is_file() and not path.name.startswith(".")
+    )
 
 
 def _told(error: Exception) -> str:
     if isinstance(error, FrankenmergeError):
-        return "; ".join(f"expected {fault.expected}, found {fault.found}" for fault in error.faults)
+        return "; ".join(
+            f"expected {fault.expected}, found {fault.found}" for fault in error.faults
+        )
     if isinstance(error, ValidationError):
-        return "; ".join(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()[:3])
+        return "; ".join(
+            f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()[:3]
+        )
     return f"{type(error).__name__}: {error}"
 
 
@@ -94,7 +107,11 @@ def _check_shapes(alignment: Alignment) -> None:
     """Raise ValueError for parts that do not belong together: another program's alignment, or a damaged one."""
     rows, columns = (blocks + 1 for blocks in alignment.blocks)
     neurons = max(score.detail.shape[2] for score in alignment.scores.values())
-    matrices = [matrix for score in alignment.scores.values() for matrix in (score.matrix, *score.nulls.values())]
+    matrices = [
+        matrix
+        for score in alignment.scores.values()
+        for matrix in (score.matrix, *score.nulls.values())
+    ]
     tokens = zip(alignment.tokens, (rows, columns), strict=True)
     if any(matrix.shape != (rows, columns) for matrix in matrices) or any(
         table.shape[0] != length or table.shape[1] < neurons for table, length in tokens
@@ -121,7 +138,11 @@ def _yaml(run: Run, name: str, path: Path) -> None:
     if "merge_method" in text:
         stages = parse_recipes(text, name)
         for stage in stages:
-            key = name if len(stages) == 1 else f"{name}, {f'stage {stage.name}' if stage.name else 'the result'}"
+            key = (
+                name
+                if len(stages) == 1
+                else f"{name}, {f'stage {stage.name}' if stage.name else 'the result'}"
+            )
             run.recipes[key], run.texts[key] = stage, text
 
 

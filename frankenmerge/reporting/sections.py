@@ -10,7 +10,14 @@ from markupsafe import Markup
 
 from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.recipe import Block, Seam
-from frankenmerge.artefacts.records import Evaluation, PlanTold, Promise, RetentionTold, SeamsTold, SeamTold
+from frankenmerge.artefacts.records import (
+    Evaluation,
+    PlanTold,
+    Promise,
+    RetentionTold,
+    SeamsTold,
+    SeamTold,
+)
 from frankenmerge.reporting import charts, heatmaps
 from frankenmerge.reporting.features import Table, aligned_features, feature_tables
 from frankenmerge.reporting.heatmaps import Mark, shortened
@@ -60,7 +67,10 @@ class Map(NamedTuple):
 def splices(run: Run) -> list[Splice]:
     """The recipes, each once; what was merged or else what was planned best stands first."""
     planned = [plan.summary for evidence in run.evidence.values() for plan in evidence.plans[:1]]
-    order = sorted(run.recipes, key=lambda name: (Path(name).parent == Path(), str(run.recipes[name]) not in planned, name))
+    order = sorted(
+        run.recipes,
+        key=lambda name: (Path(name).parent == Path(), str(run.recipes[name]) not in planned, name),
+    )
     found: dict[str, Splice] = {}
     for name in order:
         recipe = run.recipes[name]
@@ -68,8 +78,12 @@ def splices(run: Run) -> list[Splice]:
             found[recipe.dump()].files.append(name)
             continue
         slices = diagram.pieces_of(recipe, run.depths)
-        drawn = diagram.svg(slices, run.depths, f"splice{len(found)}", alone=False) if slices else ""
-        found[recipe.dump()] = Splice([name], str(recipe), run.texts[name], Markup(drawn), recipe.merge_method)
+        drawn = (
+            diagram.svg(slices, run.depths, f"splice{len(found)}", alone=False) if slices else ""
+        )
+        found[recipe.dump()] = Splice(
+            [name], str(recipe), run.texts[name], Markup(drawn), recipe.merge_method
+        )
     return list(found.values())
 
 
@@ -87,8 +101,14 @@ def chosen_plan(found: Sequence[Splice], known: Sequence[PlanTold]) -> PlanTold 
 
 def seam_said(seam: SeamTold) -> str:
     """Where a seam lies, in words."""
-    kind = f"{seam.skipped_blocks} skipped" if seam.skipped_blocks > 0 else f"{-seam.skipped_blocks} gone through again"
-    after, before = (f"{shortened(place.model)} block {place.block}" for place in (seam.after, seam.before))
+    kind = (
+        f"{seam.skipped_blocks} skipped"
+        if seam.skipped_blocks > 0
+        else f"{-seam.skipped_blocks} gone through again"
+    )
+    after, before = (
+        f"{shortened(place.model)} block {place.block}" for place in (seam.after, seam.before)
+    )
     return f"{after} to {before}, {kind if seam.skipped_blocks else 'same depth'}"
 
 
@@ -96,7 +116,10 @@ def seam_scores(seam: SeamTold) -> list[tuple[Named, float, list[float | None]]]
     """The scores at a seam that have nulls: (words, value, its nulls in the order of `NULLS`)."""
     order = [*SCORES, *seam.scores]
     named = sorted((name for name in seam.scores if seam.nulls.get(name)), key=order.index)
-    return [(score_named(name), seam.scores[name], [seam.nulls[name].get(null) for null in NULLS]) for name in named]
+    return [
+        (score_named(name), seam.scores[name], [seam.nulls[name].get(null) for null in NULLS])
+        for name in named
+    ]
 
 
 def seams(run: Run, found: Sequence[Splice], plan: PlanTold | None) -> list[Seam]:
@@ -104,12 +127,18 @@ def seams(run: Run, found: Sequence[Splice], plan: PlanTold | None) -> list[Seam
     if found and (recipe := run.recipes[found[0].files[0]]).stack.slices:
         return recipe.seams
     told = plan.seams if plan else []
-    return [Seam(*(Block(place.model, place.block) for place in (seam.after, seam.before))) for seam in told]
+    return [
+        Seam(*(Block(place.model, place.block) for place in (seam.after, seam.before)))
+        for seam in told
+    ]
 
 
 def maps(run: Run, seams: Sequence[Seam]) -> list[Map]:
     """The alignments, seams marked where they lie."""
-    return [_map(name, alignment, marks_of(alignment, seams)) for name, alignment in run.alignments.items()]
+    return [
+        _map(name, alignment, marks_of(alignment, seams))
+        for name, alignment in run.alignments.items()
+    ]
 
 
 def marks_of(alignment: Alignment, seams: Sequence[Seam]) -> list[Mark]:
@@ -117,7 +146,10 @@ def marks_of(alignment: Alignment, seams: Sequence[Seam]) -> list[Mark]:
     rows, columns = alignment.blocks
     found = []
     for number, seam in enumerate(seams, 1):
-        left, entered = (seam.after.model, seam.after.index + 1), (seam.before.model, seam.before.index)
+        left, entered = (
+            (seam.after.model, seam.after.index + 1),
+            (seam.before.model, seam.before.index),
+        )
         for (a, row), (b, column) in ((left, entered), (entered, left)):
             if (a, b) == alignment.donors and row <= rows and column <= columns:
                 found.append(Mark(row, column, str(number)))
@@ -129,9 +161,19 @@ def _map(name: str, alignment: Alignment, marks: list[Mark]) -> Map:
     panels, a, b = [], *(shortened(donor) for donor in alignment.donors)
     for score_name, score in heatmaps.scores_with_nulls(alignment).items():
         words = score_named(score_name)
-        drawn = heatmaps.svg(score.matrix, alignment.donors, marks, f"{words.title}, {a} against {b}")
+        drawn = heatmaps.svg(
+            score.matrix, alignment.donors, marks, f"{words.title}, {a} against {b}"
+        )
         nulls = [
-            (null_named(null), Markup(heatmaps.svg(matrix, alignment.donors, marks, null_named(null).title, small=True)), _mean(matrix))
+            (
+                null_named(null),
+                Markup(
+                    heatmaps.svg(
+                        matrix, alignment.donors, marks, null_named(null).title, small=True
+                    )
+                ),
+                _mean(matrix),
+            )
             for null, matrix in sorted(score.nulls.items())
         ]
         rows = score.matrix.tolist() if max(score.matrix.shape) <= TABLED else []
@@ -142,7 +184,11 @@ def _map(name: str, alignment: Alignment, marks: list[Mark]) -> Map:
 def _mean(matrix: np.ndarray) -> float:
     """The mean over cells of equal depth, the embedding left out."""
     depth = min(matrix.shape)
-    return float(np.nanmean(matrix.diagonal()[min(1, depth - 1) : depth])) if np.isfinite(matrix).any() else float("nan")
+    return (
+        float(np.nanmean(matrix.diagonal()[min(1, depth - 1) : depth]))
+        if np.isfinite(matrix).any()
+        else float("nan")
+    )
 
 
 def features(run: Run) -> tuple[list[str], list[Table]]:
@@ -156,26 +202,48 @@ def features(run: Run) -> tuple[list[str], list[Table]]:
 
 def promises(run: Run) -> list[Promise]:
     """What was predicted and then measured: by `evaluate` on its texts, and by `plan --verify` on its own."""
-    told = [promise for evaluation in run.evaluations.values() for promise in evaluation.predictions]
+    told = [
+        promise for evaluation in run.evaluations.values() for promise in evaluation.predictions
+    ]
     for plan in plans(run):
         if plan.measured_damage is not None:
             low, high = plan.interval
             held = low <= plan.measured_damage <= high
-            told.append(Promise(recipe=plan.summary + VERIFIED, predicted=plan.predicted_damage, low=low, high=high,
-                                measured=plan.measured_damage, held=held))
+            told.append(
+                Promise(
+                    recipe=plan.summary + VERIFIED,
+                    predicted=plan.predicted_damage,
+                    low=low,
+                    high=high,
+                    measured=plan.measured_damage,
+                    held=held,
+                )
+            )
     return told
 
 
 def promise_chart(told: Sequence[Promise]) -> Markup:
     """Predictions with their intervals, and what was measured."""
     rows = [
-        charts.Bar(recipe_name(entry.recipe), entry.predicted, entry.low, entry.high, entry.measured,
-                   "held" if entry.held else "did not hold")
+        charts.Bar(
+            recipe_name(entry.recipe),
+            entry.predicted,
+            entry.low,
+            entry.high,
+            entry.measured,
+            "held" if entry.held else "did not hold",
+        )
         for entry in told
     ]
     return Markup(
-        charts.bars(rows, "promises", "Predicted and measured damage", "nats per token above the donors", value="predicted, 9 of 10",
-                    other="measured")
+        charts.bars(
+            rows,
+            "promises",
+            "Predicted and measured damage",
+            "nats per token above the donors",
+            value="predicted, 9 of 10",
+            other="measured",
+        )
     )
 
 
@@ -187,11 +255,22 @@ def recipe_name(name: str) -> str:
 def difference_chart(evaluation: Evaluation, name: str) -> Markup:
     """Paired differences between models and donors, with their intervals."""
     rows = [
-        charts.Bar(f"{shortened(entry.model)} against {shortened(entry.donor)}", entry.bits_per_byte, *(entry.interval or (None, None)),
-                   said=verdict(entry.interval))
+        charts.Bar(
+            f"{shortened(entry.model)} against {shortened(entry.donor)}",
+            entry.bits_per_byte,
+            *(entry.interval or (None, None)),
+            said=verdict(entry.interval),
+        )
         for entry in evaluation.differences
     ]
-    return Markup(charts.bars(rows, name, "Difference to each donor", "bits per byte; left of the line the merge is better"))
+    return Markup(
+        charts.bars(
+            rows,
+            name,
+            "Difference to each donor",
+            "bits per byte; left of the line the merge is better",
+        )
+    )
 
 
 def verdict(interval: tuple[float, float] | None) -> str:
@@ -204,21 +283,49 @@ def verdict(interval: tuple[float, float] | None) -> str:
 def diagnostics(told: SeamsTold, name: str) -> list[tuple[str, str, Markup]]:
     """Charts of what flows through a merged model: (title, how to read it, chart)."""
     blocks = told.blocks
-    seams = [(entry.block - 0.5, str(number)) for number, entry in enumerate((entry for entry in blocks if entry.seam), 1)]
+    seams = [
+        (entry.block - 0.5, str(number))
+        for number, entry in enumerate((entry for entry in blocks if entry.seam), 1)
+    ]
     donors = list(dict.fromkeys(donor for entry in blocks for donor in [*entry.cosine, *entry.kl]))
     norm = [charts.Line("this model", [(entry.block, entry.norm_ratio) for entry in blocks], 5)]
     cosine, kl = (
-        [charts.Line(shortened(donor), [(entry.block, getattr(entry, key).get(donor)) for entry in blocks], n)
-         for n, donor in enumerate(donors)]
+        [
+            charts.Line(
+                shortened(donor),
+                [(entry.block, getattr(entry, key).get(donor)) for entry in blocks],
+                n,
+            )
+            for n, donor in enumerate(donors)
+        ]
         for key in ("cosine", "kl")
     )
-    kl.append(charts.Line("the donor alone", [(entry.block, entry.kl_alone) for entry in blocks], 5, broken=True))
+    kl.append(
+        charts.Line(
+            "the donor alone", [(entry.block, entry.kl_alone) for entry in blocks], 5, broken=True
+        )
+    )
     shown = (
-        ("Length of the stream", "The hidden state's length over that of the donor behind the same block; 1 is as at home.", norm, "ratio"),
-        ("Direction of the stream", "Cosine to the donor's hidden state behind the same block, to another donor's behind the "
-         "block of that number; 1 is the same direction.", cosine, "cosine"),
-        ("What it would say here", "How far what final norm and head would read here is from each donor's own prediction (KL "
-         "divergence); 0 is the same. The broken line is the donor alone, which is far off in its first blocks too.", kl, "nats"),
+        (
+            "Length of the stream",
+            "The hidden state's length over that of the donor behind the same block; 1 is as at home.",
+            norm,
+            "ratio",
+        ),
+        (
+            "Direction of the stream",
+            "Cosine to the donor's hidden state behind the same block, to another donor's behind the "
+            "block of that number; 1 is the same direction.",
+            cosine,
+            "cosine",
+        ),
+        (
+            "What it would say here",
+            "How far what final norm and head would read here is from each donor's own prediction (KL "
+            "divergence); 0 is the same. The broken line is the donor alone, which is far off in its first blocks too.",
+            kl,
+            "nats",
+        ),
     )
     return [
         (title, how, Markup(charts.lines(series, f"{name}-{number}", title, axis, seams=seams)))
@@ -233,10 +340,21 @@ def retention_chart(told: Sequence[RetentionTold], name: str) -> Markup:
     blocks = sorted({block.block for entry in told for block in entry.blocks})
     for number, entry in enumerate(told):
         kept = {block.block: block.kept for block in entry.blocks}
-        whose = f"{shortened(entry.donor)} in {shortened(entry.model)}" if len({e.model for e in told}) > 1 else shortened(entry.donor)
+        whose = (
+            f"{shortened(entry.donor)} in {shortened(entry.model)}"
+            if len({e.model for e in told}) > 1
+            else shortened(entry.donor)
+        )
         series.append(charts.Line(whose, [(block, kept.get(block)) for block in blocks], number))
         if entry.chance is not None:
-            series.append(charts.Line(f"{whose}, by chance", [(block, entry.chance) for block in blocks], number, broken=True))
+            series.append(
+                charts.Line(
+                    f"{whose}, by chance",
+                    [(block, entry.chance) for block in blocks],
+                    number,
+                    broken=True,
+                )
+            )
     return Markup(charts.lines(series, name, "Features kept", "share of features kept"))
 
 
@@ -252,7 +370,9 @@ def sample_rows(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, list[
     found: dict[str, list] = {}
     for model in evaluation.models:
         for sample in model.samples or []:
-            found.setdefault(sample.prompt, []).append((shortened(model.name), list(passages(sample.text, sample.invalid))))
+            found.setdefault(sample.prompt, []).append(
+                (shortened(model.name), list(passages(sample.text, sample.invalid)))
+            )
     return list(found.items())
 
 
@@ -262,7 +382,9 @@ def passages(text: str, invalid: Iterable[str]) -> Iterator[Passage]:
     if not words:
         yield Passage(text, False)
         return
-    for number, part in enumerate(re.split(rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)", text)):
+    for number, part in enumerate(
+        re.split(rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)", text)
+    ):
         if part:
             yield Passage(part, number % 2 == 1)
 
@@ -284,21 +406,37 @@ def title(run: Run, found: Sequence[Splice], plan: PlanTold | None) -> str:
     return f"{blocks} blocks of {names}" if blocks else f"{names}, merged"
 
 
-def facts(found: Sequence[Splice], plan: PlanTold | None, told: Sequence[Promise], run: Run) -> list[tuple[str, str]]:
+def facts(
+    found: Sequence[Splice], plan: PlanTold | None, told: Sequence[Promise], run: Run
+) -> list[tuple[str, str]]:
     """The figures on top of the page."""
     shown: list[tuple[str, str]] = []
     if plan:
         shown += [("Blocks", str(plan.depth)), ("Seams", str(len(plan.seams)))]
         low, high = plan.interval
         if chance := sum(seam.by_chance for seam in plan.seams):
-            shown.append(("Seams no better than chance", f"{chance}: these donors share no basis there"))
-        shown.append(("Predicted damage", f"{plan.predicted_damage:z.2f} nats ({low:z.2f} to {high:z.2f})"))
+            shown.append(
+                ("Seams no better than chance", f"{chance}: these donors share no basis there")
+            )
+        shown.append(
+            ("Predicted damage", f"{plan.predicted_damage:z.2f} nats ({low:z.2f} to {high:z.2f})")
+        )
     elif found:
         blocks = _blocks(run.recipes[found[0].files[0]])
-        shown += [("Blocks", blocks), ("Seams", str(len(run.recipes[found[0].files[0]].seams)))] if blocks else []
+        shown += (
+            [("Blocks", blocks), ("Seams", str(len(run.recipes[found[0].files[0]].seams)))]
+            if blocks
+            else []
+        )
     paths = [Path(file) for file in found[0].files] if found else []
-    names = {found[0].summary + VERIFIED if found else "", *(path.name for path in paths), *(path.parent.name for path in paths)}
-    if ours := next((entry for entry in told if names & {entry.recipe, Path(entry.recipe).name}), None):
+    names = {
+        found[0].summary + VERIFIED if found else "",
+        *(path.name for path in paths),
+        *(path.parent.name for path in paths),
+    }
+    if ours := next(
+        (entry for entry in told if names & {entry.recipe, Path(entry.recipe).name}), None
+    ):
         held = "the prediction held" if ours.held else "the prediction did not hold"
         shown.append(("Measured damage", f"{ours.measured:.2f} nats: {held}"))
     for evaluation in run.evaluations.values():

@@ -11,7 +11,15 @@ from frankenmerge.merging.shards import readings
 from frankenmerge.splicing.compatibility import DTYPE_NAMES
 from frankenmerge.splicing.methods.inputs import Part, inputs_of
 from frankenmerge.splicing.operations import Combine, Input, Operation, Rotate
-from frankenmerge.splicing.reading import Handles, all_finite, broken, elements, raw_reader, read_fully, tensor_reader
+from frankenmerge.splicing.reading import (
+    Handles,
+    all_finite,
+    broken,
+    elements,
+    raw_reader,
+    read_fully,
+    tensor_reader,
+)
 from frankenmerge.splicing.rotation import Turn, turned
 
 if TYPE_CHECKING:
@@ -21,15 +29,24 @@ if TYPE_CHECKING:
     from frankenmerge.splicing.methods.sparse import Thinned
 
 Chunks = Iterator[tuple[memoryview, bool]]
-"""The bytes of a tensor's elements, in order, and whether these are finite; each good until the next is asked for."""
+"""The bytes of a tensor's elements, in order, and whether these are finite; each good until the
+next is asked for.
+"""
 
 Reader = Callable[[Input], Callable[[int, int], Any]]
 """From what is given to how it is read: `Part.read`."""
 
 Arithmetic = Literal["C", "torch"]
 
-_EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
-"""Per type: the unsigned integer of its width, and the bits of the exponent, all set in NaN and Inf alone."""
+_EXPONENTS = {
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F32": ("<u4", 0x7F800000),
+    "F64": ("<u8", 0x7FF << 52),
+}
+"""Per type: the unsigned integer of its width, and the bits of the exponent, all set in NaN and Inf
+alone.
+"""
 
 
 def check_device(device: str) -> None:
@@ -39,7 +56,12 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # builds of torch without CUDA assert
-        raise fail(f"device {device}", "a torch device that is there", str(error), "choose another --device") from error
+        raise fail(
+            f"device {device}",
+            "a torch device that is there",
+            str(error),
+            "choose another --device",
+        ) from error
 
 
 def one_thread() -> None:
@@ -64,16 +86,31 @@ def _unread(start: int, stop: int) -> NoReturn:
 
 
 def compute(
-    operation: Combine, handles: Handles, target: int, position: int, moved: Callable[[int], None], *, device: str, allow_nan: bool
+    operation: Combine,
+    handles: Handles,
+    target: int,
+    position: int,
+    moved: Callable[[int], None],
+    *,
+    device: str,
+    allow_nan: bool,
 ) -> None:
     """Compute one tensor and write it to the file `target` at `position`.
 
-    `handles` are the open donors' files; `moved` is called with the bytes written since its last call. The arithmetic is in
-    float32, and each element is rounded once. Raises FrankenmergeError, unless `allow_nan`, for NaN and Inf in an input,
-    named, or in the result.
+    `handles` are the open donors' files; `moved` is called with the bytes written since its last
+    call. The arithmetic is in float32, and each element is rounded once. Raises FrankenmergeError,
+    unless `allow_nan`, for NaN and Inf in an input, named, or in the result.
     """
     by = _by_c if arithmetic(operation, device) == "C" else partial(_by_torch, device=device)
-    _write(by(operation, handles, allow_nan=allow_nan), operation, operation.method, target, position, moved, allow_nan=allow_nan)
+    _write(
+        by(operation, handles, allow_nan=allow_nan),
+        operation,
+        operation.method,
+        target,
+        position,
+        moved,
+        allow_nan=allow_nan,
+    )
 
 
 def _by_c(operation: Combine, handles: Handles, *, allow_nan: bool) -> Chunks:
@@ -87,7 +124,9 @@ def _by_c(operation: Combine, handles: Handles, *, allow_nan: bool) -> Chunks:
 def _by_torch(operation: Combine, handles: Handles, *, device: str, allow_nan: bool) -> Chunks:
     from frankenmerge.splicing.methods.combine import combine
 
-    parts, base = _parts(operation, partial(tensor_reader, handles=handles, device=device, allow_nan=allow_nan))
+    parts, base = _parts(
+        operation, partial(tensor_reader, handles=handles, device=device, allow_nan=allow_nan)
+    )
     return _rounded(combine(operation.method, parts, base, **_whole(operation)), operation.dtype)
 
 
@@ -106,11 +145,23 @@ def _parts(operation: Combine, reader: Reader) -> tuple[list[Part], Part | None]
 
 
 def _whole(operation: Combine) -> dict[str, Any]:
-    return {"shape": operation.shape, "parameters": operation.parameters, "name": operation.name, "seed": operation.seed}
+    return {
+        "shape": operation.shape,
+        "parameters": operation.parameters,
+        "name": operation.name,
+        "seed": operation.seed,
+    }
 
 
 def rotate(
-    operation: Rotate, turn: Turn, handles: Handles, target: int, position: int, moved: Callable[[int], None], *, allow_nan: bool
+    operation: Rotate,
+    turn: Turn,
+    handles: Handles,
+    target: int,
+    position: int,
+    moved: Callable[[int], None],
+    *,
+    allow_nan: bool,
 ) -> None:
     """Turn one tensor, held whole, and write it as `compute` does; the arithmetic is in float64, on the CPU."""
     import torch
@@ -121,8 +172,18 @@ def rotate(
             raise FrankenmergeError(broken(given.donor, given.source))
         return values.view(given.tensor.shape)
 
-    made = turned(read(operation.given), operation.met, turn, read(operation.gain) if operation.gain else None)
-    _write(_rounded([made.flatten()], operation.dtype), operation, "a turn", target, position, moved, allow_nan=allow_nan)
+    made = turned(
+        read(operation.given), operation.met, turn, read(operation.gain) if operation.gain else None
+    )
+    _write(
+        _rounded([made.flatten()], operation.dtype),
+        operation,
+        "a turn",
+        target,
+        position,
+        moved,
+        allow_nan=allow_nan,
+    )
 
 
 def _rounded(chunks: "Iterable[torch.Tensor]", dtype: str) -> Chunks:
@@ -131,18 +192,31 @@ def _rounded(chunks: "Iterable[torch.Tensor]", dtype: str) -> Chunks:
     for chunk in chunks:
         made = chunk.to(getattr(torch, DTYPE_NAMES[dtype])).cpu().contiguous()
         if not (finite := all_finite(made)):
-            made.masked_fill_(made.isnan(), math.nan)  # every NaN the same one: which one an operation makes is up to the processor
+            made.masked_fill_(
+                made.isnan(), math.nan
+            )  # every NaN the same one: which one an operation makes is up to the processor
         yield made.view(torch.uint8).numpy().data, finite
 
 
 def _write(
-    chunks: Chunks, operation: Combine | Rotate, by: str, target: int, position: int, moved: Callable[[int], None], *, allow_nan: bool
+    chunks: Chunks,
+    operation: Combine | Rotate,
+    by: str,
+    target: int,
+    position: int,
+    moved: Callable[[int], None],
+    *,
+    allow_nan: bool,
 ) -> None:
     """Write a tensor's chunks one behind the other; `by` is what made them."""
     written, flushed = position, position
     for content, finite in chunks:
         if not allow_nan and not finite:
-            wider = f"choose a dtype wider than {operation.dtype}, " if operation.dtype in ("F16", "BF16") else ""
+            wider = (
+                f"choose a dtype wider than {operation.dtype}, "
+                if operation.dtype in ("F16", "BF16")
+                else ""
+            )
             remedy = f"look at the method's parameters, {wider}or go on with --allow-nan"
             raise fail(operation.name, f"finite numbers from {by}", "NaN or Inf", remedy)
         write_fully(target, content, written)
@@ -159,13 +233,17 @@ def not_finite(operations: Sequence[Operation]) -> list[Fault]:
     import numpy as np
 
     faults = []
-    for donor, source, tensor in dict.fromkeys(reading for operation in operations for reading in readings(operation)):
+    for donor, source, tensor in dict.fromkeys(
+        reading for operation in operations for reading in readings(operation)
+    ):
         if tensor.dtype not in _EXPONENTS:
             continue
         unsigned, mask = _EXPONENTS[tensor.dtype]
         with tensor.file.open("rb", buffering=0) as handle:
             for start in range(0, tensor.bytes, CHUNK):
-                content = read_fully(handle.fileno(), tensor, start, min(start + CHUNK, tensor.bytes))
+                content = read_fully(
+                    handle.fileno(), tensor, start, min(start + CHUNK, tensor.bytes)
+                )
                 if ((np.frombuffer(content, unsigned) & mask) == mask).any():
                     faults.append(broken(donor, source))
                     break

@@ -11,7 +11,9 @@ from frankenmerge.artefacts.recipe import Recipe
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLOURS = ("#2a6ca3", "#ad5a10", "#3c7a4b", "#8551a3", "#a8415f", "#5f6673")
-"""Donors' colours on a light ground, in their order; white text on them is legible (contrast 4.5 or more)."""
+"""Donors' colours on a light ground, in their order; white text on them is legible (contrast 4.5 or
+more).
+"""
 DARK_COLOURS = ("#7db7e8", "#eda45c", "#8ccb9b", "#c8a2e0", "#ee97ae", "#b3bac6")
 """The same on a dark ground; dark text on them is legible."""
 _COLUMN, _RESULT, _GAP, _TOP, _EDGE, _TICK = 62, 104, 74, 58, 34, 12
@@ -73,7 +75,10 @@ def pieces_of(recipe: Recipe, depths: Mapping[str, int]) -> list[list[Piece]]:
     if wholes := recipe.stack.models:
         known = all(whole.model in depths for whole in wholes)
         return [[Piece(whole.model, 0, depths[whole.model]) for whole in wholes]] if known else []
-    return [[Piece(source.model, *source.layer_range) for source in part.sources] for part in recipe.parts]
+    return [
+        [Piece(source.model, *source.layer_range) for source in part.sources]
+        for part in recipe.parts
+    ]
 
 
 def layout(slices: list[list[Piece]], depths: Mapping[str, int]) -> Layout:
@@ -85,18 +90,32 @@ def layout(slices: list[list[Piece]], depths: Mapping[str, int]) -> Layout:
     """
     pieces = [piece for part in slices for piece in part]
     donors = list(dict.fromkeys(piece.donor for piece in pieces))
-    longest = {name: max([piece.stop for piece in pieces if piece.donor == name] + [depths.get(name, 0)]) for name in donors}
+    longest = {
+        name: max([piece.stop for piece in pieces if piece.donor == name] + [depths.get(name, 0)])
+        for name in donors
+    }
     blocks = sum(part[0].stop - part[0].start for part in slices)
     high = min(24.0, max(5.0, 560 / max([blocks, *longest.values()])))
     step, left, right = _COLUMN + _GAP, (len(donors) + 1) // 2, len(donors) // 2
     middle = _EDGE + left * step + _RESULT / 2
-    heads = [middle + (-1 if n % 2 == 0 else 1) * (_RESULT / 2 + _GAP + _COLUMN / 2 + n // 2 * step) for n in range(len(donors))]
+    heads = [
+        middle + (-1 if n % 2 == 0 else 1) * (_RESULT / 2 + _GAP + _COLUMN / 2 + n // 2 * step)
+        for n in range(len(donors))
+    ]
     tallest = max(blocks, *longest.values()) * high
     tops = [_TOP + (tallest - longest[name] * high) / 2 for name in donors]
     columns = [
-        Cell(heads[n] - _COLUMN / 2, tops[n] + index * high, _COLUMN, high, n, str(index),
-             any(piece.donor == name and piece.start <= index < piece.stop for piece in pieces))
-        for n, name in enumerate(donors) for index in range(longest[name])
+        Cell(
+            heads[n] - _COLUMN / 2,
+            tops[n] + index * high,
+            _COLUMN,
+            high,
+            n,
+            str(index),
+            any(piece.donor == name and piece.start <= index < piece.stop for piece in pieces),
+        )
+        for n, name in enumerate(donors)
+        for index in range(longest[name])
     ]
     made, ribbons, seams, y = [], [], [], _TOP + (tallest - blocks * high) / 2
     for number, part in enumerate(slices):
@@ -108,16 +127,34 @@ def layout(slices: list[list[Piece]], depths: Mapping[str, int]) -> Layout:
             x = middle - _RESULT / 2 + place * share
             made.append(Cell(x, y, share, height, n, f"{LETTERS[n % 26]} {_span(piece)}"))
             side = 1 if heads[n] < middle else -1
-            source = heads[n] + side * _COLUMN / 2, tops[n] + piece.start * high, tops[n] + piece.stop * high
+            source = (
+                heads[n] + side * _COLUMN / 2,
+                tops[n] + piece.start * high,
+                tops[n] + piece.stop * high,
+            )
             ribbons.append(Ribbon(n, source, (middle - side * _RESULT / 2, y, y + height)))
         y += height
     width = 2 * _EDGE + (left + right) * step + _RESULT
-    return Layout(width, _TOP + tallest + 28, donors, columns, made, blocks, high, ribbons, seams, heads, middle)
+    return Layout(
+        width,
+        _TOP + tallest + 28,
+        donors,
+        columns,
+        made,
+        blocks,
+        high,
+        ribbons,
+        seams,
+        heads,
+        middle,
+    )
 
 
 def _goes_on(before: list[Piece], after: list[Piece]) -> bool:
     """Whether every source goes on where it stopped, so that nothing meets anything new."""
-    return [(piece.donor, piece.stop) for piece in before] == [(piece.donor, piece.start) for piece in after]
+    return [(piece.donor, piece.stop) for piece in before] == [
+        (piece.donor, piece.start) for piece in after
+    ]
 
 
 def _span(piece: Piece) -> str:
@@ -130,7 +167,9 @@ def described(slices: list[list[Piece]]) -> str:
     for part in slices:
         count = part[0].stop - part[0].start
         here = _span(Piece("", position, position + count))
-        sources = " merged with ".join(f"{visible(Path(piece.donor).name)} {_span(piece)}" for piece in part)
+        sources = " merged with ".join(
+            f"{visible(Path(piece.donor).name)} {_span(piece)}" for piece in part
+        )
         told.append(f"{here} from {sources}")
         position += count
     return f"The result has {position} blocks: {'; '.join(told)}."
@@ -138,7 +177,10 @@ def described(slices: list[list[Piece]]) -> str:
 
 def visible(text: str) -> str:
     """Text in which nothing is hidden: control, format and bidirectional characters, and lone surrogates, become their code."""
-    return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" else c for c in text)
+    return "".join(
+        f"\\u{ord(c):04x}" if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" else c
+        for c in text
+    )
 
 
 STYLE = (
@@ -155,7 +197,9 @@ STYLE = (
 """CSS of the picture, light and dark; where the SVG is a file, it stands within."""
 
 
-def svg(slices: list[list[Piece]], depths: Mapping[str, int], name: str, *, alone: bool = True) -> str:
+def svg(
+    slices: list[list[Piece]], depths: Mapping[str, int], name: str, *, alone: bool = True
+) -> str:
     """Return the picture as SVG, named and described for screen readers.
 
     Args:
@@ -184,12 +228,21 @@ def _parts(found: Layout) -> Iterator[str]:
         yield _rectangle(cell, _colour(cell.donor) if cell.used else "rest")
     every = 1 if found.block_height >= _TALL else 10
     for cell in (cell for cell in found.columns if int(cell.label) % every == 0):
-        yield _text(cell.x + cell.width / 2, cell.y + cell.height / 2 + 3.5, cell.label, f"small {'on' if cell.used else 'soft'}")
+        yield _text(
+            cell.x + cell.width / 2,
+            cell.y + cell.height / 2 + 3.5,
+            cell.label,
+            f"small {'on' if cell.used else 'soft'}",
+        )
     for cell in found.slices:
         yield _rectangle(cell, _colour(cell.donor))
     for cell in {cell.y: cell for cell in found.slices}.values():
         for index in range(1, round(cell.height / found.block_height)):
-            y, left, right = cell.y + index * found.block_height, found.middle - _RESULT / 2, found.middle + _RESULT / 2
+            y, left, right = (
+                cell.y + index * found.block_height,
+                found.middle - _RESULT / 2,
+                found.middle + _RESULT / 2,
+            )
             yield f'<path class="cut" d="M{left:g} {y:g}h{_TICK}M{right - _TICK:g} {y:g}h{_TICK}"/>'
     for cell in found.slices:
         if cell.height >= _TALL - 1 and cell.width >= 45:
@@ -210,7 +263,9 @@ def _seams(found: Layout) -> Iterator[str]:
         yield f'<path class="seam" d="M{found.middle - _RESULT / 2 - 6:g} {y:g}h{_RESULT + 12}"/>'
         if numbered(found):
             x = found.middle + _RESULT / 2 + 6
-            yield f'<circle class="knob" cx="{x:g}" cy="{y:g}" r="8"/>' + _text(x, y + 3.5, str(number), "small")
+            yield f'<circle class="knob" cx="{x:g}" cy="{y:g}" r="8"/>' + _text(
+                x, y + 3.5, str(number), "small"
+            )
 
 
 def numbered(found: Layout) -> bool:

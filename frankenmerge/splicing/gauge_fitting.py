@@ -25,7 +25,9 @@ LEAST_ROWS = 64
 PER_NEURON = 8
 """Positions to fit on for every neuron: a rotation has half as many angles as it has entries."""
 DRAWN_ROWS, DRAWN_LENGTH = 256, 128
-"""What refined gauges are fitted on: rows drawn from all donors together, and of their text as many at most."""
+"""What refined gauges are fitted on: rows drawn from all donors together, and of their text as many
+at most.
+"""
 
 
 class Fit(NamedTuple):
@@ -33,21 +35,28 @@ class Fit(NamedTuple):
 
     turn: Turn
     residual: float
-    """Share of the target's squared length that is left over on tokens that the fit has not seen: 1 minus R^2."""
+    """Share of the target's squared length that is left over on tokens that the fit has not seen: 1
+    minus R^2.
+    """
     refined: tuple[Turn, ...] = ()
-    """Where descent followed: a turn for every block of the slice, and of the last slice one for final norm and head."""
+    """Where descent followed: a turn for every block of the slice, and of the last slice one for
+    final norm and head.
+    """
 
     def at(self, place: int) -> Turn:
         """The turn of the slice's block `place`, of the embedding at 0, of final norm and head at -1."""
         return self.refined[place] if self.refined else self.turn
 
 
-def fitted_turns(recipe: Recipe, donors: Mapping[str, Checkpoint], meter: Meter = unseen) -> dict[int, Fit]:
+def fitted_turns(
+    recipe: Recipe, donors: Mapping[str, Checkpoint], meter: Meter = unseen
+) -> dict[int, Fit]:
     """Fit the turn of every slice that has a gauge, by the slice's number, and refine those that ask for it.
 
-    Towards the slice before, its last block's output and the input of the slice's first block are fitted; towards the base,
-    both donors' states at the depth where the slice begins. A slice behind a turned one is turned as that one is, too.
-    Refined gauges are fitted and refined on tokens drawn from the slices' donors, and on those of their texts.
+    Towards the slice before, its last block's output and the input of the slice's first block are
+    fitted; towards the base, both donors' states at the depth where the slice begins. A slice
+    behind a turned one is turned as that one is, too. Refined gauges are fitted and refined on
+    tokens drawn from the slices' donors, and on those of their texts.
 
     Args:
         recipe: spelled out.
@@ -55,7 +64,8 @@ def fitted_turns(recipe: Recipe, donors: Mapping[str, Checkpoint], meter: Meter 
         meter: shows how far fits and descent are.
 
     Raises:
-        FrankenmergeError: for a text that is too short, for states that are not finite, and for weights that are no model's.
+        FrankenmergeError: for a text that is too short, for states that are not finite, and for
+            weights that are no model's.
     """
     if not any(part.gauge and part.gauge.refine for part in recipe.parts):
         return plain_fits(recipe, donors, meter=meter)
@@ -64,11 +74,24 @@ def fitted_turns(recipe: Recipe, donors: Mapping[str, Checkpoint], meter: Meter 
     ids = tokens_to_refine_on(recipe, donors, speakers)
     fits = plain_fits(recipe, donors, ids, meter=meter)
     shown = show(speakers, ids)
-    found = refined(recipe, donors, models, {number: fit.turn for number, fit in fits.items()}, shown, meter=meter)
+    found = refined(
+        recipe,
+        donors,
+        models,
+        {number: fit.turn for number, fit in fits.items()},
+        shown,
+        meter=meter,
+    )
     return {number: fit._replace(refined=found.get(number, ())) for number, fit in fits.items()}
 
 
-def plain_fits(recipe: Recipe, donors: Mapping[str, Checkpoint], shown: Tensor | None = None, *, meter: Meter = unseen) -> dict[int, Fit]:
+def plain_fits(
+    recipe: Recipe,
+    donors: Mapping[str, Checkpoint],
+    shown: Tensor | None = None,
+    *,
+    meter: Meter = unseen,
+) -> dict[int, Fit]:
     """The fits without descent; those that descent is to follow are made on the tokens `shown`, `[n, s]`."""
     fits: dict[int, Fit] = {}
     gauges = {number: part.gauge for number, part in enumerate(recipe.parts) if part.gauge}
@@ -81,10 +104,22 @@ def plain_fits(recipe: Recipe, donors: Mapping[str, Checkpoint], shown: Tensor |
             else:
                 before = recipe.parts[number - 1].sources[0]
                 name, reached = before.model, before.layer_range[1]
-            ids = shown if shown is not None and gauge.refine else _tokens(gauge.fit, donors[source.model])
-            fit = fit_turn(states_at(donors[source.model], ids, depth), states_at(donors[name], ids, reached), donors[source.model])
+            ids = (
+                shown
+                if shown is not None and gauge.refine
+                else _tokens(gauge.fit, donors[source.model])
+            )
+            fit = fit_turn(
+                states_at(donors[source.model], ids, depth),
+                states_at(donors[name], ids, reached),
+                donors[source.model],
+            )
             if gauge.to == "previous" and (other := fits.get(number - 1)):
-                fit = fit._replace(turn=Turn(fit.turn.matrix @ other.turn.matrix, fit.turn.scale * other.turn.scale))
+                fit = fit._replace(
+                    turn=Turn(
+                        fit.turn.matrix @ other.turn.matrix, fit.turn.scale * other.turn.scale
+                    )
+                )
             fits[number] = fit
             advance(1)
     return fits
@@ -94,14 +129,16 @@ def fit_turn(source: Tensor, target: Tensor, donor: Checkpoint) -> Fit:
     """Fit on all positions of both `[n, d]`, and tell what the fit of the first three quarters leaves over on the last."""
     centred, seen = donor.architecture.norm == "layer", 3 * len(source) // 4
     trial = procrustes(source[:seen], target[:seen], centred=centred)
-    return Fit(procrustes(source, target, centred=centred), residual(trial, source[seen:], target[seen:]))
+    return Fit(
+        procrustes(source, target, centred=centred), residual(trial, source[seen:], target[seen:])
+    )
 
 
 def states_at(donor: Checkpoint, ids: Tensor, depth: int) -> Tensor:
     """The residual stream behind the donor's first `depth` blocks, `[n, d]`, in float32.
 
-    The first position of every row is left out: what a trained model puts there is no token's own. Raises FrankenmergeError for
-    states that are not finite.
+    The first position of every row is left out: what a trained model puts there is no token's own.
+    Raises FrankenmergeError for states that are not finite.
     """
     run = stream_model(donor) if streamable(donor) else load_model(donor)
     passage = Passage(run, ids)
@@ -113,19 +150,42 @@ def states_at(donor: Checkpoint, ids: Tensor, depth: int) -> Tensor:
                 break
     made = torch.cat(outputs)[:, 1:].flatten(0, 1).float()
     if not made.isfinite().all():
-        where = f"{donor.name}, behind its first {depth} blocks" if depth else f"{donor.name}, its embedding"
-        raise fail(where, "finite states, to fit a gauge on", "NaN or Inf", "repair or replace the donor, or do without the gauge")
+        where = (
+            f"{donor.name}, behind its first {depth} blocks"
+            if depth
+            else f"{donor.name}, its embedding"
+        )
+        raise fail(
+            where,
+            "finite states, to fit a gauge on",
+            "NaN or Inf",
+            "repair or replace the donor, or do without the gauge",
+        )
     return made
 
 
-def tokens_to_refine_on(recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel]) -> Tensor:
+def tokens_to_refine_on(
+    recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel]
+) -> Tensor:
     """Rows of tokens `[n, s]`: drawn from every donor behind the token that begins a text, and those of the refined gauges' texts."""
-    length = min([DRAWN_LENGTH, *(quantity(donors[name].config, "positions") or DRAWN_LENGTH for name in models)])
+    length = min(
+        [
+            DRAWN_LENGTH,
+            *(quantity(donors[name].config, "positions") or DRAWN_LENGTH for name in models),
+        ]
+    )
     tokenizer = load_tokenizer(donors[next(iter(models))])
-    start: Any = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    start: Any = next(
+        (token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None),
+        0,
+    )
     each = math.ceil(DRAWN_ROWS / len(models))
     rows = [drawn(model, each, length, start, seed) for seed, model in enumerate(models.values())]
-    for text in dict.fromkeys(part.gauge.fit for part in recipe.parts if part.gauge and part.gauge.refine and part.gauge.fit != "probes"):
+    for text in dict.fromkeys(
+        part.gauge.fit
+        for part in recipe.parts
+        if part.gauge and part.gauge.refine and part.gauge.fit != "probes"
+    ):
         ids = _text_tokens(text, donors[next(iter(models))], length)[: DRAWN_ROWS * (length - 1)]
         cut = ids[: len(ids) // (length - 1) * (length - 1)].view(-1, length - 1)
         rows.append(torch.cat([torch.full((len(cut), 1), start), cut], 1))
@@ -134,7 +194,9 @@ def tokens_to_refine_on(recipe: Recipe, donors: Mapping[str, Checkpoint], models
 
 def _tokens(fit: str, donor: Checkpoint) -> Tensor:
     """Rows of tokens `[n, s]`, enough for a donor's width: uniformly random ones, or a text's."""
-    width, vocabulary, positions = (quantity(donor.config, name) or 0 for name in ("width", "vocabulary", "positions"))
+    width, vocabulary, positions = (
+        quantity(donor.config, name) or 0 for name in ("width", "vocabulary", "positions")
+    )
     length = min(LENGTH, positions or LENGTH)
     rows = max(LEAST_ROWS, math.ceil(PER_NEURON * width / length))
     if fit == "probes":
@@ -145,8 +207,15 @@ def _tokens(fit: str, donor: Checkpoint) -> Tensor:
 
 def _text_tokens(text: str, donor: Checkpoint, length: int) -> Tensor:
     """A text's tokens; there are enough for a donor's width, and for two rows of `length`."""
-    ids = load_tokenizer(donor)(Path(text).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = load_tokenizer(donor)(
+        Path(text).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False
+    )["input_ids"]
     least = 2 * max(quantity(donor.config, "width") or 0, length)
     if len(ids) < least:
-        raise fail(text, f"a text of {least:,} tokens at least", f"{len(ids):,}", "give a longer text, or fit: probes")
+        raise fail(
+            text,
+            f"a text of {least:,} tokens at least",
+            f"{len(ids):,}",
+            "give a longer text, or fit: probes",
+        )
     return torch.tensor(ids)

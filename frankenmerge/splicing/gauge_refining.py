@@ -1,9 +1,10 @@
 """Turns of single blocks: a fitted gauge refined by descent until the splice predicts what its donors predict.
 
-A turn fitted by least squares treats every direction of the stream alike; the blocks behind the seam do not. `refined` descends
-on the turns themselves, on the Kullback-Leibler divergence from the mean of the donors' predictions. That needs no text: tokens
-drawn from the donors do. Every block of a slice gets a turn of its own, and so do final norm and head: all read and write the
-one stream that the slice before has left, so that the result is a plain checkpoint still.
+A turn fitted by least squares treats every direction of the stream alike; the blocks behind the
+seam do not. `refined` descends on the turns themselves, on the Kullback-Leibler divergence from the
+mean of the donors' predictions. That needs no text: tokens drawn from the donors do. Every block of
+a slice gets a turn of its own, and so do final norm and head: all read and write the one stream
+that the slice before has left, so that the result is a plain checkpoint still.
 """
 
 import math
@@ -63,10 +64,14 @@ class _Descent:
         # Where norms centre, the all-ones direction is to stay where it is.
         self.keep = eye - 1 / width if centred else eye
         self.free = torch.tensor(linear).float()[:, None, None]
-        self.skew, self.reading, self.writing = (torch.zeros_like(self.start, requires_grad=True) for _ in range(3))
+        self.skew, self.reading, self.writing = (
+            torch.zeros_like(self.start, requires_grad=True) for _ in range(3)
+        )
         self.logs = torch.zeros(len(start), requires_grad=True)
         self.momentum = torch.zeros_like(self.start)
-        self.adam = torch.optim.Adam([{"params": [self.logs]}, {"params": [self.reading, self.writing]}])
+        self.adam = torch.optim.Adam(
+            [{"params": [self.logs]}, {"params": [self.reading, self.writing]}]
+        )
 
     def turns(self) -> list[Turn]:
         """The turns as they are now, float32, with the graph that leads back to what descends."""
@@ -81,8 +86,9 @@ class _Descent:
     def step(self, loss: Tensor, share: float) -> None:
         """Go down by `share` of the rates.
 
-        A turn goes by a skew matrix of spectral norm `RATE` at most: the gradient's polar factor, as Jordan et al. (2024, Muon) take
-        it for hidden layers, applied through the Cayley map, which keeps the turn orthogonal. What is added goes by Adam's steps.
+        A turn goes by a skew matrix of spectral norm `RATE` at most: the gradient's polar factor,
+        as Jordan et al. (2024, Muon) take it for hidden layers, applied through the Cayley map,
+        which keeps the turn orthogonal. What is added goes by Adam's steps.
         """
         self.skew.grad = None
         self.adam.zero_grad()
@@ -101,36 +107,50 @@ class _Descent:
         """The turns, orthogonal to the last bit of float64, or the pairs of linear maps."""
         part = (self.keep @ (self.skew - self.skew.mT) @ self.keep).double()
         eye = torch.eye(len(self.keep), dtype=torch.float64)
-        left, _, right = torch.linalg.svd(self.start.double() @ torch.linalg.solve(eye + part, eye - part))
+        left, _, right = torch.linalg.svd(
+            self.start.double() @ torch.linalg.solve(eye + part, eye - part)
+        )
         result = []
         for number, matrix in enumerate(left @ right):
             scale = float(self.scales[number].double() * self.logs[number].double().exp())
-            read, write = (matrix @ (eye + added[number].double()) for added in (self.reading, self.writing))
-            result.append(Turn(read, scale, scale * write) if self.free[number] else Turn(matrix, scale))
+            read, write = (
+                matrix @ (eye + added[number].double()) for added in (self.reading, self.writing)
+            )
+            result.append(
+                Turn(read, scale, scale * write) if self.free[number] else Turn(matrix, scale)
+            )
         return result
 
 
 @torch.enable_grad()
 def refined(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], models: Mapping[str, PreTrainedModel], turns: Mapping[int, Turn], shown: Shown, *,
-    seed: int = 0, meter: Meter = unseen,
+    recipe: Recipe,
+    donors: Mapping[str, Checkpoint],
+    models: Mapping[str, PreTrainedModel],
+    turns: Mapping[int, Turn],
+    shown: Shown,
+    *,
+    seed: int = 0,
+    meter: Meter = unseen,
 ) -> dict[int, tuple[Turn, ...]]:
     """Descend until the splice predicts what its donors predict in the mean.
 
-    All slices whose gauge asks for it are refined together, for the largest number of steps that any asks for; the rates rise over
-    the first tenth and fall to zero by the last.
+    All slices whose gauge asks for it are refined together, for the largest number of steps that
+    any asks for; the rates rise over the first tenth and fall to zero by the last.
 
     Args:
         recipe: spelled out, with a gauge to be refined.
         donors: the donors' headers, by name.
         models: the donors' models, by name, in float32.
-        turns: by slice, the fitted turns: where the descent begins, and what slices that are not refined keep.
+        turns: by slice, the fitted turns: where the descent begins, and what slices that are not
+            refined keep.
         shown: what the donors made of the tokens to descend on.
         seed: draws the rows.
         meter: shows how many steps are made.
 
     Returns:
-        By refined slice, a turn for each of its blocks, and of the last slice one for final norm and head.
+        By refined slice, a turn for each of its blocks, and of the last slice one for final norm
+        and head.
     """
     assembly = assembled(recipe, donors, models)
     gauges = {number: part.gauge for number, part in enumerate(recipe.parts) if part.gauge}
@@ -141,7 +161,9 @@ def refined(
         linear=[gauges[number].maps == "linear" for number, _ in places],
         centred=donors[recipe.base].architecture.norm == "layer",
     )
-    fixed = assembly.tensors | {name: value.float() for name, value in assembly.turned(kept).items()}
+    fixed = assembly.tensors | {
+        name: value.float() for name, value in assembly.turned(kept).items()
+    }
     steps = max(gauge.refine or 0 for gauge in gauges.values())
     generator = torch.Generator().manual_seed(seed)
     with meter("refining gauges", steps, "steps") as advance:
@@ -150,20 +172,33 @@ def refined(
             rows = torch.randint(len(shown.ids), (ROWS,), generator=generator)
             made = fixed | assembly.turned(dict(zip(places, descent.turns(), strict=True)))
             inputs: dict[str, Any] = {"input_ids": shown.ids[rows], "use_cache": False}
-            said = functional_call(assembly.model, made, (), inputs, tie_weights=False).logits.log_softmax(-1)
-            loss = functional.kl_div(said, _mean(models, shown, rows), log_target=True, reduction="none").sum(-1).mean()
+            said = functional_call(
+                assembly.model, made, (), inputs, tie_weights=False
+            ).logits.log_softmax(-1)
+            loss = (
+                functional.kl_div(
+                    said, _mean(models, shown, rows), log_target=True, reduction="none"
+                )
+                .sum(-1)
+                .mean()
+            )
             descent.step(loss, share)
             advance(1)
     found = dict(zip(places, descent.found(), strict=True))
     result = {}
     for number in dict.fromkeys(number for number, _ in places):
         ends = [-1] if (number, -1) in found else []
-        result[number] = tuple(found[number, place] for place in [*range(recipe.parts[number].length), *ends])
+        result[number] = tuple(
+            found[number, place] for place in [*range(recipe.parts[number].length), *ends]
+        )
     return result
 
 
 @torch.no_grad()
 def _mean(models: Mapping[str, PreTrainedModel], shown: Shown, rows: Tensor) -> Tensor:
     """Log of the mean of the donors' predictions, `[b, s, v]`."""
-    said = [leave(models[name], shown.ids[rows], last[rows]).log_softmax(-1) for name, last in shown.last.items()]
+    said = [
+        leave(models[name], shown.ids[rows], last[rows]).log_softmax(-1)
+        for name, last in shown.last.items()
+    ]
     return torch.logsumexp(torch.stack(said), 0) - math.log(len(said))

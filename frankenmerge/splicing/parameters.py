@@ -18,7 +18,9 @@ class Taken(NamedTuple):
     """What one slice is made of."""
 
     method: str
-    """PLAIN where a slice has one source only and the recipe's method needs more: that source's blocks stay as they are."""
+    """PLAIN where a slice has one source only and the recipe's method needs more: that source's
+    blocks stay as they are.
+    """
     sources: list[Source]
     base: Source | None
     """None of the sources."""
@@ -37,14 +39,18 @@ def taken(recipe: Recipe, part: Slice) -> Taken:
         return Taken(recipe.merge_method, part.sources, None)
     listed = next((source for source in part.sources if source.model == name), None)
     base = listed or Source(model=name, layer_range=part.sources[0].layer_range)
-    return Taken(recipe.merge_method, [source for source in part.sources if source is not base], base)
+    return Taken(
+        recipe.merge_method, [source for source in part.sources if source is not base], base
+    )
 
 
 def _lone(method: Method, sources: Sequence[Source | Whole]) -> bool:
     return len(sources) == 1 and method.models[0] + (method.base == "required") > 1
 
 
-def model_parameters(recipe: Recipe, part: Slice, source: Source, tensor: str, t: float) -> dict[str, Value]:
+def model_parameters(
+    recipe: Recipe, part: Slice, source: Source, tensor: str, t: float
+) -> dict[str, Value]:
     """A method's parameters of one model for one of its tensors; those that have to be given and are not are left out."""
     return _resolved(recipe, [source.parameters, part.parameters], tensor, t, per_model=True)
 
@@ -54,7 +60,14 @@ def common_parameters(recipe: Recipe, part: Slice, tensor: str, t: float) -> dic
     return _resolved(recipe, [part.parameters], tensor, t, per_model=False)
 
 
-def _resolved(recipe: Recipe, narrow: list[Mapping[str, Any] | None], tensor: str, t: float, *, per_model: bool) -> dict[str, Value]:
+def _resolved(
+    recipe: Recipe,
+    narrow: list[Mapping[str, Any] | None],
+    tensor: str,
+    t: float,
+    *,
+    per_model: bool,
+) -> dict[str, Value]:
     """Source before slice before module before recipe."""
     levels = [*narrow, recipe.stack.parameters, recipe.parameters]
     found: dict[str, Value] = {}
@@ -78,7 +91,9 @@ class _Level(NamedTuple):
 def _levels(recipe: Recipe) -> Iterator[_Level]:
     prefix = f"modules.{next(iter(recipe.modules))}." if recipe.modules else ""
     stack = recipe.stack
-    slices = [(f"{prefix}slices[{number}].", part) for number, part in enumerate(stack.slices or [])]
+    slices = [
+        (f"{prefix}slices[{number}].", part) for number, part in enumerate(stack.slices or [])
+    ]
     yield _Level("", recipe.parameters or {}, False)
     if recipe.modules:
         yield _Level(prefix, stack.parameters or {}, False)
@@ -96,10 +111,21 @@ def method_faults(recipe: Recipe, place: str = "recipe") -> list[Fault]:
     if method is None:
         near = get_close_matches(recipe.merge_method, METHODS, 1)
         remedy = f"write {near[0]}" if near else "name one of these"
-        return [Fault(f"{place}: merge_method", f"one of: {', '.join(METHODS)}", recipe.merge_method, remedy)]
+        return [
+            Fault(
+                f"{place}: merge_method",
+                f"one of: {', '.join(METHODS)}",
+                recipe.merge_method,
+                remedy,
+            )
+        ]
     return [
         *_model_faults(recipe, method, place),
-        *(fault for level in _levels(recipe) for fault in _level_faults(recipe, method, level, place)),
+        *(
+            fault
+            for level in _levels(recipe)
+            for fault in _level_faults(recipe, method, level, place)
+        ),
     ]
 
 
@@ -109,30 +135,57 @@ def _model_faults(recipe: Recipe, method: Method, place: str) -> Iterator[Fault]
         groups = [(f"{prefix}models", models, recipe.base_model)]
     else:
         groups = [
-            (f"{prefix}slices[{number}].sources", part.sources, part.base_model or recipe.base_model)
-            for number, part in enumerate(recipe.parts) if not _lone(method, part.sources)
+            (
+                f"{prefix}slices[{number}].sources",
+                part.sources,
+                part.base_model or recipe.base_model,
+            )
+            for number, part in enumerate(recipe.parts)
+            if not _lone(method, part.sources)
         ]
     for number, part in enumerate(recipe.stack.slices or []):
         if _lone(method, part.sources) and (part.parameters or part.sources[0].parameters):
-            yield Fault(f"{prefix}slices[{number}]", f"no parameters, since {recipe.merge_method} leaves a single source as it is", "some",
-                        "remove them, or list what it is merged with (the base model too)")
+            yield Fault(
+                f"{prefix}slices[{number}]",
+                f"no parameters, since {recipe.merge_method} leaves a single source as it is",
+                "some",
+                "remove them, or list what it is merged with (the base model too)",
+            )
     fewest, most = method.models
     for where, sources, base in groups:
         if method.base == "required" and base is None:
-            yield Fault(where, f"a base_model, which {recipe.merge_method} starts from", "none", "say base_model")
+            yield Fault(
+                where,
+                f"a base_model, which {recipe.merge_method} starts from",
+                "none",
+                "say base_model",
+            )
             continue
         listed = method.base != "none" and any(source.model == base for source in sources)
         count = len(sources) - listed
         if count < fewest or (most is not None and count > most):
-            wanted = f"{fewest} or more" if most is None else str(fewest) if fewest == most else f"{fewest} to {most}"
+            wanted = (
+                f"{fewest} or more"
+                if most is None
+                else str(fewest)
+                if fewest == most
+                else f"{fewest} to {most}"
+            )
             beside = " beside the base model" if method.base != "none" and base else ""
             yield Fault(
-                where, f"{wanted} to merge by {recipe.merge_method}{beside}", str(count), "add or remove models, or change the method"
+                where,
+                f"{wanted} to merge by {recipe.merge_method}{beside}",
+                str(count),
+                "add or remove models, or change the method",
             )
         ranges = {tuple(source.layer_range) for source in sources if isinstance(source, Source)}
         if method.base != "none" and base and not listed and len(ranges) > 1:
-            yield Fault(where, f"a range of the base model {base}", f"sources of {len(ranges)} ranges, the base none of them",
-                        "list the base model among the sources")
+            yield Fault(
+                where,
+                f"a range of the base model {base}",
+                f"sources of {len(ranges)} ranges, the base none of them",
+                "list the base model among the sources",
+            )
 
 
 def _level_faults(recipe: Recipe, method: Method, level: _Level, place: str) -> Iterator[Fault]:
@@ -141,10 +194,15 @@ def _level_faults(recipe: Recipe, method: Method, level: _Level, place: str) -> 
         if name not in method.parameters:
             near = get_close_matches(name, method.parameters, 1)
             expected = f"one of: {', '.join(method.parameters) or 'none'}, the parameters of {recipe.merge_method}"
-            yield Fault(where, expected, "another parameter", f"write {near[0]}" if near else "remove it")
+            yield Fault(
+                where, expected, "another parameter", f"write {near[0]}" if near else "remove it"
+            )
         elif level.of_model and not method.parameters[name].per_model:
             yield Fault(
-                where, "a parameter of single models", f"{name}, which is one of the whole merge", "say it for the slice or the recipe"
+                where,
+                "a parameter of single models",
+                f"{name}, which is one of the whole merge",
+                "say it for the slice or the recipe",
             )
         else:
             for value in values(written):
@@ -161,5 +219,8 @@ def filter_faults(recipe: Recipe, tensors: Sequence[str], place: str = "recipe")
                 if part not in joined:
                     where = f"{place}: {level.place}parameters.{name}"
                     yield Fault(
-                        where, "filters that are part of a tensor's name", part, f"correct it; names are like {tensors[len(tensors) // 2]}"
+                        where,
+                        "filters that are part of a tensor's name",
+                        part,
+                        f"correct it; names are like {tensors[len(tensors) // 2]}",
                     )

@@ -40,32 +40,45 @@ def read_fully(handle: int, tensor: Tensor, start: int, stop: int) -> bytearray:
 
 def broken(donor: str, source: str) -> Fault:
     """What is told of a tensor that holds NaN or Inf."""
-    return Fault(f"{donor}: {source}", "finite numbers", "NaN or Inf", "repair or replace the donor, or go on with --allow-nan")
+    return Fault(
+        f"{donor}: {source}",
+        "finite numbers",
+        "NaN or Inf",
+        "repair or replace the donor, or go on with --allow-nan",
+    )
 
 
 # For torch
 
 
-def tensor_reader(given: Input, handles: Handles, *, device: str, allow_nan: bool) -> "Callable[[int, int], torch.Tensor]":
+def tensor_reader(
+    given: Input, handles: Handles, *, device: str, allow_nan: bool
+) -> "Callable[[int, int], torch.Tensor]":
     """Reads flat elements of an input in float32. It raises FrankenmergeError, unless `allow_nan`, for NaN and Inf in them."""
     read = _read if given.rows is None else _read_rows
     return partial(read, given, handles, device=device, allow_nan=allow_nan)
 
 
-def _read(given: Input, handles: Handles, start: int, stop: int, *, device: str, allow_nan: bool) -> "torch.Tensor":
+def _read(
+    given: Input, handles: Handles, start: int, stop: int, *, device: str, allow_nan: bool
+) -> "torch.Tensor":
     made = elements(given.tensor, handles, start, stop).to(device)
     if not allow_nan and not all_finite(made):
         raise FrankenmergeError(broken(given.donor, given.source))
     return made
 
 
-def _read_rows(given: Input, handles: Handles, start: int, stop: int, *, device: str, allow_nan: bool) -> "torch.Tensor":
+def _read_rows(
+    given: Input, handles: Handles, start: int, stop: int, *, device: str, allow_nan: bool
+) -> "torch.Tensor":
     """Elements of a matrix whose rows come from several donors' matrices."""
     import torch
 
     assert given.rows
     made = torch.zeros(stop - start)
-    for donor, first, place, count in _stretches(given.rows, math.prod(given.tensor.shape[1:]), start, stop):
+    for donor, first, place, count in _stretches(
+        given.rows, math.prod(given.tensor.shape[1:]), start, stop
+    ):
         taken = elements(given.rows.tensors[donor], handles, first, first + count)
         if not allow_nan and not all_finite(taken):
             raise FrankenmergeError(broken(given.rows.donors[donor], given.source))
@@ -73,13 +86,17 @@ def _read_rows(given: Input, handles: Handles, start: int, stop: int, *, device:
     return made.to(device)
 
 
-def elements(tensor: Tensor, handles: Handles, start: int, stop: int, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+def elements(
+    tensor: Tensor, handles: Handles, start: int, stop: int, dtype: "torch.dtype | None" = None
+) -> "torch.Tensor":
     """Flat elements [start, stop) as the file has them, in `dtype`, float32 when absent."""
     import torch
 
     width = BYTES_OF[tensor.dtype]
     content = read_fully(handles[tensor.file], tensor, start * width, stop * width)
-    return torch.frombuffer(content, dtype=getattr(torch, DTYPE_NAMES[tensor.dtype])).to(dtype or torch.float32)
+    return torch.frombuffer(content, dtype=getattr(torch, DTYPE_NAMES[tensor.dtype])).to(
+        dtype or torch.float32
+    )
 
 
 def all_finite(values: "torch.Tensor") -> bool:
@@ -95,8 +112,8 @@ def all_finite(values: "torch.Tensor") -> bool:
 def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[int, int], Raw]:
     """Reads flat elements of an input into memory of its own, used again at every call.
 
-    Where rows come from several donors' matrices they are read as float32, and it raises FrankenmergeError, unless
-    `allow_nan`, for NaN and Inf in them; otherwise nothing is looked at.
+    Where rows come from several donors' matrices they are read as float32, and it raises
+    FrankenmergeError, unless `allow_nan`, for NaN and Inf in them; otherwise nothing is looked at.
     """
     told = broken(given.donor, given.source)
     content = bytearray()
@@ -119,18 +136,24 @@ def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[
         assert given.rows
         view = view_of((stop - start) * 4)
         view[:] = bytes(len(view))
-        for donor, first, place, count in _stretches(given.rows, math.prod(given.tensor.shape[1:]), start, stop):
+        for donor, first, place, count in _stretches(
+            given.rows, math.prod(given.tensor.shape[1:]), start, stop
+        ):
             tensor = given.rows.tensors[donor]
             width = BYTES_OF[tensor.dtype]
             taken = read_fully(handles[tensor.file], tensor, first * width, (first + count) * width)
-            raw = Raw(memoryview(taken), tensor.dtype, broken(given.rows.donors[donor], given.source))
+            raw = Raw(
+                memoryview(taken), tensor.dtype, broken(given.rows.donors[donor], given.source)
+            )
             converted(raw, view[place * 4 : (place + count) * 4], allow_nan=allow_nan)
         return Raw(view, "F32", told)
 
     return read if given.rows is None else read_rows
 
 
-def _stretches(rows: Rows, width: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+def _stretches(
+    rows: Rows, width: int, start: int, stop: int
+) -> Iterator[tuple[int, int, int, int]]:
     """Elements [start, stop) of a matrix of rows as (donor, its first element, the place from `start`, how many follow); no zeros.
 
     Neighbouring rows that are neighbours in the donor too are taken together.
@@ -138,7 +161,11 @@ def _stretches(rows: Rows, width: int, start: int, stop: int) -> Iterator[tuple[
     place, last = start // width, -(-stop // width)
     while place < last:
         donor, row, count = int(rows.origin[place]), int(rows.row[place]), 1
-        while place + count < last and rows.origin[place + count] == donor and rows.row[place + count] == row + count:
+        while (
+            place + count < last
+            and rows.origin[place + count] == donor
+            and rows.row[place + count] == row + count
+        ):
             count += 1
         if donor >= 0:
             first, end = max(place * width, start), min((place + count) * width, stop)

@@ -1,11 +1,14 @@
 """Gauges: a slice turned into another basis of the residual stream, exactly, and the turn that brings two donors together.
 
-A norm without a gain treats all directions alike, so a model whose norms' gains have been moved into the maps that read them
-computes the same in any orthogonal basis of its residual stream (Ashkboos et al. 2024, SliceGPT, section 3). Where a donor's
-state is the row `x`, the turned slice sees `scale * x @ matrix`: maps that read it become `W G matrix`, with `G` the gain, and
-maps that write it `scale * matrix.T W`. A LayerNorm centres as well, so there the all-ones direction has to stay where it is.
+A norm without a gain treats all directions alike, so a model whose norms' gains have been moved
+into the maps that read them computes the same in any orthogonal basis of its residual stream
+(Ashkboos et al. 2024, SliceGPT, section 3). Where a donor's state is the row `x`, the turned slice
+sees `scale * x @ matrix`: maps that read it become `W G matrix`, with `G` the gain, and maps that
+write it `scale * matrix.T W`. A LayerNorm centres as well, so there the all-ones direction has to
+stay where it is.
 
-Norms divide by the stream's length, so `scale` changes nothing but the weight of their small constant.
+Norms divide by the stream's length, so `scale` changes nothing but the weight of their small
+constant.
 """
 
 import hashlib
@@ -29,7 +32,9 @@ class Turn(NamedTuple):
     """`[d, d]`, float64, orthogonal; with `writing`, any."""
     scale: float = 1.0
     writing: "Tensor | None" = None
-    """`[d, d]`: what maps that write go through in the place of `scale * matrix`. Then it is no turn but two linear maps."""
+    """`[d, d]`: what maps that write go through in the place of `scale * matrix`. Then it is no
+    turn but two linear maps.
+    """
 
     @property
     def writes(self) -> "Tensor":
@@ -40,15 +45,18 @@ class Turn(NamedTuple):
     def hash(self) -> str:
         """A hash of its numbers."""
         written = b"" if self.writing is None else self.writing.numpy().tobytes()
-        return hashlib.sha256(self.matrix.numpy().tobytes() + str(self.scale).encode() + written).hexdigest()[:16]
+        return hashlib.sha256(
+            self.matrix.numpy().tobytes() + str(self.scale).encode() + written
+        ).hexdigest()[:16]
 
 
 class Meeting(NamedTuple):
     """How a tensor meets the stream."""
 
     kind: Kind
-    """`gain` and `shift` of a norm, a map that does `read` or `write`, the bias `added` by one that writes, `rows` that enter
-    the stream as they are, or `inside`, not at all."""
+    """`gain` and `shift` of a norm, a map that does `read` or `write`, the bias `added` by one that
+    writes, `rows` that enter the stream as they are, or `inside`, not at all.
+    """
     gain: str | None = None
     """The canonical name of the norm's gain that the tensor takes in."""
     transposed: bool = False
@@ -62,9 +70,21 @@ def meeting(architecture: Architecture, canonical: str) -> Meeting:
     """
     stream = architecture.stream
     if stream is None or stream.behind:
-        found = f"gains of their own basis in {', '.join(stream.behind)}" if stream else "one nobody has described so"
-        raise fail(canonical, "a family whose blocks can be turned", found, "splice without a gauge, or donors of another family")
-    module, is_weight = canonical.removesuffix(".weight").removesuffix(".bias"), not canonical.endswith(".bias")
+        found = (
+            f"gains of their own basis in {', '.join(stream.behind)}"
+            if stream
+            else "one nobody has described so"
+        )
+        raise fail(
+            canonical,
+            "a family whose blocks can be turned",
+            found,
+            "splice without a gauge, or donors of another family",
+        )
+    module, is_weight = (
+        canonical.removesuffix(".weight").removesuffix(".bias"),
+        not canonical.endswith(".bias"),
+    )
     final = (architecture.root + architecture.final).removesuffix(".")
     if canonical.startswith(architecture.head):
         return Meeting("read", f"{final}.weight") if is_weight else Meeting("inside")
@@ -81,20 +101,27 @@ def meeting(architecture: Architecture, canonical: str) -> Meeting:
         return Meeting("write", transposed=stream.transposed) if is_weight else Meeting("added")
     if norm is not None or inner in stream.inside:
         return Meeting("inside")
-    raise fail(canonical, "a tensor that reads or writes the residual stream in a known way", "neither", "splice without a gauge")
+    raise fail(
+        canonical,
+        "a tensor that reads or writes the residual stream in a known way",
+        "neither",
+        "splice without a gauge",
+    )
 
 
 def turned(tensor: "Tensor", met: Meeting, turn: Turn, gain: "Tensor | None" = None) -> "Tensor":
     """One tensor as the turned slice has it, in the turn's type, which is float64 but while a turn is being refined.
 
     Args:
-        tensor: as the donor has it; maps `[out, in]` unless `met` says else, embeddings and heads `[v, d]`.
+        tensor: as the donor has it; maps `[out, in]` unless `met` says else, embeddings and heads
+            `[v, d]`.
         met: how it meets the stream.
         turn: from the donor's basis to the new one.
         gain: the norm's gain `[d]` that `met` names.
 
     Raises:
-        FrankenmergeError: for a norm that adds a shift where its gain is zero: no map behind it could take that in.
+        FrankenmergeError: for a norm that adds a shift where its gain is zero: no map behind it
+            could take that in.
     """
     tensor, matrix = tensor.to(turn.matrix.dtype), turn.matrix.to(tensor.device)
     if met.kind == "inside":
@@ -110,11 +137,18 @@ def turned(tensor: "Tensor", met: Meeting, turn: Turn, gain: "Tensor | None" = N
     if met.kind == "read":
         return matrix.T @ (gain[:, None] * tensor) if met.transposed else (tensor * gain) @ matrix
     if not gain.all():
-        raise fail(met.gain, "gains that are not zero, beside a bias", "zeros", "use another donor, or splice without a gauge")
+        raise fail(
+            met.gain,
+            "gains that are not zero, beside a bias",
+            "zeros",
+            "use another donor, or splice without a gauge",
+        )
     return (tensor / gain) @ matrix
 
 
-def turned_all(tensors: Mapping[str, "Tensor"], architecture: Architecture, turn: Turn) -> dict[str, "Tensor"]:
+def turned_all(
+    tensors: Mapping[str, "Tensor"], architecture: Architecture, turn: Turn
+) -> dict[str, "Tensor"]:
     """Tensors of one block, or of what lies outside the blocks, as the turned slice has them, in the turn's type.
 
     Args:
@@ -123,7 +157,10 @@ def turned_all(tensors: Mapping[str, "Tensor"], architecture: Architecture, turn
         turn: from the donor's basis to the new one.
     """
     places = {name: meeting(architecture, name) for name in tensors}
-    return {name: turned(tensors[name], met, turn, tensors[met.gain] if met.gain else None) for name, met in places.items()}
+    return {
+        name: turned(tensors[name], met, turn, tensors[met.gain] if met.gain else None)
+        for name, met in places.items()
+    }
 
 
 def procrustes(source: "Tensor", target: "Tensor", *, centred: bool = False) -> Turn:
@@ -132,7 +169,8 @@ def procrustes(source: "Tensor", target: "Tensor", *, centred: bool = False) -> 
     Args:
         source: states of the donor to be turned, `[n, d]`.
         target: states of the other one on the same inputs, `[n, d]`.
-        centred: whether the norms centre: then both are centred first and the all-ones direction stays where it is.
+        centred: whether the norms centre: then both are centred first and the all-ones direction
+            stays where it is.
     """
     import torch
 
@@ -140,7 +178,8 @@ def procrustes(source: "Tensor", target: "Tensor", *, centred: bool = False) -> 
     if centred:
         source, target = (states - states.mean(1, keepdim=True) for states in (source, target))
     product = source.T @ target
-    # Orthogonal to everything else in the product, the all-ones direction is a singular pair of its own.
+    # Orthogonal to everything else in the product, the all-ones direction is a singular pair of its
+    # own.
     ones = product.norm() / len(product) * torch.ones_like(product) if centred else 0
     left, _, right = torch.linalg.svd(product + ones)
     matrix = left @ right
@@ -157,7 +196,9 @@ def random_turn(width: int, seed: int, *, centred: bool = False) -> Turn:
     """A turn drawn uniformly, the null of any fit; `centred` keeps the all-ones direction."""
     import torch
 
-    drawn = torch.randn(2, width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randn(
+        2, width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     return Turn(procrustes(drawn[0], drawn[1], centred=centred).matrix)
 
 
@@ -167,7 +208,12 @@ def gauge_faults(architecture: Architecture, names: Iterable[str], place: str) -
     try:
         for gain in [gain for name in names if (gain := meeting(architecture, name).gain)]:
             if gain not in names:
-                raise fail(gain, "the norm that the maps behind it read, one for each", "none", "splice without a gauge")
+                raise fail(
+                    gain,
+                    "the norm that the maps behind it read, one for each",
+                    "none",
+                    "splice without a gauge",
+                )
     except FrankenmergeError as error:
         return [fault._replace(place=f"{place}: {fault.place}") for fault in error.faults]
     return []

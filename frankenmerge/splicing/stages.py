@@ -32,18 +32,35 @@ class Stage(NamedTuple):
 def in_order(recipes: Sequence[Recipe], place: str = "recipe") -> list[Recipe]:
     """Bring stages in an order in which each comes behind those it uses, the result last.
 
-    The result is the stage without a name, or else the last one. Raises FrankenmergeError for names that stand twice,
-    stages that use each other, and stages that none uses.
+    The result is the stage without a name, or else the last one. Raises FrankenmergeError for names
+    that stand twice, stages that use each other, and stages that none uses.
     """
     names = [recipe.name for recipe in recipes]
     faults = []
     if names.count(None) > 1 and len(recipes) > 1:
-        faults.append(Fault(place, "one stage without a name, the result", f"{names.count(None)}", "name the others"))
+        faults.append(
+            Fault(
+                place,
+                "one stage without a name, the result",
+                f"{names.count(None)}",
+                "name the others",
+            )
+        )
     for name in dict.fromkeys(name for name in names if name and names.count(name) > 1):
-        faults.append(Fault(f"{place}: stage {name}", "one stage of this name", f"{names.count(name)}", "rename one of them"))
+        faults.append(
+            Fault(
+                f"{place}: stage {name}",
+                "one stage of this name",
+                f"{names.count(name)}",
+                "rename one of them",
+            )
+        )
     raise_all(faults)
     result = names.index(None) if None in names else len(names) - 1
-    uses = {number: [names.index(donor) for donor in recipe.donors if donor in names] for number, recipe in enumerate(recipes)}
+    uses = {
+        number: [names.index(donor) for donor in recipe.donors if donor in names]
+        for number, recipe in enumerate(recipes)
+    }
     try:
         order = list(TopologicalSorter(uses).static_order())
     except CycleError as error:
@@ -52,13 +69,25 @@ def in_order(recipes: Sequence[Recipe], place: str = "recipe") -> list[Recipe]:
     for number in order:
         if number != result and not any(number in used for used in uses.values()):
             where = f"{place}: stage {names[number]}"
-            faults.append(Fault(where, "a stage that another one uses", "used by none", "remove it, or leave the name of the result out"))
+            faults.append(
+                Fault(
+                    where,
+                    "a stage that another one uses",
+                    "used by none",
+                    "remove it, or leave the name of the result out",
+                )
+            )
     raise_all(faults)
     return [recipes[number] for number in order if number != result] + [recipes[result]]
 
 
 def checked(
-    recipes: Sequence[Recipe], scratch: Path, *, download: bool = False, allow_pickle: bool = False, place: str = "recipe"
+    recipes: Sequence[Recipe],
+    scratch: Path,
+    *,
+    download: bool = False,
+    allow_pickle: bool = False,
+    place: str = "recipe",
 ) -> list[Stage]:
     """Hold every stage against its donors' configs and headers.
 
@@ -92,10 +121,18 @@ def checked(
     return stages
 
 
-def _checked(recipe: Recipe, planned: Mapping[str, Checkpoint], place: str, download: bool, allow_pickle: bool) -> Stage:
+def _checked(
+    recipe: Recipe,
+    planned: Mapping[str, Checkpoint],
+    place: str,
+    download: bool,
+    allow_pickle: bool,
+) -> Stage:
     faults = method_faults(recipe, place)
     try:
-        donors = open_donors(recipe, download=download, allow_pickle=allow_pickle, weights=False, opened=planned)
+        donors = open_donors(
+            recipe, download=download, allow_pickle=allow_pickle, weights=False, opened=planned
+        )
     except FrankenmergeError as error:
         raise FrankenmergeError(*faults, *error.faults) from error
     raise_all([*faults, *recipe_faults(recipe, donors, place)])
@@ -109,7 +146,10 @@ def _planned(stage: Stage, folder: Path) -> Checkpoint:
     config = result_config(stage.recipe, stage.donors)
     for name, content in tokenizer_files(stage.recipe, stage.donors).items():
         (folder / name).write_bytes(content)
-    tensors = {made.name: Tensor(folder / SINGLE_NAME, made.dtype, tuple(made.shape), 0, made.bytes) for made in stage.operations}
+    tensors = {
+        made.name: Tensor(folder / SINGLE_NAME, made.dtype, tuple(made.shape), 0, made.bytes)
+        for made in stage.operations
+    }
     return Checkpoint(stage.recipe.name or "", folder, config, tensors, whole=False)
 
 
@@ -124,8 +164,8 @@ def merge_stages(
 ) -> Any:
     """Merge stages in order, the result into `output`, the others into folders of their names in `OUTPUT.stages`.
 
-    A stage that is there already and was made by the same recipe from the same donors is left as it is; any other is made
-    again.
+    A stage that is there already and was made by the same recipe from the same donors is left as it
+    is; any other is made again.
 
     Args:
         recipes: the stages of one file, found sound.
@@ -139,7 +179,9 @@ def merge_stages(
         What `merge` returned for the result.
     """
     *stages, result = in_order(recipes)
-    folders = {stage.name: output.with_name(f"{output.name}.stages") / str(stage.name) for stage in stages}
+    folders = {
+        stage.name: output.with_name(f"{output.name}.stages") / str(stage.name) for stage in stages
+    }
 
     def placed(recipe: Recipe) -> Recipe:
         return renamed(recipe, lambda name: str(folders.get(name, name)))

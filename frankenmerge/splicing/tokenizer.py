@@ -13,17 +13,26 @@ from frankenmerge.errors import fail
 from frankenmerge.splicing.vocabulary import Tokens, result_vocabulary, tokens_of
 from frankenmerge.storage.safetensors_header import read_json
 
-TEMPLATES = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
+TEMPLATES = {
+    path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
+}
 """The built-in chat templates by name."""
 TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"
-_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+_ADDED = {
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": False,
+}
 
 
 def tokenizer_files(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str, bytes]:
     """The files of the result's tokenizer by name.
 
     Raises:
-        FrankenmergeError: for tokens that cannot be added, for a chat template that is none, and for settings that cannot be read.
+        FrankenmergeError: for tokens that cannot be added, for a chat template that is none, and
+            for settings that cannot be read.
     """
     donor = donors[recipe.tokenizer_donor]
     files = {path.name: path.read_bytes() for path in donor.tokenizer_files}
@@ -34,9 +43,14 @@ def tokenizer_files(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[st
         kept = (SETTINGS_FILE, "special_tokens_map.json", TEMPLATE_FILE, "chat_template.json")
         added = _added_tokens(recipe, donors)
         extended = _extended(donor, vocabulary.tokens, added)
-        files = {name: content for name, content in files.items() if name in kept} | {"tokenizer.json": _json(extended)}
+        files = {name: content for name, content in files.items() if name in kept} | {
+            "tokenizer.json": _json(extended)
+        }
         if isinstance(known := settings.get("added_tokens_decoder"), dict):
-            listed = {str(entry["id"]): {key: value for key, value in entry.items() if key != "id"} for entry in extended["added_tokens"]}
+            listed = {
+                str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
+                for entry in extended["added_tokens"]
+            }
             settings["added_tokens_decoder"] = known | listed
             files[SETTINGS_FILE] = _json(settings)
     if recipe.chat_template:
@@ -54,7 +68,8 @@ def _json(value: Any) -> bytes:
 def _added_tokens(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str, dict[str, Any]]:
     """How donors, the first that has it, and the recipe describe the tokens that stand beside a vocabulary."""
     described: dict[str, dict[str, Any]] = {
-        token: {"content": token, **_ADDED} for token in (recipe.tokenizer and recipe.tokenizer.tokens) or {}
+        token: {"content": token, **_ADDED}
+        for token in (recipe.tokenizer and recipe.tokenizer.tokens) or {}
     }
     for name in reversed(recipe.donors):
         data = read_json(donors[name].path / "tokenizer.json", "a tokenizer.json")
@@ -62,20 +77,28 @@ def _added_tokens(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str,
     return described
 
 
-def _extended(donor: Checkpoint, tokens: Tokens, added: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _extended(
+    donor: Checkpoint, tokens: Tokens, added: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
     """A donor's tokenizer.json with all of `tokens`.
 
-    A token of another donor's vocabulary gets its id and its text; text is still cut by this donor's merges, which make
-    no use of it.
+    A token of another donor's vocabulary gets its id and its text; text is still cut by this
+    donor's merges, which make no use of it.
     """
     path = donor.path / "tokenizer.json"
     data = read_json(path, "a tokenizer.json")
     if data["model"].get("type", "BPE") != "BPE" or not isinstance(data["model"]["vocab"], dict):
         remedy = "say tokenizer_source: base, or the donor whose tokenizer the result gets"
-        raise fail(str(path), "a BPE vocabulary, to add tokens to", str(data["model"].get("type")), remedy)
+        raise fail(
+            str(path), "a BPE vocabulary, to add tokens to", str(data["model"].get("type")), remedy
+        )
     listed: list[dict[str, Any]] = data.get("added_tokens") or []
     known = {entry["content"] for entry in listed}
-    new: list[dict[str, Any]] = [{**added[token], "id": index} for token, index in tokens.items() if token in added and token not in known]
+    new: list[dict[str, Any]] = [
+        {**added[token], "id": index}
+        for token, index in tokens.items()
+        if token in added and token not in known
+    ]
     # Ids of added tokens are only kept for those that the vocabulary holds too.
     data["model"]["vocab"] = tokens
     data["added_tokens"] = sorted([*listed, *new], key=lambda entry: entry["id"])
@@ -86,19 +109,30 @@ def chat_template(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> str:
     """The chat template that a recipe names: built in, written out, or (`auto`) what most donors have, the first of equals.
 
     Raises:
-        FrankenmergeError: for a name that is not built in, and for `auto` where no donor has a template.
+        FrankenmergeError: for a name that is not built in, and for `auto` where no donor has a
+            template.
     """
     asked = recipe.chat_template
     assert asked is not None
     if asked == "auto":
         found = [template for name in recipe.donors if (template := _template_of(donors[name]))]
         if not found:
-            raise fail("recipe: chat_template", "a donor with a chat template", "none", f"name one of: {', '.join(TEMPLATES)}")
+            raise fail(
+                "recipe: chat_template",
+                "a donor with a chat template",
+                "none",
+                f"name one of: {', '.join(TEMPLATES)}",
+            )
         return Counter(found).most_common(1)[0][0]
     if asked in TEMPLATES:
         return TEMPLATES[asked].read_text(encoding="utf-8")
     if "{" not in asked:
-        raise fail("recipe: chat_template", f"auto, jinja, or one of: {', '.join(TEMPLATES)}", repr(asked)[:200], "correct the name")
+        raise fail(
+            "recipe: chat_template",
+            f"auto, jinja, or one of: {', '.join(TEMPLATES)}",
+            repr(asked)[:200],
+            "correct the name",
+        )
     _check_jinja(asked)
     return asked
 
@@ -111,13 +145,23 @@ def _check_jinja(template: str) -> None:
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except TemplateSyntaxError as error:
-        raise fail("recipe: chat_template", "jinja", f"line {error.lineno}: {error.message}", "correct the template") from error
+        raise fail(
+            "recipe: chat_template",
+            "jinja",
+            f"line {error.lineno}: {error.message}",
+            "correct the template",
+        ) from error
 
 
 def _settings(path: Path) -> dict[str, Any]:
     settings = read_json(path, "a tokenizer's settings")
     if not isinstance(settings, dict):
-        raise fail(str(path), "a tokenizer's settings, a JSON object", type(settings).__name__, "restore the file")
+        raise fail(
+            str(path),
+            "a tokenizer's settings, a JSON object",
+            type(settings).__name__,
+            "restore the file",
+        )
     return settings
 
 
@@ -127,12 +171,18 @@ def _template_of(donor: Checkpoint) -> str | None:
         try:
             return path.read_text(encoding="utf-8").strip()
         except ValueError as error:
-            raise fail(str(path), "a chat template, a text in UTF-8", str(error), "restore the file") from error
+            raise fail(
+                str(path), "a chat template, a text in UTF-8", str(error), "restore the file"
+            ) from error
     for name in ("chat_template.json", SETTINGS_FILE):
         if (path := donor.path / name).is_file():
             written = _settings(path).get("chat_template")
             if isinstance(written, list):
-                named = [entry for entry in written if isinstance(entry, dict) and entry.get("name") == "default"]
+                named = [
+                    entry
+                    for entry in written
+                    if isinstance(entry, dict) and entry.get("name") == "default"
+                ]
                 written = named[0].get("template") if named else None
             if isinstance(written, str):
                 return written.strip()

@@ -32,27 +32,41 @@ class Vocabulary(NamedTuple):
 def tokens_of(checkpoint: Checkpoint) -> Tokens:
     """The ids of a donor's tokens, those added to its vocabulary included.
 
-    Raises FrankenmergeError for a donor without a tokenizer.json, or with one that holds no list or mapping of tokens.
+    Raises FrankenmergeError for a donor without a tokenizer.json, or with one that holds no list or
+    mapping of tokens.
     """
     path = checkpoint.path / "tokenizer.json"
     data = read_json(path, "a tokenizer.json, to match rows of the embedding by their tokens")
     try:
         listed = data["model"]["vocab"]
-        tokens = dict(listed) if isinstance(listed, dict) else {entry[0]: index for index, entry in enumerate(listed)}
+        tokens = (
+            dict(listed)
+            if isinstance(listed, dict)
+            else {entry[0]: index for index, entry in enumerate(listed)}
+        )
         tokens |= {entry["content"]: entry["id"] for entry in data.get("added_tokens") or []}
-        if all(isinstance(token, str) and type(index) is int and 0 <= index < _MOST for token, index in tokens.items()):
+        if all(
+            isinstance(token, str) and type(index) is int and 0 <= index < _MOST
+            for token, index in tokens.items()
+        ):
             return tokens
     except (KeyError, TypeError, IndexError, AttributeError):
         pass
-    raise fail(str(path), "tokens and their ids", "none that can be read", "save the tokenizer once with a current transformers")
+    raise fail(
+        str(path),
+        "tokens and their ids",
+        "none that can be read",
+        "save the tokenizer once with a current transformers",
+    )
 
 
 def result_vocabulary(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Vocabulary | None:
     """The result's vocabulary, or None where the rows of embedding and head stay as they are.
 
-    They do where the recipe says nothing about the tokenizer, and where all donors agree on every token. Otherwise the
-    result has the tokens of the donor that the recipe names, or of all (`union`): first the base's under their ids,
-    then those of the others in order of appearance, then those that the recipe adds.
+    They do where the recipe says nothing about the tokenizer, and where all donors agree on every
+    token. Otherwise the result has the tokens of the donor that the recipe names, or of all
+    (`union`): first the base's under their ids, then those of the others in order of appearance,
+    then those that the recipe adds.
 
     Raises:
         FrankenmergeError: for donors whose tokens cannot be read.
@@ -64,13 +78,24 @@ def result_vocabulary(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Vocab
     # A base model that passthrough makes no use of gives no row.
     bases = [] if recipe.merge_method == "passthrough" else [recipe.base]
     used = {*recipe.embedding_donors, *recipe.head_donors, *bases}
-    plain = not asked and not padding and len({quantity(donors[name].config, "vocabulary") for name in used}) == 1
-    files = {donors[name].tokenizer_hash for name in (recipe.tensor_donors if recipe.vocabulary == "union" else used)}
+    plain = (
+        not asked
+        and not padding
+        and len({quantity(donors[name].config, "vocabulary") for name in used}) == 1
+    )
+    files = {
+        donors[name].tokenizer_hash
+        for name in (recipe.tensor_donors if recipe.vocabulary == "union" else used)
+    }
     if plain and files <= {donors[recipe.tokenizer_donor].tokenizer_hash, None}:
         return None
     read = _read(recipe, donors)
     tokens = dict(read[recipe.tokenizer_donor])
-    others = [token for name in recipe.tensor_donors for token in read[name]] if recipe.vocabulary == "union" else []
+    others = (
+        [token for name in recipe.tensor_donors for token in read[name]]
+        if recipe.vocabulary == "union"
+        else []
+    )
     following = count(1 + max(tokens.values(), default=-1))
     for token in (token for token in dict.fromkeys([*others, *asked]) if token not in tokens):
         tokens[token] = next(following)
@@ -88,7 +113,11 @@ def _read(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str, Tokens]
     for donor in (chosen, *(donors[name] for name in recipe.tensor_donors)):
         try:
             if donor.tokenizer_hash not in read:
-                read[donor.tokenizer_hash] = tokens_of(donor) if donor.has_tokenizer or donor is chosen else read[chosen.tokenizer_hash]
+                read[donor.tokenizer_hash] = (
+                    tokens_of(donor)
+                    if donor.has_tokenizer or donor is chosen
+                    else read[chosen.tokenizer_hash]
+                )
         except FrankenmergeError as error:
             faults += error.faults
     raise_all(faults)
@@ -107,15 +136,19 @@ class Rows(NamedTuple):
     """For each row of the result its place in the donor's matrix; int32 `[v]`."""
 
 
-def rows_of(donor: str, tensors: Mapping[str, Tensor], vocabulary: Vocabulary, recipe: Recipe) -> Rows:
+def rows_of(
+    donor: str, tensors: Mapping[str, Tensor], vocabulary: Vocabulary, recipe: Recipe
+) -> Rows:
     """Put one donor's embedding or head in the result's order.
 
-    A token has the donor's own row. Where the donor lacks it, or the recipe forces another, it has the row that the
-    recipe names, else the base model's, else that of the first donor that has it, else zeros.
+    A token has the donor's own row. Where the donor lacks it, or the recipe forces another, it has
+    the row that the recipe names, else the base model's, else that of the first donor that has it,
+    else zeros.
 
     Args:
         donor: whose matrix.
-        tensors: the matrices `[v, d]` of all donors, in the order in which they stand in for each other.
+        tensors: the matrices `[v, d]` of all donors, in the order in which they stand in for each
+            other.
         vocabulary: the result's.
         recipe: tells about single tokens.
 
@@ -126,7 +159,14 @@ def rows_of(donor: str, tensors: Mapping[str, Tensor], vocabulary: Vocabulary, r
 
     names = list(tensors)
     asked = (recipe.tokenizer and recipe.tokenizer.tokens) or {}
-    ids = {name: {token: index for token, index in vocabulary.donors[name].items() if index < tensors[name].shape[0]} for name in names}
+    ids = {
+        name: {
+            token: index
+            for token, index in vocabulary.donors[name].items()
+            if index < tensors[name].shape[0]
+        }
+        for name in names
+    }
     origin, row = np.full(vocabulary.rows, -1, np.int16), np.zeros(vocabulary.rows, np.int32)
     faults: list[Fault] = []
     for token, place in vocabulary.tokens.items():
@@ -139,7 +179,14 @@ def rows_of(donor: str, tensors: Mapping[str, Tensor], vocabulary: Vocabulary, r
             name, index = _asked_row(token, settings.source, ids)
             if index is None or not 0 <= index < tensors[name].shape[0]:
                 where = f"recipe: tokenizer.tokens.{token}.source"
-                faults.append(Fault(where, f"a token that {name} has", "none", "name another token, its id, or another model"))
+                faults.append(
+                    Fault(
+                        where,
+                        f"a token that {name} has",
+                        "none",
+                        "name another token, its id, or another model",
+                    )
+                )
                 continue
             origin[place], row[place] = names.index(name), index
         elif name := next((name for name in names if token in ids[name]), None):
@@ -151,4 +198,6 @@ def rows_of(donor: str, tensors: Mapping[str, Tensor], vocabulary: Vocabulary, r
 def _asked_row(token: str, source: Row | str, ids: Mapping[str, Tokens]) -> tuple[str, int | None]:
     if isinstance(source, str):
         return source, ids[source].get(token)
-    return source.model, ids[source.model].get(source.token) if source.token is not None else source.token_id
+    return source.model, ids[source.model].get(
+        source.token
+    ) if source.token is not None else source.token_id

@@ -21,7 +21,13 @@ PROVENANCE = "frankenmerge.json"
 def check_place(path: Path) -> None:
     """Raise FrankenmergeError where `growing` could not write `path`: to be asked before what takes hours is computed."""
     above = next(parent for parent in path.absolute().parents if parent.exists())
-    found = "a folder" if path.is_dir() else f"{above} is no folder" if not above.is_dir() else f"{above} may not be written to"
+    found = (
+        "a folder"
+        if path.is_dir()
+        else f"{above} is no folder"
+        if not above.is_dir()
+        else f"{above} may not be written to"
+    )
     if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise fail(str(path), "a file that may be written", found, "choose another place")
 
@@ -46,7 +52,9 @@ def growing(path: Path) -> Iterator[Path]:
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
-        raise fail(str(path), "a file that may be written", str(error), "choose another place or make room") from error
+        raise fail(
+            str(path), "a file that may be written", str(error), "choose another place or make room"
+        ) from error
 
 
 @contextmanager
@@ -70,7 +78,12 @@ def growing_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
         if not path.is_dir():
-            raise fail(str(path), "a folder that may be written", str(error), "choose another place or make room") from error
+            raise fail(
+                str(path),
+                "a folder that may be written",
+                str(error),
+                "choose another place or make room",
+            ) from error
 
 
 def cache_folder() -> Path:
@@ -84,10 +97,13 @@ def write_file(path: Path, content: bytes) -> None:
         beside.write_bytes(content)
 
 
-def write_arrays(path: Path, kind: str, arrays: "dict[str, np.ndarray]", told: dict[str, Any]) -> None:
+def write_arrays(
+    path: Path, kind: str, arrays: "dict[str, np.ndarray]", told: dict[str, Any]
+) -> None:
     """Write an artefact: named arrays, and one JSON object as metadata, its key the kind of the artefact.
 
-    A single key, because the library writes several in an order that changes from one call to the next.
+    A single key, because the library writes several in an order that changes from one call to the
+    next.
     """
     import numpy as np
     from safetensors.numpy import save_file
@@ -97,7 +113,9 @@ def write_arrays(path: Path, kind: str, arrays: "dict[str, np.ndarray]", told: d
         save_file(contiguous, beside, {kind: json.dumps(told, sort_keys=True)})
 
 
-def read_arrays(path: Path, kind: str, expected: str) -> "tuple[dict[str, np.ndarray], dict[str, Any]]":
+def read_arrays(
+    path: Path, kind: str, expected: str
+) -> "tuple[dict[str, np.ndarray], dict[str, Any]]":
     """Read an artefact of `kind`. Raises FrankenmergeError, saying what was `expected`, for anything else."""
     from safetensors import SafetensorError, safe_open
 
@@ -105,7 +123,9 @@ def read_arrays(path: Path, kind: str, expected: str) -> "tuple[dict[str, np.nda
         with safe_open(path, "np") as handle:
             metadata = handle.metadata() or {}
             if kind in metadata:
-                return {name: handle.get_tensor(name) for name in handle.keys()}, json.loads(metadata[kind])  # noqa: SIM118
+                return {name: handle.get_tensor(name) for name in handle.keys()}, json.loads(
+                    metadata[kind]
+                )  # noqa: SIM118
         found = f"a file of another kind ({', '.join(metadata) or 'no metadata'})"
     except FileNotFoundError:
         found = "no such file"
@@ -120,6 +140,8 @@ def kind_of(path: Path) -> str | None:
 
     try:
         with safe_open(path, "np") as handle:
-            return next((key for key in handle.metadata() or {} if key.startswith("frankenmerge.")), None)
+            return next(
+                (key for key in handle.metadata() or {} if key.startswith("frankenmerge.")), None
+            )
     except (OSError, SafetensorError) as error:
         raise fail(str(path), "a safetensors file", str(error), "make it anew") from error

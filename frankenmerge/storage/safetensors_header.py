@@ -8,8 +8,22 @@ from typing import Any, NamedTuple
 from frankenmerge.errors import Fault, fail, raise_all
 
 BYTES_OF = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 """Bytes an element takes, by the name safetensors gives its type."""
 HEADER_LIMIT = 100_000_000
@@ -40,7 +54,9 @@ def read_json(path: Path, what: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except FileNotFoundError as error:
-        raise fail(str(path), what, "no such file", "give the folder of a complete checkpoint") from error
+        raise fail(
+            str(path), what, "no such file", "give the folder of a complete checkpoint"
+        ) from error
     except (ValueError, RecursionError, OSError) as error:
         raise fail(str(path), what, f"{error}", "restore the file") from error
 
@@ -48,7 +64,8 @@ def read_json(path: Path, what: str) -> Any:
 def read_header(file: Path) -> dict[str, Tensor]:
     """Read a safetensors file's header and hold every entry against the file.
 
-    Raises FrankenmergeError for a missing or truncated file and for offsets that overlap, leave gaps or run past the end.
+    Raises FrankenmergeError for a missing or truncated file and for offsets that overlap, leave
+    gaps or run past the end.
     """
     if file.exists() and not file.is_file():
         raise fail(str(file), "a safetensors file", "no ordinary file", "download the shard again")
@@ -57,9 +74,16 @@ def read_header(file: Path) -> dict[str, Tensor]:
         with file.open("rb") as handle:
             text = handle.read(header_length(handle.read(8), size, str(file)))
     except FileNotFoundError as error:
-        raise fail(str(file), "a shard that the checkpoint needs", "no such file", "download the missing shard") from error
+        raise fail(
+            str(file),
+            "a shard that the checkpoint needs",
+            "no such file",
+            "download the missing shard",
+        ) from error
     except (OSError, ValueError) as error:
-        raise fail(str(file), "a safetensors header", str(error), "download the shard again") from error
+        raise fail(
+            str(file), "a safetensors header", str(error), "download the shard again"
+        ) from error
     return tensors_of(text, size, file)
 
 
@@ -75,27 +99,42 @@ def header_length(first: bytes, size: int, place: str) -> int:
 def tensors_of(text: bytes, size: int, file: Path) -> dict[str, Tensor]:
     """Read a header's text, and hold its entries against the `size` of the whole file.
 
-    Raises FrankenmergeError for what is no header, and for offsets that overlap, leave gaps or run past the end.
+    Raises FrankenmergeError for what is no header, and for offsets that overlap, leave gaps or run
+    past the end.
     """
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise fail(str(file), "a safetensors header", str(error), "download the shard again") from error
+        raise fail(
+            str(file), "a safetensors header", str(error), "download the shard again"
+        ) from error
     if not isinstance(header, dict):
-        raise fail(str(file), "a safetensors header, a JSON object", type(header).__name__, "download the shard again")
+        raise fail(
+            str(file),
+            "a safetensors header, a JSON object",
+            type(header).__name__,
+            "download the shard again",
+        )
     header.pop("__metadata__", None)
     tensors, faults, begun = {}, [], 8 + len(text)
     for name, entry in header.items():
         try:
             shape, (begin, end) = entry["shape"], entry["data_offsets"]
             numbers = [*shape, begin, end]
-            if not isinstance(shape, list) or any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
+            if not isinstance(shape, list) or any(
+                type(number) is not int or not 0 <= number < 1 << 63 for number in numbers
+            ):
                 raise ValueError
             if end - begin != BYTES_OF[entry["dtype"]] * math.prod(shape):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             faults.append(
-                Fault(f"{file}: {name}", "dtype, shape and offsets that agree", json.dumps(entry)[:200], "download the shard again")
+                Fault(
+                    f"{file}: {name}",
+                    "dtype, shape and offsets that agree",
+                    json.dumps(entry)[:200],
+                    "download the shard again",
+                )
             )
             continue
         tensors[name] = Tensor(file, entry["dtype"], tuple(shape), begun + begin, begun + end)
@@ -103,11 +142,18 @@ def tensors_of(text: bytes, size: int, file: Path) -> dict[str, Tensor]:
     position = begun
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != position:
-            raise fail(f"{file}: {name}", f"its bytes to begin at {position:,}", f"{tensor.start:,}", "download the shard again")
+            raise fail(
+                f"{file}: {name}",
+                f"its bytes to begin at {position:,}",
+                f"{tensor.start:,}",
+                "download the shard again",
+            )
         position = tensor.stop
     if position != size:
         found = f"{size:,} bytes ({'truncated' if size < position else 'bytes too many'})"
-        raise fail(str(file), f"{position:,} bytes, as its header says", found, "download the shard again")
+        raise fail(
+            str(file), f"{position:,} bytes, as its header says", found, "download the shard again"
+        )
     return tensors
 
 

@@ -37,15 +37,29 @@ class Bench(NamedTuple):
 
         if self.drawn:
             loaded = Loaded([], self.donors, **self.placed)
-            checkpoints, models = {name: loaded.load(name)[0] for name in self.donors}, {name: loaded.load(name)[1] for name in self.donors}
+            checkpoints, models = (
+                {name: loaded.load(name)[0] for name in self.donors},
+                {name: loaded.load(name)[1] for name in self.donors},
+            )
             with progress("splicing", len(recipes) * len(models), "recipes") as advance:
                 return damage_on_drawn(recipes, checkpoints, models, progress=advance).tolist()
         bench = Loaded([read_text(Path(text)) for text in self.texts], self.donors, **self.placed)
-        whole = [recipe_of([Block(name, index) for index in range(bench.load(name)[0].blocks)]) for name in self.donors]
-        with progress("splicing", (len(recipes) + len(whole)) * len(self.texts), "recipes") as advance:
-            found = [result.total.nats_per_token for result in bench.recipes([*whole, *recipes], progress=advance)]
+        whole = [
+            recipe_of([Block(name, index) for index in range(bench.load(name)[0].blocks)])
+            for name in self.donors
+        ]
+        with progress(
+            "splicing", (len(recipes) + len(whole)) * len(self.texts), "recipes"
+        ) as advance:
+            found = [
+                result.total.nats_per_token
+                for result in bench.recipes([*whole, *recipes], progress=advance)
+            ]
         own = dict(zip(self.donors, found, strict=False))
-        return [loss - donor_loss(recipe.blocks, own) for recipe, loss in zip(recipes, found[len(whole) :], strict=True)]
+        return [
+            loss - donor_loss(recipe.blocks, own)
+            for recipe, loss in zip(recipes, found[len(whole) :], strict=True)
+        ]
 
 
 def calibrated(alignments: list, bench: Bench) -> Any:
@@ -58,7 +72,11 @@ def calibrated(alignments: list, bench: Bench) -> Any:
 
     recipes = spread_splices(alignments, HANDFUL)
     found = features([recipe.blocks for recipe in recipes], states_of(alignments))
-    origin = {"refined": default_model().origin, "texts": list(bench.texts), "splices": len(recipes)}
+    origin = {
+        "refined": default_model().origin,
+        "texts": list(bench.texts),
+        "splices": len(recipes),
+    }
     return refined(default_model(), found, np.array(bench.damage(recipes)), origin)
 
 
@@ -72,7 +90,9 @@ def verified(plans: list, bench: Bench, model: Any) -> list:
 def _told(entry: Any, damage: float, bench: Bench, model: Any) -> Any:
     """A plan with what was measured of it."""
     if bench.drawn:
-        return entry._replace(predicted_damage=damage, interval=model.interval(damage, drawn=True), basis=DRAWN)
+        return entry._replace(
+            predicted_damage=damage, interval=model.interval(damage, drawn=True), basis=DRAWN
+        )
     return entry._replace(measured=damage)
 
 
@@ -88,8 +108,8 @@ class Damped(NamedTuple):
 def damped(plans: list, alignments: list, bench: Bench, model: Any) -> tuple[list, Damped]:
     """The plans, the repeated blocks of each damped the way that loses least, or as it is where that loses less; the best first.
 
-    Told beside them is what was tried on the best. On a text the prediction, which knows of no damping, is moved by what damping
-    gained there.
+    Told beside them is what was tried on the best. On a text the prediction, which knows of no
+    damping, is moved by what damping gained there.
     """
     from frankenmerge.artefacts.recipe import open_donors
     from frankenmerge.planning.damping import dampings
@@ -98,7 +118,11 @@ def damped(plans: list, alignments: list, bench: Bench, model: Any) -> tuple[lis
     for entry in plans:
         stream = open_donors(entry.recipe)[entry.recipe.base].architecture.stream
         # A norm behind a block's maps undoes what they are scaled by.
-        found = dampings(entry.recipe, alignments, stream.writes) if stream and not stream.behind else []
+        found = (
+            dampings(entry.recipe, alignments, stream.writes)
+            if stream and not stream.behind
+            else []
+        )
         ways.append({"none": entry.recipe, **{way.name: way.recipe for way in found}})
     measured = iter(bench.damage([recipe for recipes in ways for recipe in recipes.values()]))
     ranked = []
@@ -108,6 +132,12 @@ def damped(plans: list, alignments: list, bench: Bench, model: Any) -> tuple[lis
         predicted = max(0.0, entry.predicted_damage + damage[best] - damage["none"])
         interval = model.interval(predicted, drawn=entry.basis == DRAWN)
         told = entry._replace(recipe=recipes[best], predicted_damage=predicted, interval=interval)
-        ranked.append((damage[best], _told(told, damage[best], bench, model), Damped(None if best == "none" else best, damage)))
+        ranked.append(
+            (
+                damage[best],
+                _told(told, damage[best], bench, model),
+                Damped(None if best == "none" else best, damage),
+            )
+        )
     ranked.sort(key=lambda each: each[0])
     return [entry for _, entry, _ in ranked], ranked[0][2]

@@ -45,7 +45,10 @@ def overlap(one, other) -> float:
 
 def test_jaccard_is_python_s_set_arithmetic():
     generator = np.random.default_rng(0)
-    a, b = (np.array([[generator.permutation(20)[:6] for _ in range(5)] for _ in range(blocks)]) for blocks in (3, 4))
+    a, b = (
+        np.array([[generator.permutation(20)[:6] for _ in range(5)] for _ in range(blocks)])
+        for blocks in (3, 4)
+    )
     found = jaccard(a, b)
     assert found.shape == (3, 4, 5)
     for i, j, f in np.ndindex(found.shape):
@@ -56,7 +59,9 @@ def test_jaccard_is_python_s_set_arithmetic():
 def test_jaccard_of_every_neuron_is_the_overlap_of_its_ten_tokens(pair, context):
     a, b = (atlas.top[context].tokens for atlas in pair)
     score = align(*pair, context=context).scores["jaccard"]
-    expected = np.array([[[overlap(x, y) for x, y in zip(row, column, strict=False)] for column in b] for row in a])
+    expected = np.array(
+        [[[overlap(x, y) for x, y in zip(row, column, strict=False)] for column in b] for row in a]
+    )
     assert score.detail.shape == expected.shape == (len(a), len(b), 16)
     np.testing.assert_allclose(score.detail, expected, atol=2**-11)
     np.testing.assert_allclose(score.matrix, expected.mean(axis=2), rtol=1e-6)
@@ -74,7 +79,9 @@ def test_argmax_is_the_share_of_neurons_with_the_same_best_token(pair, context):
 
 def correlations(a: Atlas, b: Atlas, i: int, j: int) -> np.ndarray:
     """Of every shared neuron of A with every one of B, `[d, d]`."""
-    x, y = (atlas.activations(block)[:, :16].astype(np.float64).T for atlas, block in ((a, i), (b, j)))
+    x, y = (
+        atlas.activations(block)[:, :16].astype(np.float64).T for atlas, block in ((a, i), (b, j))
+    )
     return np.corrcoef(x, y)[:16, 16:]
 
 
@@ -118,7 +125,9 @@ def test_transposing_is_aligning_the_other_way_round(pair, context):
         np.testing.assert_allclose(twin.matrix, score.matrix, atol=1e-6)
         np.testing.assert_allclose(twin.detail, score.detail, atol=1e-3)
         for null in score.nulls:  # permutations are drawn anew; 1024 samples of a score in [-1, 1]
-            np.testing.assert_allclose(twin.nulls[null], score.nulls[null], atol=1e-6 if null == "residual_law" else 0.05)
+            np.testing.assert_allclose(
+                twin.nulls[null], score.nulls[null], atol=1e-6 if null == "residual_law" else 0.05
+            )
     for tokens, twin in zip(turned.tokens, other.tokens, strict=True):
         np.testing.assert_array_equal(tokens, twin)
 
@@ -127,7 +136,9 @@ def test_aligning_twice_gives_the_same(atlases):
     one, other = (align(atlases["a"], atlases["b"]) for _ in range(2))
     for name, score in one.scores.items():
         np.testing.assert_array_equal(score.matrix, other.scores[name].matrix)
-        assert all((matrix == other.scores[name].nulls[null]).all() for null, matrix in score.nulls.items())
+        assert all(
+            (matrix == other.scores[name].nulls[null]).all() for null, matrix in score.nulls.items()
+        )
 
 
 def test_every_score_stands_beside_its_nulls_and_an_interval(pair):
@@ -135,8 +146,15 @@ def test_every_score_stands_beside_its_nulls_and_an_interval(pair):
     assert set(alignment.scores) == set(SCORES)
     for name, score in alignment.scores.items():
         assert {"permuted_neurons"} <= set(score.nulls) or name in BLIND
-        assert {"permuted_probes"} <= set(score.nulls) or name in {"influence", "distance", "relative_depth"}
-        assert all(matrix.shape == score.matrix.shape and matrix.dtype == np.float32 for matrix in score.nulls.values())
+        assert {"permuted_probes"} <= set(score.nulls) or name in {
+            "influence",
+            "distance",
+            "relative_depth",
+        }
+        assert all(
+            matrix.shape == score.matrix.shape and matrix.dtype == np.float32
+            for matrix in score.nulls.values()
+        )
         low, high = score.interval
         assert (low <= score.matrix + 2e-3).all() and (score.matrix <= high + 2e-3).all()
 
@@ -150,7 +168,11 @@ def test_the_interval_of_a_mean_over_neurons_is_about_two_standard_errors(pair):
 
 def test_the_inner_products_are_those_of_the_standardised_states(pair):
     found = align(*pair).gram
-    states = [atlas.activations(block)[:, :16].astype(np.float64) for atlas in pair for block in range(atlas.blocks + 1)]
+    states = [
+        atlas.activations(block)[:, :16].astype(np.float64)
+        for atlas in pair
+        for block in range(atlas.blocks + 1)
+    ]
     states = [state - state.mean(axis=0) for state in states]
     size = np.sqrt(np.mean([(state**2).mean(axis=0) for state in states], axis=0))
     expected = [[(x * y / size**2).sum(axis=1).mean() for y in states] for x in states]
@@ -165,21 +187,33 @@ def test_debiased_cka_is_the_ratio_of_unbiased_hsic(pair):
     def hsic(k, m):
         n = len(k)
         k, m = k - np.diag(k.diagonal()), m - np.diag(m.diagonal())
-        cross = np.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ m).sum()
+        cross = (
+            np.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ m).sum()
+        )
         return cross / (n * (n - 3))
 
     score = align(*pair).scores["cka"]
     for i, j in ((0, 1), (2, 2), (4, 3)):
-        x, y = (atlas.activations(block)[::2, :16].astype(np.float64) for atlas, block in zip(pair, (i, j), strict=True))
+        x, y = (
+            atlas.activations(block)[::2, :16].astype(np.float64)
+            for atlas, block in zip(pair, (i, j), strict=True)
+        )
         k, m = x @ x.T, y @ y.T
-        assert score.matrix[i, j] == pytest.approx(hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m)), abs=1e-4)
+        assert score.matrix[i, j] == pytest.approx(
+            hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m)), abs=1e-4
+        )
 
 
 def test_influence_is_that_of_the_blocks_between(atlases):
     states = [atlases["a"].activations(block).astype(np.float64) for block in range(5)]
-    cosine = [(x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1) for x, y in zip(states, states[1:], strict=False)]
+    cosine = [
+        (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+        for x, y in zip(states, states[1:], strict=False)
+    ]
     found = align(atlases["a"], atlases["a"]).scores["influence"].matrix
-    assert found[1, 3] == pytest.approx(1 - (1 - cosine[1]).mean() - (1 - cosine[2]).mean(), abs=1e-5)
+    assert found[1, 3] == pytest.approx(
+        1 - (1 - cosine[1]).mean() - (1 - cosine[2]).mean(), abs=1e-5
+    )
 
 
 def test_permuted_probes_do_not_correlate(pair):
@@ -209,8 +243,15 @@ def test_permuted_neurons_are_the_mean_over_all_other_neurons(atlases, names):
             "argmax": (tops[0][:, :1] == tops[1][:, 0])[others].mean(),
             "correlation": correlations(a, b, i, j)[others].mean(),
         }
-        for name, value in expected.items():  # argmax in closed form; of the others, 64 permutations of 16 neurons
-            assert scores[name].nulls["permuted_neurons"][i, j] == pytest.approx(value, abs=1e-6 if name == "argmax" else 0.02)
+        for (
+            name,
+            value,
+        ) in (
+            expected.items()
+        ):  # argmax in closed form; of the others, 64 permutations of 16 neurons
+            assert scores[name].nulls["permuted_neurons"][i, j] == pytest.approx(
+                value, abs=1e-6 if name == "argmax" else 0.02
+            )
 
 
 @pytest.mark.parametrize("name, most", [("argmax", 0.1), ("jaccard", 0.2), ("correlation", 0.1)])
@@ -222,18 +263,32 @@ def test_a_donor_s_own_agreement_is_far_above_permuted_neurons(atlases, name, mo
 def test_the_residual_law_is_the_root_of_the_smaller_variance_over_the_larger(pair):
     law = align(*pair).scores["correlation"].nulls["residual_law"]
     for i, j in np.ndindex(law.shape):
-        x, y = (atlas.activations(block)[:, :16].astype(np.float64).var(axis=0) for atlas, block in zip(pair, (i, j), strict=True))
-        assert law[i, j] == pytest.approx(np.sqrt(np.minimum(x, y) / np.maximum(x, y)).mean(), abs=1e-5)
+        x, y = (
+            atlas.activations(block)[:, :16].astype(np.float64).var(axis=0)
+            for atlas, block in zip(pair, (i, j), strict=True)
+        )
+        assert law[i, j] == pytest.approx(
+            np.sqrt(np.minimum(x, y) / np.maximum(x, y)).mean(), abs=1e-5
+        )
 
 
 def test_an_untrained_model_s_correlations_follow_the_residual_law(tmp_path):
     """What looks like agreement between the blocks of a random model is the residual stream carrying on.
 
-    The law holds for writes that do not correlate with the stream; those of a random model of width d do by about
-    1 / sqrt(d). At d = 256 the largest deviation was 0.011 to 0.019 over four seeds, while the law runs from 0.34 to 1.
+    The law holds for writes that do not correlate with the stream; those of a random model of width
+    d do by about 1 / sqrt(d). At d = 256 the largest deviation was 0.011 to 0.019 over four seeds,
+    while the law runs from 0.34 to 1.
     """
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=256, n_layer=4, n_head=4, vocab_size=512, n_positions=32, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        n_embd=256,
+        n_layer=4,
+        n_head=4,
+        vocab_size=512,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
     atlas = atlas_of(tmp_path)
@@ -248,8 +303,12 @@ def permuted(path: Path, folder: Path, order: np.ndarray) -> Path:
 
     def reordered(tensors):
         gpt2 = "transformer.wte.weight" in tensors
-        return {name: np.take(value, order, axis) if (axis := residual_axis(name, value, gpt2)) is not None else value
-                for name, value in tensors.items()}
+        return {
+            name: np.take(value, order, axis)
+            if (axis := residual_axis(name, value, gpt2)) is not None
+            else value
+            for name, value in tensors.items()
+        }
 
     return changed(path, folder, reordered)
 
@@ -271,7 +330,10 @@ def test_another_order_of_the_residual_neurons_drives_every_score_to_chance(tmp_
     other = permuted(path, tmp_path / "permuted", order)
     ids = torch.arange(48)[None]
     with torch.no_grad():
-        logits = [load_model(open_checkpoint(str(folder)))(input_ids=ids).logits for folder in (path, other)]
+        logits = [
+            load_model(open_checkpoint(str(folder)))(input_ids=ids).logits
+            for folder in (path, other)
+        ]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     straight, turned = atlas_of(path), atlas_of(other)
     moved = order != np.arange(64)
@@ -285,10 +347,14 @@ def test_another_order_of_the_residual_neurons_drives_every_score_to_chance(tmp_
         chance = score.nulls["permuted_neurons"].diagonal()
         np.testing.assert_allclose(own[name].matrix.diagonal(), 1, atol=1e-5)
         # 64 neurons, whose scores spread by 0.2 at most: a standard error below 0.03
-        np.testing.assert_allclose(score.detail.diagonal()[moved].mean(axis=0, dtype=np.float64), chance, atol=0.09)
+        np.testing.assert_allclose(
+            score.detail.diagonal()[moved].mean(axis=0, dtype=np.float64), chance, atol=0.09
+        )
 
 
-def test_donors_of_different_widths_are_compared_on_the_indices_both_have(atlases, donors, run, tmp_path):
+def test_donors_of_different_widths_are_compared_on_the_indices_both_have(
+    atlases, donors, run, tmp_path
+):
     alignment = align(atlases["a"], atlases["wide"])
     assert alignment.widths == (16, 32)
     assert alignment.provenance["shared_neurons"] == 16
@@ -296,7 +362,9 @@ def test_donors_of_different_widths_are_compared_on_the_indices_both_have(atlase
     assert [tokens.shape[1] for tokens in alignment.tokens] == [16, 32]
     output = tmp_path / "aw.alignment.safetensors"
     code, out, _ = run("align", donors["a"], donors["wide"], "-o", output)
-    assert code == 0 and "Widths 16 and 32: the first 16 neurons are compared." in " ".join(out.split())
+    assert code == 0 and "Widths 16 and 32: the first 16 neurons are compared." in " ".join(
+        out.split()
+    )
     code, out, _ = run("align", donors["a"], donors["wide"], "-o", output, "--json")
     told = json.loads(out)
     assert (code, told["widths"], told["shared_neurons"]) == (0, [16, 32], 16)
@@ -339,7 +407,9 @@ def test_a_context_that_an_atlas_lacks_is_refused(atlases, donors, run, tmp_path
     (fault,) = refused.value.faults
     assert fault.place == atlases["b"].donor and "bos" in fault.expected and fault.found == "plain"
     without = write_donor(tmp_path / "without", bos_token_id=None)
-    code, _, err = run("align", donors["a"], without, "-o", tmp_path / "x.alignment.safetensors", "--bos")
+    code, _, err = run(
+        "align", donors["a"], without, "-o", tmp_path / "x.alignment.safetensors", "--bos"
+    )
     assert code == 1 and "bos_token_id" in err
 
 
@@ -354,7 +424,11 @@ def test_every_fault_is_told_at_once(atlases):
 def test_the_command_line_writes_what_it_tells(donors, atlases, run, tmp_path):
     path = tmp_path / "ab.alignment.safetensors"
     code, out, _ = run("align", donors["a"], donors["b"], "-o", path, "--bos", "--json")
-    told, written, expected = json.loads(out), load_alignment(path), align(atlases["a"], atlases["b"], context="bos")
+    told, written, expected = (
+        json.loads(out),
+        load_alignment(path),
+        align(atlases["a"], atlases["b"], context="bos"),
+    )
     assert code == 0 and list(told["scores"]) == list(written.scores) == list(expected.scores)
     assert told["donors"] == [str(donors["a"]), str(donors["b"])] and told["blocks"] == [4, 4]
     assert written.provenance["context"] == "bos"

@@ -47,7 +47,9 @@ def stop_in(monkeypatch, block: int) -> list[int]:
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 6])
-def test_an_interrupted_analysis_goes_on_behind_the_last_finished_block(donors, tmp_path, monkeypatch, block):
+def test_an_interrupted_analysis_goes_on_behind_the_last_finished_block(
+    donors, tmp_path, monkeypatch, block
+):
     monkeypatch.setattr(module, "SAVE_AFTER", 0)
     checkpoint = open_checkpoint(str(donors["deep"]))
     expected = analyze(checkpoint)
@@ -55,7 +57,9 @@ def test_an_interrupted_analysis_goes_on_behind_the_last_finished_block(donors, 
         stop_in(patched, block)
         with pytest.raises(Stop):
             cached_analyze(checkpoint, cache=tmp_path)
-    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".atlas.safetensors")] == []
+    assert [
+        path.name for path in tmp_path.iterdir() if path.name.endswith(".atlas.safetensors")
+    ] == []
     with monkeypatch.context() as patched:
         begun = stop_in(patched, 0)
         told = []
@@ -75,7 +79,9 @@ def test_what_another_donor_left_is_not_taken_up(donors, tmp_path, monkeypatch):
     assert_same(cached_analyze(other, cache=tmp_path), analyze(other))
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "block-0.safetensors", "block-2.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["state.safetensors", "block-0.safetensors", "block-2.safetensors"]
+)
 def test_a_broken_file_of_an_analysis_under_way_is_begun_anew(donors, tmp_path, monkeypatch, name):
     monkeypatch.setattr(module, "SAVE_AFTER", 0)
     checkpoint, under_way = open_checkpoint(str(donors["a"])), tmp_path / "under-way"
@@ -83,7 +89,10 @@ def test_a_broken_file_of_an_analysis_under_way_is_begun_anew(donors, tmp_path, 
         stop_in(patched, 3)
         with pytest.raises(Stop):
             analyze(checkpoint, under_way=under_way)
-    assert sorted(path.name for path in under_way.iterdir()) == [*(f"block-{block}.safetensors" for block in range(3)), "state.safetensors"]
+    assert sorted(path.name for path in under_way.iterdir()) == [
+        *(f"block-{block}.safetensors" for block in range(3)),
+        "state.safetensors",
+    ]
     (under_way / name).write_bytes(b"broken")
     assert_same(analyze(checkpoint, under_way=under_way), analyze(checkpoint))
     assert not under_way.exists()
@@ -99,7 +108,9 @@ def test_blocks_that_are_quick_are_not_saved(donors, tmp_path, monkeypatch):
 def test_a_donor_is_streamed(donors, monkeypatch):
     seen = []
     original = module._run_of
-    monkeypatch.setattr(module, "_run_of", lambda donor, *rest: seen.append(donor) or original(donor, *rest))
+    monkeypatch.setattr(
+        module, "_run_of", lambda donor, *rest: seen.append(donor) or original(donor, *rest)
+    )
     analyze(open_checkpoint(str(donors["a"])))
     assert isinstance(seen[0], Streamed)
 
@@ -109,14 +120,36 @@ def test_a_donor_is_streamed(donors, monkeypatch):
 def test_two_processes_make_the_atlas_of_one(tmp_path, vocabulary):
     """Batches of 1024: both processes have some of 2100 and of 3000 tokens, the second has none of 48."""
     donor = write_donor(tmp_path / "donor", vocab_size=vocabulary)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    launched = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    launched = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launched += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
     for name, command in (("one", [sys.executable, "-m"]), ("two", launched)):
         own = environment | {"XDG_CACHE_HOME": str(tmp_path / name)}
         done = subprocess.run(
-            [*command, "frankenmerge", "analyze", str(donor), "-o", str(tmp_path / f"{name}.atlas.safetensors")],
-            env=own, capture_output=True, text=True, cwd=tmp_path,
+            [
+                *command,
+                "frankenmerge",
+                "analyze",
+                str(donor),
+                "-o",
+                str(tmp_path / f"{name}.atlas.safetensors"),
+            ],
+            env=own,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Written to") == 1
@@ -124,4 +157,6 @@ def test_two_processes_make_the_atlas_of_one(tmp_path, vocabulary):
     assert one.read_bytes() == two.read_bytes()
     assert load_atlas(one).top["plain"].tokens.shape == (5, 16, 10)
     if vocabulary > 2048:
-        assert np.unique(load_atlas(two).top["plain"].tokens // 1024).tolist() == list(range(vocabulary // 1024 + 1))
+        assert np.unique(load_atlas(two).top["plain"].tokens // 1024).tolist() == list(
+            range(vocabulary // 1024 + 1)
+        )

@@ -36,7 +36,9 @@ def activations_of(model, prefix=()) -> np.ndarray:
     handle = final.register_forward_pre_hook(lambda _module, args: last.append(args[0]))
     rows = []
     for token in range(model.config.vocab_size):
-        hidden = model(input_ids=torch.tensor([[*prefix, token]]), output_hidden_states=True).hidden_states[:-1]
+        hidden = model(
+            input_ids=torch.tensor([[*prefix, token]]), output_hidden_states=True
+        ).hidden_states[:-1]
         rows.append(torch.stack([state[0, -1] for state in (*hidden, last.pop())]))
     handle.remove()
     return torch.stack(rows, dim=1).numpy()
@@ -50,8 +52,16 @@ def assert_best(found, activations, k) -> None:
     by_feature = activations.transpose(0, 2, 1)
     expected = -np.sort(-by_feature, axis=2)[:, :, :k]
     np.testing.assert_allclose(found.values, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(np.take_along_axis(by_feature, found.tokens.astype(int), axis=2), expected, rtol=1e-4, atol=1e-5)
-    assert all(len(set(tokens)) == len(tokens) for tokens in found.tokens.reshape(-1, found.tokens.shape[2]).tolist())
+    np.testing.assert_allclose(
+        np.take_along_axis(by_feature, found.tokens.astype(int), axis=2),
+        expected,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert all(
+        len(set(tokens)) == len(tokens)
+        for tokens in found.tokens.reshape(-1, found.tokens.shape[2]).tolist()
+    )
 
 
 @pytest.mark.parametrize("prefix", [(), (0,)])
@@ -62,7 +72,9 @@ def test_it_finds_what_one_token_at_a_time_finds(tmp_path, family, prefix):
     activations = activations_of(model, prefix)
     assert_best(found, activations, 7)
     gaps = np.diff(-np.sort(-activations, axis=1)[:, :8].transpose(0, 2, 1), axis=2)
-    clear = (gaps < -1e-4).all(axis=2)  # where no two are close, not even the last with the first left out
+    clear = (gaps < -1e-4).all(
+        axis=2
+    )  # where no two are close, not even the last with the first left out
     assert clear.mean() > 0.8
     order = np.argsort(-activations, axis=1)[:, :7].transpose(0, 2, 1)
     np.testing.assert_array_equal(found.tokens[clear], order[clear])
@@ -102,12 +114,16 @@ def test_of_equal_activations_the_lowest_id_wins(donors, monkeypatch, batch):
     model = silent(donors["a"])
     monkeypatch.setattr(complete, "BATCH", batch)
     embedding = model.get_input_embeddings().weight.data
-    embedding.copy_(torch.randint(-1, 2, embedding.shape, generator=torch.Generator().manual_seed(0)).float())
+    embedding.copy_(
+        torch.randint(-1, 2, embedding.shape, generator=torch.Generator().manual_seed(0)).float()
+    )
     embedding[[40, 3, 22]] = 2.0
     found = complete_search(model, k=10)
     matrix = embedding.numpy()
     for neuron in range(16):
-        expected = sorted(range(48), key=lambda token, neuron=neuron: (-matrix[token, neuron], token))[:10]
+        expected = sorted(
+            range(48), key=lambda token, neuron=neuron: (-matrix[token, neuron], token)
+        )[:10]
         assert expected[:3] == [3, 22, 40]
         assert (found.tokens[:, neuron] == expected).all()
         assert (found.values[:, neuron] == matrix[expected, neuron]).all()
@@ -146,12 +162,20 @@ def test_negative_activations_are_ordered_as_numbers(donors):
     assert (found.values == embedding.numpy()[:, 0]).all()
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, -0.0]), min_size=1, max_size=40))
+@given(
+    st.lists(
+        st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, -0.0]),
+        min_size=1,
+        max_size=40,
+    )
+)
 def test_packed_keys_sort_as_numbers_then_ids_and_unpack(values):
     tokens = torch.arange(100, 100 + len(values))
     keys = ranking.pack(torch.tensor(values, dtype=torch.float32)[None], tokens, "here")
     ids, activations = ranking.unpack(keys.sort(dim=1, descending=True).values)
-    expected = sorted(zip(values, tokens.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))
+    expected = sorted(
+        zip(values, tokens.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1])
+    )
     assert list(zip(activations[0].tolist(), ids[0].tolist(), strict=True)) == expected
 
 
@@ -159,7 +183,10 @@ def test_the_largest_token_ids_and_numbers_survive_packing():
     extremes = [3.4028234663852886e38, -3.4028234663852886e38, 1e-45, -1e-45]
     tokens = torch.tensor([0, 2**31 - 1, 262_143, 1])
     ids, activations = ranking.unpack(ranking.pack(torch.tensor(extremes)[None], tokens, "here"))
-    assert (ids[0].tolist(), activations[0].tolist()) == (tokens.tolist(), torch.tensor(extremes).tolist())
+    assert (ids[0].tolist(), activations[0].tolist()) == (
+        tokens.tolist(),
+        torch.tensor(extremes).tolist(),
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -216,7 +243,9 @@ def outputs(model, site="block", isolated=False):
     embedded = inner.embed_tokens(tokens)
     places = inner.rotary_emb(embedded, torch.zeros(48, 1, dtype=torch.long))
     for block in inner.layers:
-        handle = block.self_attn.register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
+        handle = block.self_attn.register_forward_hook(
+            lambda _module, _args, output: caught.append(output[0])
+        )
         state = block(embedded if isolated or not found else found[-1], position_embeddings=places)
         handle.remove()
         found.append(state)
@@ -229,7 +258,9 @@ def test_other_sites_and_isolated_blocks_against_the_modules_themselves(donors, 
     model = loaded(donors["a"])
     found = complete_search(model, k=1, site=site, isolated=isolated)
     expected = outputs(model, site, isolated)
-    np.testing.assert_allclose(found.values[1:, :, 0], expected.amax(dim=1).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found.values[1:, :, 0], expected.amax(dim=1).numpy(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_bottom_is_the_top_upside_down(donors):
@@ -244,4 +275,6 @@ def test_masked_tokens_are_not_found_and_the_others_keep_their_order(donors):
     every, kept = complete_search(model, k=48), complete_search(model, k=48, masked=[0, 7, 47])
     assert kept.tokens.shape[2] == 45
     for block, neuron in np.ndindex(every.tokens.shape[:2]):
-        assert kept.tokens[block, neuron].tolist() == [token for token in every.tokens[block, neuron].tolist() if token not in (0, 7, 47)]
+        assert kept.tokens[block, neuron].tolist() == [
+            token for token in every.tokens[block, neuron].tolist() if token not in (0, 7, 47)
+        ]

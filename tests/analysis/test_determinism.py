@@ -46,9 +46,14 @@ def test_ties_go_to_the_lowest_id(tmp_path, monkeypatch, family, batch):
     for module in (complete, greedy):
         monkeypatch.setattr(module, "BATCH", batch)
     top = complete_search(model, k=8).tokens
-    for tokens in top.reshape(-1, 8).tolist():  # four tokens share each embedding: two groups of four, each in ascending order
+    for tokens in top.reshape(
+        -1, 8
+    ).tolist():  # four tokens share each embedding: two groups of four, each in ascending order
         groups = [tokens[:4], tokens[4:]]
-        assert all(group == [group[0] + 12 * step for step in range(4)] and group[0] < 12 for group in groups)
+        assert all(
+            group == [group[0] + 12 * step for step in range(4)] and group[0] < 12
+            for group in groups
+        )
     assert greedy_search(model, FEATURES, n=3).tokens.max() < 12
     assert greedy_search(model, FEATURES, n=2, beam=3).tokens[:, 0].max() < 12
     decoder = decoder_of(embedding_of(model).detach(), excluded=None)
@@ -63,7 +68,9 @@ def test_type_of_the_comparison_is_float32(tmp_path):
         embedding_of(model)[3], embedding_of(model)[40] = 2.0, 2.0 + 2**-20
     found = complete_search(model, k=2)
     assert found.values.dtype == np.float32
-    assert (found.tokens[0] == [40, 3]).all() and (found.values[0] == np.float32([2.0 + 2**-20, 2.0])).all()
+    assert (found.tokens[0] == [40, 3]).all() and (
+        found.values[0] == np.float32([2.0 + 2**-20, 2.0])
+    ).all()
     result = greedy_search(model, [Feature.of(0, 2)], n=2, positions="all")
     assert result.tokens.tolist() == [[40, 40]] and result.values.dtype == np.float32
     half = complete_search(model.bfloat16(), k=2)
@@ -76,7 +83,9 @@ def searched(model, monkeypatch, batch, prefix):
         monkeypatch.setattr(module, "BATCH", batch)
     top = complete_search(model, prefix=prefix)
     width = embedding_of(model).shape[1]
-    features = [Feature.of(block, neuron) for block in (1, 4) for neuron in range(0, width, width // 4)]
+    features = [
+        Feature.of(block, neuron) for block in (1, 4) for neuron in range(0, width, width // 4)
+    ]
     inputs = greedy_search(model, features, n=2, start=prefix)
     return top.tokens, top.values, inputs.tokens, inputs.values
 
@@ -84,8 +93,14 @@ def searched(model, monkeypatch, batch, prefix):
 @pytest.mark.parametrize("prefix", [(), (0,)])
 @pytest.mark.parametrize("donor", ["llama", "gpt2", "demo"])
 def test_batches_change_nothing(tmp_path, monkeypatch, donor, prefix):
-    model = loaded(DEMO / "base" if donor == "demo" else write_donor(tmp_path / "donor", donor, seed=23, vocab_size=83))
-    sizes = (1024, 512, 208) if donor == "demo" else (1024, 48, 32, 16)  # some with a rest, some without
+    model = loaded(
+        DEMO / "base"
+        if donor == "demo"
+        else write_donor(tmp_path / "donor", donor, seed=23, vocab_size=83)
+    )
+    sizes = (
+        (1024, 512, 208) if donor == "demo" else (1024, 48, 32, 16)
+    )  # some with a rest, some without
     first, *others = (searched(model, monkeypatch, size, prefix) for size in sizes)
     for other in others:
         for array, twin in zip(first, other, strict=True):
@@ -94,7 +109,9 @@ def test_batches_change_nothing(tmp_path, monkeypatch, donor, prefix):
 
 def test_batches_of_the_gradient_search_change_no_more_than_rounding(donors):
     model = loaded(donors["a"])
-    one, other = (gradient_search(model, FEATURES, tokens=3, steps=5, batch=size) for size in (64, 5))
+    one, other = (
+        gradient_search(model, FEATURES, tokens=3, steps=5, batch=size) for size in (64, 5)
+    )
     torch.testing.assert_close(one.embeddings, other.embeddings, rtol=1e-4, atol=1e-4)
 
 
@@ -102,7 +119,10 @@ def test_batches_of_the_gradient_search_change_no_more_than_rounding(donors):
 def test_positions_are_counted_behind_the_prefix(tmp_path, prefix):
     """What enters GPT-2's first block is the token's embedding and the position's: closed form, for every token."""
     model = loaded(write_donor(tmp_path / "donor", "gpt2", seed=24))
-    embedding, learned = model.transformer.wte.weight.detach(), model.transformer.wpe.weight.detach()
+    embedding, learned = (
+        model.transformer.wte.weight.detach(),
+        model.transformer.wpe.weight.detach(),
+    )
     here = embedding + learned[len(prefix)]
     found = complete_search(model, k=1, prefix=prefix)
     np.testing.assert_array_equal(found.values[0, :, 0], here.max(dim=0).values.numpy())
@@ -111,7 +131,11 @@ def test_positions_are_counted_behind_the_prefix(tmp_path, prefix):
     for step in range(3):
         best = (embedding + learned[len(prefix) + step]).max(dim=0)
         np.testing.assert_array_equal(result.values[:, step], best.values.numpy())
-    assert result.tokens[:, 0].tolist() == here.argmax(dim=0).tolist() == found.tokens[0, :, 0].tolist()
+    assert (
+        result.tokens[:, 0].tolist()
+        == here.argmax(dim=0).tolist()
+        == found.tokens[0, :, 0].tolist()
+    )
 
 
 @torch.no_grad()
@@ -121,8 +145,12 @@ def test_positions_are_those_of_the_librarys_own_pass(tmp_path, family):
     found = complete_search(model, k=1, prefix=(0, 7))
     tokens = torch.arange(VOCABULARY)
     inputs = torch.stack([torch.zeros_like(tokens), torch.full_like(tokens, 7), tokens], dim=1)
-    own = model(input_ids=inputs, position_ids=torch.arange(3)[None], output_hidden_states=True).hidden_states[3][:, -1]
-    np.testing.assert_allclose(found.values[3, :, 0], own.max(dim=0).values.numpy(), rtol=1e-4, atol=1e-5)
+    own = model(
+        input_ids=inputs, position_ids=torch.arange(3)[None], output_hidden_states=True
+    ).hidden_states[3][:, -1]
+    np.testing.assert_allclose(
+        found.values[3, :, 0], own.max(dim=0).values.numpy(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_positions_are_added_behind_the_embeddings_of_a_gradient_search(tmp_path):
@@ -137,7 +165,9 @@ def test_bos_is_kept_apart_and_told(donors, run, tmp_path):
     checkpoint = open_checkpoint(str(donors["a"]))
     atlas, model = analyze(checkpoint), load_model(checkpoint)
     for context, prefix in {"plain": (), "bos": (0,)}.items():
-        np.testing.assert_array_equal(atlas.top[context].tokens, complete_search(model, prefix=prefix).tokens)
+        np.testing.assert_array_equal(
+            atlas.top[context].tokens, complete_search(model, prefix=prefix).tokens
+        )
     assert not np.array_equal(atlas.top["plain"].tokens, atlas.top["bos"].tokens)
     for option, context, words in (((), "plain", "plain"), (("--bos",), "bos", "behind BOS")):
         for method in ("complete", "greedy"):
@@ -147,7 +177,14 @@ def test_bos_is_kept_apart_and_told(donors, run, tmp_path):
             assert told["context"] == context
             firsts = atlas.top[context].tokens[2, :4, 0].tolist()
             assert [row["tokens"][0] for row in told["features"]] == firsts
-        arguments = ("align", donors["a"], donors["b"], "-o", tmp_path / "x.alignment.safetensors", *option)
+        arguments = (
+            "align",
+            donors["a"],
+            donors["b"],
+            "-o",
+            tmp_path / "x.alignment.safetensors",
+            *option,
+        )
         assert json.loads(run(*arguments, "--json")[1])["context"] == context
         assert ("behind BOS" in " ".join(run(*arguments)[1].split())) == (context == "bos")
 
@@ -188,7 +225,9 @@ def test_shares_and_blocks_read_in_turn_change_nothing(tmp_path):
     by_16.add(passage.entering())
     for index, block in each_block(streamed):
         by_16.add(passage.through(index, block))
-    assert (joined.tokens == by_16.top.tokens).all() and joined.values.tobytes() == by_16.top.values.tobytes()
+    assert (
+        joined.tokens == by_16.top.tokens
+    ).all() and joined.values.tobytes() == by_16.top.values.tobytes()
 
 
 def test_alone_a_token_needs_no_queries_and_keys(tmp_path):

@@ -1,7 +1,8 @@
 """What the document says of language models' features, held against models that need no hub: random ones and the package's own.
 
-Its tables of trained GPT-2 and Llama need those weights; `evals/document_tables.py` prints them. Held elsewhere: greedy search by
-the last position and by all finds the same (`test_greedy.py`), the softmax as printed stays flat (`test_prior.py`).
+Its tables of trained GPT-2 and Llama need those weights; `evals/document_tables.py` prints them.
+Held elsewhere: greedy search by the last position and by all finds the same (`test_greedy.py`), the
+softmax as printed stays flat (`test_prior.py`).
 """
 
 import numpy as np
@@ -18,7 +19,14 @@ from frankenmerge.models.loading import load_model, untrained_model
 
 PAIRS = [(1, 2), (2, 4), (1, 4), (4, 8), (1, 12)]
 SHAPES = {
-    "small": {"n_layer": 12, "n_embd": 128, "n_head": 4, "vocab_size": 2000, "bos_token_id": 0, "eos_token_id": 0},
+    "small": {
+        "n_layer": 12,
+        "n_embd": 128,
+        "n_head": 4,
+        "vocab_size": 2000,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
     "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
 }
 
@@ -33,8 +41,15 @@ def random_gpt2(shape: str, seed: int):
 @torch.no_grad()
 def activations(model, tokens) -> np.ndarray:
     """`[l, n, d]` without the last block, whose output the library gives behind the final norm: each token alone."""
-    parts = [model(input_ids=part[:, None], output_hidden_states=True).hidden_states[:-1] for part in tokens.split(500)]
-    return torch.cat([torch.stack([state[:, 0] for state in part]) for part in parts], dim=1).double().numpy()
+    parts = [
+        model(input_ids=part[:, None], output_hidden_states=True).hidden_states[:-1]
+        for part in tokens.split(500)
+    ]
+    return (
+        torch.cat([torch.stack([state[:, 0] for state in part]) for part in parts], dim=1)
+        .double()
+        .numpy()
+    )
 
 
 def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -54,9 +69,14 @@ def shared_argmax(correlation: np.ndarray, vocabulary: int, samples: int = 16) -
 
 def assert_residual_law(outputs: np.ndarray, pairs) -> None:
     for i, j in pairs:
-        found, law = correlations(outputs[i], outputs[j]), outputs[i].std(axis=0) / outputs[j].std(axis=0)
+        found, law = (
+            correlations(outputs[i], outputs[j]),
+            outputs[i].std(axis=0) / outputs[j].std(axis=0),
+        )
         assert found.mean() == pytest.approx(law.mean(), abs=0.02), (i, j)
-        assert abs(correlations(outputs[i], np.roll(outputs[j], 1, axis=1)).mean()) < 0.05  # other neurons agree in nothing
+        assert (
+            abs(correlations(outputs[i], np.roll(outputs[j], 1, axis=1)).mean()) < 0.05
+        )  # other neurons agree in nothing
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -79,19 +99,28 @@ def test_the_residual_law_in_the_shape_of_gpt2_small():
 def test_an_untrained_models_best_tokens_agree_as_far_as_that_correlation_takes_them():
     """The document finds "no correlation between layers" in an untrained model. Complete search agrees far above chance.
 
-    In the shape of GPT-2 small the same reckoning gives one feature in twenty for blocks 1 and 2, one in a hundred for 1 and 4:
-    the four features of the page's table cannot show it.
+    In the shape of GPT-2 small the same reckoning gives one feature in twenty for blocks 1 and 2,
+    one in a hundred for 1 and 4: the four features of the page's table cannot show it.
     """
     agreed, expected, by_chance = {}, {}, {}
     for seed in range(3):
         model = random_gpt2("small", seed)
-        best, outputs = complete_search(model, k=1).tokens[:, :, 0], activations(model, torch.arange(2000))
+        best, outputs = (
+            complete_search(model, k=1).tokens[:, :, 0],
+            activations(model, torch.arange(2000)),
+        )
         for i, j in [(1, 2), (2, 4), (1, 4), (4, 8), (1, 11)]:
             agreed.setdefault((i, j), []).append((best[i] == best[j]).mean())
-            expected.setdefault((i, j), []).append(shared_argmax(correlations(outputs[i], outputs[j]), 2000))
-            by_chance.setdefault((i, j), []).append((best[i] == np.roll(best[j], 1)).mean())  # other neurons
+            expected.setdefault((i, j), []).append(
+                shared_argmax(correlations(outputs[i], outputs[j]), 2000)
+            )
+            by_chance.setdefault((i, j), []).append(
+                (best[i] == np.roll(best[j], 1)).mean()
+            )  # other neurons
     for pair in agreed:
-        assert np.mean(agreed[pair]) == pytest.approx(np.mean(expected[pair]), abs=0.06), pair  # of 384 features
+        assert np.mean(agreed[pair]) == pytest.approx(np.mean(expected[pair]), abs=0.06), (
+            pair
+        )  # of 384 features
         assert np.mean(by_chance[pair]) < 0.01 < 0.03 < np.mean(agreed[pair])
     assert np.mean(agreed[1, 2]) > 0.3
 
@@ -123,7 +152,9 @@ def test_the_llama_gradient_tables_are_a_decoding_artefact(donor, least):
 def test_the_embeddings_pseudo_inverse_gives_the_right_argmax_and_no_one_hot(donor, untrained):
     """The document: "a* is approximately a one-hot vector". The diagonal of `E E^+` averages d / V, and is largest in its row."""
     checkpoint = open_checkpoint(str(DEMO / "donors" / donor))
-    table = embedding_table(untrained_model(checkpoint, 0) if untrained else load_model(checkpoint)).double()
+    table = embedding_table(
+        untrained_model(checkpoint, 0) if untrained else load_model(checkpoint)
+    ).double()
     recovered = table @ torch.linalg.pinv(table)
     diagonal = recovered.diagonal()
     assert diagonal.mean().item() == pytest.approx(table.shape[1] / table.shape[0])

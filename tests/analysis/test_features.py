@@ -15,7 +15,10 @@ ALL = range(16)
         ("[:, 1, 7]", [Feature(2, range(7, 8), range(1, 2))]),
         ("[:, 0 - 1, 7]", [Feature(2, range(7, 8), range(t, t + 1)) for t in range(2)]),
         ("[:, 0:2, :]", [Feature(2, ALL, range(0, 2))]),
-        ("[:, 0-1, 2-3]", [Feature(2, range(f, f + 1), range(t, t + 1)) for t in (0, 1) for f in (2, 3)]),
+        (
+            "[:, 0-1, 2-3]",
+            [Feature(2, range(f, f + 1), range(t, t + 1)) for t in (0, 1) for f in (2, 3)],
+        ),
         (" [ :, :, : ] ", [Feature(2, ALL)]),
     ],
 )
@@ -24,7 +27,18 @@ def test_notation(notation, expected):
 
 
 @pytest.mark.parametrize(
-    "notation", ["", "[:, :]", "[0, :, 1]", "[:, :, a]", "[:, :, -1]", "[:, :, 4:4]", "[:, :, 4-2]", "[:, 3:1, 0]", ":, :, 1"]
+    "notation",
+    [
+        "",
+        "[:, :]",
+        "[0, :, 1]",
+        "[:, :, a]",
+        "[:, :, -1]",
+        "[:, :, 4:4]",
+        "[:, :, 4-2]",
+        "[:, 3:1, 0]",
+        ":, :, 1",
+    ],
 )
 def test_other_notation_is_refused(notation):
     with pytest.raises(FrankenmergeError) as caught:
@@ -66,9 +80,17 @@ def test_a_feature_of_one_neuron():
 
 
 def test_what_is_not_one_neuron_at_all_positions_is_told_with_the_reason():
-    features = [Feature.of(1, 3), Feature(1, range(2, 4)), Feature(2, range(2, 4)), Feature(2, range(5, 6), range(1, 2))]
+    features = [
+        Feature.of(1, 3),
+        Feature(1, range(2, 4)),
+        Feature(2, range(2, 4)),
+        Feature(2, range(5, 6), range(1, 2)),
+    ]
     check_single(features[:1], "because")
     with pytest.raises(FrankenmergeError) as caught:
         check_single(features, "because")
     told = [(fault.place, fault.found, fault.remedy) for fault in caught.value.faults]
-    assert told == [("[:, :, 2:4]", "several neurons", "because"), ("[:, 1, 5]", "chosen positions", "because")]
+    assert told == [
+        ("[:, :, 2:4]", "several neurons", "because"),
+        ("[:, 1, 5]", "chosen positions", "because"),
+    ]

@@ -35,7 +35,9 @@ def model(tmp_path_factory):
 
 
 def hooks(model):
-    return [(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()]
+    return [
+        (list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()
+    ]
 
 
 def by_hand(model, feature, steps):
@@ -44,7 +46,9 @@ def by_hand(model, feature, steps):
     positions = feature.positions or range(len(START))
     for eta in torch.linspace(*RATES, steps).tolist():
         embeddings.requires_grad_()
-        output = model(inputs_embeds=embeddings, output_hidden_states=True, use_cache=False).hidden_states[feature.block]
+        output = model(
+            inputs_embeds=embeddings, output_hidden_states=True, use_cache=False
+        ).hidden_states[feature.block]
         chosen = output[:, list(positions)][:, :, list(feature.neurons)]
         loss = 0.1 * torch.sum(torch.abs(100.0 - chosen))
         embeddings = (embeddings - eta * torch.autograd.grad(loss, embeddings)[0]).detach()
@@ -55,18 +59,25 @@ def by_hand(model, feature, steps):
 def test_a_batch_is_the_documents_loop_for_each_feature(family, model):
     found = gradient_search(model(family), MIXED, start=START, steps=4, batch=4)
     for feature, embeddings in zip(MIXED, found.embeddings, strict=True):
-        torch.testing.assert_close(embeddings, by_hand(model(family), feature, 4), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            embeddings, by_hand(model(family), feature, 4), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("optimizer", ["descent", "adam"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_at_a_time_gives_the_same(family, optimizer, model):
-    together, alone = (gradient_search(model(family), MIXED, start=START, steps=4, optimizer=optimizer, batch=size) for size in (64, 1))
+    together, alone = (
+        gradient_search(model(family), MIXED, start=START, steps=4, optimizer=optimizer, batch=size)
+        for size in (64, 1)
+    )
     torch.testing.assert_close(together.embeddings, alone.embeddings, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(together.losses, alone.losses, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "adam"}, {"site": "attention"}, {"isolated": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"optimizer": "adam"}, {"site": "attention"}, {"isolated": True}]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_loss_falls(family, options, model):
     features = parse_features("[:, :, 0-7]", 3, 16)
@@ -78,7 +89,10 @@ def test_loss_falls(family, options, model):
 def test_an_isolated_block_is_fed_the_embeddings(model):
     deep, first = (Feature(block, range(4, 5)) for block in (3, 1))
     donor = model("llama")
-    apart, inside = (gradient_search(donor, [deep], start=START, steps=1, isolated=isolated).losses[0] for isolated in (True, False))
+    apart, inside = (
+        gradient_search(donor, [deep], start=START, steps=1, isolated=isolated).losses[0]
+        for isolated in (True, False)
+    )
     blocks = donor.model.layers
     blocks[0], blocks[2] = blocks[2], blocks[0]
     try:
@@ -90,13 +104,17 @@ def test_an_isolated_block_is_fed_the_embeddings(model):
 
 
 def test_descent_stops_at_the_target(model):
-    near = gradient_search(model(), [Feature(0, range(4, 5))], steps=100, target=1.0, rates=(0.5, 0.05))
+    near = gradient_search(
+        model(), [Feature(0, range(4, 5))], steps=100, target=1.0, rates=(0.5, 0.05)
+    )
     torch.testing.assert_close(near.embeddings[0, :, 4], torch.ones(5), rtol=0, atol=0.05)
 
 
 def test_the_hidden_decode_of_a_random_model_tells_its_neurons_and_is_marked(model):
     features = parse_features("[:, :, 0-15]", 1, 16)
-    hidden, real = (gradient_search(model(), features, decode=decode) for decode in ("hidden", "pinv"))
+    hidden, real = (
+        gradient_search(model(), features, decode=decode) for decode in ("hidden", "pinv")
+    )
     assert hidden.artefact and hidden.artefact_share > 0.7
     assert not real.artefact and real.artefact_share < 0.15
     assert torch.equal(hidden.embeddings, real.embeddings)
@@ -114,8 +132,12 @@ def test_the_model_is_left_as_it_was(model):
     before, hooked = [parameter.detach().clone() for parameter in parameters], hooks(donor)
     try:
         gradient_search(donor, [Feature(2, range(1))], steps=2)
-        assert [parameter.requires_grad for parameter in parameters] == [index != 1 for index in range(len(parameters))]
-        assert [index for index, parameter in enumerate(parameters) if parameter.grad is not None] == [2]
+        assert [parameter.requires_grad for parameter in parameters] == [
+            index != 1 for index in range(len(parameters))
+        ]
+        assert [
+            index for index, parameter in enumerate(parameters) if parameter.grad is not None
+        ] == [2]
         assert torch.equal(parameters[2].grad, torch.ones_like(parameters[2]))
         assert all(torch.equal(now, then) for now, then in zip(parameters, before, strict=True))
         assert hooks(donor) == hooked
@@ -125,9 +147,13 @@ def test_the_model_is_left_as_it_was(model):
 
 
 def test_the_seed_decides(model):
-    first, again, other = (gradient_search(model(), MIXED, steps=3, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        gradient_search(model(), MIXED, steps=3, seed=seed) for seed in (1, 1, 2)
+    )
     assert first.start == again.start != other.start
-    assert torch.equal(first.embeddings, again.embeddings) and torch.equal(first.tokens, again.tokens)
+    assert torch.equal(first.embeddings, again.embeddings) and torch.equal(
+        first.tokens, again.tokens
+    )
     assert not torch.equal(first.embeddings, other.embeddings)
 
 

@@ -14,7 +14,10 @@ from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models.loading import block_outputs, embedding_of, forward, load_model
 
 FAMILIES = ["llama", "gpt2", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "gpt_neox"]
-FEATURES = [Feature.of(*place) for place in ((0, 3), (1, 0), (2, 5), (4, 5), (4, 15), (3, 7), (4, 7), (1, 0))]
+FEATURES = [
+    Feature.of(*place)
+    for place in ((0, 3), (1, 0), (2, 5), (4, 5), (4, 15), (3, 7), (4, 7), (1, 0))
+]
 
 
 def loaded(path):
@@ -61,7 +64,14 @@ def test_finds_what_the_listing_finds(tmp_path, family, positions):
 
 @pytest.mark.parametrize("donor", ["a", "g"])
 @pytest.mark.parametrize(
-    "options", [{"site": "attention"}, {"isolated": True}, {"start": (0,)}, {"start": (0, 9, 9), "positions": "all"}], ids=str
+    "options",
+    [
+        {"site": "attention"},
+        {"isolated": True},
+        {"start": (0,)},
+        {"start": (0, 9, 9), "positions": "all"},
+    ],
+    ids=str,
 )
 def test_options(donors, donor, options):
     model = loaded(donors[donor])
@@ -82,7 +92,9 @@ def test_last_and_all_positions_agree(model):
 def test_one_token_is_the_complete_search(model):
     complete = complete_search(model, k=1)
     result = greedy_search(model, FEATURES, n=1)
-    assert [complete.tokens[feature.block, feature.neuron, 0] for feature in FEATURES] == result.tokens[:, 0].tolist()
+    assert [
+        complete.tokens[feature.block, feature.neuron, 0] for feature in FEATURES
+    ] == result.tokens[:, 0].tolist()
     assert result.passes == 1
 
 
@@ -90,7 +102,9 @@ def test_a_shared_prefix_runs_once(model):
     features = [Feature.of(block, neuron) for block in range(1, 5) for neuron in range(16)]
     ran = []
     result = greedy_search(model, features, progress=ran.append)
-    distinct = [len({tuple(tokens[:step]) for tokens in result.tokens.tolist()}) for step in range(4)]
+    distinct = [
+        len({tuple(tokens[:step]) for tokens in result.tokens.tolist()}) for step in range(4)
+    ]
     assert list(result.prefixes) == distinct
     assert distinct[1] < len(features)
     assert result.passes == sum(distinct)
@@ -102,7 +116,10 @@ def test_a_prefix_is_computed_once_and_ends_at_the_deepest_block(model, monkeypa
     blocks = [[] for _ in range(4)]
     layers = zip(model.model.layers, blocks, strict=True)
     hooks = [
-        layer.register_forward_pre_hook(lambda _m, args, shapes=shapes: shapes.append(tuple(args[0].shape[:2]))) for layer, shapes in layers
+        layer.register_forward_pre_hook(
+            lambda _m, args, shapes=shapes: shapes.append(tuple(args[0].shape[:2]))
+        )
+        for layer, shapes in layers
     ]
     greedy_search(model, [Feature.of(2, 1)], n=3)
     for hook in hooks:
@@ -143,7 +160,9 @@ def test_a_beam_keeps_the_best_inputs(model):
         with block_outputs(model) as states:
             forward(model, input_ids=torch.tensor(inputs))
         scores = states[feature.block][:, -1, feature.neuron].tolist()
-        paths = sorted(zip(scores, inputs, strict=True), key=lambda path: (-path[0], path[1]))[:width]
+        paths = sorted(zip(scores, inputs, strict=True), key=lambda path: (-path[0], path[1]))[
+            :width
+        ]
     result = greedy_search(model, [feature], n=3, beam=width)
     assert tuple(result.tokens[0]) == paths[0][1]
     assert result.values[0, -1] == pytest.approx(paths[0][0], rel=1e-5)
@@ -159,7 +178,10 @@ def test_a_beam_wider_than_the_vocabulary(model):
 
 
 def test_a_screen_of_the_whole_vocabulary_misses_nothing(model):
-    exact, screened = greedy_search(model, FEATURES), greedy_search(model, FEATURES, candidates=2 * VOCABULARY)
+    exact, screened = (
+        greedy_search(model, FEATURES),
+        greedy_search(model, FEATURES, candidates=2 * VOCABULARY),
+    )
     assert np.array_equal(screened.tokens, exact.tokens)
     assert screened.recall == 1
     assert (screened.prefixes, screened.passes) == (exact.prefixes, 2)

@@ -25,9 +25,15 @@ METHODS = ("greedy", "gradient")
 def found_by(method, model, neurons, tokens) -> np.ndarray:
     """What the search itself finds, looked up feature by feature: `[l+1, m, n]`."""
     features = [Feature.of(block, neuron) for block in range(5) for neuron in neurons]
-    search = greedy_search(model, features, n=tokens) if method == "greedy" else gradient_search(model, features, tokens=tokens)
+    search = (
+        greedy_search(model, features, n=tokens)
+        if method == "greedy"
+        else gradient_search(model, features, tokens=tokens)
+    )
     found = dict(zip(features, search.tokens.tolist(), strict=True))
-    return np.array([[found[Feature.of(block, neuron)] for neuron in neurons] for block in range(5)])
+    return np.array(
+        [[found[Feature.of(block, neuron)] for neuron in neurons] for block in range(5)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +42,19 @@ def atlases(donors) -> dict[str, Atlas]:
 
 
 def invented(atlas: Atlas, neurons, tokens, method="greedy") -> Atlas:
-    return replace(atlas, inputs={method: Inputs(np.array(neurons, np.int32), np.asarray(tokens, np.int32))})
+    return replace(
+        atlas, inputs={method: Inputs(np.array(neurons, np.int32), np.asarray(tokens, np.int32))}
+    )
 
 
 @pytest.mark.parametrize(
-    ("width", "expected"), [(128, range(0, 128, 8)), (16, range(16)), (5, range(5)), (24, [n * 3 // 2 for n in range(16)])]
+    ("width", "expected"),
+    [
+        (128, range(0, 128, 8)),
+        (16, range(16)),
+        (5, range(5)),
+        (24, [n * 3 // 2 for n in range(16)]),
+    ],
 )
 def test_neurons_nobody_names_are_spread_evenly(width, expected):
     assert even_neurons(width) == list(expected)
@@ -61,12 +75,16 @@ def test_every_block_is_searched_and_what_enters_the_first(donors, name, method)
 def test_neurons_that_the_donor_does_not_have_are_told_once(donors, method):
     with pytest.raises(FrankenmergeError) as caught:
         search_inputs(load_model(open_checkpoint(str(donors["a"]))), method, [1, 16])
-    assert [(fault.place, fault.expected) for fault in caught.value.faults] == [("[:, :, 16]: neuron", "within 0 to 15")]
+    assert [(fault.place, fault.expected) for fault in caught.value.faults] == [
+        ("[:, :, 16]: neuron", "within 0 to 15")
+    ]
 
 
 def test_inputs_survive_the_disk_and_atlases_without_them_are_still_read(atlases, tmp_path):
     tokens = np.random.default_rng(0).integers(0, 48, (5, 3, 2))
-    atlas = replace(invented(atlases["a"], [4, 1, 9], tokens), provenance={"inputs": {"greedy": {"tokens": 2}}})
+    atlas = replace(
+        invented(atlases["a"], [4, 1, 9], tokens), provenance={"inputs": {"greedy": {"tokens": 2}}}
+    )
     save_atlas(atlas, tmp_path / "with")
     loaded = load_atlas(tmp_path / "with")
     assert list(loaded.inputs) == ["greedy"] and loaded.provenance == atlas.provenance
@@ -85,7 +103,9 @@ def test_inputs_are_searched_once_and_kept(donors, atlases, tmp_path, monkeypatc
     checkpoint = open_checkpoint(str(donors["a"]))
 
     def searched(**options):
-        return with_inputs(atlases["a"], checkpoint, "greedy", [1, 2], cache=tmp_path, **{"tokens": 2} | options)
+        return with_inputs(
+            atlases["a"], checkpoint, "greedy", [1, 2], cache=tmp_path, **{"tokens": 2} | options
+        )
 
     first = searched()
     assert first.provenance["inputs"] == {"greedy": {"tokens": 2}}
@@ -113,12 +133,21 @@ def test_the_score_compares_the_neurons_that_both_have_searched(atlases, method)
     a = invented(atlases["a"], [9, 2, 4, 0], generator.integers(0, 5, (5, 4, 3)), method)
     b = invented(atlases["wide"], [4, 30, 9, 2], generator.integers(0, 5, (5, 4, 3)), method)
     alignment = align(a, b, method=method)
-    score, every = alignment.scores[method], expected_score(a.inputs[method], b.inputs[method], [2, 4, 9])
-    np.testing.assert_allclose(score.matrix, every.diagonal(axis1=2, axis2=3).mean(axis=2), rtol=1e-6)
-    np.testing.assert_allclose(score.nulls["permuted_neurons"], every[:, :, ~np.eye(3, dtype=bool)].mean(axis=2), rtol=1e-6)
+    score, every = (
+        alignment.scores[method],
+        expected_score(a.inputs[method], b.inputs[method], [2, 4, 9]),
+    )
+    np.testing.assert_allclose(
+        score.matrix, every.diagonal(axis1=2, axis2=3).mean(axis=2), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        score.nulls["permuted_neurons"], every[:, :, ~np.eye(3, dtype=bool)].mean(axis=2), rtol=1e-6
+    )
     np.testing.assert_allclose(score.nulls["permuted_probes"], 1 / 48, rtol=1e-6)
     assert score.detail.shape == (5, 5, 16) and score.detail.dtype == np.float16
-    np.testing.assert_allclose(score.detail[:, :, [2, 4, 9]], every.diagonal(axis1=2, axis2=3), atol=2**-11)
+    np.testing.assert_allclose(
+        score.detail[:, :, [2, 4, 9]], every.diagonal(axis1=2, axis2=3), atol=2**-11
+    )
     assert np.isnan(score.detail[:, :, [n for n in range(16) if n not in (2, 4, 9)]]).all()
     assert alignment.provenance["searched"] == {"neurons": [2, 4, 9], "tokens": 3}
     assert set(alignment.scores) == {*SCORES, method}
@@ -139,7 +168,11 @@ def test_relabelled_tokens_meet_one_time_in_v():
 
 @pytest.mark.parametrize(
     ("neurons", "tokens", "words"),
-    [([7, 8, 9], 3, "at least two neurons"), ([1, 2, 3], 2, "inputs of one length"), ([1, 8, 9], 3, "at least two neurons")],
+    [
+        ([7, 8, 9], 3, "at least two neurons"),
+        ([1, 2, 3], 2, "inputs of one length"),
+        ([1, 8, 9], 3, "at least two neurons"),
+    ],
 )
 def test_inputs_that_cannot_be_compared_are_refused(atlases, neurons, tokens, words):
     a = invented(atlases["a"], [1, 2, 3], np.zeros((5, 3, 3)))
@@ -159,72 +192,149 @@ def test_align_searches_both_donors_alike_and_prints_that_method(donors, run, tm
     options = ("-o", path, "--method", method, "--neurons", "0,5,9-10", "--tokens", 2)
     code, out, err = run("align", donors["a"], donors["b"], *options)
     assert code == 0, err
-    a, b = (Inputs(np.array([0, 5, 9, 10]), found_by(method, load_model(open_checkpoint(str(donors[n]))), [0, 5, 9, 10], 2)) for n in "ab")
+    a, b = (
+        Inputs(
+            np.array([0, 5, 9, 10]),
+            found_by(method, load_model(open_checkpoint(str(donors[n]))), [0, 5, 9, 10], 2),
+        )
+        for n in "ab"
+    )
     every = expected_score(a, b, [0, 5, 9, 10])
     score = load_alignment(path).scores[method]
-    np.testing.assert_allclose(score.matrix, every.diagonal(axis1=2, axis2=3).mean(axis=2), rtol=1e-6)
+    np.testing.assert_allclose(
+        score.matrix, every.diagonal(axis1=2, axis2=3).mean(axis=2), rtol=1e-6
+    )
     flat = " ".join(out.split())
-    assert f"tokens of {method} search" in flat and f"{method}: 4 of 16 neurons, 2 tokens each." in flat
+    assert (
+        f"tokens of {method} search" in flat
+        and f"{method}: 4 of 16 neurons, 2 tokens each." in flat
+    )
     row = next(line for line in out.splitlines() if line.startswith("│ 3 "))
-    assert [cell.strip() for cell in row.split("│")[2:-1]] == [f"{value:.2f}" for value in score.matrix[3]]
+    assert [cell.strip() for cell in row.split("│")[2:-1]] == [
+        f"{value:.2f}" for value in score.matrix[3]
+    ]
     told = json.loads(run("align", donors["a"], donors["b"], *options, "--json")[1])
     assert told["searched"] == {"neurons": [0, 5, 9, 10], "tokens": 2} and told["method"] == method
     np.testing.assert_array_equal(np.float32(told["scores"][method]["matrix"]), score.matrix)
     assert run("plan", path, "-o", tmp_path / "recipe.yaml", "--depth", 6)[0] == 0
     evidence = (tmp_path / "recipe.evidence.json").read_text()
-    assert "NaN" not in evidence and method in json.loads(evidence)["plans"][0]["seams"][0]["scores"]
+    assert (
+        "NaN" not in evidence and method in json.loads(evidence)["plans"][0]["seams"][0]["scores"]
+    )
 
 
 def test_donors_of_different_widths_are_searched_at_the_same_neurons(donors, run, tmp_path):
-    code, out, _ = run("align", donors["a"], donors["wide"], "-o", tmp_path / "x", "--method", "greedy", "--tokens", 1)
+    code, out, _ = run(
+        "align",
+        donors["a"],
+        donors["wide"],
+        "-o",
+        tmp_path / "x",
+        "--method",
+        "greedy",
+        "--tokens",
+        1,
+    )
     flat = " ".join(out.split())
-    assert code == 0 and "16 of 16 neurons" in flat and "Widths 16 and 32: the first 16 neurons are compared." in flat
+    assert (
+        code == 0
+        and "16 of 16 neurons" in flat
+        and "Widths 16 and 32: the first 16 neurons are compared." in flat
+    )
     score = load_alignment(tmp_path / "x").scores
-    np.testing.assert_array_equal(score["greedy"].matrix, score["argmax"].matrix)  # one token, greedily, is complete search
+    np.testing.assert_array_equal(
+        score["greedy"].matrix, score["argmax"].matrix
+    )  # one token, greedily, is complete search
 
 
 def test_analyze_keeps_inputs_that_align_takes_up(donors, run, tmp_path):
     paths = [tmp_path / f"{name}.atlas.safetensors" for name in "ab"]
     for name, path in zip("ab", paths, strict=True):
-        code, out, err = run("analyze", donors[name], "-o", path, "--method", "greedy", "--neurons", "2,7", "--tokens", 2)
-        assert code == 0 and "greedy: inputs of 2 tokens for 2 of 16 neurons" in " ".join(out.split()), err
+        code, out, err = run(
+            "analyze",
+            donors[name],
+            "-o",
+            path,
+            "--method",
+            "greedy",
+            "--neurons",
+            "2,7",
+            "--tokens",
+            2,
+        )
+        assert code == 0 and "greedy: inputs of 2 tokens for 2 of 16 neurons" in " ".join(
+            out.split()
+        ), err
     model = load_model(open_checkpoint(str(donors["a"])))
-    np.testing.assert_array_equal(load_atlas(paths[0]).inputs["greedy"].tokens, found_by("greedy", model, [2, 7], 2))
+    np.testing.assert_array_equal(
+        load_atlas(paths[0]).inputs["greedy"].tokens, found_by("greedy", model, [2, 7], 2)
+    )
     both, mixed = tmp_path / "both", tmp_path / "mixed"
     assert run("align", *paths, "-o", both, "--method", "greedy")[0] == 0
     assert run("align", paths[0], donors["b"], "-o", mixed, "--method", "greedy")[0] == 0
     one, other = (load_alignment(path).scores["greedy"] for path in (both, mixed))
     np.testing.assert_array_equal(one.detail, other.detail)
-    code, _, err = run("align", paths[0], donors["b"], "-o", mixed, "--method", "greedy", "--tokens", 3)
+    code, _, err = run(
+        "align", paths[0], donors["b"], "-o", mixed, "--method", "greedy", "--tokens", 3
+    )
     assert code == 1 and "2 neurons, 2 tokens" in err
     code, _, err = run("align", paths[0], donors["b"], "-o", mixed, "--method", "gradient")
     assert code == 1 and "the inputs of a gradient search" in err and "greedy" in err
 
 
-@pytest.mark.parametrize("options", [("--neurons", "1"), ("--tokens", 2), ("--bos", "--method", "greedy")])
+@pytest.mark.parametrize(
+    "options", [("--neurons", "1"), ("--tokens", 2), ("--bos", "--method", "greedy")]
+)
 def test_align_refuses_options_that_mean_nothing_to_its_method(donors, run, tmp_path, options):
     code, _, err = run("align", donors["a"], donors["b"], "-o", tmp_path / "x", *options)
     assert code == 1 and options[0] in err and not (tmp_path / "x").exists()
 
 
-def test_donors_that_cannot_be_compared_are_refused_before_a_search(donors, run, tmp_path, monkeypatch):
+def test_donors_that_cannot_be_compared_are_refused_before_a_search(
+    donors, run, tmp_path, monkeypatch
+):
     monkeypatch.setattr("frankenmerge.analysis.inputs.search_inputs", None)
     other = write_donor(tmp_path / "other", vocab_size=50)
     code, _, err = run("align", donors["a"], other, "-o", tmp_path / "x", "--method", "greedy")
     assert code == 1 and "48 and 50 tokens" in err
 
 
-def test_the_untrained_control_is_an_atlas_of_the_seeds_weights_under_its_own_name(donors, run, tmp_path):
+def test_the_untrained_control_is_an_atlas_of_the_seeds_weights_under_its_own_name(
+    donors, run, tmp_path
+):
     paths = {seed: tmp_path / f"{seed}.atlas.safetensors" for seed in (None, 3, 4)}
     for seed, path in paths.items():
         options = () if seed is None else ("--untrained", seed)
-        assert run("analyze", donors["a"], "-o", path, "--method", "gradient", "--neurons", "0-3", "--tokens", 2, *options)[0] == 0
+        assert (
+            run(
+                "analyze",
+                donors["a"],
+                "-o",
+                path,
+                "--method",
+                "gradient",
+                "--neurons",
+                "0-3",
+                "--tokens",
+                2,
+                *options,
+            )[0]
+            == 0
+        )
     found = {seed: load_atlas(path) for seed, path in paths.items()}
     checkpoint = open_checkpoint(str(donors["a"]))
     for seed in (3, 4):
         atlas, model = found[seed], untrained_model(checkpoint, seed)
-        assert atlas.donor == f"{donors['a']}, random weights (seed {seed})" and atlas.provenance["untrained"] == seed
-        assert atlas.top["plain"].values[0, :, 0].tolist() == model.get_input_embeddings().weight.max(dim=0).values.tolist()
-        np.testing.assert_array_equal(atlas.inputs["gradient"].tokens, found_by("gradient", model, range(4), 2))
+        assert (
+            atlas.donor == f"{donors['a']}, random weights (seed {seed})"
+            and atlas.provenance["untrained"] == seed
+        )
+        assert (
+            atlas.top["plain"].values[0, :, 0].tolist()
+            == model.get_input_embeddings().weight.max(dim=0).values.tolist()
+        )
+        np.testing.assert_array_equal(
+            atlas.inputs["gradient"].tokens, found_by("gradient", model, range(4), 2)
+        )
     assert found[None].donor == str(donors["a"]) and found[None].provenance["untrained"] is None
     assert run("align", paths[None], paths[3], "-o", tmp_path / "x", "--method", "gradient")[0] == 0

@@ -12,7 +12,9 @@ TRUE = torch.randint(48, (16, 6), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def model(request, tmp_path_factory):
-    folder = write_donor(tmp_path_factory.mktemp("inversion") / request.param, request.param, seed=3)
+    folder = write_donor(
+        tmp_path_factory.mktemp("inversion") / request.param, request.param, seed=3
+    )
     return load_model(open_checkpoint(str(folder)))
 
 
@@ -37,7 +39,9 @@ def test_the_seed_decides_and_the_model_is_left_as_it_was(model):
     first, again, other = (invert(model, outputs, 1, steps=2, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.embeddings, again.embeddings)
     assert not torch.equal(first.embeddings, other.embeddings)
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in model.parameters()
+    )
 
 
 def test_recall_is_told_for_every_position():

@@ -23,7 +23,10 @@ def test_it_ends_at_tokens_that_excite_their_neuron(model):
     assert found.tokens.shape == found.gap.shape == (16, 1)
     assert found.gap.max() < 0.01
     every = complete_search(model, k=48)
-    ranks = [every.tokens[1, neuron].tolist().index(token) for neuron, (token,) in enumerate(found.tokens.tolist())]
+    ranks = [
+        every.tokens[1, neuron].tolist().index(token)
+        for neuron, (token,) in enumerate(found.tokens.tolist())
+    ]
     assert sum(ranks) / len(ranks) < 12  # 23.5 by chance
 
 
@@ -35,7 +38,9 @@ def test_without_temperature_the_weights_stay_flat(model):
 
 def test_batches_and_runs_agree(model):
     features = [*NEURONS[:3], Feature(3, range(4), range(1, 2)), Feature(2, range(5, 6))]
-    first, again, alone = (prior_search(model, features, tokens=3, steps=3, batch=size) for size in (64, 64, 1))
+    first, again, alone = (
+        prior_search(model, features, tokens=3, steps=3, batch=size) for size in (64, 64, 1)
+    )
     assert torch.equal(first.losses, again.losses) and torch.equal(first.tokens, again.tokens)
     torch.testing.assert_close(first.losses, alone.losses, rtol=1e-4, atol=1e-4)
     assert first.losses.shape == (3, 5)
@@ -49,7 +54,9 @@ def test_positions_that_nothing_asks_about_stay_uniform(model):
 
 def test_the_model_is_left_as_it_was(model):
     prior_search(model, NEURONS[:1], steps=2)
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in model.parameters()
+    )
 
 
 def test_what_cannot_be_is_told(model):

@@ -51,19 +51,29 @@ def states_of(model, tokens, batch=16) -> np.ndarray:
     """The probes' residual stream after every block, `[l+1, n, d]`."""
     passage = Passage(model, torch.from_numpy(tokens), batch=batch)
     found = [probe_states(passage.entering(), "block 0")]
-    return np.stack(found + [probe_states(passage.through(*block), f"block {block[0]}") for block in each_block(model)])
+    return np.stack(
+        found
+        + [
+            probe_states(passage.through(*block), f"block {block[0]}")
+            for block in each_block(model)
+        ]
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [16, 1, 5])
 @pytest.mark.parametrize("donor, norm", [("a", "norm"), ("g", "ln_f")])
-def test_activations_are_transformers_hidden_states_without_the_first_position(donors, donor, norm, batch):
+def test_activations_are_transformers_hidden_states_without_the_first_position(
+    donors, donor, norm, batch
+):
     model, tokens = loaded(donors[donor]), random_probes(48)
     found = states_of(model, tokens, batch)
     assert found.shape == (5, 64 * 16, 16) and found.dtype == np.float32
     hidden = model(input_ids=torch.from_numpy(tokens), output_hidden_states=True).hidden_states
     for block in range(4):
-        np.testing.assert_allclose(found[block].reshape(64, 16, 16), hidden[block][:, 1:].numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            found[block].reshape(64, 16, 16), hidden[block][:, 1:].numpy(), rtol=1e-4, atol=1e-5
+        )
     last = model.base_model.get_submodule(norm)(torch.from_numpy(found[4]))
     torch.testing.assert_close(last.reshape(64, 16, 16), hidden[4][:, 1:], rtol=1e-4, atol=1e-5)
 

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from frankenmerge.artefacts.alignment import Alignment, Exchange, Score, load_alignment, save_alignment
+from frankenmerge.artefacts.alignment import (
+    Alignment,
+    Exchange,
+    Score,
+    load_alignment,
+    save_alignment,
+)
 from frankenmerge.errors import FrankenmergeError
 
 
@@ -21,7 +27,11 @@ def random_alignment(blocks=(3, 5), width=6, names=("one", "two")) -> Alignment:
         return generator.random((rows, columns), dtype=np.float32)
 
     def score(*nulls):
-        return Score(matrix(), {null: matrix() for null in nulls}, generator.random((rows, columns, width)).astype(np.float16))
+        return Score(
+            matrix(),
+            {null: matrix() for null in nulls},
+            generator.random((rows, columns, width)).astype(np.float16),
+        )
 
     return Alignment(
         donors=names,
@@ -39,8 +49,14 @@ def random_alignment(blocks=(3, 5), width=6, names=("one", "two")) -> Alignment:
         vocabulary=["<s>", "ä", "語", *map(str, range(45))],
         provenance={"context": "plain", "atlases": [{"k": 10}, {"k": 10}]},
         exchange=Exchange(
-            (generator.random(blocks, dtype=np.float32), generator.random(blocks[::-1], dtype=np.float32)),
-            (generator.random((blocks[0],) * 2, dtype=np.float32), generator.random((blocks[1],) * 2, dtype=np.float32)),
+            (
+                generator.random(blocks, dtype=np.float32),
+                generator.random(blocks[::-1], dtype=np.float32),
+            ),
+            (
+                generator.random((blocks[0],) * 2, dtype=np.float32),
+                generator.random((blocks[1],) * 2, dtype=np.float32),
+            ),
         ),
     )
 
@@ -104,12 +120,19 @@ def test_blocks_do_not_count_the_embedding(alignment):
 
 def test_transposing_exchanges_the_donors(alignment):
     turned = alignment.transposed
-    assert (turned.donors, turned.fingerprints, turned.widths) == (("two", "one"), ("f2", "f1"), (8, 6))
+    assert (turned.donors, turned.fingerprints, turned.widths) == (
+        ("two", "one"),
+        ("f2", "f1"),
+        (8, 6),
+    )
     assert turned.tokens[0] is alignment.tokens[1] and turned.tokens[1] is alignment.tokens[0]
     for name, score in alignment.scores.items():
         for i, j in np.ndindex(4, 6):
             assert turned.scores[name].matrix[j, i] == score.matrix[i, j]
-            assert all(turned.scores[name].nulls[null][j, i] == matrix[i, j] for null, matrix in score.nulls.items())
+            assert all(
+                turned.scores[name].nulls[null][j, i] == matrix[i, j]
+                for null, matrix in score.nulls.items()
+            )
             np.testing.assert_array_equal(turned.scores[name].detail[j, i], score.detail[i, j])
 
 
@@ -163,7 +186,17 @@ def one_donor(path):
     save_file(load_file(path), path, {"frankenmerge.alignment/1": json.dumps(told)})
 
 
-BROKEN = [absent, folder, truncated, prose, an_atlas, a_later_kind, a_score_without_detail, nothing_told, one_donor]
+BROKEN = [
+    absent,
+    folder,
+    truncated,
+    prose,
+    an_atlas,
+    a_later_kind,
+    a_score_without_detail,
+    nothing_told,
+    one_donor,
+]
 
 
 @pytest.mark.parametrize("broken", BROKEN)
@@ -178,7 +211,9 @@ def test_what_is_no_alignment_is_refused_by_its_name(alignment, tmp_path, broken
 
 
 def test_the_command_line_tells_that_an_alignment_is_missing(run, tmp_path):
-    code, out, err = run("plan", tmp_path / "none.alignment.safetensors", "-o", tmp_path / "recipe.yaml")
+    code, out, err = run(
+        "plan", tmp_path / "none.alignment.safetensors", "-o", tmp_path / "recipe.yaml"
+    )
     assert (code, out) == (1, "")
     assert "none.alignment.safetensors" in err and "no such file" in err and "Traceback" not in err
 

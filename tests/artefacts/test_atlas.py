@@ -25,7 +25,11 @@ def atlas(donors) -> Atlas:
 
 
 def assert_equal(one: Atlas, other: Atlas) -> None:
-    assert (one.donor, one.fingerprint, one.vocabulary) == (other.donor, other.fingerprint, other.vocabulary)
+    assert (one.donor, one.fingerprint, one.vocabulary) == (
+        other.donor,
+        other.fingerprint,
+        other.vocabulary,
+    )
     assert one.provenance == other.provenance
     assert one.top.keys() == other.top.keys()
     pairs = [(one.probes, other.probes), (one.probe_scale, other.probe_scale)]
@@ -47,7 +51,11 @@ def test_contexts_keep_their_order(atlas, tmp_path):
 
 
 def test_texts_of_every_script_survive_the_disk(atlas, tmp_path):
-    strange = replace(atlas, donor="größe/模型", vocabulary=["\ufffd", "\x00", '"', "\\", "\n", "é", "語", "🙂", "", *atlas.vocabulary[9:]])
+    strange = replace(
+        atlas,
+        donor="größe/模型",
+        vocabulary=["\ufffd", "\x00", '"', "\\", "\n", "é", "語", "🙂", "", *atlas.vocabulary[9:]],
+    )
     save_atlas(strange, tmp_path / "strange")
     assert_equal(load_atlas(tmp_path / "strange"), strange)
 
@@ -58,7 +66,14 @@ def test_an_atlas_of_one_context_has_one_context_when_loaded(atlas, tmp_path):
 
 
 def test_arrays_that_are_views_are_written_in_their_own_order(atlas, tmp_path):
-    turned = replace(atlas, top={"plain": TopTokens(atlas.top["plain"].tokens[:, ::-1], atlas.top["plain"].values[:, ::-1])})
+    turned = replace(
+        atlas,
+        top={
+            "plain": TopTokens(
+                atlas.top["plain"].tokens[:, ::-1], atlas.top["plain"].values[:, ::-1]
+            )
+        },
+    )
     save_atlas(turned, tmp_path / "turned")
     assert_equal(load_atlas(tmp_path / "turned"), turned)
 
@@ -76,7 +91,10 @@ def test_two_analyses_find_the_same(donors, atlas):
 def test_an_atlas_tells_its_donors_sizes(atlas):
     assert (atlas.blocks, atlas.width, len(atlas.vocabulary)) == (4, 16, 48)
     assert atlas.top["plain"].tokens.shape == atlas.top["bos"].values.shape == (5, 16, 10)
-    assert (atlas.top["plain"].tokens.dtype, atlas.top["plain"].values.dtype) == (np.int32, np.float32)
+    assert (atlas.top["plain"].tokens.dtype, atlas.top["plain"].values.dtype) == (
+        np.int32,
+        np.float32,
+    )
 
 
 def test_an_atlas_has_no_bos_context_where_the_donor_has_no_bos(tmp_path):
@@ -85,7 +103,10 @@ def test_an_atlas_has_no_bos_context_where_the_donor_has_no_bos(tmp_path):
 
 
 def test_the_vocabulary_is_what_the_tokenizer_makes_of_every_id(atlas):
-    assert atlas.vocabulary == ["<s>", *"abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:47]]
+    assert atlas.vocabulary == [
+        "<s>",
+        *"abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:47],
+    ]
 
 
 def test_ids_beyond_the_tokenizer_are_shown_as_numbers(tmp_path):
@@ -141,7 +162,19 @@ def a_part_missing(path):
     save_file(arrays, path, {"frankenmerge.atlas/1": json.dumps(told)})
 
 
-BROKEN = [absent, folder, truncated, cut_in_the_header, empty, prose, weights, other_kind, no_metadata, broken_metadata, a_part_missing]
+BROKEN = [
+    absent,
+    folder,
+    truncated,
+    cut_in_the_header,
+    empty,
+    prose,
+    weights,
+    other_kind,
+    no_metadata,
+    broken_metadata,
+    a_part_missing,
+]
 
 
 @pytest.mark.parametrize("broken", BROKEN)
@@ -175,12 +208,15 @@ def test_stored_activations_are_within_half_a_float16_step_of_the_true_ones(dono
     checkpoint = opened(donors[donor])
     atlas = analyze(checkpoint)
     with torch.no_grad():
-        hidden = load_model(checkpoint)(input_ids=torch.from_numpy(random_probes(48)), output_hidden_states=True).hidden_states
+        hidden = load_model(checkpoint)(
+            input_ids=torch.from_numpy(random_probes(48)), output_hidden_states=True
+        ).hidden_states
     for block in range(4):
         true = hidden[block][:, 1:].flatten(0, 1).numpy()
         scale = np.abs(true).max(axis=0)
         np.testing.assert_allclose(atlas.probe_scale[block], scale, rtol=1e-5)
-        # Below 1 the steps of float16 are 2^-11 at most, so rounding errs by 2^-12; a little more for float32 itself.
+        # Below 1 the steps of float16 are 2^-11 at most, so rounding errs by 2^-12; a little more
+        # for float32 itself.
         assert (np.abs(atlas.activations(block) - true) <= scale * (2**-12 + 1e-5)).all()
 
 
@@ -243,7 +279,9 @@ def change_a_weight(path):
 
 def change_the_config(path):
     text = (path / "config.json").read_text()
-    (path / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-03'))
+    (path / "config.json").write_text(
+        text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-03')
+    )
 
 
 def change_the_tokenizer(path):
@@ -266,7 +304,10 @@ def test_a_changed_donor_misses_the_cache(tmp_path, change):
 
 def test_another_dtype_misses_the_cache(donors, tmp_path):
     for dtype in ("float32", "bfloat16"):
-        assert cached_analyze(opened(donors["a"]), cache=tmp_path, dtype=dtype).provenance["dtype"] == dtype
+        assert (
+            cached_analyze(opened(donors["a"]), cache=tmp_path, dtype=dtype).provenance["dtype"]
+            == dtype
+        )
 
 
 def test_the_command_line_writes_the_atlas_and_takes_it_for_a_donor(donors, atlas, run, tmp_path):
@@ -274,7 +315,12 @@ def test_the_command_line_writes_the_atlas_and_takes_it_for_a_donor(donors, atla
     code, out, _ = run("analyze", donors["a"], "-o", path, "--json")
     assert code == 0
     told = json.loads(out)
-    assert (told["blocks"], told["width"], told["vocabulary"], told["contexts"]) == (4, 16, 48, ["plain", "bos"])
+    assert (told["blocks"], told["width"], told["vocabulary"], told["contexts"]) == (
+        4,
+        16,
+        48,
+        ["plain", "bos"],
+    )
     assert told["fingerprint"] == atlas.fingerprint
     assert_equal(load_atlas(path), atlas)
     code, _, _ = run("align", path, path, "-o", tmp_path / "aa.alignment.safetensors")

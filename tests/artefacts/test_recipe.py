@@ -58,7 +58,12 @@ def one_slice(layer_range: str, model: str = "a") -> str:
 
 def test_a_recipe_says_its_blocks_in_order():
     recipe = parse_recipe(GOOD, "r.yaml")
-    assert recipe.blocks == [Block("first", 0), Block("first", 1), Block("first", 2), *(Block("org/second", index) for index in (1, 2, 3))]
+    assert recipe.blocks == [
+        Block("first", 0),
+        Block("first", 1),
+        Block("first", 2),
+        *(Block("org/second", index) for index in (1, 2, 3)),
+    ]
 
 
 def test_a_recipe_says_its_seam():
@@ -71,7 +76,10 @@ def test_slices_that_continue_each_other_have_no_seam():
     assert parse_recipe(text, "r.yaml").seams == []
 
 
-@pytest.mark.parametrize("blocks, seams", [([0, 0], 1), ([0, 2], 1), ([1, 0], 1), ([0, 1, 0, 1], 1), ([0, 1, 1, 1, 2], 2)])
+@pytest.mark.parametrize(
+    "blocks, seams",
+    [([0, 0], 1), ([0, 2], 1), ([1, 0], 1), ([0, 1, 0, 1], 1), ([0, 1, 1, 1, 2], 2)],
+)
 def test_a_repeat_a_jump_and_a_step_back_are_seams(blocks, seams):
     assert len(recipe_of([Block("a", index) for index in blocks]).seams) == seams
 
@@ -88,11 +96,20 @@ def test_base_and_tokenizer_are_the_first_donors_when_not_named():
 def test_base_and_tokenizer_are_those_named():
     recipe = parse_recipe(GOOD, "r.yaml")
     assert (recipe.base, recipe.tokenizer_donor) == ("org/second", "org/second")
-    other = parse_recipe(GOOD.replace("tokenizer_source: base", "tokenizer_source: third"), "r.yaml")
-    assert (other.base, other.tokenizer_donor, other.donors) == ("org/second", "third", ["first", "org/second", "third"])
+    other = parse_recipe(
+        GOOD.replace("tokenizer_source: base", "tokenizer_source: third"), "r.yaml"
+    )
+    assert (other.base, other.tokenizer_donor, other.donors) == (
+        "org/second",
+        "third",
+        ["first", "org/second", "third"],
+    )
 
 
-@pytest.mark.parametrize("text", [GOOD, one_slice("[0, 1]"), one_slice("[5, 40]", '"öß: #x"'), one_slice("[0, 1]", '"123"')])
+@pytest.mark.parametrize(
+    "text",
+    [GOOD, one_slice("[0, 1]"), one_slice("[5, 40]", '"öß: #x"'), one_slice("[0, 1]", '"123"')],
+)
 def test_a_recipe_survives_writing_and_reading(text):
     recipe = parse_recipe(text, "r.yaml")
     assert parse_recipe(recipe.dump(), "again") == recipe
@@ -100,7 +117,9 @@ def test_a_recipe_survives_writing_and_reading(text):
 
 def test_a_recipe_is_written_in_its_own_order_without_what_was_not_said():
     dumped = parse_recipe(one_slice("[0, 2]"), "r.yaml").dump()
-    assert dumped.startswith("slices:\n- sources:\n  - model: a\n    layer_range:\n") and dumped.endswith("merge_method: passthrough\n")
+    assert dumped.startswith(
+        "slices:\n- sources:\n  - model: a\n    layer_range:\n"
+    ) and dumped.endswith("merge_method: passthrough\n")
     assert "null" not in dumped
 
 
@@ -119,17 +138,24 @@ def test_merge_keys_that_multiply_are_refused_before_they_are_written_out(merge)
     """Twelve levels that would be 10^12 keys."""
     letters = "abcdefghijklm"
     levels = [
-        f"{one}: &{one} {{<<: {merge.format(', '.join([f'*{before}'] * 10))}, {one}: 1}}" for before, one in itertools.pairwise(letters)
+        f"{one}: &{one} {{<<: {merge.format(', '.join([f'*{before}'] * 10))}, {one}: 1}}"
+        for before, one in itertools.pairwise(letters)
     ]
     (fault,) = refused("\n".join(["a: &a {a: 1}", *levels]))
     assert "more than 1,000,000 keys" in fault.found
 
 
 def test_a_type_may_be_named_as_torch_does():
-    assert parse_recipe(GOOD.replace("bfloat16", "torch.bfloat16"), "r.yaml") == parse_recipe(GOOD, "r.yaml")
+    assert parse_recipe(GOOD.replace("bfloat16", "torch.bfloat16"), "r.yaml") == parse_recipe(
+        GOOD, "r.yaml"
+    )
 
 
-block_lists = st.lists(st.builds(Block, st.sampled_from(["a", "b", "org/c"]), st.integers(0, 5)), min_size=1, max_size=24)
+block_lists = st.lists(
+    st.builds(Block, st.sampled_from(["a", "b", "org/c"]), st.integers(0, 5)),
+    min_size=1,
+    max_size=24,
+)
 
 
 @given(block_lists)
@@ -143,7 +169,9 @@ def test_the_recipe_of_blocks_yields_these_blocks(blocks):
 def test_the_recipe_of_blocks_has_no_more_slices_than_seams_need(blocks):
     recipe = recipe_of(blocks)
     assert len(recipe.slices) == 1 + len(recipe.seams)
-    assert sum(after != (before[0], before[1] + 1) for before, after in itertools.pairwise(blocks)) == len(recipe.seams)
+    assert sum(
+        after != (before[0], before[1] + 1) for before, after in itertools.pairwise(blocks)
+    ) == len(recipe.seams)
 
 
 @given(block_lists)
@@ -180,12 +208,19 @@ speed: 3
         "r.yaml: merge_methods",
         "r.yaml: speed",
     }
-    expected = {fault.place.rpartition(".")[2].rpartition(" ")[2]: fault.expected for fault in found}
-    assert expected["wieght"] == expected["layer_ranges"] == "one of: model, layer_range, parameters"
+    expected = {
+        fault.place.rpartition(".")[2].rpartition(" ")[2]: fault.expected for fault in found
+    }
+    assert (
+        expected["wieght"] == expected["layer_ranges"] == "one of: model, layer_range, parameters"
+    )
     assert expected["name"] == "one of: sources, base_model, parameters, gauge"
     assert expected["speed"].startswith("one of: name, slices, models, modules, merge_method")
     remedies = {fault.place.rpartition(".")[2].rpartition(" ")[2]: fault.remedy for fault in found}
-    assert (remedies["merge_methods"], remedies["layer_ranges"]) == ("write merge_method", "write layer_range")
+    assert (remedies["merge_methods"], remedies["layer_ranges"]) == (
+        "write merge_method",
+        "write layer_range",
+    )
 
 
 def test_a_misplaced_key_is_told_the_keys_of_its_own_level():
@@ -194,15 +229,46 @@ def test_a_misplaced_key_is_told_the_keys_of_its_own_level():
 
 
 def test_unknown_keys_and_wrong_values_are_told_together():
-    text = GOOD.replace("[0, 3]", "[3, 0]").replace("passthrough", "[slerp]").replace("dtype:", "dtyp:")
+    text = (
+        GOOD.replace("[0, 3]", "[3, 0]")
+        .replace("passthrough", "[slerp]")
+        .replace("dtype:", "dtyp:")
+    )
     text += "models: [{model: a}]\n"
-    assert places(text) == {"r.yaml: slices[0].sources[0].layer_range", "r.yaml: merge_method", "r.yaml: dtyp", "r.yaml"}
+    assert places(text) == {
+        "r.yaml: slices[0].sources[0].layer_range",
+        "r.yaml: merge_method",
+        "r.yaml: dtyp",
+        "r.yaml",
+    }
 
 
-@pytest.mark.parametrize("layer_range", ["[3, 0]", "[2, 2]", "[-1, 2]", "[-3, -1]", "[0]", "[0, 1, 2]", "[]", "3", "'[0, 1]'", "[0.0, 2.0]",
-                                         "[0, 1.5]", "['0', '1']", "[true, 2]", "[null, 2]", "null", "{a: 1}"])
+@pytest.mark.parametrize(
+    "layer_range",
+    [
+        "[3, 0]",
+        "[2, 2]",
+        "[-1, 2]",
+        "[-3, -1]",
+        "[0]",
+        "[0, 1, 2]",
+        "[]",
+        "3",
+        "'[0, 1]'",
+        "[0.0, 2.0]",
+        "[0, 1.5]",
+        "['0', '1']",
+        "[true, 2]",
+        "[null, 2]",
+        "null",
+        "{a: 1}",
+    ],
+)
 def test_a_range_that_is_none_is_refused(layer_range):
-    assert all(place.startswith("r.yaml: slices[0].sources[0].layer_range") for place in places(one_slice(layer_range)))
+    assert all(
+        place.startswith("r.yaml: slices[0].sources[0].layer_range")
+        for place in places(one_slice(layer_range))
+    )
 
 
 def test_a_missing_range_is_told():
@@ -212,16 +278,27 @@ def test_a_missing_range_is_told():
 
 @pytest.mark.parametrize("missing", ["slices", "merge_method"])
 def test_a_missing_part_is_told(missing):
-    text = {"slices": "merge_method: passthrough\n", "merge_method": one_slice("[0, 1]").partition("\n")[2]}[missing]
+    text = {
+        "slices": "merge_method: passthrough\n",
+        "merge_method": one_slice("[0, 1]").partition("\n")[2],
+    }[missing]
     (fault,) = refused(text)
-    wanted = {"slices": ("r.yaml", "none of them"), "merge_method": ("r.yaml: merge_method", "nothing")}
+    wanted = {
+        "slices": ("r.yaml", "none of them"),
+        "merge_method": ("r.yaml: merge_method", "nothing"),
+    }
     assert (fault.place, fault.found) == wanted[missing]
 
 
-@pytest.mark.parametrize("slices", ["[]", "null", "3", "{}", "[null]", "[{}]", "[{sources: []}]", "[{sources: null}]", "[3]"])
+@pytest.mark.parametrize(
+    "slices",
+    ["[]", "null", "3", "{}", "[null]", "[{}]", "[{sources: []}]", "[{sources: null}]", "[3]"],
+)
 def test_slices_that_hold_no_block_are_refused(slices):
     found = places(f"merge_method: passthrough\nslices: {slices}\n")
-    assert all(place.startswith("r.yaml: slices") for place in found) or (slices == "null" and found == {"r.yaml"})
+    assert all(place.startswith("r.yaml: slices") for place in found) or (
+        slices == "null" and found == {"r.yaml"}
+    )
 
 
 @pytest.mark.parametrize("model", ["''", "3", "null", "[a]", "true"])
@@ -253,7 +330,15 @@ def test_a_key_that_stands_twice_is_refused(text):
     assert "stands twice" in fault.found and "line" in fault.found
 
 
-@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!mine x", "!!python/tuple [1]"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:os.system ['true']",
+        "!!python/name:os.system",
+        "!mine x",
+        "!!python/tuple [1]",
+    ],
+)
 def test_an_unsafe_tag_is_refused(tag):
     (fault,) = refused(GOOD + f"x: {tag}\n")
     assert fault.expected == "YAML"
@@ -293,15 +378,42 @@ KEYS = st.sampled_from(
     "slices sources model layer_range merge_method models modules parameters weight t filter value base_model dtype out_dtype "
     "tokenizer tokenizer_source source tokens kind force pad_to_multiple_of chat_template embedding head seed name lora path x".split()
 )
-WORDS = st.sampled_from(["passthrough", "linear", "slerp", "union", "base", "zero", "model_token", "float16", "a@b+c", "1e-3", ".nan", "*"])
+WORDS = st.sampled_from(
+    [
+        "passthrough",
+        "linear",
+        "slerp",
+        "union",
+        "base",
+        "zero",
+        "model_token",
+        "float16",
+        "a@b+c",
+        "1e-3",
+        ".nan",
+        "*",
+    ]
+)
 documents = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS | st.dates(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=3) | st.integers(), inner, max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | WORDS
+    | st.dates(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(KEYS | st.text(max_size=3) | st.integers(), inner, max_size=5)
+    ),
     max_leaves=20,
 )
 SETTINGS = st.recursive(
     st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.none(),
-    lambda inner: st.lists(inner, max_size=3) | st.fixed_dictionaries({}, optional={"filter": inner, "value": inner, "x": inner}),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.fixed_dictionaries({}, optional={"filter": inner, "value": inner, "x": inner})
+    ),
     max_leaves=8,
 )
 
@@ -310,7 +422,9 @@ def is_a_recipe_or_refused(text: str) -> None:
     try:
         recipes = parse_recipes(text, "r.yaml")
     except FrankenmergeError as error:
-        assert error.faults and all(all(isinstance(part, str) and part.strip() for part in fault) for fault in error.faults)
+        assert error.faults and all(
+            all(isinstance(part, str) and part.strip() for part in fault) for fault in error.faults
+        )
     else:
         for recipe in recipes:
             assert recipe.donors and str(recipe)
@@ -329,7 +443,10 @@ def test_any_text_is_a_recipe_or_refused(text):
     is_a_recipe_or_refused(text)
 
 
-@given(st.dictionaries(st.sampled_from(["weight", "t", "x"]), SETTINGS, max_size=2), st.lists(st.tuples(KEYS, documents), max_size=2))
+@given(
+    st.dictionaries(st.sampled_from(["weight", "t", "x"]), SETTINGS, max_size=2),
+    st.lists(st.tuples(KEYS, documents), max_size=2),
+)
 @settings(max_examples=300, deadline=None)
 def test_any_change_of_a_sound_recipe_is_a_recipe_or_refused(parameters, changes):
     data = yaml.safe_load(GOOD) | {"parameters": parameters}
@@ -391,20 +508,49 @@ def test_sources_of_other_lengths_are_refused():
 @pytest.mark.parametrize("level", ["", "slices[0].", "slices[0].sources[0]."])
 @pytest.mark.parametrize(
     "value",
-    [".nan", ".inf", "-.inf", "word", "null", "[]", "[1, .nan]", "[1, true]", "{filter: a}", "[{filter: a}]", "[{value: .inf}]", "{}",
-     "[{filter: '', value: 1}]", "[{filter: 3, value: 1}]", "[{value: 1, filtre: a}]", "[1, {value: 1}]",
-     "[{value: 1}, {filter: a, value: 2}]",
-     "[{value: [{value: 1}]}]", "[[1]]", "1" + "0" * 400],
+    [
+        ".nan",
+        ".inf",
+        "-.inf",
+        "word",
+        "null",
+        "[]",
+        "[1, .nan]",
+        "[1, true]",
+        "{filter: a}",
+        "[{filter: a}]",
+        "[{value: .inf}]",
+        "{}",
+        "[{filter: '', value: 1}]",
+        "[{filter: 3, value: 1}]",
+        "[{value: 1, filtre: a}]",
+        "[1, {value: 1}]",
+        "[{value: 1}, {filter: a, value: 2}]",
+        "[{value: [{value: 1}]}]",
+        "[[1]]",
+        "1" + "0" * 400,
+    ],
 )
 def test_a_parameter_that_is_no_value_is_refused(level, value):
     data = yaml.safe_load(GOOD)
-    holder = {"": data, "slices[0].": data["slices"][0], "slices[0].sources[0].": data["slices"][0]["sources"][0]}[level]
+    holder = {
+        "": data,
+        "slices[0].": data["slices"][0],
+        "slices[0].sources[0].": data["slices"][0]["sources"][0],
+    }[level]
     holder["parameters"] = {"scale": yaml.safe_load(value), "other": 1}
     assert places(yaml.safe_dump(data)) == {f"r.yaml: {level}parameters.scale"}
 
 
-@pytest.mark.parametrize("name, parts", [("a/b", ("a/b", None, None)), ("a/b@main", ("a/b", "main", None)), ("a+l", ("a", None, "l")),
-                                         ("a/b@v1+c/l@v2", ("a/b", "v1", "c/l@v2"))])
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("a/b", ("a/b", None, None)),
+        ("a/b@main", ("a/b", "main", None)),
+        ("a+l", ("a", None, "l")),
+        ("a/b@v1+c/l@v2", ("a/b", "v1", "c/l@v2")),
+    ],
+)
 def test_a_reference_is_path_revision_and_adapter(name, parts):
     assert reference(name) == parts
 
@@ -422,7 +568,9 @@ def test_a_folder_of_that_very_name_is_a_folder(tmp_path):
 
 def test_a_reference_written_out_is_the_same():
     written = "{model: {path: a/b, revision: v1}, lora: {path: c/l}}"
-    assert sound(f"merge_method: linear\nmodels: [{{model: {written}}}]\nbase_model: {{model: {{path: d}}}}\n").donors == [
+    assert sound(
+        f"merge_method: linear\nmodels: [{{model: {written}}}]\nbase_model: {{model: {{path: d}}}}\n"
+    ).donors == [
         "a/b@v1+c/l",
         "d",
     ]
@@ -447,8 +595,15 @@ def test_stages_are_documents_or_a_list():
 
 def test_faults_of_all_stages_are_told_together():
     with pytest.raises(FrankenmergeError) as caught:
-        parse_recipes(STAGED.replace("linear", "3").replace("models: [{model: one", "model: [{model: one"), "r.yaml")
-    assert [fault.place for fault in caught.value.faults] == ["r.yaml: stage 1: merge_method", "r.yaml: stage 2", "r.yaml: stage 2: model"]
+        parse_recipes(
+            STAGED.replace("linear", "3").replace("models: [{model: one", "model: [{model: one"),
+            "r.yaml",
+        )
+    assert [fault.place for fault in caught.value.faults] == [
+        "r.yaml: stage 1: merge_method",
+        "r.yaml: stage 2",
+        "r.yaml: stage 2: model",
+    ]
 
 
 def test_stages_where_one_recipe_is_wanted_are_refused():
@@ -459,7 +614,9 @@ def test_a_stage_s_name_is_no_path(beside):
     (beside / "recipes" / "one").mkdir()
     (beside / "recipes" / "r.yaml").write_text(STAGED.replace("model: a", "model: first"))
     stages = load_recipes(beside / "recipes" / "r.yaml")
-    assert stages[0].donors == [str(beside / "recipes" / "first"), "b"] and stages[1].donors == ["one"]
+    assert stages[0].donors == [str(beside / "recipes" / "first"), "b"] and stages[1].donors == [
+        "one"
+    ]
 
 
 def test_every_name_of_a_recipe_is_looked_for_beside_it(beside):
@@ -475,10 +632,19 @@ tokenizer: {source: first, tokens: {first: {source: first}, b: {source: {kind: m
     (beside / "recipes" / "r.yaml").write_text(text)
     first, second = str(beside / "recipes" / "first"), str(beside / "recipes" / "org" / "second")
     data = load_recipe(beside / "recipes" / "r.yaml").model_dump(exclude_none=True)
-    assert data["models"][0]["model"] == data["base_model"] == data["embedding"] == data["tokenizer"]["source"] == first
+    assert (
+        data["models"][0]["model"]
+        == data["base_model"]
+        == data["embedding"]
+        == data["tokenizer"]["source"]
+        == first
+    )
     assert (data["final_norm"], data["head"]) == (f"{first}@main", f"{first}+{second}")
     tokens = data["tokenizer"]["tokens"]
-    assert tokens["first"]["source"] == tokens["b"]["source"]["model"] == first and tokens["b"]["source"]["token"] == "first"
+    assert (
+        tokens["first"]["source"] == tokens["b"]["source"]["model"] == first
+        and tokens["b"]["source"]["token"] == "first"
+    )
 
 
 # Files and donors
@@ -522,7 +688,10 @@ def test_relative_donors_are_found_beside_the_recipe(beside):
 
 def test_relative_donors_are_looked_for_in_the_working_directory_first(beside):
     (beside / "work" / "first").mkdir()
-    assert load_recipe(beside / "recipes" / "r.yaml").donors == ["first", str(beside / "recipes" / "org" / "second")]
+    assert load_recipe(beside / "recipes" / "r.yaml").donors == [
+        "first",
+        str(beside / "recipes" / "org" / "second"),
+    ]
 
 
 def test_donors_that_lie_nowhere_keep_their_names(beside):
@@ -532,12 +701,19 @@ def test_donors_that_lie_nowhere_keep_their_names(beside):
 
 
 def test_donors_that_cannot_be_opened_are_told_together(donors, tmp_path):
-    recipe = recipe_of([Block(str(tmp_path / "x"), 0), Block(str(donors["a"]), 0), Block(str(tmp_path / "y"), 0)])
+    recipe = recipe_of(
+        [Block(str(tmp_path / "x"), 0), Block(str(donors["a"]), 0), Block(str(tmp_path / "y"), 0)]
+    )
     with pytest.raises(FrankenmergeError) as caught:
         open_donors(recipe)
-    assert [fault.place for fault in caught.value.faults] == [str(tmp_path / "x"), str(tmp_path / "y")]
+    assert [fault.place for fault in caught.value.faults] == [
+        str(tmp_path / "x"),
+        str(tmp_path / "y"),
+    ]
 
 
 def test_donors_are_opened_under_the_names_the_recipe_gives_them(donors):
     recipe = recipe_of([Block(str(donors["a"]), 0), Block(str(donors["b"]), 0)])
-    assert {name: donor.path for name, donor in open_donors(recipe).items()} == {str(donors[name]): donors[name] for name in "ab"}
+    assert {name: donor.path for name, donor in open_donors(recipe).items()} == {
+        str(donors[name]): donors[name] for name in "ab"
+    }

@@ -22,7 +22,16 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
 @pytest.mark.parametrize(
     "t, expected",
     # Five numbers stand at 0, 1/4, 1/2, 3/4 and 1; by hand between them.
-    [(0, 0), (0.25, 0.5), (0.5, 0.3), (0.75, 0.7), (1, 1), (0.125, 0.25), (0.3, 0.5 - 0.2 * 0.2), (0.9, 0.7 + 0.6 * 0.3)],
+    [
+        (0, 0),
+        (0.25, 0.5),
+        (0.5, 0.3),
+        (0.75, 0.7),
+        (1, 1),
+        (0.125, 0.25),
+        (0.3, 0.5 - 0.2 * 0.2),
+        (0.9, 0.7 + 0.6 * 0.3),
+    ],
 )
 def test_a_gradient_is_interpolated_over_the_depth(t, expected):
     assert evaluate(setting([0, 0.5, 0.3, 0.7, 1]), NAME, t) == pytest.approx(expected, abs=1e-12)
@@ -30,7 +39,9 @@ def test_a_gradient_is_interpolated_over_the_depth(t, expected):
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=6), st.floats(0, 1))
 def test_a_gradient_is_piecewise_linear(numbers, t):
-    expected = np.interp(t, np.linspace(0, 1, len(numbers)), numbers) if len(numbers) > 1 else numbers[0]
+    expected = (
+        np.interp(t, np.linspace(0, 1, len(numbers)), numbers) if len(numbers) > 1 else numbers[0]
+    )
     assert evaluate(setting(numbers), NAME, t) == pytest.approx(expected, abs=1e-9)
 
 
@@ -59,9 +70,14 @@ NONE_FOR_IT = [{"filter": "mlp", "value": 9}]
 def test_the_narrowest_level_that_has_a_value_counts(given_at, filtered_at):
     """Every subset of the four levels; and one level whose filters pass the tensor by counts as if it said nothing."""
     levels: list[dict | None] = [
-        {"weight": value} if given_at >> number & 1 else None for number, value in enumerate((SOURCE, SLICE, MODULE, RECIPE))
+        {"weight": value} if given_at >> number & 1 else None
+        for number, value in enumerate((SOURCE, SLICE, MODULE, RECIPE))
     ]
-    speaking = [value for number, value in enumerate((SOURCE, SLICE, MODULE, RECIPE)) if given_at >> number & 1 and number != filtered_at]
+    speaking = [
+        value
+        for number, value in enumerate((SOURCE, SLICE, MODULE, RECIPE))
+        if given_at >> number & 1 and number != filtered_at
+    ]
     levels[filtered_at] = {"weight": setting(NONE_FOR_IT)}
     assert resolve("weight", levels, NAME, 0.5) == (speaking[0] if speaking else None)
 
@@ -71,6 +87,8 @@ def test_another_parameter_at_a_narrower_level_hides_nothing():
 
 
 def test_values_and_filters_of_a_setting():
-    written = setting([{"filter": "mlp", "value": [1, 2]}, {"filter": "attn", "value": 3}, {"value": 4}])
+    written = setting(
+        [{"filter": "mlp", "value": [1, 2]}, {"filter": "attn", "value": 3}, {"value": 4}]
+    )
     assert list(values(written)) == [1, 2, 3, 4] and filters(written) == ["mlp", "attn"]
     assert list(values(5)) == [5] and filters([1, 2]) == [] == filters(1)

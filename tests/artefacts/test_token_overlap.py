@@ -14,7 +14,10 @@ def test_it_is_the_mean_over_pairs_of_neurons(places, m, n):
     found = token_agreement(a, b)
     assert (found.detail.dtype, found.permuted.dtype, found.matrix.dtype) == (np.float32,) * 3
     for i, j in np.ndindex(places):
-        pairs = [[sum(x == y for x, y in zip(a[i, f], b[j, g], strict=True)) / n for g in range(m)] for f in range(m)]
+        pairs = [
+            [sum(x == y for x, y in zip(a[i, f], b[j, g], strict=True)) / n for g in range(m)]
+            for f in range(m)
+        ]
         same = [pairs[f][f] for f in range(m)]
         others = [pairs[f][g] for f in range(m) for g in range(m) if f != g]
         assert found.detail[i, j].tolist() == pytest.approx(same)

@@ -8,7 +8,11 @@ from conftest import DEMO
 
 
 def files(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -25,7 +29,11 @@ def test_the_demo_s_plan_keeps_its_word_twice_over(demo, tmp_path):
     from frankenmerge.artefacts.atlas import load_atlas
     from frankenmerge.artefacts.recipe import load_recipe
 
-    if missing := [name for name in ("code", "prose") if not (DEMO / "donors" / name / "model.safetensors").is_file()]:
+    if missing := [
+        name
+        for name in ("code", "prose")
+        if not (DEMO / "donors" / name / "model.safetensors").is_file()
+    ]:
         pytest.skip(f"the demo's donors are not there: {', '.join(missing)}")
     code, out, _ = demo("--json")
     told = json.loads(out)
@@ -38,7 +46,9 @@ def test_the_demo_s_plan_keeps_its_word_twice_over(demo, tmp_path):
     donors = [model["bits_per_byte"] for model in told["models"] if model["role"] == "donor"]
     assert len(donors) == 2 and all(0 < bits < 8 for bits in donors)
     recipe = load_recipe(folder / "recipe.yaml")
-    assert told["plan"]["recipe"] == recipe.model_dump(exclude_none=True) and len(recipe.blocks) == 12
+    assert (
+        told["plan"]["recipe"] == recipe.model_dump(exclude_none=True) and len(recipe.blocks) == 12
+    )
     alignment = load_alignment(folder / "code-prose.alignment.safetensors")
     for name, fingerprint in zip(("code", "prose"), alignment.fingerprints, strict=True):
         assert load_atlas(folder / f"{name}.atlas.safetensors").fingerprint == fingerprint
@@ -47,7 +57,8 @@ def test_the_demo_s_plan_keeps_its_word_twice_over(demo, tmp_path):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "<h1>12 blocks of code and prose</h1>" in page and "Where the donors agree" in page
 
-    # Again, in the same folder, this time for a reader: the earlier demo's folder is replaced by the same.
+    # Again, in the same folder, this time for a reader: the earlier demo's folder is replaced by
+    # the same.
     before = files(folder)
     (folder / "merged" / "left-over").touch()
     code, out, _ = demo()

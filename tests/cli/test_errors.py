@@ -23,7 +23,9 @@ def refused(run, tmp_path):
         assert (code, out) == (1, "")
         assert "Traceback" not in err
         assert not told or all(word in err for word in WORDS), err
-        assert [path for path in sorted(tmp_path.rglob("*")) if "cache" not in path.parts] == [p for p in before if "cache" not in p.parts]
+        assert [path for path in sorted(tmp_path.rglob("*")) if "cache" not in path.parts] == [
+            p for p in before if "cache" not in p.parts
+        ]
         return err
 
     return call
@@ -35,7 +37,9 @@ def recipe(tmp_path):
 
     def write(*blocks: tuple[object, int], more: str = "") -> Path:
         path = tmp_path / "recipe.yaml"
-        path.write_text(recipe_of([Block(str(folder), index) for folder, index in blocks]).dump() + more)
+        path.write_text(
+            recipe_of([Block(str(folder), index) for folder, index in blocks]).dump() + more
+        )
         return path
 
     return write
@@ -98,7 +102,9 @@ def test_a_missing_shard(refused, donors, recipe, text, tmp_path, command):
 @pytest.mark.parametrize("command", NAMES)
 def test_a_tensor_of_a_wrong_shape(refused, donors, recipe, text, tmp_path, command):
     name = "model.layers.1.mlp.up_proj.weight"
-    donor = changed(donors["a"], tmp_path / "donor", lambda all: all | {name: np.zeros((25, 16), np.float32)})
+    donor = changed(
+        donors["a"], tmp_path / "donor", lambda all: all | {name: np.zeros((25, 16), np.float32)}
+    )
     err = refused(*commands(donor, recipe((donor, 0)), text, tmp_path)[command])
     assert name in err and "(25, 16)" in err
 
@@ -112,7 +118,9 @@ def test_a_donor_without_a_tokenizer(refused, donors, recipe, text, tmp_path, co
 
 
 def test_a_donor_of_an_unknown_family(refused, donors, tmp_path):
-    donor = changed(donors["a"], tmp_path / "donor", config=lambda config: config | {"model_type": "mamba"})
+    donor = changed(
+        donors["a"], tmp_path / "donor", config=lambda config: config | {"model_type": "mamba"}
+    )
     assert "mamba" in refused("inspect", donors["a"], donor)
 
 
@@ -137,14 +145,18 @@ def test_unknown_keys(refused, donors, recipe, text, tmp_path, command):
 
 @pytest.mark.parametrize("command", ["check", "merge", "evaluate"])
 def test_a_range_past_the_end(refused, donors, recipe, text, tmp_path, command):
-    err = refused(*commands("", recipe((donors["a"], 3), (donors["a"], 4)), text, tmp_path)[command])
+    err = refused(
+        *commands("", recipe((donors["a"], 3), (donors["a"], 4)), text, tmp_path)[command]
+    )
     assert "slices[0].sources[0].layer_range" in err and "[0, 4]" in err and "[3, 5]" in err
 
 
 @pytest.mark.parametrize("command", ["check", "merge", "evaluate"])
 @pytest.mark.parametrize("other, told", [("wide", "hidden_size"), ("g", "family")])
 def test_donors_that_do_not_fit(refused, donors, recipe, text, tmp_path, command, other, told):
-    assert told in refused(*commands("", recipe((donors["a"], 0), (donors[other], 1)), text, tmp_path)[command])
+    assert told in refused(
+        *commands("", recipe((donors["a"], 0), (donors[other], 1)), text, tmp_path)[command]
+    )
 
 
 @pytest.mark.parametrize("command", ["check", "merge", "evaluate"])
@@ -187,7 +199,11 @@ def test_an_output_inside_a_donor(refused, donors, recipe, tmp_path):
 def test_an_output_below_a_file(refused, donors, alignment, tmp_path, command):
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "x.safetensors"
-    arguments = {"analyze": [donors["a"]], "align": [donors["a"], donors["b"]], "plan": [alignment]}[command]
+    arguments = {
+        "analyze": [donors["a"]],
+        "align": [donors["a"], donors["b"]],
+        "plan": [alignment],
+    }[command]
     assert str(output) in refused(command, *arguments, "-o", output)
 
 
@@ -223,23 +239,33 @@ def test_a_file_that_is_no_alignment(refused, run, donors, alignment, tmp_path, 
     ],
 )
 def test_a_depth_that_no_recipe_has(refused, alignment, tmp_path, options):
-    assert f"depth {options[1]}" in refused("plan", alignment, "-o", tmp_path / "recipe.yaml", *options)
+    assert f"depth {options[1]}" in refused(
+        "plan", alignment, "-o", tmp_path / "recipe.yaml", *options
+    )
 
 
 def test_donors_of_other_vocabularies_are_not_aligned(refused, donors, tmp_path):
     other = write_donor(tmp_path / "other", vocab_size=60)
-    assert "vocabulary" in refused("align", donors["a"], other, "-o", tmp_path / "x.alignment.safetensors")
+    assert "vocabulary" in refused(
+        "align", donors["a"], other, "-o", tmp_path / "x.alignment.safetensors"
+    )
 
 
 def test_a_context_that_a_donor_lacks(refused, donors, tmp_path):
-    other = changed(donors["a"], tmp_path / "other", config=lambda config: config | {"bos_token_id": None})
-    assert "'bos'" in refused("align", donors["a"], other, "--bos", "-o", tmp_path / "x.alignment.safetensors")
+    other = changed(
+        donors["a"], tmp_path / "other", config=lambda config: config | {"bos_token_id": None}
+    )
+    assert "'bos'" in refused(
+        "align", donors["a"], other, "--bos", "-o", tmp_path / "x.alignment.safetensors"
+    )
 
 
 # Texts
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\xfa"], ids=["absent", "empty", "no text"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\xff\xfe\xfa"], ids=["absent", "empty", "no text"]
+)
 def test_a_text_that_is_none(refused, donors, tmp_path, content):
     path = tmp_path / "held-out.txt"
     if content is not None:
@@ -250,9 +276,13 @@ def test_a_text_that_is_none(refused, donors, tmp_path, content):
 # Usage
 
 
-@pytest.mark.parametrize("size", ["", "x", "0", "-5GB", "5 PB", "GB", "1e3", "0.1B", "nan", "9" * 400])
+@pytest.mark.parametrize(
+    "size", ["", "x", "0", "-5GB", "5 PB", "GB", "1e3", "0.1B", "nan", "9" * 400]
+)
 def test_a_shard_size_that_is_none(refused, donors, recipe, tmp_path, size):
-    assert "--shard-size" in refused("merge", recipe((donors["a"], 0)), tmp_path / "out", "--shard-size", size, told=False)
+    assert "--shard-size" in refused(
+        "merge", recipe((donors["a"], 0)), tmp_path / "out", "--shard-size", size, told=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -282,26 +312,49 @@ def test_a_command_that_is_none(refused, tmp_path, monkeypatch, arguments, told)
 @pytest.mark.parametrize("command", ["analyze", "align", "evaluate"])
 def test_a_device_that_is_not_there(refused, donors, text, tmp_path, command, device):
     assert device in refused(
-        *commands(donors["a"], Path(), text, tmp_path)[command.replace("evaluate", "evaluate a donor")], "--device", device
+        *commands(donors["a"], Path(), text, tmp_path)[
+            command.replace("evaluate", "evaluate a donor")
+        ],
+        "--device",
+        device,
     )
 
 
 def test_errors_are_told_on_standard_error_where_json_was_asked_for(refused, tmp_path):
-    for arguments in (["inspect", tmp_path / "x"], ["check", tmp_path / "x.yaml"], ["merge", tmp_path / "x.yaml", tmp_path / "out"]):
+    for arguments in (
+        ["inspect", tmp_path / "x"],
+        ["check", tmp_path / "x.yaml"],
+        ["merge", tmp_path / "x.yaml", tmp_path / "out"],
+    ):
         refused(*arguments, "--json")
 
 
 def test_a_config_of_odd_values_is_told_by_inspect_and_does_not_end_it(run, donors, tmp_path):
-    odd = changed(donors["a"], tmp_path / "odd", config=lambda config: config | {"rms_norm_eps": None, "novelty": [1]})
+    odd = changed(
+        donors["a"],
+        tmp_path / "odd",
+        config=lambda config: config | {"rms_norm_eps": None, "novelty": [1]},
+    )
     code, out, _ = run("inspect", odd, donors["a"], "--json")
     assert code == 0 and json.loads(out)["spliceable"]
 
 
 @pytest.mark.parametrize(
-    "change", [{"rope_parameters": "x"}, {"rope_theta": "x"}, {"rope_scaling": [1]}, {"layer_types": "x"}, {"hidden_act": [1]}]
+    "change",
+    [
+        {"rope_parameters": "x"},
+        {"rope_theta": "x"},
+        {"rope_scaling": [1]},
+        {"layer_types": "x"},
+        {"hidden_act": [1]},
+    ],
 )
 def test_a_config_of_impossible_values_ends_inspect_with_a_message(run, donors, tmp_path, change):
-    odd = changed(donors["a"], tmp_path / "odd", config=lambda config: config | {"rope_parameters": None} | change)
+    odd = changed(
+        donors["a"],
+        tmp_path / "odd",
+        config=lambda config: config | {"rope_parameters": None} | change,
+    )
     code, _, err = run("inspect", odd, donors["a"])
     assert code in (0, 1) and "Traceback" not in err
     assert code == 0 or all(word in err for word in WORDS)

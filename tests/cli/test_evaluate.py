@@ -7,7 +7,15 @@ from conftest import DEMO
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 
-FIGURES = {"bits_per_byte", "perplexity", "nats_per_token", "accuracy", "tokens", "bytes", "intervals"}
+FIGURES = {
+    "bits_per_byte",
+    "perplexity",
+    "nats_per_token",
+    "accuracy",
+    "tokens",
+    "bytes",
+    "intervals",
+}
 
 
 @pytest.fixture
@@ -15,7 +23,14 @@ def splice(tmp_path):
     """A recipe of the demo's donors, and a short text of each kind."""
     code, prose = (str(DEMO / "donors" / name) for name in ("code", "prose"))
     path = tmp_path / "splice.yaml"
-    path.write_text(recipe_of([*(Block(code, index) for index in range(5)), *(Block(prose, index) for index in (5, 6, 7))]).dump())
+    path.write_text(
+        recipe_of(
+            [
+                *(Block(code, index) for index in range(5)),
+                *(Block(prose, index) for index in (5, 6, 7)),
+            ]
+        ).dump()
+    )
     texts = []
     for name in ("code", "prose"):
         texts.append(tmp_path / f"{name}.txt")
@@ -28,7 +43,18 @@ def test_everything_at_once(splice, run, tmp_path):
     words, output = tmp_path / "words", tmp_path / "splice.evaluation.json"
     words.write_text("the\nself\n")
     asked = [
-        *("--text", texts[0], "--text", texts[1], "--samples", 1, "--prompt", "This module provides", "--words", words),
+        *(
+            "--text",
+            texts[0],
+            "--text",
+            texts[1],
+            "--samples",
+            1,
+            "--prompt",
+            "This module provides",
+            "--words",
+            words,
+        ),
         *("--seams", "--retention", "--compare", 5, "--seed", 3),
     ]
     code, out, err = run("evaluate", path, *asked, "--json", "-o", output)
@@ -36,7 +62,11 @@ def test_everything_at_once(splice, run, tmp_path):
     told = json.loads(out)
     assert json.loads(output.read_text()) == told and told["kind"] == "frankenmerge.evaluation/1"
     names = [str(path), *donors]
-    assert [(model["name"], model["role"]) for model in told["models"]] == [(names[0], "recipe"), (names[1], "donor"), (names[2], "donor")]
+    assert [(model["name"], model["role"]) for model in told["models"]] == [
+        (names[0], "recipe"),
+        (names[1], "donor"),
+        (names[2], "donor"),
+    ]
     for model in told["models"]:
         assert model.keys() >= FIGURES and list(model["texts"]) == [str(text) for text in texts]
         for entry in (model, *model["texts"].values()):
@@ -44,39 +74,81 @@ def test_everything_at_once(splice, run, tmp_path):
             for figure, (low, high) in entry["intervals"].items():
                 assert low < entry[figure] < high
         assert 0 <= model["invalid_words"] <= 1 and 0 <= model["repetition"] <= 1
-        assert [sample["prompt"] for sample in model["samples"]][0] == "This module provides" and len(model["samples"]) == 2
-        assert all(sample["text"] and isinstance(sample["invalid"], list) for sample in model["samples"])
-    assert [(entry["model"], entry["donor"]) for entry in told["differences"]] == [(names[0], donor) for donor in names[1:]]
+        assert [sample["prompt"] for sample in model["samples"]][
+            0
+        ] == "This module provides" and len(model["samples"]) == 2
+        assert all(
+            sample["text"] and isinstance(sample["invalid"], list) for sample in model["samples"]
+        )
+    assert [(entry["model"], entry["donor"]) for entry in told["differences"]] == [
+        (names[0], donor) for donor in names[1:]
+    ]
     for entry, donor in zip(told["differences"], told["models"][1:], strict=True):
-        assert entry["bits_per_byte"] == pytest.approx(told["models"][0]["bits_per_byte"] - donor["bits_per_byte"])
+        assert entry["bits_per_byte"] == pytest.approx(
+            told["models"][0]["bits_per_byte"] - donor["bits_per_byte"]
+        )
         assert entry["interval"][0] < entry["bits_per_byte"] < entry["interval"][1]
         # Paired: surer than either figure by itself.
         low, high = donor["intervals"]["bits_per_byte"]
         assert entry["interval"][1] - entry["interval"][0] < (high - low) / 2
     (seams,) = told["seams"]
-    assert seams["model"] == names[0] and [block["block"] for block in seams["blocks"]] == list(range(1, 9))
+    assert seams["model"] == names[0] and [block["block"] for block in seams["blocks"]] == list(
+        range(1, 9)
+    )
     assert [block["block"] for block in seams["blocks"] if block["seam"]] == [6]
     assert [entry["donor"] for entry in told["retention"]] == list(donors)
-    assert told["retention"][0]["kept"] == 1 > told["retention"][1]["kept"] > told["retention"][1]["chance"]
+    assert (
+        told["retention"][0]["kept"]
+        == 1
+        > told["retention"][1]["kept"]
+        > told["retention"][1]["chance"]
+    )
     assert told["comparison"]["passed"] is True and told["tasks"] == []
     made_by = told["provenance"]
-    assert made_by["seed"] == 3 and made_by["arguments"]["models"] == [names[0]] and made_by["arguments"]["threshold"] == 5
+    assert (
+        made_by["seed"] == 3
+        and made_by["arguments"]["models"] == [names[0]]
+        and made_by["arguments"]["threshold"] == 5
+    )
     assert set(made_by["models"]) == set(donors) and set(made_by["recipes"]) == {names[0]}
     assert set(made_by["versions"]) == {"frankenmerge", "torch", "transformers", "python"}
 
-    assert run("evaluate", path, *asked, "--json")[1] == out.replace(json.dumps(str(output)), "null")
+    assert run("evaluate", path, *asked, "--json")[1] == out.replace(
+        json.dumps(str(output)), "null"
+    )
 
 
 def test_tables_fit_eighty_columns(splice, run, tmp_path):
     path, texts, _ = splice
     third = tmp_path / "a-rather-long-name-of-a-text.txt"
     third.write_text(texts[0].read_text()[:600])
-    asked = ["--text", texts[0], "--text", texts[1], "--text", third, "--samples", 1, "--seams", "--retention", "--compare", 5]
+    asked = [
+        "--text",
+        texts[0],
+        "--text",
+        texts[1],
+        "--text",
+        third,
+        "--samples",
+        1,
+        "--seams",
+        "--retention",
+        "--compare",
+        5,
+    ]
     code, out, err = run("evaluate", path, *asked)
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert max(map(len, lines)) <= 80
-    for told in ("On text", "Further figures", "Beside each donor", "behind each block", "features kept", "Behind '", "not worse"):
+    for told in (
+        "On text",
+        "Further figures",
+        "Beside each donor",
+        "behind each block",
+        "features kept",
+        "Behind '",
+        "not worse",
+    ):
         assert told in out
 
 
@@ -84,8 +156,19 @@ def test_a_model_alone_is_measured_and_nothing_else(run, donors, text):
     code, out, _ = run("evaluate", donors["a"], "--text", text, "--json")
     told = json.loads(out)
     (model,) = told["models"]
-    assert code == 0 and model["invalid_words"] is None and model["repetition"] is None and model["samples"] == []
-    assert [told[key] for key in ("differences", "seams", "retention", "tasks", "comparison")] == [[], [], [], [], None]
+    assert (
+        code == 0
+        and model["invalid_words"] is None
+        and model["repetition"] is None
+        and model["samples"] == []
+    )
+    assert [told[key] for key in ("differences", "seams", "retention", "tasks", "comparison")] == [
+        [],
+        [],
+        [],
+        [],
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -113,20 +196,41 @@ def test_a_threshold_is_a_number(splice, run, bits):
 
 @pytest.mark.parametrize("place", ["below a file", "a folder"])
 @pytest.mark.parametrize("command", ["evaluate", "analyze", "align", "report"])
-def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(splice, run, tmp_path, monkeypatch, command, place):
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
+    splice, run, tmp_path, monkeypatch, command, place
+):
     path, (text, _), donors = splice
 
     def opened(*_args, **_options):
         raise AssertionError("work began")
 
-    for stage in ("evaluation.compare.open_donor", "reporting.run.read_run", "artefacts.recipe.open_donor"):  # imported unpatched
+    for stage in (
+        "evaluation.compare.open_donor",
+        "reporting.run.read_run",
+        "artefacts.recipe.open_donor",
+    ):  # imported unpatched
         monkeypatch.setattr(f"frankenmerge.{stage}", opened)
-    words = {"evaluate": [path, "--text", text], "analyze": donors[:1], "align": donors, "report": [tmp_path]}[command]
+    words = {
+        "evaluate": [path, "--text", text],
+        "analyze": donors[:1],
+        "align": donors,
+        "report": [tmp_path],
+    }[command]
     output = tmp_path if place == "a folder" else text / "sub" / "x"
     code, out, err = run(command, *words, "-o", output)
     assert (code, out) == (1, "") and str(output) in err and "a file that may be written" in err
 
 
 def test_a_file_s_folder_need_not_be_there_yet(donors, text, run, tmp_path):
-    code, _, _ = run("evaluate", donors["a"], "--text", text, "-o", tmp_path / "new" / "folder" / "a.evaluation.json")
-    assert code == 0 and json.loads((tmp_path / "new" / "folder" / "a.evaluation.json").read_text())["models"]
+    code, _, _ = run(
+        "evaluate",
+        donors["a"],
+        "--text",
+        text,
+        "-o",
+        tmp_path / "new" / "folder" / "a.evaluation.json",
+    )
+    assert (
+        code == 0
+        and json.loads((tmp_path / "new" / "folder" / "a.evaluation.json").read_text())["models"]
+    )

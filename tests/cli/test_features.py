@@ -31,7 +31,9 @@ def told(run, *arguments) -> dict:
 
 
 def by_feature(run, *arguments) -> dict[tuple[int, str], list[int]]:
-    return {(row["block"], row["feature"]): row["tokens"] for row in told(run, *arguments)["features"]}
+    return {
+        (row["block"], row["feature"]): row["tokens"] for row in told(run, *arguments)["features"]
+    }
 
 
 def refused(run, *arguments) -> str:
@@ -50,20 +52,38 @@ def rows(run, *arguments) -> dict[tuple[int, int], list[int]]:
 def test_complete_shows_the_best_tokens(donors, run, name):
     top = complete_search(load_model(open_checkpoint(str(donors[name]))), k=3)
     found = rows(run, donors[name], "--layers", "1,3-4", "--neurons", "0,5", "--tokens", 3)
-    assert found == {(layer, neuron): top.tokens[layer, neuron].tolist() for layer in (1, 3, 4) for neuron in (0, 5)}
+    assert found == {
+        (layer, neuron): top.tokens[layer, neuron].tolist()
+        for layer in (1, 3, 4)
+        for neuron in (0, 5)
+    }
 
 
 def test_complete_behind_bos_at_the_attention_isolated_and_bottom(donors, run):
     model = load_model(open_checkpoint(str(donors["a"])))
     top = complete_search(model, k=2, prefix=(0,), site="attention", isolated=True, bottom=True)
-    found = rows(run, donors["a"], "--layers", "4", "--tokens", 2, "--bos", "--site", "attention", "--isolated", "--bottom")
+    found = rows(
+        run,
+        donors["a"],
+        "--layers",
+        "4",
+        "--tokens",
+        2,
+        "--bos",
+        "--site",
+        "attention",
+        "--isolated",
+        "--bottom",
+    )
     assert found == {(4, neuron): top.tokens[4, neuron].tolist() for neuron in range(4)}
 
 
 def test_greedy_begins_with_the_best_token(donors, run):
     greedy = rows(run, donors["a"], "--method", "greedy", "--layers", "2", "--tokens", 3)
     complete = rows(run, donors["a"], "--layers", "2", "--tokens", 1)
-    assert {key: tokens[0] for key, tokens in greedy.items()} == {key: tokens[0] for key, tokens in complete.items()}
+    assert {key: tokens[0] for key, tokens in greedy.items()} == {
+        key: tokens[0] for key, tokens in complete.items()
+    }
     assert all(len(tokens) == 3 for tokens in greedy.values())
 
 
@@ -72,19 +92,31 @@ def test_the_untrained_control_searches_the_seeds_random_weights(donors, run):
     top = complete_search(untrained_model(checkpoint, 7), k=4)
     found = rows(run, donors["a"], "--untrained", 7, "--layers", "3")
     assert found == {(3, neuron): top.tokens[3, neuron].tolist() for neuron in range(4)}
-    assert found != rows(run, donors["a"], "--untrained", 8, "--layers", "3") != rows(run, donors["a"], "--layers", "3")
+    assert (
+        found
+        != rows(run, donors["a"], "--untrained", 8, "--layers", "3")
+        != rows(run, donors["a"], "--layers", "3")
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_prints_a_table_of_80_columns(donors, run, method):
-    code, out, _ = run("features", donors["a"], "--method", method, "--layers", "1", "--neurons", "0-1")
+    code, out, _ = run(
+        "features", donors["a"], "--method", method, "--layers", "1", "--neurons", "0-1"
+    )
     assert code == 0 and "[:, :, 1]" in out and method in out
     assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
     "options",
-    [("--layers", "9"), ("--neurons", "0-99"), ("--layers", "x"), ("--neurons", "3-1"), ("--method", "guess")],
+    [
+        ("--layers", "9"),
+        ("--neurons", "0-99"),
+        ("--layers", "x"),
+        ("--neurons", "3-1"),
+        ("--method", "guess"),
+    ],
 )
 def test_what_the_donor_does_not_have_is_a_mistake(donors, run, options):
     code, out, err = run("features", donors["a"], *options)
@@ -96,29 +128,77 @@ def test_what_the_donor_does_not_have_is_a_mistake(donors, run, options):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_notation_and_its_short_form_find_the_same(donors, run, method):
-    short = told(run, donors["a"], "--method", method, "--layers", "1,3", "--neurons", "2-4", "--tokens", 2)
-    long = told(run, donors["a"], "--method", method, "--layers", "1,3", "--features", "[:, :, 2-4]", "--tokens", 2)
+    short = told(
+        run, donors["a"], "--method", method, "--layers", "1,3", "--neurons", "2-4", "--tokens", 2
+    )
+    long = told(
+        run,
+        donors["a"],
+        "--method",
+        method,
+        "--layers",
+        "1,3",
+        "--features",
+        "[:, :, 2-4]",
+        "--tokens",
+        2,
+    )
     assert short == long
-    assert [(row["block"], row["neuron"]) for row in long["features"]] == [(block, neuron) for block in (1, 3) for neuron in (2, 3, 4)]
+    assert [(row["block"], row["neuron"]) for row in long["features"]] == [
+        (block, neuron) for block in (1, 3) for neuron in (2, 3, 4)
+    ]
 
 
 def test_ranges_of_positions_and_neurons_reach_the_gradient_and_prior_searches(donors, run):
     model = loaded(donors["a"])
     for method, search in (("gradient", gradient_search), ("softmax-prior", prior_search)):
-        features = [Feature(block, range(3, 7), range(t, t + 1)) for block in (1, 4) for t in (0, 1)]
+        features = [
+            Feature(block, range(3, 7), range(t, t + 1)) for block in (1, 4) for t in (0, 1)
+        ]
         expected = search(model, features, tokens=3).tokens.tolist()
-        found = by_feature(run, donors["a"], "--method", method, "--layers", "1,4", "--features", "[:, 0-1, 3:7]", "--tokens", 3)
-        assert found == {(f.block, f"[:, {f.positions.start}, 3:7]"): row for f, row in zip(features, expected, strict=True)}
-    rows = told(run, donors["a"], "--method", "gradient", "--layers", "1", "--features", "[:, :, 0:2]", "--steps", 1)["features"]
+        found = by_feature(
+            run,
+            donors["a"],
+            "--method",
+            method,
+            "--layers",
+            "1,4",
+            "--features",
+            "[:, 0-1, 3:7]",
+            "--tokens",
+            3,
+        )
+        assert found == {
+            (f.block, f"[:, {f.positions.start}, 3:7]"): row
+            for f, row in zip(features, expected, strict=True)
+        }
+    rows = told(
+        run,
+        donors["a"],
+        "--method",
+        "gradient",
+        "--layers",
+        "1",
+        "--features",
+        "[:, :, 0:2]",
+        "--steps",
+        1,
+    )["features"]
     assert [row["neuron"] for row in rows] == [None]
 
 
 def test_other_options_reach_the_gradient_and_prior_searches(donors, run):
     model, features = loaded(donors["a"]), [Feature.of(2, neuron) for neuron in range(4)]
-    gradient = gradient_search(model, features, tokens=2, steps=7, target=30.0, optimizer="adam").tokens.tolist()
+    gradient = gradient_search(
+        model, features, tokens=2, steps=7, target=30.0, optimizer="adam"
+    ).tokens.tolist()
     options = ("--layers", 2, "--tokens", 2, "--steps", 7, "--target", 30)
     found = rows(run, donors["a"], "--method", "gradient", *options, "--optimizer", "adam")
-    assert list(found.values()) == gradient != gradient_search(model, features, tokens=2).tokens.tolist()
+    assert (
+        list(found.values())
+        == gradient
+        != gradient_search(model, features, tokens=2).tokens.tolist()
+    )
     prior = prior_search(model, features, tokens=2, steps=7, target=30.0).tokens.tolist()
     assert list(rows(run, donors["a"], "--method", "softmax-prior", *options).values()) == prior
 
@@ -127,19 +207,28 @@ def test_beam_and_positions_reach_the_greedy_search(donors, run):
     model, features = loaded(donors["g"]), [Feature.of(4, neuron) for neuron in range(16)]
     expected = greedy_search(model, features, n=3, beam=4, positions="all").tokens.tolist()
     options = ("--method", "greedy", "--layers", 4, "--neurons", "0-15", "--tokens", 3)
-    assert list(rows(run, donors["g"], *options, "--beam", 4, "--positions", "all").values()) == expected
+    assert (
+        list(rows(run, donors["g"], *options, "--beam", 4, "--positions", "all").values())
+        == expected
+    )
     assert list(rows(run, donors["g"], *options).values()) != expected
 
 
 @pytest.mark.parametrize("method", ["complete", "greedy"])
-@pytest.mark.parametrize(("notation", "found"), [("[:, :, 0:2]", "several neurons"), ("[:, 1, 3]", "chosen positions")])
-def test_what_a_search_of_single_neurons_cannot_mean_is_refused_with_the_reason(donors, run, method, notation, found):
+@pytest.mark.parametrize(
+    ("notation", "found"), [("[:, :, 0:2]", "several neurons"), ("[:, 1, 3]", "chosen positions")]
+)
+def test_what_a_search_of_single_neurons_cannot_mean_is_refused_with_the_reason(
+    donors, run, method, notation, found
+):
     err = refused(run, donors["a"], "--method", method, "--layers", "1", "--features", notation)
     assert found in err and "use gradient or softmax-prior" in err and notation in err
 
 
 def test_positions_beyond_the_input_are_a_mistake(donors, run):
-    assert "within 0 to 2" in refused(run, donors["a"], "--method", "gradient", "--features", "[:, 3, 0]", "--tokens", 3)
+    assert "within 0 to 2" in refused(
+        run, donors["a"], "--method", "gradient", "--features", "[:, 3, 0]", "--tokens", 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,7 +277,9 @@ def test_masked_tokens_are_not_shown_and_the_others_keep_their_order(tmp_path, r
         embedding[[9, 30]] = embedding[5]
         return tensors | {"model.embed_tokens.weight": embedding}
 
-    donor = changed(write_donor(tmp_path / "plain", seed=31, vocab_size=50), tmp_path / "donor", doubled)
+    donor = changed(
+        write_donor(tmp_path / "plain", seed=31, vocab_size=50), tmp_path / "donor", doubled
+    )
     masked = [0, 5, 9, 30, 48, 49]
     found = told(run, donor, "--mask-special", "--layers", "2", "--tokens", 44)
     assert found["masked_tokens"] == masked
@@ -200,14 +291,33 @@ def test_masked_tokens_are_not_shown_and_the_others_keep_their_order(tmp_path, r
 
 def pairs(tokens, i, j):
     """Of every feature in one block with every one in another, the share of positions with the same token."""
-    return np.array([[np.mean([x == y for x, y in zip(one, other, strict=True)]) for other in tokens[j]] for one in tokens[i]])
+    return np.array(
+        [
+            [np.mean([x == y for x, y in zip(one, other, strict=True)]) for other in tokens[j]]
+            for one in tokens[i]
+        ]
+    )
 
 
 @pytest.mark.parametrize("untrained", [(), ("--untrained", "3")])
 @pytest.mark.parametrize("method", METHODS)
 def test_agreement_between_blocks_stands_beside_permuted_features(donors, run, method, untrained):
-    found = told(run, donors["a"], "--method", method, "--layers", "1,2,4", "--neurons", "0-7", "--tokens", 3, *untrained)
-    shown = [[row["tokens"] for row in found["features"] if row["block"] == block] for block in (1, 2, 4)]
+    found = told(
+        run,
+        donors["a"],
+        "--method",
+        method,
+        "--layers",
+        "1,2,4",
+        "--neurons",
+        "0-7",
+        "--tokens",
+        3,
+        *untrained,
+    )
+    shown = [
+        [row["tokens"] for row in found["features"] if row["block"] == block] for block in (1, 2, 4)
+    ]
     tokens = [[own[:1] if method == "complete" else own for own in block] for block in shown]
     agreement = found["agreement"]
     assert agreement["blocks"] == [1, 2, 4]
@@ -222,13 +332,18 @@ def test_the_printed_agreement_is_above_the_diagonal_and_chance_below(donors, ru
     agreement = told(run, *options)["agreement"]
     _, out, _ = run("features", *options)
     table = out[out.index("Same tokens in two blocks") :].splitlines()
-    first, second = ([cell.strip() for cell in line.split("│")[1:-1]] for line in table if line.startswith("│"))
+    first, second = (
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in table if line.startswith("│")
+    )
     assert first == ["1", "", f"{agreement['same_tokens'][0][1]:.2f}"]
     assert second == ["2", f"{agreement['permuted'][1][0]:.2f}", ""]
 
 
 def test_a_single_feature_has_no_null_and_a_single_block_no_agreement(donors, run):
-    assert told(run, donors["a"], "--layers", "1,2", "--neurons", "5")["agreement"]["permuted"] == [[None, None], [None, None]]
+    assert told(run, donors["a"], "--layers", "1,2", "--neurons", "5")["agreement"]["permuted"] == [
+        [None, None],
+        [None, None],
+    ]
     assert "Same tokens" not in run("features", donors["a"], "--layers", "1")[1]
 
 
@@ -239,7 +354,20 @@ def test_a_single_feature_has_no_null_and_a_single_block_no_agreement(donors, ru
 @pytest.mark.parametrize("name", ["a", "g"])
 def test_inversion_tells_what_it_recovers_beside_chance(donors, run, name, distance):
     text = "the quick fox"
-    found = told(run, donors[name], "--method", "inversion", "--input", text, "--layers", "0,2", "--distance", distance, "--steps", 150)
+    found = told(
+        run,
+        donors[name],
+        "--method",
+        "inversion",
+        "--input",
+        text,
+        "--layers",
+        "0,2",
+        "--distance",
+        distance,
+        "--steps",
+        150,
+    )
     true = [LETTERS.index(letter) for letter in text]
     assert found["input"] == {"tokens": true, "texts": list(text)}
     assert found["chance"] == 1 / 48
@@ -247,7 +375,9 @@ def test_inversion_tells_what_it_recovers_beside_chance(donors, run, name, dista
     for row, block in zip(found["recovered"], (0, 2), strict=True):
         outputs = outputs_of(model, torch.tensor([true]), block)
         assert row["block"] == block
-        assert [row["tokens"]] == invert(model, outputs, block, loss=distance, steps=150).tokens.tolist()
+        assert [row["tokens"]] == invert(
+            model, outputs, block, loss=distance, steps=150
+        ).tokens.tolist()
         same = [[x == y for y in true] for x in row["tokens"]]
         count = len(true)
         assert row["recall"] == pytest.approx(sum(same[i][i] for i in range(count)) / count)
@@ -257,16 +387,44 @@ def test_inversion_tells_what_it_recovers_beside_chance(donors, run, name, dista
 
 
 def test_inversion_of_random_weights_is_its_control(donors, run):
-    found = told(run, donors["a"], "--method", "inversion", "--input", "lazy fox", "--layers", "4", "--steps", 3, "--untrained", 7)
+    found = told(
+        run,
+        donors["a"],
+        "--method",
+        "inversion",
+        "--input",
+        "lazy fox",
+        "--layers",
+        "4",
+        "--steps",
+        3,
+        "--untrained",
+        7,
+    )
     true = torch.tensor([[LETTERS.index(letter) for letter in "lazy fox"]])
     model = untrained_model(open_checkpoint(str(donors["a"])), 7)
-    assert [found["recovered"][0]["tokens"]] == invert(model, outputs_of(model, true, 4), 4, steps=3).tokens.tolist()
+    assert [found["recovered"][0]["tokens"]] == invert(
+        model, outputs_of(model, true, 4), 4, steps=3
+    ).tokens.tolist()
     trained = loaded(donors["a"])
-    assert [found["recovered"][0]["tokens"]] != invert(trained, outputs_of(trained, true, 4), 4, steps=3).tokens.tolist()
+    assert [found["recovered"][0]["tokens"]] != invert(
+        trained, outputs_of(trained, true, 4), 4, steps=3
+    ).tokens.tolist()
 
 
 def test_inversion_prints_a_table(donors, run):
-    code, out, _ = run("features", donors["a"], "--method", "inversion", "--input", "fox", "--layers", "0,1", "--steps", 50)
+    code, out, _ = run(
+        "features",
+        donors["a"],
+        "--method",
+        "inversion",
+        "--input",
+        "fox",
+        "--layers",
+        "0,1",
+        "--steps",
+        50,
+    )
     assert code == 0 and "recall" in out and "permuted" in out and "one time in 48" in out
     assert max(map(len, out.splitlines())) <= 80
 
@@ -292,7 +450,10 @@ def test_random_weights_on_a_device_that_is_not_there_are_a_mistake(donors, run)
 
 def test_random_weights_in_half_precision_are_those_of_the_seed_rounded(donors, run):
     checkpoint = open_checkpoint(str(donors["a"]))
-    whole, half = untrained_model(checkpoint, 5), load_model(checkpoint, untrained=5, dtype="bfloat16", device="auto")
+    whole, half = (
+        untrained_model(checkpoint, 5),
+        load_model(checkpoint, untrained=5, dtype="bfloat16", device="auto"),
+    )
     for parameter, rounded in zip(whole.parameters(), half.parameters(), strict=True):
         assert torch.equal(parameter.bfloat16(), rounded)
     top = complete_search(half, k=4)

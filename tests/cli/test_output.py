@@ -29,7 +29,12 @@ for arguments in json.loads(sys.argv[1]):
 def alone(*commands: list, heavy: tuple[str, ...] = HEAVY) -> list:
     """Run commands in a process of their own: for each, (exit code, heavy modules imported by then)."""
     lines = json.dumps([[str(argument) for argument in command] for command in commands])
-    done = subprocess.run([sys.executable, "-c", ALONE, lines, json.dumps(heavy)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, lines, json.dumps(heavy)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
 
 
@@ -65,8 +70,22 @@ def alignment(told, donors, tmp_path) -> Path:
 
 
 def test_help_imports_nothing_heavy():
-    commands = ["inspect", "analyze", "align", "plan", "check", "merge", "widen", "evaluate", "report", "demo"]
-    assert alone(["--help"], ["--version"], *([command, "--help"] for command in commands)) == [[0, []]] * 12
+    commands = [
+        "inspect",
+        "analyze",
+        "align",
+        "plan",
+        "check",
+        "merge",
+        "widen",
+        "evaluate",
+        "report",
+        "demo",
+    ]
+    assert (
+        alone(["--help"], ["--version"], *([command, "--help"] for command in commands))
+        == [[0, []]] * 12
+    )
 
 
 def test_commands_that_run_no_model_import_nothing_heavy(donors, recipe, alignment, tmp_path):
@@ -94,9 +113,19 @@ def on_terminal(*arguments: object, **environment: str) -> tuple[str, str]:
     """Run a command whose standard error, with ALL its output too, is a terminal: (standard output, what the terminal got)."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "frankenmerge", *map(str, arguments)]
-    environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm-256color"} | environment
-    done = subprocess.run(command, stdout=theirs if "ALL" in environment else subprocess.PIPE, stderr=theirs, text=True, check=True,
-                          env=environment)
+    environment = (
+        {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+        | {"TERM": "xterm-256color"}
+        | environment
+    )
+    done = subprocess.run(
+        command,
+        stdout=theirs if "ALL" in environment else subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+        check=True,
+        env=environment,
+    )
     os.close(theirs)
     told = b""
     try:
@@ -110,19 +139,28 @@ def on_terminal(*arguments: object, **environment: str) -> tuple[str, str]:
 
 
 def test_quiet_shows_results_and_no_progress(recipe, text):
-    (loud, progress), (quiet, nothing) = (on_terminal("evaluate", recipe, "--text", text, *more) for more in ((), ("--quiet",)))
+    (loud, progress), (quiet, nothing) = (
+        on_terminal("evaluate", recipe, "--text", text, *more) for more in ((), ("--quiet",))
+    )
     assert loud == quiet and "bits/byte" in quiet
     assert "1 of 3: " in progress and nothing == ""
 
 
 def test_no_color_is_honoured(donors):
-    coloured, plain = (on_terminal("inspect", donors["a"], donors["b"], ALL="1", **more)[1] for more in ({}, {"NO_COLOR": "1"}))
+    coloured, plain = (
+        on_terminal("inspect", donors["a"], donors["b"], ALL="1", **more)[1]
+        for more in ({}, {"NO_COLOR": "1"})
+    )
     green = "\x1b[1;32mThese can be spliced."
     assert green in coloured and green not in plain and "These can be spliced." in plain
 
 
 def test_shells_complete_the_commands(run, monkeypatch):
-    for name, value in (("_FRANKENMERGE_COMPLETE", "bash_complete"), ("COMP_WORDS", "frankenmerge re"), ("COMP_CWORD", "1")):
+    for name, value in (
+        ("_FRANKENMERGE_COMPLETE", "bash_complete"),
+        ("COMP_WORDS", "frankenmerge re"),
+        ("COMP_CWORD", "1"),
+    ):
         monkeypatch.setenv(name, value)
     assert run()[:2] == (0, "plain,report\n")
 
@@ -130,7 +168,17 @@ def test_shells_complete_the_commands(run, monkeypatch):
 def test_help_names_every_command(run):
     code, out, err = run("--help")
     assert (code, err) == (0, "")
-    for command in ("inspect", "analyze", "align", "plan", "check", "merge", "widen", "evaluate", "demo"):
+    for command in (
+        "inspect",
+        "analyze",
+        "align",
+        "plan",
+        "check",
+        "merge",
+        "widen",
+        "evaluate",
+        "demo",
+    ):
         assert f"\n  {command} " in out.replace("frankenmerge ", "")
 
 
@@ -140,11 +188,25 @@ def test_help_names_every_command(run):
 def test_inspect_tells_a_donor(told, donors):
     (donor,) = told("inspect", donors["b"])["donors"]
     expected = {
-        "name": str(donors["b"]), "family": "llama", "blocks": 4, "width": 16, "heads": 4, "kv_heads": 2, "head_width": 4, "inner": 24,
-        "vocabulary": 48, "positions": 64, "tied": True, "dtype": "F32",
+        "name": str(donors["b"]),
+        "family": "llama",
+        "blocks": 4,
+        "width": 16,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_width": 4,
+        "inner": 24,
+        "vocabulary": 48,
+        "positions": 64,
+        "tied": True,
+        "dtype": "F32",
     }
     assert {key: donor[key] for key in expected} == expected
-    assert donor["bytes"] == 4 * donor["parameters"] == 4 * (48 * 16 + 4 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 16 * 24 + 2 * 16) + 16)
+    assert (
+        donor["bytes"]
+        == 4 * donor["parameters"]
+        == 4 * (48 * 16 + 4 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 16 * 24 + 2 * 16) + 16)
+    )
 
 
 def test_inspect_tells_whether_donors_can_be_spliced(told, donors):
@@ -162,13 +224,22 @@ def test_inspect_tells_whether_donors_can_be_spliced(told, donors):
 def test_analyze_tells_what_it_wrote(told, donors, tmp_path):
     output = tmp_path / "a.atlas.safetensors"
     value = told("analyze", donors["a"], "-o", output)
-    assert (value["output"], value["blocks"], value["width"], value["vocabulary"]) == (str(output), 4, 16, 48)
+    assert (value["output"], value["blocks"], value["width"], value["vocabulary"]) == (
+        str(output),
+        4,
+        16,
+        48,
+    )
     assert output.is_file()
 
 
 def test_align_tells_its_scores(told, donors, tmp_path):
     value = told("align", donors["a"], donors["deep"], "-o", tmp_path / "x.alignment.safetensors")
-    assert (value["donors"], value["blocks"], value["widths"]) == ([str(donors["a"]), str(donors["deep"])], [4, 6], [16, 16])
+    assert (value["donors"], value["blocks"], value["widths"]) == (
+        [str(donors["a"]), str(donors["deep"])],
+        [4, 6],
+        [16, 16],
+    )
     assert value["scores"]
     for name, score in value["scores"].items():
         assert [len(row) for row in score["matrix"]] == [7] * 5
@@ -179,14 +250,21 @@ def test_plan_tells_its_recipes_and_writes_them(told, donors, alignment, tmp_pat
     output = tmp_path / "planned.yaml"
     value = told("plan", alignment, "-o", output, "--depth", 6, "--top", 3)
     assert len(value["plans"]) == 3
-    for plan, path in zip(value["plans"], [output, tmp_path / "planned.2.yaml", tmp_path / "planned.3.yaml"], strict=True):
+    for plan, path in zip(
+        value["plans"],
+        [output, tmp_path / "planned.2.yaml", tmp_path / "planned.3.yaml"],
+        strict=True,
+    ):
         assert plan.keys() >= {"recipe", "depth", "predicted_damage", "seams"}
         recipe = load_recipe(path)
         assert yaml.safe_load(path.read_text()) == plan["recipe"]
         assert plan["depth"] == len(recipe.blocks) == 6
         assert set(recipe.donors) == {str(donors["a"]), str(donors["b"])}
         pairs = [[seam["after"], seam["before"]] for seam in plan["seams"]]
-        assert pairs == [[{"model": block.model, "block": block.index} for block in seam] for seam in recipe.seams]
+        assert pairs == [
+            [{"model": block.model, "block": block.index} for block in seam]
+            for seam in recipe.seams
+        ]
         assert all(seam["scores"] for seam in plan["seams"])
         low, high = plan["interval"]
         assert low <= plan["predicted_damage"] <= high
@@ -202,31 +280,55 @@ def test_check_and_merge_tell_the_same_sizes(told, recipe, tmp_path):
     assert not (tmp_path / "out").exists()
     merged = told("merge", recipe, tmp_path / "out")
     assert checked == planned
-    assert (checked["depth"], checked["tensors"], checked["parameters"]) == (6, 6 * 9 + 3, checked["bytes"] // 4)
+    assert (checked["depth"], checked["tensors"], checked["parameters"]) == (
+        6,
+        6 * 9 + 3,
+        checked["bytes"] // 4,
+    )
     assert merged.keys() == {"output", "tensors", "bytes", "seconds", "computed", "kept"}
-    assert (merged["output"], merged["tensors"], merged["bytes"]) == (str(tmp_path / "out"), checked["tensors"], checked["bytes"])
+    assert (merged["output"], merged["tensors"], merged["bytes"]) == (
+        str(tmp_path / "out"),
+        checked["tensors"],
+        checked["bytes"],
+    )
     assert told("inspect", tmp_path / "out")["donors"][0]["bytes"] == merged["bytes"]
 
 
-@pytest.mark.parametrize("size, files", [("5GB", 1), ("10kB", 6), ("0.01MB", 6), ("10000", 6), ("10000 b", 6)])
+@pytest.mark.parametrize(
+    "size, files", [("5GB", 1), ("10kB", 6), ("0.01MB", 6), ("10000", 6), ("10000 b", 6)]
+)
 def test_a_shard_size_is_read_with_its_unit(told, recipe, tmp_path, size, files):
     told("merge", recipe, tmp_path / "out", "--shard-size", size)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == files
 
 
-def test_evaluate_tells_the_same_of_a_recipe_and_its_checkpoint(told, donors, recipe, text, tmp_path):
+def test_evaluate_tells_the_same_of_a_recipe_and_its_checkpoint(
+    told, donors, recipe, text, tmp_path
+):
     told("merge", recipe, tmp_path / "out")
     models = told("evaluate", recipe, tmp_path / "out", "--text", text)["models"]
     assert [(model["name"], model["role"]) for model in models] == [
-        (str(recipe), "recipe"), (str(tmp_path / "out"), "model"), (str(donors["a"]), "donor"), (str(donors["b"]), "donor"),
+        (str(recipe), "recipe"),
+        (str(tmp_path / "out"), "model"),
+        (str(donors["a"]), "donor"),
+        (str(donors["b"]), "donor"),
     ]
-    figures = [[model[key] for key in ("bits_per_byte", "perplexity", "nats_per_token", "tokens")] for model in models]
+    figures = [
+        [model[key] for key in ("bits_per_byte", "perplexity", "nats_per_token", "tokens")]
+        for model in models
+    ]
     assert figures[0] == figures[1] and figures[2] != figures[3]
     assert {row[3] for row in figures} == {len(text.read_text())}
 
 
-def test_tables_are_at_most_eighty_columns_wide_where_there_is_no_terminal(run, donors, recipe, alignment, text, tmp_path):
-    for arguments in (["inspect", donors["a"], donors["b"]], ["plan", alignment, "-o", tmp_path / "p.yaml"], ["check", recipe]):
+def test_tables_are_at_most_eighty_columns_wide_where_there_is_no_terminal(
+    run, donors, recipe, alignment, text, tmp_path
+):
+    for arguments in (
+        ["inspect", donors["a"], donors["b"]],
+        ["plan", alignment, "-o", tmp_path / "p.yaml"],
+        ["check", recipe],
+    ):
         code, out, err = run(*arguments)
         assert code == 0 and err == ""
         tables = [line for line in out.splitlines() if "│" in line or "┃" in line]
@@ -236,7 +338,9 @@ def test_tables_are_at_most_eighty_columns_wide_where_there_is_no_terminal(run, 
 # Relative names
 
 
-def test_a_recipe_planned_with_relative_names_is_merged_from_elsewhere(told, donors, tmp_path, monkeypatch):
+def test_a_recipe_planned_with_relative_names_is_merged_from_elsewhere(
+    told, donors, tmp_path, monkeypatch
+):
     for name in "ab":
         shutil.copytree(donors[name], tmp_path / "work" / name)
     monkeypatch.chdir(tmp_path / "work")
@@ -244,6 +348,8 @@ def test_a_recipe_planned_with_relative_names_is_merged_from_elsewhere(told, don
     told("plan", "ab.alignment.safetensors", "-o", "recipe.yaml", "--depth", 6)
     monkeypatch.chdir(tmp_path)
     told("merge", "work/recipe.yaml", "out")
-    assert set(load_recipe(tmp_path / "work" / "recipe.yaml").donors) == {str(tmp_path / "work" / name) for name in "ab"}
+    assert set(load_recipe(tmp_path / "work" / "recipe.yaml").donors) == {
+        str(tmp_path / "work" / name) for name in "ab"
+    }
     tensors = json.loads((tmp_path / "out" / "frankenmerge.json").read_text())["tensors"]
     assert {origin["donor"] for origin in tensors.values()} == {"work/a", "work/b"}

@@ -63,7 +63,9 @@ def test_the_way_from_two_real_donors_to_their_evaluation(real, told, tmp_path):
     assert [spliced[key] for key in figures] == [checkpoint[key] for key in figures]
     assert {donor["name"] for donor in donors} == set(sources)
     assert all(donor["nats_per_token"] < 2.5 for donor in donors), "the donors can read this text"
-    assert min(donor["bits_per_byte"] for donor in donors) < spliced["bits_per_byte"], "trained apart, they make nothing better"
+    assert min(donor["bits_per_byte"] for donor in donors) < spliced["bits_per_byte"], (
+        "trained apart, they make nothing better"
+    )
 
 
 def test_a_recipe_by_hand_is_merged_and_evaluated(real, told, tmp_path):

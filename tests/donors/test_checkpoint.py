@@ -84,22 +84,44 @@ def test_the_sharded_donor_is_in_several_files(donors):
 
 
 @pytest.mark.parametrize(
-    "dtype", ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"]
+    "dtype",
+    [
+        "float64",
+        "float32",
+        "float16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint64",
+        "uint32",
+        "uint16",
+        "uint8",
+        "bool",
+    ],
 )
 def test_every_numpy_type_is_read_with_its_size(tmp_path, dtype):
-    arrays = {"scalar": np.ones((), dtype), "empty": np.ones((3, 0), dtype), "full": np.ones((2, 3, 5), dtype)}
+    arrays = {
+        "scalar": np.ones((), dtype),
+        "empty": np.ones((3, 0), dtype),
+        "full": np.ones((2, 3, 5), dtype),
+    }
     path = written(tmp_path, save(arrays))
     header = read_header(path)
     assert {name: (tensor.shape, tensor.bytes) for name, tensor in header.items()} == {
         name: (array.shape, array.nbytes) for name, array in arrays.items()
     }
     with safe_open(path, "np") as handle:
-        assert {name: tensor.dtype for name, tensor in header.items()} == {name: handle.get_slice(name).get_dtype() for name in arrays}
+        assert {name: tensor.dtype for name, tensor in header.items()} == {
+            name: handle.get_slice(name).get_dtype() for name in arrays
+        }
 
 
 @pytest.mark.parametrize("dtype, bytes_each", [("BF16", 2), ("F8_E4M3", 1), ("F8_E5M2", 1)])
 def test_types_that_numpy_lacks_are_read_with_their_size(tmp_path, dtype, bytes_each):
-    path = written(tmp_path, raw({"t": entry(0, 6 * bytes_each, [2, 3], dtype)}, bytes(6 * bytes_each)))
+    path = written(
+        tmp_path, raw({"t": entry(0, 6 * bytes_each, [2, 3], dtype)}, bytes(6 * bytes_each))
+    )
     assert read_header(path)["t"][1:3] == (dtype, (2, 3))
 
 
@@ -111,14 +133,24 @@ def test_sizes_are_those_of_the_config_and_the_files(donors):
     checkpoint = open_checkpoint(str(donors["a"]))
     with safe_open(donors["a"] / "model.safetensors", "np") as handle:
         elements = sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
-    assert (checkpoint.blocks, checkpoint.parameters, checkpoint.bytes) == (4, elements, 4 * elements)
+    assert (checkpoint.blocks, checkpoint.parameters, checkpoint.bytes) == (
+        4,
+        elements,
+        4 * elements,
+    )
     assert checkpoint.dtypes == {"F32": elements}
 
 
 def test_roles_of_a_gpt2_with_and_without_its_prefix_are_the_same(donors, tmp_path):
-    bare = changed(donors["g"], tmp_path / "bare", lambda all: {name.removeprefix("transformer."): value for name, value in all.items()})
+    bare = changed(
+        donors["g"],
+        tmp_path / "bare",
+        lambda all: {name.removeprefix("transformer."): value for name, value in all.items()},
+    )
     old, new = open_checkpoint(str(bare)).by_role, open_checkpoint(str(donors["g"])).by_role
-    assert {role: set(names) for role, names in old.items()} == {role: set(names) for role, names in new.items()}
+    assert {role: set(names) for role, names in old.items()} == {
+        role: set(names) for role, names in new.items()
+    }
     assert old["block", 2]["transformer.h.{}.ln_1.weight"] == "h.2.ln_1.weight"
 
 
@@ -127,7 +159,14 @@ def test_roles_of_a_gpt2_with_and_without_its_prefix_are_the_same(donors, tmp_pa
 
 def cut(content: bytes, where: str) -> bytes:
     header = int.from_bytes(content[:8], "little")
-    keep = {"last byte": -1, "half": len(content) // 2, "header": 8 + header // 2, "length": 5, "data": 8 + header, "all": 0}
+    keep = {
+        "last byte": -1,
+        "half": len(content) // 2,
+        "header": 8 + header // 2,
+        "length": 5,
+        "data": 8 + header,
+        "all": 0,
+    }
     return content[: keep[where]]
 
 
@@ -215,7 +254,10 @@ def test_sizes_that_are_no_whole_numbers_within_the_file_are_refused(tmp_path, h
 
 
 def test_all_wrong_entries_are_told_together(tmp_path):
-    path = written(tmp_path, raw({"a": entry(0, 8, [3]), "fine": entry(8, 12, [1]), "b": entry(12, 12, [1])}, bytes(12)))
+    path = written(
+        tmp_path,
+        raw({"a": entry(0, 8, [3]), "fine": entry(8, 12, [1]), "b": entry(12, 12, [1])}, bytes(12)),
+    )
     assert places(faults(read_header, path)) == [f"{path}: a", f"{path}: b"]
 
 
@@ -226,7 +268,8 @@ def test_a_header_that_is_no_object_is_refused(tmp_path, header):
 
 
 @pytest.mark.parametrize(
-    "header", [b"{", b"\xff\xfe", b'{"a":}', raw({"\ud800": entry(0, 0, [0])})[8:], b"[" * 100_000],
+    "header",
+    [b"{", b"\xff\xfe", b'{"a":}', raw({"\ud800": entry(0, 0, [0])})[8:], b"[" * 100_000],
     ids=["open", "bytes", "hole", "surrogate", "deep"],
 )
 def test_a_header_that_is_no_json_is_refused(tmp_path, header):
@@ -236,7 +279,9 @@ def test_a_header_that_is_no_json_is_refused(tmp_path, header):
 
 def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path):
     one = json.dumps(entry(0, 4, [1]))
-    (fault,) = faults(read_header, path := written(tmp_path, raw(f'{{"a":{one},"a":{one}}}'.encode(), bytes(4))))
+    (fault,) = faults(
+        read_header, path := written(tmp_path, raw(f'{{"a":{one},"a":{one}}}'.encode(), bytes(4)))
+    )
     assert fault.place == str(path) and "twice" in fault.found
 
 
@@ -272,7 +317,9 @@ def test_a_truncated_shard_is_named(donors, tmp_path):
     assert places(refused(folder)) == [str(shard)]
 
 
-@pytest.mark.parametrize("outside", ["../x.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "..", ".", ""])
+@pytest.mark.parametrize(
+    "outside", ["../x.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "..", ".", ""]
+)
 def test_an_index_that_leaves_its_folder_is_refused(donors, tmp_path, outside):
     shutil.copy(donors["a"] / "model.safetensors", tmp_path / "x.safetensors")
 
@@ -287,11 +334,15 @@ def test_an_index_that_leaves_its_folder_is_refused(donors, tmp_path, outside):
 def test_a_name_that_stands_twice_in_the_index_or_the_config_is_refused(donors, tmp_path):
     folder = copied(donors, "deep", tmp_path)
     text = (folder / INDEX).read_text()
-    (folder / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"model.norm.weight": "x.safetensors",'))
+    (folder / INDEX).write_text(
+        text.replace('"weight_map": {', '"weight_map": {"model.norm.weight": "x.safetensors",')
+    )
     (fault,) = refused(folder)
     assert fault.place == str(folder / INDEX) and "twice" in fault.found
     (folder / INDEX).write_text(text)
-    (folder / "config.json").write_text((folder / "config.json").read_text().replace("{", '{"hidden_size": 32,', 1))
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace("{", '{"hidden_size": 32,', 1)
+    )
     (fault,) = refused(folder)
     assert fault.place == str(folder / "config.json") and "twice" in fault.found
 
@@ -299,8 +350,12 @@ def test_a_name_that_stands_twice_in_the_index_or_the_config_is_refused(donors, 
 # Links
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
-@pytest.mark.parametrize("how", ["absolute", "relative", "by way of a link in the folder", "to a folder outside"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"]
+)
+@pytest.mark.parametrize(
+    "how", ["absolute", "relative", "by way of a link in the folder", "to a folder outside"]
+)
 def test_a_link_out_of_the_folder_is_refused(donors, tmp_path, name, how):
     folder = copied(donors, "a", tmp_path)
     outside = tmp_path / "secrets"
@@ -325,7 +380,10 @@ def test_a_link_in_the_folder_and_a_folder_that_is_a_link_are_followed(donors, t
     (folder / "model.safetensors").rename(folder / "kept" / "weights")
     (folder / "model.safetensors").symlink_to(Path("kept") / "weights")
     (tmp_path / "link").symlink_to(folder)
-    assert open_checkpoint(str(tmp_path / "link")).fingerprint == open_checkpoint(str(donors["a"])).fingerprint
+    assert (
+        open_checkpoint(str(tmp_path / "link")).fingerprint
+        == open_checkpoint(str(donors["a"])).fingerprint
+    )
 
 
 def test_a_snapshot_of_a_hub_cache_is_read_through_its_links(donors, tmp_path):
@@ -336,7 +394,9 @@ def test_a_snapshot_of_a_hub_cache_is_read_through_its_links(donors, tmp_path):
     for number, file in enumerate(sorted(donors["a"].iterdir())):
         shutil.copy(file, store / "blobs" / f"{number:040x}")
         (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / f"{number:040x}")
-    assert open_checkpoint(str(snapshot)).fingerprint == open_checkpoint(str(donors["a"])).fingerprint
+    assert (
+        open_checkpoint(str(snapshot)).fingerprint == open_checkpoint(str(donors["a"])).fingerprint
+    )
 
 
 def test_a_link_of_another_kind_of_file_is_no_matter(donors, tmp_path):
@@ -375,26 +435,47 @@ def test_a_tensor_of_a_shard_that_the_index_lacks_is_named(donors, tmp_path):
 def test_a_tensor_stored_in_two_shards_is_named(donors, tmp_path):
     folder = copied(donors, "deep", tmp_path)
     index = json.loads((folder / INDEX).read_text())
-    save_file({"model.norm.weight": np.ones(16, np.float32), "model.more": np.ones(1, np.float32)}, folder / "more.safetensors")
+    save_file(
+        {"model.norm.weight": np.ones(16, np.float32), "model.more": np.ones(1, np.float32)},
+        folder / "more.safetensors",
+    )
     index["weight_map"]["model.more"] = "more.safetensors"
     (folder / INDEX).write_text(json.dumps(index))
     (fault,) = refused(folder)
     assert fault.place.endswith("deep: model.norm.weight") and fault.found == "stored twice"
 
 
-@pytest.mark.parametrize("index", ["[]", "7", "null", "{", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": null}'])
+@pytest.mark.parametrize(
+    "index",
+    [
+        "[]",
+        "7",
+        "null",
+        "{",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": null}',
+    ],
+)
 def test_an_index_of_another_form_is_refused(donors, tmp_path, index):
     folder = copied(donors, "deep", tmp_path)
     (folder / INDEX).write_text(index)
     assert str(folder / INDEX) in refused(folder)[0].place
 
 
-def test_the_single_file_is_read_where_an_index_lies_beside_it_as_transformers_does(donors, tmp_path):
+def test_the_single_file_is_read_where_an_index_lies_beside_it_as_transformers_does(
+    donors, tmp_path
+):
     folder = copied(donors, "a", tmp_path)
     shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
     names = open_checkpoint(str(folder)).tensors
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "other.safetensors")}))
-    assert {tensor.file.name for tensor in open_checkpoint(str(folder)).tensors.values()} == {"model.safetensors"}
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "other.safetensors")})
+    )
+    assert {tensor.file.name for tensor in open_checkpoint(str(folder)).tensors.values()} == {
+        "model.safetensors"
+    }
 
 
 def test_a_folder_of_pickles_is_refused_and_they_are_named(donors, tmp_path):
@@ -418,7 +499,9 @@ def test_a_folder_without_config_is_refused(donors, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff", b"[1]", b'"llama"', b"null", b"{}", b"[" * 100_000], ids=lambda content: content[:8]
+    "content",
+    [b"", b"{", b"\xff", b"[1]", b'"llama"', b"null", b"{}", b"[" * 100_000],
+    ids=lambda content: content[:8],
 )
 def test_a_config_that_is_no_object_is_refused(donors, tmp_path, content):
     folder = copied(donors, "a", tmp_path)
@@ -456,18 +539,26 @@ def test_a_config_of_impossible_values_is_refused(donors, tmp_path, key, value):
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     """A donor whose block 1 has a plain MLP, the others experts."""
-    return write_donor(tmp_path_factory.mktemp("mixture") / "donor", "qwen3_moe", mlp_only_layers=[1])
+    return write_donor(
+        tmp_path_factory.mktemp("mixture") / "donor", "qwen3_moe", mlp_only_layers=[1]
+    )
 
 
 def test_a_tensor_that_only_blocks_of_its_kind_have_is_missed(mixture, tmp_path):
     name = "model.layers.3.mlp.experts.2.up_proj.weight"
-    folder = changed(mixture, tmp_path / "holes", lambda all: {key: value for key, value in all.items() if key != name})
+    folder = changed(
+        mixture,
+        tmp_path / "holes",
+        lambda all: {key: value for key, value in all.items() if key != name},
+    )
     assert places(refused(folder)) == [f"{folder}: {name}"]
     assert open_checkpoint(str(mixture)).blocks == 4
 
 
 def test_kinds_of_blocks_are_held_against_config(mixture, tmp_path):
-    folder = changed(mixture, tmp_path / "odd", config=lambda config: config | {"mlp_only_layers": [2]})
+    folder = changed(
+        mixture, tmp_path / "odd", config=lambda config: config | {"mlp_only_layers": [2]}
+    )
     found = [fault for fault in refused(folder) if fault.place == f"{folder}: mlp_only_layers"]
     assert [(fault.expected, fault.found) for fault in found] == [
         ("no mlp.gate_proj. in block 1", "mlp.gate_proj. in block 1"),
@@ -476,7 +567,11 @@ def test_kinds_of_blocks_are_held_against_config(mixture, tmp_path):
 
 
 def test_a_gpt2_whose_blocks_depend_on_their_index_is_refused(donors, tmp_path):
-    folder = changed(donors["g"], tmp_path / "scaled", config=lambda config: config | {"scale_attn_by_inverse_layer_idx": True})
+    folder = changed(
+        donors["g"],
+        tmp_path / "scaled",
+        config=lambda config: config | {"scale_attn_by_inverse_layer_idx": True},
+    )
     assert refused(folder)[0].place == f"{folder / 'config.json'}: scale_attn_by_inverse_layer_idx"
 
 
@@ -484,10 +579,14 @@ def test_a_gpt2_whose_blocks_depend_on_their_index_is_refused(donors, tmp_path):
 
 
 def without(*parts):
-    return lambda tensors: {name: value for name, value in tensors.items() if not any(part in name for part in parts)}
+    return lambda tensors: {
+        name: value for name, value in tensors.items() if not any(part in name for part in parts)
+    }
 
 
-@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"]
+)
 def test_a_tensor_that_one_block_lacks_is_named(donors, tmp_path, name):
     folder = changed(donors["a"], tmp_path / "holes", without(name))
     assert places(refused(folder)) == [f"{folder}: {name}"]
@@ -496,29 +595,51 @@ def test_a_tensor_that_one_block_lacks_is_named(donors, tmp_path, name):
 def test_a_tensor_that_one_of_two_blocks_lacks_is_named(donors, tmp_path):
     gone = "model.layers.1.mlp.up_proj.weight"
     folder = changed(
-        donors["a"], tmp_path / "two", without("layers.2.", "layers.3.", gone), lambda config: config | {"num_hidden_layers": 2}
+        donors["a"],
+        tmp_path / "two",
+        without("layers.2.", "layers.3.", gone),
+        lambda config: config | {"num_hidden_layers": 2},
     )
     assert any(gone in place for place in places(refused(folder)))
 
 
 def test_a_tensor_that_one_block_alone_has_is_named(donors, tmp_path):
     more = "model.layers.1.mlp.up_proj.bias"
-    folder = changed(donors["a"], tmp_path / "more", lambda tensors: tensors | {more: np.zeros(24, np.float32)})
+    folder = changed(
+        donors["a"], tmp_path / "more", lambda tensors: tensors | {more: np.zeros(24, np.float32)}
+    )
     assert any(more in place for place in places(refused(folder)))
 
 
-@pytest.mark.parametrize("count, told", [(5, "none of block 4"), (9, "none of block 4, 5, 6, 7, 8"), (3, "some of block 3")])
+@pytest.mark.parametrize(
+    "count, told",
+    [(5, "none of block 4"), (9, "none of block 4, 5, 6, 7, 8"), (3, "some of block 3")],
+)
 def test_a_count_of_blocks_that_the_weights_contradict_is_refused(donors, tmp_path, count, told):
-    folder = changed(donors["a"], tmp_path / "count", config=lambda config: config | {"num_hidden_layers": count})
+    folder = changed(
+        donors["a"], tmp_path / "count", config=lambda config: config | {"num_hidden_layers": count}
+    )
     (fault,) = refused(folder)
-    assert (fault.place, fault.expected, fault.found) == (str(folder), f"tensors of {count} blocks", told)
+    assert (fault.place, fault.expected, fault.found) == (
+        str(folder),
+        f"tensors of {count} blocks",
+        told,
+    )
 
 
 def test_a_block_tensor_of_another_shape_is_named(donors, tmp_path):
     name = "model.layers.3.mlp.down_proj.weight"
-    folder = changed(donors["a"], tmp_path / "shape", lambda tensors: tensors | {name: np.ascontiguousarray(tensors[name].T)})
+    folder = changed(
+        donors["a"],
+        tmp_path / "shape",
+        lambda tensors: tensors | {name: np.ascontiguousarray(tensors[name].T)},
+    )
     (fault,) = refused(folder)
-    assert fault.place == f"{folder}: {name}" and "(16, 24)" in fault.expected and "(24, 16)" in fault.found
+    assert (
+        fault.place == f"{folder}: {name}"
+        and "(16, 24)" in fault.expected
+        and "(24, 16)" in fault.found
+    )
 
 
 @pytest.mark.parametrize(
@@ -534,11 +655,17 @@ def test_a_block_tensor_of_another_shape_is_named(donors, tmp_path):
     ],
 )
 def test_a_tensor_that_contradicts_the_config_is_named(donors, tmp_path, name, shape):
-    folder = changed(donors["a"], tmp_path / "shape", lambda tensors: tensors | {name: np.zeros(shape, np.float32)})
+    folder = changed(
+        donors["a"],
+        tmp_path / "shape",
+        lambda tensors: tensors | {name: np.zeros(shape, np.float32)},
+    )
     assert set(places(refused(folder))) == {f"{folder}: {name}"}
 
 
-@pytest.mark.parametrize("part, role", [("embed_tokens", "embedding"), ("model.norm", "final"), ("lm_head", "head")])
+@pytest.mark.parametrize(
+    "part, role", [("embed_tokens", "embedding"), ("model.norm", "final"), ("lm_head", "head")]
+)
 def test_a_checkpoint_without_one_of_its_parts_is_refused(donors, tmp_path, part, role):
     folder = changed(donors["a"], tmp_path / "parts", without(part))
     (fault,) = refused(folder)
@@ -550,18 +677,29 @@ def test_a_tied_checkpoint_needs_no_head(donors):
 
 
 def test_a_tensor_of_no_known_part_is_refused(donors, tmp_path):
-    folder = changed(donors["a"], tmp_path / "tower", lambda tensors: tensors | {"vision.patch.weight": np.zeros(3, np.float32)})
+    folder = changed(
+        donors["a"],
+        tmp_path / "tower",
+        lambda tensors: tensors | {"vision.patch.weight": np.zeros(3, np.float32)},
+    )
     (fault,) = refused(folder)
     assert "vision.patch.weight" in fault.place
 
 
 def test_a_tensor_under_its_old_and_its_new_name_is_refused(donors, tmp_path):
-    folder = changed(donors["g"], tmp_path / "both", lambda tensors: tensors | {"wte.weight": tensors["transformer.wte.weight"] + 1})
+    folder = changed(
+        donors["g"],
+        tmp_path / "both",
+        lambda tensors: tensors | {"wte.weight": tensors["transformer.wte.weight"] + 1},
+    )
     assert "wte.weight" in str(refused(folder))
 
 
 def test_buffers_that_old_checkpoints_carry_are_no_part_of_a_block(donors, tmp_path):
-    buffers = {"transformer.h.0.attn.bias": np.ones((1, 1, 8, 8), np.uint8), "transformer.h.0.attn.masked_bias": np.ones((), np.uint8)}
+    buffers = {
+        "transformer.h.0.attn.bias": np.ones((1, 1, 8, 8), np.uint8),
+        "transformer.h.0.attn.masked_bias": np.ones((), np.uint8),
+    }
     folder = changed(donors["g"], tmp_path / "old", lambda tensors: tensors | buffers)
     old, new = open_checkpoint(str(folder)), open_checkpoint(str(donors["g"]))
     assert old.by_role["block", 0] == new.by_role["block", 0]
@@ -579,7 +717,9 @@ def test_a_file_in_place_of_a_folder_is_refused(donors):
     assert places(refused(donors["a"] / "config.json")) == [str(donors["a"] / "config.json")]
 
 
-@pytest.mark.parametrize("name", ["organisation/of-no-such-model", "organisation/of-no-such-model@v1"])
+@pytest.mark.parametrize(
+    "name", ["organisation/of-no-such-model", "organisation/of-no-such-model@v1"]
+)
 def test_a_hub_id_that_is_not_in_the_cache_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (fault,) = refused(name)
@@ -608,7 +748,9 @@ def test_the_fingerprint_is_the_same_however_the_weights_are_sharded(donors, tmp
 
 
 def test_another_config_gives_another_fingerprint(donors, tmp_path):
-    folder = changed(donors["a"], tmp_path / "config", config=lambda config: config | {"rms_norm_eps": 1e-5})
+    folder = changed(
+        donors["a"], tmp_path / "config", config=lambda config: config | {"rms_norm_eps": 1e-5}
+    )
     assert fingerprint(folder) != fingerprint(donors["a"])
 
 
@@ -617,7 +759,11 @@ def test_one_changed_byte_of_a_small_donor_gives_another_fingerprint(donors, tmp
     before, file = fingerprint(folder), folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
-    for position in [start, len(content) - 1, *np.random.default_rng(0).integers(start, len(content), 30)]:
+    for position in [
+        start,
+        len(content) - 1,
+        *np.random.default_rng(0).integers(start, len(content), 30),
+    ]:
         content[position] ^= 1
         file.write_bytes(content)
         assert fingerprint(folder) != before
@@ -628,11 +774,24 @@ def test_one_changed_byte_of_a_small_donor_gives_another_fingerprint(donors, tmp
 
 # Any bytes at all
 
-VALID = save({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(4, dtype=np.int8), "c": np.ones((), np.float16)})
+VALID = save(
+    {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.arange(4, dtype=np.int8),
+        "c": np.ones((), np.float16),
+    }
+)
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from([*BYTES_OF]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from([*BYTES_OF]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 small = st.integers(-1, 24) | json_values
@@ -643,8 +802,15 @@ entries = st.fixed_dictionaries(
         "data_offsets": st.lists(small, min_size=2, max_size=2) | json_values,
     }
 )
-headers = st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), entries | json_values, max_size=3) | json_values
-mutations = st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=3)
+headers = (
+    st.dictionaries(
+        st.text(max_size=3) | st.just("__metadata__"), entries | json_values, max_size=3
+    )
+    | json_values
+)
+mutations = st.lists(
+    st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=3
+)
 
 
 def mutated(changes) -> bytes:
@@ -659,7 +825,9 @@ contents = st.one_of(
     st.binary(max_size=64).map(raw),
     mutations.map(mutated),
     st.integers(0, len(VALID) - 1).map(lambda stop: VALID[:stop]),
-    st.builds(lambda header, data: raw(json.dumps(header).encode(), data), headers, st.binary(max_size=24)),
+    st.builds(
+        lambda header, data: raw(json.dumps(header).encode(), data), headers, st.binary(max_size=24)
+    ),
 )
 
 
@@ -688,7 +856,13 @@ def test_any_bytes_are_read_consistently_or_refused(fuzzed, content):
     assert position == len(content)
     try:
         with safe_open(fuzzed, "np") as handle:
-            theirs = {name: (handle.get_slice(name).get_dtype(), tuple(handle.get_slice(name).get_shape())) for name in handle.keys()}  # noqa: SIM118
+            theirs = {
+                name: (
+                    handle.get_slice(name).get_dtype(),
+                    tuple(handle.get_slice(name).get_shape()),
+                )
+                for name in handle.keys()
+            }  # noqa: SIM118
     except SafetensorError:
         return  # the library is stricter about metadata and white space
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in header.items()} == theirs

@@ -2,17 +2,40 @@
 
 import pytest
 
-from frankenmerge.donors.config import config_faults, differences, head_width, is_tied, quantity, rope, spliced_config
+from frankenmerge.donors.config import (
+    config_faults,
+    differences,
+    head_width,
+    is_tied,
+    quantity,
+    rope,
+    spliced_config,
+)
 from frankenmerge.donors.families import FAMILIES
 from frankenmerge.donors.inferred import architecture_of
 from frankenmerge.errors import FrankenmergeError
 
 LLAMA = {
-    "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
 }
 QWEN = LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}
-GPT2 = {"model_type": "gpt2", "n_layer": 4, "n_embd": 64, "n_head": 4, "n_positions": 128, "vocab_size": 100}
+GPT2 = {
+    "model_type": "gpt2",
+    "n_layer": 4,
+    "n_embd": 64,
+    "n_head": 4,
+    "n_positions": 128,
+    "vocab_size": 100,
+}
 
 
 def reasons(first: dict, other: dict) -> list[str]:
@@ -31,15 +54,39 @@ def remarks(first: dict, other: dict) -> list[str]:
 @pytest.mark.parametrize(
     "family, name, role, index, canonical",
     [
-        ("llama", "model.layers.0.self_attn.q_proj.weight", "block", 0, "model.layers.{}.self_attn.q_proj.weight"),
-        ("llama", "model.layers.31.input_layernorm.weight", "block", 31, "model.layers.{}.input_layernorm.weight"),
+        (
+            "llama",
+            "model.layers.0.self_attn.q_proj.weight",
+            "block",
+            0,
+            "model.layers.{}.self_attn.q_proj.weight",
+        ),
+        (
+            "llama",
+            "model.layers.31.input_layernorm.weight",
+            "block",
+            31,
+            "model.layers.{}.input_layernorm.weight",
+        ),
         ("llama", "layers.7.mlp.up_proj.weight", "block", 7, "model.layers.{}.mlp.up_proj.weight"),
         ("llama", "model.embed_tokens.weight", "embedding", None, "model.embed_tokens.weight"),
         ("llama", "model.norm.weight", "final", None, "model.norm.weight"),
         ("llama", "lm_head.weight", "head", None, "lm_head.weight"),
-        ("llama", "model.layers.3.self_attn.rotary_emb.inv_freq", "ignored", None, "model.layers.3.self_attn.rotary_emb.inv_freq"),
+        (
+            "llama",
+            "model.layers.3.self_attn.rotary_emb.inv_freq",
+            "ignored",
+            None,
+            "model.layers.3.self_attn.rotary_emb.inv_freq",
+        ),
         ("llama", "model.rotary_emb.inv_freq", "ignored", None, "model.rotary_emb.inv_freq"),
-        ("gpt2", "transformer.h.11.attn.c_attn.weight", "block", 11, "transformer.h.{}.attn.c_attn.weight"),
+        (
+            "gpt2",
+            "transformer.h.11.attn.c_attn.weight",
+            "block",
+            11,
+            "transformer.h.{}.attn.c_attn.weight",
+        ),
         ("gpt2", "h.11.attn.c_attn.weight", "block", 11, "transformer.h.{}.attn.c_attn.weight"),
         ("gpt2", "h.11.attn.c_attn.bias", "block", 11, "transformer.h.{}.attn.c_attn.bias"),
         ("gpt2", "transformer.wte.weight", "embedding", None, "transformer.wte.weight"),
@@ -48,13 +95,43 @@ def remarks(first: dict, other: dict) -> list[str]:
         ("gpt2", "ln_f.bias", "final", None, "transformer.ln_f.bias"),
         ("gpt2", "lm_head.weight", "head", None, "lm_head.weight"),
         ("gpt2", "h.0.attn.bias", "ignored", None, "h.0.attn.bias"),
-        ("gpt2", "transformer.h.0.attn.masked_bias", "ignored", None, "transformer.h.0.attn.masked_bias"),
-        ("gpt_neox", "gpt_neox.layers.5.attention.dense.bias", "block", 5, "gpt_neox.layers.{}.attention.dense.bias"),
+        (
+            "gpt2",
+            "transformer.h.0.attn.masked_bias",
+            "ignored",
+            None,
+            "transformer.h.0.attn.masked_bias",
+        ),
+        (
+            "gpt_neox",
+            "gpt_neox.layers.5.attention.dense.bias",
+            "block",
+            5,
+            "gpt_neox.layers.{}.attention.dense.bias",
+        ),
         ("gpt_neox", "gpt_neox.embed_in.weight", "embedding", None, "gpt_neox.embed_in.weight"),
-        ("gpt_neox", "gpt_neox.final_layer_norm.bias", "final", None, "gpt_neox.final_layer_norm.bias"),
+        (
+            "gpt_neox",
+            "gpt_neox.final_layer_norm.bias",
+            "final",
+            None,
+            "gpt_neox.final_layer_norm.bias",
+        ),
         ("gpt_neox", "embed_out.weight", "head", None, "embed_out.weight"),
-        ("gpt_neox", "gpt_neox.layers.5.attention.bias", "ignored", None, "gpt_neox.layers.5.attention.bias"),
-        ("gpt_neox", "gpt_neox.layers.5.attention.masked_bias", "ignored", None, "gpt_neox.layers.5.attention.masked_bias"),
+        (
+            "gpt_neox",
+            "gpt_neox.layers.5.attention.bias",
+            "ignored",
+            None,
+            "gpt_neox.layers.5.attention.bias",
+        ),
+        (
+            "gpt_neox",
+            "gpt_neox.layers.5.attention.masked_bias",
+            "ignored",
+            None,
+            "gpt_neox.layers.5.attention.masked_bias",
+        ),
     ],
 )
 def test_a_name_has_its_role(family, name, role, index, canonical):
@@ -63,7 +140,12 @@ def test_a_name_has_its_role(family, name, role, index, canonical):
 
 @pytest.mark.parametrize(
     "family, name",
-    [("llama", "vision.weight"), ("llama", "model.layers.x.weight"), ("llama", "score.weight"), ("gpt2", "model.layers.0.x")],
+    [
+        ("llama", "vision.weight"),
+        ("llama", "model.layers.x.weight"),
+        ("llama", "score.weight"),
+        ("gpt2", "model.layers.0.x"),
+    ],
 )
 def test_a_name_of_no_role_is_refused(family, name):
     with pytest.raises(FrankenmergeError, match=name):
@@ -87,11 +169,20 @@ def test_sizes_have_common_names():
 
 
 def test_heads_without_groups_have_keys_of_their_own():
-    assert quantity({key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}, "kv_heads") == 4
+    assert (
+        quantity(
+            {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}, "kv_heads"
+        )
+        == 4
+    )
 
 
 def test_a_head_is_its_share_of_the_width_when_not_said():
-    assert (head_width(LLAMA), head_width(LLAMA | {"head_dim": 32}), head_width(GPT2)) == (16, 32, 16)
+    assert (head_width(LLAMA), head_width(LLAMA | {"head_dim": 32}), head_width(GPT2)) == (
+        16,
+        32,
+        16,
+    )
 
 
 @pytest.mark.parametrize("config, tied", [(LLAMA, False), (GPT2, True)])
@@ -117,7 +208,9 @@ def test_rope_settings_of_old_and_new_style_are_equal():
 
 def test_rope_settings_that_are_not_said_are_the_defaults():
     assert differences(LLAMA, LLAMA | {"rope_theta": 10000.0, "rope_scaling": None}) == ([], [])
-    assert differences(LLAMA, LLAMA | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}) == ([], [])
+    assert differences(
+        LLAMA, LLAMA | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+    ) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -174,22 +267,37 @@ def test_a_window_other_than_the_familys_default_is_a_reason_where_the_default_i
 
 
 def test_rotary_settings_of_an_old_gpt_neox_are_compared():
-    config = {key: value for key, value in PUBLISHED["gpt_neox"].items() if not key.startswith("rotary")}
+    config = {
+        key: value for key, value in PUBLISHED["gpt_neox"].items() if not key.startswith("rotary")
+    }
     assert reasons(config, config | {"rotary_emb_base": 10000, "rotary_pct": 0.25}) == []
     assert reasons(config, config | {"rotary_emb_base": 500000})
     assert reasons(config, config | {"rotary_pct": 1.0})
 
 
 def test_another_norm_epsilon_is_a_remark():
-    assert differences(LLAMA, LLAMA | {"rms_norm_eps": 1e-5}) == ([], ["rms_norm_eps: 1e-06 and 1e-05"])
-    assert differences(GPT2, GPT2 | {"layer_norm_epsilon": 1e-6}) == ([], ["layer_norm_epsilon: 1e-05 and 1e-06"])
+    assert differences(LLAMA, LLAMA | {"rms_norm_eps": 1e-5}) == (
+        [],
+        ["rms_norm_eps: 1e-06 and 1e-05"],
+    )
+    assert differences(GPT2, GPT2 | {"layer_norm_epsilon": 1e-6}) == (
+        [],
+        ["layer_norm_epsilon: 1e-05 and 1e-06"],
+    )
 
 
 @pytest.mark.parametrize(
     "config, defaults",
     [
         (LLAMA, {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}),
-        (GPT2, {"activation_function": "gelu_new", "scale_attn_weights": True, "layer_norm_epsilon": 1e-5}),
+        (
+            GPT2,
+            {
+                "activation_function": "gelu_new",
+                "scale_attn_weights": True,
+                "layer_norm_epsilon": 1e-5,
+            },
+        ),
         (
             LLAMA | {"model_type": "gpt_neox", "hidden_act": "gelu"},
             {"use_parallel_residual": True, "rotary_pct": 0.25, "layer_norm_eps": 1e-5},
@@ -202,7 +310,15 @@ def test_a_default_left_out_equals_the_default_written(config, defaults):
 
 @pytest.mark.parametrize(
     "key",
-    ["torch_dtype", "vocab_size", "max_position_embeddings", "num_hidden_layers", "transformers_version", "bos_token_id", "use_cache"],
+    [
+        "torch_dtype",
+        "vocab_size",
+        "max_position_embeddings",
+        "num_hidden_layers",
+        "transformers_version",
+        "bos_token_id",
+        "use_cache",
+    ],
 )
 def test_what_blocks_do_not_compute_with_is_nothing(key):
     assert differences(LLAMA, LLAMA | {key: 7}) == ([], [])
@@ -215,48 +331,161 @@ def test_a_field_of_one_version_of_the_library_is_a_remark():
 def test_of_a_family_that_is_not_in_the_table_no_default_is_known():
     novel = LLAMA | {"model_type": "novel"}
     assert differences(novel, dict(novel)) == ([], [])
-    for change in ({"novelty": 3}, {"rope_theta": 10000.0}, {"layer_types": ["full_attention"] * 4}, {"head_dim": 32}):
+    for change in (
+        {"novelty": 3},
+        {"rope_theta": 10000.0},
+        {"layer_types": ["full_attention"] * 4},
+        {"head_dim": 32},
+    ):
         (reason,) = reasons(novel, novel | change)
-        assert reason.startswith("rope_parameters: " if "rope_theta" in change else f"{next(iter(change))}: ")
+        assert reason.startswith(
+            "rope_parameters: " if "rope_theta" in change else f"{next(iter(change))}: "
+        )
 
 
 PUBLISHED = {
     "llama": LLAMA | {"rope_theta": 500000.0, "rope_scaling": None, "torch_dtype": "bfloat16"},
     "mistral": LLAMA | {"model_type": "mistral", "rope_theta": 10000.0, "sliding_window": 4096},
     "qwen2": LLAMA
-    | {"model_type": "qwen2", "rope_theta": 1000000.0, "sliding_window": 32768, "max_window_layers": 28, "use_sliding_window": False},
+    | {
+        "model_type": "qwen2",
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "max_window_layers": 28,
+        "use_sliding_window": False,
+    },
     "qwen3": LLAMA
-    | {"model_type": "qwen3", "rope_theta": 1000000, "head_dim": 16, "sliding_window": None, "max_window_layers": 28}
+    | {
+        "model_type": "qwen3",
+        "rope_theta": 1000000,
+        "head_dim": 16,
+        "sliding_window": None,
+        "max_window_layers": 28,
+    }
     | {"use_sliding_window": False},
     "phi3": LLAMA
-    | {"model_type": "phi3", "rope_theta": 10000.0, "rope_scaling": None, "original_max_position_embeddings": 128, "sliding_window": 64},
-    "olmo2": LLAMA | {"model_type": "olmo2", "rope_theta": 500000, "rope_scaling": None, "attention_bias": False},
-    "gpt_neox": {key: value for key, value in LLAMA.items() if key not in ("rms_norm_eps", "num_key_value_heads")}
-    | {"model_type": "gpt_neox", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25},
+    | {
+        "model_type": "phi3",
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "original_max_position_embeddings": 128,
+        "sliding_window": 64,
+    },
+    "olmo2": LLAMA
+    | {"model_type": "olmo2", "rope_theta": 500000, "rope_scaling": None, "attention_bias": False},
+    "gpt_neox": {
+        key: value
+        for key, value in LLAMA.items()
+        if key not in ("rms_norm_eps", "num_key_value_heads")
+    }
+    | {
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+    },
     "gpt2": GPT2 | {"n_ctx": 128, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"},
     "mixtral": LLAMA
-    | {"model_type": "mixtral", "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None, "num_local_experts": 4}
+    | {
+        "model_type": "mixtral",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "num_local_experts": 4,
+    }
     | {"num_experts_per_tok": 2, "output_router_logits": False, "router_aux_loss_coef": 0.02},
     "qwen3_moe": LLAMA
-    | {"model_type": "qwen3_moe", "rope_theta": 1000000.0, "head_dim": 32, "sliding_window": None, "use_sliding_window": False}
-    | {"max_window_layers": 4, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_experts": 4, "num_experts_per_tok": 2}
-    | {"moe_intermediate_size": 16, "norm_topk_prob": True, "rope_scaling": None, "attention_bias": False},
+    | {
+        "model_type": "qwen3_moe",
+        "rope_theta": 1000000.0,
+        "head_dim": 32,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+    | {
+        "max_window_layers": 4,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    | {
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "rope_scaling": None,
+        "attention_bias": False,
+    },
     "gemma2": {key: value for key, value in LLAMA.items() if key != "hidden_act"}
-    | {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 32}
-    | {"query_pre_attn_scalar": 224, "sliding_window": 64, "sliding_window_size": 64, "attn_logit_softcapping": 50.0}
+    | {
+        "model_type": "gemma2",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 32,
+    }
+    | {
+        "query_pre_attn_scalar": 224,
+        "sliding_window": 64,
+        "sliding_window_size": 64,
+        "attn_logit_softcapping": 50.0,
+    }
     | {"final_logit_softcapping": 30.0, "rope_theta": 10000.0, "cache_implementation": "hybrid"},
     "gemma3_text": {key: value for key, value in LLAMA.items() if key != "hidden_act"}
-    | {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 32, "query_pre_attn_scalar": 256}
-    | {"sliding_window": 64, "sliding_window_pattern": 6, "rope_theta": 1000000, "rope_local_base_freq": 10000}
-    | {"rope_scaling": None, "attn_logit_softcapping": None, "final_logit_softcapping": None, "cache_implementation": "hybrid"},
+    | {
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 32,
+        "query_pre_attn_scalar": 256,
+    }
+    | {
+        "sliding_window": 64,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1000000,
+        "rope_local_base_freq": 10000,
+    }
+    | {
+        "rope_scaling": None,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+    },
     "smollm3": LLAMA
-    | {"model_type": "smollm3", "rope_theta": 5000000.0, "rope_scaling": None, "no_rope_layer_interval": 4, "sliding_window": None}
-    | {"no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4, "use_sliding_window": False, "max_window_layers": 28},
+    | {
+        "model_type": "smollm3",
+        "rope_theta": 5000000.0,
+        "rope_scaling": None,
+        "no_rope_layer_interval": 4,
+        "sliding_window": None,
+    }
+    | {
+        "no_rope_layers": [1, 1, 1, 0],
+        "layer_types": ["full_attention"] * 4,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+    },
     "cohere2": {key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}
-    | {"model_type": "cohere2", "layer_norm_eps": 1e-5, "logit_scale": 0.25, "rope_theta": 50000, "rotary_pct": 1.0, "head_dim": 16}
-    | {"sliding_window": 64, "sliding_window_pattern": 4, "layer_switch": 4, "order_of_interleaved_layers": "local_attn_first"},
+    | {
+        "model_type": "cohere2",
+        "layer_norm_eps": 1e-5,
+        "logit_scale": 0.25,
+        "rope_theta": 50000,
+        "rotary_pct": 1.0,
+        "head_dim": 16,
+    }
+    | {
+        "sliding_window": 64,
+        "sliding_window_pattern": 4,
+        "layer_switch": 4,
+        "order_of_interleaved_layers": "local_attn_first",
+    },
     "stablelm": {key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}
-    | {"model_type": "stablelm", "layer_norm_eps": 1e-5, "rope_theta": 10000, "partial_rotary_factor": 0.25, "use_qkv_bias": True},
+    | {
+        "model_type": "stablelm",
+        "layer_norm_eps": 1e-5,
+        "rope_theta": 10000,
+        "partial_rotary_factor": 0.25,
+        "use_qkv_bias": True,
+    },
 }
 """Configs in the fields that published checkpoints of each family have."""
 
@@ -278,7 +507,11 @@ def test_layer_types_move_with_their_blocks():
     other = QWEN | {"layer_types": ["o0", "o1", "o2", "o3", "o4"], "num_hidden_layers": 5}
     blocks = [(first, 0), (first, 2), (other, 4), (other, 0), (first, 2)]
     config = spliced_config(first, blocks, tied=True)
-    assert config == first | {"layer_types": ["f0", "f2", "o4", "o0", "f2"], "num_hidden_layers": 5, "tie_word_embeddings": True}
+    assert config == first | {
+        "layer_types": ["f0", "f2", "o4", "o0", "f2"],
+        "num_hidden_layers": 5,
+        "tie_word_embeddings": True,
+    }
 
 
 def test_splicing_configs_leaves_the_donors_configs_alone():
@@ -293,7 +526,10 @@ def test_splicing_configs_leaves_the_donors_configs_alone():
 
 
 def test_blocks_are_counted_in_the_familys_own_field():
-    assert spliced_config(GPT2, [(GPT2, 0)] * 7, tied=True) == GPT2 | {"n_layer": 7, "tie_word_embeddings": True}
+    assert spliced_config(GPT2, [(GPT2, 0)] * 7, tied=True) == GPT2 | {
+        "n_layer": 7,
+        "tie_word_embeddings": True,
+    }
 
 
 S, F = "sliding_attention", "full_attention"
@@ -306,17 +542,33 @@ MOE = LLAMA | {"model_type": "qwen3_moe", "num_experts": 4}
 @pytest.mark.parametrize(
     "base, order, changes",
     [
-        (QWEN_OLD, [0, 1, 2, 1, 2, 3], {"layer_types": [F, F, S, F, S, S], "max_window_layers": None}),
+        (
+            QWEN_OLD,
+            [0, 1, 2, 1, 2, 3],
+            {"layer_types": [F, F, S, F, S, S], "max_window_layers": None},
+        ),
         (QWEN_OLD, [0, 1, 0, 1, 2, 3], {"max_window_layers": 4}),
-        (QWEN_OLD | {"layer_types": [F, F, S, S]}, [0, 1, 0, 2], {"layer_types": [F, F, F, S], "max_window_layers": 3}),
-        (QWEN_OLD | {"layer_types": [F, F, S, S]}, [3, 0], {"layer_types": [S, F], "max_window_layers": None}),
+        (
+            QWEN_OLD | {"layer_types": [F, F, S, S]},
+            [0, 1, 0, 2],
+            {"layer_types": [F, F, F, S], "max_window_layers": 3},
+        ),
+        (
+            QWEN_OLD | {"layer_types": [F, F, S, S]},
+            [3, 0],
+            {"layer_types": [S, F], "max_window_layers": None},
+        ),
         (QWEN | {"max_window_layers": 4}, [0, 1, 2, 3] * 2, {"max_window_layers": 8}),
         (QWEN_OLD | {"use_sliding_window": False}, [0, 1, 2, 3] * 2, {}),
         (LLAMA | {"model_type": "gemma2"}, [0, 1, 1, 2, 3], {"layer_types": [S, F, F, S, F]}),
         (LLAMA | {"model_type": "gemma2"}, [0, 1, 2, 1, 2, 3], {}),
         (GEMMA3, [0, 5, 5, 4], {"layer_types": [S, F, F, S]}),
         (GEMMA3, [0, 1, 2, 3, 4, 5, 0, 1], {}),
-        (GEMMA3 | {"sliding_window_pattern": 3}, [0, 1, 2, 4, 5], {"layer_types": [S, S, F, S, F], "sliding_window_pattern": None}),
+        (
+            GEMMA3 | {"sliding_window_pattern": 3},
+            [0, 1, 2, 4, 5],
+            {"layer_types": [S, S, F, S, F], "sliding_window_pattern": None},
+        ),
         (GEMMA3 | {"sliding_window_pattern": 3}, [0, 2, 3, 5], {"sliding_window_pattern": 2}),
         (
             GEMMA3 | {"_sliding_window_pattern": 6, "layer_types": [S] * 5 + [F]},
@@ -330,16 +582,22 @@ MOE = LLAMA | {"model_type": "qwen3_moe", "num_experts": 4}
         ),
         (SMOLLM3, [0, 1, 1, 2], {"no_rope_layers": [1, 0, 0, 1], "no_rope_layer_interval": None}),
         (
-            SMOLLM3 | {"no_rope_layers": [1, 1, 0, 0], "use_sliding_window": True, "sliding_window": 8},
+            SMOLLM3
+            | {"no_rope_layers": [1, 1, 0, 0], "use_sliding_window": True, "sliding_window": 8},
             [3, 0, 2],
             {"no_rope_layers": [0, 1, 0], "no_rope_layer_interval": None},
         ),
         (
-            SMOLLM3 | {"layer_types": [S, F, F, S], "use_sliding_window": True, "sliding_window": 8},
+            SMOLLM3
+            | {"layer_types": [S, F, F, S], "use_sliding_window": True, "sliding_window": 8},
             [3, 0, 1],
             {"no_rope_layers": [0, 1, 0], "layer_types": [S, S, F], "no_rope_layer_interval": None},
         ),
-        (MOE | {"decoder_sparse_step": 2}, [0, 1, 1, 2], {"mlp_only_layers": [0, 3], "decoder_sparse_step": 1}),
+        (
+            MOE | {"decoder_sparse_step": 2},
+            [0, 1, 1, 2],
+            {"mlp_only_layers": [0, 3], "decoder_sparse_step": 1},
+        ),
         (MOE | {"decoder_sparse_step": 2}, [2, 3, 0, 1], {}),
         (MOE | {"mlp_only_layers": [1]}, [0, 1, 1, 3], {"mlp_only_layers": [1, 2]}),
         (MOE | {"mlp_only_layers": [], "decoder_sparse_step": 1}, [3, 3], {}),
@@ -361,7 +619,9 @@ def test_blocks_of_donors_that_tell_and_that_do_not_are_told_together():
 
 
 def test_code_of_a_donor_is_not_named_in_the_result():
-    assert "auto_map" not in spliced_config(LLAMA | {"auto_map": {"AutoConfig": "x.Y"}}, [(LLAMA, 0)], tied=False)
+    assert "auto_map" not in spliced_config(
+        LLAMA | {"auto_map": {"AutoConfig": "x.Y"}}, [(LLAMA, 0)], tied=False
+    )
 
 
 # Blocks that cannot be moved
@@ -393,7 +653,9 @@ def test_a_config_whose_blocks_cannot_be_moved_is_told(base, changes, place):
     assert fault.place == f"config.json: {place}"
 
 
-@pytest.mark.parametrize("changes", [{"num_kv_shared_layers": 0}, {"per_layer_config": None}, {"layer_types": None}])
+@pytest.mark.parametrize(
+    "changes", [{"num_kv_shared_layers": 0}, {"per_layer_config": None}, {"layer_types": None}]
+)
 def test_a_field_that_binds_no_block_is_no_fault(changes):
     assert config_faults(LLAMA | changes, "config.json") == []
 
@@ -402,10 +664,20 @@ def test_a_field_that_binds_no_block_is_no_fault(changes):
 
 
 def test_rope_settings_for_kinds_of_attention_are_equal_in_both_styles():
-    old = GEMMA3 | {"rope_theta": 5e5, "rope_local_base_freq": 1e4, "rope_scaling": {"type": "linear", "factor": 8.0}}
-    kinds = {F: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}, S: {"rope_type": "default", "rope_theta": 1e4}}
+    old = GEMMA3 | {
+        "rope_theta": 5e5,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"type": "linear", "factor": 8.0},
+    }
+    kinds = {
+        F: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+        S: {"rope_type": "default", "rope_theta": 1e4},
+    }
     assert rope(old) == rope(GEMMA3 | {"rope_parameters": kinds}) == kinds
-    assert rope(GEMMA3) == {F: {"rope_type": "default", "rope_theta": 1e6}, S: {"rope_type": "default", "rope_theta": 1e4}}
+    assert rope(GEMMA3) == {
+        F: {"rope_type": "default", "rope_theta": 1e6},
+        S: {"rope_type": "default", "rope_theta": 1e4},
+    }
     assert reasons(old, GEMMA3 | {"rope_parameters": kinds}) == []
     (reason,) = reasons(old, old | {"rope_local_base_freq": 5e4})
     assert reason.startswith("rope_parameters: ")
@@ -423,12 +695,21 @@ def test_rope_settings_for_kinds_of_attention_are_equal_in_both_styles():
         ("gemma2", "query_pre_attn_scalar", 64),
     ],
 )
-def test_an_option_other_than_the_familys_default_is_a_reason_where_the_default_is_left_out(family, key, value):
+def test_an_option_other_than_the_familys_default_is_a_reason_where_the_default_is_left_out(
+    family, key, value
+):
     config = LLAMA | {"model_type": family}
     assert config.get(key) is None
     assert any(reason.startswith(f"{key}: ") for reason in reasons(config, config | {key: value}))
 
 
 def test_experts_are_counted_under_both_names():
-    assert reasons(MOE, {key: value for key, value in MOE.items() if key != "num_experts"} | {"num_local_experts": 4}) == []
+    assert (
+        reasons(
+            MOE,
+            {key: value for key, value in MOE.items() if key != "num_experts"}
+            | {"num_local_experts": 4},
+        )
+        == []
+    )
     assert reasons(MOE, MOE | {"num_experts": 8}) == ["num_local_experts: 4 and 8"]

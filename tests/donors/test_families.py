@@ -44,10 +44,16 @@ KINDS = {
 OPTIONS = {
     "mistral without window": ("mistral", {"sliding_window": None}),
     "qwen2 without window": ("qwen2", {}),
-    "qwen3_moe of chosen dense blocks": ("qwen3_moe", {"mlp_only_layers": [0, 3], "use_sliding_window": True, "sliding_window": 3}),
+    "qwen3_moe of chosen dense blocks": (
+        "qwen3_moe",
+        {"mlp_only_layers": [0, 3], "use_sliding_window": True, "sliding_window": 3},
+    ),
     "qwen3_moe without dense blocks": ("qwen3_moe", {}),
     "stablelm with options": ("stablelm", {"use_qkv_bias": True, "qk_layernorm": True}),
-    "stablelm in parallel": ("stablelm", {"use_parallel_residual": True, "partial_rotary_factor": 0.5}),
+    "stablelm in parallel": (
+        "stablelm",
+        {"use_parallel_residual": True, "partial_rotary_factor": 0.5},
+    ),
     "gpt_neox in sequence": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 6}),
 }
@@ -61,9 +67,24 @@ UNLISTED = {
 CASES = {family: (family, KINDS.get(family, {})) for family in FAMILIES} | OPTIONS | UNLISTED
 
 SPLICES = {
-    "deeper": [("tied", 0), ("tied", 1), ("tied", 2), ("tied", 1), ("tied", 2), ("tied", 2), ("tied", 3)],
+    "deeper": [
+        ("tied", 0),
+        ("tied", 1),
+        ("tied", 2),
+        ("tied", 1),
+        ("tied", 2),
+        ("tied", 2),
+        ("tied", 3),
+    ],
     "shallower": [("untied", 0), ("untied", 2), ("untied", 3)],
-    "interleaved": [("tied", 0), ("untied", 0), ("tied", 1), ("tied", 2), ("untied", 1), ("untied", 3)],
+    "interleaved": [
+        ("tied", 0),
+        ("untied", 0),
+        ("tied", 1),
+        ("tied", 2),
+        ("untied", 1),
+        ("untied", 3),
+    ],
     "the other way round": [("untied", 1), ("tied", 0), ("untied", 2), ("untied", 3), ("tied", 3)],
 }
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41, 3, 3], [5, 5, 2, 47, 19, 1, 8, 0]])
@@ -85,10 +106,15 @@ def pair(tmp_path_factory):
         family, settings = CASES[case]
         root = tmp_path_factory.mktemp("pair")
         folders = {
-            name: write_donor(root / name, family, seed=seed, **settings | {"tie_word_embeddings": name == "tied"})
+            name: write_donor(
+                root / name, family, seed=seed, **settings | {"tie_word_embeddings": name == "tied"}
+            )
             for seed, name in enumerate(("tied", "untied"))
         }
-        return Pair(folders, {name: load_model(open_checkpoint(str(folder))) for name, folder in folders.items()})
+        return Pair(
+            folders,
+            {name: load_model(open_checkpoint(str(folder))) for name, folder in folders.items()},
+        )
 
     return make
 
@@ -102,7 +128,13 @@ def blocks_in(model) -> torch.nn.ModuleList:
 
 
 @torch.no_grad()
-def passed(model, input_ids=IDS, *, entering: dict[int, torch.Tensor] | None = None, leaving: dict[int, torch.Tensor] | None = None):
+def passed(
+    model,
+    input_ids=IDS,
+    *,
+    entering: dict[int, torch.Tensor] | None = None,
+    leaving: dict[int, torch.Tensor] | None = None,
+):
     """The library's own forward pass: what enters and leaves every block, and the logits; some of them replaced on the way."""
     seen, handles = {"in": {}, "out": {}}, []
     for index, block in enumerate(blocks_in(model)):
@@ -110,7 +142,9 @@ def passed(model, input_ids=IDS, *, entering: dict[int, torch.Tensor] | None = N
         def before(_module, args, kwargs, index=index):
             state = (entering or {}).get(index, args[0] if args else kwargs["hidden_states"])
             seen["in"][index] = state
-            return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
+            return (
+                ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
+            )
 
         def after(_module, _args, output, index=index):
             seen["out"][index] = output if isinstance(output, torch.Tensor) else output[0]
@@ -118,7 +152,10 @@ def passed(model, input_ids=IDS, *, entering: dict[int, torch.Tensor] | None = N
                 state = leaving[replaced.pop()]
                 return state if isinstance(output, torch.Tensor) else (state, *output[1:])
 
-        handles += [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+        handles += [
+            block.register_forward_pre_hook(before, with_kwargs=True),
+            block.register_forward_hook(after),
+        ]
     try:
         logits = model(input_ids=input_ids, use_cache=False).logits
     finally:
@@ -142,12 +179,21 @@ def spliced(order, pair, output):
     donors = open_donors(recipe)
     merge(recipe, donors, output)
     loaded, told = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-    virtual = virtual_splice(recipe, donors, {str(pair.folders[name]): pair.models[name] for name in {name for name, _ in order}})
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        told
+    )
+    virtual = virtual_splice(
+        recipe,
+        donors,
+        {str(pair.folders[name]): pair.models[name] for name in {name for name, _ in order}},
+    )
     return loaded.eval(), passed(loaded)[1], passed(virtual)[1]
 
 
-@pytest.mark.parametrize("case, splice", [*itertools.product(FAMILIES, SPLICES), *itertools.product(OPTIONS, ["interleaved"])])
+@pytest.mark.parametrize(
+    "case, splice",
+    [*itertools.product(FAMILIES, SPLICES), *itertools.product(OPTIONS, ["interleaved"])],
+)
 def test_a_splice_computes_what_its_blocks_compute_in_their_donors(pair, tmp_path, case, splice):
     order = SPLICES[splice]
     loaded, on_disk, in_memory = spliced(order, pair(case), tmp_path / "out")
@@ -158,11 +204,18 @@ def test_a_splice_computes_what_its_blocks_compute_in_their_donors(pair, tmp_pat
 
 def test_donors_whose_dense_blocks_lie_elsewhere_are_spliced(pair, tmp_path):
     first, other = pair("qwen3_moe"), pair("qwen3_moe without dense blocks")
-    both = Pair(*({"tied": one["tied"], "untied": two["untied"]} for one, two in zip(first, other, strict=True)))
+    both = Pair(
+        *(
+            {"tied": one["tied"], "untied": two["untied"]}
+            for one, two in zip(first, other, strict=True)
+        )
+    )
     for splice in ("interleaved", "the other way round"):
         loaded, on_disk, in_memory = spliced(SPLICES[splice], both, tmp_path / splice)
         assert loaded.config.mlp_only_layers == [
-            at for at, (name, index) in enumerate(SPLICES[splice]) if name == "tied" and index in (0, 2)
+            at
+            for at, (name, index) in enumerate(SPLICES[splice])
+            if name == "tied" and index in (0, 2)
         ]
         assert torch.equal(on_disk, in_memory)
         torch.testing.assert_close(in_memory, by_the_donors(SPLICES[splice], both.models))
@@ -171,22 +224,37 @@ def test_donors_whose_dense_blocks_lie_elsewhere_are_spliced(pair, tmp_path):
 # Checkpoints from before the lists
 
 
-OLD = [family for family, entry in FAMILIES.items() if any(part.rule and not part.marker for part in entry.per_block)]
-"""The families that take a block to be what a rule says of its index, where config.json has no list."""
+OLD = [
+    family
+    for family, entry in FAMILIES.items()
+    if any(part.rule and not part.marker for part in entry.per_block)
+]
+"""The families that take a block to be what a rule says of its index, where config.json has no
+list.
+"""
 
 
 def without_lists(family: str):
     """Put a config into the form it had before its lists."""
     lists = {part.key for part in FAMILIES[family].per_block}
-    return lambda config: {key: value for key, value in config.items() if key not in lists} | KINDS[family]
+    return lambda config: (
+        {key: value for key, value in config.items() if key not in lists} | KINDS[family]
+    )
 
 
 @pytest.mark.parametrize("family", OLD)
 def test_blocks_of_old_checkpoints_stay_what_their_rule_made_them(pair, tmp_path, family):
     newer = pair(family)
-    old = {name: changed(folder, tmp_path / name, config=without_lists(family)) for name, folder in newer.folders.items()}
-    for number, folders in enumerate((old, old | {"tied": newer.folders["tied"]}, newer.folders | {"tied": old["tied"]})):
-        _, on_disk, in_memory = spliced(SPLICES["interleaved"], Pair(folders, newer.models), tmp_path / f"out{number}")
+    old = {
+        name: changed(folder, tmp_path / name, config=without_lists(family))
+        for name, folder in newer.folders.items()
+    }
+    for number, folders in enumerate(
+        (old, old | {"tied": newer.folders["tied"]}, newer.folders | {"tied": old["tied"]})
+    ):
+        _, on_disk, in_memory = spliced(
+            SPLICES["interleaved"], Pair(folders, newer.models), tmp_path / f"out{number}"
+        )
         assert torch.equal(on_disk, in_memory)
         torch.testing.assert_close(in_memory, by_the_donors(SPLICES["interleaved"], newer.models))
 
@@ -195,7 +263,12 @@ def test_blocks_of_old_checkpoints_stay_what_their_rule_made_them(pair, tmp_path
 @pytest.mark.parametrize("blocks", [1, 6, 13])
 @pytest.mark.parametrize("family", OLD)
 def test_a_family_s_rule_is_the_library_s(family, blocks, number):
-    config = {"model_type": family, "num_hidden_layers": blocks, "use_sliding_window": True, "sliding_window": 5}
+    config = {
+        "model_type": family,
+        "num_hidden_layers": blocks,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+    }
     config |= {name: number for part in FAMILIES[family].per_block for name in part.numbers}
     library = AutoConfig.for_model(**config)
     for part in FAMILIES[family].per_block:
@@ -221,10 +294,14 @@ def test_greedy_search_takes_the_best_token_at_every_step(pair, family):
     model = pair(family).models["untied"]
     features = [Feature.of(block, neuron) for block, neuron in ((1, 0), (2, 5), (4, 9))]
     result = greedy_search(model, features, n=5)
-    for feature, tokens, values in zip(features, result.tokens.tolist(), result.values, strict=True):
+    for feature, tokens, values in zip(
+        features, result.tokens.tolist(), result.values, strict=True
+    ):
         for step, value in enumerate(values):
             inputs = torch.tensor([[*tokens[:step], token] for token in range(48)])
-            found = passed(model, input_ids=inputs)[0]["out"][feature.block - 1][:, -1, feature.neuron]
+            found = passed(model, input_ids=inputs)[0]["out"][feature.block - 1][
+                :, -1, feature.neuron
+            ]
             torch.testing.assert_close(found[tokens[step]], found.max())
             torch.testing.assert_close(torch.tensor(value), found.max())
 
@@ -246,6 +323,14 @@ def test_gradient_search_descends_on_the_loss_of_a_forward_pass(pair, family):
 def test_inspect_tells_that_two_donors_of_a_family_can_be_spliced(pair, run, family):
     told = json.loads(run("inspect", *pair(family).folders.values(), "--json")[1])
     assert told["spliceable"] and told["reasons"] == []
-    parameters = {name: sum(value.numel() for value in model.parameters()) for name, model in pair(family).models.items()}
+    parameters = {
+        name: sum(value.numel() for value in model.parameters())
+        for name, model in pair(family).models.items()
+    }
     for row, name in zip(told["donors"], ("tied", "untied"), strict=True):
-        assert (row["family"], row["blocks"], row["tied"], row["parameters"]) == (family, 4, name == "tied", parameters[name])
+        assert (row["family"], row["blocks"], row["tied"], row["parameters"]) == (
+            family,
+            4,
+            name == "tied",
+            parameters[name],
+        )

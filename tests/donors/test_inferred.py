@@ -20,12 +20,29 @@ REFUSED = {
 """The families of the table that cannot be inferred, and why."""
 
 
-@pytest.mark.parametrize("family, changes", [*((family, {}) for family in FAMILIES), ("mistral", {"sliding_window": None})])
-def test_a_family_taken_out_of_the_table_is_inferred_to_be_the_same_or_refused(tmp_path, monkeypatch, family, changes):
-    folders = [write_donor(tmp_path / str(seed), family, seed=seed, tie_word_embeddings=False, **changes) for seed in (1, 2)]
-    recipe = recipe_of([Block(str(folders[donor]), index) for donor, index in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 3), (1, 3))])
+@pytest.mark.parametrize(
+    "family, changes",
+    [*((family, {}) for family in FAMILIES), ("mistral", {"sliding_window": None})],
+)
+def test_a_family_taken_out_of_the_table_is_inferred_to_be_the_same_or_refused(
+    tmp_path, monkeypatch, family, changes
+):
+    folders = [
+        write_donor(tmp_path / str(seed), family, seed=seed, tie_word_embeddings=False, **changes)
+        for seed in (1, 2)
+    ]
+    recipe = recipe_of(
+        [
+            Block(str(folders[donor]), index)
+            for donor, index in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 3), (1, 3))
+        ]
+    )
     donors = open_donors(recipe)
-    operations, config, listed = schedule(recipe, donors), result_config(recipe, donors), donors[recipe.base].architecture
+    operations, config, listed = (
+        schedule(recipe, donors),
+        result_config(recipe, donors),
+        donors[recipe.base].architecture,
+    )
     monkeypatch.delitem(FAMILIES, family)
     if family in REFUSED and not changes:
         with pytest.raises(FrankenmergeError, match=REFUSED[family]):
@@ -33,29 +50,67 @@ def test_a_family_taken_out_of_the_table_is_inferred_to_be_the_same_or_refused(t
         return
     donors = open_donors(recipe)
     inferred = donors[recipe.base].architecture
-    for name in ("root", "block", "embedding", "final", "head", "norm", "keys", "learned_positions"):
+    for name in (
+        "root",
+        "block",
+        "embedding",
+        "final",
+        "head",
+        "norm",
+        "keys",
+        "learned_positions",
+    ):
         assert getattr(inferred, name) == getattr(listed, name)
     assert schedule(recipe, donors) == operations
     superseded = {number for part in USUAL.per_block for number in part.numbers}
-    assert result_config(recipe, donors) == {key: value for key, value in config.items() if key not in superseded}
+    assert result_config(recipe, donors) == {
+        key: value for key, value in config.items() if key not in superseded
+    }
 
 
 CONFIG = {
-    "model_type": "novel", "architectures": ["NovelForCausalLM"], "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2,
-    "vocab_size": 20, "max_position_embeddings": 64, "tie_word_embeddings": False, "layer_norm_eps": 1e-5,
+    "model_type": "novel",
+    "architectures": ["NovelForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "vocab_size": 20,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "layer_norm_eps": 1e-5,
 }
-BLOCK = {"attention.query_key_value.weight": (24, 8), "attention.dense.bias": (8,), "norm.weight": (8,)}
+BLOCK = {
+    "attention.query_key_value.weight": (24, 8),
+    "attention.dense.bias": (8,),
+    "norm.weight": (8,),
+}
 SHAPES = {
-    "novel.wte.weight": (20, 8), "novel.ln.weight": (8,), "novel.ln.bias": (8,), "out.weight": (20, 8), "out.bias": (20,),
+    "novel.wte.weight": (20, 8),
+    "novel.ln.weight": (8,),
+    "novel.ln.bias": (8,),
+    "out.weight": (20, 8),
+    "out.bias": (20,),
 } | {f"novel.h.{index}.{name}": shape for index in range(2) for name, shape in BLOCK.items()}
 
 
 def test_a_layout_is_read_off_names_and_shapes():
     found = architecture_of(CONFIG, SHAPES, "config.json")
-    assert (found.root, found.block, found.embedding, found.final, found.head) == ("novel.", "h.{}.", ("wte.",), "ln.", "out.")
+    assert (found.root, found.block, found.embedding, found.final, found.head) == (
+        "novel.",
+        "h.{}.",
+        ("wte.",),
+        "ln.",
+        "out.",
+    )
     assert (found.norm, found.learned_positions, found.listed) == ("layer", False, False)
     assert found.role("novel.h.1.norm.weight") == ("block", 1, "novel.h.{}.norm.weight")
-    assert [found.role(name)[0] for name in list(SHAPES)[:5]] == ["embedding", "final", "final", "head", "head"]
+    assert [found.role(name)[0] for name in list(SHAPES)[:5]] == [
+        "embedding",
+        "final",
+        "final",
+        "head",
+        "head",
+    ]
 
 
 def test_learned_positions_are_known_by_their_shape():
@@ -66,11 +121,24 @@ def test_learned_positions_are_known_by_their_shape():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8, "sliding_window_pattern": 2},
+        {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 8,
+            "sliding_window_pattern": 2,
+        },
         {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
         {"sliding_window": 8, "use_sliding_window": False},
-        {"eos_token_id": [1, 2], "rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
-        {"first_k_dense_replace": 0, "moe_layers": [], "attn_layer_period": None, "scale_depth": False},
+        {
+            "eos_token_id": [1, 2],
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "partial_rotary_factor": 0.5,
+        },
+        {
+            "first_k_dense_replace": 0,
+            "moe_layers": [],
+            "attn_layer_period": None,
+            "scale_depth": False,
+        },
     ],
 )
 def test_fields_that_bind_no_block_are_no_reason(changes):
@@ -111,11 +179,20 @@ def test_what_config_tells_of_an_unknown_family_can_be_a_reason(changes, reason)
     "changes, reason",
     [
         ({"novel.h.0.extra.weight": (8,)}, "hold different tensors, such as extra.weight"),
-        ({f"novel.h.{index}.decay": (8,) for index in range(2)}, "hold decay, which no plain layer does"),
-        ({"novel.other.weight": (20, 8)}, "the embedding, and these could: novel.wte., novel.other."),
+        (
+            {f"novel.h.{index}.decay": (8,) for index in range(2)},
+            "hold decay, which no plain layer does",
+        ),
+        (
+            {"novel.other.weight": (20, 8)},
+            "the embedding, and these could: novel.wte., novel.other.",
+        ),
         ({"novel.wte.weight": (20, 4)}, "the embedding, and these could: none"),
         ({"novel.ln2.weight": (8,)}, "the final norm, and these could: novel.ln., novel.ln2."),
-        ({"novel.a.weight": (64, 8), "novel.b.weight": (64, 8)}, "the positions, and these could: novel.a., novel.b."),
+        (
+            {"novel.a.weight": (64, 8), "novel.b.weight": (64, 8)},
+            "the positions, and these could: novel.a., novel.b.",
+        ),
         ({"out2.weight": (20, 8)}, "the head, and these could: out., out2."),
         ({"vision.weight": (8, 8)}, "nothing tells what vision. are for"),
     ],
@@ -125,7 +202,9 @@ def test_what_the_tensors_of_an_unknown_family_are_can_be_a_reason(changes, reas
         architecture_of(CONFIG, SHAPES | changes, "config.json")
 
 
-@pytest.mark.parametrize("shapes", [{}, {name.removeprefix("novel."): shape for name, shape in SHAPES.items()}])
+@pytest.mark.parametrize(
+    "shapes", [{}, {name.removeprefix("novel."): shape for name, shape in SHAPES.items()}]
+)
 def test_names_that_are_no_model_s_are_a_reason(shapes):
     with pytest.raises(FrankenmergeError, match="not named MODEL.LAYERS.0."):
         architecture_of(CONFIG, shapes, "config.json")
@@ -136,5 +215,7 @@ def test_all_reasons_are_told_at_once():
         architecture_of(CONFIG | {"scale_depth": 1.4, "moe_layers": [1]}, SHAPES, "config.json")
     assert len(raised.value.faults) == 2
     with pytest.raises(FrankenmergeError) as raised:
-        architecture_of(CONFIG, SHAPES | {"vision.weight": (8, 8), "novel.ln2.weight": (8,)}, "config.json")
+        architecture_of(
+            CONFIG, SHAPES | {"vision.weight": (8, 8), "novel.ln2.weight": (8,)}, "config.json"
+        )
     assert len(raised.value.faults) == 2

@@ -46,19 +46,35 @@ def refused(folder: Path, **options):
     return fault
 
 
-@pytest.mark.parametrize("options", [{}, {"parts": 3}, {"_use_new_zipfile_serialization": False}], ids=["single", "shards", "before 1.6"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"parts": 3}, {"_use_new_zipfile_serialization": False}],
+    ids=["single", "shards", "before 1.6"],
+)
 @pytest.mark.parametrize("donor", ["a", "b", "g"])
 def test_a_pickled_donor_is_the_donor(donors, tmp_path, donor, options):
     folder = pickled(donors[donor], tmp_path / "pickled", **options)
-    opened, expected = open_checkpoint(str(folder), allow_pickle=True), load_file(donors[donor] / "model.safetensors")
+    opened, expected = (
+        open_checkpoint(str(folder), allow_pickle=True),
+        load_file(donors[donor] / "model.safetensors"),
+    )
     assert opened.name == str(folder)
     assert opened.fingerprint == open_checkpoint(str(donors[donor])).fingerprint
     assert opened.tokenizer_hash == open_checkpoint(str(donors[donor])).tokenizer_hash
-    made = {name: tensor for file in opened.path.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in expected)
+    made = {
+        name: tensor
+        for file in opened.path.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    assert made.keys() == expected.keys() and all(
+        torch.equal(made[name], expected[name]) for name in expected
+    )
     ids = torch.arange(8)[None]
     with torch.no_grad():
-        assert torch.equal(load_model(opened)(ids).logits, load_model(open_checkpoint(str(donors[donor])))(ids).logits)
+        assert torch.equal(
+            load_model(opened)(ids).logits,
+            load_model(open_checkpoint(str(donors[donor])))(ids).logits,
+        )
 
 
 def test_tensors_of_one_memory_and_parts_of_a_larger_one(donors, tmp_path):
@@ -67,11 +83,18 @@ def test_tensors_of_one_memory_and_parts_of_a_larger_one(donors, tmp_path):
     embedding = tensors["model.embed_tokens.weight"]
     tensors["lm_head.weight"] = embedding
     pair = torch.randn(2, 16)
-    tensors["model.norm.weight"], tensors["model.layers.0.input_layernorm.weight"] = pair[0], pair[1]
+    tensors["model.norm.weight"], tensors["model.layers.0.input_layernorm.weight"] = (
+        pair[0],
+        pair[1],
+    )
     tensors["model.layers.0.mlp.down_proj.weight"] = torch.randn(24, 16).T
     torch.save(tensors, folder / SINGLE)
-    made = load_file(next(open_checkpoint(str(folder), allow_pickle=True).path.glob("*.safetensors")))
-    assert made.keys() == tensors.keys() and all(torch.equal(made[name], tensors[name]) for name in tensors)
+    made = load_file(
+        next(open_checkpoint(str(folder), allow_pickle=True).path.glob("*.safetensors"))
+    )
+    assert made.keys() == tensors.keys() and all(
+        torch.equal(made[name], tensors[name]) for name in tensors
+    )
 
 
 def test_without_the_option_it_is_refused_and_the_option_named(donors, tmp_path, cache):
@@ -119,21 +142,31 @@ def test_a_hostile_pickle_is_refused_and_not_run(donors, tmp_path, cache, how):
         assert mark.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", b"PK\x05\x06" + bytes(18)], ids=["empty", "text", "empty archive"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no pickle", b"PK\x05\x06" + bytes(18)],
+    ids=["empty", "text", "empty archive"],
+)
 def test_a_file_that_is_no_pickle_is_refused(donors, tmp_path, content):
     folder = pickled(donors["a"], tmp_path / "pickled")
     (folder / SINGLE).write_bytes(content)
     assert refused(folder, allow_pickle=True).place == str(folder / SINGLE)
 
 
-@pytest.mark.parametrize("held", [[1, 2], {"model": {"weight": torch.zeros(2)}}, {3: torch.zeros(2)}, torch.zeros(2)])
+@pytest.mark.parametrize(
+    "held", [[1, 2], {"model": {"weight": torch.zeros(2)}}, {3: torch.zeros(2)}, torch.zeros(2)]
+)
 def test_a_pickle_of_something_else_is_refused(donors, tmp_path, held):
     folder = pickled(donors["a"], tmp_path / "pickled")
     torch.save(held, folder / SINGLE)
     assert refused(folder, allow_pickle=True).expected == "dense tensors by name"
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(4).to_sparse(), torch.zeros(4, dtype=torch.complex128)], ids=["sparse", "complex"])
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(4).to_sparse(), torch.zeros(4, dtype=torch.complex128)],
+    ids=["sparse", "complex"],
+)
 def test_tensors_that_safetensors_cannot_hold_are_refused(donors, tmp_path, tensor):
     folder = pickled(donors["a"], tmp_path / "pickled")
     torch.save({"model.norm.weight": tensor}, folder / SINGLE)
@@ -184,7 +217,9 @@ def test_a_conversion_that_is_cut_off_leaves_nothing(donors, tmp_path, cache, mo
 def test_commands_take_the_option(donors, tmp_path, run, text):
     folder = pickled(donors["a"], tmp_path / "pickled")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"merge_method: passthrough\nslices: [{{sources: [{{model: {folder}, layer_range: [0, 3]}}]}}]\n")
+    recipe.write_text(
+        f"merge_method: passthrough\nslices: [{{sources: [{{model: {folder}, layer_range: [0, 3]}}]}}]\n"
+    )
     commands = {
         "inspect": [folder],
         "features": [folder],

@@ -11,50 +11,92 @@ import torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "evals" / "bench_search.py"
 PROMISED = {
-    "complete": {"ours_s", "bare_forward_s", "ours_over_bare", "document_listing_s_per_feature", "peak_extra_mb"},
+    "complete": {
+        "ours_s",
+        "bare_forward_s",
+        "ours_over_bare",
+        "document_listing_s_per_feature",
+        "peak_extra_mb",
+    },
     "greedy": {"speedup_over_uncached", "recall"},
     "gradient": {"speedup_over_single"},
 }
 TIMES = {
-    "complete": {"ours_s", "bare_forward_s", "ours_over_bare", "document_listing_s_per_feature", "document_listing_over_ours"},
-    "greedy": {"speedup_over_uncached", "exact_s", "over_complete_search_per_prefix", "speedup_of_screen"},
+    "complete": {
+        "ours_s",
+        "bare_forward_s",
+        "ours_over_bare",
+        "document_listing_s_per_feature",
+        "document_listing_over_ours",
+    },
+    "greedy": {
+        "speedup_over_uncached",
+        "exact_s",
+        "over_complete_search_per_prefix",
+        "speedup_of_screen",
+    },
     "gradient": {"speedup_over_single", "batched_s", "single_s"},
 }
 
 
 @pytest.fixture(scope="module")
 def measured(donors) -> dict:
-    arguments = ["--shape", "tiny", "--rounds", "2", "--threads", "1", "--donor", str(donors["a"]), "--json"]
-    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=True)
+    arguments = [
+        "--shape",
+        "tiny",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--donor",
+        str(donors["a"]),
+        "--json",
+    ]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
 def test_every_promised_figure_is_there(measured):
     assert all(keys <= measured[section].keys() for section, keys in PROMISED.items())
     assert set(measured) == {*PROMISED, "dtype", "made"}
-    assert (measured["made"]["rounds"], measured["made"]["threads"], measured["made"]["device"]) == (2, 1, "cpu")
+    assert (
+        measured["made"]["rounds"],
+        measured["made"]["threads"],
+        measured["made"]["device"],
+    ) == (2, 1, "cpu")
 
 
 def test_times_and_ratios_are_positive_numbers(measured):
     for section, names in TIMES.items():
         for name in names:
-            assert math.isfinite(measured[section][name]) and measured[section][name] > 0, (section, name)
+            assert math.isfinite(measured[section][name]) and measured[section][name] > 0, (
+                section,
+                name,
+            )
     for figures in measured["dtype"].values():
-        assert all(figures[name] > 0 for name in ("float32_s", "screened_s", "speedup_over_float32"))
+        assert all(
+            figures[name] > 0 for name in ("float32_s", "screened_s", "speedup_over_float32")
+        )
 
 
 def test_what_is_timed_finds_the_same(measured):
     assert measured["greedy"]["same_inputs_as_uncached"] == 1.0
     assert 0 <= measured["greedy"]["recall"] <= 1
     assert measured["gradient"]["largest_difference"] < 1e-4
-    assert measured["complete"]["peak_extra_mb"] is None or measured["complete"]["peak_extra_mb"] >= 0
+    assert (
+        measured["complete"]["peak_extra_mb"] is None or measured["complete"]["peak_extra_mb"] >= 0
+    )
 
 
 def test_rescoring_mends_the_screen(measured):
     for figures in measured["dtype"].values():
         assert figures["differ_after_rescoring"] <= figures["differ_before_rescoring"] <= 1
         assert 0 < figures["candidates_rescored"] <= figures["of_tokens"]
-    assert measured["dtype"]["donor"]["candidates_rescored"] == 48  # k = 32 of 48 tokens, for 64 features
+    assert (
+        measured["dtype"]["donor"]["candidates_rescored"] == 48
+    )  # k = 32 of 48 tokens, for 64 features
     assert measured["dtype"]["donor"]["differ_after_rescoring"] == 0
 
 
@@ -71,12 +113,16 @@ def test_the_documents_listing_finds_the_best_token(bench, monkeypatch, listing_
     monkeypatch.setattr(bench, "LISTING_BATCH", listing_batch)
     model = bench.random_model(bench.SHAPES["tiny"].gpt2, "cpu")
     best = bench.complete_search(model, k=1).tokens
-    assert [bench.listing(model, bench.Feature.of(block, 5), 300) for block in (1, 2, 3)] == best[1:, 5, 0].tolist()
+    assert [bench.listing(model, bench.Feature.of(block, 5), 300) for block in (1, 2, 3)] == best[
+        1:, 5, 0
+    ].tolist()
 
 
 def test_the_peak_is_seen_although_it_is_freed_again(bench, monkeypatch):
     monkeypatch.setattr(bench, "complete_search", lambda _model, **_: torch.ones(16 * 2**20).sum())
-    extra = bench.extra_bytes(bench.Options("", bench.SHAPES["tiny"], 1, torch.get_num_threads(), "cpu"))
+    extra = bench.extra_bytes(
+        bench.Options("", bench.SHAPES["tiny"], 1, torch.get_num_threads(), "cpu")
+    )
     if extra is None:
         pytest.skip("this system keeps no high water mark that can be reset")
     assert 60 * 2**20 <= extra < 96 * 2**20  # pages that were resident before are taken again

@@ -49,10 +49,30 @@ def printed(document):
         (["(@", '"></', " guiName", '"></'], ' (@"></ guiName"></', {}, "agrees"),
         (["(@", '"></', " guiName", '">'], ' (@"></ guiName"></', {}, "differs"),
         (["</s>", "\n", "</s>", " "], "</s></s>", {}, "agrees"),
-        (["x", "called", "y"], "are called Also", {"positions": range(1, 2), "tokens": ("are", "called", "Also")}, "agrees"),
-        (["are", "call", "Also"], "are called Also", {"positions": range(1, 2), "tokens": ("are", "called", "Also")}, "differs"),
-        (["x", "called", "y"], "are called Also", {"positions": range(0, 2), "tokens": ("are", "called", "Also")}, "differs"),
-        (["are", "called", "Also"], "are called Also", {"positions": range(1, 2), "tokens": None}, "not comparable"),
+        (
+            ["x", "called", "y"],
+            "are called Also",
+            {"positions": range(1, 2), "tokens": ("are", "called", "Also")},
+            "agrees",
+        ),
+        (
+            ["are", "call", "Also"],
+            "are called Also",
+            {"positions": range(1, 2), "tokens": ("are", "called", "Also")},
+            "differs",
+        ),
+        (
+            ["x", "called", "y"],
+            "are called Also",
+            {"positions": range(0, 2), "tokens": ("are", "called", "Also")},
+            "differs",
+        ),
+        (
+            ["are", "called", "Also"],
+            "are called Also",
+            {"positions": range(1, 2), "tokens": None},
+            "not comparable",
+        ),
     ],
 )
 def test_verdict(document, found, cell, options, expected):
@@ -86,7 +106,12 @@ def test_models_are_told_by_their_shape(document):
     for name, shape in document.MODELS.items():
         assert document.model_of(AutoConfig.for_model(**shape)) == name
     assert document.model_of(AutoConfig.for_model("gpt2")) == "gpt2"
-    assert document.model_of(AutoConfig.for_model(**document.MODELS["llama-7b"] | {"max_position_embeddings": 4096})) is None
+    assert (
+        document.model_of(
+            AutoConfig.for_model(**document.MODELS["llama-7b"] | {"max_position_embeddings": 4096})
+        )
+        is None
+    )
     assert document.model_of(AutoConfig.for_model("gpt2", n_layer=6)) is None
 
 
@@ -120,8 +145,18 @@ def test_gpt2_cells_are_tokens_of_gpt2(document):
         if model.startswith("gpt2")
     ]
     assert len(strings) == 95
-    assert [string for string, count in strings if document.split(string, ids, count) is None] == ["distruptions"]  # so the page
-    known = {"Pwr": 49267, "Claud": 36303, "Peb": 42507, "View": 7680, "ItemTracker": 47198, "watched": 7342, "(@": 4275}
+    assert [string for string, count in strings if document.split(string, ids, count) is None] == [
+        "distruptions"
+    ]  # so the page
+    known = {
+        "Pwr": 49267,
+        "Claud": 36303,
+        "Peb": 42507,
+        "View": 7680,
+        "ItemTracker": 47198,
+        "watched": 7342,
+        "(@": 4275,
+    }
     assert all(token in ids[text] for text, token in known.items())
 
 
@@ -139,7 +174,9 @@ def test_a_donor_fills_every_table_and_its_limits_are_told(document, printed, do
             assert cell["texts"] == [texts[token] for token in cell["tokens"]]
             assert (cell["page"], cell["verdict"]) == (None, "not comparable")
     by_name = {table["table"]: table for table in told["tables"]}
-    assert by_name["greedy search"]["notes"] == ["Skipped, as the model has 4 blocks: 8, 12, 16, 20, 24."]
+    assert by_name["greedy search"]["notes"] == [
+        "Skipped, as the model has 4 blocks: 8, 12, 16, 20, 24."
+    ]
     assert by_name["gradient, single neurons"]["features"] == "[:, :, 8-12]"
     assert [cell["tokens"] for cell in by_name["complete search"]["cells"]] == [
         [best(model, block, f)] for block in (1, 2, 4) for f in range(4)
@@ -153,7 +190,9 @@ def best(model, block: int, neuron: int, prefix: tuple[int, ...] = ()) -> int:
     """The token that excites a neuron most behind a prefix, through the library's own hidden states (not for the last block)."""
     inputs = torch.tensor([[*prefix, token] for token in range(VOCABULARY)])
     caught = []
-    handle = model.base_model.layers[block - 1].register_forward_hook(lambda _module, _args, output: caught.append(output))
+    handle = model.base_model.layers[block - 1].register_forward_hook(
+        lambda _module, _args, output: caught.append(output)
+    )
     model(input_ids=inputs)
     handle.remove()
     return int(caught[0][:, -1, neuron].argmax())
@@ -173,11 +212,17 @@ def test_cells_of_the_documents_own_model_are_scored(document, printed, donors, 
         built.append(best(model, 2, 0, tuple(built)))
     wrong = texts[(first[1] + 1) % VOCABULARY]
     specs = parse_features("[:, :, 9-10]", 1, 16) + parse_features("[:, 0-2, 9]", 1, 16)
-    hidden = [[texts[token] for token in row] for row in gradient_search(model, specs, decode="hidden").tokens.tolist()]
+    hidden = [
+        [texts[token] for token in row]
+        for row in gradient_search(model, specs, decode="hidden").tokens.tolist()
+    ]
 
     def turned(words: list[str], positions: set[int]) -> str:
         """The same with another token, also of an id below the width, at some positions."""
-        return "".join(texts[(texts.index(word) + 1) % 16] if place in positions else word for place, word in enumerate(words))
+        return "".join(
+            texts[(texts.index(word) + 1) % 16] if place in positions else word
+            for place, word in enumerate(words)
+        )
 
     monkeypatch.setitem(document.MODELS, "ours", TINY)
     rows = {
@@ -189,33 +234,67 @@ def test_cells_of_the_documents_own_model_are_scored(document, printed, donors, 
         "control": (wrong,) * 4,
     }
     tables = (
-        document.Table("complete", "complete", "[:, :, 0-3]", (2, 4), {"ours": {2: rows["complete"]}}),
+        document.Table(
+            "complete", "complete", "[:, :, 0-3]", (2, 4), {"ours": {2: rows["complete"]}}
+        ),
         document.Table("greedy", "greedy", "[:, :, 0-0]", (2,), {"ours": {2: rows["greedy"]}}),
-        document.Table("gradient", "gradient", "[:, :, {1}-{2}]", (1,), {"ours": {1: rows["gradient"]}}),
-        document.Table("position", "gradient", "[:, 0-2, {1}]", (1,), {"ours": {1: rows["position"]}}),
+        document.Table(
+            "gradient", "gradient", "[:, :, {1}-{2}]", (1,), {"ours": {1: rows["gradient"]}}
+        ),
+        document.Table(
+            "position", "gradient", "[:, 0-2, {1}]", (1,), {"ours": {1: rows["position"]}}
+        ),
         document.Table("short", "complete", "[:, :, 0-3]", (2,), {"ours": {2: rows["short"]}}),
-        document.Table("control", "complete", "[:, :, 0-3]", (2,), {"ours": {2: rows["control"]}}, untrained=True, excuse="random"),
+        document.Table(
+            "control",
+            "complete",
+            "[:, :, 0-3]",
+            (2,),
+            {"ours": {2: rows["control"]}},
+            untrained=True,
+            excuse="random",
+        ),
     )
     monkeypatch.setattr(document_tables, "TABLES", tables)
     (told,) = printed("--model", donors["a"])["models"]
     assert told["document_model"] == "ours"
     found = {table["table"]: table["cells"] for table in told["tables"]}
-    verdicts = {name: [cell["verdict"] for cell in cells if cell["way"] != "E^+"] for name, cells in found.items()}
-    assert verdicts["complete"] == ["agrees", "differs", "not comparable", "agrees", *["not comparable"] * 4]
+    verdicts = {
+        name: [cell["verdict"] for cell in cells if cell["way"] != "E^+"]
+        for name, cells in found.items()
+    }
+    assert verdicts["complete"] == [
+        "agrees",
+        "differs",
+        "not comparable",
+        "agrees",
+        *["not comparable"] * 4,
+    ]
     assert verdicts["greedy"] == ["agrees", "agrees"]
     assert [cell["way"] for cell in found["greedy"]] == ["last position", "all positions"]
-    assert (found["greedy"][0]["page_ids"], found["greedy"][0]["tokens"]) == ([[token] for token in built], built)
+    assert (found["greedy"][0]["page_ids"], found["greedy"][0]["tokens"]) == (
+        [[token] for token in built],
+        built,
+    )
     assert verdicts["gradient"] == ["agrees", "differs"]
     assert verdicts["position"] == ["agrees", "differs", "not comparable"]
-    assert {cell["verdict"] for cell in found["gradient"] if not cell["artefact"]} == {"not comparable"}
+    assert {cell["verdict"] for cell in found["gradient"] if not cell["artefact"]} == {
+        "not comparable"
+    }
     assert verdicts["short"] == ["not comparable"] * 4
     assert "has 2 cells for 4 features" in told["tables"][4]["notes"][0]
     assert "differs" not in verdicts["control"]
-    assert told["verdicts"] == Counter(cell["verdict"] for cells in found.values() for cell in cells)
+    assert told["verdicts"] == Counter(
+        cell["verdict"] for cells in found.values() for cell in cells
+    )
 
 
 def test_random_weights_in_a_shape_of_the_document(document, printed, donors, monkeypatch):
-    monkeypatch.setitem(document.MODELS, "gpt2", {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": VOCABULARY})
+    monkeypatch.setitem(
+        document.MODELS,
+        "gpt2",
+        {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": VOCABULARY},
+    )
 
     def shown(*arguments: object) -> list[dict]:
         asked = ("--table", "complete search", "--table", "untrained, complete search")
@@ -223,19 +302,36 @@ def test_random_weights_in_a_shape_of_the_document(document, printed, donors, mo
         assert not told["trained"] and set(told["verdicts"]) == {"not comparable"}
         return [cell for table in told["tables"] for cell in table["cells"]]
 
-    ids, again, named, other = shown(), shown(), shown("--tokenizer", donors["a"]), shown("--seed", 1)
+    ids, again, named, other = (
+        shown(),
+        shown(),
+        shown("--tokenizer", donors["a"]),
+        shown("--seed", 1),
+    )
     assert ids == again
-    assert [cell["texts"] for cell in ids] == [[f"<{token}>" for token in cell["tokens"]] for cell in ids]
+    assert [cell["texts"] for cell in ids] == [
+        [f"<{token}>" for token in cell["tokens"]] for cell in ids
+    ]
     assert [cell["tokens"] for cell in named] == [cell["tokens"] for cell in ids]
     texts = token_texts(open_checkpoint(str(donors["a"])))
-    assert [cell["texts"] for cell in named] == [[texts[token] for token in cell["tokens"]] for cell in named]
+    assert [cell["texts"] for cell in named] == [
+        [texts[token] for token in cell["tokens"]] for cell in named
+    ]
     assert len(ids) == 12  # blocks 1 and 2, and block 1 of the control, which the next seed draws
-    assert [cell["tokens"] for cell in ids[8:]] == [cell["tokens"] for cell in other[:4]] != [cell["tokens"] for cell in ids[:4]]
+    assert (
+        [cell["tokens"] for cell in ids[8:]]
+        == [cell["tokens"] for cell in other[:4]]
+        != [cell["tokens"] for cell in ids[:4]]
+    )
 
 
-@pytest.mark.parametrize(("arguments", "told"), [((), "--model"), (("--model", "/nowhere"), "/nowhere")])
+@pytest.mark.parametrize(
+    ("arguments", "told"), [((), "--model"), (("--model", "/nowhere"), "/nowhere")]
+)
 def test_mistakes_are_told(document, arguments, told):
     import document_tables
 
     done = CliRunner().invoke(document_tables.main, arguments)
-    assert done.exit_code in (1, 2) and told in done.output and isinstance(done.exception, SystemExit)
+    assert (
+        done.exit_code in (1, 2) and told in done.output and isinstance(done.exception, SystemExit)
+    )

@@ -29,11 +29,25 @@ def test_it_is_0_for_the_mean_and_1_for_the_best_token(donors):
 
 
 def test_it_tells_every_search(donors):
-    arguments = ["--donor", str(donors["a"]), "--first", "2", "--last", "4", "--block", "1", "--block", "3", "--json"]
+    arguments = [
+        "--donor",
+        str(donors["a"]),
+        "--first",
+        "2",
+        "--last",
+        "4",
+        "--block",
+        "1",
+        "--block",
+        "3",
+        "--json",
+    ]
     result = CliRunner().invoke(SCRIPT["main"], arguments)
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert len(told["searches"]) == 2 + sum(map(len, SCRIPT["PRIORS"].values())) and told["made"]["blocks"] == [1, 3]
+    assert len(told["searches"]) == 2 + sum(map(len, SCRIPT["PRIORS"].values())) and told["made"][
+        "blocks"
+    ] == [1, 3]
     for row in told["searches"]:
         assert len(row["excitement"]) == 2 and max(row["excitement"]) <= 1 + 1e-6
         assert (row["gap"] is None) == ("gradient" in row["search"])

@@ -31,7 +31,9 @@ def shuffle(seed, neurons, heads, groups, width):
 
 
 def opened(folder, family, changes):
-    donor = open_checkpoint(str(write_donor(folder, family, seed=3, tie_word_embeddings=False, **changes)))
+    donor = open_checkpoint(
+        str(write_donor(folder, family, seed=3, tie_word_embeddings=False, **changes))
+    )
     return load_model(donor).requires_grad_(False), donor.architecture
 
 
@@ -52,7 +54,11 @@ def filled(model, state):
 def test_a_donor_with_its_parts_moved_gives_the_same_logits(family, changes, tmp_path):
     model, architecture = opened(tmp_path / "donor", family, changes)
     moved = matched_model(model.state_dict(), architecture, shuffles(model))
-    changed = {name.split(".")[-2] for name, value in moved.items() if not torch.allclose(value.float(), model.state_dict()[name])}
+    changed = {
+        name.split(".")[-2]
+        for name, value in moved.items()
+        if not torch.allclose(value.float(), model.state_dict()[name])
+    }
     assert changed >= {"q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     with torch.no_grad():
         expected, found = (one(input_ids=IDS).logits for one in (model, filled(model, moved)))
@@ -66,16 +72,28 @@ def test_a_moved_and_turned_copy_of_a_donor_is_recovered(family, changes, tmp_pa
     copy = filled(model, turned_model(moved, architecture, random_turn(16, 1)))
     of_a, of_b = activations(model, IDS), activations(copy, IDS)
     groups = model.config.num_key_value_heads
-    found = [match(left, right, groups) for left, right in zip(of_a.inside, of_b.inside, strict=True)]
+    found = [
+        match(left, right, groups) for left, right in zip(of_a.inside, of_b.inside, strict=True)
+    ]
     back = joint_turn(of_b.stream, of_a.stream)
-    recovered = turned_model(matched_model(copy.state_dict(), architecture, found), architecture, back)
+    recovered = turned_model(
+        matched_model(copy.state_dict(), architecture, found), architecture, back
+    )
     plain = turned_model(model.state_dict(), architecture, Turn(torch.eye(16, dtype=torch.float64)))
     for name, value in plain.items():
-        torch.testing.assert_close(recovered[name], value, atol=1e-3, rtol=1e-3, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(
+            recovered[name],
+            value,
+            atol=1e-3,
+            rtol=1e-3,
+            msg=lambda told, name=name: f"{name}: {told}",
+        )
 
 
 def test_the_turn_has_the_ratio_of_the_streams_sizes():
-    states = [torch.randn(200, 8, generator=torch.Generator().manual_seed(depth)) for depth in range(3)]
+    states = [
+        torch.randn(200, 8, generator=torch.Generator().manual_seed(depth)) for depth in range(3)
+    ]
     turn = random_turn(8, 2)
     back = joint_turn([3 * state.double() @ turn.matrix for state in states], states)
     torch.testing.assert_close(back.matrix, turn.matrix.T)

@@ -17,7 +17,13 @@ from frankenmerge.analysis.complete import complete_search
 from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.evaluation.compare import LONGEST_CONTEXT, Text, compare, read_text, shared_context
+from frankenmerge.evaluation.compare import (
+    LONGEST_CONTEXT,
+    Text,
+    compare,
+    read_text,
+    shared_context,
+)
 from frankenmerge.evaluation.language import encode, measure
 from frankenmerge.evaluation.record import Looks
 from frankenmerge.merging.writer import merge
@@ -52,7 +58,10 @@ def recipe_file(path: Path, donors, *names: str) -> str:
 def test_a_recipe_is_measured_exactly_as_the_checkpoint_it_makes(spliced, text):
     recipe, merged = spliced
     results, _ = compare([recipe, merged], [read_text(text)])
-    assert [(result.name, result.role) for result in results[:2]] == [(recipe, "recipe"), (merged, "model")]
+    assert [(result.name, result.role) for result in results[:2]] == [
+        (recipe, "recipe"),
+        (merged, "model"),
+    ]
     assert (results[0].losses[str(text)].nats == results[1].losses[str(text)].nats).all()
     assert results[0].total.as_json() == results[1].total.as_json()
 
@@ -62,14 +71,22 @@ def test_the_command_line_finds_them_equal_too(spliced, text, run):
     code, out, _ = run("evaluate", *spliced, "--text", text, "--json")
     virtual, merged = json.loads(out)["models"][:2]
     assert code == 0
-    assert virtual.pop("name") != merged.pop("name") and (virtual.pop("role"), merged.pop("role")) == ("recipe", "model")
+    assert virtual.pop("name") != merged.pop("name") and (
+        virtual.pop("role"),
+        merged.pop("role"),
+    ) == ("recipe", "model")
     assert virtual == merged
 
 
 def test_every_donor_of_a_recipe_follows_it_once(donors, text, tmp_path):
-    names = [recipe_file(tmp_path / "one.yaml", donors, "a", "b"), recipe_file(tmp_path / "two.yaml", donors, "b", "deep")]
+    names = [
+        recipe_file(tmp_path / "one.yaml", donors, "a", "b"),
+        recipe_file(tmp_path / "two.yaml", donors, "b", "deep"),
+    ]
     results, _ = compare(names, [read_text(text)])
-    expected = [(name, "recipe") for name in names] + [(str(donors[name]), "donor") for name in ("a", "b", "deep")]
+    expected = [(name, "recipe") for name in names] + [
+        (str(donors[name]), "donor") for name in ("a", "b", "deep")
+    ]
     assert [(result.name, result.role) for result in results] == expected
 
 
@@ -77,7 +94,9 @@ def test_a_donor_that_was_named_itself_is_not_told_twice(donors, text, tmp_path)
     recipe = recipe_file(tmp_path / "one.yaml", donors, "a", "b")
     results, _ = compare([str(donors["b"]), recipe, str(donors["b"])], [read_text(text)])
     assert [(result.name, result.role) for result in results] == [
-        (str(donors["b"]), "model"), (recipe, "recipe"), (str(donors["a"]), "donor"),
+        (str(donors["b"]), "model"),
+        (recipe, "recipe"),
+        (str(donors["a"]), "donor"),
     ]
 
 
@@ -86,13 +105,20 @@ def test_each_model_is_measured_as_it_would_be_alone(donors, text, tmp_path):
     results, bench = compare([recipe], [read_text(text)])
     for result in results[1:]:
         checkpoint = open_checkpoint(result.name)
-        expected = measure(load_model(checkpoint), encode(load_tokenizer(checkpoint), text.read_text(), "text"), context=bench.context)
+        expected = measure(
+            load_model(checkpoint),
+            encode(load_tokenizer(checkpoint), text.read_text(), "text"),
+            context=bench.context,
+        )
         assert (result.total.nats == expected.nats).all()
 
 
 def test_the_window_is_the_shortest_that_any_was_made_for(donors, text, tmp_path):
     short = write_donor(tmp_path / "short", max_position_embeddings=32)
-    assert shared_context([open_checkpoint(str(path)) for path in (donors["a"], short, donors["g"])]) == 32
+    assert (
+        shared_context([open_checkpoint(str(path)) for path in (donors["a"], short, donors["g"])])
+        == 32
+    )
     assert shared_context([open_checkpoint(str(donors["a"]))]) == 64
     results, bench = compare([str(donors["a"]), str(short)], [read_text(text)])
     assert bench.context == 32
@@ -116,10 +142,14 @@ def test_the_total_is_that_of_all_texts(donors):
     texts = [Text("one", "the quick brown fox"), Text("two", "jumps over the lazy dog")]
     ((result,), _) = compare([str(donors["a"])], texts)
     assert list(result.losses) == ["one", "two"]
-    assert (result.total.nats == np.concatenate([result.losses["one"].nats, result.losses["two"].nats])).all()
+    assert (
+        result.total.nats == np.concatenate([result.losses["one"].nats, result.losses["two"].nats])
+    ).all()
     assert result.total.bytes == 19 + 23
     assert result.total.tokens == 19 + 23  # a letter, a token; the first behind BOS
-    assert result.total.bits_per_byte == pytest.approx(sum(loss.nats.sum() for loss in result.losses.values()) / math.log(2) / 42)
+    assert result.total.bits_per_byte == pytest.approx(
+        sum(loss.nats.sum() for loss in result.losses.values()) / math.log(2) / 42
+    )
 
 
 def metered(lines: dict[str, tuple]):
@@ -138,25 +168,43 @@ def test_progress_tells_every_token_of_every_model(donors, text):
     lines: dict[str, tuple] = {}
     compare([str(donors["a"]), str(donors["g"])], [read_text(text)], meter=metered(lines))
     tokens = len(text.read_text())
-    assert lines == {"1 of 2: a on text": (tokens, "tokens", tokens), "2 of 2: g on text": (tokens, "tokens", tokens)}
+    assert lines == {
+        "1 of 2: a on text": (tokens, "tokens", tokens),
+        "2 of 2: g on text": (tokens, "tokens", tokens),
+    }
 
 
 def test_progress_is_told_of_samples_seams_and_features_too(donors, text, tmp_path):
     lines: dict[str, tuple] = {}
     meter = metered(lines)
     looks = Looks(
-        ["the", "a"], with_seams=True, search=lambda model, advance: complete_search(model, k=1, progress=advance), meter=meter,
+        ["the", "a"],
+        with_seams=True,
+        search=lambda model, advance: complete_search(model, k=1, progress=advance),
+        meter=meter,
     )
-    compare([recipe_file(tmp_path / "one.yaml", donors, "a", "b")], [read_text(text)], hold=True, meter=meter, visit=looks.visit)
+    compare(
+        [recipe_file(tmp_path / "one.yaml", donors, "a", "b")],
+        [read_text(text)],
+        hold=True,
+        meter=meter,
+        visit=looks.visit,
+    )
     assert all(total == done > 0 for total, _, done in lines.values())
     kinds = {what.rsplit(": ", 1)[-1]: unit for what, (_, unit, _) in lines.items()}
     assert kinds == {
-        "one.yaml on text": "tokens", "samples": "prompts", "seams": "windows", "features": "inputs x blocks",
-        "a on text": "tokens", "b on text": "tokens",
+        "one.yaml on text": "tokens",
+        "samples": "prompts",
+        "seams": "windows",
+        "features": "inputs x blocks",
+        "a on text": "tokens",
+        "b on text": "tokens",
     }
 
 
-def test_what_keeps_a_later_model_from_being_measured_is_told_before_the_first_is(donors, text, tmp_path, monkeypatch):
+def test_what_keeps_a_later_model_from_being_measured_is_told_before_the_first_is(
+    donors, text, tmp_path, monkeypatch
+):
     def loaded(*_args, **_options):
         raise AssertionError("a model was loaded")
 
@@ -178,13 +226,23 @@ def test_the_command_line_prints_what_was_measured(donors, text, run):
     ((result,), _) = compare([str(donors["a"])], [read_text(text)], context=16)
     content = text.read_bytes()
     assert code == 0 and told["context"] == 16
-    assert told["texts"] == [{"path": str(text), "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}]
+    assert told["texts"] == [
+        {"path": str(text), "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    ]
     (model,) = told["models"]
     assert (model["name"], model["role"]) == (str(donors["a"]), "model")
     figures = result.total.as_json()
-    assert {key: model[key] for key in figures} == {key: model["texts"][str(text)][key] for key in figures} == figures
+    assert (
+        {key: model[key] for key in figures}
+        == {key: model["texts"][str(text)][key] for key in figures}
+        == figures
+    )
     code, out, _ = run("evaluate", donors["a"], "--text", text, "--context", 16)
-    assert code == 0 and f"{result.total.bits_per_byte:.3f}" in out and f"{result.total.nats_per_token:.3f}" in out
+    assert (
+        code == 0
+        and f"{result.total.bits_per_byte:.3f}" in out
+        and f"{result.total.nats_per_token:.3f}" in out
+    )
 
 
 def test_models_are_in_memory_one_after_another(donors, text, tmp_path, monkeypatch):
@@ -195,7 +253,9 @@ def test_models_are_in_memory_one_after_another(donors, text, tmp_path, monkeypa
     def watched(checkpoint, **options):
         gc.collect()
         model = load_model(checkpoint, **options)
-        seen.append((checkpoint.name, {name for name, found in alive.items() if found() is not None}))
+        seen.append(
+            (checkpoint.name, {name for name, found in alive.items() if found() is not None})
+        )
         alive[checkpoint.name] = weakref.ref(model)
         return model
 
@@ -207,7 +267,9 @@ def test_models_are_in_memory_one_after_another(donors, text, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("hold", "first"), [(False, set()), (True, {"a"})])
-def test_donors_of_a_checkpoint_are_held_for_those_who_need_them(donors, text, tmp_path, monkeypatch, hold, first):
+def test_donors_of_a_checkpoint_are_held_for_those_who_need_them(
+    donors, text, tmp_path, monkeypatch, hold, first
+):
     recipe = recipe_of([Block(str(donors["a"]), 0), Block(str(donors["b"]), 1)])
     merge(recipe, open_donors(recipe), tmp_path / "merged")
     alive: dict[str, weakref.ref] = {}
@@ -222,9 +284,15 @@ def test_donors_of_a_checkpoint_are_held_for_those_who_need_them(donors, text, t
         return model
 
     monkeypatch.setattr("frankenmerge.evaluation.compare.load_model", watched)
-    results, _ = compare([str(donors["a"]), str(tmp_path / "merged")], [read_text(text)], beside=True, hold=hold)
+    results, _ = compare(
+        [str(donors["a"]), str(tmp_path / "merged")], [read_text(text)], beside=True, hold=hold
+    )
     assert set(at_merged) == first
-    assert [result.name for result in results] == [str(donors["a"]), str(tmp_path / "merged"), str(donors["b"])]
+    assert [result.name for result in results] == [
+        str(donors["a"]),
+        str(tmp_path / "merged"),
+        str(donors["b"]),
+    ]
 
 
 def test_line_ends_are_measured_as_they_are(tmp_path):
@@ -270,7 +338,9 @@ def test_models_and_recipes_that_are_not_there_are_refused(donors, text, run, tm
         assert code == 1 and str(name) in err and "Traceback" not in err
 
 
-def test_donors_that_do_not_fit_are_refused_before_anything_is_measured(donors, text, run, tmp_path):
+def test_donors_that_do_not_fit_are_refused_before_anything_is_measured(
+    donors, text, run, tmp_path
+):
     recipe = recipe_file(tmp_path / "bad.yaml", donors, "a", "wide")
     code, out, err = run("evaluate", recipe, "--text", text)
     assert (code, out) == (1, "") and "hidden_size" in err
@@ -285,6 +355,8 @@ def test_the_tokenizer_is_the_one_the_recipe_names(donors, text, tmp_path):
     counts = []
     for number, source in enumerate((None, str(other))):
         path = tmp_path / f"{number}.yaml"
-        path.write_text(recipe_of(blocks, **({"tokenizer_source": source} if source else {})).dump())
+        path.write_text(
+            recipe_of(blocks, **({"tokenizer_source": source} if source else {})).dump()
+        )
         counts.append(compare([str(path)], [read_text(text)])[0][0].total.tokens)
     assert counts[0] == len(text.read_text()) and counts[1] < counts[0]

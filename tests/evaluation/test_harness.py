@@ -33,14 +33,33 @@ def piqa() -> list[dict]:
     labels = (DATA / "tasks" / "piqa-valid-400-labels.lst").read_text().split()
     rows = zip(file.read_text().splitlines(), labels, strict=True)
     found = [json.loads(line) | {"label": int(label)} for line, label in rows]
-    return [row for row in found if len(row["goal"]) + max(len(row["sol1"]), len(row["sol2"])) < 150][:QUESTIONS]
+    return [
+        row for row in found if len(row["goal"]) + max(len(row["sol1"]), len(row["sol2"])) < 150
+    ][:QUESTIONS]
 
 
 def own() -> list[dict]:
     """Which of two words goes on: one as it is, and one read backwards."""
-    words = ["return", "import", "module", "function", "string", "object", "default", "argument", "method", "exception"]
-    turned = [(word, word[::-1]) if number % 2 else (word[::-1], word) for number, word in enumerate(words)]
-    return [{"goal": "the name of it", "sol1": one, "sol2": other, "label": number % 2 ^ 1} for number, (one, other) in enumerate(turned)]
+    words = [
+        "return",
+        "import",
+        "module",
+        "function",
+        "string",
+        "object",
+        "default",
+        "argument",
+        "method",
+        "exception",
+    ]
+    turned = [
+        (word, word[::-1]) if number % 2 else (word[::-1], word)
+        for number, word in enumerate(words)
+    ]
+    return [
+        {"goal": "the name of it", "sol1": one, "sol2": other, "label": number % 2 ^ 1}
+        for number, (one, other) in enumerate(turned)
+    ]
 
 
 @pytest.fixture(params=[own, piqa])
@@ -49,7 +68,11 @@ def task(request, tmp_path, monkeypatch):
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-evaluation-harness is not installed: pip install 'frankenmerge[harness]'")
     rows = request.param()
-    donors = request.getfixturevalue("real") if request.param is piqa else tuple(DEMO / "donors" / name for name in ("code", "prose"))
+    donors = (
+        request.getfixturevalue("real")
+        if request.param is piqa
+        else tuple(DEMO / "donors" / name for name in ("code", "prose"))
+    )
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "task.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -66,9 +89,14 @@ def accuracy(path, rows) -> float:
         asked = f"Question: {row['goal']}\nAnswer:"
         before, whole = tokenizer(asked)["input_ids"], tokenizer(f"{asked} {answer}")["input_ids"]
         logits = model(input_ids=torch.tensor([whole[:-1]])).logits[0].log_softmax(-1)
-        return sum(float(logits[place - 1, whole[place]]) for place in range(len(before), len(whole)))
+        return sum(
+            float(logits[place - 1, whole[place]]) for place in range(len(before), len(whole))
+        )
 
-    right = [(likelihood(row, row["sol2"]) > likelihood(row, row["sol1"])) == bool(row["label"]) for row in rows]
+    right = [
+        (likelihood(row, row["sol2"]) > likelihood(row, row["sol1"])) == bool(row["label"])
+        for row in rows
+    ]
     return sum(right) / len(right)
 
 
@@ -76,8 +104,12 @@ def accuracy(path, rows) -> float:
 def test_a_local_task_lands_beside_the_other_figures(task, run, text, tmp_path):
     path, rows, (one, other) = task
     blocks = open_checkpoint(one).blocks
-    (tmp_path / "recipe.yaml").write_text(recipe_of([Block(one, index) for index in range(blocks)]).dump())
-    code, out, err = run("evaluate", tmp_path / "recipe.yaml", other, "--text", text, "--tasks", path, "--json")
+    (tmp_path / "recipe.yaml").write_text(
+        recipe_of([Block(one, index) for index in range(blocks)]).dump()
+    )
+    code, out, err = run(
+        "evaluate", tmp_path / "recipe.yaml", other, "--text", text, "--tasks", path, "--json"
+    )
     assert code == 0, err
     told = json.loads(out)["tasks"]
     assert [(entry["model"], entry["task"], entry["metric"]) for entry in told] == [
@@ -92,8 +124,13 @@ def test_a_local_task_lands_beside_the_other_figures(task, run, text, tmp_path):
 
 @pytest.mark.parametrize("task", [own], indirect=True)
 @pytest.mark.filterwarnings("ignore")
-def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(task, donors, run, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("frankenmerge.evaluation.compare.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(
+    task, donors, run, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "frankenmerge.evaluation.compare.load_model",
+        lambda *_, **__: pytest.fail("a model was loaded"),
+    )
     for name in ("no_such_task", str(tmp_path / "no-such.yaml")):
         code, out, err = run("evaluate", donors["a"], "--text", text, "--tasks", name)
         assert (code, out) == (1, "") and name in err and "Traceback" not in err

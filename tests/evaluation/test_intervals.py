@@ -5,11 +5,20 @@ import math
 import numpy as np
 import pytest
 
-from frankenmerge.evaluation.intervals import FEWEST, SEGMENT, difference, drawn, intervals, segment_sums
+from frankenmerge.evaluation.intervals import (
+    FEWEST,
+    SEGMENT,
+    difference,
+    drawn,
+    intervals,
+    segment_sums,
+)
 from frankenmerge.evaluation.language import Loss
 
 
-def text_like(generator: np.random.Generator, tokens: int, length: int = 4, correlation: float = 0.9) -> Loss:
+def text_like(
+    generator: np.random.Generator, tokens: int, length: int = 4, correlation: float = 0.9
+) -> Loss:
     """Losses around 3 nats, each token of `length` bytes, neighbours correlated: an autoregressive process."""
     noise = generator.standard_normal(tokens) * math.sqrt(1 - correlation**2)
     values = np.empty(tokens)
@@ -24,7 +33,12 @@ def bits(loss: Loss, seed: int = 0):
 
 
 def test_segments_hold_every_token_once_where_it_ends():
-    loss = Loss(np.array([1.0, 2.0, 4.0, 8.0]), 40, np.array([True, True, False, True]), np.array([2, 3, 20, 40]))
+    loss = Loss(
+        np.array([1.0, 2.0, 4.0, 8.0]),
+        40,
+        np.array([True, True, False, True]),
+        np.array([2, 3, 20, 40]),
+    )
     nats, hits, tokens, size = segment_sums(loss)
     assert len(nats) == FEWEST and size.tolist() == [2] * 20
     assert {place: value for place, value in enumerate(nats) if value} == {0: 1, 1: 2, 9: 4, 19: 8}
@@ -32,7 +46,9 @@ def test_segments_hold_every_token_once_where_it_ends():
     assert tokens.sum() == 4
 
 
-@pytest.mark.parametrize("size, count", [(1, 1), (7, 7), (500, FEWEST), (SEGMENT * 20, 20), (SEGMENT * 57 + 100, 57)])
+@pytest.mark.parametrize(
+    "size, count", [(1, 1), (7, 7), (500, FEWEST), (SEGMENT * 20, 20), (SEGMENT * 57 + 100, 57)]
+)
 def test_segments_are_of_two_kibibytes_or_twenty(size, count):
     sums = segment_sums(Loss(np.ones(3), size))
     assert sums.shape == (4, count) and sums[0].sum() == 3 and sums[3].sum() == size
@@ -70,12 +86,18 @@ def test_the_same_seed_gives_the_same_interval_and_another_one_another():
 
 
 def test_accuracy_that_was_not_asked_has_no_interval():
-    assert set(intervals(drawn({"text": Loss(np.ones(50), 100)}, 0)["text"])) == {"bits_per_byte", "nats_per_token"}
+    assert set(intervals(drawn({"text": Loss(np.ones(50), 100)}, 0)["text"])) == {
+        "bits_per_byte",
+        "nats_per_token",
+    }
 
 
 def test_differences_are_paired():
     """A model that is everywhere worse by the same is worse by just that, though each figure by itself is unsure."""
-    donor = {"one": text_like(np.random.default_rng(3), 20_000), "two": text_like(np.random.default_rng(4), 5_000)}
+    donor = {
+        "one": text_like(np.random.default_rng(3), 20_000),
+        "two": text_like(np.random.default_rng(4), 5_000),
+    }
     model = {name: loss._replace(nats=loss.nats + 0.005) for name, loss in donor.items()}
     total, texts = difference(model, donor, 0)
     added = 0.005 / math.log(2) / 4

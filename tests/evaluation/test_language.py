@@ -19,7 +19,9 @@ def bytes_to_unicode() -> dict[int, str]:
     """GPT-2's letters for bytes: printable ones are themselves, the others follow from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + place) for place, byte in enumerate(others)
+    }
 
 
 def loaded(path):
@@ -43,14 +45,18 @@ def test_a_text_of_one_window_costs_what_transformers_says(model, length):
     ids = torch.from_numpy(encoded.ids)[None]
     loss = measure(model, encoded, context=64)
     assert loss.tokens == length - 1 and loss.nats.dtype == np.float64
-    assert loss.nats_per_token == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
+    assert loss.nats_per_token == pytest.approx(
+        model(input_ids=ids, labels=ids).loss.item(), abs=1e-5
+    )
 
 
 @torch.no_grad()
 def one_by_one(model, ids: np.ndarray, context: int) -> tuple[list[float], list[bool]]:
     """Every token predicted in a pass of its own, from what the first window that reaches it shows before it: nats and hits."""
     width = min(context, len(ids) - 1)
-    starts = [start for start in range(0, len(ids), max(1, width // 2)) if start + width < len(ids) - 1]
+    starts = [
+        start for start in range(0, len(ids), max(1, width // 2)) if start + width < len(ids) - 1
+    ]
     starts.append(len(ids) - 1 - width)
     nats, hits = [], []
     for target in range(1, len(ids)):
@@ -61,7 +67,10 @@ def one_by_one(model, ids: np.ndarray, context: int) -> tuple[list[float], list[
     return nats, hits
 
 
-@pytest.mark.parametrize("context, length", [(1, 6), (2, 9), (3, 20), (8, 33), (16, 17), (16, 18), (16, 25), (16, 41), (64, 150)])
+@pytest.mark.parametrize(
+    "context, length",
+    [(1, 6), (2, 9), (3, 20), (8, 33), (16, 17), (16, 18), (16, 25), (16, 41), (64, 150)],
+)
 def test_longer_texts_cost_what_the_windows_say_token_by_token(model, context, length):
     encoded = line(length)
     nats, hits = one_by_one(model, encoded.ids, context)
@@ -81,7 +90,9 @@ def test_past_the_first_window_every_token_sees_half_a_window(donors, context, l
         other[changed] = (other[changed] + 1) % 48
         after = measure(model, Encoded(other, 1), context=context).nats
         touched = np.flatnonzero(np.abs(after - before) > 1e-9) + 1
-        assert set(range(changed + 1, min(changed + context // 2, length - 1) + 1)) <= set(touched.tolist())
+        assert set(range(changed + 1, min(changed + context // 2, length - 1) + 1)) <= set(
+            touched.tolist()
+        )
         assert touched.max() <= changed + context
 
 
@@ -99,7 +110,9 @@ def test_how_windows_are_batched_changes_nothing(model, monkeypatch, positions):
     encoded = line(300)
     expected = measure(model, encoded, context=16).nats
     monkeypatch.setattr(language, "POSITIONS", positions)
-    np.testing.assert_allclose(measure(model, encoded, context=16).nats, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        measure(model, encoded, context=16).nats, expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("room", [1, 3])
@@ -138,18 +151,25 @@ def test_other_errors_are_not_taken_for_short_memory(model):
         measure(model, line(300), context=16)
 
 
-@pytest.mark.parametrize("text", ["Once upon a time\n    def go(self): return 1", "naïve café, 東京 — 😀!"])
+@pytest.mark.parametrize(
+    "text", ["Once upon a time\n    def go(self): return 1", "naïve café, 東京 — 😀!"]
+)
 def test_tokens_end_where_their_bytes_end(text):
     """Byte-level tokens: where all are told, their own bytes are the text's."""
     tokenizer = load_tokenizer(open_checkpoint(str(DEMO / "donors" / "code")))
     encoded = encode(tokenizer, text, "text")
     alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
-    spelled = [bytes(alphabet[character] for character in token) for token in tokenizer.convert_ids_to_tokens(encoded.ids[1:])]
+    spelled = [
+        bytes(alphabet[character] for character in token)
+        for token in tokenizer.convert_ids_to_tokens(encoded.ids[1:])
+    ]
     assert b"".join(spelled) == text.encode() and encoded.bytes == len(text.encode())
     ends = np.cumsum([len(token) for token in spelled])
     # A token that ends within a character is told to end with it.
     characters = np.cumsum([len(character.encode()) for character in text])
-    assert encoded.ends.tolist() == [int(characters[np.searchsorted(characters, end)]) for end in ends]
+    assert encoded.ends.tolist() == [
+        int(characters[np.searchsorted(characters, end)]) for end in ends
+    ]
 
 
 def test_measuring_twice_gives_the_same(model):
@@ -172,7 +192,11 @@ def test_the_figures_are_their_formulas():
     assert loss.perplexity == pytest.approx(7.38905609893065)
     assert loss.bits_per_byte == pytest.approx(6.0 / 0.6931471805599453 / 8)
     assert loss.as_json() == {
-        "bits_per_byte": loss.bits_per_byte, "perplexity": loss.perplexity, "nats_per_token": 2.0, "accuracy": 2 / 3, "tokens": 3,
+        "bits_per_byte": loss.bits_per_byte,
+        "perplexity": loss.perplexity,
+        "nats_per_token": 2.0,
+        "accuracy": 2 / 3,
+        "tokens": 3,
         "bytes": 8,
     }
 
@@ -250,14 +274,18 @@ def test_half_precision_logits_are_weighed_in_float32(donors):
     ids = torch.from_numpy(encoded.ids)[None]
     logits = model(input_ids=ids[:, :-1]).logits[0].float()
     expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
-    assert measure(model, encoded, context=64).nats_per_token == pytest.approx(expected.item(), abs=1e-5)
+    assert measure(model, encoded, context=64).nats_per_token == pytest.approx(
+        expected.item(), abs=1e-5
+    )
 
 
 def test_real_models_predict_real_text(real):
     """A trained model does better than guessing by far: less than half of log2(512) bits a token."""
     checkpoint = open_checkpoint(str(real[0]))
     text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big dog."
-    loss = measure(load_model(checkpoint), encode(load_tokenizer(checkpoint), text, "text"), context=256)
+    loss = measure(
+        load_model(checkpoint), encode(load_tokenizer(checkpoint), text, "text"), context=256
+    )
     assert loss.bytes == len(text)
     assert loss.nats_per_token < math.log(512) / 2
     assert loss.bits_per_byte == pytest.approx(loss.nats.sum() / math.log(2) / len(text))

@@ -49,15 +49,23 @@ def test_donors_that_have_moved_are_known_by_their_fingerprints(donors, tmp_path
     merge(recipe, open_donors(recipe), tmp_path / "merged")
     shutil.move(tmp_path / "before", tmp_path / "after")
     moved = str(tmp_path / "after" / "b")
-    found = checkpoint_lineage(open_checkpoint(str(tmp_path / "merged")), {moved: open_checkpoint(moved)})
-    assert found.blocks == (Block(old["a"], 0), Block(moved, 1)) and found.donors == (old["a"], moved)
+    found = checkpoint_lineage(
+        open_checkpoint(str(tmp_path / "merged")), {moved: open_checkpoint(moved)}
+    )
+    assert found.blocks == (Block(old["a"], 0), Block(moved, 1)) and found.donors == (
+        old["a"],
+        moved,
+    )
 
 
 def test_a_checkpoint_of_another_tool_tells_nothing(donors):
     assert checkpoint_lineage(open_checkpoint(str(donors["a"])), {}) is None
 
 
-@pytest.mark.parametrize("content", ["{}", '{"donors": {}, "tensors": {}}', '{"donors": {"a": 3}, "tensors": {}}', "[]", "{"])
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"donors": {}, "tensors": {}}', '{"donors": {"a": 3}, "tensors": {}}', "[]", "{"],
+)
 def test_a_file_that_tells_of_other_weights_is_refused(donors, tmp_path, content):
     folder = shutil.copytree(donors["a"], tmp_path / "merged")
     (folder / "frankenmerge.json").write_text(content)

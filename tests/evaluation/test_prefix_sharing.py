@@ -13,7 +13,10 @@ SPLICES = ["a0 a1 a2 a3", "a0 a1 b2 b3", "a0 a1 b1 b2 b3", "a0 a0 a1 b2 a3", "b0
 @pytest.mark.parametrize("context", [16, 64])
 def test_together_is_as_alone(donors, pair, context):
     names = {"a": str(donors[pair[0]]), "b": str(donors[pair[1]])}
-    recipes = [recipe_of([Block(names[part[0]], int(part[1])) for part in splice.split()]) for splice in SPLICES]
+    recipes = [
+        recipe_of([Block(names[part[0]], int(part[1])) for part in splice.split()])
+        for splice in SPLICES
+    ]
     texts = [Text("long", "the quick brown fox jumps " * 9), Text("short", "over the dog")]
     bench = Bench(texts, names.values(), context=context)
     seen = []
@@ -31,9 +34,15 @@ def test_what_is_turned_or_scaled_is_measured_as_it_is_alone(donors):
     blocks = [Block(names[0], 0), Block(names[0], 1), Block(names[1], 2), Block(names[1], 3)]
     plain = recipe_of(blocks)
     first, last = plain.slices
-    turned = plain.model_copy(update={"slices": [first, last.model_copy(update={"gauge": Gauge(to="previous")})]})
-    scaled = plain.model_copy(update={"parameters": {"scale": [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]}})
+    turned = plain.model_copy(
+        update={"slices": [first, last.model_copy(update={"gauge": Gauge(to="previous")})]}
+    )
+    scaled = plain.model_copy(
+        update={"parameters": {"scale": [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]}}
+    )
     bench = Bench([Text("one", "the quick brown fox jumps " * 3)], names)
     together = [result.total.nats_per_token for result in bench.recipes([plain, turned, scaled])]
-    assert together == pytest.approx([bench.recipe("alone", recipe).total.nats_per_token for recipe in (plain, turned, scaled)])
+    assert together == pytest.approx(
+        [bench.recipe("alone", recipe).total.nats_per_token for recipe in (plain, turned, scaled)]
+    )
     assert len({round(nats, 4) for nats in together}) == 3

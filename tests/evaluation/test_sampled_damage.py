@@ -38,16 +38,25 @@ def expected_loss(source, model, ids) -> float:
 
 def test_damage_is_the_loss_above_the_donors_on_what_all_of_them_drew(donors, pair):
     opened, models = pair
-    recipes = [recipe_of(stack(donors, text)) for text in ("a0 a1 b2 b3", "a0 a1 b1 b2 b3", "a0 a1 a2 a3", "b0 b1 b1 b2 b3")]
+    recipes = [
+        recipe_of(stack(donors, text))
+        for text in ("a0 a1 b2 b3", "a0 a1 b1 b2 b3", "a0 a1 a2 a3", "b0 b1 b1 b2 b3")
+    ]
     recipes.append(damped(recipes[1], [1, 0.5, 0.5, 1, 1], ("o_proj", "down_proj")))
     found = damage_on_drawn(recipes, opened, models)
     texts = {name: draw(model) for name, model in models.items()}
 
     def loss(model) -> float:
-        return float(np.mean([expected_loss(models[name], model, ids) for name, ids in texts.items()]))
+        return float(
+            np.mean([expected_loss(models[name], model, ids) for name, ids in texts.items()])
+        )
 
     for recipe, damage in zip(recipes, found, strict=True):
-        splice = virtual_splice(recipe, {name: opened[name] for name in recipe.donors}, {name: models[name] for name in recipe.donors})
+        splice = virtual_splice(
+            recipe,
+            {name: opened[name] for name in recipe.donors},
+            {name: models[name] for name in recipe.donors},
+        )
         own = np.mean([loss(models[block.model]) for block in recipe.blocks])
         assert damage == pytest.approx(loss(splice) - own, rel=1e-4, abs=1e-6)
     assert found[2] == pytest.approx(0, abs=1e-6) and found[1] != pytest.approx(found[4])
@@ -68,7 +77,13 @@ def test_drawn_tokens_follow_the_model_s_predictions(pair):
     model = next(iter(pair[1].values()))
     count = 4000
     ids = drawn(model, count, 2, 0, 0)
-    expected = model(input_ids=torch.zeros(1, 1, dtype=torch.long)).logits[0, -1].softmax(-1).detach().numpy()
+    expected = (
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+        .logits[0, -1]
+        .softmax(-1)
+        .detach()
+        .numpy()
+    )
     seen = np.bincount(ids[:, 1], minlength=len(expected)) / count
     assert (np.abs(seen - expected) <= 4 * np.sqrt(expected * (1 - expected) / count) + 1e-9).all()
     assert draw(model).shape == (ROWS, LENGTH) and torch.equal(draw(model), draw(model))
@@ -93,10 +108,18 @@ def test_both_tests_of_exchange_are_the_divergence_of_the_changed_donor(donors, 
 
     def run(text: str):
         recipe = recipe_of(stack(donors, text))
-        return virtual_splice(recipe, {name: opened[name] for name in recipe.donors}, {name: models[name] for name in recipe.donors})
+        return virtual_splice(
+            recipe,
+            {name: opened[name] for name in recipe.donors},
+            {name: models[name] for name in recipe.donors},
+        )
 
-    expected = {("replacement", 0, 1, 2): "a0 b2 a2 a3", ("replacement", 1, 3, 0): "b0 b1 b2 a0", ("interchange", 0, 1, 3): "a0 a3 a2 a1",
-                ("interchange", 1, 0, 2): "b2 b1 b0 b3"}
+    expected = {
+        ("replacement", 0, 1, 2): "a0 b2 a2 a3",
+        ("replacement", 1, 3, 0): "b0 b1 b2 a0",
+        ("interchange", 0, 1, 3): "a0 a3 a2 a1",
+        ("interchange", 1, 0, 2): "b2 b1 b0 b3",
+    }
     for (kind, host, i, j), text in expected.items():
         value = divergence(list(models.values())[host], run(text), ids)
         assert getattr(found, kind)[host][i, j] == pytest.approx(value, rel=1e-3, abs=1e-6)

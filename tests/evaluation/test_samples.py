@@ -43,7 +43,10 @@ def test_greedy_tokens_are_those_of_whole_passes(name):
 def test_a_sample_goes_on_from_its_prompt():
     model, tokenizer = demo_donor("prose")
     (sample,) = sampled(model, tokenizer, ["This module provides"], frozenset({"the"}), context=128)
-    ids = [tokenizer.bos_token_id, *tokenizer("This module provides", add_special_tokens=False).input_ids]
+    ids = [
+        tokenizer.bos_token_id,
+        *tokenizer("This module provides", add_special_tokens=False).input_ids,
+    ]
     tokens = greedy_tokens(model, ids, TOKENS)
     assert len(tokens) == TOKENS
     assert sample.prompt == "This module provides"
@@ -58,7 +61,9 @@ def test_a_sample_goes_on_from_its_prompt():
 
 def test_prompt_and_sample_together_are_no_longer_than_the_window():
     model, tokenizer = demo_donor("gpt2")  # whose positions are learned
-    (sample,) = sampled(model, tokenizer, ["word " * 500], frozenset(), context=model.config.n_positions)
+    (sample,) = sampled(
+        model, tokenizer, ["word " * 500], frozenset(), context=model.config.n_positions
+    )
     assert sample.grams > 0
 
 
@@ -71,7 +76,14 @@ def test_an_empty_prompt_is_refused_where_nothing_stands_before_it():
 
 def test_words_are_runs_of_letters_without_case():
     assert list(words_of("Don't stop_me 2day, the CAFÉ's x-ray_12 o’clock")) == [
-        "don't", "stop", "me", "day", "the", "café's", "ray", "o’clock",
+        "don't",
+        "stop",
+        "me",
+        "day",
+        "the",
+        "café's",
+        "ray",
+        "o’clock",
     ]
 
 

@@ -20,7 +20,9 @@ def outputs(model, ids):
     """Hidden states behind every block before any final norm, and the logits: transformers' own but for the last block's."""
     last = []
     blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
-    handle = blocks[-1].register_forward_hook(lambda _m, _a, output: last.append(output if torch.is_tensor(output) else output[0]))
+    handle = blocks[-1].register_forward_hook(
+        lambda _m, _a, output: last.append(output if torch.is_tensor(output) else output[0])
+    )
     found = model(input_ids=ids, output_hidden_states=True)
     handle.remove()
     return [*found.hidden_states[:-1], last[0]], found.logits
@@ -50,7 +52,11 @@ def test_every_figure_is_its_formula(donors, pair):
     streams = {name: outputs(donor, ids) for name, donor in models.items()}
     here, logits = outputs(model, ids)
     assert [(entry.block, entry.donor, entry.donor_block, entry.seam) for entry in found] == [
-        (1, a, 0, False), (2, a, 1, False), (3, b, 1, True), (4, b, 2, False), (5, a, 3, True),
+        (1, a, 0, False),
+        (2, a, 1, False),
+        (3, b, 1, True),
+        (4, b, 2, False),
+        (5, a, 3, True),
     ]
     for entry in found:
         states, own = here[entry.block], streams[entry.donor][0][entry.donor_block + 1]
@@ -60,8 +66,12 @@ def test_every_figure_is_its_formula(donors, pair):
             other = stream[entry.donor_block + 1]
             dots = (states * other).sum(-1) / states.norm(dim=-1) / other.norm(dim=-1)
             assert entry.cosine[name] == pytest.approx(float(dots[:, 1:].mean()), abs=1e-5)
-            assert entry.kl[name] == pytest.approx(divergence(truth, head(model, states)), rel=1e-3, abs=1e-5)
-        assert entry.kl_alone == pytest.approx(divergence(streams[entry.donor][1], head(models[entry.donor], own)), rel=1e-3, abs=1e-5)
+            assert entry.kl[name] == pytest.approx(
+                divergence(truth, head(model, states)), rel=1e-3, abs=1e-5
+            )
+        assert entry.kl_alone == pytest.approx(
+            divergence(streams[entry.donor][1], head(models[entry.donor], own)), rel=1e-3, abs=1e-5
+        )
     for name in models:
         assert found[-1].kl[name] == pytest.approx(divergence(streams[name][1], logits), rel=1e-3)
 
@@ -73,29 +83,39 @@ def test_a_donor_put_together_from_its_own_blocks_breaks_nowhere(donors):
     bench = Bench([Text("text", WORDS)], [a])
     bench.recipe("whole", recipe, visit=lambda subject: looks.visit(subject, bench))
     for entry in looks.seams["whole"]:
-        assert entry.norm_ratio == pytest.approx(1, abs=1e-6) and entry.cosine[a] == pytest.approx(1, abs=1e-6)
+        assert entry.norm_ratio == pytest.approx(1, abs=1e-6) and entry.cosine[a] == pytest.approx(
+            1, abs=1e-6
+        )
         assert entry.kl[a] == pytest.approx(entry.kl_alone, abs=1e-6) and not entry.seam
     assert looks.seams["whole"][-1].kl[a] == pytest.approx(0, abs=1e-6)
     assert looks.seams["whole"][0].kl[a] > 0.01
 
 
 def test_a_checkpoint_is_seen_as_its_recipe(donors, tmp_path):
-    recipe = recipe_of([Block(str(donors["a"]), 0), Block(str(donors["b"]), 1), Block(str(donors["b"]), 2)])
+    recipe = recipe_of(
+        [Block(str(donors["a"]), 0), Block(str(donors["b"]), 1), Block(str(donors["b"]), 2)]
+    )
     (tmp_path / "recipe.yaml").write_text(recipe.dump())
     merge(recipe, open_donors(recipe), tmp_path / "merged")
     looks = Looks(with_seams=True)
     names = [str(tmp_path / "recipe.yaml"), str(tmp_path / "merged")]
-    results, _ = compare(names, [Text("text", WORDS * 3)], beside=True, hold=True, visit=looks.visit)
+    results, _ = compare(
+        names, [Text("text", WORDS * 3)], beside=True, hold=True, visit=looks.visit
+    )
     assert [result.name for result in results] == [*names, str(donors["a"]), str(donors["b"])]
     virtual, written = (looks.seams[name] for name in names)
     assert set(looks.seams) == set(names) and len(virtual) == 3
     for one, other in zip(virtual, written, strict=True):
         assert one[:4] == other[:4]
-        assert one.norm_ratio == pytest.approx(other.norm_ratio, rel=1e-5) and one.kl == pytest.approx(other.kl, rel=1e-3, abs=1e-6)
+        assert one.norm_ratio == pytest.approx(
+            other.norm_ratio, rel=1e-5
+        ) and one.kl == pytest.approx(other.kl, rel=1e-3, abs=1e-6)
 
 
 @torch.no_grad()
-def test_donors_whose_vocabularies_are_padded_otherwise_are_compared_on_their_tokens(donors, tmp_path):
+def test_donors_whose_vocabularies_are_padded_otherwise_are_compared_on_their_tokens(
+    donors, tmp_path
+):
     padded = write_donor(tmp_path / "padded", seed=2, vocab_size=64)
     a, b = str(donors["a"]), str(padded)
     bench = Bench([Text("text", WORDS)], [a, b])
@@ -103,14 +123,24 @@ def test_donors_whose_vocabularies_are_padded_otherwise_are_compared_on_their_to
     looks = Looks(with_seams=True)
     bench.recipe("splice", recipe, visit=lambda subject: looks.visit(subject, bench))
     ids = windows_of(bench.load(a)[2], bench.context)
-    model = virtual_splice(recipe, open_donors(recipe), {name: bench.load(name)[1] for name in (a, b)})
-    truth, read = (torch.cat([each(input_ids=row).logits[..., :48] for row in ids]) for each in (bench.load(b)[1], model))
+    model = virtual_splice(
+        recipe, open_donors(recipe), {name: bench.load(name)[1] for name in (a, b)}
+    )
+    truth, read = (
+        torch.cat([each(input_ids=row).logits[..., :48] for row in ids])
+        for each in (bench.load(b)[1], model)
+    )
     assert looks.seams["splice"][-1].kl[b] == pytest.approx(divergence(truth, read), rel=1e-3)
 
 
 def test_windows_are_spread_over_every_text(donors):
-    tokenizer = load_tokenizer(open_donors(recipe_of([Block(str(donors["a"]), 0)]))[str(donors["a"])])
-    texts = {name: encode(tokenizer, text, name) for name, text in (("long", WORDS * 40), ("short", "ab"))}
+    tokenizer = load_tokenizer(
+        open_donors(recipe_of([Block(str(donors["a"]), 0)]))[str(donors["a"])]
+    )
+    texts = {
+        name: encode(tokenizer, text, name)
+        for name, text in (("long", WORDS * 40), ("short", "ab"))
+    }
     rows = windows_of(texts, 10_000)
     assert [row.shape for row in rows] == [(1, WIDTH)] * WINDOWS + [(1, 3)]
     assert (rows[0][0] == torch.from_numpy(texts["long"].ids[:WIDTH])).all()

@@ -23,21 +23,28 @@ def splice(donors, tmp_path):
             if card is not None:
                 (copy / "README.md").write_text(card)
             opened[name] = replace(open_checkpoint(str(copy)), name=name)
-        recipe = recipe_of([Block(names[0], 0), Block(names[0], 1), Block(names[1], 1), Block(names[1], 2)])
+        recipe = recipe_of(
+            [Block(names[0], 0), Block(names[0], 1), Block(names[1], 1), Block(names[1], 2)]
+        )
         return recipe, opened
 
     return made
 
 
 def card(recipe, donors) -> ModelCard:
-    return ModelCard(model_card(recipe, donors, next(iter(donors.values())).config), ignore_metadata_errors=False)
+    return ModelCard(
+        model_card(recipe, donors, next(iter(donors.values())).config), ignore_metadata_errors=False
+    )
 
 
 def test_the_hub_reads_donors_library_and_tags(splice):
     data = card(*splice()).data.to_dict()
     assert data == {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "base_model": ["org/one", "org/two", "org/lora"],
-        "base_model_relation": "merge", "tags": ["merge", "frankenmerge"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": ["org/one", "org/two", "org/lora"],
+        "base_model_relation": "merge",
+        "tags": ["merge", "frankenmerge"],
     }
 
 
@@ -52,8 +59,15 @@ LICENSED = "---\nlicense: apache-2.0\n---\n# one\n"
 
 @pytest.mark.parametrize(
     ("one", "two", "licence"),
-    [(LICENSED, LICENSED, "apache-2.0"), (LICENSED, "---\nlicense: mit\n---\n", None), (LICENSED, None, None), (None, None, None),
-     ("---\nlicense: other\n---\n",) * 2 + (None,), ("---\n: [\n---\n",) * 2 + (None,), ("---\nlicense: [a, b]\n---\n",) * 2 + (None,)],
+    [
+        (LICENSED, LICENSED, "apache-2.0"),
+        (LICENSED, "---\nlicense: mit\n---\n", None),
+        (LICENSED, None, None),
+        (None, None, None),
+        ("---\nlicense: other\n---\n",) * 2 + (None,),
+        ("---\n: [\n---\n",) * 2 + (None,),
+        ("---\nlicense: [a, b]\n---\n",) * 2 + (None,),
+    ],
 )
 def test_a_licence_is_told_only_where_all_donors_have_it(splice, one, two, licence):
     assert card(*splice(one, two)).data.to_dict().get("license") == licence
@@ -71,4 +85,6 @@ def test_the_card_tells_how_to_load_the_model_and_where_it_comes_from(splice):
 def test_the_picture_shows_every_donor(splice):
     root = ElementTree.fromstring(card_picture(*splice()))
     assert "block" in str(root.findtext("{http://www.w3.org/2000/svg}desc"))
-    assert {"4 blocks", "result", "A 0–1", "B 1–2"} <= {text.text for text in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"4 blocks", "result", "A 0–1", "B 1–2"} <= {
+        text.text for text in root.iter("{http://www.w3.org/2000/svg}text")
+    }

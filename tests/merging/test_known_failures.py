@@ -17,11 +17,19 @@ from transformers import AutoModelForCausalLM
 
 from frankenmerge.splicing.methods import METHODS
 
-HEAD, EMBEDDING, UP = "lm_head.weight", "model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"
+HEAD, EMBEDDING, UP = (
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+    "model.layers.2.mlp.up_proj.weight",
+)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -30,14 +38,20 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def loaded(folder: Path):
     """The model, which takes every tensor of the folder and lacks none."""
-    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype="auto"
+    )
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        told
+    )
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
     return model
 
 
 def source(model: Path, start: int = 0, stop: int = 4, **parameters) -> dict:
-    return {"model": str(model), "layer_range": [start, stop]} | ({"parameters": parameters} if parameters else {})
+    return {"model": str(model), "layer_range": [start, stop]} | (
+        {"parameters": parameters} if parameters else {}
+    )
 
 
 def slices(*parts: list[dict]) -> list[dict]:
@@ -78,11 +92,17 @@ def refused(tmp_path, run):
 # Without a word
 
 
-@pytest.mark.parametrize("family, changes, part", [
-    ("olmo2", {}, "q_norm"), ("llama", {"attention_bias": True, "mlp_bias": True}, "bias"),
-])
+@pytest.mark.parametrize(
+    "family, changes, part",
+    [
+        ("olmo2", {}, "q_norm"),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, "bias"),
+    ],
+)
 def test_norms_of_queries_and_biases_dropped(tmp_path, merged, family, changes, part):
-    one, two = (write_donor(tmp_path / name, family, seed=seed, **changes) for seed, name in enumerate("xy"))
+    one, two = (
+        write_donor(tmp_path / name, family, seed=seed, **changes) for seed, name in enumerate("xy")
+    )
     output = merged(merge_method="linear", models=models(one, two), parameters={"weight": 1})
     a, b, found = tensors(one), tensors(two), loaded(output).state_dict()
     names = [name for name in a if part in name]
@@ -102,7 +122,9 @@ def test_the_first_of_two_sources_of_one_model_discarded(donors, merged, method)
         wanted = torch.sin(angle / 2) / torch.sin(angle) * (one + two)
     else:
         wanted = (one + two) / 2
-    torch.testing.assert_close(found["model.layers.0.mlp.up_proj.weight"].double(), wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        found["model.layers.0.mlp.up_proj.weight"].double(), wanted, rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("start, stop", [(3, 1), (2, 2)])
@@ -112,8 +134,14 @@ def test_reversed_and_empty_ranges_accepted(donors, refused, start, stop):
     assert "slices" in refused(merge_method="passthrough", slices=[])
 
 
-@pytest.mark.parametrize("wrong, right", [("dtpye: float16", "dtype"), ("parameters: {weight: 1, densty: 0.5}", "density"),
-                                          ("parameters: {weight: 1, normalise: true}", "normalize")])
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("dtpye: float16", "dtype"),
+        ("parameters: {weight: 1, densty: 0.5}", "density"),
+        ("parameters: {weight: 1, normalise: true}", "normalize"),
+    ],
+)
 def test_misspelt_keys_ignored(donors, refused, wrong, right):
     text = f"merge_method: ties\nbase_model: {donors['a']}\nmodels: [{{model: {donors['b']}}}]\n{wrong}\n"
     assert f"write {right}" in refused(text=text)
@@ -134,23 +162,42 @@ def test_one_nan_spread_over_a_tensor(donors, tmp_path, refused, method, value):
     spoiled = changed(donors["a"], tmp_path / "spoiled", spoil)
     base = {} if method == "karcher" else {"base_model": str(donors["b"])}
     several = models(donors["a"], spoiled) if method != "slerp" else models(spoiled)
-    told = refused(merge_method=method, models=several, parameters={"t": 0.5} if method == "slerp" else {}, **base)
+    told = refused(
+        merge_method=method,
+        models=several,
+        parameters={"t": 0.5} if method == "slerp" else {},
+        **base,
+    )
     assert f"{spoiled}: {UP}" in told and "NaN or Inf" in told and "--allow-nan" in told
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("method", ["slerp", "karcher", "model_stock", "multislerp", "nuslerp", "sce", "della"])
+@pytest.mark.parametrize(
+    "method", ["slerp", "karcher", "model_stock", "multislerp", "nuslerp", "sce", "della"]
+)
 def test_one_nan_that_is_allowed_spread_over_a_tensor(donors, tmp_path, merged, run, method, value):
     def spoil(arrays):
         arrays[UP].flat[-1] = value
         return arrays
 
     spec = METHODS[method]
-    listed = models(changed(donors["a"], tmp_path / "spoiled", spoil), donors["a"])[: spec.models[1]]
+    listed = models(changed(donors["a"], tmp_path / "spoiled", spoil), donors["a"])[
+        : spec.models[1]
+    ]
     weights = {"weight": 0.5} if "weight" in spec.parameters else {}
     base = {"base_model": str(donors["b"])} if spec.base == "required" else {}
-    output = merged("--allow-nan", merge_method=method, models=listed, parameters={"t": 0.5} if method == "slerp" else weights, **base)
-    bad = {name: (~tensor.isfinite()).nonzero().tolist() for name, tensor in tensors(output).items() if not tensor.isfinite().all()}
+    output = merged(
+        "--allow-nan",
+        merge_method=method,
+        models=listed,
+        parameters={"t": 0.5} if method == "slerp" else weights,
+        **base,
+    )
+    bad = {
+        name: (~tensor.isfinite()).nonzero().tolist()
+        for name, tensor in tensors(output).items()
+        if not tensor.isfinite().all()
+    }
     assert list(bad) == [UP] and len(bad[UP]) == 1
     code, told, _ = run("check", output)
     assert code == 0, told
@@ -166,8 +213,14 @@ def test_parameters_that_make_no_finite_model_accepted(donors, refused):
 
 
 def test_types_in_file_and_config_that_differ(tmp_path, merged, refused):
-    half, brain = (write_donor(tmp_path / name, seed=seed, dtype=name) for seed, name in enumerate(("float16", "bfloat16")))
-    stack = {"merge_method": "passthrough", "slices": slices([source(half, 0, 2)], [source(brain, 2, 4)])}
+    half, brain = (
+        write_donor(tmp_path / name, seed=seed, dtype=name)
+        for seed, name in enumerate(("float16", "bfloat16"))
+    )
+    stack = {
+        "merge_method": "passthrough",
+        "slices": slices([source(half, 0, 2)], [source(brain, 2, 4)]),
+    }
     mean = {"merge_method": "linear", "models": models(half, brain), "parameters": {"weight": 1}}
     for recipe in (stack, mean):
         assert "dtype" in refused(**recipe)
@@ -178,10 +231,19 @@ def test_types_in_file_and_config_that_differ(tmp_path, merged, refused):
         loaded(output)
 
 
-@pytest.mark.parametrize("method, parameters", [("linear", {"weight": 1}), ("slerp", {"t": 0.5}), ("ties", {"weight": 1, "density": 0.5}),
-                                                ("passthrough", {})])
+@pytest.mark.parametrize(
+    "method, parameters",
+    [
+        ("linear", {"weight": 1}),
+        ("slerp", {"t": 0.5}),
+        ("ties", {"weight": 1, "density": 0.5}),
+        ("passthrough", {}),
+    ],
+)
 @pytest.mark.parametrize("first", [0, 1])
-def test_donors_of_other_vocabulary_or_width_merged_or_skipped(donors, tmp_path, merged, refused, method, parameters, first):
+def test_donors_of_other_vocabulary_or_width_merged_or_skipped(
+    donors, tmp_path, merged, refused, method, parameters, first
+):
     pair = [donors["a"], write_donor(tmp_path / "few", seed=9, vocab_size=40)]
     base, other = pair[first], pair[1 - first]
     recipe = {"merge_method": method, "base_model": str(base), "parameters": parameters}
@@ -193,13 +255,21 @@ def test_donors_of_other_vocabulary_or_width_merged_or_skipped(donors, tmp_path,
 
     assert "40" in refused(**of(other)) and "hidden_size" in refused(**of(donors["wide"]))
     model = loaded(merged(**of(other), tokenizer_source="base"))
-    assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0]
+    assert (
+        model.config.vocab_size
+        == model.get_input_embeddings().weight.shape[0]
+        == model.lm_head.weight.shape[0]
+    )
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
 def test_random_methods_that_differ_at_every_run(donors, merged, method):
-    recipe = {"merge_method": method, "base_model": str(donors["a"]), "parameters": {"weight": 1, "density": 0.5},
-              "slices": slices([source(donors["a"]), source(donors["deep"])])}
+    recipe = {
+        "merge_method": method,
+        "base_model": str(donors["a"]),
+        "parameters": {"weight": 1, "density": 0.5},
+        "slices": slices([source(donors["a"]), source(donors["deep"])]),
+    }
     one, same, other = merged(**recipe), merged(**recipe), merged(**recipe, seed=1)
     assert tree(one) == tree(same)
     assert not torch.equal(tensors(one)[UP], tensors(other)[UP])
@@ -208,7 +278,9 @@ def test_random_methods_that_differ_at_every_run(donors, merged, method):
 def test_a_missing_tokenizer_no_failure(donors, tmp_path, refused):
     mute = changed(donors["a"], tmp_path / "mute")
     (mute / "tokenizer.json").unlink()
-    assert "a tokenizer" in refused(merge_method="linear", models=models(mute, donors["b"]), parameters={"weight": 1})
+    assert "a tokenizer" in refused(
+        merge_method="linear", models=models(mute, donors["b"]), parameters={"weight": 1}
+    )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -216,11 +288,20 @@ def test_a_missing_tokenizer_no_failure(donors, tmp_path, refused):
 def test_experts_in_another_layout_than_the_donor_s(tmp_path, merged, family, method):
     one, two = (write_donor(tmp_path / name, family, seed=seed) for seed, name in enumerate("xy"))
     parts = slices([source(one)]) if method == "passthrough" else slices([source(one), source(two)])
-    output = merged(merge_method=method, slices=parts, parameters={} if method == "passthrough" else {"weight": 1})
+    output = merged(
+        merge_method=method,
+        slices=parts,
+        parameters={} if method == "passthrough" else {"weight": 1},
+    )
     a, b, found = tensors(one), tensors(two), tensors(output)
-    assert {name: tensor.shape for name, tensor in found.items()} == {name: tensor.shape for name, tensor in a.items()}
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in a.items()
+    }
     assert sum("experts.3." in name for name in found) == 4 * 3
-    assert all(torch.equal(tensor, a[name] if method == "passthrough" else (a[name] + b[name]) / 2) for name, tensor in found.items())
+    assert all(
+        torch.equal(tensor, a[name] if method == "passthrough" else (a[name] + b[name]) / 2)
+        for name, tensor in found.items()
+    )
     loaded(output)
 
 
@@ -236,20 +317,38 @@ def test_parameters_of_a_slice_that_is_not_merged_ignored(donors, refused, merge
 
 
 def test_config_and_tokenizer_of_a_donor_drawn_by_hash_order(donors, tmp_path):
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models(donors["b"], donors["a"]),
-                                                     "parameters": {"weight": 1}}))
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "merge_method": "linear",
+                "models": models(donors["b"], donors["a"]),
+                "parameters": {"weight": 1},
+            }
+        )
+    )
     command = [sys.executable, "-m", "frankenmerge", "merge", str(tmp_path / "r.yaml")]
     for number in ("1", "2"):
-        subprocess.run([*command, str(tmp_path / number)], env=os.environ | {"PYTHONHASHSEED": number}, check=True, capture_output=True)
+        subprocess.run(
+            [*command, str(tmp_path / number)],
+            env=os.environ | {"PYTHONHASHSEED": number},
+            check=True,
+            capture_output=True,
+        )
     assert tree(tmp_path / "1") == tree(tmp_path / "2")
 
 
 @pytest.mark.parametrize("first, second", ["ab", "ba"])
 def test_no_head_or_one_that_is_ignored_for_tied_and_untied_donors(donors, merged, first, second):
-    output = merged(merge_method="linear", models=models(donors[first], donors[second]), parameters={"weight": 1})
+    output = merged(
+        merge_method="linear",
+        models=models(donors[first], donors[second]),
+        parameters={"weight": 1},
+    )
     a, b, found = tensors(donors["a"]), tensors(donors["b"]), tensors(output)
     model = loaded(output)
-    assert torch.equal(model.lm_head.weight, (a[HEAD] + b[EMBEDDING]) / 2) and torch.equal(found[HEAD], model.lm_head.weight)
+    assert torch.equal(model.lm_head.weight, (a[HEAD] + b[EMBEDDING]) / 2) and torch.equal(
+        found[HEAD], model.lm_head.weight
+    )
     assert torch.equal(model.model.embed_tokens.weight, (a[EMBEDDING] + b[EMBEDDING]) / 2)
 
 
@@ -257,18 +356,30 @@ def test_a_model_card_that_asks_the_hub_for_a_relative_donor(donors, tmp_path, r
     changed(donors["a"], tmp_path / "org" / "model")
     monkeypatch.chdir(tmp_path)
     for method, keys in (("passthrough", {}), ("linear", {"parameters": {"weight": 1}})):
-        (tmp_path / "r.yaml").write_text(yaml.safe_dump({"merge_method": method, "models": [{"model": "org/model"}], **keys}))
+        (tmp_path / "r.yaml").write_text(
+            yaml.safe_dump({"merge_method": method, "models": [{"model": "org/model"}], **keys})
+        )
         code, _, err = run("merge", "r.yaml", method)
         assert code == 0, err
-        assert (tmp_path / method / "tokenizer.json").is_file() and "org/model" in (tmp_path / method / "README.md").read_text()
+        assert (tmp_path / method / "tokenizer.json").is_file() and "org/model" in (
+            tmp_path / method / "README.md"
+        ).read_text()
 
 
-@pytest.mark.parametrize("keys", [{"tokenizer": {"source": "union"}}, {"tokenizer": {"source": "base", "pad_to_multiple_of": 64}},
-                                  {"chat_template": "chatml"}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"tokenizer": {"source": "union"}},
+        {"tokenizer": {"source": "base", "pad_to_multiple_of": 64}},
+        {"chat_template": "chatml"},
+    ],
+)
 def test_the_generation_config_dropped_beside_a_tokenizer(donors, tmp_path, merged, keys):
     donor = changed(donors["a"], tmp_path / "own")
     (donor / "generation_config.json").write_text('{"temperature": 0.25}')
-    output = merged(merge_method="linear", models=models(donor, donors["b"]), parameters={"weight": 1}, **keys)
+    output = merged(
+        merge_method="linear", models=models(donor, donors["b"]), parameters={"weight": 1}, **keys
+    )
     assert json.loads((output / "generation_config.json").read_text())["temperature"] == 0.25
     assert loaded(output).generation_config.temperature == 0.25
 
@@ -276,7 +387,12 @@ def test_the_generation_config_dropped_beside_a_tokenizer(donors, tmp_path, merg
 def test_positions_of_other_lengths_beside_matched_tokens(tmp_path, merged, refused):
     long = write_donor(tmp_path / "long", "gpt2", seed=1)
     short = write_donor(tmp_path / "short", "gpt2", seed=2, n_positions=32, vocab_size=40)
-    recipe = {"merge_method": "linear", "models": models(long, short), "parameters": {"weight": 1}, "tokenizer_source": "union"}
+    recipe = {
+        "merge_method": "linear",
+        "models": models(long, short),
+        "parameters": {"weight": 1},
+        "tokenizer_source": "union",
+    }
     assert "wpe" in refused(**recipe)
 
 
@@ -327,7 +443,18 @@ def test_a_merge_of_stages_killed_in_any_of_them_is_finished_with_the_same_bytes
     def merge(recipe: Path, folder: Path, after: int) -> subprocess.CompletedProcess:
         folder.mkdir(exist_ok=True)
         # Relative, since the names of outputs are part of what is written of stages.
-        command = [sys.executable, "-c", KILLED, str(after), "merge", str(recipe), "out", "--resume", "--shard-size", "20kB"]
+        command = [
+            sys.executable,
+            "-c",
+            KILLED,
+            str(after),
+            "merge",
+            str(recipe),
+            "out",
+            "--resume",
+            "--shard-size",
+            "20kB",
+        ]
         return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
     done = merge(path, tmp_path / "whole", 10**6)
@@ -345,9 +472,21 @@ def test_a_merge_of_stages_killed_in_any_of_them_is_finished_with_the_same_bytes
         assert tree(folder / "out") == whole and tree(folder / "out.stages" / "one") == stage
         assert sorted(entry.name for entry in folder.iterdir()) == ["out", "out.stages"]
     assert reached == {False, True}
-    # A stage that is there and must be made again: what is left of the old one stands in nobody's way, and does not stay.
+    # A stage that is there and must be made again: what is left of the old one stands in nobody's
+    # way, and does not stay.
     folder = tmp_path / "whole"
     (folder / "out").rename(folder / "before")
-    for after in (2, 3, 4, 10, 10**6):  # the first calls remove what was written to check the recipe
-        assert merge(changed_path, folder, after).returncode == (0 if after == 10**6 else -signal.SIGKILL)
-    assert os.listdir(folder / "out.stages") == ["one"] and tree(folder / "out.stages" / "one") != stage
+    for after in (
+        2,
+        3,
+        4,
+        10,
+        10**6,
+    ):  # the first calls remove what was written to check the recipe
+        assert merge(changed_path, folder, after).returncode == (
+            0 if after == 10**6 else -signal.SIGKILL
+        )
+    assert (
+        os.listdir(folder / "out.stages") == ["one"]
+        and tree(folder / "out.stages" / "one") != stage
+    )

@@ -25,13 +25,22 @@ from frankenmerge.models.loading import load_model, virtual_splice
 from frankenmerge.splicing.operations import schedule
 from frankenmerge.storage.safetensors_header import read_header
 
-EMBEDDINGS = {"model.embed_tokens.weight", "transformer.wte.weight", "transformer.wpe.weight", "gpt_neox.embed_in.weight"}
+EMBEDDINGS = {
+    "model.embed_tokens.weight",
+    "transformer.wte.weight",
+    "transformer.wpe.weight",
+    "gpt_neox.embed_in.weight",
+}
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41, 3, 3], [5, 5, 2, 47, 19, 1, 8, 0]])
 
 
 def arrays_of(folder) -> dict[str, np.ndarray]:
     """All tensors of a folder, as the safetensors library reads them."""
-    return {name: array for file in sorted(Path(folder).glob("*.safetensors")) for name, array in load_file(file).items()}
+    return {
+        name: array
+        for file in sorted(Path(folder).glob("*.safetensors"))
+        for name, array in load_file(file).items()
+    }
 
 
 def recipe_for(order, **fields) -> Recipe:
@@ -47,7 +56,11 @@ def merged(order, output, *, fields=(), **options):
 def block_of(name: str) -> tuple[int | None, str]:
     """A tensor's block, and its name with the block left open."""
     found = re.search(r"(?<=\.)\d+(?=\.)", name)
-    return (int(found[0]), name[: found.start()] + "{}" + name[found.end() :]) if found else (None, name)
+    return (
+        (int(found[0]), name[: found.start()] + "{}" + name[found.end() :])
+        if found
+        else (None, name)
+    )
 
 
 def expected(order, head: str | None) -> dict[str, np.ndarray]:
@@ -60,24 +73,41 @@ def expected(order, head: str | None) -> dict[str, np.ndarray]:
             if block_of(name)[0] == index:
                 result[block_of(name)[1].format(position)] = array
     heads = ("lm_head.weight", "embed_out.weight")
-    result |= {name: array for name, array in last.items() if block_of(name)[0] is None and name not in EMBEDDINGS and name not in heads}
-    return result | ({"embed_out.weight" if head == "embed_out.weight" else "lm_head.weight": last[head]} if head else {})
+    result |= {
+        name: array
+        for name, array in last.items()
+        if block_of(name)[0] is None and name not in EMBEDDINGS and name not in heads
+    }
+    return result | (
+        {"embed_out.weight" if head == "embed_out.weight" else "lm_head.weight": last[head]}
+        if head
+        else {}
+    )
 
 
 def assert_equal(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
     assert found.keys() == wanted.keys()
-    assert [name for name in wanted if found[name].dtype != wanted[name].dtype or not np.array_equal(found[name], wanted[name])] == []
+    assert [
+        name
+        for name in wanted
+        if found[name].dtype != wanted[name].dtype or not np.array_equal(found[name], wanted[name])
+    ] == []
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Everything in a folder, by path; None for folders."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def load(folder) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
     assert {kind: names for kind, names in info.items() if names} == {}
     return model.eval()
 
@@ -90,7 +120,9 @@ def logits(model) -> torch.Tensor:
 def virtual(order) -> torch.nn.Module:
     recipe = recipe_for(order)
     donors = open_donors(recipe)
-    return virtual_splice(recipe, donors, {name: load_model(donor) for name, donor in donors.items()})
+    return virtual_splice(
+        recipe, donors, {name: load_model(donor) for name, donor in donors.items()}
+    )
 
 
 # Donors whose tensors say whose they are
@@ -104,14 +136,21 @@ def encoded(source: Path, folder: Path, number: int, shards: int = 1) -> Path:
     filled = {}
     for name, array in arrays.items():
         block, kind = block_of(name)
-        filled[name] = np.full_like(array, number * 10_000 + (90 if block is None else block) * 100 + kinds.index(kind))
+        filled[name] = np.full_like(
+            array, number * 10_000 + (90 if block is None else block) * 100 + kinds.index(kind)
+        )
     names = sorted(filled)
-    files = {f"model-{shard + 1:05d}-of-{shards:05d}.safetensors": names[shard::shards] for shard in range(shards)}
+    files = {
+        f"model-{shard + 1:05d}-of-{shards:05d}.safetensors": names[shard::shards]
+        for shard in range(shards)
+    }
     if shards == 1:
         files = {"model.safetensors": names}
     else:
         weight_map = {name: file for file, held in files.items() for name in held}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     for file, held in files.items():
         save_file({name: filled[name] for name in held}, folder / file, {"format": "pt"})
     return folder
@@ -130,7 +169,9 @@ def coded(donors, tmp_path_factory) -> dict[str, Path]:
 
 def test_no_two_tensors_of_the_encoded_donors_are_equal(coded):
     values = [array.flat[0] for folder in coded.values() for array in arrays_of(folder).values()]
-    assert len(set(values)) == len(values) and all((array == array.flat[0]).all() for array in arrays_of(coded["a"]).values())
+    assert len(set(values)) == len(values) and all(
+        (array == array.flat[0]).all() for array in arrays_of(coded["a"]).values()
+    )
 
 
 def blocks(text: str) -> list[tuple[str, int]]:
@@ -171,30 +212,50 @@ def test_every_tensor_is_the_right_donors(coded, tmp_path, order, head):
     found = arrays_of(tmp_path / "out")
     assert_equal(found, expected(order, head))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config.get("num_hidden_layers") or config.get("n_layer"), config["tie_word_embeddings"]) == (len(order), head is None)
-    assert (result.tensors, result.bytes) == (len(found), sum(array.nbytes for array in found.values()))
+    assert (
+        config.get("num_hidden_layers") or config.get("n_layer"),
+        config["tie_word_embeddings"],
+    ) == (len(order), head is None)
+    assert (result.tensors, result.bytes) == (
+        len(found),
+        sum(array.nbytes for array in found.values()),
+    )
 
 
 def test_the_base_gives_the_config_and_no_tensor(coded, donors, tmp_path):
     base = changed(
-        coded["deep"], tmp_path / "base", config=lambda config: config | {"rms_norm_eps": 1e-5, "vocab_size": 48, "mark": "base"}
+        coded["deep"],
+        tmp_path / "base",
+        config=lambda config: config | {"rms_norm_eps": 1e-5, "vocab_size": 48, "mark": "base"},
     )
     order = [(coded["a"], 0), (coded["c"], 1)]
     merged(order, tmp_path / "out", fields={"base_model": str(base)})
     assert_equal(arrays_of(tmp_path / "out"), expected(order, "lm_head.weight"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["mark"], config["rms_norm_eps"], config["num_hidden_layers"]) == ("base", 1e-5, 2)
+    assert (config["mark"], config["rms_norm_eps"], config["num_hidden_layers"]) == (
+        "base",
+        1e-5,
+        2,
+    )
 
 
 def test_the_vocabulary_is_that_of_the_embedding_and_not_of_the_base(donors, tmp_path):
     base = write_donor(tmp_path / "base", seed=9, vocab_size=60)
-    merged([(donors["a"], 0), (donors["a"], 3)], tmp_path / "out", fields={"base_model": str(base), "tokenizer_source": str(donors["a"])})
+    merged(
+        [(donors["a"], 0), (donors["a"], 3)],
+        tmp_path / "out",
+        fields={"base_model": str(base), "tokenizer_source": str(donors["a"])},
+    )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 48
     load(tmp_path / "out")
 
 
 def test_a_tied_donor_that_stores_a_head_gives_its_embedding(coded, tmp_path):
-    stored = changed(coded["b"], tmp_path / "stored", lambda all: all | {"lm_head.weight": np.full((48, 16), -1, np.float32)})
+    stored = changed(
+        coded["b"],
+        tmp_path / "stored",
+        lambda all: all | {"lm_head.weight": np.full((48, 16), -1, np.float32)},
+    )
     order = [(coded["a"], 0), (stored, 1)]
     merged(order, tmp_path / "out")
     assert_equal(arrays_of(tmp_path / "out"), expected(order, "model.embed_tokens.weight"))
@@ -202,7 +263,9 @@ def test_a_tied_donor_that_stores_a_head_gives_its_embedding(coded, tmp_path):
 
 def test_a_gpt2_config_that_does_not_speak_of_tying_is_tied(coded, tmp_path):
     silent = changed(
-        coded["g"], tmp_path / "silent", config=lambda config: {key: config[key] for key in config if key != "tie_word_embeddings"}
+        coded["g"],
+        tmp_path / "silent",
+        config=lambda config: {key: config[key] for key in config if key != "tie_word_embeddings"},
     )
     merged([(silent, 0), (silent, 1)], tmp_path / "out")
     assert "lm_head.weight" not in arrays_of(tmp_path / "out")
@@ -213,7 +276,10 @@ def test_two_names_of_one_donor_make_the_same_tensors(coded, tmp_path):
     order = [(coded["b"], 0), (again, 1)]
     merged(order, tmp_path / "out")
     found = arrays_of(tmp_path / "out")
-    assert_equal({name: array for name, array in found.items() if name != "lm_head.weight"}, expected(order, None))
+    assert_equal(
+        {name: array for name, array in found.items() if name != "lm_head.weight"},
+        expected(order, None),
+    )
 
 
 # Every family
@@ -223,7 +289,10 @@ def bare(folder: Path, target: Path) -> Path:
     """An old GPT-2 checkpoint: names without their prefix, and the buffers of its time."""
 
     def old(arrays):
-        masks = {f"h.{block}.attn.bias": np.tril(np.ones((1, 1, 64, 64), np.float32)) for block in range(4)}
+        masks = {
+            f"h.{block}.attn.bias": np.tril(np.ones((1, 1, 64, 64), np.float32))
+            for block in range(4)
+        }
         return {name.removeprefix("transformer."): array for name, array in arrays.items()} | masks
 
     return changed(folder, target, old)
@@ -232,18 +301,30 @@ def bare(folder: Path, target: Path) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_result_of_every_family_is_what_the_splice_in_memory_computes(tmp_path, family):
     pair = [write_donor(tmp_path / str(seed), family, seed=seed) for seed in (1, 2)]
-    order = [(pair[number], index) for number, index in ((0, 0), (0, 1), (1, 1), (1, 1), (0, 3), (1, 3))]
+    order = [
+        (pair[number], index) for number, index in ((0, 0), (0, 1), (1, 1), (1, 1), (0, 3), (1, 3))
+    ]
     merged(order, tmp_path / "out")
-    heads = ("lm_head.weight", "embed_out.weight", "model.embed_tokens.weight", "transformer.wte.weight")
+    heads = (
+        "lm_head.weight",
+        "embed_out.weight",
+        "model.embed_tokens.weight",
+        "transformer.wte.weight",
+    )
     head = next(name for name in heads if name in arrays_of(pair[1]))
     assert_equal(arrays_of(tmp_path / "out"), expected(order, head))
     model = load(tmp_path / "out")
     assert torch.equal(logits(model), logits(virtual(order)))
-    assert len({tuple(logits(load(path))[0, -1, :3].tolist()) for path in (*pair, tmp_path / "out")}) == 3
+    assert (
+        len({tuple(logits(load(path))[0, -1, :3].tolist()) for path in (*pair, tmp_path / "out")})
+        == 3
+    )
 
 
 @pytest.mark.parametrize("first, last", [("a", "b"), ("b", "a"), ("b", "b"), ("a", "deep")])
-def test_a_result_of_tied_and_untied_donors_is_what_the_splice_in_memory_computes(donors, tmp_path, first, last):
+def test_a_result_of_tied_and_untied_donors_is_what_the_splice_in_memory_computes(
+    donors, tmp_path, first, last
+):
     order = [(donors[first], 0), (donors[first], 1), (donors[last], 1), (donors[last], 3)]
     merged(order, tmp_path / "out")
     assert torch.equal(logits(load(tmp_path / "out")), logits(virtual(order)))
@@ -262,15 +343,29 @@ def test_old_names_of_gpt2_are_merged_with_new_ones(donors, tmp_path, old_first)
 
 
 def test_kinds_of_attention_move_with_their_blocks(tmp_path):
-    kinds = {"x": ["full_attention", "sliding_attention"] * 2, "y": ["sliding_attention"] * 2 + ["full_attention"] * 2}
+    kinds = {
+        "x": ["full_attention", "sliding_attention"] * 2,
+        "y": ["sliding_attention"] * 2 + ["full_attention"] * 2,
+    }
     pair = {
-        name: write_donor(tmp_path / name, "qwen2", seed=seed, use_sliding_window=True, sliding_window=2, layer_types=kinds[name])
+        name: write_donor(
+            tmp_path / name,
+            "qwen2",
+            seed=seed,
+            use_sliding_window=True,
+            sliding_window=2,
+            layer_types=kinds[name],
+        )
         for seed, name in enumerate(kinds)
     }
     order = [(pair[name], index) for name, index in blocks("x0:2 y1:4")]
     merged(order, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"] == [
-        "full_attention", "sliding_attention", "sliding_attention", "full_attention", "full_attention",
+        "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+        "full_attention",
     ]
     assert torch.equal(logits(load(tmp_path / "out")), logits(virtual(order)))
 
@@ -281,13 +376,23 @@ def test_halves_are_copied_as_they_are(tmp_path, dtype):
     merged([(donor, 0), (donor, 3), (donor, 2)], tmp_path / "out", fields={"dtype": dtype})
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == dtype
-    theirs, ours = (read_header(folder / "model.safetensors") for folder in (donor, tmp_path / "out"))
-    content = {folder: (folder / "model.safetensors").read_bytes() for folder in (donor, tmp_path / "out")}
+    theirs, ours = (
+        read_header(folder / "model.safetensors") for folder in (donor, tmp_path / "out")
+    )
+    content = {
+        folder: (folder / "model.safetensors").read_bytes() for folder in (donor, tmp_path / "out")
+    }
     for position, index in enumerate((0, 3, 2)):
         for name in (name for name in theirs if f"layers.{index}." in name):
             a, b = theirs[name], ours[name.replace(f"layers.{index}.", f"layers.{position}.")]
-            assert (a.dtype, a.shape, content[donor][a.start : a.stop]) == (b.dtype, b.shape, content[tmp_path / "out"][b.start : b.stop])
-    assert {parameter.dtype for parameter in load(tmp_path / "out").parameters()} == {getattr(torch, dtype)}
+            assert (a.dtype, a.shape, content[donor][a.start : a.stop]) == (
+                b.dtype,
+                b.shape,
+                content[tmp_path / "out"][b.start : b.stop],
+            )
+    assert {parameter.dtype for parameter in load(tmp_path / "out").parameters()} == {
+        getattr(torch, dtype)
+    }
 
 
 # Files of the result
@@ -295,12 +400,20 @@ def test_halves_are_copied_as_they_are(tmp_path, dtype):
 
 @pytest.fixture
 def order(coded):
-    return [(coded["a"], 0), (coded["a"], 1), (coded["deep"], 1), (coded["deep"], 5), (coded["c"], 3)]
+    return [
+        (coded["a"], 0),
+        (coded["a"], 1),
+        (coded["deep"], 1),
+        (coded["deep"], 5),
+        (coded["c"], 3),
+    ]
 
 
 def rank(name: str) -> int:
     block = block_of(name)[0]
-    return block if block is not None else -1 if name in EMBEDDINGS else 100 if "norm" in name else 101
+    return (
+        block if block is not None else -1 if name in EMBEDDINGS else 100 if "norm" in name else 101
+    )
 
 
 @pytest.mark.parametrize("shard_size", [10**9, 6000])
@@ -308,7 +421,9 @@ def test_tensors_lie_in_layer_order(order, tmp_path, shard_size):
     merged(order, tmp_path / "out", shard_size=shard_size)
     names = []
     for file in sorted((tmp_path / "out").glob("*.safetensors")):
-        names += [name for name, _ in sorted(read_header(file).items(), key=lambda item: item[1].start)]
+        names += [
+            name for name, _ in sorted(read_header(file).items(), key=lambda item: item[1].start)
+        ]
     assert [rank(name) for name in names] == sorted(map(rank, names))
     assert len(names) == 5 * 9 + 3
 
@@ -318,7 +433,9 @@ def test_shards_keep_to_their_limit_and_the_index_is_right(order, tmp_path, shar
     merged(order, tmp_path / "whole")
     merged(order, tmp_path / "out", shard_size=shard_size)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert [file.name for file in files] == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    assert [file.name for file in files] == [
+        f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
+    ]
     assert len(files) > 2
     sizes = [[array.nbytes for array in load_file(file).values()] for file in files]
     assert all(sum(held) <= shard_size or len(held) == 1 for held in sizes)
@@ -334,14 +451,24 @@ def test_a_sharded_result_computes_the_same(donors, tmp_path):
     merged(order, tmp_path / "whole")
     merged(order, tmp_path / "out", shard_size=4000)
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(tmp_path / "whole")))
-    assert open_checkpoint(str(tmp_path / "out")).fingerprint == open_checkpoint(str(tmp_path / "whole")).fingerprint
+    assert (
+        open_checkpoint(str(tmp_path / "out")).fingerprint
+        == open_checkpoint(str(tmp_path / "whole")).fingerprint
+    )
 
 
 def test_a_result_of_one_file_has_no_index(order, tmp_path):
     merged(order, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md", "config.json", "frankenmerge.json", "generation_config.json", "model.safetensors", "recipe.yaml", "splice.svg",
-        "tokenizer.json", "tokenizer_config.json",
+        "README.md",
+        "config.json",
+        "frankenmerge.json",
+        "generation_config.json",
+        "model.safetensors",
+        "recipe.yaml",
+        "splice.svg",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ]
 
 
@@ -354,7 +481,10 @@ def test_the_same_inputs_give_the_same_bytes(order, tmp_path, shard_size):
 
 def test_the_data_of_a_file_begins_at_a_multiple_of_eight(order, tmp_path):
     merged(order, tmp_path / "out", shard_size=6000)
-    assert {int.from_bytes(file.read_bytes()[:8], "little") % 8 for file in (tmp_path / "out").glob("*.safetensors")} == {0}
+    assert {
+        int.from_bytes(file.read_bytes()[:8], "little") % 8
+        for file in (tmp_path / "out").glob("*.safetensors")
+    } == {0}
     with safe_open(next((tmp_path / "out").glob("*.safetensors")), "np") as handle:
         assert handle.metadata() == {"format": "pt"}
 
@@ -367,7 +497,9 @@ def test_a_result_is_a_donor_again(order, tmp_path):
 
 
 def test_the_recipe_of_the_result_parses_to_the_recipe(order, tmp_path):
-    recipe = recipe_for(order, base_model=str(order[0][0]), tokenizer_source="base", dtype="float32")
+    recipe = recipe_for(
+        order, base_model=str(order[0][0]), tokenizer_source="base", dtype="float32"
+    )
     merge(recipe, open_donors(recipe), tmp_path / "out")
     assert load_recipe(tmp_path / "out" / "recipe.yaml") == recipe
 
@@ -381,20 +513,36 @@ def test_the_provenance_names_every_tensors_donor(order, tmp_path):
     for name, origin in told["tensors"].items():
         assert np.array_equal(found[name], donors[origin["donor"]][origin["tensor"]])
         assert origin["method"] == "copy"
-    assert told["donors"] == {name: {"fingerprint": open_checkpoint(name).fingerprint} for name in donors}
-    assert told["recipe_sha256"] == hashlib.sha256((tmp_path / "out" / "recipe.yaml").read_bytes()).hexdigest()
+    assert told["donors"] == {
+        name: {"fingerprint": open_checkpoint(name).fingerprint} for name in donors
+    }
+    assert (
+        told["recipe_sha256"]
+        == hashlib.sha256((tmp_path / "out" / "recipe.yaml").read_bytes()).hexdigest()
+    )
 
 
 def test_the_card_says_what_was_stacked(order, tmp_path):
     merged(order, tmp_path / "out")
     a, deep, c = (str(folder) for folder in dict.fromkeys(folder for folder, _ in order))
     _, front, body = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front) == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["merge", "frankenmerge"]}
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["merge", "frankenmerge"],
+    }
     assert "# A frankenmodel of 5 blocks" in body
-    rows = [f"| 0-1 | {a} | 0-1 |", f"| 2-2 | {deep} | 1-1 |", f"| 3-3 | {deep} | 5-5 |", f"| 4-4 | {c} | 3-3 |"]
+    rows = [
+        f"| 0-1 | {a} | 0-1 |",
+        f"| 2-2 | {deep} | 1-1 |",
+        f"| 3-3 | {deep} | 5-5 |",
+        f"| 4-4 | {c} | 3-3 |",
+    ]
     assert re.findall(r"^\| \d.*$", body, re.M) == rows
     assert f"Embedding: {a}. Final norm: {c}. Head: {c}. Tokenizer: {a}." in body
-    assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0]) == recipe_for(order).model_dump(exclude_none=True)
+    assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0]) == recipe_for(
+        order
+    ).model_dump(exclude_none=True)
 
 
 def test_tokenizer_and_generation_config_are_those_of_the_donors_named(coded, tmp_path):
@@ -404,7 +552,11 @@ def test_tokenizer_and_generation_config_are_those_of_the_donors_named(coded, tm
             (folder / file).write_text((folder / file).read_text() + "\n" * (ord(name) - 90))
     fields = {"base_model": str(named["b"]), "tokenizer_source": str(named["c"])}
     merged([(named["a"], 0)], tmp_path / "out", fields=fields)
-    for file, source in (("tokenizer.json", "c"), ("tokenizer_config.json", "c"), ("generation_config.json", "b")):
+    for file, source in (
+        ("tokenizer.json", "c"),
+        ("tokenizer_config.json", "c"),
+        ("generation_config.json", "b"),
+    ):
         assert (tmp_path / "out" / file).read_bytes() == (named[source] / file).read_bytes()
 
 
@@ -538,10 +690,16 @@ def test_an_output_of_the_longest_name_that_the_disk_takes_is_written(order, tmp
 def test_a_range_past_the_end_is_refused(coded, room):
     recipe = recipe_for([(coded["a"], index) for index in (0, 1, 2, 3, 4)])
     (fault,) = refused(recipe, room / "out", room)
-    assert fault.place.endswith("slices[0].sources[0].layer_range") and "[0, 4]" in fault.expected and fault.found == "[0, 5]"
+    assert (
+        fault.place.endswith("slices[0].sources[0].layer_range")
+        and "[0, 4]" in fault.expected
+        and fault.found == "[0, 5]"
+    )
 
 
-@pytest.mark.parametrize("other, told", [("wide", "hidden_size: 16 and 32"), ("g", "family: llama and gpt2")])
+@pytest.mark.parametrize(
+    "other, told", [("wide", "hidden_size: 16 and 32"), ("g", "family: llama and gpt2")]
+)
 def test_donors_of_another_shape_or_family_are_refused(donors, room, other, told):
     found = refused(recipe_for([(donors["a"], 0), (donors[other], 1)]), room / "out", room)
     assert any(told in fault.found for fault in found)
@@ -550,17 +708,27 @@ def test_donors_of_another_shape_or_family_are_refused(donors, room, other, told
 def test_donors_of_another_type_are_refused(donors, tmp_path, room):
     half = write_donor(tmp_path / "half", seed=1, dtype="bfloat16")
     found = refused(recipe_for([(donors["a"], 0), (half, 1)]), room / "out", room)
-    assert [fault.place for fault in found] == ["recipe: dtype"] and "float32" in found[0].found and "bfloat16" in found[0].found
+    assert (
+        [fault.place for fault in found] == ["recipe: dtype"]
+        and "float32" in found[0].found
+        and "bfloat16" in found[0].found
+    )
 
 
 def test_quantised_donors_are_refused(coded, tmp_path, room):
     names = [f"model.layers.{index}.mlp.up_proj.weight" for index in range(4)]
-    donor = changed(coded["a"], tmp_path / "int8", lambda all: all | {name: all[name].astype(np.int8) for name in names})
+    donor = changed(
+        coded["a"],
+        tmp_path / "int8",
+        lambda all: all | {name: all[name].astype(np.int8) for name in names},
+    )
     (fault,) = refused(recipe_for([(donor, 0)]), room / "out", room)
     assert fault.place == str(donor) and "I8" in fault.found
 
 
-def test_a_donor_without_a_tokenizer_is_refused_where_its_tokenizer_is_needed(coded, tmp_path, room):
+def test_a_donor_without_a_tokenizer_is_refused_where_its_tokenizer_is_needed(
+    coded, tmp_path, room
+):
     mute = Path(shutil.copytree(coded["a"], tmp_path / "mute"))
     (mute / "tokenizer.json").unlink()
     (fault,) = refused(recipe_for([(mute, 0), (coded["c"], 1)]), room / "out", room)
@@ -580,7 +748,9 @@ def test_all_faults_are_told_together(donors, tmp_path, room):
     mute = Path(shutil.copytree(donors["a"], tmp_path / "mute"))
     (mute / "tokenizer.json").unlink()
     order = [(mute, 0), (mute, 1), (donors["wide"], 3), (donors["wide"], 4), (mute, 7)]
-    found = [f"{fault.place} {fault.found}" for fault in refused(recipe_for(order), room / "out", room)]
+    found = [
+        f"{fault.place} {fault.found}" for fault in refused(recipe_for(order), room / "out", room)
+    ]
     ranges = ["slices[1].sources[0].layer_range [3, 5]", "slices[2].sources[0].layer_range [7, 8]"]
     for told in (*ranges, "hidden_size: 16 and 32", f"{mute} none"):
         assert any(told in fault for fault in found), told
@@ -649,7 +819,11 @@ def test_a_donor_that_shrinks_meanwhile_leaves_nothing(coded, tmp_path, room, mo
     otherwise(monkeypatch, way)
     before = tree(room)
     with pytest.raises(FrankenmergeError) as caught:
-        merged([(donor, 0), (donor, 3)], room / "out", progress=lambda _: os.truncate(donor / "model.safetensors", 9000))
+        merged(
+            [(donor, 0), (donor, 3)],
+            room / "out",
+            progress=lambda _: os.truncate(donor / "model.safetensors", 9000),
+        )
     assert "model.safetensors ended at byte 9,000" in caught.value.faults[0].found
     assert tree(room) == before
 
@@ -679,7 +853,11 @@ def otherwise(monkeypatch, way: str) -> None:
         case "refused midway":
             monkeypatch.setattr(os, "copy_file_range", after(5, real, across))
         case "short copies":
-            monkeypatch.setattr(os, "copy_file_range", lambda source, target, count, *at: real(source, target, min(count, 100), *at))
+            monkeypatch.setattr(
+                os,
+                "copy_file_range",
+                lambda source, target, count, *at: real(source, target, min(count, 100), *at),
+            )
 
 
 @pytest.mark.parametrize("way", ["other device", "no such call", "refused midway", "short copies"])
@@ -697,13 +875,25 @@ def test_the_schedule_names_each_tensors_origin_in_layer_order(coded):
     a, b = (str(coded[name]) for name in "ab")
     recipe = recipe_of([Block(a, 3), Block(b, 0)])
     copies = schedule(recipe, open_donors(recipe))
-    told = [(copy.name, copy.donor, copy.source) for copy in copies if "layers" not in copy.name or "norm" in copy.name]
+    told = [
+        (copy.name, copy.donor, copy.source)
+        for copy in copies
+        if "layers" not in copy.name or "norm" in copy.name
+    ]
     assert told == [
         ("model.embed_tokens.weight", a, "model.embed_tokens.weight"),
         ("model.layers.0.input_layernorm.weight", a, "model.layers.3.input_layernorm.weight"),
-        ("model.layers.0.post_attention_layernorm.weight", a, "model.layers.3.post_attention_layernorm.weight"),
+        (
+            "model.layers.0.post_attention_layernorm.weight",
+            a,
+            "model.layers.3.post_attention_layernorm.weight",
+        ),
         ("model.layers.1.input_layernorm.weight", b, "model.layers.0.input_layernorm.weight"),
-        ("model.layers.1.post_attention_layernorm.weight", b, "model.layers.0.post_attention_layernorm.weight"),
+        (
+            "model.layers.1.post_attention_layernorm.weight",
+            b,
+            "model.layers.0.post_attention_layernorm.weight",
+        ),
         ("model.norm.weight", b, "model.norm.weight"),
         ("lm_head.weight", b, "model.embed_tokens.weight"),
     ]

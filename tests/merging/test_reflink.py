@@ -65,12 +65,19 @@ def smaller(monkeypatch):
 
 
 def recipe_for(folders):
-    blocks = [Block(str(folders[name]), index) for name, index in (("x", 0), ("x", 1), ("y", 1), ("y", 2), ("x", 2), ("y", 3))]
+    blocks = [
+        Block(str(folders[name]), index)
+        for name, index in (("x", 0), ("x", 1), ("y", 1), ("y", 2), ("x", 2), ("y", 3))
+    ]
     return recipe_of(blocks)
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
-    return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
+    return {
+        name: array
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, array in load_file(file).items()
+    }
 
 
 def assert_same_tensors(found: Path, expected: Path) -> None:
@@ -114,7 +121,10 @@ def test_the_model_computes_what_its_copy_does(donors, room, tmp_path):
     merge(recipe, opened, room / "out")
     ids = torch.tensor([[0, 7, 30, 7, 4000]])
     with torch.no_grad():
-        ours, theirs = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (room / "out", tmp_path / "copied"))
+        ours, theirs = (
+            AutoModelForCausalLM.from_pretrained(path)(ids).logits
+            for path in (room / "out", tmp_path / "copied")
+        )
     assert torch.equal(ours, theirs)
 
 
@@ -136,7 +146,9 @@ def test_donors_are_not_changed_by_a_change_of_the_result(donors, room):
     before = {path: path.read_bytes() for folder in donors.values() for path in folder.iterdir()}
     for file in (room / "out").glob("*.safetensors"):
         file.write_bytes(bytes(file.stat().st_size))
-    assert {path: path.read_bytes() for folder in donors.values() for path in folder.iterdir()} == before
+    assert {
+        path: path.read_bytes() for folder in donors.values() for path in folder.iterdir()
+    } == before
 
 
 def test_only_donors_on_the_same_file_system_are_shared(donors, large, room, tmp_path):

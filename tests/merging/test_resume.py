@@ -44,12 +44,21 @@ print("left", left)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture
 def recipe(donors, tmp_path) -> Recipe:
-    made = recipe_of([Block(str(donors[name]), index) for name, index in (("a", 0), ("a", 1), ("deep", 1), ("deep", 5), ("a", 3))])
+    made = recipe_of(
+        [
+            Block(str(donors[name]), index)
+            for name, index in (("a", 0), ("a", 1), ("deep", 1), ("deep", 5), ("a", 3))
+        ]
+    )
     (tmp_path / "recipe.yaml").write_text(made.dump())
     return made
 
@@ -69,7 +78,15 @@ def room(tmp_path) -> Path:
 
 def killed(tmp_path: Path, output: Path, after: int, *more: str) -> subprocess.CompletedProcess:
     """Merge in another process that is killed after so many calls of the system."""
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(output), str(after), *more]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(tmp_path / "recipe.yaml"),
+        str(output),
+        str(after),
+        *more,
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -82,7 +99,10 @@ def half_done(tmp_path: Path, output: Path) -> Path:
 
 def finished(folder: Path) -> dict[str, tuple[int, int]]:
     """The finished shards, each with what changes when it is written again."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")}
+    return {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in folder.glob("*.safetensors")
+    }
 
 
 def refused(recipe: Recipe, output: Path, **options):
@@ -91,7 +111,9 @@ def refused(recipe: Recipe, output: Path, **options):
     return caught.value.faults
 
 
-def test_a_merge_killed_at_any_call_is_finished_by_resume_with_the_same_bytes(recipe, whole, tmp_path, room):
+def test_a_merge_killed_at_any_call_is_finished_by_resume_with_the_same_bytes(
+    recipe, whole, tmp_path, room
+):
     undisturbed = killed(tmp_path, room / "count", 10**6)
     calls = 10**6 - int(undisturbed.stdout.split()[-1])
     assert calls > 40
@@ -141,7 +163,11 @@ def other_recipe(recipe, donors, tmp_path):
 def other_donor(recipe, donors, tmp_path):
     from conftest import changed
 
-    changed(donors["a"], tmp_path / "changed", lambda arrays: {name: array + 1 for name, array in arrays.items()})
+    changed(
+        donors["a"],
+        tmp_path / "changed",
+        lambda arrays: {name: array + 1 for name, array in arrays.items()},
+    )
     shutil.copytree(tmp_path / "changed", donors["a"], dirs_exist_ok=True)
     return recipe, {}
 
@@ -150,10 +176,21 @@ def other_size(recipe, donors, tmp_path):
     return recipe, {"shard_size": 7000}
 
 
-@pytest.mark.parametrize("other, told", [(other_recipe, "recipe"), (other_donor, "donor"), (other_size, "plan of shards")])
+@pytest.mark.parametrize(
+    "other, told",
+    [(other_recipe, "recipe"), (other_donor, "donor"), (other_size, "plan of shards")],
+)
 def test_resume_with_other_inputs_is_refused_with_the_reason(donors, tmp_path, room, other, told):
-    mine = {name: Path(shutil.copytree(donors[name], tmp_path / "mine" / name)) for name in ("a", "deep")}
-    recipe = recipe_of([Block(str(mine[name]), index) for name, index in (("a", 0), ("a", 1), ("deep", 1), ("deep", 5), ("a", 3))])
+    mine = {
+        name: Path(shutil.copytree(donors[name], tmp_path / "mine" / name))
+        for name in ("a", "deep")
+    }
+    recipe = recipe_of(
+        [
+            Block(str(mine[name]), index)
+            for name, index in (("a", 0), ("a", 1), ("deep", 1), ("deep", 5), ("a", 3))
+        ]
+    )
     (tmp_path / "recipe.yaml").write_text(recipe.dump())
     work = half_done(tmp_path, room / "out")
     before = tree(room)
@@ -166,7 +203,9 @@ def test_resume_with_other_inputs_is_refused_with_the_reason(donors, tmp_path, r
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", None])
 def test_a_work_folder_without_its_journal_is_begun_anew(recipe, whole, tmp_path, room, content):
     work = half_done(tmp_path, room / "out")
-    (work / "journal.json").unlink() if content is None else (work / "journal.json").write_bytes(content)
+    (work / "journal.json").unlink() if content is None else (work / "journal.json").write_bytes(
+        content
+    )
     for file in (work / "checkpoint").glob("*.safetensors"):
         file.write_bytes(bytes(file.stat().st_size))
     assert "--resume" in refused(recipe, room / "out")[0].remedy
@@ -185,28 +224,47 @@ def test_a_finished_shard_of_another_size_is_written_again(recipe, whole, tmp_pa
 def test_progress_counts_what_was_kept_too(recipe, whole, tmp_path, room):
     half_done(tmp_path, room / "out")
     moved = []
-    result = merge(recipe, open_donors(recipe), room / "out", shard_size=6000, resume=True, progress=moved.append)
+    result = merge(
+        recipe,
+        open_donors(recipe),
+        room / "out",
+        shard_size=6000,
+        resume=True,
+        progress=moved.append,
+    )
     assert sum(moved) == result.bytes
 
 
 @pytest.mark.parametrize("kind", ["disk full", "interrupt"])
-def test_what_is_finished_is_kept_when_a_merge_to_be_resumed_fails(recipe, whole, room, monkeypatch, kind):
+def test_what_is_finished_is_kept_when_a_merge_to_be_resumed_fails(
+    recipe, whole, room, monkeypatch, kind
+):
     real, left = os.copy_file_range, iter(range(8))
 
     def fails(*arguments):
         if next(left, None) is not None:
             return real(*arguments)
-        raise OSError(errno.ENOSPC, "No space left on device") if kind == "disk full" else KeyboardInterrupt
+        raise (
+            OSError(errno.ENOSPC, "No space left on device")
+            if kind == "disk full"
+            else KeyboardInterrupt
+        )
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "copy_file_range", fails)
         if kind == "disk full":
             real_write = os.pwrite
-            patched.setattr(os, "pwrite", lambda handle, content, at: real_write(handle, content, at) if at == 0 else fails())
+            patched.setattr(
+                os,
+                "pwrite",
+                lambda handle, content, at: real_write(handle, content, at) if at == 0 else fails(),
+            )
         with pytest.raises((FrankenmergeError, KeyboardInterrupt)) as caught:
             merge(recipe, open_donors(recipe), room / "out", shard_size=6000, resume=True)
     if kind == "disk full":
-        assert "No space left" in str(caught.value) and str(work_folder(room / "out")) in str(caught.value)
+        assert "No space left" in str(caught.value) and str(work_folder(room / "out")) in str(
+            caught.value
+        )
     assert not (room / "out").exists()
     kept = finished(work_folder(room / "out") / "checkpoint")
     assert kept
@@ -217,8 +275,18 @@ def test_what_is_finished_is_kept_when_a_merge_to_be_resumed_fails(recipe, whole
 def test_a_limit_of_the_system_on_the_size_of_files_is_told(recipe, tmp_path, room):
     import resource
 
-    script = KILLED.replace("left = int", "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\nleft = int")
-    command = [sys.executable, "-c", script, str(tmp_path / "recipe.yaml"), str(room / "out"), str(10**6)]
+    script = KILLED.replace(
+        "left = int",
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\nleft = int",
+    )
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(tmp_path / "recipe.yaml"),
+        str(room / "out"),
+        str(10**6),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert resource.RLIM_INFINITY and done.returncode == 1
     assert "File too large" in done.stderr and "remedy" in done.stderr
@@ -228,7 +296,11 @@ def test_a_limit_of_the_system_on_the_size_of_files_is_told(recipe, tmp_path, ro
 def test_a_disk_that_is_really_full_is_told_and_left_as_it_was(donors, tmp_path):
     room = tmp_path / "small"
     room.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(room)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(room)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"no small disk can be mounted: {done.stderr.strip()}")
     try:
@@ -260,7 +332,9 @@ def test_a_second_merge_into_one_output_is_refused_while_the_first_runs(recipe, 
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_merge_whose_output_another_finished_meanwhile_is_refused_before_it_writes(recipe, whole, room, monkeypatch, resume):
+def test_a_merge_whose_output_another_finished_meanwhile_is_refused_before_it_writes(
+    recipe, whole, room, monkeypatch, resume
+):
     real, moved = writer.planned, []
 
     def overtaken(*arguments, **named):
@@ -294,7 +368,9 @@ def test_a_link_in_place_of_the_work_folder_is_not_followed(recipe, tmp_path, ro
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_a_folder_that_locks_cannot_be_had_of_is_still_made_once(recipe, whole, tmp_path, room, monkeypatch):
+def test_a_folder_that_locks_cannot_be_had_of_is_still_made_once(
+    recipe, whole, tmp_path, room, monkeypatch
+):
     real = fcntl.flock
 
     def unable(handle, operation):
@@ -312,21 +388,49 @@ def test_a_folder_that_locks_cannot_be_had_of_is_still_made_once(recipe, whole, 
 # Several processes
 
 
-def together(tmp_path: Path, output: Path, count: int, *options: str, delay: float = 0) -> list[subprocess.CompletedProcess]:
+def together(
+    tmp_path: Path, output: Path, count: int, *options: str, delay: float = 0
+) -> list[subprocess.CompletedProcess]:
     """Run `merge` in processes that are numbered as `accelerate launch` numbers them, the first one last."""
-    command = [sys.executable, "-m", "frankenmerge.cli", "merge", str(tmp_path / "recipe.yaml"), str(output), "--shard-size", "6000"]
+    command = [
+        sys.executable,
+        "-m",
+        "frankenmerge.cli",
+        "merge",
+        str(tmp_path / "recipe.yaml"),
+        str(output),
+        "--shard-size",
+        "6000",
+    ]
     command[1:3] = ["-c", "from frankenmerge.cli import main; main()"]
     running = []
     for rank in reversed(range(count)):
-        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
-        running.append(subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_RANK": str(rank),
+        }
+        running.append(
+            subprocess.Popen(
+                [*command, *options],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
         time.sleep(delay)
     told = [one.communicate(timeout=120) for one in running]
-    return [subprocess.CompletedProcess(one.args, one.returncode, *texts) for one, texts in zip(running, told, strict=True)]
+    return [
+        subprocess.CompletedProcess(one.args, one.returncode, *texts)
+        for one, texts in zip(running, told, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("count, delay", [(2, 0), (3, 0.3)])
-def test_several_processes_write_the_bytes_that_one_writes(recipe, whole, tmp_path, room, count, delay):
+def test_several_processes_write_the_bytes_that_one_writes(
+    recipe, whole, tmp_path, room, count, delay
+):
     done = together(tmp_path, room / "out", count, delay=delay)
     assert [one.returncode for one in done] == [0] * count, done
     assert [bool(one.stdout) for one in done] == [False] * (count - 1) + [True]

@@ -17,7 +17,10 @@ from frankenmerge.merging.writer import merge
 
 @pytest.fixture
 def donor(donors, tmp_path) -> dict[str, Path]:
-    return {name: Path(shutil.copytree(donors[name], tmp_path / "donors" / name)) for name in ("a", "deep")}
+    return {
+        name: Path(shutil.copytree(donors[name], tmp_path / "donors" / name))
+        for name in ("a", "deep")
+    }
 
 
 @pytest.fixture
@@ -25,8 +28,15 @@ def output(donor, tmp_path):
     """Merge two donors; returns the checkpoint's folder."""
 
     def call(**options) -> Path:
-        recipe = recipe_of([Block(str(donor[name]), index) for name, index in (("a", 0), ("deep", 1), ("deep", 2), ("a", 3))])
-        return merge(recipe, open_donors(recipe), tmp_path / "out", **{"shard_size": 12000} | options).output
+        recipe = recipe_of(
+            [
+                Block(str(donor[name]), index)
+                for name, index in (("a", 0), ("deep", 1), ("deep", 2), ("a", 3))
+            ]
+        )
+        return merge(
+            recipe, open_donors(recipe), tmp_path / "out", **{"shard_size": 12000} | options
+        ).output
 
     return call
 
@@ -61,7 +71,9 @@ def test_a_merge_is_what_it_says(output, checksums):
     files = len(list(folder.glob("*.safetensors")))
     assert files > 2
     assert found == (folder, files, 39, files if checksums else 0, 39, [])
-    assert sum(moved) == sum(array.nbytes for file in folder.glob("*.safetensors") for array in load_file(file).values())
+    assert sum(moved) == sum(
+        array.nbytes for file in folder.glob("*.safetensors") for array in load_file(file).values()
+    )
 
 
 def test_a_checksum_is_the_sha256_of_the_file(output):
@@ -70,7 +82,8 @@ def test_a_checksum_is_the_sha256_of_the_file(output):
     folder = output(checksums=True)
     told = json.loads((folder / "frankenmerge.json").read_text())["shards"]
     assert {name: entry["sha256"] for name, entry in told.items()} == {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.glob("*.safetensors")
     }
 
 
@@ -81,7 +94,12 @@ def test_one_bit_of_a_copied_tensor_is_noticed_by_its_donor(output, position):
     tensors = json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])
     tensors.pop("__metadata__")
     ordered = sorted(tensors, key=lambda name: tensors[name]["data_offsets"])
-    flipped(file, file.stat().st_size - 1 if position == "last" else int.from_bytes(file.read_bytes()[:8], "little") + 8)
+    flipped(
+        file,
+        file.stat().st_size - 1
+        if position == "last"
+        else int.from_bytes(file.read_bytes()[:8], "little") + 8,
+    )
     ((place, _),) = refused(folder)
     assert place == f"{file}: {ordered[0 if position == 'first' else -1]}"
 
@@ -100,7 +118,11 @@ def test_without_its_donor_a_tensor_is_not_compared_and_a_checksum_still_notices
 
 def test_a_donor_that_is_not_what_it_was_is_not_compared_with(output, donor, tmp_path):
     folder = output()
-    changed(donor["a"], tmp_path / "other", lambda arrays: {name: array + 1 for name, array in arrays.items()})
+    changed(
+        donor["a"],
+        tmp_path / "other",
+        lambda arrays: {name: array + 1 for name, array in arrays.items()},
+    )
     shutil.copytree(tmp_path / "other", donor["a"], dirs_exist_ok=True)
     assert verify(folder).absent == [str(donor["a"])]
 
@@ -131,7 +153,8 @@ def test_files_and_tensors_that_are_missing_or_too_many_are_named(output):
     (folder / "recipe.yaml").write_text("other")
     places = dict(refused(folder))
     assert places == {
-        str(folder / "recipe.yaml"): "another one, or none", str(more): "one that it did not write",
+        str(folder / "recipe.yaml"): "another one, or none",
+        str(more): "one that it did not write",
         f"{folder}: model.norm.weight": "one more",
     }
 
@@ -165,7 +188,11 @@ def gone(name: str):
 
 def swapped(folder: Path) -> str:
     """Two tensors of one shape and type change their bytes."""
-    file = next(file for file in sorted(folder.glob("*.safetensors")) if sum("norm" in name for name in load_file(file)) > 1)
+    file = next(
+        file
+        for file in sorted(folder.glob("*.safetensors"))
+        if sum("norm" in name for name in load_file(file)) > 1
+    )
     length = int.from_bytes(file.read_bytes()[:8], "little")
     header = json.loads(file.read_bytes()[8 : 8 + length])
     one, two = [entry["data_offsets"] for name, entry in header.items() if "norm" in name][:2]
@@ -176,26 +203,42 @@ def swapped(folder: Path) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("tamper", [
-    rewritten("config.json", lambda config: config.update(rope_theta=1.0)),
-    rewritten("config.json", lambda config: config.update(auto_map={"AutoModelForCausalLM": "evil.Evil"})),
-    rewritten("generation_config.json", lambda config: config.update(temperature=9.0)),
-    rewritten("tokenizer.json", lambda tokenizer: tokenizer["model"]["vocab"].update(a=2, b=1)),
-    rewritten("tokenizer_config.json", lambda settings: settings.update(chat_template="{{ evil }}")),
-    rewritten("model.safetensors.index.json", lambda index: index["metadata"].update(total_size=1)),
-    rewritten("frankenmerge.json", lambda told: told["tensors"]["model.norm.weight"].update(tensor="x")),
-    rewritten("frankenmerge.json", lambda told: told["tensors"]["model.norm.weight"].update(method="linear")),
-    added("chat_template.jinja", "{{ evil }}"),
-    added("adapter_config.json"),
-    added("modeling_evil.py", "raise SystemExit"),
-    added("pytorch_model.bin", "pickle"),
-    added("model.safetensors.index.json.old"),
-    added("1_Pooling/config.json"),
-    gone("tokenizer.json"),
-    gone("generation_config.json"),
-    gone("recipe.yaml"),
-    swapped,
-])
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        rewritten("config.json", lambda config: config.update(rope_theta=1.0)),
+        rewritten(
+            "config.json",
+            lambda config: config.update(auto_map={"AutoModelForCausalLM": "evil.Evil"}),
+        ),
+        rewritten("generation_config.json", lambda config: config.update(temperature=9.0)),
+        rewritten("tokenizer.json", lambda tokenizer: tokenizer["model"]["vocab"].update(a=2, b=1)),
+        rewritten(
+            "tokenizer_config.json", lambda settings: settings.update(chat_template="{{ evil }}")
+        ),
+        rewritten(
+            "model.safetensors.index.json", lambda index: index["metadata"].update(total_size=1)
+        ),
+        rewritten(
+            "frankenmerge.json",
+            lambda told: told["tensors"]["model.norm.weight"].update(tensor="x"),
+        ),
+        rewritten(
+            "frankenmerge.json",
+            lambda told: told["tensors"]["model.norm.weight"].update(method="linear"),
+        ),
+        added("chat_template.jinja", "{{ evil }}"),
+        added("adapter_config.json"),
+        added("modeling_evil.py", "raise SystemExit"),
+        added("pytorch_model.bin", "pickle"),
+        added("model.safetensors.index.json.old"),
+        added("1_Pooling/config.json"),
+        gone("tokenizer.json"),
+        gone("generation_config.json"),
+        gone("recipe.yaml"),
+        swapped,
+    ],
+)
 def test_whatever_is_changed_is_noticed(output, tamper):
     folder = output()
     place = tamper(folder)
@@ -247,7 +290,14 @@ def test_check_tells_of_a_folder(output, donor, run):
     code, out, err = run("check", folder, "--json")
     assert code == 0, err
     files = len(list(folder.glob("*.safetensors")))
-    assert json.loads(out) == {"output": str(folder), "shards": files, "tensors": 39, "hashed": 0, "compared": 39, "absent": []}
+    assert json.loads(out) == {
+        "output": str(folder),
+        "shards": files,
+        "tensors": 39,
+        "hashed": 0,
+        "compared": 39,
+        "absent": [],
+    }
     shutil.rmtree(donor["a"])
     code, out, err = run("check", folder)
     assert code == 0 and "Not compared" in out

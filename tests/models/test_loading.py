@@ -86,7 +86,9 @@ def test_a_pass_ends_behind_the_last_block_wanted(donors, last):
     assert ran == list(range(1, last + 1))
     expected = model(input_ids=IDS, output_hidden_states=True).hidden_states
     assert len(states) == last + 1
-    assert all(torch.equal(state, hidden) for state, hidden in zip(states, expected[:4], strict=False))
+    assert all(
+        torch.equal(state, hidden) for state, hidden in zip(states, expected[:4], strict=False)
+    )
 
 
 @torch.no_grad()
@@ -114,7 +116,9 @@ def test_attention_and_mlp_make_up_the_difference_between_blocks(donors, donor):
     with block_outputs(model, site="attention") as attentions:
         forward(model, input_ids=IDS)
     assert torch.equal(attentions[0], blocks[0])
-    for before, after, attention, mlp in zip(blocks, blocks[1:], attentions[1:], mlps[:4], strict=False):
+    for before, after, attention, mlp in zip(
+        blocks, blocks[1:], attentions[1:], mlps[:4], strict=False
+    ):
         torch.testing.assert_close(before + attention + mlp, after)
 
 
@@ -146,7 +150,9 @@ def test_an_unspliced_donor_gives_its_own_logits_exactly(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("first, last", [("a", "b"), ("b", "a"), ("a", "a"), ("b", "b"), ("g", "h"), ("g", "g")])
+@pytest.mark.parametrize(
+    "first, last", [("a", "b"), ("b", "a"), ("a", "a"), ("b", "b"), ("g", "h"), ("g", "g")]
+)
 def test_a_splice_computes_its_blocks_in_turn(donors, first, last):
     order = [(first, 0), (first, 1), (last, 1), (last, 3)]
     model, models = splice([(donors[name], index) for name, index in order])
@@ -168,7 +174,13 @@ def test_a_splice_computes_its_blocks_in_turn(donors, first, last):
 
 @pytest.mark.parametrize("first, last", [("a", "b"), ("b", "a"), ("g", "h")])
 def test_a_splice_shares_its_donors_storage(donors, first, last):
-    order = [(donors[first], 0), (donors[first], 1), (donors[last], 1), (donors[last], 3), (donors[last], 3)]
+    order = [
+        (donors[first], 0),
+        (donors[first], 1),
+        (donors[last], 1),
+        (donors[last], 3),
+        (donors[last], 3),
+    ]
     model, models = splice(order)
     for block, (path, index) in zip(blocks_of(model), order, strict=True):
         donor = dict(blocks_of(models[str(path)])[index].named_parameters())
@@ -178,17 +190,26 @@ def test_a_splice_shares_its_donors_storage(donors, first, last):
     head, tail = models[str(donors[first])], models[str(donors[last])]
     assert embedding_of(model).data_ptr() == embedding_of(head).data_ptr()
     assert model.lm_head.weight.data_ptr() == tail.lm_head.weight.data_ptr()
-    stored = {value.untyped_storage().data_ptr() for donor in models.values() for value in donor.parameters()}
+    stored = {
+        value.untyped_storage().data_ptr()
+        for donor in models.values()
+        for value in donor.parameters()
+    }
     assert all(value.untyped_storage().data_ptr() in stored for value in model.parameters())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("first, last", [("a", "b"), ("b", "b"), ("g", "h")])
 def test_a_splice_leaves_its_donors_as_they_were(donors, first, last):
-    recipe = recipe_of([Block(str(donors[first]), 0), Block(str(donors[last]), 1), Block(str(donors[last]), 0)])
+    recipe = recipe_of(
+        [Block(str(donors[first]), 0), Block(str(donors[last]), 1), Block(str(donors[last]), 0)]
+    )
     opened = open_donors(recipe)
     models = {name: load_model(donor) for name, donor in opened.items()}
-    before = {name: {key: value.clone() for key, value in model.state_dict().items()} for name, model in models.items()}
+    before = {
+        name: {key: value.clone() for key, value in model.state_dict().items()}
+        for name, model in models.items()
+    }
     configs = {name: model.config.to_dict() for name, model in models.items()}
     logits = {name: model(input_ids=IDS).logits for name, model in models.items()}
     virtual_splice(recipe, opened, models)(input_ids=IDS)
@@ -205,15 +226,32 @@ def test_a_splice_leaves_its_donors_as_they_were(donors, first, last):
     [
         ("llama", {}),
         ("gpt2", {}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"] * 2}),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 3,
+                "layer_types": ["full_attention", "sliding_attention"] * 2,
+            },
+        ),
     ],
 )
-def test_generation_with_a_cache_equals_generation_without_where_blocks_repeat(tmp_path, family, changes):
+def test_generation_with_a_cache_equals_generation_without_where_blocks_repeat(
+    tmp_path, family, changes
+):
     path = write_donor(tmp_path / "donor", family, seed=3, **changes)
     model, _ = splice([(path, index) for index in (0, 1, 1, 2, 0, 1, 2, 3)])
-    options = {"attention_mask": torch.ones_like(IDS), "min_new_tokens": 16, "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    options = {
+        "attention_mask": torch.ones_like(IDS),
+        "min_new_tokens": 16,
+        "max_new_tokens": 16,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     told = {"return_dict_in_generate": True, "output_logits": True}
-    cached, plain = (model.generate(IDS, use_cache=use_cache, **options, **told) for use_cache in (True, False))
+    cached, plain = (
+        model.generate(IDS, use_cache=use_cache, **options, **told) for use_cache in (True, False)
+    )
     assert cached.sequences.shape == (2, 22)
     assert torch.equal(cached.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits))
@@ -222,7 +260,14 @@ def test_generation_with_a_cache_equals_generation_without_where_blocks_repeat(t
 @torch.no_grad()
 def test_a_block_keeps_its_own_kind_of_attention_when_it_moves(tmp_path):
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    path = write_donor(tmp_path / "donor", "qwen2", seed=3, use_sliding_window=True, sliding_window=2, layer_types=kinds)
+    path = write_donor(
+        tmp_path / "donor",
+        "qwen2",
+        seed=3,
+        use_sliding_window=True,
+        sliding_window=2,
+        layer_types=kinds,
+    )
     model, _ = splice([(path, index) for index in (0, 3, 2, 1)])
     assert model.config.layer_types == [kinds[index] for index in (0, 3, 2, 1)]
     other = IDS.clone()
@@ -247,7 +292,11 @@ def test_missing_weights_are_refused(donors, tmp_path):
 
 
 def test_a_family_that_the_library_lacks_can_be_opened_and_not_be_run(donors, tmp_path):
-    path = changed(donors["a"], tmp_path / "novel", config=lambda all: all | {"model_type": "novel", "architectures": ["NovelForCausalLM"]})
+    path = changed(
+        donors["a"],
+        tmp_path / "novel",
+        config=lambda all: all | {"model_type": "novel", "architectures": ["NovelForCausalLM"]},
+    )
     checkpoint = open_checkpoint(str(path))
     assert checkpoint.blocks == 4
     for run in (load_model, lambda donor: untrained_model(donor, 0)):
@@ -257,7 +306,10 @@ def test_a_family_that_the_library_lacks_can_be_opened_and_not_be_run(donors, tm
 
 def test_weights_that_belong_nowhere_are_refused(donors, tmp_path):
     def with_more(tensors):
-        return tensors | {f"model.layers.{index}.self_attn.other.weight": np.ones(2, dtype=np.float32) for index in range(4)}
+        return tensors | {
+            f"model.layers.{index}.self_attn.other.weight": np.ones(2, dtype=np.float32)
+            for index in range(4)
+        }
 
     path = changed(donors["a"], tmp_path / "more", with_more)
     with pytest.raises(FrankenmergeError, match=r"(?s)unexpected keys: .*other"):
@@ -266,7 +318,10 @@ def test_weights_that_belong_nowhere_are_refused(donors, tmp_path):
 
 def test_weights_of_other_shapes_than_the_config_are_refused(donors, tmp_path):
     def narrowed(tensors):
-        return {name: value[:20].copy() if "gate_proj" in name or "up_proj" in name else value for name, value in tensors.items()}
+        return {
+            name: value[:20].copy() if "gate_proj" in name or "up_proj" in name else value
+            for name, value in tensors.items()
+        }
 
     path = changed(donors["a"], tmp_path / "narrow", narrowed)
     with pytest.raises(FrankenmergeError, match="_proj"):
@@ -290,7 +345,12 @@ def test_a_model_computes_in_the_type_asked_for(donors, dtype):
 @torch.no_grad()
 def test_a_model_spread_over_memory_and_disk_gives_the_same(donors, tmp_path):
     checkpoint = open_checkpoint(str(donors["deep"]))
-    whole, spread = load_model(checkpoint), load_model(checkpoint, device="auto", max_memory={"cpu": "25KB"}, offload=tmp_path / "offload")
+    whole, spread = (
+        load_model(checkpoint),
+        load_model(
+            checkpoint, device="auto", max_memory={"cpu": "25KB"}, offload=tmp_path / "offload"
+        ),
+    )
     assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
     torch.testing.assert_close(spread(input_ids=IDS).logits, whole(input_ids=IDS).logits)
     with block_outputs(spread) as states:
@@ -310,7 +370,9 @@ def test_memory_is_shared_out_over_devices_chosen_automatically_alone(donors, op
 
 def test_memory_that_is_no_size_is_refused(donors):
     with pytest.raises(FrankenmergeError, match="parrots"):
-        load_model(open_checkpoint(str(donors["a"])), device="auto", max_memory={"cpu": "2 parrots"})
+        load_model(
+            open_checkpoint(str(donors["a"])), device="auto", max_memory={"cpu": "2 parrots"}
+        )
 
 
 def test_an_index_that_transformers_cannot_read_is_told(donors, tmp_path):
@@ -320,6 +382,8 @@ def test_an_index_that_transformers_cannot_read_is_told(donors, tmp_path):
     folder = tmp_path / "bare"
     shutil.copytree(donors["deep"], folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": index["weight_map"]})
+    )
     with pytest.raises(FrankenmergeError, match="metadata"):
         load_model(open_checkpoint(str(folder)))

@@ -19,7 +19,10 @@ IDS = torch.tensor([[0, 7, 30, 7, 12, 41], [5, 5, 2, 47, 19, 1], [9, 8, 7, 6, 5,
 @pytest.fixture(scope="module")
 def family_donors(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
-    return {family: open_checkpoint(str(write_donor(root / family, family, seed=7))) for family in FAMILIES}
+    return {
+        family: open_checkpoint(str(write_donor(root / family, family, seed=7)))
+        for family in FAMILIES
+    }
 
 
 def outputs_of(donor, ids, **options) -> list[torch.Tensor]:
@@ -43,7 +46,9 @@ def whole(model, ids, prefix=(), **options) -> list[torch.Tensor]:
 def assert_close(found, expected) -> None:
     assert len(found) == len(expected)
     for state, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(state, other, rtol=1e-4, atol=1e-5 * max(1.0, other.abs().max().item()))
+        torch.testing.assert_close(
+            state, other, rtol=1e-4, atol=1e-5 * max(1.0, other.abs().max().item())
+        )
 
 
 @pytest.mark.parametrize("prefix", [(), (3,), (3, 9, 1)])
@@ -55,13 +60,20 @@ def test_blocks_in_turn_give_what_the_whole_model_gives(family_donors, family, l
     assert_close(outputs_of(model, ids, prefix=prefix), whole(model, ids, prefix))
 
 
-@pytest.mark.parametrize("options", [{"site": "attention"}, {"isolated": True}, {"site": "attention", "isolated": True}])
+@pytest.mark.parametrize(
+    "options", [{"site": "attention"}, {"isolated": True}, {"site": "attention", "isolated": True}]
+)
 @pytest.mark.parametrize("length", [1, 6])
 @pytest.mark.parametrize("donor", ["a", "g"])
 def test_sites_and_isolated_blocks_too(donors, donor, length, options):
     model = load_model(open_checkpoint(str(donors[donor])))
-    assert_close(outputs_of(model, IDS[:, :length], **options), whole(model, IDS[:, :length], **options))
-    assert_close(outputs_of(model, IDS[:, :length], prefix=(3, 9), **options), whole(model, IDS[:, :length], (3, 9), **options))
+    assert_close(
+        outputs_of(model, IDS[:, :length], **options), whole(model, IDS[:, :length], **options)
+    )
+    assert_close(
+        outputs_of(model, IDS[:, :length], prefix=(3, 9), **options),
+        whole(model, IDS[:, :length], (3, 9), **options),
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -71,10 +83,16 @@ def test_a_streamed_donor_gives_the_same_bits_as_one_in_memory(family_donors, fa
     if not streamable(checkpoint):
         pytest.skip("its blocks are stored otherwise than they are run")
     streamed, resident = stream_model(checkpoint, dtype=dtype), load_model(checkpoint, dtype=dtype)
-    for value in resident.parameters():  # mapped from the file they stand at odd addresses, on which kernels' last bits depend
+    for value in (
+        resident.parameters()
+    ):  # mapped from the file they stand at odd addresses, on which kernels' last bits depend
         value.data = value.data.clone()
     for ids, prefix in ((IDS[:, :1], ()), (IDS[:, :1], (3,)), (IDS, ())):
-        pairs = zip(outputs_of(streamed, ids, prefix=prefix), outputs_of(resident, ids, prefix=prefix), strict=True)
+        pairs = zip(
+            outputs_of(streamed, ids, prefix=prefix),
+            outputs_of(resident, ids, prefix=prefix),
+            strict=True,
+        )
         assert all(torch.equal(state, other) for state, other in pairs)
 
 
@@ -83,7 +101,11 @@ def test_a_streamed_donor_holds_one_block_at_a_time(donors):
     blocks = blocks_of(streamed.model)
 
     def there() -> list[int]:
-        return [number for number, block in enumerate(blocks, 1) if not any(value.is_meta for value in block.parameters())]
+        return [
+            number
+            for number, block in enumerate(blocks, 1)
+            if not any(value.is_meta for value in block.parameters())
+        ]
 
     assert there() == []
     for index, _ in each_block(streamed):
@@ -100,9 +122,14 @@ def test_blocks_are_read_from_where_the_work_stands(donors):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_queries_and_keys_a_single_token_gives_the_same(family_donors, family):
     model = load_model(family_donors[family])
-    short, full = (outputs_of(model, torch.arange(48)[:, None], shortcut=shortcut) for shortcut in (True, False))
+    short, full = (
+        outputs_of(model, torch.arange(48)[:, None], shortcut=shortcut)
+        for shortcut in (True, False)
+    )
     assert_close(short, full)
-    if FAMILIES[family].queries_keys:  # of a fused map fewer outputs are computed, maybe by another kernel
+    if FAMILIES[
+        family
+    ].queries_keys:  # of a fused map fewer outputs are computed, maybe by another kernel
         assert all(torch.equal(state, other) for state, other in zip(short, full, strict=True))
 
 
@@ -129,7 +156,9 @@ def test_an_input_has_the_same_bits_alone_and_among_others(donors, batch):
     together = outputs_of(model, ids, batch=batch)
     alone = outputs_of(model, ids[:5], batch=batch)
     if batch <= 16:  # with 64, both are one batch, of different sizes
-        assert all(torch.equal(state[:5], other) for state, other in zip(together, alone, strict=True))
+        assert all(
+            torch.equal(state[:5], other) for state, other in zip(together, alone, strict=True)
+        )
     assert_close([state[:5] for state in together], alone)
 
 
@@ -140,7 +169,10 @@ def test_what_has_passed_can_be_taken_up_by_another_passage(donors):
         list(first.through(index, block))
     second.state = {name: value.clone() for name, value in first.state.items()}
     for index, block in each_block(model, 3):
-        ours, theirs = (torch.cat([states for _, states in passage.through(index, block)]) for passage in (first, second))
+        ours, theirs = (
+            torch.cat([states for _, states in passage.through(index, block)])
+            for passage in (first, second)
+        )
         assert torch.equal(ours, theirs)
     torch.testing.assert_close(ours, whole(model, IDS, (3,))[4], rtol=1e-4, atol=1e-5)
 
@@ -149,13 +181,21 @@ def test_the_model_is_left_as_it_was(donors):
     model = load_model(open_checkpoint(str(donors["g"])))
     before = whole(model, IDS)
     outputs_of(model, IDS[:, :1], site="attention", isolated=True)
-    assert all(torch.equal(state, other) for state, other in zip(before, whole(model, IDS), strict=True))
-    assert not any("forward" in module.__dict__ or module._forward_hooks for module in model.modules())
+    assert all(
+        torch.equal(state, other) for state, other in zip(before, whole(model, IDS), strict=True)
+    )
+    assert not any(
+        "forward" in module.__dict__ or module._forward_hooks for module in model.modules()
+    )
 
 
 def test_a_block_that_lacks_a_tensor_is_refused(donors, tmp_path):
     def without(tensors):
-        return {name: value for name, value in tensors.items() if not name.endswith("input_layernorm.weight")}
+        return {
+            name: value
+            for name, value in tensors.items()
+            if not name.endswith("input_layernorm.weight")
+        }
 
     broken = changed(donors["a"], tmp_path / "broken", without)
     streamed = stream_model(open_checkpoint(str(broken)))
@@ -166,9 +206,15 @@ def test_a_block_that_lacks_a_tensor_is_refused(donors, tmp_path):
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice on files")
 def test_a_block_is_announced_before_it_is_read(donors, monkeypatch):
     told, read = [], []
-    monkeypatch.setattr(os, "posix_fadvise", lambda _file, start, count, _advice: told.append((start, count)))
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda _file, start, count, _advice: told.append((start, count))
+    )
     original = blockwise.read_tensor
-    monkeypatch.setattr(blockwise, "read_tensor", lambda tensor: read.append((tensor.start, tensor.bytes)) or original(tensor))
+    monkeypatch.setattr(
+        blockwise,
+        "read_tensor",
+        lambda tensor: read.append((tensor.start, tensor.bytes)) or original(tensor),
+    )
     streamed = stream_model(open_checkpoint(str(donors["a"])))
     read.clear()
     blocks = each_block(streamed)

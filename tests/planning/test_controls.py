@@ -3,7 +3,13 @@
 import pytest
 
 from frankenmerge.artefacts.recipe import Block
-from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe, solar, uniform_repetition
+from frankenmerge.planning.controls import (
+    goliath,
+    naive_interleave,
+    random_recipe,
+    solar,
+    uniform_repetition,
+)
 
 PAIR = {"a": 8, "b": 8}
 
@@ -32,7 +38,9 @@ def test_the_naive_interleave_at_a_donor_s_own_depth_keeps_every_place():
 
 def test_the_naive_interleave_of_unequal_donors_keeps_relative_depth():
     blocks = naive_interleave({"a": 4, "b": 8}, 8).blocks
-    assert blocks == [Block("ab"[place % 2], index) for place, index in enumerate([0, 1, 1, 3, 2, 5, 3, 7])]
+    assert blocks == [
+        Block("ab"[place % 2], index) for place, index in enumerate([0, 1, 1, 3, 2, 5, 3, 7])
+    ]
 
 
 @pytest.mark.parametrize("donors", [{"a": 8, "b": 8}, {"a": 4, "b": 7}, {"a": 5, "b": 6, "c": 9}])
@@ -51,7 +59,9 @@ def test_goliath_of_its_own_donors_is_goliath_s_shape():
     assert [source.model for source in recipe.sources] == ["xwin", "euryale"] * 4 + ["xwin"]
     assert all(15 <= stop - start <= 16 for start, stop in ranges)
     assert ranges[0][0] == 0 and ranges[-1][1] == 80
-    assert all(7 <= later[0] - earlier[0] <= 9 for earlier, later in zip(ranges, ranges[1:], strict=False))
+    assert all(
+        7 <= later[0] - earlier[0] <= 9 for earlier, later in zip(ranges, ranges[1:], strict=False)
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,11 +85,19 @@ def test_goliath_has_the_depth_and_stays_within(donors, depths):
 
 @pytest.mark.parametrize("depth", [12, 24])
 def test_goliath_s_runs_differ_in_length_by_one_at_most(depth):
-    lengths = [stop - start for start, stop in (source.layer_range for source in goliath({"a": 20, "b": 20}, depth).sources)]
+    lengths = [
+        stop - start
+        for start, stop in (
+            source.layer_range for source in goliath({"a": 20, "b": 20}, depth).sources
+        )
+    ]
     assert max(lengths) - min(lengths) <= 1
 
 
-@pytest.mark.parametrize("donors, depth", [(PAIR, 12), (PAIR, 4), (PAIR, 16), ({"a": 4, "b": 6}, 9), ({"a": 8, "b": 8, "c": 5}, 14)])
+@pytest.mark.parametrize(
+    "donors, depth",
+    [(PAIR, 12), (PAIR, 4), (PAIR, 16), ({"a": 4, "b": 6}, 9), ({"a": 8, "b": 8, "c": 5}, 14)],
+)
 def test_random_recipes_keep_to_a_plan_s_constraints(donors, depth):
     for seed in range(200):
         recipe = random_recipe(donors, depth, seed)
@@ -92,7 +110,9 @@ def test_random_recipes_keep_to_a_plan_s_constraints(donors, depth):
 
 
 def test_random_recipes_are_the_same_for_the_same_seed():
-    assert [random_recipe(PAIR, 12, seed) for seed in range(20)] == [random_recipe(PAIR, 12, seed) for seed in range(20)]
+    assert [random_recipe(PAIR, 12, seed) for seed in range(20)] == [
+        random_recipe(PAIR, 12, seed) for seed in range(20)
+    ]
 
 
 def test_random_recipes_of_other_seeds_are_other_recipes():
@@ -107,12 +127,17 @@ def test_random_recipes_keep_to_the_limits_given(max_seams, min_slice):
     for seed in range(50):
         recipe = random_recipe(PAIR, 12, seed, max_seams=max_seams, min_slice=min_slice)
         assert len(recipe.seams) <= max_seams
-        assert all(source.layer_range[1] - source.layer_range[0] >= min_slice for source in recipe.sources)
+        assert all(
+            source.layer_range[1] - source.layer_range[0] >= min_slice for source in recipe.sources
+        )
 
 
 def test_solar_of_its_own_donor_is_solar():
     """Two copies of 32 blocks, each without eight: 48."""
-    assert [source.layer_range for source in solar({"mistral": 32}, 48).sources] == [[0, 24], [8, 32]]
+    assert [source.layer_range for source in solar({"mistral": 32}, 48).sources] == [
+        [0, 24],
+        [8, 32],
+    ]
 
 
 def test_solar_of_two_donors_takes_the_first_s_beginning_and_the_second_s_end():

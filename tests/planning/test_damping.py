@@ -24,9 +24,13 @@ def recipe_from(donors, names=("a", "b")):
 @pytest.mark.parametrize("family, names", [("llama", ("a", "b")), ("gpt2", ("g", "h"))])
 def test_a_merge_and_a_splice_in_memory_scale_alike(donors, tmp_path, family, names):
     factors = [1, 0.7, 0.3, 0.7071, 0.9, 1]
-    recipe = parse_recipe(damped(recipe_from(donors, names), factors, WRITES[family]).dump(), "recipe")
+    recipe = parse_recipe(
+        damped(recipe_from(donors, names), factors, WRITES[family]).dump(), "recipe"
+    )
     opened = open_donors(recipe)
-    assert {name: donor.architecture.stream.writes for name, donor in opened.items()} == dict.fromkeys(opened, WRITES[family])
+    assert {
+        name: donor.architecture.stream.writes for name, donor in opened.items()
+    } == dict.fromkeys(opened, WRITES[family])
     merge(recipe, opened, tmp_path / "merged")
     written = load_file(tmp_path / "merged" / "model.safetensors")
     prefix = "model.layers.{}." if family == "llama" else "transformer.h.{}."
@@ -35,10 +39,17 @@ def test_a_merge_and_a_splice_in_memory_scale_alike(donors, tmp_path, family, na
         names_here = [name for name in source if name.startswith(prefix.format(block.index))]
         assert names_here
         for name in names_here:
-            expected = source[name] * (factor if any(write in name for write in WRITES[family]) else 1)
-            torch.testing.assert_close(written[name.replace(prefix.format(block.index), prefix.format(position), 1)], expected)
+            expected = source[name] * (
+                factor if any(write in name for write in WRITES[family]) else 1
+            )
+            torch.testing.assert_close(
+                written[name.replace(prefix.format(block.index), prefix.format(position), 1)],
+                expected,
+            )
     ids = torch.arange(40).view(2, 20)
-    virtual = virtual_splice(recipe, opened, {name: load_model(donor) for name, donor in opened.items()})
+    virtual = virtual_splice(
+        recipe, opened, {name: load_model(donor) for name, donor in opened.items()}
+    )
     merged = load_model(open_checkpoint(str(tmp_path / "merged")))
     assert torch.equal(virtual(input_ids=ids).logits, merged(input_ids=ids).logits)
 
@@ -47,23 +58,38 @@ def test_slices_are_cut_where_the_factor_changes_and_no_seam_is_added(donors):
     recipe = recipe_from(donors)
     found = damped(recipe, [1, 1, 0.5, 0.5, 1, 1], WRITES["llama"])
     assert found.blocks == recipe.blocks and found.seams == recipe.seams
-    told = [(source.layer_range, source.parameters and source.parameters["scale"][0]["value"]) for source in found.sources]
+    told = [
+        (source.layer_range, source.parameters and source.parameters["scale"][0]["value"])
+        for source in found.sources
+    ]
     assert told == [([0, 2], None), ([2, 3], 0.5), ([1, 2], 0.5), ([2, 3], None), ([3, 4], None)]
 
 
 def test_the_ways_of_damping_follow_passes_and_norms(donors):
     atlases = [analyze(open_checkpoint(str(donors[name]))) for name in ("a", "b")]
     alignment = align(*atlases)
-    ways = {way.name: way.recipe for way in dampings(recipe_from(donors), [alignment], WRITES["llama"])}
+    ways = {
+        way.name: way.recipe for way in dampings(recipe_from(donors), [alignment], WRITES["llama"])
+    }
 
     def factors(recipe) -> list[float]:
-        scales = [(source.parameters["scale"][0]["value"] if source.parameters else 1.0, source.layer_range) for source in recipe.sources]
+        scales = [
+            (
+                source.parameters["scale"][0]["value"] if source.parameters else 1.0,
+                source.layer_range,
+            )
+            for source in recipe.sources
+        ]
         return [value for value, (start, stop) in scales for _ in range(start, stop)]
 
     assert factors(ways["1/n"]) == [1, 0.5, 0.5, 0.5, 0.5, 1]
     assert factors(ways["1/sqrt(n)"]) == pytest.approx([1, 0.7071, 0.7071, 0.7071, 0.7071, 1])
-    # B's blocks 1 and 2 are entered behind three blocks of A: the ratio of the norms there, over all probes.
-    norms = [np.linalg.norm(atlas.activations(block), axis=1) for atlas, block in zip(atlases, (3, 1), strict=True)]
+    # B's blocks 1 and 2 are entered behind three blocks of A: the ratio of the norms there, over
+    # all probes.
+    norms = [
+        np.linalg.norm(atlas.activations(block), axis=1)
+        for atlas, block in zip(atlases, (3, 1), strict=True)
+    ]
     ratio = np.mean(np.minimum(*norms) / np.maximum(*norms))
     assert factors(ways["norms"]) == pytest.approx([1, 1, 1, ratio, ratio, 1], abs=1e-3)
 

@@ -46,14 +46,31 @@ def test_a_plan_of_twins_turns_one_into_the_others_basis(atlases, twins, text):
     alone = bench.checkpoint(twins[0]).total.nats_per_token
     bare = recipe_of(best.recipe.blocks)
     measured: list[int] = []
-    turned, raw = (result.total.nats_per_token for result in bench.recipes([best.recipe, bare], progress=measured.append))
+    turned, raw = (
+        result.total.nats_per_token
+        for result in bench.recipes([best.recipe, bare], progress=measured.append)
+    )
     assert sum(measured) == 2  # each recipe once on the one text: fitting a gauge is costly
-    assert best.predicted_damage < 0.05 and turned == pytest.approx(alone, abs=1e-3)  # the default model says 0.03 of any seam
-    assert abs(raw - alone) > 0.05  # untrained donors say little either way; turned it is fifty times less
+    assert best.predicted_damage < 0.05 and turned == pytest.approx(
+        alone, abs=1e-3
+    )  # the default model says 0.03 of any seam
+    assert (
+        abs(raw - alone) > 0.05
+    )  # untrained donors say little either way; turned it is fifty times less
 
 
 def test_every_slice_in_another_basis_is_turned_and_no_other():
-    recipe = recipe_of([Block("a", 0), Block("b", 1), Block("c", 2), Block("a", 3), Block("b", 2), Block("d", 3), Block("b", 3)])
+    recipe = recipe_of(
+        [
+            Block("a", 0),
+            Block("b", 1),
+            Block("c", 2),
+            Block("a", 3),
+            Block("b", 2),
+            Block("d", 3),
+            Block("b", 3),
+        ]
+    )
     pairs = [frozenset(pair) for pair in (("a", "b"), ("a", "c"), ("b", "d"))]
     told = [part.gauge and part.gauge.to for part in with_gauges(recipe, pairs).parts]
     assert told == [None, "previous", "base", None, "previous", None, "previous"]
@@ -61,8 +78,24 @@ def test_every_slice_in_another_basis_is_turned_and_no_other():
 
 def test_the_command_writes_the_gauge_and_measures_with_it(run, twins, text, tmp_path):
     assert run("align", *twins, "-o", tmp_path / "ab.alignment.safetensors")[0] == 0
-    asked = ("--depth", 4, "--max-seams", 1, "--min-slice", 1, "--protect-first", 0, "--protect-last", 0, "--verify", text, "--json")
-    code, out, _ = run("plan", tmp_path / "ab.alignment.safetensors", "-o", tmp_path / "recipe.yaml", *asked)
+    asked = (
+        "--depth",
+        4,
+        "--max-seams",
+        1,
+        "--min-slice",
+        1,
+        "--protect-first",
+        0,
+        "--protect-last",
+        0,
+        "--verify",
+        text,
+        "--json",
+    )
+    code, out, _ = run(
+        "plan", tmp_path / "ab.alignment.safetensors", "-o", tmp_path / "recipe.yaml", *asked
+    )
     told = json.loads(out)["plans"][0]
     assert code == 0 and abs(told["measured_damage"]) < 1e-3
     assert load_recipe(tmp_path / "recipe.yaml").parts[1].gauge

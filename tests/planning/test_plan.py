@@ -24,7 +24,10 @@ from frankenmerge.planning.states import states_of
 @pytest.fixture(scope="module")
 def alignments(donors) -> dict[str, Alignment]:
     atlases = {name: analyze(open_checkpoint(str(donors[name]))) for name in ("a", "b", "deep")}
-    return {f"{a}-{b}": align(atlases[a], atlases[b]) for a, b in (("a", "b"), ("a", "deep"), ("b", "deep"), ("a", "a"))}
+    return {
+        f"{a}-{b}": align(atlases[a], atlases[b])
+        for a, b in (("a", "b"), ("a", "deep"), ("b", "deep"), ("a", "a"))
+    }
 
 
 def invented(names=("x", "y"), blocks=(5, 5), seed=0, **changed: np.ndarray) -> Alignment:
@@ -34,16 +37,23 @@ def invented(names=("x", "y"), blocks=(5, 5), seed=0, **changed: np.ndarray) -> 
 
     def score(name):
         matrix = changed.get(name, generator.random(shape)).astype(np.float32)
-        nulls = {null: generator.random(shape, dtype=np.float32) / 10 for null in ("permuted_probes", "permuted_neurons")}
+        nulls = {
+            null: generator.random(shape, dtype=np.float32) / 10
+            for null in ("permuted_probes", "permuted_neurons")
+        }
         return Score(matrix, nulls, generator.random((*shape, 16)).astype(np.float16))
 
     scores = {name: score(name) for name in ("argmax", "correlation", "jaccard")}
-    tokens = tuple(generator.integers(0, 48, (count + 1, 16, 10), dtype=np.int32) for count in blocks)
+    tokens = tuple(
+        generator.integers(0, 48, (count + 1, 16, 10), dtype=np.int32) for count in blocks
+    )
     # Every block moves the stream by a little, the second donor's a little otherwise.
     walks = [generator.standard_normal((count + 1, 64)).cumsum(axis=0) for count in blocks]
     states = np.concatenate([walks[0], walks[1] * 0.2 + walks[0][:1]])
     prints = tuple(f"print of {name}" for name in names)
-    return Alignment(names, prints, (16, 16), scores, tokens, [f"t{n}" for n in range(48)], {}, states @ states.T)
+    return Alignment(
+        names, prints, (16, 16), scores, tokens, [f"t{n}" for n in range(48)], {}, states @ states.T
+    )
 
 
 def directed(given: list[Alignment], after: str, before: str) -> Alignment:
@@ -58,7 +68,11 @@ def directed(given: list[Alignment], after: str, before: str) -> Alignment:
 
 def places(seam, given) -> tuple[Alignment, int, int]:
     """Of a seam: its alignment, blocks of the left donor before it, blocks of the entered donor left out."""
-    return directed(given, seam.seam.after.model, seam.seam.before.model), seam.seam.after.index + 1, seam.seam.before.index
+    return (
+        directed(given, seam.seam.after.model, seam.seam.before.model),
+        seam.seam.after.index + 1,
+        seam.seam.before.index,
+    )
 
 
 GIVEN = {
@@ -84,7 +98,11 @@ def test_predicted_damage_is_the_model_s_of_the_whole_recipe(case):
     for entry in plans:
         assert [seam.seam for seam in entry.seams] == entry.recipe.seams
         x = features([entry.recipe.blocks], states)[0]
-        expected = max(0, np.exp(model.intercept + sum(w * v for w, v in zip(model.weights, x, strict=True))) - FLOOR)
+        expected = max(
+            0,
+            np.exp(model.intercept + sum(w * v for w, v in zip(model.weights, x, strict=True)))
+            - FLOOR,
+        )
         assert entry.predicted_damage == pytest.approx(expected)
         low, high = entry.interval
         assert 0 <= low <= entry.predicted_damage <= high
@@ -106,15 +124,25 @@ def test_the_cheapest_come_first_and_none_twice(case):
 
 def test_plans_keep_to_their_constraints_and_use_every_donor(case):
     given, constraints = case
-    blocks = {name: count for alignment in given for name, count in zip(alignment.donors, alignment.blocks, strict=True)}
+    blocks = {
+        name: count
+        for alignment in given
+        for name, count in zip(alignment.donors, alignment.blocks, strict=True)
+    }
     for entry in plan(given, constraints, top=5):
         assert len(entry.recipe.blocks) == constraints.depth
         assert len(entry.recipe.seams) <= constraints.max_seams
-        assert all(stop - start >= constraints.min_slice for start, stop in (source.layer_range for source in entry.recipe.sources))
+        assert all(
+            stop - start >= constraints.min_slice
+            for start, stop in (source.layer_range for source in entry.recipe.sources)
+        )
         assert set(entry.recipe.donors) == set(blocks)
         assert entry.recipe.blocks[0].index == 0
         assert entry.recipe.blocks[-1].index == blocks[entry.recipe.blocks[-1].model] - 1
-        inner = [*(seam.before for seam in entry.recipe.seams), *(seam.after for seam in entry.recipe.seams)]
+        inner = [
+            *(seam.before for seam in entry.recipe.seams),
+            *(seam.after for seam in entry.recipe.seams),
+        ]
         for block in inner:
             at_its_end = block == entry.recipe.blocks[-1] or block == entry.recipe.blocks[0]
             assert at_its_end or 0 < block.index < blocks[block.model] - 1
@@ -128,23 +156,36 @@ def test_the_evidence_is_what_the_alignment_says_at_the_seam(case):
         assert set(seam.scores) == set(seam.nulls) == set(alignment.scores)
         for name, score in alignment.scores.items():
             assert seam.scores[name] == pytest.approx(score.matrix[i, j], abs=6e-5)
-            assert seam.nulls[name] == pytest.approx({null: matrix[i, j] for null, matrix in score.nulls.items()}, abs=6e-5)
+            assert seam.nulls[name] == pytest.approx(
+                {null: matrix[i, j] for null, matrix in score.nulls.items()}, abs=6e-5
+            )
 
 
 def test_the_neurons_shown_are_those_that_agree_most_and_least(case):
     given, constraints = case
     for seam in plan(given, constraints)[0].seams:
         alignment, i, j = places(seam, given)
-        detail = {name: score.detail[i, j].astype(float) for name, score in alignment.scores.items()}
-        ranked = sorted(range(16), key=lambda neuron: (detail["jaccard"][neuron], detail["correlation"][neuron]))
+        detail = {
+            name: score.detail[i, j].astype(float) for name, score in alignment.scores.items()
+        }
+        ranked = sorted(
+            range(16), key=lambda neuron: (detail["jaccard"][neuron], detail["correlation"][neuron])
+        )
         shown = {"agree": ranked[::-1][:5], "disagree": ranked[:5]}
         for which, neurons in shown.items():
             told = getattr(seam, which)
             for name in ("jaccard", "correlation"):
-                assert [entry["scores"][name] for entry in told] == pytest.approx(detail[name][neurons], abs=6e-5)
+                assert [entry["scores"][name] for entry in told] == pytest.approx(
+                    detail[name][neurons], abs=6e-5
+                )
             for entry in told:
-                rows = alignment.tokens[0][i, entry["neuron"]], alignment.tokens[1][j, entry["neuron"]]
-                assert entry["tokens"] == [[alignment.vocabulary[token] for token in row[:4]] for row in rows]
+                rows = (
+                    alignment.tokens[0][i, entry["neuron"]],
+                    alignment.tokens[1][j, entry["neuron"]],
+                )
+                assert entry["tokens"] == [
+                    [alignment.vocabulary[token] for token in row[:4]] for row in rows
+                ]
 
 
 def test_a_plan_is_the_best_of_all_single_seams():
@@ -156,7 +197,9 @@ def test_a_plan_is_the_best_of_all_single_seams():
         j = i - 2  # 8 blocks: the first i of one, those after j of the other
         if j >= 1:
             for a, b in (("x", "y"), ("y", "x")):
-                blocks = [Block(a, index) for index in range(i)] + [Block(b, index) for index in range(j, 6)]
+                blocks = [Block(a, index) for index in range(i)] + [
+                    Block(b, index) for index in range(j, 6)
+                ]
                 possible[a, i] = model.damage(features([blocks], states))[0]
     first = min(possible, key=possible.__getitem__)
     assert entry.predicted_damage == pytest.approx(possible[first])
@@ -176,7 +219,13 @@ def test_plans_that_must_differ_do():
 
 
 def test_required_avoided_and_shared_blocks_are_kept_to():
-    constraints = Constraints(10, required=frozenset({("x", 3)}), avoided=frozenset({("y", 2)}), shares={"x": (0.5, 0.6)}, max_back=4)
+    constraints = Constraints(
+        10,
+        required=frozenset({("x", 3)}),
+        avoided=frozenset({("y", 2)}),
+        shares={"x": (0.5, 0.6)},
+        max_back=4,
+    )
     plans = plan([invented(blocks=(6, 6))], constraints, top=8)
     assert plans
     for entry in plans:
@@ -186,7 +235,14 @@ def test_required_avoided_and_shared_blocks_are_kept_to():
         assert all(seam.after.index + 1 - seam.before.index <= 4 for seam in entry.recipe.seams)
 
 
-@pytest.mark.parametrize("wrong", [{"required": frozenset({("z", 1)})}, {"avoided": frozenset({("x", 9)})}, {"shares": {"z": (0, 1)}}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"required": frozenset({("z", 1)})},
+        {"avoided": frozenset({("x", 9)})},
+        {"shares": {"z": (0, 1)}},
+    ],
+)
 def test_constraints_on_what_is_not_there_are_refused(wrong):
     with pytest.raises(FrankenmergeError, match="z|9"):
         plan([invented()], Constraints(6, **wrong))
@@ -195,9 +251,16 @@ def test_constraints_on_what_is_not_there_are_refused(wrong):
 def test_the_front_holds_the_best_of_every_depth():
     alignment = invented(blocks=(4, 4))
     entries = front([alignment], Constraints(6, 1))
-    assert [len(entry.recipe.blocks) for entry in entries] == [4, 5, 6]  # one block less would put the seam among protected ones
+    assert [len(entry.recipe.blocks) for entry in entries] == [
+        4,
+        5,
+        6,
+    ]  # one block less would put the seam among protected ones
     for entry in entries:
-        assert entry.seams[0].cost == plan([alignment], Constraints(len(entry.recipe.blocks), 1))[0].seams[0].cost
+        assert (
+            entry.seams[0].cost
+            == plan([alignment], Constraints(len(entry.recipe.blocks), 1))[0].seams[0].cost
+        )
 
 
 def test_neurons_that_a_search_left_out_have_no_score_by_it():
@@ -214,7 +277,9 @@ def test_neurons_that_a_search_left_out_have_no_score_by_it():
     assert [entry["neuron"] for entry in seam.agree] == [entry["neuron"] for entry in plain.agree]
 
 
-@pytest.mark.parametrize("jaccard, null, by_chance", [(0.1, 0.06, True), (0.5, 0.06, False), (0.0, 0.0, True)])
+@pytest.mark.parametrize(
+    "jaccard, null, by_chance", [(0.1, 0.06, True), (0.5, 0.06, False), (0.0, 0.0, True)]
+)
 def test_a_seam_that_agrees_no_better_than_unrelated_neurons_says_so(jaccard, null, by_chance):
     alignment = invented(jaccard=np.full((6, 6), jaccard))
     alignment.scores["jaccard"].nulls["permuted_neurons"][:] = null
@@ -223,7 +288,9 @@ def test_a_seam_that_agrees_no_better_than_unrelated_neurons_says_so(jaccard, nu
 
 def test_an_alignment_may_be_given_either_way_round():
     alignment = invented(blocks=(5, 6))
-    there, back = (plan([given], Constraints(8), top=20) for given in (alignment, alignment.transposed))
+    there, back = (
+        plan([given], Constraints(8), top=20) for given in (alignment, alignment.transposed)
+    )
     assert {str(entry.recipe): entry.predicted_damage for entry in there} == pytest.approx(
         {str(entry.recipe): entry.predicted_damage for entry in back}
     )
@@ -237,13 +304,22 @@ def test_the_same_pair_twice_is_refused_or_judged_by_one_of_the_two():
     except FrankenmergeError:
         return
     damages = [entry.predicted_damage for entry in both]
-    alone = [[entry.predicted_damage for entry in plan([given], constraints, top=10)] for given in (one, two)]
+    alone = [
+        [entry.predicted_damage for entry in plan([given], constraints, top=10)]
+        for given in (one, two)
+    ]
     assert damages in alone
 
 
 @pytest.mark.parametrize(
     "constraints",
-    [Constraints(100), Constraints(3), Constraints(6, 0), Constraints(6, 4, 4), Constraints(6, 4, 2, 3, 3)],
+    [
+        Constraints(100),
+        Constraints(3),
+        Constraints(6, 0),
+        Constraints(6, 4, 4),
+        Constraints(6, 4, 2, 3, 3),
+    ],
 )
 def test_what_no_recipe_can_keep_to_is_refused(alignments, constraints):
     with pytest.raises(FrankenmergeError) as refused:
@@ -258,7 +334,9 @@ def test_donors_that_no_alignment_connects_are_refused():
 
 
 def test_one_name_for_two_checkpoints_is_refused(alignments):
-    other = replace(alignments["a-deep"], fingerprints=("another", alignments["a-deep"].fingerprints[1]))
+    other = replace(
+        alignments["a-deep"], fingerprints=("another", alignments["a-deep"].fingerprints[1])
+    )
     with pytest.raises(FrankenmergeError) as refused:
         plan([alignments["a-b"], other], Constraints(6))
     assert [fault.place for fault in refused.value.faults] == [alignments["a-b"].donors[0]]
@@ -274,7 +352,9 @@ def test_a_plan_as_json_is_json(case):
     for entry in plan(given, constraints):
         told = json.loads(json.dumps(entry.as_json(), allow_nan=False))
         assert told["depth"] == constraints.depth and told["summary"] == str(entry.recipe)
-        assert told["predicted_damage"] == entry.predicted_damage and told["interval"] == list(entry.interval)
+        assert told["predicted_damage"] == entry.predicted_damage and told["interval"] == list(
+            entry.interval
+        )
 
 
 @pytest.fixture
@@ -284,12 +364,18 @@ def written(alignments, tmp_path) -> Path:
 
 
 def test_the_command_line_writes_recipes_that_pass_check(written, run, tmp_path):
-    code, out, _ = run("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8, "--top", 3, "--json")
+    code, out, _ = run(
+        "plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8, "--top", 3, "--json"
+    )
     told = json.loads(out)
     paths = [tmp_path / name for name in ("recipe.yaml", "recipe.2.yaml", "recipe.3.yaml")]
     assert code == 0 and told["written"] == [str(path) for path in paths]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
-        "ad.alignment.safetensors", "recipe.2.yaml", "recipe.3.yaml", "recipe.evidence.json", "recipe.yaml",
+        "ad.alignment.safetensors",
+        "recipe.2.yaml",
+        "recipe.3.yaml",
+        "recipe.evidence.json",
+        "recipe.yaml",
     ]
     expected = plan([load_alignment(written)], Constraints(8), top=3)
     for path, entry in zip(paths, expected, strict=True):
@@ -303,8 +389,16 @@ def test_the_evidence_beside_the_recipes_is_what_was_printed(written, run, tmp_p
     told, evidence = json.loads(out), json.loads((tmp_path / "recipe.evidence.json").read_text())
     assert code == 0
     assert {key: told[key] for key in evidence} == evidence
-    assert evidence["plans"] == [entry.as_json() for entry in plan([load_alignment(written)], Constraints(9), top=2)]
-    assert evidence["constraints"] == {"depth": 9, "max_seams": 4, "min_slice": 2, "protect_first": 1, "protect_last": 1}
+    assert evidence["plans"] == [
+        entry.as_json() for entry in plan([load_alignment(written)], Constraints(9), top=2)
+    ]
+    assert evidence["constraints"] == {
+        "depth": 9,
+        "max_seams": 4,
+        "min_slice": 2,
+        "protect_first": 1,
+        "protect_last": 1,
+    }
     assert evidence["model"]["origin"]["donors"]
 
 
@@ -326,9 +420,23 @@ def test_the_command_line_shows_the_plan_and_its_evidence(written, run, tmp_path
 
 
 def test_options_reach_the_planner(written, run, tmp_path):
-    options = ("--depth", 8, "--max-seams", 1, "--min-slice", 3, "--protect-first", 0, "--protect-last", 2)
+    options = (
+        "--depth",
+        8,
+        "--max-seams",
+        1,
+        "--min-slice",
+        3,
+        "--protect-first",
+        0,
+        "--protect-last",
+        2,
+    )
     assert run("plan", written, "-o", tmp_path / "recipe.yaml", *options)[0] == 0
-    assert load_recipe(tmp_path / "recipe.yaml") == plan([load_alignment(written)], Constraints(8, 1, 3, 0, 2))[0].recipe
+    assert (
+        load_recipe(tmp_path / "recipe.yaml")
+        == plan([load_alignment(written)], Constraints(8, 1, 3, 0, 2))[0].recipe
+    )
 
 
 def test_a_plan_that_cannot_be_is_one_message_and_no_file(written, run, tmp_path):
@@ -351,7 +459,18 @@ def test_three_donors_are_planned_from_three_alignments(alignments, run, tmp_pat
 
 def test_verified_plans_are_ranked_by_what_was_measured(written, run, tmp_path, text):
     measured_on = ("--verify", text, "--calibrate", text)
-    code, out, _ = run("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8, "--top", 4, *measured_on, "--json")
+    code, out, _ = run(
+        "plan",
+        written,
+        "-o",
+        tmp_path / "recipe.yaml",
+        "--depth",
+        8,
+        "--top",
+        4,
+        *measured_on,
+        "--json",
+    )
     told = json.loads(out)
     assert code == 0 and told["model"]["origin"]["splices"] == 16
     measured = [entry["measured_damage"] for entry in told["plans"]]
@@ -368,12 +487,35 @@ def test_plans_are_predicted_from_what_they_do_on_drawn_tokens(donors, run, tmp_
     from frankenmerge.models.loading import load_model
 
     alignment, recipe = tmp_path / "ad.alignment.safetensors", tmp_path / "recipe.yaml"
-    code, out, _ = run("align", donors["a"], donors["deep"], "-o", alignment, "--drawn", "--exchange", "--json")
+    code, out, _ = run(
+        "align", donors["a"], donors["deep"], "-o", alignment, "--drawn", "--exchange", "--json"
+    )
     exchanged = load_alignment(alignment).exchange
     assert code == 0 and load_alignment(alignment).provenance["predicted_from"] == "drawn tokens"
-    assert [matrix.shape for pair in exchanged for matrix in pair] == [(4, 6), (6, 4), (4, 4), (6, 6)]
-    np.testing.assert_allclose(json.loads(out)["exchange"]["replacement"][0], exchanged.replacement[0])
-    code, out, _ = run("plan", alignment, "-o", recipe, "--depth", 8, "--top", 4, "--verify", "drawn", "--damp", "drawn", "--json")
+    assert [matrix.shape for pair in exchanged for matrix in pair] == [
+        (4, 6),
+        (6, 4),
+        (4, 4),
+        (6, 6),
+    ]
+    np.testing.assert_allclose(
+        json.loads(out)["exchange"]["replacement"][0], exchanged.replacement[0]
+    )
+    code, out, _ = run(
+        "plan",
+        alignment,
+        "-o",
+        recipe,
+        "--depth",
+        8,
+        "--top",
+        4,
+        "--verify",
+        "drawn",
+        "--damp",
+        "drawn",
+        "--json",
+    )
     told = json.loads(out)
     assert code == 0 and [entry["basis"] for entry in told["plans"]] == ["drawn"] * 4
     damage = told["damping"]["damage"]
@@ -382,14 +524,28 @@ def test_plans_are_predicted_from_what_they_do_on_drawn_tokens(donors, run, tmp_
     predicted = [entry["predicted_damage"] for entry in told["plans"]]
     assert predicted == sorted(predicted) and predicted[0] == pytest.approx(damage[best], rel=1e-4)
     opened = {str(donors[name]): open_checkpoint(str(donors[name])) for name in ("a", "deep")}
-    found = damage_on_drawn([load_recipe(recipe)], opened, {name: load_model(donor) for name, donor in opened.items()})[0]
+    found = damage_on_drawn(
+        [load_recipe(recipe)], opened, {name: load_model(donor) for name, donor in opened.items()}
+    )[0]
     assert found == pytest.approx(damage[best], rel=1e-4)
     code, out, _ = run("evaluate", recipe, "--text", text, "--json")
-    assert [promise["predicted"] for promise in json.loads(out)["predictions"]] == [told["plans"][0]["predicted_damage"]]
+    assert [promise["predicted"] for promise in json.loads(out)["predictions"]] == [
+        told["plans"][0]["predicted_damage"]
+    ]
 
 
 def test_calibrated_on_drawn_tokens_the_model_says_so(written, run, tmp_path):
-    code, out, _ = run("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8, "--calibrate", "drawn", "--json")
+    code, out, _ = run(
+        "plan",
+        written,
+        "-o",
+        tmp_path / "recipe.yaml",
+        "--depth",
+        8,
+        "--calibrate",
+        "drawn",
+        "--json",
+    )
     assert code == 0 and json.loads(out)["model"]["origin"]["texts"] == ["drawn"]
 
 
@@ -397,7 +553,11 @@ def test_a_parameter_budget_is_kept_to_and_used(written, donors, run, tmp_path):
     from frankenmerge.donors.checkpoint import open_checkpoint as opened
 
     recipe, budget = tmp_path / "recipe.yaml", 20_000
-    block = sum(np.prod(tensor.shape) for name, tensor in opened(str(donors["a"])).tensors.items() if ".layers.0." in name)
+    block = sum(
+        np.prod(tensor.shape)
+        for name, tensor in opened(str(donors["a"])).tensors.items()
+        if ".layers.0." in name
+    )
     assert run("plan", written, "-o", recipe, "--parameters", "20K")[0] == 0
     code, out, _ = run("check", recipe, "--json")
     assert code == 0 and budget - block < json.loads(out)["parameters"] <= budget
@@ -405,8 +565,12 @@ def test_a_parameter_budget_is_kept_to_and_used(written, donors, run, tmp_path):
 
 @pytest.mark.parametrize(
     "options, told",
-    [(("--parameters", "2K"), "at least"), (("--parameters", "20K", "--depth", 8), "either --depth or --parameters"),
-     (("--parameters", "many"), "11B"), (("--verify", "drawn", "--verify", "other.txt"), "stands alone")],
+    [
+        (("--parameters", "2K"), "at least"),
+        (("--parameters", "20K", "--depth", 8), "either --depth or --parameters"),
+        (("--parameters", "many"), "11B"),
+        (("--verify", "drawn", "--verify", "other.txt"), "stands alone"),
+    ],
 )
 def test_budgets_and_texts_that_cannot_be_are_refused(written, run, tmp_path, options, told):
     code, out, err = run("plan", written, "-o", tmp_path / "recipe.yaml", *options)
@@ -414,7 +578,9 @@ def test_budgets_and_texts_that_cannot_be_are_refused(written, run, tmp_path, op
     assert not (tmp_path / "recipe.yaml").exists()
 
 
-def test_damping_on_a_text_is_kept_where_it_loses_less_and_moves_the_prediction(written, run, tmp_path, text):
+def test_damping_on_a_text_is_kept_where_it_loses_less_and_moves_the_prediction(
+    written, run, tmp_path, text
+):
     options = ("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 8, "--json")
     plain = json.loads(run(*options)[1])["plans"][0]
     code, out, _ = run(*options, "--damp", text)
@@ -422,8 +588,12 @@ def test_damping_on_a_text_is_kept_where_it_loses_less_and_moves_the_prediction(
     (entry,), damage = told["plans"], told["damping"]["damage"]
     best = min(damage, key=damage.__getitem__)
     assert code == 0 and set(damage) == {"none", "1/n", "1/sqrt(n)", "norms"}
-    assert entry["measured_damage"] == damage[best] and told["damping"]["kept"] == (None if best == "none" else best)
-    assert entry["predicted_damage"] == pytest.approx(max(0, plain["predicted_damage"] + damage[best] - damage["none"]))
+    assert entry["measured_damage"] == damage[best] and told["damping"]["kept"] == (
+        None if best == "none" else best
+    )
+    assert entry["predicted_damage"] == pytest.approx(
+        max(0, plain["predicted_damage"] + damage[best] - damage["none"])
+    )
     code, out, _ = run("evaluate", tmp_path / "recipe.yaml", "--text", text, "--json")
     (promise,) = json.loads(out)["predictions"]
     assert promise["measured"] == pytest.approx(damage[best], abs=1e-5)

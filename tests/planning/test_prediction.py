@@ -38,7 +38,14 @@ def stack(text: str) -> list[Block]:
     return [Block(part[0], int(part[1])) for part in text.split()]
 
 
-STACKS = ["x0 x1 x2 x3 x4", "x0 x1 y2 y3", "y0 y1 y2 x1 x2 x3 x4", "x0 x3 x4", "x0 x1 x2 x1 x2 x1 x2 x3 x4", "y0 x0 y1 x4"]
+STACKS = [
+    "x0 x1 x2 x3 x4",
+    "x0 x1 y2 y3",
+    "y0 y1 y2 x1 x2 x3 x4",
+    "x0 x3 x4",
+    "x0 x1 x2 x1 x2 x1 x2 x3 x4",
+    "y0 x0 y1 x4",
+]
 
 
 def cosine(x, y) -> float:
@@ -85,7 +92,9 @@ def test_lossy_superposition_turns_what_is_lost_into_noise(walks, states, text):
 
 
 def test_a_whole_donor_is_at_home(states):
-    np.testing.assert_allclose(features([stack("x0 x1 x2 x3 x4"), stack("y0 y1 y2 y3")], states), 0, atol=1e-6)
+    np.testing.assert_allclose(
+        features([stack("x0 x1 x2 x3 x4"), stack("y0 y1 y2 y3")], states), 0, atol=1e-6
+    )
 
 
 def test_stacks_together_are_as_each_alone(states):
@@ -95,15 +104,21 @@ def test_stacks_together_are_as_each_alone(states):
 
 
 def test_third_times_and_skipped_influence_are_counted(walks, states):
-    found = dict(zip(FEATURES, features([stack("x0 x1 x2 x1 x2 x1 x2 x3 x4")], states)[0], strict=True))
+    found = dict(
+        zip(FEATURES, features([stack("x0 x1 x2 x1 x2 x1 x2 x3 x4")], states)[0], strict=True)
+    )
     assert found["third"] == pytest.approx(2 / 5) and found["skipped"] == 0
     found = dict(zip(FEATURES, features([stack("x0 x3 x4")], states)[0], strict=True))
-    assert found["skipped"] == pytest.approx(sum(1 - cosine(walks["x"][k], walks["x"][k + 1]) for k in (1, 2)))
+    assert found["skipped"] == pytest.approx(
+        sum(1 - cosine(walks["x"][k], walks["x"][k + 1]) for k in (1, 2))
+    )
     assert found["third"] == 0
 
 
 def test_a_jump_back_over_what_was_skipped_is_counted_once(states):
-    once, twice = features([stack("x0 x3 x4"), stack("x0 x3 x0 x3 x4")], states)[:, FEATURES.index("skipped")]
+    once, twice = features([stack("x0 x3 x4"), stack("x0 x3 x0 x3 x4")], states)[
+        :, FEATURES.index("skipped")
+    ]
     assert once == pytest.approx(twice)
 
 
@@ -112,7 +127,9 @@ def test_the_table_of_seams_is_what_whole_recipes_are_predicted(states):
     table = seam_damage(model, states, "x", "y")
     assert table.shape == (6, 5)
     for i, j in ((1, 0), (2, 2), (5, 3), (1, 3)):
-        blocks = [Block("x", index) for index in range(i)] + [Block("y", index) for index in range(j, 4)]
+        blocks = [Block("x", index) for index in range(i)] + [
+            Block("y", index) for index in range(j, 4)
+        ]
         assert table[i, j] == pytest.approx(model.damage(features([blocks], states))[0])
 
 
@@ -125,11 +142,20 @@ def test_the_ridge_regression_minimises_its_objective():
     spread = np.sqrt(share @ (found - share @ found) ** 2)
 
     def objective(shift, slopes):
-        return share @ (np.log(FLOOR + damage) - shift - found @ slopes) ** 2 + RIDGE * ((slopes * spread) ** 2).sum()
+        return (
+            share @ (np.log(FLOOR + damage) - shift - found @ slopes) ** 2
+            + RIDGE * ((slopes * spread) ** 2).sum()
+        )
 
     least = objective(intercept, weights)
     for _ in range(50):
-        assert objective(intercept + 0.01 * generator.standard_normal(), weights + 0.01 * generator.standard_normal(len(FEATURES))) >= least
+        assert (
+            objective(
+                intercept + 0.01 * generator.standard_normal(),
+                weights + 0.01 * generator.standard_normal(len(FEATURES)),
+            )
+            >= least
+        )
 
 
 def test_calibration_finds_a_scale_and_keeps_the_order():
@@ -144,7 +170,12 @@ def test_calibration_finds_a_scale_and_keeps_the_order():
 
 def test_the_default_model_names_its_origin():
     origin = default_model().origin
-    assert origin["donors"] and origin["text"]["sha256"] and origin["versions"]["torch"] and origin["fingerprints"]
+    assert (
+        origin["donors"]
+        and origin["text"]["sha256"]
+        and origin["versions"]["torch"]
+        and origin["fingerprints"]
+    )
     for low, high in (default_model().spread, default_model().drawn_spread):
         assert low < 0 < high
 

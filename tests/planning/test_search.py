@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from frankenmerge.planning.search import Constraints, Path, Piece, cheapest_paths
 
 
-def respects(pieces: tuple[Piece, ...], lengths: list[int], pairs: set, constraints: Constraints) -> bool:
+def respects(
+    pieces: tuple[Piece, ...], lengths: list[int], pairs: set, constraints: Constraints
+) -> bool:
     """Whether a path keeps to its constraints, told block by block."""
     c = constraints
     slices = [[(donor, block) for block in range(start, stop)] for donor, start, stop in pieces]
@@ -21,13 +23,18 @@ def respects(pieces: tuple[Piece, ...], lengths: list[int], pairs: set, constrai
             return False
     if len(blocks) != c.depth or len(slices) - 1 > c.max_seams:
         return False
-    if blocks[0][1] != 0 or blocks[-1][1] != lengths[blocks[-1][0]] - 1 or {donor for donor, _ in blocks} != set(range(len(lengths))):
+    if (
+        blocks[0][1] != 0
+        or blocks[-1][1] != lengths[blocks[-1][0]] - 1
+        or {donor for donor, _ in blocks} != set(range(len(lengths)))
+    ):
         return False
     for before, after in zip(slices, slices[1:], strict=False):
         (left, last), (entered, first) = before[-1], after[0]
         if (left, entered) not in pairs or (left == entered and first == last + 1):
             return False
-        # Protected blocks: none is left out or cut off at a donor's beginning, where a slice starts, nor at its end.
+        # Protected blocks: none is left out or cut off at a donor's beginning, where a slice
+        # starts, nor at its end.
         if last + 1 < c.protect_first or first < c.protect_first:
             return False
         if last >= lengths[left] - c.protect_last or first > lengths[entered] - c.protect_last:
@@ -35,29 +42,46 @@ def respects(pieces: tuple[Piece, ...], lengths: list[int], pairs: set, constrai
     return True
 
 
-def all_paths(lengths: list[int], pairs: set, constraints: Constraints) -> Iterator[tuple[Piece, ...]]:
+def all_paths(
+    lengths: list[int], pairs: set, constraints: Constraints
+) -> Iterator[tuple[Piece, ...]]:
     """Every sequence of slices of the right depth, good or bad, then those that keep to the constraints."""
-    every = [Piece(d, start, stop) for d, length in enumerate(lengths) for start in range(length) for stop in range(start + 1, length + 1)]
+    every = [
+        Piece(d, start, stop)
+        for d, length in enumerate(lengths)
+        for start in range(length)
+        for stop in range(start + 1, length + 1)
+    ]
 
     def grown(pieces: tuple[Piece, ...], left: int) -> Iterator[tuple[Piece, ...]]:
         if left == 0:
             yield pieces
         elif len(pieces) <= constraints.max_seams:
             for piece in every:
-                if piece.stop - piece.start <= left and (not pieces or (pieces[-1].donor, piece.donor) in pairs):
+                if piece.stop - piece.start <= left and (
+                    not pieces or (pieces[-1].donor, piece.donor) in pairs
+                ):
                     yield from grown((*pieces, piece), left - (piece.stop - piece.start))
 
-    return (pieces for pieces in grown((), constraints.depth) if respects(pieces, lengths, pairs, constraints))
+    return (
+        pieces
+        for pieces in grown((), constraints.depth)
+        if respects(pieces, lengths, pairs, constraints)
+    )
 
 
 def cost_of(pieces: tuple[Piece, ...], costs: dict) -> float:
-    return sum(costs[a.donor, b.donor][a.stop, b.start] for a, b in zip(pieces, pieces[1:], strict=False))
+    return sum(
+        costs[a.donor, b.donor][a.stop, b.start] for a, b in zip(pieces, pieces[1:], strict=False)
+    )
 
 
 @st.composite
 def problems(draw):
     donors = draw(st.integers(2, 3))
-    lengths = draw(st.lists(st.integers(2, 5 if donors == 2 else 4), min_size=donors, max_size=donors))
+    lengths = draw(
+        st.lists(st.integers(2, 5 if donors == 2 else 4), min_size=donors, max_size=donors)
+    )
     across = [(a, b) for a in range(donors) for b in range(donors) if a != b]
     missing = draw(st.lists(st.sampled_from(across), max_size=1))
     within = draw(st.lists(st.integers(0, donors - 1), max_size=2, unique=True))
@@ -67,7 +91,11 @@ def problems(draw):
 
     def matrix(a, b):
         shape = lengths[a] + 1, lengths[b] + 1
-        return generator.random(shape) if levels is None else generator.integers(0, levels, shape).astype(float)
+        return (
+            generator.random(shape)
+            if levels is None
+            else generator.integers(0, levels, shape).astype(float)
+        )
 
     constraints = Constraints(
         depth=draw(st.integers(max(lengths), min(8, sum(lengths)))),
@@ -83,12 +111,16 @@ def problems(draw):
 @given(problems())
 def test_all_paths_are_found_the_cheapest_first(problem):
     lengths, costs, constraints = problem
-    expected = {pieces: cost_of(pieces, costs) for pieces in all_paths(lengths, set(costs), constraints)}
+    expected = {
+        pieces: cost_of(pieces, costs) for pieces in all_paths(lengths, set(costs), constraints)
+    }
     found = list(cheapest_paths(lengths, costs, constraints))
     assert len(found) == len({path.pieces for path in found})
     assert {path.pieces for path in found} == set(expected)
     assert [path.cost for path in found] == pytest.approx(sorted(expected.values()), abs=1e-9)
-    assert [path.cost for path in found] == pytest.approx([expected[path.pieces] for path in found], abs=1e-9)
+    assert [path.cost for path in found] == pytest.approx(
+        [expected[path.pieces] for path in found], abs=1e-9
+    )
 
 
 def both_ways(lengths: list[int], seed: int = 0) -> dict:
@@ -114,8 +146,12 @@ def test_a_single_seam_goes_where_it_costs_least():
 
 def test_the_planner_s_defaults_leave_first_and_last_blocks_alone():
     for path in cheapest_paths([4, 4], both_ways([4, 4]), Constraints(8)):
-        blocks = [(donor, block) for donor, start, stop in path.pieces for block in range(start, stop)]
-        assert [block for _, block in blocks].count(0) == [block for _, block in blocks].count(3) == 1
+        blocks = [
+            (donor, block) for donor, start, stop in path.pieces for block in range(start, stop)
+        ]
+        assert (
+            [block for _, block in blocks].count(0) == [block for _, block in blocks].count(3) == 1
+        )
         assert blocks[0][1] == 0 and blocks[-1][1] == 3
 
 
@@ -129,12 +165,17 @@ def test_no_seam_lies_before_among_or_behind_protected_blocks(first, last):
     for path in found:
         assert respects(path.pieces, lengths, set(costs), constraints)
         inner = path.pieces[1:-1]
-        assert all(piece.start >= first and piece.stop <= lengths[piece.donor] - last for piece in inner)
+        assert all(
+            piece.start >= first and piece.stop <= lengths[piece.donor] - last for piece in inner
+        )
 
 
 def test_protecting_more_only_takes_paths_away():
     lengths, costs = [6, 6], both_ways([6, 6])
-    found = [{path.pieces for path in cheapest_paths(lengths, costs, Constraints(9, 3, 2, n, n))} for n in range(4)]
+    found = [
+        {path.pieces for path in cheapest_paths(lengths, costs, Constraints(9, 3, 2, n, n))}
+        for n in range(4)
+    ]
     assert found[0] > found[1] > found[2] > found[3]
 
 
@@ -147,7 +188,9 @@ def test_a_donor_s_own_blocks_may_repeat_but_not_merely_go_on():
     constraints = Constraints(6, 2, 1, 1, 1)
     found = {path.pieces for path in cheapest_paths([4], {(0, 0): np.zeros((5, 5))}, constraints)}
     assert (Piece(0, 0, 3), Piece(0, 1, 4)) in found
-    assert not any(a.stop == b.start for pieces in found for a, b in zip(pieces, pieces[1:], strict=False))
+    assert not any(
+        a.stop == b.start for pieces in found for a, b in zip(pieces, pieces[1:], strict=False)
+    )
 
 
 def test_a_donor_is_left_whole_where_its_depth_is_asked_for():
@@ -166,8 +209,17 @@ def test_every_donor_is_used():
     assert all({piece.donor for piece in path.pieces} == {0, 1, 2} for path in found)
 
 
-@pytest.mark.parametrize("constraints", [Constraints(1), Constraints(3), Constraints(13, 2), Constraints(8, 0), Constraints(8, 4, 4),
-                                         Constraints(8, 4, 2, 5, 5)])
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        Constraints(1),
+        Constraints(3),
+        Constraints(13, 2),
+        Constraints(8, 0),
+        Constraints(8, 4, 4),
+        Constraints(8, 4, 2, 5, 5),
+    ],
+)
 def test_what_cannot_be_kept_to_yields_nothing(constraints):
     assert list(cheapest_paths([4, 4], both_ways([4, 4]), constraints)) == []
 
@@ -176,7 +228,9 @@ def test_seams_of_infinite_cost_are_never_taken():
     costs = {(0, 1): np.full((5, 5), np.inf)}
     assert list(cheapest_paths([4, 4], costs, Constraints(5, 1, 1))) == []
     costs[0, 1][2, 1] = 3.0
-    assert [path.pieces for path in cheapest_paths([4, 4], costs, Constraints(5, 1, 1))] == [(Piece(0, 0, 2), Piece(1, 1, 4))]
+    assert [path.pieces for path in cheapest_paths([4, 4], costs, Constraints(5, 1, 1))] == [
+        (Piece(0, 0, 2), Piece(1, 1, 4))
+    ]
 
 
 def test_the_costs_given_are_left_as_they_were():
@@ -200,7 +254,10 @@ def test_a_pair_of_eighty_blocks_is_planned():
 def test_the_cheapest_of_eighty_blocks_with_one_seam_is_the_smallest_entry():
     costs, constraints = both_ways([80, 80]), Constraints(100, 1, 1, 8, 8)
     possible = {
-        cost_of((Piece(a, 0, i), Piece(1 - a, i - 20, 80)), costs): (a, i) for a in (0, 1) for i in range(8, 73) if 8 <= i - 20 <= 72
+        cost_of((Piece(a, 0, i), Piece(1 - a, i - 20, 80)), costs): (a, i)
+        for a in (0, 1)
+        for i in range(8, 73)
+        if 8 <= i - 20 <= 72
     }
     path = next(cheapest_paths([80, 80], costs, constraints))
     assert path.cost == min(possible)

@@ -18,7 +18,9 @@ def folder(tmp_path) -> Path:
 def browser():
     """Chromium without a window. Debian's package is `chromium`."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    found = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if not found:
         pytest.skip("no Chromium is installed")
     with playwright.sync_playwright() as running:

@@ -61,7 +61,9 @@ def test_pointing_at_a_cell_tells_scores_nulls_interval_and_neurons(opened, site
     assert re.search(rf"Agree most\s+{best} \({float(score.detail[2, 3, best]):.2f}\)", told)
     vocabulary, tokens = site[1].vocabulary, site[1].tokens[0][2, best]
     chips = page.locator(".detail li").first.locator(".chip").all_inner_texts()
-    assert [chip.removeprefix("•") for chip in chips[:3]] == [vocabulary[token].replace(" ", "␣") for token in tokens[:3]]
+    assert [chip.removeprefix("•") for chip in chips[:3]] == [
+        vocabulary[token].replace(" ", "␣") for token in tokens[:3]
+    ]
     page.mouse.move(*cell(page, 6, 0))
     assert "one after 6 blocks against two's embedding" in page.locator(".detail").inner_text()
 
@@ -71,10 +73,18 @@ def test_the_keyboard_reaches_every_cell_and_the_reader_is_told(opened, site):
     page.locator(".panel.current .heatbox").focus()
     for key in ("Home", *["ArrowUp"] * 7, "ArrowDown", "ArrowRight", "ArrowRight"):
         page.keyboard.press(key)
-    assert f"one after 1 block against two after 2 blocks: {matrix[1, 2]:.3f}" in page.locator(".live").inner_text()
+    assert (
+        f"one after 1 block against two after 2 blocks: {matrix[1, 2]:.3f}"
+        in page.locator(".live").inner_text()
+    )
     assert f"{matrix[1, 2]:.3f}" in page.locator(".detail").inner_text()
-    cursor, cells = (page.locator(f".panel.current .heatbox .{name}").bounding_box() for name in ("cursor", "cells"))
-    assert cursor["x"] + cursor["width"] / 2 == pytest.approx(cells["x"] + 2.5 * cells["width"] / 7, abs=2)
+    cursor, cells = (
+        page.locator(f".panel.current .heatbox .{name}").bounding_box()
+        for name in ("cursor", "cells")
+    )
+    assert cursor["x"] + cursor["width"] / 2 == pytest.approx(
+        cells["x"] + 2.5 * cells["width"] / 7, abs=2
+    )
     for key in ["ArrowLeft"] * 20 + ["ArrowDown"] * 20:
         page.keyboard.press(key)
     assert f"{matrix[6, 0]:.3f}" in page.locator(".detail").inner_text()
@@ -108,7 +118,8 @@ def test_the_selector_changes_the_score(opened, site):
 
 def test_seams_of_the_plan_are_marked_and_lead_to_their_cells(opened):
     page = opened()
-    # One's block 3 to two's block 2 is row 4, column 2; two's block 4 to one's block 4 is column 5, row 4.
+    # One's block 3 to two's block 2 is row 4, column 2; two's block 4 to one's block 4 is column 5,
+    # row 4.
     assert page.locator(".panel.current .heatbox .mark.ring").count() == 2
     page.get_by_role("button", name="Seam 2").click()
     assert "one after 4 blocks against two after 5 blocks" in page.locator(".detail").inner_text()
@@ -138,17 +149,31 @@ def test_a_tap_tells_the_value_below_the_map_of_a_phone(opened, site):
     page = opened(viewport={"width": 360, "height": 740}, has_touch=True)
     page.locator(".panel.current .heatbox").scroll_into_view_if_needed()
     page.touchscreen.tap(*cell(page, 3, 4))
-    assert f"{site[1].scores['jaccard'].matrix[3, 4]:.3f}" in page.locator(".panel.current .brief").inner_text()
+    assert (
+        f"{site[1].scores['jaccard'].matrix[3, 4]:.3f}"
+        in page.locator(".panel.current .brief").inner_text()
+    )
 
 
 def test_paper_shows_everything(opened):
     page = opened()
     closed = page.locator("details:not([open])").count()
     page.emulate_media(media="print")
-    assert closed > 3 and page.locator("details:not([open])").count() == closed  # the style sheet does it, no script
-    for kind in (".panel", ".features table", ".values table", "#provenance ~ details dl", ".scale", ".detail"):
+    assert (
+        closed > 3 and page.locator("details:not([open])").count() == closed
+    )  # the style sheet does it, no script
+    for kind in (
+        ".panel",
+        ".features table",
+        ".values table",
+        "#provenance ~ details dl",
+        ".scale",
+        ".detail",
+    ):
         parts = page.locator(kind)
-        assert parts.count() > 0 and all(parts.nth(place).is_visible() for place in range(parts.count())), kind
+        assert parts.count() > 0 and all(
+            parts.nth(place).is_visible() for place in range(parts.count())
+        ), kind
     assert not page.locator("nav").is_visible() and not page.locator(".choice").first.is_visible()
     assert len(page.pdf()) > 50_000
 
@@ -188,9 +213,13 @@ def test_landmarks_headings_and_names(opened):
     assert page.evaluate("document.documentElement.lang") == "en" and page.title()
     for landmark in ("banner", "navigation", "main"):
         assert page.get_by_role(landmark).count() == 1, landmark
-    levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map((part) => Number(part.tagName[1]))")
+    levels = page.evaluate(
+        "[...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map((part) => Number(part.tagName[1]))"
+    )
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False)), levels
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False)), (
+        levels
+    )
     unnamed = """[...document.querySelectorAll('svg, [role=img], [tabindex], input, nav, section, article')]
         .filter((part) => part.getAttribute('aria-hidden') !== 'true' && !part.getAttribute('aria-label') && !part.labels?.length
           && !document.getElementById((part.getAttribute('aria-labelledby') ?? '').split(' ')[0]))
@@ -198,13 +227,22 @@ def test_landmarks_headings_and_names(opened):
     assert page.evaluate(unnamed) == []
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map((part) => part.id)")
     assert len(ids) == len(set(ids))
-    assert page.evaluate("[...document.querySelectorAll('a')].filter((a) => !document.querySelector(a.hash)).length") == 0
+    assert (
+        page.evaluate(
+            "[...document.querySelectorAll('a')].filter((a) => !document.querySelector(a.hash)).length"
+        )
+        == 0
+    )
 
 
 def test_every_table_has_a_caption_and_headers_with_a_scope(opened):
     page = opened()
-    assert page.evaluate("[...document.querySelectorAll('table')].every((table) => table.caption && table.caption.textContent.trim())")
-    assert page.evaluate("[...document.querySelectorAll('th')].every((th) => ['row', 'col'].includes(th.scope))")
+    assert page.evaluate(
+        "[...document.querySelectorAll('table')].every((table) => table.caption && table.caption.textContent.trim())"
+    )
+    assert page.evaluate(
+        "[...document.querySelectorAll('th')].every((th) => ['row', 'col'].includes(th.scope))"
+    )
 
 
 CONTRAST = """
@@ -258,7 +296,10 @@ def test_a_page_of_deep_donors_answers(browser, tmp_path):
     for key in ("Home", *["ArrowUp"] * 5):
         page.keyboard.press(key)
     matrix = load_alignment(folder / "ab.alignment.safetensors").scores["jaccard"].matrix
-    assert f"{matrix[0, 0]:.3f}" in page.locator(".detail").inner_text() and page.locator(".detail li").count() == 6
+    assert (
+        f"{matrix[0, 0]:.3f}" in page.locator(".detail").inner_text()
+        and page.locator(".detail li").count() == 6
+    )
     page.keyboard.press("End")
     assert f"{matrix[0, 80]:.3f}" in page.locator(".detail").inner_text()
     assert "to keep this page small" in page.locator(".detail").inner_text()

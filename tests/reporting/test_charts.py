@@ -11,20 +11,40 @@ from frankenmerge.reporting.charts import WIDTH, Bar, Line, bars, lines
 
 def read(text: str) -> ElementTree.Element:
     root = ElementTree.fromstring(text)
-    assert root.get("role") == "img" and root.find("title") is not None and root.find("desc") is not None
+    assert (
+        root.get("role") == "img"
+        and root.find("title") is not None
+        and root.find("desc") is not None
+    )
     ids = [part.get("id") for part in root.iter() if part.get("id")]
     assert set(str(root.get("aria-labelledby")).split()) <= set(ids)
     return root
 
 
 def dots(root: ElementTree.Element, style: str) -> list[tuple[float, float]]:
-    return [(float(part.get("cx", 0)), float(part.get("cy", 0))) for part in root.iter("circle") if part.get("class") == style]
+    return [
+        (float(part.get("cx", 0)), float(part.get("cy", 0)))
+        for part in root.iter("circle")
+        if part.get("class") == style
+    ]
 
 
 def test_bars_stand_in_the_order_of_their_values_and_intervals():
-    root = read(bars([Bar("one", 1.0, 0.5, 2.0), Bar("two", 3.0, 2.0, 3.5, other=2.5)], "b", "T", "nats", other="measured"))
+    root = read(
+        bars(
+            [Bar("one", 1.0, 0.5, 2.0), Bar("two", 3.0, 2.0, 3.5, other=2.5)],
+            "b",
+            "T",
+            "nats",
+            other="measured",
+        )
+    )
     (one, _), (two, _) = [dot for dot in dots(root, "dot") if dot[1] > 20]
-    spans = [re.findall(r"[\d.]+", part.get("d", "")) for part in root.iter("path") if part.get("class") == "span"]
+    spans = [
+        re.findall(r"[\d.]+", part.get("d", ""))
+        for part in root.iter("path")
+        if part.get("class") == "span"
+    ]
     (start, _, stop), (start2, _, stop2) = [[float(number) for number in span] for span in spans]
     assert start < one < stop == start2 < two < stop2 <= WIDTH
     # The dots' distances are those of the values: one scale for all.
@@ -33,7 +53,10 @@ def test_bars_stand_in_the_order_of_their_values_and_intervals():
 
 
 def test_a_line_breaks_where_a_value_is_missing_and_seams_are_marked():
-    series = [Line("a", [(1, 1.0), (2, None), (3, 2.0), (4, 4.0)], 0), Line("chance", [(1, 0.5), (4, 0.5)], 0, broken=True)]
+    series = [
+        Line("a", [(1, 1.0), (2, None), (3, 2.0), (4, 4.0)], 0),
+        Line("chance", [(1, 0.5), (4, 0.5)], 0, broken=True),
+    ]
     root = read(lines(series, "l", "T", "share", seams=[(2.5, "1")]))
     drawn = [part.get("class") for part in root.iter("path")]
     assert drawn.count("line l0") == 1 and drawn.count("seamline") == 1
@@ -43,9 +66,14 @@ def test_a_line_breaks_where_a_value_is_missing_and_seams_are_marked():
 
 @pytest.mark.parametrize("value", [0.0, 1e-12, 1e9, -3.0, math.inf, math.nan])
 def test_any_number_leaves_a_sound_picture(value):
-    for text in (bars([Bar("a", value, value, value, value)], "b", "T", "x"), lines([Line("a", [(1, value), (2, 1.0)], 0)], "l", "T", "x")):
+    for text in (
+        bars([Bar("a", value, value, value, value)], "b", "T", "x"),
+        lines([Line("a", [(1, value), (2, 1.0)], 0)], "l", "T", "x"),
+    ):
         read(text)
-        assert "nan" not in re.sub(r"<desc.*?</desc>", "", text) and "inf" not in re.sub(r"<desc.*?</desc>", "", text)
+        assert "nan" not in re.sub(r"<desc.*?</desc>", "", text) and "inf" not in re.sub(
+            r"<desc.*?</desc>", "", text
+        )
 
 
 def test_nothing_to_draw_is_an_empty_chart():
@@ -63,5 +91,9 @@ def test_long_labels_stay_within_the_picture():
     root = read(bars([Bar("x" * 300, 1.0, said="held")], "b", "T", "x"))
     assert max(len(part.text or "") for part in root.iter("text")) <= 44
     keys = [Line("a donor of a long name, by chance", [(1, 1.0), (2, 2.0)], n) for n in range(3)]
-    places = [float(part.get("x", 0)) for part in read(lines(keys, "l", "T", "x")).iter("text") if part.text == keys[0].label]
+    places = [
+        float(part.get("x", 0))
+        for part in read(lines(keys, "l", "T", "x")).iter("text")
+        if part.text == keys[0].label
+    ]
     assert len(places) == 3 and len(set(places)) == 1  # one below the other

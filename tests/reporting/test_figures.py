@@ -20,7 +20,10 @@ def test_every_figure_is_drawn_as_png_and_svg(run, folder, tmp_path):
         with Image.open(tmp_path / "figures" / f"{name}.png") as image:
             image.load()
             assert min(image.size) > 80 and len(image.convert("RGB").getcolors(10**6)) > 20
-        assert ElementTree.parse(tmp_path / "figures" / f"{name}.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+        assert (
+            ElementTree.parse(tmp_path / "figures" / f"{name}.svg").getroot().tag
+            == "{http://www.w3.org/2000/svg}svg"
+        )
 
 
 def test_the_same_run_gives_the_same_figures(run, folder, tmp_path):
@@ -35,7 +38,9 @@ def test_names_with_signs_of_formulas_are_drawn(tmp_path):
     from frankenmerge.reporting.plots import save
     from frankenmerge.splicing.diagram import Piece, layout
 
-    save(splice(layout([[Piece("$x_{", 0, 2)], [Piece("a^$\\frac", 1, 3)]], {})), tmp_path / "f.png")
+    save(
+        splice(layout([[Piece("$x_{", 0, 2)], [Piece("a^$\\frac", 1, 3)]], {})), tmp_path / "f.png"
+    )
     assert (tmp_path / "f.png").stat().st_size > 1000
 
 

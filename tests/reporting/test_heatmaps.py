@@ -70,21 +70,37 @@ def test_neurons_are_ranked_by_shared_tokens_and_shared_tokens_are_told():
     assert [entry[0] for entry in entries[3:]] == np.argsort(jaccard)[:3].tolist()
     for neuron, share, a, b in entries:
         assert share == round(1000 * jaccard[neuron])
-        lists = [table[block, neuron].tolist() for table, block in zip(alignment.tokens, (2, 3), strict=True)]
+        lists = [
+            table[block, neuron].tolist()
+            for table, block in zip(alignment.tokens, (2, 3), strict=True)
+        ]
         for places, own, other in ((a, *lists), (b, *lists[::-1])):
-            assert [told["words"][~place if place < 0 else place] for place in places] == [f"token{index}" for index in own[:3]]
+            assert [told["words"][~place if place < 0 else place] for place in places] == [
+                f"token{index}" for index in own[:3]
+            ]
             assert [place < 0 for place in places] == [index in other for index in own[:3]]
 
 
 def test_a_deep_alignment_tells_the_neurons_of_seams_and_of_cells_near_equal_depth():
     told = heatmaps.numbers(invented.alignment((80, 80)), [Mark(80, 0, "1")])
-    assert len(told["cells"]) == heatmaps.CELLS and {"80,0", "0,0", "40,40", "80,80"} <= told["cells"].keys()
+    assert (
+        len(told["cells"]) == heatmaps.CELLS
+        and {"80,0", "0,0", "40,40", "80,80"} <= told["cells"].keys()
+    )
     assert len(json.dumps(told)) < 1_500_000
 
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [(" the", "␣the"), ("\n", "↵"), ("\t", "⇥"), (" " * 24, "␣×24"), ("", "(empty)"), ("\u202e", "\\u202e"), ("x" * 99, "x" * 31 + "…")],
+    [
+        (" the", "␣the"),
+        ("\n", "↵"),
+        ("\t", "⇥"),
+        (" " * 24, "␣×24"),
+        ("", "(empty)"),
+        ("\u202e", "\\u202e"),
+        ("x" * 99, "x" * 31 + "…"),
+    ],
 )
 def test_tokens_show_what_is_in_them(text, shown):
     assert heatmaps.token(text) == shown
@@ -92,4 +108,7 @@ def test_tokens_show_what_is_in_them(text, shown):
 
 def test_values_stand_in_dark_letters_on_light_cells_and_in_light_ones_on_dark():
     text = heatmaps.svg(np.array([[0.1, 0.95]], np.float32), ("a", "b"), [], "t")
-    assert re.findall(r'class="value (\w+)"[^>]*>([.\d]+)<', text) == [("light", ".10"), ("dark", ".95")]
+    assert re.findall(r'class="value (\w+)"[^>]*>([.\d]+)<', text) == [
+        ("light", ".10"),
+        ("dark", ".95"),
+    ]

@@ -16,7 +16,11 @@ def invented(blocks=(3, 5), value: float | None = None) -> Alignment:
     shape = blocks[0] + 1, blocks[1] + 1
 
     def score():
-        matrix = generator.random(shape, dtype=np.float32) if value is None else np.full(shape, value, np.float32)
+        matrix = (
+            generator.random(shape, dtype=np.float32)
+            if value is None
+            else np.full(shape, value, np.float32)
+        )
         return Score(matrix, {"permuted_neurons": matrix / 10}, np.zeros((*shape, 4), np.float16))
 
     scores = {name: score() for name in ("argmax", "correlation", "jaccard")}
@@ -48,11 +52,17 @@ def test_an_svg_opens(tmp_path):
 
 
 def test_one_alignment_gives_the_same_bytes_twice(tmp_path):
-    assert drawn(invented(), tmp_path / "one.png").read_bytes() == drawn(invented(), tmp_path / "two.png").read_bytes()
+    assert (
+        drawn(invented(), tmp_path / "one.png").read_bytes()
+        == drawn(invented(), tmp_path / "two.png").read_bytes()
+    )
 
 
 def test_another_alignment_gives_another_picture(tmp_path):
-    one, other = drawn(invented(), tmp_path / "one.png"), drawn(invented(value=0.5), tmp_path / "other.png")
+    one, other = (
+        drawn(invented(), tmp_path / "one.png"),
+        drawn(invented(value=0.5), tmp_path / "other.png"),
+    )
     assert one.read_bytes() != other.read_bytes()
 
 
@@ -65,7 +75,8 @@ def test_colours_run_from_no_agreement_to_full_agreement(tmp_path):
         with Image.open(drawn(invented((20, 20), value), tmp_path / f"{value}.png")) as image:
             pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
         shares[value] = {
-            name: (pixels == colour).all(axis=1).mean() for name, colour in (("violet", (68, 1, 84)), ("yellow", (253, 231, 36)))
+            name: (pixels == colour).all(axis=1).mean()
+            for name, colour in (("violet", (68, 1, 84)), ("yellow", (253, 231, 36)))
         }
     assert shares[1.0]["yellow"] > 0.3 > 0.05 > shares[1.0]["violet"]
     assert shares[0.0]["violet"] > 0.3 > 0.05 > shares[0.0]["yellow"]
@@ -73,7 +84,15 @@ def test_colours_run_from_no_agreement_to_full_agreement(tmp_path):
 
 def test_a_single_score_is_drawn_too(tmp_path):
     alignment = invented()
-    assert drawn(replace(alignment, scores={"jaccard": alignment.scores["jaccard"]}), tmp_path / "plot.png").stat().st_size > 1000
+    assert (
+        drawn(
+            replace(alignment, scores={"jaccard": alignment.scores["jaccard"]}),
+            tmp_path / "plot.png",
+        )
+        .stat()
+        .st_size
+        > 1000
+    )
 
 
 def test_the_command_line_draws_what_it_aligned(donors, run, tmp_path):
@@ -86,6 +105,18 @@ def test_the_command_line_draws_what_it_aligned(donors, run, tmp_path):
 
 
 @pytest.mark.parametrize("plot", ["no/such/folder/ab.png", "ab.txt"])
-def test_a_picture_that_cannot_be_drawn_is_a_mistake_told_without_a_traceback(donors, run, tmp_path, plot):
-    code, _, err = run("align", donors["a"], donors["b"], "-o", tmp_path / "ab.alignment.safetensors", "--plot", tmp_path / plot)
-    assert (code == 0 and (tmp_path / plot).is_file()) or (code == 1 and "ab" in err and "Traceback" not in err)
+def test_a_picture_that_cannot_be_drawn_is_a_mistake_told_without_a_traceback(
+    donors, run, tmp_path, plot
+):
+    code, _, err = run(
+        "align",
+        donors["a"],
+        donors["b"],
+        "-o",
+        tmp_path / "ab.alignment.safetensors",
+        "--plot",
+        tmp_path / plot,
+    )
+    assert (code == 0 and (tmp_path / plot).is_file()) or (
+        code == 1 and "ab" in err and "Traceback" not in err
+    )

@@ -60,16 +60,37 @@ def report(run, tmp_path):
 def test_everything_in_a_folder_is_shown(report, folder):
     page = report(folder)
     headings = [attributes["id"] for tag, attributes in page.tags if tag == "h2"]
-    assert headings == ["merged", "seams", "agreement", "features", "promise", "evaluation", "provenance"]
+    assert headings == [
+        "merged",
+        "seams",
+        "agreement",
+        "features",
+        "promise",
+        "evaluation",
+        "provenance",
+    ]
     for told in (
-        "one[0:4] two[2:5] one[4:6]", "0.200", "0.100 to 0.400", "one block 3 to two block 2, 2 gone through again",
-        "No better than chance", "Seams no better than chance 1",
-        "1.772 to 1.832", "no clear difference", "invented_task", "the prediction held", "2.13.0+cpu", "f" * 64, "max seams 4",
+        "one[0:4] two[2:5] one[4:6]",
+        "0.200",
+        "0.100 to 0.400",
+        "one block 3 to two block 2, 2 gone through again",
+        "No better than chance",
+        "Seams no better than chance 1",
+        "1.772 to 1.832",
+        "no clear difference",
+        "invented_task",
+        "the prediction held",
+        "2.13.0+cpu",
+        "f" * 64,
+        "max seams 4",
     ):
         assert told in page.text, told
     marked = re.findall(r"<mark>(.*?)</mark>", (folder.parent / "report.html").read_text())
     assert {"raed", "impotred"} <= set(marked)
-    assert "frankenmerge merge RUN/recipe.yaml RUN/merged" in page.text and "frankenmerge align" not in page.text
+    assert (
+        "frankenmerge merge RUN/recipe.yaml RUN/merged" in page.text
+        and "frankenmerge align" not in page.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,12 +108,18 @@ def test_what_is_missing_is_left_out_and_its_command_told(report, folder, gone, 
     for name in gone:
         (folder / name).unlink()
     page = report(folder)
-    assert heading not in [attributes.get("id") for _, attributes in page.tags] and f"#{heading}" not in str(page.tags)
+    assert heading not in [
+        attributes.get("id") for _, attributes in page.tags
+    ] and f"#{heading}" not in str(page.tags)
     assert command in page.text.split("Not in this folder")[1]
 
 
 def test_files_are_known_by_what_they_hold(report, folder):
-    for old, new in (("ab.alignment.safetensors", "x.safetensors"), ("evaluation.json", "y.json"), ("recipe.yaml", "z.yml")):
+    for old, new in (
+        ("ab.alignment.safetensors", "x.safetensors"),
+        ("evaluation.json", "y.json"),
+        ("recipe.yaml", "z.yml"),
+    ):
         (folder / old).rename(folder / new)
     (folder / "other.json").write_text("[1, 2]")
     (folder / "notes.yaml").write_text("a: b")
@@ -105,11 +132,15 @@ def test_a_checkpoint_tells_its_recipe_and_origin(report, donors, run, tmp_path)
 
     (tmp_path / "run").mkdir()
     names = [("a", 0), ("a", 1), ("b", 1), ("b", 2), ("b", 3)]
-    (tmp_path / "run" / "recipe.yaml").write_text(recipe_of([Block(str(donors[name]), index) for name, index in names]).dump())
+    (tmp_path / "run" / "recipe.yaml").write_text(
+        recipe_of([Block(str(donors[name]), index) for name, index in names]).dump()
+    )
     assert run("merge", tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "merged")[0] == 0
     page = report(tmp_path / "run")
     told = json.loads((tmp_path / "run" / "merged" / "frankenmerge.json").read_text())
-    assert told["recipe_sha256"] in page.text and all(donor["fingerprint"] in page.text for donor in told["donors"].values())
+    assert told["recipe_sha256"] in page.text and all(
+        donor["fingerprint"] in page.text for donor in told["donors"].values()
+    )
     assert f"{len(told['tensors'])}; {len(told['tensors'])} by copy" in page.text
     assert "merged/recipe.yaml, recipe.yaml" in page.text  # the same recipe, shown once
 
@@ -120,12 +151,25 @@ def test_a_donor_s_features_come_from_its_atlas(report, tmp_path):
     (tmp_path / "run").mkdir()
     tokens = np.arange(3 * 4 * 10, dtype=np.int32).reshape(3, 4, 10)
     top = {"plain": TopTokens(tokens, np.zeros(tokens.shape, np.float32))}
-    atlas = Atlas("org/donor", "a" * 32, top, np.zeros((3, 5, 4), np.float16), np.ones((3, 4), np.float32), [f"t{n}" for n in range(120)])
+    atlas = Atlas(
+        "org/donor",
+        "a" * 32,
+        top,
+        np.zeros((3, 5, 4), np.float16),
+        np.ones((3, 4), np.float32),
+        [f"t{n}" for n in range(120)],
+    )
     save_atlas(atlas, tmp_path / "run" / "x.atlas.safetensors")
-    save_atlas(replace(atlas, provenance={"untrained": 7}), tmp_path / "run" / "y.atlas.safetensors")
+    save_atlas(
+        replace(atlas, provenance={"untrained": 7}), tmp_path / "run" / "y.atlas.safetensors"
+    )
     page = report(tmp_path / "run")
     assert "neuron donor donor (untrained)" in page.text  # the control of the same donor beside it
-    assert "After block 2" in page.text and "t80 t81 t82 t83 t84" in page.text and "t85" not in page.text
+    assert (
+        "After block 2" in page.text
+        and "t80 t81 t82 t83 t84" in page.text
+        and "t85" not in page.text
+    )
 
 
 HOSTILE = (
@@ -143,21 +187,36 @@ def test_what_artefacts_say_does_nothing(report, tmp_path):
 
     folder = write_run(tmp_path / "run", HOSTILE)
     evaluation = invented.evaluation(donors=(HOSTILE[1], HOSTILE[0]))
-    evaluation["models"][0]["samples"] = [{"prompt": HOSTILE[0], "text": HOSTILE[1] + HOSTILE[2], "invalid": ["img", ".*"]}]
+    evaluation["models"][0]["samples"] = [
+        {"prompt": HOSTILE[0], "text": HOSTILE[1] + HOSTILE[2], "invalid": ["img", ".*"]}
+    ]
     invented.write(folder / "evaluation.json", evaluation)
-    (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text() + "# </pre><script>window.pwned=1</script>\n")
+    (folder / "recipe.yaml").write_text(
+        (folder / "recipe.yaml").read_text() + "# </pre><script>window.pwned=1</script>\n"
+    )
     text = (folder.parent / "report.html", report(folder))[0].read_text(encoding="utf-8")
     page = Reader(text)
-    assert len([tag for tag, _ in page.tags if tag == "script"]) == 2 and not [tag for tag, _ in page.tags if tag == "img"]
+    assert len([tag for tag, _ in page.tags if tag == "script"]) == 2 and not [
+        tag for tag, _ in page.tags if tag == "img"
+    ]
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert "\u202e" not in text and "\x1b" not in text and "\x00" not in text and "{{7*7}}" in text
 
 
 def test_nothing_is_asked_of_the_network_and_only_the_page_s_own_script_may_run(report, folder):
     page = report(folder)
-    links = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("href", "src")]
+    links = [
+        value
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("href", "src")
+    ]
     assert links and all(link.startswith(("#", "data:")) for link in links)
-    policy = next(attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attributes["content"]
+        for tag, attributes in page.tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in policy
     assert not [1 for _, attributes in page.tags if "style" in attributes]
 
@@ -176,7 +235,9 @@ def test_a_page_of_deep_donors_stays_small(report, tmp_path):
 
 
 BROKEN = (
-    "{", '{"kind": "frankenmerge.evaluation/1"}', '{"kind": "frankenmerge.evaluation/9", "models": []}',
+    "{",
+    '{"kind": "frankenmerge.evaluation/1"}',
+    '{"kind": "frankenmerge.evaluation/9", "models": []}',
     '{"kind": "frankenmerge.evaluation/1", "models": [], "seams": [{"model": "x", "blocks": []}]}',
 )
 
@@ -187,21 +248,30 @@ def test_an_artefact_that_cannot_be_read_is_told_and_the_others_are_shown(run, f
     code, _, err = run("report", folder, "-o", folder / "report.html")
     page = Reader((folder / "report.html").read_text())
     assert code == 0 and "evaluation.json" in err and "Traceback" not in err
-    assert "evaluation.json" in page.text.split("Could not be read")[1] and "What was merged" in page.text
+    assert (
+        "evaluation.json" in page.text.split("Could not be read")[1]
+        and "What was merged" in page.text
+    )
 
 
 def test_an_alignment_whose_parts_do_not_fit_is_told(run, folder):
     from frankenmerge.artefacts.alignment import load_alignment, save_alignment
 
     whole = load_alignment(folder / "ab.alignment.safetensors")
-    save_alignment(replace(whole, tokens=(whole.tokens[0][:, :2], whole.tokens[1])), folder / "ab.alignment.safetensors")
+    save_alignment(
+        replace(whole, tokens=(whole.tokens[0][:, :2], whole.tokens[1])),
+        folder / "ab.alignment.safetensors",
+    )
     code, _, err = run("report", folder, "-o", folder / "report.html")
     assert code == 0 and "ab.alignment.safetensors" in err and "shapes" in err
 
 
 def test_every_stage_of_a_recipe_is_shown(report, folder):
     stage = "name: first\nmerge_method: linear\nmodels: [{model: p/q}, {model: r/s}]\nparameters: {weight: 1}\n---\n"
-    (folder / "stages.yaml").write_text(stage + "merge_method: passthrough\nslices: [{sources: [{model: first, layer_range: [0, 3]}]}]\n")
+    (folder / "stages.yaml").write_text(
+        stage
+        + "merge_method: passthrough\nslices: [{sources: [{model: first, layer_range: [0, 3]}]}]\n"
+    )
     page = report(folder)
     assert "stages.yaml, stage first" in page.text and "stages.yaml, the result" in page.text
 
@@ -218,7 +288,9 @@ def test_a_folder_without_artefacts_is_a_mistake_told_without_a_traceback(run, t
         if what == "broken":
             (place / "a.alignment.safetensors").write_text("no")
     code, out, err = run("report", place, "-o", tmp_path / "report.html")
-    assert code == 1 and out == "" and str(place) in err and "remedy" in err and "Traceback" not in err
+    assert (
+        code == 1 and out == "" and str(place) in err and "remedy" in err and "Traceback" not in err
+    )
     assert not (tmp_path / "report.html").exists() and ("a.alignment" in err) == (what == "broken")
 
 
@@ -229,10 +301,21 @@ def test_it_says_where_the_page_is_to_go(run, folder):
 
 def test_json_tells_what_was_written(run, folder, tmp_path):
     code, out, _ = run("report", folder, "-o", tmp_path / "r.html", "--json")
-    assert code == 0 and json.loads(out) == {"run": str(folder), "written": [str(tmp_path / "r.html")], "refused": {}}
+    assert code == 0 and json.loads(out) == {
+        "run": str(folder),
+        "written": [str(tmp_path / "r.html")],
+        "refused": {},
+    }
 
 
 def test_a_number_that_is_none_or_endless_is_told():
-    assert [number(value) for value in (None, math.nan, math.inf, -math.inf, 1234.5678, -0.0001)] == [
-        "–", "–", "∞", "-∞", "1,234.568", "0.000",
+    assert [
+        number(value) for value in (None, math.nan, math.inf, -math.inf, 1234.5678, -0.0001)
+    ] == [
+        "–",
+        "–",
+        "∞",
+        "-∞",
+        "1,234.568",
+        "0.000",
     ]

@@ -19,9 +19,9 @@ from frankenmerge.artefacts.recipe import Block, Recipe, open_donors, recipe_of
 from frankenmerge.donors.checkpoint import Checkpoint, Tensor, open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging import plan, writer
-from frankenmerge.splicing import computing
 from frankenmerge.merging.shards import readings
 from frankenmerge.merging.writer import merge
+from frankenmerge.splicing import computing
 from frankenmerge.splicing.computing import not_finite
 from frankenmerge.splicing.methods import native_chunks
 from frankenmerge.splicing.operations import Combine, Copy, Input, schedule
@@ -31,14 +31,29 @@ TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-def combined(copies: list[Copy], second: Checkpoint, *, dtype: str | None = None, weights=(0.25, 0.75), every: int = 1) -> list:
+def combined(
+    copies: list[Copy],
+    second: Checkpoint,
+    *,
+    dtype: str | None = None,
+    weights=(0.25, 0.75),
+    every: int = 1,
+) -> list:
     """Turn every so many copies into weighted means with the tensors of the same names of another donor."""
     made = []
     for number, copy in enumerate(copies):
@@ -49,7 +64,18 @@ def combined(copies: list[Copy], second: Checkpoint, *, dtype: str | None = None
             Input(copy.donor, copy.source, copy.tensor, {"weight": weights[0]}),
             Input(second.name, copy.source, second.tensors[copy.source], {"weight": weights[1]}),
         )
-        made.append(Combine(copy.name, dtype or copy.dtype, copy.shape, "linear", inputs, None, {"normalize": True}, 0))
+        made.append(
+            Combine(
+                copy.name,
+                dtype or copy.dtype,
+                copy.shape,
+                "linear",
+                inputs,
+                None,
+                {"normalize": True},
+                0,
+            )
+        )
     return made
 
 
@@ -60,7 +86,9 @@ def linear(monkeypatch):
     def call(first: Path, second: Path, output: Path, *, options=(), **how):
         recipe = recipe_of([Block(str(first), index) for index in range(4)])
         other = open_checkpoint(str(second))
-        monkeypatch.setattr(plan, "schedule", lambda *given: combined(schedule(*given), other, **how))
+        monkeypatch.setattr(
+            plan, "schedule", lambda *given: combined(schedule(*given), other, **how)
+        )
         return merge(recipe, open_donors(recipe), output, **dict(options))
 
     return call
@@ -72,7 +100,12 @@ def pair(tmp_path_factory) -> dict[str, list[Path]]:
     root = tmp_path_factory.mktemp("pair")
     shape = {"hidden_size": 64, "vocab_size": 5003}
     return {
-        name: [write_donor(root / f"{name}{seed}", seed=seed, dtype=str(dtype).removeprefix("torch."), **shape) for seed in (1, 2)]
+        name: [
+            write_donor(
+                root / f"{name}{seed}", seed=seed, dtype=str(dtype).removeprefix("torch."), **shape
+            )
+            for seed in (1, 2)
+        ]
         for name, dtype in TYPES.items()
     }
 
@@ -80,7 +113,10 @@ def pair(tmp_path_factory) -> dict[str, list[Path]]:
 # Values
 
 
-@pytest.mark.parametrize("stored, made", [("F32", "F32"), ("BF16", "BF16"), ("F16", "F16"), ("F32", "BF16"), ("BF16", "F32")])
+@pytest.mark.parametrize(
+    "stored, made",
+    [("F32", "F32"), ("BF16", "BF16"), ("F16", "F16"), ("F32", "BF16"), ("BF16", "F32")],
+)
 def test_every_element_is_the_exact_mean_rounded_once(linear, pair, tmp_path, stored, made):
     first, second = pair[stored]
     result = linear(first, second, tmp_path / "out", dtype=made)
@@ -91,14 +127,24 @@ def test_every_element_is_the_exact_mean_rounded_once(linear, pair, tmp_path, st
         exact = a[name].double() * 0.25 + b[name].double() * 0.75
         error = (tensor.double() - exact).abs()
         step = torch.finfo(TYPES[made]).eps * exact.abs()
-        # half a step of the result's type; where that is no coarser than float32, float32's own rounding besides
-        bound = step * 0.5 + torch.finfo(torch.float32).eps * (a[name].double().abs() * 0.25 + b[name].double().abs() * 0.75)
+        # half a step of the result's type; where that is no coarser than float32, float32's own
+        # rounding besides
+        bound = step * 0.5 + torch.finfo(torch.float32).eps * (
+            a[name].double().abs() * 0.25 + b[name].double().abs() * 0.75
+        )
         assert (error <= bound + 2.0**-25).all(), name
 
 
 def test_computed_and_copied_tensors_share_a_file(linear, pair, tmp_path):
     first, second = pair["BF16"]
-    result = linear(first, second, tmp_path / "out", every=3, weights=(0.0, 1.0), options={"shard_size": 200_000})
+    result = linear(
+        first,
+        second,
+        tmp_path / "out",
+        every=3,
+        weights=(0.0, 1.0),
+        options={"shard_size": 200_000},
+    )
     found, a, b = tensors_of(tmp_path / "out"), tensors_of(first), tensors_of(second)
     recipe = recipe_of([Block(str(first), index) for index in range(4)])
     names = [copy.name for copy in schedule(recipe, open_donors(recipe))]
@@ -113,7 +159,9 @@ def test_the_provenance_names_the_parts_of_a_computed_tensor(linear, pair, tmp_p
     linear(first, second, tmp_path / "out")
     told = json.loads((tmp_path / "out" / "frankenmerge.json").read_text())
     assert told["tensors"]["model.norm.weight"] == {
-        "method": "linear", "parameters": {"normalize": True}, "seed": 0,
+        "method": "linear",
+        "parameters": {"normalize": True},
+        "seed": 0,
         "inputs": [
             {"donor": str(first), "tensor": "model.norm.weight", "parameters": {"weight": 0.25}},
             {"donor": str(second), "tensor": "model.norm.weight", "parameters": {"weight": 0.75}},
@@ -125,7 +173,8 @@ def test_the_provenance_names_the_parts_of_a_computed_tensor(linear, pair, tmp_p
 
 
 needs_extension = pytest.mark.skipif(
-    native_chunks.extension is None and not shutil.which("cc"), reason="no compiler has built the extension"
+    native_chunks.extension is None and not shutil.which("cc"),
+    reason="no compiler has built the extension",
 )
 
 
@@ -150,8 +199,13 @@ def test_the_provenance_says_what_computed(linear, pair, tmp_path, without_exten
     assert by_torch | {"arithmetic": ["C"]} == by_c
 
 
-@pytest.mark.parametrize("stored, made", [("F32", "F32"), ("BF16", "BF16"), ("F16", "F16"), ("F32", "BF16"), ("BF16", "F32")])
-def test_without_the_extension_the_bytes_are_the_same(linear, pair, tmp_path, without_extension, stored, made):
+@pytest.mark.parametrize(
+    "stored, made",
+    [("F32", "F32"), ("BF16", "BF16"), ("F16", "F16"), ("F32", "BF16"), ("BF16", "F32")],
+)
+def test_without_the_extension_the_bytes_are_the_same(
+    linear, pair, tmp_path, without_extension, stored, made
+):
     how = {"dtype": made, "weights": (0.3, 0.7)}
     linear(*pair[stored], tmp_path / "c", **how)
     without_extension()
@@ -162,8 +216,13 @@ def test_without_the_extension_the_bytes_are_the_same(linear, pair, tmp_path, wi
 
 @needs_extension
 @pytest.mark.parametrize("method", ["linear", "slerp", "model_stock", "ties", "dare_ties"])
-@pytest.mark.parametrize("stored, made", [("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16"), ("F32", "bfloat16")])
-def test_without_the_extension_the_bytes_of_nan_are_the_same(pair, tmp_path, without_extension, method, stored, made):
+@pytest.mark.parametrize(
+    "stored, made",
+    [("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16"), ("F32", "bfloat16")],
+)
+def test_without_the_extension_the_bytes_of_nan_are_the_same(
+    pair, tmp_path, without_extension, method, stored, made
+):
     donors = []
     for number, donor in enumerate(pair[stored]):
         donors.append(shutil.copytree(donor, tmp_path / f"donor{number}"))
@@ -171,9 +230,17 @@ def test_without_the_extension_the_bytes_of_nan_are_the_same(pair, tmp_path, wit
         for place, value in enumerate((math.nan, -math.nan, math.inf, -math.inf)):
             tensors[NAME].view(-1)[place + number :: 16] = value
         save_file(tensors, donors[-1] / "model.safetensors", {"format": "pt"})
-    own = {"linear": {"weight": 0.4}, "ties": {"weight": 0.4, "density": 0.6}, "dare_ties": {"weight": 0.4, "density": 0.6}}
+    own = {
+        "linear": {"weight": 0.4},
+        "ties": {"weight": 0.4, "density": 0.6},
+        "dare_ties": {"weight": 0.4, "density": 0.6},
+    }
     weights = {"parameters": own.get(method, {})}
-    recipe = {"models": [{"model": str(donor), **weights} for donor in (*donors, pair[stored][0])], "merge_method": method, "dtype": made}
+    recipe = {
+        "models": [{"model": str(donor), **weights} for donor in (*donors, pair[stored][0])],
+        "merge_method": method,
+        "dtype": made,
+    }
     recipe |= {} if method == "linear" else {"base_model": str(donors[0])}
     if method == "slerp":
         recipe |= {"models": recipe["models"][:2], "parameters": {"t": 0.3}}
@@ -186,17 +253,24 @@ def test_without_the_extension_the_bytes_of_nan_are_the_same(pair, tmp_path, wit
 
 
 @needs_extension
-@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "model_stock", "ties", "dare_linear", "breadcrumbs"])
+@pytest.mark.parametrize(
+    "method",
+    ["linear", "slerp", "task_arithmetic", "model_stock", "ties", "dare_linear", "breadcrumbs"],
+)
 def test_what_is_computed_in_c_is_so_without_torch(pair, tmp_path, method):
     first, second = map(str, pair["BF16"])
     weight = {} if method in ("slerp", "model_stock") else {"parameters": {"weight": 0.4}}
     listed = [{"model": name, **weight} for name in (first, second)]
-    recipe = {"models": listed, "merge_method": method} | ({} if method == "linear" else {"base_model": first})
+    recipe = {"models": listed, "merge_method": method} | (
+        {} if method == "linear" else {"base_model": first}
+    )
     recipe |= {"parameters": {"t": 0.3}} if method == "slerp" else {}
     recipe |= {"models": [*listed, {"model": second}]} if method == "model_stock" else {}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = subprocess.run(
-        [sys.executable, "-c", LIGHT, str(tmp_path / "recipe.yaml"), str(tmp_path / "out")], capture_output=True, text=True
+        [sys.executable, "-c", LIGHT, str(tmp_path / "recipe.yaml"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
@@ -213,7 +287,9 @@ print([name for name in ("torch", "transformers", "accelerate") if name in sys.m
 
 
 @needs_extension
-def test_what_one_arithmetic_began_the_other_does_not_resume(linear, pair, tmp_path, without_extension):
+def test_what_one_arithmetic_began_the_other_does_not_resume(
+    linear, pair, tmp_path, without_extension
+):
     def broken(done):
         raise OSError("the disk is gone")
 
@@ -231,7 +307,11 @@ def test_what_one_arithmetic_began_the_other_does_not_resume(linear, pair, tmp_p
 def test_progress_counts_computed_bytes(linear, pair, tmp_path):
     moved = []
     result = linear(*pair["BF16"], tmp_path / "out", every=2, options={"progress": moved.append})
-    assert sum(moved) == result.bytes == sum(tensor.nbytes for tensor in tensors_of(tmp_path / "out").values())
+    assert (
+        sum(moved)
+        == result.bytes
+        == sum(tensor.nbytes for tensor in tensors_of(tmp_path / "out").values())
+    )
 
 
 @pytest.mark.parametrize("extension", [True, False])
@@ -241,16 +321,28 @@ def test_rows_of_several_donors_are_put_together(pair, tmp_path, without_extensi
     first, second = (open_checkpoint(str(folder)) for folder in pair["BF16"])
     rng = np.random.default_rng(0)
     count, name = 7001, "model.embed_tokens.weight"
-    origin, row = rng.integers(-1, 2, count).astype(np.int16), rng.integers(0, 5003, count).astype(np.int32)
+    origin, row = (
+        rng.integers(-1, 2, count).astype(np.int16),
+        rng.integers(0, 5003, count).astype(np.int32),
+    )
     origin[100:2000], row[100:2000] = 1, np.arange(1900)
     rows = Rows((first.name, second.name), (first.tensors[name], second.tensors[name]), origin, row)
     operation = Combine(
-        name, "F32", (count, 64), "linear", (Input(first.name, name, first.tensors[name], {"weight": 1.0}, rows),), None, {}, 0
+        name,
+        "F32",
+        (count, 64),
+        "linear",
+        (Input(first.name, name, first.tensors[name], {"weight": 1.0}, rows),),
+        None,
+        {},
+        0,
     )
     assert [reading.donor for reading in readings(operation)] == [first.name, second.name]
     written = written_alone(operation, tmp_path / "t")
     both = [tensors_of(folder)[name].float() for folder in pair["BF16"]]
-    expected = torch.stack([both[o][r] if o >= 0 else torch.zeros(64) for o, r in zip(origin, row, strict=True)])
+    expected = torch.stack(
+        [both[o][r] if o >= 0 else torch.zeros(64) for o, r in zip(origin, row, strict=True)]
+    )
     assert torch.equal(written.view(count, 64), expected)
 
 
@@ -260,7 +352,9 @@ def written_alone(operation: Combine, path: Path) -> torch.Tensor:
     handles = {file: os.open(file, os.O_RDONLY) for file in files}
     target = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        computing.compute(operation, handles, target, 0, lambda _: None, device="cpu", allow_nan=False)
+        computing.compute(
+            operation, handles, target, 0, lambda _: None, device="cpu", allow_nan=False
+        )
     finally:
         for handle in (*handles.values(), target):
             os.close(handle)
@@ -306,13 +400,18 @@ def test_two_processes_write_the_bytes_that_one_writes(linear, pair, tmp_path):
     running = [
         subprocess.Popen(
             [sys.executable, "-c", SHARED, here, *map(str, pair["BF16"]), str(tmp_path / "two")],
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": path},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in (0, 1)
     ]
     told = [one.communicate(timeout=120)[1] for one in running]
     assert [one.returncode for one in running] == [0, 0], told
-    assert tree(tmp_path / "two") == tree(tmp_path / "one") and len(list((tmp_path / "two").glob("*.safetensors"))) == 4
+    assert (
+        tree(tmp_path / "two") == tree(tmp_path / "one")
+        and len(list((tmp_path / "two").glob("*.safetensors"))) == 4
+    )
 
 
 # NaN and Inf
@@ -331,7 +430,9 @@ def spoiled(donor: Path, folder: Path, value: float) -> Path:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("position", [0, 1])
-def test_a_number_that_is_none_in_an_input_is_refused_by_name(linear, pair, tmp_path, value, position):
+def test_a_number_that_is_none_in_an_input_is_refused_by_name(
+    linear, pair, tmp_path, value, position
+):
     given = list(pair["F32"])
     given[position] = spoiled(given[position], tmp_path / "spoiled", value)
     (tmp_path / "room").mkdir()
@@ -341,13 +442,21 @@ def test_a_number_that_is_none_in_an_input_is_refused_by_name(linear, pair, tmp_
     assert fault.place == f"{given[position]}: {NAME}" and "--allow-nan" in fault.remedy
     assert not list((tmp_path / "room").iterdir())
     linear(*given, tmp_path / "room" / "out", options={"allow_nan": True})
-    bad = [name for name, tensor in tensors_of(tmp_path / "room" / "out").items() if not tensor.isfinite().all()]
+    bad = [
+        name
+        for name, tensor in tensors_of(tmp_path / "room" / "out").items()
+        if not tensor.isfinite().all()
+    ]
     assert bad == [NAME]
 
 
 def test_finite_numbers_whose_sum_is_not_are_no_fault(linear, pair, tmp_path):
     large = [
-        changed(donor, tmp_path / f"large{number}", lambda arrays: arrays | {NAME: np.full_like(arrays[NAME], 3e38)})
+        changed(
+            donor,
+            tmp_path / f"large{number}",
+            lambda arrays: arrays | {NAME: np.full_like(arrays[NAME], 3e38)},
+        )
         for number, donor in enumerate(pair["F32"])
     ]
     linear(*large, tmp_path / "out")
@@ -355,7 +464,11 @@ def test_finite_numbers_whose_sum_is_not_are_no_fault(linear, pair, tmp_path):
 
 
 def test_a_result_that_overflows_its_type_is_refused(linear, pair, tmp_path):
-    large = changed(pair["F32"][0], tmp_path / "large", lambda arrays: arrays | {NAME: np.full_like(arrays[NAME], 1e6)})
+    large = changed(
+        pair["F32"][0],
+        tmp_path / "large",
+        lambda arrays: arrays | {NAME: np.full_like(arrays[NAME], 1e6)},
+    )
     with pytest.raises(FrankenmergeError) as caught:
         linear(large, pair["F32"][1], tmp_path / "out", dtype="F16")
     (fault,) = caught.value.faults
@@ -377,7 +490,9 @@ def test_a_copied_tensor_is_read_for_nan_where_that_is_asked_for(pair, tmp_path,
     opened = open_donors(recipe)
     with pytest.raises(FrankenmergeError) as caught:
         merge(recipe, opened, tmp_path / "out", check_finite=True)
-    assert [fault.place for fault in caught.value.faults] == [f"{donor}: {NAME}"] and not (tmp_path / "out").exists()
+    assert [fault.place for fault in caught.value.faults] == [f"{donor}: {NAME}"] and not (
+        tmp_path / "out"
+    ).exists()
     merge(recipe, opened, tmp_path / "out")
     sound = recipe_of([Block(str(donor), index) for index in (0, 1, 3)])
     merge(sound, opened, tmp_path / "sound", check_finite=True)
@@ -409,10 +524,14 @@ def test_a_donor_that_shrinks_while_it_is_computed_with_is_told(linear, pair, tm
     (tmp_path / "room").mkdir()
     with pytest.raises(FrankenmergeError) as caught:
         linear(
-            donor, pair["F32"][1], tmp_path / "room" / "out",
+            donor,
+            pair["F32"][1],
+            tmp_path / "room" / "out",
             options={"progress": lambda _: os.truncate(donor / "model.safetensors", 9000)},
         )
-    assert "ended at byte 9,000" in caught.value.faults[0].found and not list((tmp_path / "room").iterdir())
+    assert "ended at byte 9,000" in caught.value.faults[0].found and not list(
+        (tmp_path / "room").iterdir()
+    )
 
 
 # Memory
@@ -433,17 +552,37 @@ print(result.bytes, int(peak) * 1024, heavy)
 
 def test_a_copy_holds_a_small_part_of_what_it_copies_and_needs_no_torch(donors, tmp_path):
     """Against a donor of zeros that takes no room on the disk."""
-    donor = Path(shutil.copytree(donors["a"], tmp_path / "donor", ignore=shutil.ignore_patterns("*.safetensors")))
+    donor = Path(
+        shutil.copytree(
+            donors["a"], tmp_path / "donor", ignore=shutil.ignore_patterns("*.safetensors")
+        )
+    )
     config = json.loads((donor / "config.json").read_text())
-    shape = {"hidden_size": 1024, "intermediate_size": 6144, "num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 256}
+    shape = {
+        "hidden_size": 1024,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+    }
     (donor / "config.json").write_text(json.dumps(config | shape))
     weights = {"model.embed_tokens": (48, 1024), "lm_head": (48, 1024), "model.norm": (1024,)}
     for block in range(2):
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"):
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+        ):
             weights[f"model.layers.{block}.{name}"] = (1024, 1024)
-        weights |= {f"model.layers.{block}.mlp.{name}_proj": (6144, 1024) for name in ("gate", "up")}
+        weights |= {
+            f"model.layers.{block}.mlp.{name}_proj": (6144, 1024) for name in ("gate", "up")
+        }
         weights[f"model.layers.{block}.mlp.down_proj"] = (1024, 6144)
-        weights |= {f"model.layers.{block}.{name}": (1024,) for name in ("input_layernorm", "post_attention_layernorm")}
+        weights |= {
+            f"model.layers.{block}.{name}": (1024,)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        }
     header, position = {}, 0
     for name, size in weights.items():
         stop = position + 4 * int(np.prod(size))
@@ -452,6 +591,11 @@ def test_a_copy_holds_a_small_part_of_what_it_copies_and_needs_no_torch(donors, 
     text = json.dumps(header).encode()
     (donor / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     os.truncate(donor / "model.safetensors", 8 + len(text) + position)
-    done = subprocess.run([sys.executable, "-c", PEAK, str(donor), str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(donor), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     written, peak, heavy = map(int, done.stdout.split())
     assert written > 350e6 and peak < 150e6 and heavy == 0

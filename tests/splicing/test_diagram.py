@@ -7,7 +7,16 @@ import pytest
 
 from frankenmerge.artefacts.recipe import parse_recipe
 from frankenmerge.reporting.heatmaps import contrast
-from frankenmerge.splicing.diagram import COLOURS, DARK_COLOURS, Piece, described, layout, pieces_of, svg, visible
+from frankenmerge.splicing.diagram import (
+    COLOURS,
+    DARK_COLOURS,
+    Piece,
+    described,
+    layout,
+    pieces_of,
+    svg,
+    visible,
+)
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -23,11 +32,16 @@ def test_every_known_frankenmerge_is_drawn_whole(path):
     slices = pieces_of(found, {})
     made = layout(slices, {})
     assert made.blocks == len(found.blocks) and len(made.seams) == len(found.seams)
-    assert sum(cell.height for cell in made.slices) == pytest.approx(made.blocks * made.block_height)
+    assert sum(cell.height for cell in made.slices) == pytest.approx(
+        made.blocks * made.block_height
+    )
     used = {(made.donors[cell.donor], int(cell.label)) for cell in made.columns if cell.used}
     assert used == {(block.model, block.index) for block in found.blocks}
     inside = [*made.columns, *made.slices]
-    assert all(0 <= cell.x and cell.x + cell.width <= made.width and 0 <= cell.y <= made.height for cell in inside)
+    assert all(
+        0 <= cell.x and cell.x + cell.width <= made.width and 0 <= cell.y <= made.height
+        for cell in inside
+    )
     root = ElementTree.fromstring(svg(slices, {}, "s"))
     assert root.tag == f"{SVG}svg" and root.get("role") == "img"
     texts = [text.text for text in root.iter(f"{SVG}text")]
@@ -38,7 +52,9 @@ def test_ribbons_lead_from_a_donor_s_blocks_to_where_they_go():
     made = layout([[Piece("x/a", 0, 3)], [Piece("x/b", 1, 4)]], {"x/a": 6, "x/b": 4})
     first, second = made.ribbons
     high = made.block_height
-    assert [cell.donor for cell in made.columns].count(0) == 6 and [cell.donor for cell in made.columns].count(1) == 4
+    assert [cell.donor for cell in made.columns].count(0) == 6 and [
+        cell.donor for cell in made.columns
+    ].count(1) == 4
     columns = {n: [cell for cell in made.columns if cell.donor == n] for n in (0, 1)}
     assert first.source[1:] == (columns[0][0].y, columns[0][0].y + 3 * high)
     assert second.source[1:] == (columns[1][1].y, columns[1][1].y + 3 * high)
@@ -57,7 +73,9 @@ def test_sources_of_one_slice_stand_side_by_side():
 
 
 def test_whole_models_are_drawn_where_their_depth_is_known():
-    whole = parse_recipe("merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}", "r")
+    whole = parse_recipe(
+        "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}", "r"
+    )
     assert pieces_of(whole, {}) == []
     assert pieces_of(whole, {"a": 4, "b": 4}) == [[Piece("a", 0, 4), Piece("b", 0, 4)]]
 
@@ -67,7 +85,10 @@ def test_the_picture_in_words():
     assert told == "The result has 4 blocks: 0–2 from a 0–2; 3 from b 5 merged with c 1."
 
 
-@pytest.mark.parametrize("name", ["</title><script>alert(1)</script>", 'a"b', "a\x00b\x1b[31m", "\u202eevil", "\ud800", "a&b;<"])
+@pytest.mark.parametrize(
+    "name",
+    ["</title><script>alert(1)</script>", 'a"b', "a\x00b\x1b[31m", "\u202eevil", "\ud800", "a&b;<"],
+)
 def test_a_hostile_name_is_shown_and_does_nothing(name):
     text = svg([[Piece(name, 0, 2)]], {}, "s")
     root = ElementTree.fromstring(text.encode("utf-8"))

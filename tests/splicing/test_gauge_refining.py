@@ -33,7 +33,10 @@ def few_rows(monkeypatch):
 
 def nudged(turn: Turn, amount: float) -> Turn:
     """A turn beside a given one, which leaves the all-ones direction where that leaves it."""
-    skew = torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * amount
+    skew = (
+        torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        * amount
+    )
     skew = (torch.eye(16) - 1 / 16).double() @ (skew - skew.T) @ (torch.eye(16) - 1 / 16).double()
     return Turn(turn.matrix @ torch.matrix_exp(skew), turn.scale)
 
@@ -49,15 +52,21 @@ def test_refining_leads_back_towards_the_right_turn(family, maps, tmp_path):
     centred = FAMILIES[family].norm == "layer"
     away = random_turn(16, 1, centred=centred)
     second = turned_donor(first, tmp_path / "second", away)
-    recipe = recipe_of((first, 0, 2, None), (second, 2, 4, {"to": "previous", "refine": 60, "maps": maps}))
+    recipe = recipe_of(
+        (first, 0, 2, None), (second, 2, 4, {"to": "previous", "refine": 60, "maps": maps})
+    )
     donors = open_donors(recipe)
     models = {name: load_model(donor).requires_grad_(False) for name, donor in donors.items()}
-    start = nudged(Turn(away.matrix.T.contiguous()), 0.2 if family == "gpt2" else 0.05)  # this one hardly feels less
+    start = nudged(
+        Turn(away.matrix.T.contiguous()), 0.2 if family == "gpt2" else 0.05
+    )  # this one hardly feels less
     found = refined(recipe, donors, models, {1: start}, show(models, SHOWN))[1]
 
     @torch.no_grad()
     def divergence(fit):
-        said = virtual_splice(recipe, donors, models, {1: fit})(input_ids=SHOWN).logits.log_softmax(-1)
+        said = virtual_splice(recipe, donors, models, {1: fit})(input_ids=SHOWN).logits.log_softmax(
+            -1
+        )
         right = models[str(first)](input_ids=SHOWN).logits.log_softmax(-1)
         return float((right.exp() * (right - said)).sum(-1).mean())
 
@@ -68,7 +77,9 @@ def test_refining_leads_back_towards_the_right_turn(family, maps, tmp_path):
     else:
         assert min(map(off, found)) > 1e-6 and all(turn.writing is not None for turn in found)
     if centred and maps == "turns":
-        torch.testing.assert_close(found[0].matrix.sum(0), torch.ones(16, dtype=torch.float64), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            found[0].matrix.sum(0), torch.ones(16, dtype=torch.float64), atol=1e-5, rtol=0
+        )
 
 
 @torch.no_grad()
@@ -95,7 +106,10 @@ def strangers(donors, maps, **gauge):
     a, b = donors["a"], donors["deep"]
     refine = {"refine": 4, "maps": maps, **gauge}
     return recipe_of(
-        (b, 0, 2, {"to": "base", **refine}), (a, 1, 3, None), (b, 2, 4, {"to": "previous"}), (a, 3, 4, {"to": "base", **refine}),
+        (b, 0, 2, {"to": "base", **refine}),
+        (a, 1, 3, None),
+        (b, 2, 4, {"to": "previous"}),
+        (a, 3, 4, {"to": "base", **refine}),
         base_model=str(a),
     )
 
@@ -105,13 +119,21 @@ def test_what_is_written_is_what_is_run(donors, maps, tmp_path):
     recipe = strangers(donors, maps)
     virtual, written = in_memory(recipe), on_disk(recipe, tmp_path / "merged")
     torch.testing.assert_close(written, virtual, atol=1e-5, rtol=1e-5)
-    plain = in_memory(parse_recipe(recipe.dump().replace("refine: 4", "").replace(f"maps: {maps}", ""), "plain"))
+    plain = in_memory(
+        parse_recipe(recipe.dump().replace("refine: 4", "").replace(f"maps: {maps}", ""), "plain")
+    )
     assert (virtual - plain).abs().max() > 1e-3
     fits = fitted_turns(recipe, open_donors(recipe))
     told = json.loads((tmp_path / "merged" / "frankenmerge.json").read_text())["gauges"]
-    assert told["0"]["refined"] == [turn.hash for turn in fits[0].refined] and len(set(told["0"]["refined"])) == 2
+    assert (
+        told["0"]["refined"] == [turn.hash for turn in fits[0].refined]
+        and len(set(told["0"]["refined"])) == 2
+    )
     assert "refined" not in told["2"] and len(told["3"]["refined"]) == 2
-    source, made = (load_file(path) for path in (donors["a"] / "model.safetensors", tmp_path / "merged" / "model.safetensors"))
+    source, made = (
+        load_file(path)
+        for path in (donors["a"] / "model.safetensors", tmp_path / "merged" / "model.safetensors")
+    )
     expected = fits[3].refined[0].writes.T @ source["model.layers.3.mlp.down_proj.weight"].double()
     assert torch.equal(made["model.layers.6.mlp.down_proj.weight"], expected.float())
 
@@ -133,15 +155,26 @@ def test_fits_and_steps_are_told_as_they_are_made(donors, tmp_path):
 def test_a_slice_between_tied_ends_is_refined_too(donors, tmp_path):
     tied, other = donors["b"], write_donor(tmp_path / "other", seed=9, tie_word_embeddings=True)
     gauge = {"to": "base", "refine": 3}
-    recipe = recipe_of((other, 0, 1, None), (donors["a"], 1, 3, gauge), (tied, 3, 4, None), base_model=str(tied),
-                       embedding=str(tied), head=str(tied))
-    torch.testing.assert_close(on_disk(recipe, tmp_path / "merged"), in_memory(recipe), atol=1e-5, rtol=1e-5)
+    recipe = recipe_of(
+        (other, 0, 1, None),
+        (donors["a"], 1, 3, gauge),
+        (tied, 3, 4, None),
+        base_model=str(tied),
+        embedding=str(tied),
+        head=str(tied),
+    )
+    torch.testing.assert_close(
+        on_disk(recipe, tmp_path / "merged"), in_memory(recipe), atol=1e-5, rtol=1e-5
+    )
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
 
 
 def test_every_step_counts_and_a_text_is_shown_as_well(donors, text):
     more, longer = strangers(donors, "turns", refine=5), strangers(donors, "turns", fit=str(text))
-    once, *others = (fitted_turns(recipe, open_donors(recipe))[0] for recipe in (strangers(donors, "turns"), more, longer))
+    once, *others = (
+        fitted_turns(recipe, open_donors(recipe))[0]
+        for recipe in (strangers(donors, "turns"), more, longer)
+    )
     assert all(turn.hash != other.refined[0].hash for turn in once.refined for other in others)
     assert once.turn.hash == others[0].turn.hash != others[1].turn.hash
 
@@ -157,7 +190,10 @@ def test_a_resumed_merge_keeps_the_fits_it_began_with(donors, tmp_path, monkeypa
     kept = tmp_path / ".merged.partial" / "fits.safetensors"
     fits = load_fits(kept)
     other = {
-        number: fit._replace(turn=random_turn(16, 9), refined=(random_turn(16, 9),) * len(fit.refined)) for number, fit in fits.items()
+        number: fit._replace(
+            turn=random_turn(16, 9), refined=(random_turn(16, 9),) * len(fit.refined)
+        )
+        for number, fit in fits.items()
     }
     save_fits(other, kept)
     on_disk(recipe, output, resume=True)
@@ -180,7 +216,9 @@ def test_fits_are_read_as_they_were_written(donors, maps, tmp_path):
     assert [turn.hash for turn in again[0].refined] == [turn.hash for turn in fits[0].refined]
 
 
-def test_further_processes_take_the_fits_of_the_first_and_miss_it_where_it_is_gone(donors, tmp_path):
+def test_further_processes_take_the_fits_of_the_first_and_miss_it_where_it_is_gone(
+    donors, tmp_path
+):
     recipe, folder = strangers(donors, "turns"), tmp_path / "work"
     folder.mkdir()
     with pytest.raises(FrankenmergeError, match="RANK 0"):
@@ -211,4 +249,14 @@ def test_linear_maps_are_for_refined_gauges_alone():
 
 def test_turns_are_hashed_by_their_numbers():
     eye = torch.eye(2).double()
-    assert len({Turn(eye).hash, Turn(eye, 2.0).hash, Turn(eye, 1.0, 2 * eye).hash, Turn(eye, 1.0, eye).hash}) == 4
+    assert (
+        len(
+            {
+                Turn(eye).hash,
+                Turn(eye, 2.0).hash,
+                Turn(eye, 1.0, 2 * eye).hash,
+                Turn(eye, 1.0, eye).hash,
+            }
+        )
+        == 4
+    )

@@ -92,7 +92,10 @@ def test_source_before_slice_before_module_before_recipe(plan, speaking):
             plan(text)
         return
     for operation in plan(text).values():
-        assert [entry.parameters["weight"] for entry in operation.inputs] == [1 if said[0] else shared[0], shared[0]]
+        assert [entry.parameters["weight"] for entry in operation.inputs] == [
+            1 if said[0] else shared[0],
+            shared[0],
+        ]
 
 
 def test_a_gradient_runs_over_each_slice_from_its_first_to_its_last_block(plan):
@@ -106,10 +109,16 @@ slices:
 parameters: {t: [0, 0.6, 0.9]}
 """)
     found = [made[layer(index)].parameters["t"] for index in range(7)]
-    # Depths 0, 1/3, 2/3, 1 of the first slice: 0, 2/3 of the way to 0.6, a third of the way on to 0.9, 0.9.
+    # Depths 0, 1/3, 2/3, 1 of the first slice: 0, 2/3 of the way to 0.6, a third of the way on to
+    # 0.9, 0.9.
     assert found == pytest.approx([0, 0.4, 0.7, 0.9, 0, 0.9, 0.9])
     # What is in no block is at depth 0, as mergekit 0.1.5 has it.
-    assert made[EMBEDDING].parameters["t"] == made[NORM].parameters["t"] == made[HEAD].parameters["t"] == 0
+    assert (
+        made[EMBEDDING].parameters["t"]
+        == made[NORM].parameters["t"]
+        == made[HEAD].parameters["t"]
+        == 0
+    )
 
 
 def test_filters_name_donors_tensors_for_models_and_the_result_s_for_the_whole(plan):
@@ -126,11 +135,18 @@ parameters:
 """.replace("model: c", "model: deep")
     )
     assert [made[layer(index)].inputs[0].parameters["weight"] for index in (0, 1)] == [6, 5]
-    assert [made[name].parameters["lambda"] for name in (layer(0), layer(1), EMBEDDING, HEAD)] == [7, 9, 8, 9]
+    assert [made[name].parameters["lambda"] for name in (layer(0), layer(1), EMBEDDING, HEAD)] == [
+        7,
+        9,
+        8,
+        9,
+    ]
 
 
 def test_defaults_are_filled_in_and_have_their_types(plan):
-    made = plan("merge_method: ties\nbase_model: a\nmodels: [{model: b}]\nparameters: {weight: 1, normalize: 0, int8_mask: true}\n")
+    made = plan(
+        "merge_method: ties\nbase_model: a\nmodels: [{model: b}]\nparameters: {weight: 1, normalize: 0, int8_mask: true}\n"
+    )
     operation = made[layer(2)]
     assert operation.inputs[0].parameters == {"weight": 1, "density": 1.0}
     assert operation.parameters["normalize"] is False and operation.parameters["lambda"] == 1.0
@@ -147,14 +163,22 @@ def test_the_base_of_whole_models_is_no_input_whether_listed_or_not(plan, donors
     made = plan(text, third=third)
     for index in range(4):
         operation = made[layer(index)]
-        assert names_of(operation.inputs, donors) == ["a", "b"] and operation.base.donor == str(third)
+        assert names_of(operation.inputs, donors) == ["a", "b"] and operation.base.donor == str(
+            third
+        )
         assert [entry.source for entry in (*operation.inputs, operation.base)] == [layer(index)] * 3
 
 
 def test_a_base_that_the_method_has_no_use_for_gives_only_the_config(plan, donors, tmp_path):
     third = write_donor(tmp_path / "third", seed=8)
-    made = plan("merge_method: linear\nbase_model: third\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n", third=third)
-    assert all(operation.base is None and names_of(operation.inputs, donors) == ["a", "b"] for operation in made.values())
+    made = plan(
+        "merge_method: linear\nbase_model: third\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n",
+        third=third,
+    )
+    assert all(
+        operation.base is None and names_of(operation.inputs, donors) == ["a", "b"]
+        for operation in made.values()
+    )
 
 
 def test_a_slice_s_own_base_counts_there(plan, donors):
@@ -167,7 +191,9 @@ slices:
     base_model: b
 parameters: {t: 0.5}
 """)
-    assert [names_of([made[layer(index)].base, *made[layer(index)].inputs], donors) for index in (1, 2)] == [["a", "b"], ["b", "a"]]
+    assert [
+        names_of([made[layer(index)].base, *made[layer(index)].inputs], donors) for index in (1, 2)
+    ] == [["a", "b"], ["b", "a"]]
 
 
 def test_a_base_that_is_no_source_gives_the_range_that_the_sources_share(plan, donors):
@@ -193,7 +219,10 @@ parameters: {{{parameters}}}
 """)
     for index in (0, 1):
         operation = made[layer(index)]
-        found = [entry.source for entry in ((operation.base,) if operation.base else ()) + operation.inputs]
+        found = [
+            entry.source
+            for entry in ((operation.base,) if operation.base else ()) + operation.inputs
+        ]
         assert found == [layer(index), layer(index + 2)]
 
 
@@ -206,7 +235,11 @@ slices:
   - sources: [{model: a, layer_range: [2, 4]}, {model: b, layer_range: [2, 4]}]
 parameters: {t: 0.5}
 """)
-    assert isinstance(made[layer(1)], Copy) and names_of([made[layer(1)]], donors) == ["b"] and isinstance(made[EMBEDDING], Copy)
+    assert (
+        isinstance(made[layer(1)], Copy)
+        and names_of([made[layer(1)]], donors) == ["b"]
+        and isinstance(made[EMBEDDING], Copy)
+    )
     assert isinstance(made[layer(2)], Combine)
 
 
@@ -220,26 +253,50 @@ slices: [{sources: [{model: a, layer_range: [0, 2]PARAMETERS}]}, {sources: [{mod
 
 
 def test_a_plain_passthrough_is_all_copies(plan):
-    assert all(isinstance(operation, Copy) for operation in plan(STACK.replace("PARAMETERS", "")).values())
+    assert all(
+        isinstance(operation, Copy) for operation in plan(STACK.replace("PARAMETERS", "")).values()
+    )
     unscaled = STACK.replace("PARAMETERS", ", parameters: {scale: 1}")
     assert all(isinstance(operation, Copy) for operation in plan(unscaled).values())
 
 
 def test_what_is_scaled_is_computed_and_the_rest_copied(plan):
-    made = plan(STACK.replace("PARAMETERS", ", parameters: {scale: [{filter: o_proj, value: 0.5}, {value: 1}]}"))
-    computed = {name: operation for name, operation in made.items() if isinstance(operation, Combine)}
+    made = plan(
+        STACK.replace(
+            "PARAMETERS", ", parameters: {scale: [{filter: o_proj, value: 0.5}, {value: 1}]}"
+        )
+    )
+    computed = {
+        name: operation for name, operation in made.items() if isinstance(operation, Combine)
+    }
     assert set(computed) == {layer(index, "self_attn.o_proj.weight") for index in (0, 1)}
-    assert all(operation.method == "passthrough" and operation.inputs[0].parameters["scale"] == 0.5 for operation in computed.values())
+    assert all(
+        operation.method == "passthrough" and operation.inputs[0].parameters["scale"] == 0.5
+        for operation in computed.values()
+    )
 
 
 @pytest.mark.parametrize(
-    "keys, dtype", [("dtype: bfloat16", "BF16"), ("out_dtype: float16", "F16"), ("dtype: float32\nout_dtype: bfloat16", "BF16")]
+    "keys, dtype",
+    [
+        ("dtype: bfloat16", "BF16"),
+        ("out_dtype: float16", "F16"),
+        ("dtype: float32\nout_dtype: bfloat16", "BF16"),
+    ],
 )
-def test_the_type_asked_for_is_that_of_every_tensor_and_of_the_config(donors, tmp_path, keys, dtype):
+def test_the_type_asked_for_is_that_of_every_tensor_and_of_the_config(
+    donors, tmp_path, keys, dtype
+):
     stage = whole(STACK.replace("PARAMETERS", "") + keys, donors, tmp_path)
     assert {operation.dtype for operation in stage.operations} == {dtype}
-    assert all(isinstance(operation, Combine) and operation.method == "passthrough" for operation in stage.operations)
-    assert result_config(stage.recipe, stage.donors)["dtype"] == {"BF16": "bfloat16", "F16": "float16"}[dtype]
+    assert all(
+        isinstance(operation, Combine) and operation.method == "passthrough"
+        for operation in stage.operations
+    )
+    assert (
+        result_config(stage.recipe, stage.donors)["dtype"]
+        == {"BF16": "bfloat16", "F16": "float16"}[dtype]
+    )
     halves = sum(2 * operation.inputs[0].tensor.bytes // 4 for operation in stage.operations)
     assert sum(operation.bytes for operation in stage.operations) == halves
 
@@ -250,41 +307,73 @@ def test_donors_of_several_types_need_one_named(donors, tmp_path):
     (fault,) = told(text, donors | {"half": half}, tmp_path)
     assert fault.place == "recipe: dtype" and "float32" in fault.found and "bfloat16" in fault.found
     stage = whole(text + "dtype: float32", donors | {"half": half}, tmp_path)
-    kinds = {type(operation) for operation in stage.operations if operation.name.startswith(("model.layers.0.", "model.layers.1."))}
-    assert kinds == {Copy} and isinstance(stage.operations[-1], Combine) and stage.operations[-1].dtype == "F32"
+    kinds = {
+        type(operation)
+        for operation in stage.operations
+        if operation.name.startswith(("model.layers.0.", "model.layers.1."))
+    }
+    assert (
+        kinds == {Copy}
+        and isinstance(stage.operations[-1], Combine)
+        and stage.operations[-1].dtype == "F32"
+    )
 
 
 def test_embedding_norm_and_head_come_from_the_donors_named(plan, donors):
     keys = "embedding: deep\nfinal_norm: b\nhead: deep\nparameters: {scale: 3}\n"
     made = plan(STACK.replace("PARAMETERS", "") + keys)
     ends = [made[name] for name in (EMBEDDING, NORM, HEAD)]
-    assert all(isinstance(operation, Copy) for operation in ends) and names_of(ends, donors) == ["deep", "b", "deep"]
+    assert all(isinstance(operation, Copy) for operation in ends) and names_of(ends, donors) == [
+        "deep",
+        "b",
+        "deep",
+    ]
     assert made[layer(0)].inputs[0].parameters["scale"] == 3
 
 
-@pytest.mark.parametrize("text, head", [
-    ("merge_method: linear\nmodels: [{model: b}, {model: t}]\nparameters: {weight: [0.2, 1]}\n", None),
-    ("merge_method: linear\nmodels: [{model: b}, {model: a}]\nparameters: {weight: 1}\n", [EMBEDDING, HEAD]),
-    ("merge_method: ties\nmodels: [{model: b}]\nbase_model: a\nparameters: {weight: 1}\n", [EMBEDDING, HEAD]),
-    ("merge_method: passthrough\nmodels: [{model: b}]\n", None),
-    ("merge_method: passthrough\nmodels: [{model: b}]\nembedding: t\n", [EMBEDDING]),
-    ("merge_method: passthrough\nmodels: [{model: b}]\nembedding: b\nhead: b\n", None),
-    ("merge_method: linear\nmodels: [{model: b}]\nbase_model: t\nembedding: b\nparameters: {weight: 1}\n", [EMBEDDING]),
-])
+@pytest.mark.parametrize(
+    "text, head",
+    [
+        (
+            "merge_method: linear\nmodels: [{model: b}, {model: t}]\nparameters: {weight: [0.2, 1]}\n",
+            None,
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: b}, {model: a}]\nparameters: {weight: 1}\n",
+            [EMBEDDING, HEAD],
+        ),
+        (
+            "merge_method: ties\nmodels: [{model: b}]\nbase_model: a\nparameters: {weight: 1}\n",
+            [EMBEDDING, HEAD],
+        ),
+        ("merge_method: passthrough\nmodels: [{model: b}]\n", None),
+        ("merge_method: passthrough\nmodels: [{model: b}]\nembedding: t\n", [EMBEDDING]),
+        ("merge_method: passthrough\nmodels: [{model: b}]\nembedding: b\nhead: b\n", None),
+        (
+            "merge_method: linear\nmodels: [{model: b}]\nbase_model: t\nembedding: b\nparameters: {weight: 1}\n",
+            [EMBEDDING],
+        ),
+    ],
+)
 def test_the_head_is_written_where_it_parts_from_the_embedding(donors, tmp_path, text, head):
     tied = write_donor(tmp_path / "t", seed=7, tie_word_embeddings=True)
     stage = whole(text, donors | {"t": tied}, tmp_path)
     made = {operation.name: operation for operation in stage.operations}
     found = made.get(HEAD)
     sources = found and (
-        [found.source] if isinstance(found, Copy) else [entry.source for entry in (*found.inputs, *filter(None, [found.base]))]
+        [found.source]
+        if isinstance(found, Copy)
+        else [entry.source for entry in (*found.inputs, *filter(None, [found.base]))]
     )
     assert sources == head and is_tied(result_config(stage.recipe, stage.donors)) == (head is None)
 
 
 def test_every_tensor_has_a_seed_of_its_own_that_the_recipe_s_seed_changes(plan):
     text = "merge_method: dare_ties\nbase_model: a\nmodels: [{model: b}]\nparameters: {weight: 1}\n"
-    seeds = [{name: operation.seed for name, operation in plan(text + more).items()} for more in ("", "", "seed: 0", "seed: 1")]
+    seeds = [
+        {name: operation.seed for name, operation in plan(text + more).items()}
+        for more in ("", "", "seed: 0", "seed: 1")
+    ]
     assert seeds[0] == seeds[1] == seeds[2] and len(set(seeds[0].values())) == len(seeds[0])
     assert not set(seeds[0].values()) & set(seeds[3].values())
     assert all(0 <= seed < 1 << 63 for seed in seeds[0].values())
@@ -296,13 +385,17 @@ def test_a_merge_by_every_method_has_the_tensors_of_its_model(donors, tmp_path, 
     spec = METHODS[method]
     needed = spec.models[1] or max(spec.models[0], 2)
     models = ", ".join(f"{{model: {name}}}" for name in ("a", "b")[:needed])
-    parameters = ", ".join(f"{name}: 0.5" for name, parameter in spec.parameters.items() if parameter.default is None)
+    parameters = ", ".join(
+        f"{name}: 0.5" for name, parameter in spec.parameters.items() if parameter.default is None
+    )
     text = f"merge_method: {method}\nmodels: [{models}]\nparameters: {{{parameters}}}\n" + (
         "base_model: third\n" if spec.base != "none" else ""
     )
     stage = whole(text, donors | {"third": third}, tmp_path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**result_config(stage.recipe, stage.donors)))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**result_config(stage.recipe, stage.donors))
+        )
     assert {made.name: tuple(made.shape) for made in stage.operations} == {
         key: tuple(value.shape) for key, value in model.state_dict().items()
     }
@@ -315,43 +408,117 @@ def test_a_merge_by_every_method_has_the_tensors_of_its_model(donors, tmp_path, 
     "text, place, said",
     [
         ("merge_method: lineer\nmodels: [{model: a}]", "merge_method", "write linear"),
-        ("merge_method: slerp\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}", "models", "base_model"),
-        ("merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}, {model: b}]\nparameters: {t: 0}", "models", "2"),
+        (
+            "merge_method: slerp\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}",
+            "models",
+            "base_model",
+        ),
+        (
+            "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}, {model: b}]\nparameters: {t: 0}",
+            "models",
+            "2",
+        ),
         ("merge_method: passthrough\nmodels: [{model: a}, {model: b}]", "models", "2"),
-        (f"{PRECEDENCE}parameters: {{weight: 1}}".replace("linear", "passthrough").replace("weight", "scale"),
-         "modules.default.slices[0].sources", "2"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {wieght: 1}}]", "models[0].parameters.wieght", "write weight"),
-        ("merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1, normalise: true}", "parameters.normalise", "write normalize"),
-        ("merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1, normalize: 2}", "parameters.normalize", "true or false"),
-        ("merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: true}", "parameters.weight", "a number"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {normalize: true}}]\nparameters: {weight: 1}",
-         "models[0].parameters.normalize", "single models"),
-        ("merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: {max_iter: 2.5}", "parameters.max_iter", "whole number"),
-        ("merge_method: ties\nbase_model: a\nmodels: [{model: b}]\nparameters: {weight: 1, density: [0, 1.5]}",
-         "parameters.density", "from 0 to 1"),
-        ("merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: [{filter: self_atn, value: 1}, {value: 2}]}",
-         "parameters.weight", "self_atn"),
-        ("merge_method: linear\nmodels: [{model: a}, {model: b}]", "model.embed_tokens.weight, model 1", "nothing"),
-        ("merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: [{filter: mlp, value: 1}]}",
-         "model.embed_tokens.weight, model 1", "nothing"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]",
-         "model.embed_tokens.weight", "sum is not 0"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: [0, -2]}}]",
-         "model.norm.weight", None),
-        ("merge_method: linear\nmodels: [{model: a}, {model: deep}]\nparameters: {weight: 1}", "models", "4"),
-        ("merge_method: linear\nmodels: [{model: a}, {model: wide}]\nparameters: {weight: 1}", "recipe", "hidden_size"),
-        ("merge_method: linear\nmodels: [{model: a}, {model: g}]\nparameters: {weight: 1}", "recipe", "gpt2"),
-        ("merge_method: linear\nparameters: {weight: 1}\n"
-         "slices: [{sources: [{model: a, layer_range: [2, 6]}, {model: b, layer_range: [0, 4]}]}]",
-         "slices[0].sources[0].layer_range", "[0, 4]"),
+        (
+            f"{PRECEDENCE}parameters: {{weight: 1}}".replace("linear", "passthrough").replace(
+                "weight", "scale"
+            ),
+            "modules.default.slices[0].sources",
+            "2",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {wieght: 1}}]",
+            "models[0].parameters.wieght",
+            "write weight",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1, normalise: true}",
+            "parameters.normalise",
+            "write normalize",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1, normalize: 2}",
+            "parameters.normalize",
+            "true or false",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: true}",
+            "parameters.weight",
+            "a number",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {normalize: true}}]\nparameters: {weight: 1}",
+            "models[0].parameters.normalize",
+            "single models",
+        ),
+        (
+            "merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: {max_iter: 2.5}",
+            "parameters.max_iter",
+            "whole number",
+        ),
+        (
+            "merge_method: ties\nbase_model: a\nmodels: [{model: b}]\nparameters: {weight: 1, density: [0, 1.5]}",
+            "parameters.density",
+            "from 0 to 1",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: [{filter: self_atn, value: 1}, {value: 2}]}",
+            "parameters.weight",
+            "self_atn",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}, {model: b}]",
+            "model.embed_tokens.weight, model 1",
+            "nothing",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: [{filter: mlp, value: 1}]}",
+            "model.embed_tokens.weight, model 1",
+            "nothing",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]",
+            "model.embed_tokens.weight",
+            "sum is not 0",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: [0, -2]}}]",
+            "model.norm.weight",
+            None,
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}, {model: deep}]\nparameters: {weight: 1}",
+            "models",
+            "4",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}, {model: wide}]\nparameters: {weight: 1}",
+            "recipe",
+            "hidden_size",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a}, {model: g}]\nparameters: {weight: 1}",
+            "recipe",
+            "gpt2",
+        ),
+        (
+            "merge_method: linear\nparameters: {weight: 1}\n"
+            "slices: [{sources: [{model: a, layer_range: [2, 6]}, {model: b, layer_range: [0, 4]}]}]",
+            "slices[0].sources[0].layer_range",
+            "[0, 4]",
+        ),
     ],
 )
 def test_a_fault_is_told_with_its_place(donors, tmp_path, text, place, said):
     if said is None:  # weights whose sum is 0 nowhere but between two blocks are sound
         whole(text, donors, tmp_path)
         return
-    faults = told(text.replace("SOURCE", "").replace("SLICE\nMODULE\nRECIPE\n", ""), donors, tmp_path)
-    assert any(fault.place.endswith(place) and said in str(fault) for fault in faults), [str(fault) for fault in faults]
+    faults = told(
+        text.replace("SOURCE", "").replace("SLICE\nMODULE\nRECIPE\n", ""), donors, tmp_path
+    )
+    assert any(fault.place.endswith(place) and said in str(fault) for fault in faults), [
+        str(fault) for fault in faults
+    ]
 
 
 def test_weights_whose_sum_is_0_in_one_block_alone_are_refused(donors, tmp_path):
@@ -386,7 +553,14 @@ parameters: {tt: 0.5, t: 7}
 
 def test_blocks_of_other_kinds_are_not_merged(tmp_path):
     kinds = ["sliding_attention", "full_attention"] * 2
-    donor = write_donor(tmp_path / "q", "qwen2", seed=1, layer_types=kinds, use_sliding_window=True, sliding_window=8)
+    donor = write_donor(
+        tmp_path / "q",
+        "qwen2",
+        seed=1,
+        layer_types=kinds,
+        use_sliding_window=True,
+        sliding_window=8,
+    )
     text = """\
 merge_method: linear
 slices: [{sources: [{model: q, layer_range: [0, 2]}, {model: q, layer_range: [SHIFT]}]}]
@@ -400,7 +574,10 @@ parameters: {weight: 1}
 def test_a_tensor_that_one_donor_lacks_is_not_dropped(donors, tmp_path):
     biased = write_donor(tmp_path / "biased", seed=4, attention_bias=True)
     text = "merge_method: linear\nmodels: [{model: a}, {model: biased}]\nparameters: {weight: 1}\n"
-    assert any("attention_bias" in fault.found for fault in told(text, donors | {"biased": biased}, tmp_path))
+    assert any(
+        "attention_bias" in fault.found
+        for fault in told(text, donors | {"biased": biased}, tmp_path)
+    )
 
 
 def test_donors_that_cannot_be_opened_do_not_hide_the_method_s_faults(tmp_path):
@@ -414,11 +591,26 @@ def test_donors_that_cannot_be_opened_do_not_hide_the_method_s_faults(tmp_path):
 @pytest.fixture
 def speakers(tmp_path) -> dict[str, Path]:
     """Two donors of other vocabularies: `few` has t0 to t9, `more` t5 to t9 under other ids and two tokens of its own."""
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     few = write_stand_in(tmp_path / "few", "llama", vocab_size=10, **shape)
     more = write_stand_in(tmp_path / "more", "llama", vocab_size=9, **shape)
-    tokenizer = {"model": {"type": "BPE", "vocab": {f"t{index}": 9 - index for index in range(5, 10)}, "merges": []},
-                 "added_tokens": [{"id": index, "content": text, "special": True} for index, text in ((5, "<u>"), (6, "<v>"))]}
+    tokenizer = {
+        "model": {
+            "type": "BPE",
+            "vocab": {f"t{index}": 9 - index for index in range(5, 10)},
+            "merges": [],
+        },
+        "added_tokens": [
+            {"id": index, "content": text, "special": True}
+            for index, text in ((5, "<u>"), (6, "<v>"))
+        ],
+    }
     (more / "tokenizer.json").write_text(json.dumps(tokenizer))
     return {"few": few, "more": more}
 
@@ -429,7 +621,10 @@ BOTH = "merge_method: linear\nbase_model: few\nmodels: [{model: few}, {model: mo
 def origins(entry, donors) -> list[tuple[str, int] | None]:
     rows = entry.rows
     letters = {str(path): name for name, path in donors.items()}
-    return [None if number < 0 else (letters[rows.donors[number]], int(row)) for number, row in zip(rows.origin, rows.row, strict=True)]
+    return [
+        None if number < 0 else (letters[rows.donors[number]], int(row))
+        for number, row in zip(rows.origin, rows.row, strict=True)
+    ]
 
 
 def test_other_vocabularies_are_refused_where_no_tokenizer_is_named(speakers, tmp_path):
@@ -446,8 +641,14 @@ def test_a_union_has_every_token_and_the_donors_own_rows(speakers, tmp_path):
     for name in (EMBEDDING, HEAD):
         assert made[name].shape == (12, 16)
         few, more = made[name].inputs
-        assert origins(few, speakers) == [("few", index) for index in range(10)] + [("more", 5), ("more", 6)]
-        assert origins(more, speakers) == [("few", index) for index in range(5)] + shared + [("more", 5), ("more", 6)]
+        assert origins(few, speakers) == [("few", index) for index in range(10)] + [
+            ("more", 5),
+            ("more", 6),
+        ]
+        assert origins(more, speakers) == [("few", index) for index in range(5)] + shared + [
+            ("more", 5),
+            ("more", 6),
+        ]
     assert made[NORM].inputs[0].rows is None
     assert result_config(stage.recipe, stage.donors)["vocab_size"] == 12
 
@@ -464,7 +665,10 @@ def test_a_token_beyond_the_donor_s_matrix_has_another_donor_s_row_or_zeros(spea
 def test_a_named_tokenizer_has_its_donor_s_order(speakers, tmp_path):
     stage = whole(BOTH + "tokenizer_source: more\n", speakers, tmp_path)
     few, more = stage.operations[0].inputs
-    assert origins(few, speakers) == [("few", 9 - index) for index in range(5)] + [("more", 5), ("more", 6)]
+    assert origins(few, speakers) == [("few", 9 - index) for index in range(5)] + [
+        ("more", 5),
+        ("more", 6),
+    ]
     assert origins(more, speakers) == [("more", index) for index in range(7)]
     assert result_config(stage.recipe, stage.donors)["vocab_size"] == 7
 
@@ -494,8 +698,16 @@ tokenizer:
 
 
 def test_a_token_s_source_that_has_no_such_token_is_refused(speakers, tmp_path):
-    for source in ("few", "{kind: model_token, model: few, token: nowhere}", "{kind: model_token, model: few, token_id: 10}"):
-        (fault,) = told(BOTH + f"tokenizer: {{tokens: {{<u>: {{source: {source}, force: true}}}}}}\n", speakers, tmp_path)
+    for source in (
+        "few",
+        "{kind: model_token, model: few, token: nowhere}",
+        "{kind: model_token, model: few, token_id: 10}",
+    ):
+        (fault,) = told(
+            BOTH + f"tokenizer: {{tokens: {{<u>: {{source: {source}, force: true}}}}}}\n",
+            speakers,
+            tmp_path,
+        )
         assert "<u>" in fault.place
 
 
@@ -509,15 +721,22 @@ slices: [{sources: [{model: few, layer_range: [0, 1]}]}, {sources: [{model: more
     stage = whole(text + "tokenizer_source: base\n", speakers, tmp_path)
     made = {operation.name: operation for operation in stage.operations}
     # The head's donor lacks t0 to t4: these rows are the other's.
-    assert isinstance(made[EMBEDDING], Copy) or origins(made[EMBEDDING].inputs[0], speakers) == [("few", index) for index in range(10)]
-    wanted = [("few", index) for index in range(5)] + [("more", 9 - index) for index in range(5, 10)]
+    assert isinstance(made[EMBEDDING], Copy) or origins(made[EMBEDDING].inputs[0], speakers) == [
+        ("few", index) for index in range(10)
+    ]
+    wanted = [("few", index) for index in range(5)] + [
+        ("more", 9 - index) for index in range(5, 10)
+    ]
     assert origins(made[HEAD].inputs[0], speakers) == wanted
 
 
 @pytest.mark.parametrize("source", ["base", "union", "b"])
 def test_donors_of_one_vocabulary_are_copied_whatever_tokenizer_is_named(plan, source):
     assert all(
-        isinstance(operation, Copy) for operation in plan(STACK.replace("PARAMETERS", "") + f"tokenizer_source: {source}\n").values()
+        isinstance(operation, Copy)
+        for operation in plan(
+            STACK.replace("PARAMETERS", "") + f"tokenizer_source: {source}\n"
+        ).values()
     )
 
 
@@ -543,22 +762,40 @@ def test_a_virtual_splice_refuses_what_it_cannot_do(donors):
 
     for text, place in [
         (STACK.replace("PARAMETERS", "") + "dtype: bfloat16\n", "dtype"),
-        ("merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n", "merge_method"),
-        (STACK.replace("PARAMETERS", "") + "tokenizer: {source: union, pad_to_multiple_of: 64}\n", "tokenizer"),
+        (
+            "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n",
+            "merge_method",
+        ),
+        (
+            STACK.replace("PARAMETERS", "")
+            + "tokenizer: {source: union, pad_to_multiple_of: 64}\n",
+            "tokenizer",
+        ),
     ]:
         recipe = named(text, donors)
         with pytest.raises(FrankenmergeError) as caught:
             virtual_splice(recipe, open_donors(recipe), {})
-        assert any(fault.place == f"recipe: {place}" and "merge it" in fault.remedy for fault in caught.value.faults)
+        assert any(
+            fault.place == f"recipe: {place}" and "merge it" in fault.remedy
+            for fault in caught.value.faults
+        )
 
 
 def test_a_virtual_splice_takes_its_ends_from_the_donors_named(donors):
     from frankenmerge.donors.checkpoint import open_checkpoint
     from frankenmerge.models.loading import load_model, virtual_splice
 
-    recipe = named(STACK.replace("PARAMETERS", "") + "embedding: b\nfinal_norm: a\nhead: deep\n", donors)
+    recipe = named(
+        STACK.replace("PARAMETERS", "") + "embedding: b\nfinal_norm: a\nhead: deep\n", donors
+    )
     opened = {name: open_checkpoint(name) for name in recipe.donors}
     models = {name: load_model(checkpoint) for name, checkpoint in opened.items()}
     state = virtual_splice(recipe, opened, models).state_dict()
-    for name, donor in ((EMBEDDING, "b"), (NORM, "a"), (HEAD, "deep"), (layer(1), "a"), (layer(3), "b")):
+    for name, donor in (
+        (EMBEDDING, "b"),
+        (NORM, "a"),
+        (HEAD, "deep"),
+        (layer(1), "a"),
+        (layer(3), "b"),
+    ):
         assert torch.equal(state[name], models[str(donors[donor])].state_dict()[name])

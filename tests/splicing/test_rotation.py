@@ -9,11 +9,27 @@ from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.families import FAMILIES, USUAL
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models.loading import load_model
-from frankenmerge.splicing.rotation import Turn, gauge_faults, meeting, procrustes, random_turn, residual, turned
+from frankenmerge.splicing.rotation import (
+    Turn,
+    gauge_faults,
+    meeting,
+    procrustes,
+    random_turn,
+    residual,
+    turned,
+)
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41], [5, 5, 2, 47, 19, 1]])
-TURNED = [name for name, architecture in FAMILIES.items() if architecture.stream and not architecture.stream.behind]
-BEHIND = [name for name, architecture in FAMILIES.items() if architecture.stream and architecture.stream.behind]
+TURNED = [
+    name
+    for name, architecture in FAMILIES.items()
+    if architecture.stream and not architecture.stream.behind
+]
+BEHIND = [
+    name
+    for name, architecture in FAMILIES.items()
+    if architecture.stream and architecture.stream.behind
+]
 
 
 @torch.no_grad()
@@ -23,7 +39,11 @@ def logits(path):
 
 def faults_of(donor):
     checkpoint = open_checkpoint(str(donor))
-    return gauge_faults(checkpoint.architecture, {name for names in checkpoint.by_role.values() for name in names}, "here")
+    return gauge_faults(
+        checkpoint.architecture,
+        {name for names in checkpoint.by_role.values() for name in names},
+        "here",
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -34,7 +54,11 @@ def test_a_donor_turned_as_a_whole_gives_the_same_logits(family, tied, tmp_path)
     turn = Turn(random_turn(16, 1, centred=centred).matrix, 1.7)
     path = turned_donor(source, tmp_path / "turned", turn)
     before, after = load_file(source / "model.safetensors"), load_file(path / "model.safetensors")
-    assert not any(torch.allclose(before[name], after[name], atol=1e-2) for name in before if before[name].dim() == 2)
+    assert not any(
+        torch.allclose(before[name], after[name], atol=1e-2)
+        for name in before
+        if before[name].dim() == 2
+    )
     torch.testing.assert_close(logits(path), logits(source), atol=1e-4, rtol=1e-4)
 
 
@@ -45,12 +69,15 @@ def test_a_turn_that_moves_the_all_ones_direction_changes_a_layer_norm_donor(fam
     assert (logits(path) - logits(source)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("family, changes", [
-    ("llama", {"attention_bias": True, "mlp_bias": True}),
-    ("llama", {"num_key_value_heads": 1, "head_dim": 6}),
-    ("qwen3_moe", {"mlp_only_layers": [1, 2]}),
-    ("stablelm", {"qk_layernorm": True, "use_qkv_bias": True}),
-])
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"num_key_value_heads": 1, "head_dim": 6}),
+        ("qwen3_moe", {"mlp_only_layers": [1, 2]}),
+        ("stablelm", {"qk_layernorm": True, "use_qkv_bias": True}),
+    ],
+)
 def test_biases_and_blocks_of_other_kinds_are_turned_too(family, changes, tmp_path):
     source = write_donor(tmp_path / "donor", family, seed=3, **changes)
     turn = random_turn(16, 1, centred=FAMILIES[family].norm == "layer")
@@ -76,9 +103,14 @@ def test_families_that_nobody_has_described_are_refused():
 
 
 def test_a_family_whose_donor_lacks_a_norm_is_refused(tmp_path):
-    sequential, parallel = (write_donor(tmp_path / str(flag), "stablelm", seed=3, use_parallel_residual=flag) for flag in (False, True))
+    sequential, parallel = (
+        write_donor(tmp_path / str(flag), "stablelm", seed=3, use_parallel_residual=flag)
+        for flag in (False, True)
+    )
     assert not faults_of(sequential)
-    assert [fault.place for fault in faults_of(parallel)] == ["here: model.layers.{}.post_attention_layernorm.weight"]
+    assert [fault.place for fault in faults_of(parallel)] == [
+        "here: model.layers.{}.post_attention_layernorm.weight"
+    ]
 
 
 def test_a_tensor_that_nobody_has_placed_is_refused():
@@ -89,7 +121,9 @@ def test_a_tensor_that_nobody_has_placed_is_refused():
 def test_a_shift_beside_a_gain_of_zero_is_refused():
     met = meeting(FAMILIES["gpt2"], "transformer.h.{}.ln_1.bias")
     with pytest.raises(FrankenmergeError, match="ln_1"):
-        turned(torch.ones(4), met, random_turn(4, 0, centred=True), torch.tensor([1.0, 0.0, 1.0, 1.0]))
+        turned(
+            torch.ones(4), met, random_turn(4, 0, centred=True), torch.tensor([1.0, 0.0, 1.0, 1.0])
+        )
 
 
 @pytest.mark.parametrize("centred", [False, True])

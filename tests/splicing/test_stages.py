@@ -17,7 +17,9 @@ def recipes(text: str):
 
 
 def stage(name: str | None, *models: str) -> str:
-    slices = ", ".join(f"{{sources: [{{model: {model}, layer_range: [0, 1]}}]}}" for model in models)
+    slices = ", ".join(
+        f"{{sources: [{{model: {model}, layer_range: [0, 1]}}]}}" for model in models
+    )
     return (f"name: {name}\n" if name else "") + f"merge_method: passthrough\nslices: [{slices}]\n"
 
 
@@ -31,12 +33,16 @@ def test_a_single_recipe_is_its_own_result_named_or_not():
 
 
 def test_stages_come_behind_those_they_use_wherever_they_stand():
-    text = joined(stage("three", "two", "one"), stage(None, "three"), stage("two", "one"), stage("one", "a"))
+    text = joined(
+        stage("three", "two", "one"), stage(None, "three"), stage("two", "one"), stage("one", "a")
+    )
     assert [recipe.name for recipe in in_order(recipes(text))] == ["one", "two", "three", None]
 
 
 def test_the_last_stage_is_the_result_where_all_have_names():
-    assert [recipe.name for recipe in in_order(recipes(joined(stage("one", "a"), stage("two", "one"))))] == ["one", "two"]
+    assert [
+        recipe.name for recipe in in_order(recipes(joined(stage("one", "a"), stage("two", "one"))))
+    ] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +58,9 @@ def test_the_last_stage_is_the_result_where_all_have_names():
 def test_stages_that_make_no_result_are_refused(stages, said):
     with pytest.raises(FrankenmergeError) as caught:
         in_order(recipes(joined(*stages)))
-    assert said in str(caught.value) or said.replace("one uses two", "two uses one") in str(caught.value)
+    assert said in str(caught.value) or said.replace("one uses two", "two uses one") in str(
+        caught.value
+    )
 
 
 @pytest.fixture
@@ -65,7 +73,9 @@ def test_later_stages_are_held_against_what_earlier_ones_will_be(donors, scratch
     a, b = donors["a"], donors["b"]
     text = joined(stage("one", a, b, a), stage(None, "one").replace("[0, 1]", "[0, STOP]"))
     found = checked(recipes(text.replace("STOP", "3")), scratch)
-    assert [len([made for made in entry.operations if "q_proj" in made.name]) for entry in found] == [3, 3]
+    assert [
+        len([made for made in entry.operations if "q_proj" in made.name]) for entry in found
+    ] == [3, 3]
     shutil.rmtree(scratch)
     scratch.mkdir()
     with pytest.raises(FrankenmergeError) as caught:
@@ -74,12 +84,19 @@ def test_later_stages_are_held_against_what_earlier_ones_will_be(donors, scratch
 
 
 def test_faults_of_all_stages_are_told_together(donors, scratch):
-    text = joined(stage("one", donors["a"]).replace("[0, 1]", "[0, 9]"), stage("two", donors["g"]).replace("passthrough", "nothing"),
-                  stage(None, "one", "two").replace("passthrough", "anything"))
+    text = joined(
+        stage("one", donors["a"]).replace("[0, 1]", "[0, 9]"),
+        stage("two", donors["g"]).replace("passthrough", "nothing"),
+        stage(None, "one", "two").replace("passthrough", "anything"),
+    )
     with pytest.raises(FrankenmergeError) as caught:
         checked(recipes(text), scratch, place="r.yaml")
     found = [fault.place for fault in caught.value.faults]
-    assert found == ["r.yaml: stage one: slices[0].sources[0].layer_range", "r.yaml: stage two: merge_method", "r.yaml: merge_method"]
+    assert found == [
+        "r.yaml: stage one: slices[0].sources[0].layer_range",
+        "r.yaml: stage two: merge_method",
+        "r.yaml: merge_method",
+    ]
 
 
 def test_a_stage_is_made_again_only_when_its_inputs_changed(donors, tmp_path):
@@ -102,10 +119,16 @@ def test_a_stage_is_made_again_only_when_its_inputs_changed(donors, tmp_path):
 
     assert run() == ["one", "two", "out"]
     provenance = json.loads((output / "frankenmerge.json").read_text())["tensors"]
-    folders = {"0": output.with_name("out.stages") / "one", "1": output.with_name("out.stages") / "two"}
+    folders = {
+        "0": output.with_name("out.stages") / "one",
+        "1": output.with_name("out.stages") / "two",
+    }
     for block, folder in folders.items():
         assert provenance[f"model.layers.{block}.mlp.up_proj.weight"]["donor"] == str(folder)
-        assert provenance[f"model.layers.{block}.mlp.up_proj.weight"]["tensor"] == "model.layers.0.mlp.up_proj.weight"
+        assert (
+            provenance[f"model.layers.{block}.mlp.up_proj.weight"]["tensor"]
+            == "model.layers.0.mlp.up_proj.weight"
+        )
     assert run() == ["out"]
     shutil.rmtree(own)
     write_donor(own, seed=12)
@@ -123,7 +146,10 @@ def test_the_command_line_merges_stages_and_tells_of_each(donors, tmp_path, run)
     assert (code, told["depth"], told["stages"]["one"]["depth"]) == (0, 1, 2)
     code, out, _ = run("check", path)
     assert code == 0 and "Stage one makes" in out and "KV cache per token" in out
-    assert run("merge", path, tmp_path / "out", "--dry-run")[0] == 0 and not (tmp_path / "out").exists()
+    assert (
+        run("merge", path, tmp_path / "out", "--dry-run")[0] == 0
+        and not (tmp_path / "out").exists()
+    )
     assert run("merge", path, tmp_path / "out")[0] == 0
     assert (tmp_path / "out.stages" / "one" / "config.json").is_file()
     assert run("check", path)[0] == 0
@@ -134,9 +160,15 @@ def test_the_figures_of_a_check(donors, tmp_path, run):
     path.write_text(stage(None, donors["a"], donors["a"]) + "dtype: float16\n")
     code, out, _ = run("check", path, "--json")
     told = json.loads(out)
-    # Two blocks of width 16 with 24 inner, four heads and two for keys; 48 tokens, embedding and head.
+    # Two blocks of width 16 with 24 inner, four heads and two for keys; 48 tokens, embedding and
+    # head.
     parameters = 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16 + 2 * 16) + 2 * 48 * 16 + 16
-    assert (code, told["parameters"], told["bytes"], told["dtype"]) == (0, parameters, 2 * parameters, "float16")
+    assert (code, told["parameters"], told["bytes"], told["dtype"]) == (
+        0,
+        parameters,
+        2 * parameters,
+        "float16",
+    )
     assert told["memory"] == {"float16": 2 * parameters, "float32": 4 * parameters}
     assert told["kv_cache_per_token"] == 2 * 2 * 2 * 4 * 2
     assert told["computed"] == told["tensors"] == 2 * 9 + 3
@@ -153,13 +185,19 @@ slices:
   - sources: [{{model: {donors["a"]}, layer_range: [2, 4]}}]
     gauge: {{to: previous, fit: {text}}}
 """
-    last = "merge_method: passthrough\nslices: [{sources: [{model: turned, layer_range: [0, 4]}]}]\n"
+    last = (
+        "merge_method: passthrough\nslices: [{sources: [{model: turned, layer_range: [0, 4]}]}]\n"
+    )
     done: list[str] = []
 
     def run() -> list[str]:
         done.clear()
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        merge_stages(recipes(f"{turned}---\n{last}"), tmp_path / "out", lambda *given: (done.append(given[2].name), merge(*given)))
+        merge_stages(
+            recipes(f"{turned}---\n{last}"),
+            tmp_path / "out",
+            lambda *given: (done.append(given[2].name), merge(*given)),
+        )
         return list(done)
 
     assert run() == ["turned", "out"]

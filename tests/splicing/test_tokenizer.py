@@ -13,7 +13,11 @@ from frankenmerge.errors import FrankenmergeError
 from frankenmerge.splicing.tokenizer import TEMPLATES, tokenizer_files
 from frankenmerge.splicing.vocabulary import result_vocabulary
 
-TALK = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "bye"}]
+TALK = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "hi"},
+    {"role": "user", "content": "bye"},
+]
 
 
 def made(text: str, folder: Path):
@@ -41,8 +45,17 @@ def chatty(tmp_path) -> Path:
     vocabulary = data["model"]["vocab"]
     vocabulary["é"] = 48
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    data["added_tokens"] += [{"id": 49, "content": "<|im_start|>", **entry}, {"id": 50, "content": "<|im_end|>", **entry}]
+    entry = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    data["added_tokens"] += [
+        {"id": 49, "content": "<|im_start|>", **entry},
+        {"id": 50, "content": "<|im_end|>", **entry},
+    ]
     (donor / "tokenizer.json").write_text(json.dumps(data))
     return donor
 
@@ -50,12 +63,22 @@ def chatty(tmp_path) -> Path:
 def test_without_a_word_the_files_are_the_donor_s(donors, tmp_path):
     recipe = parse_recipe(linear(donors["a"], donors["b"]), "r.yaml")
     files = tokenizer_files(recipe, open_donors(recipe))
-    assert files == {path.name: path.read_bytes() for path in donors["a"].glob("*") if path.name in files} and "tokenizer.json" in files
+    assert (
+        files
+        == {path.name: path.read_bytes() for path in donors["a"].glob("*") if path.name in files}
+        and "tokenizer.json" in files
+    )
 
 
 def test_a_union_reads_text_as_its_base_does_and_knows_every_token(donors, chatty, tmp_path):
-    tokenizer, vocabulary = made(linear(donors["a"], chatty, more="tokenizer_source: union"), tmp_path / "out")
-    assert vocabulary is not None and tokenizer.get_vocab() == vocabulary.tokens and vocabulary.rows == 51
+    tokenizer, vocabulary = made(
+        linear(donors["a"], chatty, more="tokenizer_source: union"), tmp_path / "out"
+    )
+    assert (
+        vocabulary is not None
+        and tokenizer.get_vocab() == vocabulary.tokens
+        and vocabulary.rows == 51
+    )
     base = AutoTokenizer.from_pretrained(donors["a"])
     assert tokenizer("abcab")["input_ids"] == base("abcab")["input_ids"]
     ids = tokenizer("a<|im_end|>é")["input_ids"]
@@ -65,22 +88,39 @@ def test_a_union_reads_text_as_its_base_does_and_knows_every_token(donors, chatt
 
 
 def test_tokens_that_the_recipe_adds_are_known(donors, tmp_path):
-    text = linear(donors["a"], more="tokenizer: {source: base, tokens: {'<new>': {source: {kind: zero}}}}")
+    text = linear(
+        donors["a"], more="tokenizer: {source: base, tokens: {'<new>': {source: {kind: zero}}}}"
+    )
     tokenizer, vocabulary = made(text, tmp_path / "out")
     assert vocabulary is not None and vocabulary.tokens["<new>"] == 48
-    assert tokenizer("a<new>b")["input_ids"] == [tokenizer.convert_tokens_to_ids("a"), 48, tokenizer.convert_tokens_to_ids("b")]
+    assert tokenizer("a<new>b")["input_ids"] == [
+        tokenizer.convert_tokens_to_ids("a"),
+        48,
+        tokenizer.convert_tokens_to_ids("b"),
+    ]
 
 
 def test_a_named_tokenizer_s_files_are_that_donor_s(donors, chatty, tmp_path):
-    tokenizer, vocabulary = made(linear(donors["a"], chatty, more=f"tokenizer_source: {chatty}"), tmp_path / "out")
-    assert vocabulary is not None and tokenizer.get_vocab() == AutoTokenizer.from_pretrained(chatty).get_vocab() == vocabulary.tokens
+    tokenizer, vocabulary = made(
+        linear(donors["a"], chatty, more=f"tokenizer_source: {chatty}"), tmp_path / "out"
+    )
+    assert (
+        vocabulary is not None
+        and tokenizer.get_vocab()
+        == AutoTokenizer.from_pretrained(chatty).get_vocab()
+        == vocabulary.tokens
+    )
 
 
 def test_tokens_are_not_added_to_a_vocabulary_that_is_no_bpe(donors, chatty, tmp_path):
     other = Path(shutil.copytree(donors["a"], tmp_path / "unigram"))
     data = json.loads((other / "tokenizer.json").read_text())
     vocabulary = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)
-    data["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [[token, 0.0] for token in vocabulary]}
+    data["model"] = {
+        "type": "Unigram",
+        "unk_id": 0,
+        "vocab": [[token, 0.0] for token in vocabulary],
+    }
     (other / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(FrankenmergeError) as caught:
         made(linear(other, chatty, more="tokenizer_source: union"), tmp_path / "out")
@@ -109,14 +149,21 @@ def test_every_built_in_template_is_tested():
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_a_built_in_template_writes_its_format(donors, tmp_path, name):
     tokenizer, _ = made(linear(donors["a"], more=f"chat_template: {name}"), tmp_path / "out")
-    assert tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True) == EXPECTED[name]
+    assert (
+        tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+        == EXPECTED[name]
+    )
 
 
 def test_a_template_written_out_is_taken_and_replaces_the_donor_s(donors, tmp_path):
     own = Path(shutil.copytree(donors["a"], tmp_path / "own"))
     settings = json.loads((own / "tokenizer_config.json").read_text())
-    (own / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ 'old' }}"}))
-    tokenizer, _ = made(linear(own, more='chat_template: "{{ messages | length }}"'), tmp_path / "out")
+    (own / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": "{{ 'old' }}"})
+    )
+    tokenizer, _ = made(
+        linear(own, more='chat_template: "{{ messages | length }}"'), tmp_path / "out"
+    )
     assert tokenizer.apply_chat_template(TALK, tokenize=False) == "3"
     assert "old" not in "".join(path.read_text() for path in (tmp_path / "out").iterdir())
 
@@ -130,10 +177,22 @@ def test_auto_is_what_most_donors_have_and_the_first_of_equals(donors, tmp_path)
             (folders[name] / "chat_template.jinja").write_text(str(template))
         elif template:
             settings = json.loads((folders[name] / "tokenizer_config.json").read_text())
-            form = [{"name": "tool", "template": "x"}, {"name": "default", "template": template}] if name == "three" else template
-            (folders[name] / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": form}))
-    for names, expected in ((["one", "two", "three"], "two"), (["one", "two"], "one"), (["none", "two", "one"], "two")):
-        tokenizer, _ = made(linear(*(folders[name] for name in names), more="chat_template: auto"), tmp_path / "out")
+            form = (
+                [{"name": "tool", "template": "x"}, {"name": "default", "template": template}]
+                if name == "three"
+                else template
+            )
+            (folders[name] / "tokenizer_config.json").write_text(
+                json.dumps(settings | {"chat_template": form})
+            )
+    for names, expected in (
+        (["one", "two", "three"], "two"),
+        (["one", "two"], "one"),
+        (["none", "two", "one"], "two"),
+    ):
+        tokenizer, _ = made(
+            linear(*(folders[name] for name in names), more="chat_template: auto"), tmp_path / "out"
+        )
         assert tokenizer.apply_chat_template(TALK, tokenize=False) == expected
     with pytest.raises(FrankenmergeError) as caught:
         made(linear(folders["none"], more="chat_template: auto"), tmp_path / "out")
@@ -146,35 +205,55 @@ def test_a_template_of_no_known_name_is_refused(donors, tmp_path):
     assert "chatml" in caught.value.faults[0].expected
 
 
-@pytest.mark.parametrize("template", ["{% if %}", "{{ messages", "{% for message in messages %}{{ message.content }}"])
+@pytest.mark.parametrize(
+    "template", ["{% if %}", "{{ messages", "{% for message in messages %}{{ message.content }}"]
+)
 def test_a_template_that_is_no_jinja_is_refused(donors, tmp_path, template):
     with pytest.raises(FrankenmergeError) as caught:
         made(linear(donors["a"], more=f"chat_template: {json.dumps(template)}"), tmp_path / "out")
-    assert caught.value.faults[0].place == "recipe: chat_template" and "line 1" in caught.value.faults[0].found
+    assert (
+        caught.value.faults[0].place == "recipe: chat_template"
+        and "line 1" in caught.value.faults[0].found
+    )
 
 
 def test_a_template_may_mark_what_the_model_generates(donors, tmp_path):
     template = "{% for message in messages %}{%- generation -%}{{ message.content }}{% endgeneration %}{% break %}{% endfor %}"
-    tokenizer, _ = made(linear(donors["a"], more=f"chat_template: {json.dumps(template)}"), tmp_path / "out")
+    tokenizer, _ = made(
+        linear(donors["a"], more=f"chat_template: {json.dumps(template)}"), tmp_path / "out"
+    )
     assert tokenizer.apply_chat_template(TALK, tokenize=False) == TALK[0]["content"]
 
 
-@pytest.mark.parametrize("more", ["", "chat_template: chatml", "chat_template: auto", "tokenizer_source: union"])
+@pytest.mark.parametrize(
+    "more", ["", "chat_template: chatml", "chat_template: auto", "tokenizer_source: union"]
+)
 @pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff\xfe\x00"])
 def test_settings_that_cannot_be_read_are_told(donors, tmp_path, run, content, more):
     broken = Path(shutil.copytree(donors["a"], tmp_path / "broken"))
     (broken / "tokenizer_config.json").write_bytes(content)
     (tmp_path / "r.yaml").write_text(linear(broken, donors["b"], more=more))
     for command in (("check",), ("merge", "--dry-run")):
-        code, _, err = run(command[0], tmp_path / "r.yaml", *(["out"] if command[0] == "merge" else []), *command[1:])
-        assert code == 1 and f"{broken / 'tokenizer_config.json'}\n" in err and "Traceback" not in err, err
+        code, _, err = run(
+            command[0],
+            tmp_path / "r.yaml",
+            *(["out"] if command[0] == "merge" else []),
+            *command[1:],
+        )
+        assert (
+            code == 1 and f"{broken / 'tokenizer_config.json'}\n" in err and "Traceback" not in err
+        ), err
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("chat_template.jinja", b"\xff\xfe\x00", "UTF-8"),
-        ("tokenizer_config.json", b'{"chat_template": [5, {"name": 3}]}', "a donor with a chat template"),
+        (
+            "tokenizer_config.json",
+            b'{"chat_template": [5, {"name": 3}]}',
+            "a donor with a chat template",
+        ),
         ("chat_template.json", b"[]", "a JSON object"),
     ],
 )

@@ -19,7 +19,10 @@ SMALL = (".json", ".txt", ".model", ".jinja")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("repositories")
-    return {"one": write_donor(root / "one", seed=1), "sharded": write_donor(root / "sharded", seed=2, shard="20KB")}
+    return {
+        "one": write_donor(root / "one", seed=1),
+        "sharded": write_donor(root / "sharded", seed=2, shard="20KB"),
+    }
 
 
 @pytest.fixture
@@ -36,7 +39,9 @@ def call(hub, tmp_path):
     def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
         command = [sys.executable, "-m", "frankenmerge", *map(str, arguments)]
         own = {**os.environ, **hub.environment(tmp_path), **environment}
-        ended = subprocess.run(command, capture_output=True, text=True, env=own, cwd=tmp_path, timeout=120)
+        ended = subprocess.run(
+            command, capture_output=True, text=True, env=own, cwd=tmp_path, timeout=120
+        )
         return ended.returncode, ended.stdout, ended.stderr
 
     return run
@@ -54,7 +59,10 @@ def refused(call):
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
-    parts = [{"sources": [{"model": name, "layer_range": [0, 4]}]} for name in ("org/one", "org/sharded@v1")]
+    parts = [
+        {"sources": [{"model": name, "layer_range": [0, 4]}]}
+        for name in ("org/one", "org/sharded@v1")
+    ]
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump({"slices": parts, "merge_method": "passthrough"}))
     return path
@@ -71,7 +79,11 @@ def weights(folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("command", ["check", "dry-run"])
 def test_a_recipe_is_checked_by_headers_alone(call, hub, folders, recipe, tmp_path, command):
-    arguments = ["check", recipe] if command == "check" else ["merge", recipe, tmp_path / "out", "--dry-run"]
+    arguments = (
+        ["check", recipe]
+        if command == "check"
+        else ["merge", recipe, tmp_path / "out", "--dry-run"]
+    )
     code, out, err = call(*arguments, "--download", "--json")
     assert code == 0, err
     local = yaml.safe_load(recipe.read_text())
@@ -81,7 +93,8 @@ def test_a_recipe_is_checked_by_headers_alone(call, hub, folders, recipe, tmp_pa
     told = json.loads(call("check", tmp_path / "local.yaml", "--json")[1])
     assert {**json.loads(out), "recipe": ""} == {**told, "recipe": ""}
     assert {name: count for name, count in hub.served.items() if name.endswith(".safetensors")} == {
-        **weights(folders["one"]), **weights(folders["sharded"])
+        **weights(folders["one"]),
+        **weights(folders["sharded"]),
     }
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
@@ -91,9 +104,16 @@ def test_a_second_check_asks_for_the_revisions_alone_and_none_needs_a_network(ca
     first = call("check", recipe, "--download", "--json")
     hub.asked.clear()
     assert call("check", recipe, "--download", "--json") == first
-    assert sorted(hub.asked) == ["GET /api/models/org/one/revision/main", "GET /api/models/org/sharded/revision/v1"]
+    assert sorted(hub.asked) == [
+        "GET /api/models/org/one/revision/main",
+        "GET /api/models/org/sharded/revision/v1",
+    ]
     hub.asked.clear()
-    assert call("check", recipe, "--json") == first == call("check", recipe, "--json", HF_HUB_OFFLINE="1")
+    assert (
+        call("check", recipe, "--json")
+        == first
+        == call("check", recipe, "--json", HF_HUB_OFFLINE="1")
+    )
     assert hub.asked == []
 
 
@@ -106,21 +126,32 @@ def test_nothing_is_asked_without_consent(refused, hub, recipe):
 def test_inspect_tells_of_a_donor_without_its_weights(call, hub, folders):
     code, out, err = call("inspect", "org/one", "--download", "--json")
     assert code == 0, err
-    found, told = json.loads(out)["donors"][0], json.loads(call("inspect", folders["one"], "--json")[1])["donors"][0]
+    found, told = (
+        json.loads(out)["donors"][0],
+        json.loads(call("inspect", folders["one"], "--json")[1])["donors"][0],
+    )
     assert found == {**told, "name": "org/one", "fingerprint": None} and told["fingerprint"]
     assert hub.served["model.safetensors"] == header_bytes(folders["one"] / "model.safetensors")
     assert "weights not at hand" in call("inspect", "org/one")[1]
 
 
-def test_a_merge_behind_a_check_needs_the_weights_and_says_so(call, refused, hub, folders, recipe, tmp_path):
+def test_a_merge_behind_a_check_needs_the_weights_and_says_so(
+    call, refused, hub, folders, recipe, tmp_path
+):
     assert call("check", recipe, "--download")[0] == 0
     told = refused("merge", recipe, tmp_path / "out")
     assert "org/one" in told and "--download" in told and not (tmp_path / "out").exists()
     code, _, err = call("merge", recipe, tmp_path / "out", "--download")
     assert code == 0, err
-    donor, _, made = (folders["one"] / "model.safetensors"), None, json.loads((tmp_path / "out" / "frankenmerge.json").read_text())
+    donor, _, made = (
+        (folders["one"] / "model.safetensors"),
+        None,
+        json.loads((tmp_path / "out" / "frankenmerge.json").read_text()),
+    )
     assert set(made["donors"]) == {"org/one", "org/sharded@v1"}
-    assert hub.served["model.safetensors"] == header_bytes(donor) + donor.stat().st_size  # the header once, and the whole
+    assert (
+        hub.served["model.safetensors"] == header_bytes(donor) + donor.stat().st_size
+    )  # the header once, and the whole
     assert call("check", tmp_path / "out")[0] == 0
     hub.asked.clear()
     assert call("inspect", "org/one", "--json")[0] == 0 and hub.asked == []
@@ -132,20 +163,28 @@ def test_a_lora_on_the_hub_is_known_by_its_header_alone(call, hub, folders, tmp_
     lora = tmp_path / "lora"
     lora.mkdir()
     (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    save_file({"a.lora_A.weight": __import__("numpy").zeros((4, 16), "float32")}, lora / "adapter_model.safetensors")
+    save_file(
+        {"a.lora_A.weight": __import__("numpy").zeros((4, 16), "float32")},
+        lora / "adapter_model.safetensors",
+    )
     hub.repositories["org/lora"] = Repository(lora)
     code, _, err = call("inspect", "org/one+org/lora", "--download")
     assert code == 0, err
-    assert hub.served["adapter_model.safetensors"] == header_bytes(lora / "adapter_model.safetensors")
+    assert hub.served["adapter_model.safetensors"] == header_bytes(
+        lora / "adapter_model.safetensors"
+    )
 
 
-@pytest.mark.parametrize("name, error, told", [
-    ("org/none", None, "none of that name, or one that is private"),
-    ("org/one@v2", None, "a revision of the repository"),
-    ("org/one", (403, "GatedRepo"), "ask for access"),
-    ("org/one", (401, "RepoNotFound"), "private"),
-    ("org/one", (403, "DisabledRepo"), "an answer of the hub"),
-])
+@pytest.mark.parametrize(
+    "name, error, told",
+    [
+        ("org/none", None, "none of that name, or one that is private"),
+        ("org/one@v2", None, "a revision of the repository"),
+        ("org/one", (403, "GatedRepo"), "ask for access"),
+        ("org/one", (401, "RepoNotFound"), "private"),
+        ("org/one", (403, "DisabledRepo"), "an answer of the hub"),
+    ],
+)
 def test_what_may_not_be_read_is_told_apart(refused, hub, name, error, told):
     hub.repositories["org/one"].error = error
     assert told in refused("inspect", name, "--download")
@@ -171,15 +210,18 @@ def test_an_answer_that_is_cut_off_is_told(refused, hub):
     assert "cut off" in refused("inspect", "org/one", "--download")
 
 
-@pytest.mark.parametrize("content, told", [
-    (struct.pack("<Q", 1 << 60) + b"{}", "a complete safetensors file"),
-    (struct.pack("<Q", 200_000_000) + bytes(10), "a complete safetensors file"),
-    (b"abc", "8 bytes"),
-    (b"", "an answer of the hub"),
-    (struct.pack("<Q", 2) + b"[]" + bytes(64), "a JSON object"),
-    (struct.pack("<Q", 0), "a safetensors header"),
-    (struct.pack("<Q", 2) + b"{}" + bytes(64), "as its header says"),
-])
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (struct.pack("<Q", 1 << 60) + b"{}", "a complete safetensors file"),
+        (struct.pack("<Q", 200_000_000) + bytes(10), "a complete safetensors file"),
+        (b"abc", "8 bytes"),
+        (b"", "an answer of the hub"),
+        (struct.pack("<Q", 2) + b"[]" + bytes(64), "a JSON object"),
+        (struct.pack("<Q", 0), "a safetensors header"),
+        (struct.pack("<Q", 2) + b"{}" + bytes(64), "as its header says"),
+    ],
+)
 def test_a_header_that_is_none_is_refused_before_it_is_fetched_or_read(refused, hub, content, told):
     hub.repositories["org/one"].files["model.safetensors"] = content
     assert told in refused("inspect", "org/one", "--download")
@@ -190,7 +232,9 @@ def test_a_header_that_is_none_is_refused_before_it_is_fetched_or_read(refused, 
 def test_an_index_that_leaves_the_repository_is_refused(refused, hub, folders, shard):
     index = json.loads((folders["sharded"] / "model.safetensors.index.json").read_text())
     index["weight_map"][next(iter(index["weight_map"]))] = shard
-    hub.repositories["org/sharded"].files["model.safetensors.index.json"] = json.dumps(index).encode()
+    hub.repositories["org/sharded"].files["model.safetensors.index.json"] = json.dumps(
+        index
+    ).encode()
     told = refused("inspect", "org/sharded", "--download")
     assert "model.safetensors.index.json" in told or "ordinary file" in told
     assert not any("secret" in path or "passwd" in path or "/.." in path for path in hub.asked)
@@ -206,14 +250,18 @@ def test_a_shard_that_the_repository_lacks_is_named(refused, hub, tmp_path, fold
 
 def test_a_header_is_kept_by_commit(call, hub, tmp_path):
     assert call("inspect", "org/one", "--download")[0] == 0
-    assert [path.name for path in (tmp_path / "cache/frankenmerge/headers/org--one" / COMMIT).iterdir()] == ["model.safetensors.header"]
+    assert [
+        path.name for path in (tmp_path / "cache/frankenmerge/headers/org--one" / COMMIT).iterdir()
+    ] == ["model.safetensors.header"]
 
 
 def test_repositories_of_pickles_alone_are_told(refused, hub, tmp_path, folders):
     shutil.copytree(folders["one"], tmp_path / "old")
     (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
     hub.repositories["org/old"] = Repository(tmp_path / "old")
-    assert "model.safetensors or model.safetensors.index.json" in refused("inspect", "org/old", "--download")
+    assert "model.safetensors or model.safetensors.index.json" in refused(
+        "inspect", "org/old", "--download"
+    )
 
 
 @pytest.mark.parametrize("name", ["a/b--c", "a/.b", "a/b@../../c", "a/b@x/../y"])
@@ -226,29 +274,49 @@ def test_a_name_that_the_hub_does_not_know_is_refused(refused, name):
 
 @pytest.fixture
 def local(folders, tmp_path) -> Path:
-    parts = [{"sources": [{"model": str(folders[name]), "layer_range": [0, 4]}]} for name in ("one", "sharded")]
+    parts = [
+        {"sources": [{"model": str(folders[name]), "layer_range": [0, 4]}]}
+        for name in ("one", "sharded")
+    ]
     path = tmp_path / "local.yaml"
     path.write_text(yaml.safe_dump({"slices": parts, "merge_method": "passthrough"}))
     return path
 
 
-@pytest.mark.parametrize("name, private", [("me/merged", True), ("us/merged", False), ("merged", False)])
+@pytest.mark.parametrize(
+    "name, private", [("me/merged", True), ("us/merged", False), ("merged", False)]
+)
 def test_a_finished_merge_is_put_into_a_new_repository(call, hub, local, tmp_path, name, private):
     options = ["--private"] if private else []
     code, out, err = call(
-        "merge", local, tmp_path / "out", "--push-to-hub", name, "--shard-size", "20KB", *options, "--json", HF_TOKEN=TOKEN
+        "merge",
+        local,
+        tmp_path / "out",
+        "--push-to-hub",
+        name,
+        "--shard-size",
+        "20KB",
+        *options,
+        "--json",
+        HF_TOKEN=TOKEN,
     )
     assert code == 0, err
     full = name if "/" in name else f"me/{name}"
     assert json.loads(out)["repository"] == f"{hub.address}/{full}"
     assert hub.private[full] == private
-    assert hub.repositories[full].files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.repositories[full].files == {
+        path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()
+    }
     assert sum(file.endswith(".safetensors") for file in hub.repositories[full].files) > 1
 
 
 def test_a_merge_that_was_put_there_is_a_donor(call, hub, local, tmp_path):
-    assert call("merge", local, tmp_path / "out", "--push-to-hub", "me/merged", HF_TOKEN=TOKEN)[0] == 0
-    hub.repositories["me/merged"] = Repository(tmp_path / "out", files=hub.repositories["me/merged"].files)
+    assert (
+        call("merge", local, tmp_path / "out", "--push-to-hub", "me/merged", HF_TOKEN=TOKEN)[0] == 0
+    )
+    hub.repositories["me/merged"] = Repository(
+        tmp_path / "out", files=hub.repositories["me/merged"].files
+    )
     code, out, err = call("inspect", "me/merged", "--download", "--json")
     assert code == 0, err
     assert json.loads(out)["donors"][0]["blocks"] == 8
@@ -256,19 +324,35 @@ def test_a_merge_that_was_put_there_is_a_donor(call, hub, local, tmp_path):
 
 def test_nothing_is_put_anywhere_unless_it_was_asked_for(call, hub, local, tmp_path):
     assert call("merge", local, tmp_path / "out", HF_TOKEN=TOKEN)[0] == 0
-    assert call("merge", local, tmp_path / "other", "--push-to-hub", "me/merged", "--dry-run", HF_TOKEN=TOKEN)[0] == 0
+    assert (
+        call(
+            "merge",
+            local,
+            tmp_path / "other",
+            "--push-to-hub",
+            "me/merged",
+            "--dry-run",
+            HF_TOKEN=TOKEN,
+        )[0]
+        == 0
+    )
     assert not any(asked.startswith(("POST", "PUT")) for asked in hub.asked)
 
 
-@pytest.mark.parametrize("name, token, told", [
-    ("me/merged", "", "log in with"),
-    ("me/merged", "hf_wrong", "log in with"),
-    ("them/merged", TOKEN, "a repository of me, us"),
-    ("a/b/c", TOKEN, "correct --push-to-hub"),
-    ("../merged", TOKEN, "a repository of me, us"),
-    ("me/full", TOKEN, "one with model.safetensors"),
-])
-def test_what_cannot_be_put_there_is_told_before_the_merge(refused, hub, local, folders, tmp_path, name, token, told):
+@pytest.mark.parametrize(
+    "name, token, told",
+    [
+        ("me/merged", "", "log in with"),
+        ("me/merged", "hf_wrong", "log in with"),
+        ("them/merged", TOKEN, "a repository of me, us"),
+        ("a/b/c", TOKEN, "correct --push-to-hub"),
+        ("../merged", TOKEN, "a repository of me, us"),
+        ("me/full", TOKEN, "one with model.safetensors"),
+    ],
+)
+def test_what_cannot_be_put_there_is_told_before_the_merge(
+    refused, hub, local, folders, tmp_path, name, token, told
+):
     hub.repositories["me/full"] = Repository(tmp_path / "full")
     (tmp_path / "full").mkdir()
     shutil.copy(folders["one"] / "model.safetensors", tmp_path / "full")

@@ -1,7 +1,7 @@
 """The merge methods as a table: their parameters and how many models they take. Importing it does not import torch.
 
-Names and defaults are mergekit's. `span.py`, `sparse.py` and `fusion.py` hold the formulas; `combine.py` runs them by torch, `native.py`
-in C.
+Names and defaults are mergekit's. `span.py`, `sparse.py` and `fusion.py` hold the formulas;
+`combine.py` runs them by torch, `native.py` in C.
 """
 
 import math
@@ -18,7 +18,9 @@ class Parameter(NamedTuple):
     """A parameter of a method."""
 
     default: Value | None
-    """None: it must be given. Its type is the parameter's: a bool also takes 0 and 1, an int a whole float."""
+    """None: it must be given. Its type is the parameter's: a bool also takes 0 and 1, an int a
+    whole float.
+    """
     per_model: bool
     """One value for every model but the base; otherwise one for the whole tensor."""
     low: float = -math.inf
@@ -32,13 +34,19 @@ class Method:
 
     parameters: Mapping[str, Parameter]
     base: Literal["none", "optional", "required"]
-    """`none`: a base has no part in it; a model that the recipe calls base and lists is a model like the others."""
+    """`none`: a base has no part in it; a model that the recipe calls base and lists is a model
+    like the others.
+    """
     models: tuple[int, int | None]
-    """The fewest and the most models, the base not counted: slerp's two models are its base and one other."""
+    """The fewest and the most models, the base not counted: slerp's two models are its base and one
+    other.
+    """
     random: bool = False
     """Whether the result depends on the seed."""
     divides: str | None = None
-    """The parameter that has it divide by the sum of all weights (one that is not a switch: it always does)."""
+    """The parameter that has it divide by the sum of all weights (one that is not a switch: it
+    always does).
+    """
 
 
 _WEIGHT = {"weight": Parameter(None, True)}
@@ -50,9 +58,18 @@ _INT8_MASK = {"int8_mask": Parameter(False, False)}
 
 
 def _task(
-    normalize: bool, rescale: bool, extra: dict[str, Parameter] | None = None, *, random: bool = False, consensus: bool = False
+    normalize: bool,
+    rescale: bool,
+    extra: dict[str, Parameter] | None = None,
+    *,
+    random: bool = False,
+    consensus: bool = False,
 ) -> Method:
-    shared = {"normalize": Parameter(normalize, False), "rescale": Parameter(rescale, False), "lambda": Parameter(1.0, False)}
+    shared = {
+        "normalize": Parameter(normalize, False),
+        "rescale": Parameter(rescale, False),
+        "lambda": Parameter(1.0, False),
+    }
     parameters = _WEIGHT | _DENSITY | (extra or {}) | shared | _INT8_MASK
     # with sign consensus the divisor is the sum of the weights that agree
     return Method(parameters, "required", (1, None), random, None if consensus else "normalize")
@@ -60,10 +77,13 @@ def _task(
 
 METHODS: dict[str, Method] = {
     "passthrough": Method({"scale": Parameter(1.0, True)}, "none", (1, 1)),
-    "linear": Method(_WEIGHT | {"normalize": Parameter(True, False)}, "none", (1, None), divides="normalize"),
+    "linear": Method(
+        _WEIGHT | {"normalize": Parameter(True, False)}, "none", (1, None), divides="normalize"
+    ),
     "slerp": Method({"t": Parameter(None, False, 0, 1)}, "required", (1, 1)),
     "nuslerp": Method(
-        _WEIGHT | {"nuslerp_row_wise": Parameter(False, False), "nuslerp_flatten": Parameter(True, False)},
+        _WEIGHT
+        | {"nuslerp_row_wise": Parameter(False, False), "nuslerp_flatten": Parameter(True, False)},
         "optional",
         (2, 2),
         divides="weight",
@@ -74,7 +94,9 @@ METHODS: dict[str, Method] = {
         (1, None),
         divides="normalize_weights",
     ),
-    "karcher": Method({"max_iter": Parameter(10, False, 0), "tol": Parameter(1e-5, False, 0)}, "none", (1, None)),
+    "karcher": Method(
+        {"max_iter": Parameter(10, False, 0), "tol": Parameter(1e-5, False, 0)}, "none", (1, None)
+    ),
     "task_arithmetic": _task(False, False),
     "ties": _task(True, False, consensus=True),
     "dare_linear": _task(False, True, random=True),
@@ -89,7 +111,13 @@ METHODS: dict[str, Method] = {
     "sce": Method({"select_topk": Parameter(1.0, False, 0, 1)} | _INT8_MASK, "required", (1, None)),
     "ram": Method({"epsilon": Parameter(1e-5, False, 0)}, "required", (1, None)),
     "ramplus_tl": Method(
-        {"r": Parameter(0.1, False, 0), "alpha": Parameter(0.2, False, 0), "epsilon": Parameter(1e-5, False, 0)}, "required", (1, None)
+        {
+            "r": Parameter(0.1, False, 0),
+            "alpha": Parameter(0.2, False, 0),
+            "epsilon": Parameter(1e-5, False, 0),
+        },
+        "required",
+        (1, None),
     ),
 }
 """Every method by its name in a recipe."""
@@ -100,11 +128,22 @@ def resolved(method: str, given: Mapping[str, Value], *, per_model: bool) -> dic
     values: dict[str, Value] = {}
     for name, parameter in METHODS[method].parameters.items():
         if parameter.per_model == per_model:
-            values[name] = given[name] if parameter.default is None else type(parameter.default)(given.get(name, parameter.default))
+            values[name] = (
+                given[name]
+                if parameter.default is None
+                else type(parameter.default)(given.get(name, parameter.default))
+            )
     return values
 
 
-def faults(method: str, models: Sequence[Mapping[str, Value]], parameters: Mapping[str, Value], *, base: bool, place: str) -> list[Fault]:
+def faults(
+    method: str,
+    models: Sequence[Mapping[str, Value]],
+    parameters: Mapping[str, Value],
+    *,
+    base: bool,
+    place: str,
+) -> list[Fault]:
     """Everything that is wrong with what a method was given, the tensors' values left aside.
 
     Args:
@@ -121,25 +160,56 @@ def faults(method: str, models: Sequence[Mapping[str, Value]], parameters: Mappi
         for name, parameter in spec.parameters.items():
             if parameter.per_model == bool(number):
                 found += _value_faults(name, parameter, given.get(name, parameter.default), owner)
-        wrong = [name for name in given if name not in spec.parameters or spec.parameters[name].per_model != bool(number)]
-        known = ", ".join(name for name, parameter in spec.parameters.items() if parameter.per_model == bool(number)) or "none"
-        found += [Fault(owner, f"parameters of {method}: {known}", name, "correct or remove the parameter") for name in wrong]
-    return found or list(_joint_faults(method, models, resolved(method, parameters, per_model=False), place))
+        wrong = [
+            name
+            for name in given
+            if name not in spec.parameters or spec.parameters[name].per_model != bool(number)
+        ]
+        known = (
+            ", ".join(
+                name
+                for name, parameter in spec.parameters.items()
+                if parameter.per_model == bool(number)
+            )
+            or "none"
+        )
+        found += [
+            Fault(
+                owner, f"parameters of {method}: {known}", name, "correct or remove the parameter"
+            )
+            for name in wrong
+        ]
+    return found or list(
+        _joint_faults(method, models, resolved(method, parameters, per_model=False), place)
+    )
 
 
-def _number_faults(spec: Method, method: str, count: int, base: bool, place: str) -> Iterator[Fault]:
+def _number_faults(
+    spec: Method, method: str, count: int, base: bool, place: str
+) -> Iterator[Fault]:
     low, high = spec.models
     if count < low or (high is not None and count > high):
-        expected = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+        expected = (
+            f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+        )
         beside = " beside the base" if spec.base != "none" else ""
-        yield Fault(place, f"{expected} model{'s' * (expected != '1')}{beside} for {method}", f"{count}", "add or remove models")
+        yield Fault(
+            place,
+            f"{expected} model{'s' * (expected != '1')}{beside} for {method}",
+            f"{count}",
+            "add or remove models",
+        )
     if spec.base == "required" and not base:
         yield Fault(place, f"a base model, which {method} needs", "none", "name one as base_model")
 
 
-def _value_faults(name: str, parameter: Parameter, value: Value | None, owner: str) -> Iterator[Fault]:
+def _value_faults(
+    name: str, parameter: Parameter, value: Value | None, owner: str
+) -> Iterator[Fault]:
     if (expected := unfit(parameter, value)) is not None:
-        yield Fault(owner, f"{name}: {expected}", "nothing" if value is None else repr(value), f"set {name}")
+        yield Fault(
+            owner, f"{name}: {expected}", "nothing" if value is None else repr(value), f"set {name}"
+        )
 
 
 def unfit(parameter: Parameter, value: Value | None) -> str | None:
@@ -152,16 +222,28 @@ def unfit(parameter: Parameter, value: Value | None) -> str | None:
         return "a finite number"
     if isinstance(parameter.default, int) and value != int(value):
         return "a whole number"
-    return None if parameter.low <= value <= parameter.high else f"a number from {parameter.low:g} to {parameter.high:g}"
+    return (
+        None
+        if parameter.low <= value <= parameter.high
+        else f"a number from {parameter.low:g} to {parameter.high:g}"
+    )
 
 
-def _joint_faults(method: str, models: Sequence[Mapping[str, Value]], shared: Mapping[str, Value], place: str) -> Iterator[Fault]:
+def _joint_faults(
+    method: str, models: Sequence[Mapping[str, Value]], shared: Mapping[str, Value], place: str
+) -> Iterator[Fault]:
     divides = METHODS[method].divides
-    weights = [given["weight"] for given in models] if divides and shared.get(divides, True) else [1.0]
+    weights = (
+        [given["weight"] for given in models] if divides and shared.get(divides, True) else [1.0]
+    )
     if abs(math.fsum(weights)) <= 1e-8 * math.fsum(map(abs, weights)):
         found = " + ".join(map(str, weights)) + " = 0"
-        remedy = f"change a weight, or set {divides}: false" if divides in shared else "change a weight"
-        yield Fault(place, "weights whose sum is not 0, since they are divided by it", found, remedy)
+        remedy = (
+            f"change a weight, or set {divides}: false" if divides in shared else "change a weight"
+        )
+        yield Fault(
+            place, "weights whose sum is not 0, since they are divided by it", found, remedy
+        )
     if "epsilon" in METHODS[method].parameters and METHODS[method].parameters["epsilon"].per_model:
         for number, given in enumerate(models, 1):
             values = resolved(method, given, per_model=True)
@@ -169,5 +251,8 @@ def _joint_faults(method: str, models: Sequence[Mapping[str, Value]], shared: Ma
             if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
                 found = f"{density:g} - {epsilon:g} and {density:g} + {epsilon:g}"
                 yield Fault(
-                    f"{place}, model {number}", "density - epsilon above 0 and density + epsilon below 1", found, "choose a smaller epsilon"
+                    f"{place}, model {number}",
+                    "density - epsilon above 0 and density + epsilon below 1",
+                    found,
+                    "choose a smaller epsilon",
                 )

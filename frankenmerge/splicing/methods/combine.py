@@ -1,9 +1,11 @@
 """Run a merge method, by torch, on tensors that need not fit in memory.
 
-A method is a function of its `Inputs` that gathers its statistics, reading the tensors as often as it must, and returns a `Plan`
-that computes any chunk of the result. Statistics are summed over fixed blocks and random masks are a function of the element's
-index, so how the result is cut into chunks changes no bit of it. Arithmetic is float32, multiplications and additions apart
-(a fused one rounds differently in the last, unvectorised elements of a chunk); what sums over a tensor is float64.
+A method is a function of its `Inputs` that gathers its statistics, reading the tensors as often as
+it must, and returns a `Plan` that computes any chunk of the result. Statistics are summed over
+fixed blocks and random masks are a function of the element's index, so how the result is cut into
+chunks changes no bit of it. Arithmetic is float32, multiplications and additions apart (a fused one
+rounds differently in the last, unvectorised elements of a chunk); what sums over a tensor is
+float64.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +16,14 @@ from frankenmerge.splicing.methods import Value, fusion, span, sparse, torch_spa
 from frankenmerge.splicing.methods.inputs import BLOCK, Inputs, Part, Plan, inputs_of
 
 RULES: dict[str, Callable[[Inputs], Plan]] = {
-    **{name: lambda inputs, rule=rule: torch_span.plan_of(rule(inputs)) for name, rule in span.RULES.items()},
-    **{name: lambda inputs, rule=rule: torch_sparse.plan_of(rule(inputs)) for name, rule in sparse.RULES.items()},
+    **{
+        name: lambda inputs, rule=rule: torch_span.plan_of(rule(inputs))
+        for name, rule in span.RULES.items()
+    },
+    **{
+        name: lambda inputs, rule=rule: torch_sparse.plan_of(rule(inputs))
+        for name, rule in sparse.RULES.items()
+    },
     "nearswap": fusion.nearswap,
     "arcee_fusion": fusion.arcee_fusion,
     "sce": fusion.sce,
@@ -39,19 +47,26 @@ def combine(
 
     Args:
         method: a key of `METHODS`.
-        parts: the models' tensors, the base not among them. For slerp the one model that is not the base.
-        base: the base's tensor; its parameters are not looked at, nor is it where the method takes none.
+        parts: the models' tensors, the base not among them. For slerp the one model that is not the
+            base.
+        base: the base's tensor; its parameters are not looked at, nor is it where the method takes
+            none.
         shape: the tensors' common shape; rows run along its last dimension.
-        parameters: those of the whole tensor; what is not given has its default, for a model's own too.
+        parameters: those of the whole tensor; what is not given has its default, for a model's own
+            too.
         name: the tensor's name: errors give it, and random masks differ with it.
         seed: of the random masks.
-        chunk: elements of a chunk. Methods that look at rows take whole ones: as many as fit, at least one.
+        chunk: elements of a chunk. Methods that look at rows take whole ones: as many as fit, at
+            least one.
 
     Raises:
-        FrankenmergeError: when the first chunk is asked for: for parameters or a number of models that the method cannot
-            take, all faults together; for tensors whose statistics are not finite.
+        FrankenmergeError: when the first chunk is asked for: for parameters or a number of models
+            that the method cannot take, all faults together; for tensors whose statistics are not
+            finite.
     """
-    inputs = inputs_of(method, parts, base, shape=shape, parameters=parameters, name=name, seed=seed)
+    inputs = inputs_of(
+        method, parts, base, shape=shape, parameters=parameters, name=name, seed=seed
+    )
     if not inputs.size:
         return
     plan = RULES[method](inputs)

@@ -29,8 +29,9 @@ def nearswap(inputs: Inputs) -> Plan:
 def arcee_fusion(inputs: Inputs) -> Plan:
     """The model's element where its importance stands out in the tensor, else the base's (Arcee, MergeKit 0.1 release notes).
 
-    Importance is `|x - b| KL(softmax(row of x) || softmax(row of b))`; it stands out from `median + 1.5 (Q3 - Q1)` on. Quartiles are
-    elements, the lower of two. Where all importances are equal, as without any difference, every element is the model's. KL is
+    Importance is `|x - b| KL(softmax(row of x) || softmax(row of b))`; it stands out from `median +
+    1.5 (Q3 - Q1)` on. Quartiles are elements, the lower of two. Where all importances are equal, as
+    without any difference, every element is the model's. KL is
     float64: weights are small, so it is a small difference of large terms.
     """
     last = inputs.size - 1
@@ -39,8 +40,14 @@ def arcee_fusion(inputs: Inputs) -> Plan:
         assert inputs.base
         x, base = inputs.parts[0].read(start, stop), inputs.base.read(start, stop)
         wide_x, wide_base = (tensor.view(-1, inputs.width).double() for tensor in (x, base))
-        surprise = wide_x.softmax(1).mul_(wide_x - wide_base).sum(1) - wide_x.logsumexp(1) + wide_base.logsumexp(1)
-        score = (x - base).abs_().view(-1, inputs.width).mul_(surprise.clamp_(min=0).float()[:, None])
+        surprise = (
+            wide_x.softmax(1).mul_(wide_x - wide_base).sum(1)
+            - wide_x.logsumexp(1)
+            + wide_base.logsumexp(1)
+        )
+        score = (
+            (x - base).abs_().view(-1, inputs.width).mul_(surprise.clamp_(min=0).float()[:, None])
+        )
         return score.view(-1), x, base
 
     def keys(start: int, stop: int) -> Tensor:
@@ -48,7 +55,9 @@ def arcee_fusion(inputs: Inputs) -> Plan:
 
     quartiles = [last - last * quarter // 4 for quarter in (1, 2, 3)]
     found = kth_largest(order_of(keys, lambda: inputs.spans(rows=True)), quartiles)
-    low, median, high = torch.tensor([key for key, _ in found], dtype=torch.int32).view(torch.float32).tolist()
+    low, median, high = (
+        torch.tensor([key for key, _ in found], dtype=torch.int32).view(torch.float32).tolist()
+    )
     threshold = median + 1.5 * (high - low)
 
     def chunk(start: int, stop: int) -> Tensor:
@@ -61,16 +70,19 @@ def arcee_fusion(inputs: Inputs) -> Plan:
 def sce(inputs: Inputs) -> Plan:
     """SCE (arXiv 2408.07990, section 3.3): select the elements that vary most between task vectors, calculate weights, erase signs.
 
-    Of the elements that vary at all the `select_topk` share with the largest variance stays (of equal variances those with the
-    lower index); a model's weight is the mean square of its task vector there, over the sum of all; then TIES's consensus with the sign of
-    the unweighted sum, and division by the weights that agree, as in mergekit.
+    Of the elements that vary at all the `select_topk` share with the largest variance stays (of
+    equal variances those with the lower index); a model's weight is the mean square of its task
+    vector there, over the sum of all; then TIES's consensus with the sign of the unweighted sum,
+    and division by the weights that agree, as in mergekit.
     """
     select = _selected(inputs)
     squares = [0.0] * len(inputs.parts)
     for start, stop in inputs.spans():
         _, deltas = inputs.deltas(start, stop)
         for model, delta in enumerate(select(deltas, start)):
-            squares[model] += precise_sum(delta.double().square_())  # of float32 no square is infinite then
+            squares[model] += precise_sum(
+                delta.double().square_()
+            )  # of float32 no square is infinite then
     whole = sum(squares) or 1.0
     weights = [square / whole for square in squares]
 
@@ -78,7 +90,12 @@ def sce(inputs: Inputs) -> Plan:
         base, deltas = inputs.deltas(start, stop)
         deltas = select(deltas, start)
         elected = total_of(deltas)
-        return agreed([delta.mul_(weight) for delta, weight in zip(deltas, weights, strict=True)], elected, weights, 0.0).add_(base)
+        return agreed(
+            [delta.mul_(weight) for delta, weight in zip(deltas, weights, strict=True)],
+            elected,
+            weights,
+            0.0,
+        ).add_(base)
 
     return Plan(chunk)
 
@@ -90,7 +107,12 @@ def _selected(inputs: Inputs) -> Callable[[list[Tensor], int], list[Tensor]]:
 
     def spread(deltas: list[Tensor]) -> Tensor:
         # sum_(i<j) (d_i - d_j)^2 = n^2 times the variance, and exactly 0 where all are equal
-        return magnitudes(total_of([(one - other).square_() for one, other in combinations(deltas, 2)] or [torch.zeros_like(deltas[0])]))
+        return magnitudes(
+            total_of(
+                [(one - other).square_() for one, other in combinations(deltas, 2)]
+                or [torch.zeros_like(deltas[0])]
+            )
+        )
 
     def keys(start: int, stop: int) -> Tensor:
         return spread(inputs.deltas(start, stop)[1])
@@ -110,7 +132,8 @@ def _selected(inputs: Inputs) -> Callable[[list[Tensor], int], list[Tensor]]:
 def ram(inputs: Inputs) -> Plan:
     """Reinforced Agent Merging (arXiv 2601.13572): changes of one model are taken whole, shared ones averaged.
 
-    A model has changed an element where `|x - b| > epsilon`; the average is over the models that changed it.
+    A model has changed an element where `|x - b| > epsilon`; the average is over the models that
+    changed it.
     """
     return _ram(inputs, [1.0] * len(inputs.parts))
 
@@ -118,8 +141,8 @@ def ram(inputs: Inputs) -> Plan:
 def ramplus_tl(inputs: Inputs) -> Plan:
     """RAM+ (arXiv 2601.13572): as `ram`, a model's own changes times `1 + r min(rho, alpha)`.
 
-    `rho` is how many of the model's changes are shared over how many are its own. As the name says (tensor-local) both are counted
-    in the tensor, as in mergekit, and not in the whole model.
+    `rho` is how many of the model's changes are shared over how many are its own. As the name says
+    (tensor-local) both are counted in the tensor, as in mergekit, and not in the whole model.
     """
     shared, own = [0.0] * len(inputs.parts), [0.0] * len(inputs.parts)
     for start, stop in inputs.spans():

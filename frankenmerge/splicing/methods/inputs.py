@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 2**17
-"""Elements of a statistics pass's step and of a random stream's block: 512 KiB of float32, which a core's own cache holds.
+"""Elements of a statistics pass's step and of a random stream's block: 512 KiB of float32, which a
+core's own cache holds.
 
 It is fixed, so that sums add up in one order whatever the chunks of the result are.
 """
@@ -36,9 +37,10 @@ class Part(NamedTuple):
     """One model's tensor."""
 
     read: Callable[[int, int], Any]
-    """Flat elements `[start, stop)` as the arithmetic takes them. torch: a tensor, one-dimensional, contiguous, float32, on the
-    device to compute on; it is overwritten by the method. C: a `Raw`. Neither is looked at any more once the same part is
-    read again."""
+    """Flat elements `[start, stop)` as the arithmetic takes them. torch: a tensor, one-dimensional,
+    contiguous, float32, on the device to compute on; it is overwritten by the method. C: a `Raw`.
+    Neither is looked at any more once the same part is read again.
+    """
     parameters: Mapping[str, Value] = {}
 
 
@@ -92,7 +94,10 @@ def precise_sum(values: "Tensor") -> float:
     import torch
 
     cut = len(values) // _SEGMENT * _SEGMENT
-    total = float(values[:cut].view(-1, _SEGMENT).sum(1, dtype=torch.float64).sum() + values[cut:].sum(dtype=torch.float64))
+    total = float(
+        values[:cut].view(-1, _SEGMENT).sum(1, dtype=torch.float64).sum()
+        + values[cut:].sum(dtype=torch.float64)
+    )
     return total if math.isfinite(total) else precise_sum(values.nan_to_num(0.0, 0.0, 0.0))
 
 
@@ -106,13 +111,33 @@ class Plan(NamedTuple):
 
 
 def inputs_of(
-    method: str, parts: Sequence[Part], base: Part | None, *, shape: tuple[int, ...], parameters: Mapping[str, Value], name: str, seed: int
+    method: str,
+    parts: Sequence[Part],
+    base: Part | None,
+    *,
+    shape: tuple[int, ...],
+    parameters: Mapping[str, Value],
+    name: str,
+    seed: int,
 ) -> Inputs:
     """What the method sees, defaults filled in and no base where it takes none.
 
-    Raises FrankenmergeError for parameters or a number of models that it cannot take, all faults together.
+    Raises FrankenmergeError for parameters or a number of models that it cannot take, all faults
+    together.
     """
-    raise_all(faults(method, [part.parameters for part in parts], parameters, base=base is not None, place=f"{name} ({method})"))
-    complete = [Part(part.read, resolved(method, part.parameters, per_model=True)) for part in parts]
+    raise_all(
+        faults(
+            method,
+            [part.parameters for part in parts],
+            parameters,
+            base=base is not None,
+            place=f"{name} ({method})",
+        )
+    )
+    complete = [
+        Part(part.read, resolved(method, part.parameters, per_model=True)) for part in parts
+    ]
     wanted = None if METHODS[method].base == "none" else base
-    return Inputs(complete, wanted, shape, resolved(method, parameters, per_model=False), name, seed)
+    return Inputs(
+        complete, wanted, shape, resolved(method, parameters, per_model=False), name, seed
+    )

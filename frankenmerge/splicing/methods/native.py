@@ -9,10 +9,14 @@ from frankenmerge.splicing.methods.sparse import Thinned
 
 def can(method: Combination | Thinned) -> bool:
     """Whether the extension is there and does this: no coefficients of single rows or columns."""
-    return native_chunks.extension is not None and (isinstance(method, Thinned) or method.per == "tensor")
+    return native_chunks.extension is not None and (
+        isinstance(method, Thinned) or method.per == "tensor"
+    )
 
 
-def rounded(method: Combination | Thinned, dtype: str, *, allow_nan: bool) -> Iterator[tuple[memoryview, bool]]:
+def rounded(
+    method: Combination | Thinned, dtype: str, *, allow_nan: bool
+) -> Iterator[tuple[memoryview, bool]]:
     """The merged tensor in chunks, as `native_chunks.written` yields them."""
     if isinstance(method, Combination):
         return native_span.rounded(method, dtype, allow_nan=allow_nan)

@@ -1,6 +1,7 @@
 """How the extension is given a tensor's elements, chunk by chunk, on the CPU. Imports no torch.
 
-It is built where there is a compiler; what it cannot do, and everything where it is missing, is left to torch.
+It is built where there is a compiler; what it cannot do, and everything where it is missing, is
+left to torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +26,18 @@ Given = list[tuple[memoryview, str]]
 """A chunk of every input as the extension takes it."""
 
 
-def scanned(inputs: Inputs, parts: Sequence[Part], scan: Callable[[Given, int], int], *, rows: bool = False, allow_nan: bool) -> None:
+def scanned(
+    inputs: Inputs,
+    parts: Sequence[Part],
+    scan: Callable[[Given, int], int],
+    *,
+    rows: bool = False,
+    allow_nan: bool,
+) -> None:
     """Give every chunk of `parts`, of whole `rows` if asked for, to `scan`, and the index of its first element.
 
-    It returns the number of the first input that holds NaN or Inf, or -1. Raises FrankenmergeError, unless `allow_nan`, for
-    that input.
+    It returns the number of the first input that holds NaN or Inf, or -1. Raises FrankenmergeError,
+    unless `allow_nan`, for that input.
     """
     for start, stop in inputs.spans(CHUNK, rows=rows):
         raws = [part.read(start, stop) for part in parts]
@@ -37,13 +45,19 @@ def scanned(inputs: Inputs, parts: Sequence[Part], scan: Callable[[Given, int], 
 
 
 def written(
-    inputs: Inputs, write: Callable[[Given, int, memoryview], tuple[int, bool]], dtype: str, *, rows: bool = False, allow_nan: bool
+    inputs: Inputs,
+    write: Callable[[Given, int, memoryview], tuple[int, bool]],
+    dtype: str,
+    *,
+    rows: bool = False,
+    allow_nan: bool,
 ) -> Iterator[tuple[memoryview, bool]]:
     """Yield the merged tensor in chunks, each element rounded once to `dtype`, and whether all of a chunk is finite.
 
-    Chunks are of whole `rows` if asked for. `write` is given base and models, the index of the first element and the chunk to
-    fill; it returns the number that `scan` does above, and whether what it made is finite. A chunk is good until the next is asked
-    for. Raises FrankenmergeError, unless `allow_nan`, for NaN and Inf in an input.
+    Chunks are of whole `rows` if asked for. `write` is given base and models, the index of the
+    first element and the chunk to fill; it returns the number that `scan` does above, and whether
+    what it made is finite. A chunk is good until the next is asked for. Raises FrankenmergeError,
+    unless `allow_nan`, for NaN and Inf in an input.
     """
     width = BYTES_OF[dtype]
     largest = max(stop - start for start, stop in inputs.spans(CHUNK, rows=rows))

@@ -13,12 +13,16 @@ from frankenmerge.splicing.methods.span import Combination, pairs, solved
 from frankenmerge.splicing.methods.sums import LANES, Array
 
 
-def rounded(combination: Combination, dtype: str, *, allow_nan: bool) -> Iterator[tuple[memoryview, bool]]:
+def rounded(
+    combination: Combination, dtype: str, *, allow_nan: bool
+) -> Iterator[tuple[memoryview, bool]]:
     """The merged tensor in chunks, as `native_chunks.written` yields them."""
     inputs = combination.inputs
     if not inputs.size:
         return
-    coefficients = solved(combination, lambda finite_only: _sums(inputs, finite_only, allow_nan=allow_nan)).tolist()
+    coefficients = solved(
+        combination, lambda finite_only: _sums(inputs, finite_only, allow_nan=allow_nan)
+    ).tolist()
     relative = inputs.base is not None
 
     def write(given: Given, _: int, chunk: memoryview) -> tuple[int, bool]:
@@ -31,5 +35,10 @@ def _sums(inputs: Inputs, finite_only: bool, *, allow_nan: bool) -> Array:
     """Inner products `[pairs, LANES]`, of the finite elements or of all."""
     total = np.zeros((sum(1 for _ in pairs(len(inputs.parts))), LANES))
     relative = inputs.base is not None
-    scanned(inputs, every(inputs), lambda given, _: extension.products(given, relative, finite_only, total), allow_nan=allow_nan)
+    scanned(
+        inputs,
+        every(inputs),
+        lambda given, _: extension.products(given, relative, finite_only, total),
+        allow_nan=allow_nan,
+    )
     return total

@@ -11,7 +11,14 @@ import numpy as np
 
 from frankenmerge.donors.checkpoint import BYTES_OF
 from frankenmerge.splicing.methods.inputs import Inputs, Part
-from frankenmerge.splicing.methods.native_chunks import CHUNK, Given, extension, given, scanned, written
+from frankenmerge.splicing.methods.native_chunks import (
+    CHUNK,
+    Given,
+    extension,
+    given,
+    scanned,
+    written,
+)
 from frankenmerge.splicing.methods.noise import stream, words
 from frankenmerge.splicing.methods.select import DIGITS, Counts, Order, boundaries
 from frankenmerge.splicing.methods.sparse import Chance, Keep, RowOdds, Thinned, coefficients
@@ -21,7 +28,9 @@ if TYPE_CHECKING:
     from frankenmerge.splicing.methods._native import Keep as Stays
 
 Stay = Callable[[Given, int], "Stays"]
-"""From base and model and the index of the first element to what stays, as the extension is told of it."""
+"""From base and model and the index of the first element to what stays, as the extension is told of
+it.
+"""
 
 
 def rounded(thinned: Thinned, dtype: str, *, allow_nan: bool) -> Iterator[tuple[memoryview, bool]]:
@@ -29,15 +38,24 @@ def rounded(thinned: Thinned, dtype: str, *, allow_nan: bool) -> Iterator[tuple[
     inputs = thinned.inputs
     if not inputs.size:
         return
-    stays = [_stay(inputs, model, keep, allow_nan=allow_nan) for model, keep in enumerate(thinned.keeps)]
-    factors = coefficients(thinned, lambda model, finite_only: _sums(thinned, model, stays[model], finite_only, allow_nan=allow_nan))
+    stays = [
+        _stay(inputs, model, keep, allow_nan=allow_nan) for model, keep in enumerate(thinned.keeps)
+    ]
+    factors = coefficients(
+        thinned,
+        lambda model, finite_only: _sums(
+            thinned, model, stays[model], finite_only, allow_nan=allow_nan
+        ),
+    )
     weights, least = inputs.each("weight"), -1.0 if thinned.least is None else thinned.least
 
     def write(given: Given, start: int, chunk: memoryview) -> tuple[int, bool]:
         base, *models = given
         kept = [stay([base, model], start) for stay, model in zip(stays, models, strict=True)]
         terms = list(zip(factors, weights, kept, strict=True))
-        return extension.thin(given, terms, start, thinned.consensus, least, thinned.factor, chunk, dtype)
+        return extension.thin(
+            given, terms, start, thinned.consensus, least, thinned.factor, chunk, dtype
+        )
 
     yield from written(inputs, write, dtype, rows=thinned.rows, allow_nan=allow_nan)
 
@@ -45,7 +63,10 @@ def rounded(thinned: Thinned, dtype: str, *, allow_nan: bool) -> Iterator[tuple[
 def _stay(inputs: Inputs, model: int, keep: Keep, *, allow_nan: bool) -> Stay:
     if isinstance(keep, Chance):
         # Without rows a chunk is a block of noise.
-        return lambda _, start: (stream(inputs.seed, inputs.name, model, start // CHUNK), keep.limit)
+        return lambda _, start: (
+            stream(inputs.seed, inputs.name, model, start // CHUNK),
+            keep.limit,
+        )
     if isinstance(keep, RowOdds):
         return partial(_by_row, inputs, model, keep)
     if keep is None:
@@ -55,7 +76,9 @@ def _stay(inputs: Inputs, model: int, keep: Keep, *, allow_nan: bool) -> Stay:
 
 
 def _by_row(inputs: Inputs, model: int, odds: RowOdds, pair: Given, start: int) -> "Stays":
-    words_ = words(inputs.seed, inputs.name, model, start, start + len(pair[0][0]) // BYTES_OF[pair[0][1]])
+    words_ = words(
+        inputs.seed, inputs.name, model, start, start + len(pair[0][0]) // BYTES_OF[pair[0][1]]
+    )
     limits = np.empty_like(words_)
     extension.row_limits(pair, odds.limits, limits)
     return words_, limits
@@ -68,14 +91,19 @@ def _order(inputs: Inputs, model: int, *, allow_nan: bool) -> Order:
         found = [np.zeros(DIGITS, np.int64) for _ in uppers]
 
         def count(given: Given, _: int) -> int:
-            return max(extension.count(given, upper, counts) for upper, counts in zip(uppers, found, strict=True))
+            return max(
+                extension.count(given, upper, counts)
+                for upper, counts in zip(uppers, found, strict=True)
+            )
 
         scanned(inputs, pair, count, allow_nan=allow_nan)
         return found
 
     def index(key: int, nth: int) -> int:
         for start, stop in inputs.spans(CHUNK):
-            place, equal = extension.find(given([part.read(start, stop) for part in pair]), key, nth)
+            place, equal = extension.find(
+                given([part.read(start, stop) for part in pair]), key, nth
+            )
             if place >= 0:
                 return start + place
             nth -= equal
@@ -91,7 +119,9 @@ def _sums(thinned: Thinned, model: int, stay: Stay, finite_only: bool, *, allow_
     def add(given: Given, start: int) -> int:
         return extension.sum_magnitudes(given, stay(given, start), start, finite_only, total)
 
-    scanned(thinned.inputs, _pair(thinned.inputs, model), add, rows=thinned.rows, allow_nan=allow_nan)
+    scanned(
+        thinned.inputs, _pair(thinned.inputs, model), add, rows=thinned.rows, allow_nan=allow_nan
+    )
     return total
 
 

@@ -1,8 +1,9 @@
 """Exact order statistics of a tensor that is read in chunks: two passes and a part of a third, and no sorting.
 
-The bits of a float32 that is not negative order as the numbers do, so the k-th largest is found digit by digit: its upper 16 bits
-by counting, in one pass, then its lower 16 bits among the elements that share the upper. Of equal elements the one with the
-lowest index ranks first, so that ranks are distinct. Here are the decisions; who reads the tensor counts.
+The bits of a float32 that is not negative order as the numbers do, so the k-th largest is found
+digit by digit: its upper 16 bits by counting, in one pass, then its lower 16 bits among the
+elements that share the upper. Of equal elements the one with the lowest index ranks first, so that
+ranks are distinct. Here are the decisions; who reads the tensor counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,8 @@ class Order(NamedTuple):
     uppers: Callable[[], Counts]
     """How many keys have each upper half, `[DIGITS]`."""
     lowers: Callable[[Sequence[int]], list[Counts]]
-    """Of the keys of every upper half that is asked for how many have each lower half, `[DIGITS]`."""
+    """Of the keys of every upper half that is asked for how many have each lower half, `[DIGITS]`.
+    """
     index: Callable[[int, int], int]
     """Where the nth (from 0) element of a key is."""
 

@@ -1,12 +1,15 @@
 """Methods that thin out task vectors before they add them: `b + lambda sum_i w_i keep_i(x_i - b)`.
 
-Three ways to thin out: by rank of magnitude (ties, breadcrumbs), at random (dare), at random with odds by rank (della); each sets
-to 0 what is dropped. Then a sum (the `_linear` methods and breadcrumbs), or TIES's consensus: a sign is elected for every element,
-and what has the other sign is left out.
+Three ways to thin out: by rank of magnitude (ties, breadcrumbs), at random (dare), at random with
+odds by rank (della); each sets to 0 what is dropped. Then a sum (the `_linear` methods and
+breadcrumbs), or TIES's consensus: a sign is elected for every element, and what has the other sign
+is left out.
 
-Here is what stays and how it is added, and no tensor. Ranks take two passes of counting over base and model, and for each boundary a
-part of one to find where equal magnitudes part; `rescale` takes one where it is by the sum of magnitudes; the result takes one over
-all. The passes are in `native_sparse.py` (C) and in `torch_sparse.py`, with the same bits. della sorts every row, with `rescale` twice.
+Here is what stays and how it is added, and no tensor. Ranks take two passes of counting over base
+and model, and for each boundary a part of one to find where equal magnitudes part; `rescale` takes
+one where it is by the sum of magnitudes; the result takes one over all. The passes are in
+`native_sparse.py` (C) and in `torch_sparse.py`, with the same bits. della sorts every row, with
+`rescale` twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +39,9 @@ class RowOdds(NamedTuple):
     """What stays: an element whose word of noise is below the limit of its rank in its row."""
 
     limits: np.ndarray[Any, np.dtype[np.int32]]
-    """`[width]`, from the smallest magnitude to the largest; of equal ones the one further on ranks higher."""
+    """`[width]`, from the smallest magnitude to the largest; of equal ones the one further on ranks
+    higher.
+    """
 
 
 Keep = Ranks | Chance | RowOdds | None
@@ -49,7 +54,9 @@ class Thinned(NamedTuple):
     inputs: Inputs
     keeps: Sequence[Keep]
     scales: Sequence[float] | None
-    """`s_i`; None: what gives that which is left of a task vector the sum of magnitudes of the whole."""
+    """`s_i`; None: what gives that which is left of a task vector the sum of magnitudes of the
+    whole.
+    """
     consensus: bool
 
     @property
@@ -61,7 +68,8 @@ class Thinned(NamedTuple):
     def least(self) -> float | None:
         """Beyond this what agrees is divided by the sum of its weights; None: it never is.
 
-        Weights of one sign that agree have no sum of 0. Those of both signs may, and float32 leaves some rounding of it.
+        Weights of one sign that agree have no sum of 0. Those of both signs may, and float32 leaves
+        some rounding of it.
         """
         if not self.consensus or not self.inputs.parameters["normalize"]:
             return None
@@ -71,27 +79,35 @@ class Thinned(NamedTuple):
     @property
     def factor(self) -> float:
         """What the sum is multiplied by: lambda, and without consensus, with `normalize`, over the sum of the weights."""
-        divisor = sum(self.inputs.each("weight")) if self.inputs.parameters["normalize"] and not self.consensus else 1.0
+        divisor = (
+            sum(self.inputs.each("weight"))
+            if self.inputs.parameters["normalize"] and not self.consensus
+            else 1.0
+        )
         return float(self.inputs.parameters["lambda"]) / divisor
 
 
 def ties(inputs: Inputs) -> Thinned:
     """TIES-Merging (arXiv 2306.01708, algorithm 1): trim all but the `density` largest, elect signs, average what agrees.
 
-    As in mergekit: ranks are taken within a tensor and not over a whole model; the elected sign is that of the sum of *weighted* task
-    vectors, plus where that is 0; with `normalize` what agrees is divided by the sum of its weights; with `rescale` what is left of
-    a task vector gets the sum of magnitudes of the whole. `int(density * size)` elements stay, at least one unless density
-    is 0, of equal magnitudes those with the lower index. Unlike mergekit it does not divide by what rounding leaves of weights that
-    cancel.
+    As in mergekit: ranks are taken within a tensor and not over a whole model; the elected sign is
+    that of the sum of *weighted* task vectors, plus where that is 0; with `normalize` what agrees
+    is divided by the sum of its weights; with `rescale` what is left of a task vector gets the sum
+    of magnitudes of the whole. `int(density * size)` elements stay, at least one unless density is
+    0, of equal magnitudes those with the lower index. Unlike mergekit it does not divide by what
+    rounding leaves of weights that cancel.
     """
-    return _thinned(inputs, [_ranks(inputs, part, 0.0, fewest=1) for part in inputs.parts], consensus=True)
+    return _thinned(
+        inputs, [_ranks(inputs, part, 0.0, fewest=1) for part in inputs.parts], consensus=True
+    )
 
 
 def breadcrumbs(inputs: Inputs) -> Thinned:
     """Model Breadcrumbs (arXiv 2312.06795, section 3): drop the largest magnitudes, a share of `gamma`, and the smallest.
 
-    As in mergekit: `density` is the share that stays, so the smallest dropped are `1 - density - gamma`, and where that is negative
-    fewer of the largest are dropped; ranks are taken within a tensor.
+    As in mergekit: `density` is the share that stays, so the smallest dropped are `1 - density -
+    gamma`, and where that is negative fewer of the largest are dropped; ranks are taken within a
+    tensor.
     """
     return _breadcrumbs(inputs, consensus=False)
 
@@ -102,15 +118,17 @@ def breadcrumbs_ties(inputs: Inputs) -> Thinned:
 
 
 def _breadcrumbs(inputs: Inputs, *, consensus: bool) -> Thinned:
-    keeps = [_ranks(inputs, part, float(part.parameters["gamma"]), fewest=0) for part in inputs.parts]
+    keeps = [
+        _ranks(inputs, part, float(part.parameters["gamma"]), fewest=0) for part in inputs.parts
+    ]
     return _thinned(inputs, keeps, consensus=consensus)
 
 
 def dare_linear(inputs: Inputs) -> Thinned:
     """DARE (arXiv 2311.03099, eq. 2 to 4): every element stays with probability `density`, and is divided by it with `rescale`.
 
-    mergekit's guide says the same; what it runs divides by the share of the sum of magnitudes that stayed, which tends to
-    `density` as tensors grow. Density 0 drops everything.
+    mergekit's guide says the same; what it runs divides by the share of the sum of magnitudes that
+    stayed, which tends to `density` as tensors grow. Density 0 drops everything.
     """
     return _dare(inputs, consensus=False)
 
@@ -124,16 +142,26 @@ def _dare(inputs: Inputs, *, consensus: bool) -> Thinned:
     densities = inputs.each("density")
     keeps = [_chance(density) for density in densities]
     rescaled = [inputs.parameters["rescale"] and isinstance(keep, Chance) for keep in keeps]
-    return Thinned(inputs, keeps, [1 / density if scaled else 1.0 for density, scaled in zip(densities, rescaled, strict=True)], consensus)
+    return Thinned(
+        inputs,
+        keeps,
+        [
+            1 / density if scaled else 1.0
+            for density, scaled in zip(densities, rescaled, strict=True)
+        ],
+        consensus,
+    )
 
 
 def della(inputs: Inputs) -> Thinned:
     """DELLA (arXiv 2406.11617, section 3): an element stays with a probability that rises with its magnitude's rank in its row.
 
-    `density - epsilon` for the smallest to `density + epsilon` for the largest, evenly spaced; then sign consensus as in `ties`. As in
-    mergekit, and not in the paper, which divides every element by its own probability, `rescale` gives what is left of a task
-    vector the sum of magnitudes of the whole. Of equal magnitudes the one further on ranks higher; a row of one element stays
-    with probability `density`. Rows run along the last dimension (mergekit's along the second, for more than two as well).
+    `density - epsilon` for the smallest to `density + epsilon` for the largest, evenly spaced; then
+    sign consensus as in `ties`. As in mergekit, and not in the paper, which divides every element
+    by its own probability, `rescale` gives what is left of a task vector the sum of magnitudes of
+    the whole. Of equal magnitudes the one further on ranks higher; a row of one element stays with
+    probability `density`. Rows run along the last dimension (mergekit's along the second, for more
+    than two as well).
     """
     return _della(inputs, consensus=True)
 
@@ -148,7 +176,9 @@ def _della(inputs: Inputs, *, consensus: bool) -> Thinned:
 
 
 def _thinned(inputs: Inputs, keeps: Sequence[Keep], *, consensus: bool) -> Thinned:
-    return Thinned(inputs, keeps, None if inputs.parameters["rescale"] else [1.0] * len(keeps), consensus)
+    return Thinned(
+        inputs, keeps, None if inputs.parameters["rescale"] else [1.0] * len(keeps), consensus
+    )
 
 
 def _ranks(inputs: Inputs, part: Part, gamma: float, fewest: int) -> Keep:
@@ -175,12 +205,15 @@ def _row_odds(inputs: Inputs, part: Part) -> Keep:
 def coefficients(thinned: Thinned, sums: Callable[[int, bool], Array]) -> list[float]:
     """Every model's `w_i s_i`.
 
-    `sums` gathers the magnitudes of the task vector of a model, by its number, and of what stays of it, `[2, LANES]`: of all elements or of
-    the finite ones. Where nothing is left `s_i` is 1.
+    `sums` gathers the magnitudes of the task vector of a model, by its number, and of what stays of
+    it, `[2, LANES]`: of all elements or of the finite ones. Where nothing is left `s_i` is 1.
     """
     inputs, scales = thinned.inputs, thinned.scales
     if scales is None:
-        both = [gathered(lambda finite_only, model=model: folded(sums(model, finite_only))) for model in range(len(inputs.parts))]
+        both = [
+            gathered(lambda finite_only, model=model: folded(sums(model, finite_only)))
+            for model in range(len(inputs.parts))
+        ]
         scales = [float(whole / kept) if kept else 1.0 for whole, kept in both]
     return [weight * scale for weight, scale in zip(inputs.each("weight"), scales, strict=True)]
 

@@ -22,7 +22,10 @@ def order_of(keys: Keys, spans: Callable[[], Iterable[Span]]) -> Order:
     """The order of a tensor whose keys are read as often as it takes."""
 
     def uppers() -> Counts:
-        return sum((_counted(keys(start, stop) >> 16) for start, stop in spans()), np.zeros(DIGITS, np.int64))
+        return sum(
+            (_counted(keys(start, stop) >> 16) for start, stop in spans()),
+            np.zeros(DIGITS, np.int64),
+        )
 
     def lowers(uppers: Sequence[int]) -> list[Counts]:
         found = [np.zeros(DIGITS, np.int64) for _ in uppers]

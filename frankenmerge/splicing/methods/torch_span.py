@@ -17,7 +17,9 @@ def plan_of(combination: Combination) -> Plan:
     if callable(coefficients) and combination.per == "row":
         return _by_row(inputs, coefficients)
     if callable(coefficients) and combination.per == "column":
-        return _summed(inputs, coefficients(grams(partial(_column_grams, inputs), inputs.name)).T, rows=True)
+        return _summed(
+            inputs, coefficients(grams(partial(_column_grams, inputs), inputs.name)).T, rows=True
+        )
     return _summed(inputs, solved(combination, partial(_sums, inputs)))
 
 
@@ -52,7 +54,8 @@ def _vectors(inputs: Inputs, start: int, stop: int) -> tuple[Tensor | None, list
 def _sum(base: Tensor | None, vectors: list[Tensor], coefficients: Array) -> Tensor:
     """`base + sum_i c_i v_i`, flat; each c_i broadcasts against its vector. Overwrites the vectors."""
     scaled = [
-        vector.mul_(torch.as_tensor(c, dtype=torch.float32, device=vector.device)) for vector, c in zip(vectors, coefficients, strict=True)
+        vector.mul_(torch.as_tensor(c, dtype=torch.float32, device=vector.device))
+        for vector, c in zip(vectors, coefficients, strict=True)
     ]
     total = scaled[0]
     for vector in scaled[1:]:
@@ -69,13 +72,19 @@ def finite(vectors: list[Tensor], finite_only: bool) -> list[Tensor]:
 def _sums(inputs: Inputs, finite_only: bool) -> Array:
     """Inner products `[pairs, LANES]`, of the finite elements or of all.
 
-    Products are float32, sums float64: a product's rounding, 6e-8 of it either way, averages out over the elements; a sum's would not.
+    Products are float32, sums float64: a product's rounding, 6e-8 of it either way, averages out
+    over the elements; a sum's would not.
     """
     total: Tensor | None = None
     for start, stop in inputs.spans():
         vectors = finite(_vectors(inputs, start, stop)[1], finite_only)
         if total is None:
-            total = torch.zeros(sum(1 for _ in pairs(len(vectors))), LANES, dtype=torch.float64, device=vectors[0].device)
+            total = torch.zeros(
+                sum(1 for _ in pairs(len(vectors))),
+                LANES,
+                dtype=torch.float64,
+                device=vectors[0].device,
+            )
         for (i, j), sums in zip(pairs(len(vectors)), total, strict=True):
             add_to_lanes(sums, vectors[i] * vectors[j])
     assert total is not None
@@ -104,5 +113,7 @@ def _products(vectors: list[Tensor], dim: int, finite_only: bool) -> Array:
     count = len(vectors)
     result = np.empty((vectors[0].shape[1 - dim], count, count))
     for i, j in pairs(count):
-        result[:, i, j] = result[:, j, i] = (vectors[i] * vectors[j]).sum(dim, dtype=torch.float64).cpu().numpy()
+        result[:, i, j] = result[:, j, i] = (
+            (vectors[i] * vectors[j]).sum(dim, dtype=torch.float64).cpu().numpy()
+        )
     return result

@@ -1,7 +1,8 @@
 """The passes over thinned task vectors by torch, on any device.
 
-Masks are made of sign bits by integer arithmetic (a subtraction and an arithmetic shift give all ones or 0), since comparisons and
-selections of booleans take ten times as long. Per element and model the result costs about twenty such operations of 4 bytes.
+Masks are made of sign bits by integer arithmetic (a subtraction and an arithmetic shift give all
+ones or 0), since comparisons and selections of booleans take ten times as long. Per element and
+model the result costs about twenty such operations of 4 bytes.
 """
 
 from collections.abc import Callable
@@ -19,20 +20,32 @@ from frankenmerge.splicing.methods.torch_select import before, magnitudes, order
 from frankenmerge.splicing.methods.torch_span import add_to_lanes, finite
 
 Thin = Callable[[Tensor, int], Tensor]
-"""A task vector's elements and the index of the first, to themselves with 0 for what is dropped (in place)."""
+"""A task vector's elements and the index of the first, to themselves with 0 for what is dropped (in
+place).
+"""
 
 
 def plan_of(thinned: Thinned) -> Plan:
     """The plan that adds what stays, the ranks found and the scales summed."""
     inputs = thinned.inputs
     thins = [_thin(inputs, model, keep) for model, keep in enumerate(thinned.keeps)]
-    factors = coefficients(thinned, lambda model, finite_only: _sums(inputs, model, thins[model], finite_only, rows=thinned.rows))
+    factors = coefficients(
+        thinned,
+        lambda model, finite_only: _sums(
+            inputs, model, thins[model], finite_only, rows=thinned.rows
+        ),
+    )
     weights, least = inputs.each("weight"), thinned.least
 
     def chunk(start: int, stop: int) -> Tensor:
         base, deltas = inputs.deltas(start, stop)
-        terms = [thin(delta, start).mul_(factor) for thin, delta, factor in zip(thins, deltas, factors, strict=True)]
-        total = agreed(terms, total_of(terms), weights, least) if thinned.consensus else total_of(terms)
+        terms = [
+            thin(delta, start).mul_(factor)
+            for thin, delta, factor in zip(thins, deltas, factors, strict=True)
+        ]
+        total = (
+            agreed(terms, total_of(terms), weights, least) if thinned.consensus else total_of(terms)
+        )
         return total.mul_(thinned.factor).add_(base)
 
     return Plan(chunk, thinned.rows)
@@ -46,10 +59,13 @@ def total_of(terms: list[Tensor]) -> Tensor:
     return total
 
 
-def agreed(terms: list[Tensor], elected: Tensor, weights: list[float], least: float | None) -> Tensor:
+def agreed(
+    terms: list[Tensor], elected: Tensor, weights: list[float], least: float | None
+) -> Tensor:
     """The sum of what has the sign of `elected` (plus where that is 0), over the sum of its weights where that is beyond `least`.
 
-    Overwrites the terms. A term that is 0 has no sign and does not count (arXiv 2306.01708, algorithm 1, "disjoint merge").
+    Overwrites the terms. A term that is 0 has no sign and does not count (arXiv 2306.01708,
+    algorithm 1, "disjoint merge").
     """
     signs = one_nan(elected.add_(0.0)).view(torch.int32)  # -0.0 becomes 0.0
     for term in terms:
@@ -58,7 +74,9 @@ def agreed(terms: list[Tensor], elected: Tensor, weights: list[float], least: fl
     total = total_of(terms)
     if least is None:
         return total
-    mass = total_of([term.ne_(0.0).mul_(weight) for term, weight in zip(terms, weights, strict=True)])
+    mass = total_of(
+        [term.ne_(0.0).mul_(weight) for term, weight in zip(terms, weights, strict=True)]
+    )
     return total.div_(mass.add_(mass.abs().le_(least)))
 
 
@@ -87,8 +105,12 @@ def _by_rank(inputs: Inputs, model: int, keep: Ranks) -> Thin:
     return thin
 
 
-def _at_random(inputs: Inputs, model: int, keep: Chance | RowOdds, delta: Tensor, start: int) -> Tensor:
-    noise = torch.from_numpy(words(inputs.seed, inputs.name, model, start, start + len(delta))).to(delta.device)
+def _at_random(
+    inputs: Inputs, model: int, keep: Chance | RowOdds, delta: Tensor, start: int
+) -> Tensor:
+    noise = torch.from_numpy(words(inputs.seed, inputs.name, model, start, start + len(delta))).to(
+        delta.device
+    )
     limit = keep.limit if isinstance(keep, Chance) else _row_limits(inputs, keep, delta)
     delta.view(torch.int32).bitwise_and_(noise.sub_(limit).bitwise_right_shift_(31))
     return delta
@@ -114,7 +136,9 @@ def _sums(inputs: Inputs, model: int, thin: Thin, finite_only: bool, *, rows: bo
         if total is None:
             total = torch.zeros(2, LANES, dtype=torch.float64, device=delta.device)
         whole = delta.abs()
-        for sums, values in zip(total, finite([whole, thin(delta, start).abs_()], finite_only), strict=True):
+        for sums, values in zip(
+            total, finite([whole, thin(delta, start).abs_()], finite_only), strict=True
+        ):
             add_to_lanes(sums, values)
     assert total is not None
     return total.cpu().numpy()

@@ -53,7 +53,8 @@ def merged(method, arrays, base=None, models=None, chunk=BLOCK, seed=SEED, name=
     return torch.cat([chunk.clone() for chunk in chunks]).numpy().reshape(arrays[0].shape)
 
 
-# The oracles: models and base (float32 values in float64), a list of the models' parameters, those of the tensor.
+# The oracles: models and base (float32 values in float64), a list of the models' parameters, those
+# of the tensor.
 
 
 def length(x):
@@ -72,7 +73,9 @@ def arc(a, b, t, straight):
     w = (v - cosine * u) / math.sin(angle)
     # unit vectors scaled on their own: sin((1-t)A)/sin A of u has a's length, the rest b's
     along = math.cos(t * angle) - math.sin(t * angle) * cosine / math.sin(angle)
-    return length(a) * along * u + length(b) * (math.cos(t * angle) * u + math.sin(t * angle) * w - along * u)
+    return length(a) * along * u + length(b) * (
+        math.cos(t * angle) * u + math.sin(t * angle) * w - along * u
+    )
 
 
 def rows_of(function, *arrays):
@@ -86,7 +89,9 @@ def o_passthrough(xs, b, models, p):
 
 def o_linear(xs, b, models, p):
     weights = [m["weight"] for m in models]
-    return sum(w * x for w, x in zip(weights, xs, strict=True)) / (sum(weights) if p["normalize"] else 1)
+    return sum(w * x for w, x in zip(weights, xs, strict=True)) / (
+        sum(weights) if p["normalize"] else 1
+    )
 
 
 def o_slerp(xs, b, models, p):
@@ -115,10 +120,14 @@ def o_multislerp(xs, b, models, p):
         weights = weights / weights.sum()
     base = 0 * xs[0] if b is None else b
     deltas = [x - base for x in xs]
-    mean = sum((w * d / length(d) for w, d in zip(weights, deltas, strict=True) if length(d)), 0 * base)
+    mean = sum(
+        (w * d / length(d) for w, d in zip(weights, deltas, strict=True) if length(d)), 0 * base
+    )
     if not length(mean):
         return base
-    return base + mean / length(mean) * sum(w * length(d) for w, d in zip(weights, deltas, strict=True))
+    return base + mean / length(mean) * sum(
+        w * length(d) for w, d in zip(weights, deltas, strict=True)
+    )
 
 
 def o_karcher(xs, b, models, p):
@@ -139,7 +148,9 @@ def o_karcher(xs, b, models, p):
 def o_model_stock(xs, b, models, p):
     def stock(base, *models):
         deltas = [x - base for x in models]
-        cosines = [(d * e).sum() / (length(d) * length(e)) for d, e in itertools.combinations(deltas, 2)]
+        cosines = [
+            (d * e).sum() / (length(d) * length(e)) for d, e in itertools.combinations(deltas, 2)
+        ]
         t = len(models) * np.mean(cosines) / (1 + (len(models) - 1) * np.mean(cosines))
         return t * np.mean(models, axis=0) + (1 - t) * base
 
@@ -162,7 +173,9 @@ def task(xs, b, models, p, keep, consensus, scale):
         plus = sum(term[i] for term in flat) >= 0
         agree = [n for n, term in enumerate(flat) if term[i] and (term[i] > 0) == plus]
         mass = sum(weights[n] for n in agree)
-        result[i] = sum(flat[n][i] for n in agree) / (mass if p["normalize"] and abs(mass) > 1e-6 * sum(map(abs, weights)) else 1)
+        result[i] = sum(flat[n][i] for n in agree) / (
+            mass if p["normalize"] and abs(mass) > 1e-6 * sum(map(abs, weights)) else 1
+        )
     return b + p["lambda"] * result.reshape(b.shape)
 
 
@@ -186,7 +199,9 @@ def o_task_arithmetic(xs, b, models, p):
 
 
 def o_ties(xs, b, models, p):
-    keep = ranked(lambda size, m: 0, lambda size, density: max(int(density * size), 1) if density else 0)
+    keep = ranked(
+        lambda size, m: 0, lambda size, density: max(int(density * size), 1) if density else 0
+    )
     return task(xs, b, models, p, keep, True, by_mass)
 
 
@@ -222,7 +237,11 @@ def o_della(xs, b, models, p, consensus=True):
         for start in range(0, delta.size, width):
             row = np.abs(delta.reshape(-1)[start : start + width])
             for rank, i in enumerate(sorted(range(width), key=lambda i: (row[i], i))):
-                spread = model["epsilon"] * (2 * rank / (width - 1) - 1) if width > 1 and 0 < model["density"] < 1 else 0
+                spread = (
+                    model["epsilon"] * (2 * rank / (width - 1) - 1)
+                    if width > 1 and 0 < model["density"] < 1
+                    else 0
+                )
                 mask[start + i] = noise[start + i] < model["density"] + spread
         return mask.reshape(delta.shape)
 
@@ -255,7 +274,10 @@ def o_sce(xs, b, models, p):
     deltas = [x - b for x in xs]
     variance = np.var(deltas, axis=0)
     if p["select_topk"] < 1:
-        order = sorted((i for i in range(b.size) if len({d.flat[i] for d in deltas}) > 1), key=lambda i: (-variance.flat[i], i))
+        order = sorted(
+            (i for i in range(b.size) if len({d.flat[i] for d in deltas}) > 1),
+            key=lambda i: (-variance.flat[i], i),
+        )
         mask = np.zeros(b.size, dtype=bool)
         mask[order[: int(p["select_topk"] * len(order))]] = True
         deltas = [np.where(mask.reshape(b.shape), d, 0) for d in deltas]
@@ -268,7 +290,9 @@ def o_sce(xs, b, models, p):
         plus = sum(d.flat[i] for d in deltas) >= 0
         agree = [n for n, d in enumerate(deltas) if d.flat[i] and (d.flat[i] > 0) == plus]
         if agree:
-            result[i] = sum(weights[n] * deltas[n].flat[i] for n in agree) / sum(weights[n] for n in agree)
+            result[i] = sum(weights[n] * deltas[n].flat[i] for n in agree) / sum(
+                weights[n] for n in agree
+            )
     return b + result.reshape(b.shape)
 
 
@@ -280,20 +304,33 @@ def o_ram(xs, b, models, p):
         if len(owners) == 1 and "r" in p:
             others = set().union(*(c for n, c in enumerate(changed) if n != owners[0]))
             shared, own = len(changed[owners[0]] & others), len(changed[owners[0]] - others)
-            result[i] = (1 + p["r"] * min(shared / own, p["alpha"])) * (xs[owners[0]].flat[i] - b.flat[i])
+            result[i] = (1 + p["r"] * min(shared / own, p["alpha"])) * (
+                xs[owners[0]].flat[i] - b.flat[i]
+            )
         elif owners:
             result[i] = np.mean([xs[n].flat[i] - b.flat[i] for n in owners])
     return b + result.reshape(b.shape)
 
 
-ORACLES = {name.removeprefix("o_"): oracle for name, oracle in globals().items() if name.startswith("o_")} | {"ramplus_tl": o_ram}
+ORACLES = {
+    name.removeprefix("o_"): oracle for name, oracle in globals().items() if name.startswith("o_")
+} | {"ramplus_tl": o_ram}
 
 WEIGHTS = ([0.5, 0.3, 0.4], [1.0, -0.6, 0.2])
-TASK = [{}, {"normalize": True, "lambda": 0.7}, {"normalize": False, "rescale": True}, {"rescale": False, "normalize": True}]
+TASK = [
+    {},
+    {"normalize": True, "lambda": 0.7},
+    {"normalize": False, "rescale": True},
+    {"rescale": False, "normalize": True},
+]
 SHARED = {
     "linear": [{}, {"normalize": False}],
     "slerp": [{"t": 0.0}, {"t": 0.3}, {"t": 1}],
-    "nuslerp": [{}, {"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
+    "nuslerp": [
+        {},
+        {"nuslerp_flatten": False},
+        {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    ],
     "multislerp": [{}, {"normalize_weights": False}],
     "karcher": [{"tol": 1e-9, "max_iter": 50}],
     "model_stock": [{}, {"filter_wise": True}],
@@ -317,7 +354,10 @@ def cases(method):
     low, high = spec.models
     names = [name for name, parameter in spec.parameters.items() if parameter.per_model]
     rounds = max([len(OWN[name]) for name in names], default=1)
-    own = [[{name: OWN[name][r % len(OWN[name])][n] for name in names} for n in range(3)] for r in range(rounds)]
+    own = [
+        [{name: OWN[name][r % len(OWN[name])][n] for name in names} for n in range(3)]
+        for r in range(rounds)
+    ]
     shared = SHARED.get(method, TASK if "lambda" in spec.parameters else [{}])
     for base in {"none": [False], "optional": [False, True], "required": [True]}[spec.base]:
         for count in sorted({low, min(high or 3, 3)}):
@@ -333,8 +373,13 @@ def example(shape, seed=0, count=3):
     """A base and models near it that leave a third of it as it is; some of their changes are equal."""
     generator = np.random.default_rng(seed)
     base = generator.normal(size=shape)
-    models = [base + 0.8 * generator.normal(size=shape) * (generator.random(shape) < 0.7) for _ in range(count)]
-    return np.float32(base).astype(np.float64), [np.float32(model).astype(np.float64) for model in models]
+    models = [
+        base + 0.8 * generator.normal(size=shape) * (generator.random(shape) < 0.7)
+        for _ in range(count)
+    ]
+    return np.float32(base).astype(np.float64), [
+        np.float32(model).astype(np.float64) for model in models
+    ]
 
 
 def test_every_method_has_a_rule_and_an_oracle():
@@ -361,9 +406,14 @@ def test_against_the_oracle(method, shape):
             resolved(method, parameters, per_model=False),
         )
         found = merged(method, xs[:count], base if with_base else None, models, **parameters)
-        assert found == pytest.approx(oracle, rel=0, abs=2e-6 * max(np.abs(oracle).max(), np.abs(xs).max())), (count, models, parameters)
+        assert found == pytest.approx(
+            oracle, rel=0, abs=2e-6 * max(np.abs(oracle).max(), np.abs(xs).max())
+        ), (count, models, parameters)
         rounded += found.size
-        wrong += (torch.from_numpy(found).bfloat16() != torch.from_numpy(np.asarray(oracle)).float().bfloat16()).sum()
+        wrong += (
+            torch.from_numpy(found).bfloat16()
+            != torch.from_numpy(np.asarray(oracle)).float().bfloat16()
+        ).sum()
     assert wrong <= 0.002 * rounded
 
 
@@ -373,9 +423,22 @@ def test_chunks_change_no_bit(method):
         base, xs = example(shape)
         for count, with_base, models, parameters in cases(method):
             results = [
-                merged(method, xs[:count], base if with_base else None, models, chunk=chunk, **parameters) for chunk in (BLOCK, 1, 7, 33)
+                merged(
+                    method,
+                    xs[:count],
+                    base if with_base else None,
+                    models,
+                    chunk=chunk,
+                    **parameters,
+                )
+                for chunk in (BLOCK, 1, 7, 33)
             ]
-            assert all(result.tobytes() == results[0].tobytes() for result in results), (shape, count, models, parameters)
+            assert all(result.tobytes() == results[0].tobytes() for result in results), (
+                shape,
+                count,
+                models,
+                parameters,
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -387,7 +450,14 @@ def test_chunks_change_no_bit_where_blocks_are_many_and_none_holds_the_tensor(me
     for chunk in (BLOCK, 77_777, 4096):
         parts = [part_of(x, given, asked) for x, given in zip(xs[:count], models, strict=True)]
         chunks = combine(
-            method, parts, part_of(base) if with_base else None, shape=shape, parameters=parameters, name=NAME, seed=SEED, chunk=chunk
+            method,
+            parts,
+            part_of(base) if with_base else None,
+            shape=shape,
+            parameters=parameters,
+            name=NAME,
+            seed=SEED,
+            chunk=chunk,
         )
         results.append(b"".join(chunk.numpy().tobytes() for chunk in chunks))
     assert results[0] == results[1] == results[2]
@@ -404,12 +474,20 @@ def test_models_equal_to_the_base_change_nothing(method):
             assert (found == base).all()
         else:
             gain = {"scale": models[0].get("scale")}.get("scale") or 1.0
-            if method in ("linear", "multislerp") and False in parameters.values() and not with_base:
+            if (
+                method in ("linear", "multislerp")
+                and False in parameters.values()
+                and not with_base
+            ):
                 gain = sum(model["weight"] for model in models)
             assert found == pytest.approx(gain * base, rel=1e-6, abs=1e-7)
 
 
-AGREEING = [method for method in METHODS if method not in ("passthrough", "nearswap", "arcee_fusion", "slerp")]
+AGREEING = [
+    method
+    for method in METHODS
+    if method not in ("passthrough", "nearswap", "arcee_fusion", "slerp")
+]
 
 
 @pytest.mark.parametrize("method", AGREEING)
@@ -428,7 +506,12 @@ WEIGHTED = [method for method, spec in METHODS.items() if "weight" in spec.param
 @pytest.mark.parametrize("method", WEIGHTED)
 def test_all_weight_on_one_model_gives_that_model(method):
     base, (x, y, _) = example((6, 20))
-    found = merged(method, [y, x], None if METHODS[method].base == "none" else base, [{"weight": 0}, {"weight": 1.0}])
+    found = merged(
+        method,
+        [y, x],
+        None if METHODS[method].base == "none" else base,
+        [{"weight": 0}, {"weight": 1.0}],
+    )
     assert found == pytest.approx(x, rel=1e-6, abs=1e-6)
 
 
@@ -437,20 +520,31 @@ def test_the_order_of_models_does_not_matter(method):
     base, xs = example((6, 20))
     for count, with_base, models, parameters in cases(method):
         there = merged(method, xs[:count], base if with_base else None, models, **parameters)
-        back = merged(method, xs[:count][::-1], base if with_base else None, models[::-1], **parameters)
+        back = merged(
+            method, xs[:count][::-1], base if with_base else None, models[::-1], **parameters
+        )
         assert there == pytest.approx(back, rel=2e-6, abs=2e-6)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(sorted(METHODS)), st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-3]), min_size=8, max_size=8), st.data())
+@given(
+    st.sampled_from(sorted(METHODS)),
+    st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-3]), min_size=8, max_size=8),
+    st.data(),
+)
 def test_degenerate_values_give_finite_results_whatever_the_chunks(method, values, data):
     """Zeros, equal and opposite values, ties in every order statistic."""
-    count, with_base, models, parameters = data.draw(st.sampled_from([case for case in cases(method)]))
+    count, with_base, models, parameters = data.draw(
+        st.sampled_from([case for case in cases(method)])
+    )
     arrays = [np.array(data.draw(st.permutations(values))).reshape(2, 4) for _ in range(count + 1)]
     base = arrays[-1] if with_base else None
     found = merged(method, arrays[:count], base, models, **parameters)
     assert np.isfinite(found).all()
-    assert found.tobytes() == merged(method, arrays[:count], base, models, chunk=3, **parameters).tobytes()
+    assert (
+        found.tobytes()
+        == merged(method, arrays[:count], base, models, chunk=3, **parameters).tobytes()
+    )
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0)])
@@ -459,7 +553,9 @@ def test_a_tensor_without_elements_has_no_chunks(method, shape):
     count, with_base, models, parameters = next(iter(cases(method)))
     empty = [part_of(np.zeros(shape), given) for given in models]
     base = part_of(np.zeros(shape)) if with_base else None
-    assert not list(combine(method, empty, base, shape=shape, parameters=parameters, name=NAME, seed=0))
+    assert not list(
+        combine(method, empty, base, shape=shape, parameters=parameters, name=NAME, seed=0)
+    )
 
 
 ZERO, X = np.zeros((2, 3)), np.arange(1.0, 7.0).reshape(2, 3)
@@ -494,7 +590,11 @@ ZERO, X = np.zeros((2, 3)), np.arange(1.0, 7.0).reshape(2, 3)
     ],
 )
 def test_degenerate_tensors(method, arrays, base, parameters, expected):
-    weights = [{"weight": w} for w in (0.75, 0.25)] if method in ("nuslerp", "multislerp", "ties") else [{}, {}]
+    weights = (
+        [{"weight": w} for w in (0.75, 0.25)]
+        if method in ("nuslerp", "multislerp", "ties")
+        else [{}, {}]
+    )
     if (method, base is None, len(arrays)) == ("multislerp", False, 2):
         weights = [{"weight": 0.5}] * 2
         arrays = [base + X, base - X]
@@ -503,7 +603,10 @@ def test_degenerate_tensors(method, arrays, base, parameters, expected):
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
-@pytest.mark.parametrize("method", [m for m, spec in METHODS.items() if "density" in spec.parameters and m != "task_arithmetic"])
+@pytest.mark.parametrize(
+    "method",
+    [m for m, spec in METHODS.items() if "density" in spec.parameters and m != "task_arithmetic"],
+)
 def test_density_0_gives_the_base_and_1_every_change(method, density):
     base, (x, *_) = example((6, 20))
     found = merged(method, [x], base, [{"weight": 1.0, "density": density}])
@@ -515,7 +618,9 @@ def test_random_methods_follow_the_seed_and_the_name_and_keep_what_they_promise(
     shape, density, epsilon = (400, 500), 0.4, 0.3
     base = np.zeros(shape)
     x = np.random.default_rng(0).normal(size=shape)
-    models = [{"weight": 1.0, "density": density} | ({"epsilon": epsilon} if "della" in method else {})]
+    models = [
+        {"weight": 1.0, "density": density} | ({"epsilon": epsilon} if "della" in method else {})
+    ]
     found = merged(method, [x], base, models)
     assert (found == merged(method, [x], base, models)).all()
     assert (found != merged(method, [x], base, models, seed=SEED + 1)).mean() > 0.3
@@ -525,7 +630,11 @@ def test_random_methods_follow_the_seed_and_the_name_and_keep_what_they_promise(
     assert np.abs(found).sum() == pytest.approx(np.abs(x).sum(), rel=0.01)  # rescaled
     order = np.argsort(np.abs(x), axis=1)
     by_rank = np.take_along_axis(kept, order, axis=1).mean(axis=0)  # 500 ranks, 400 rows
-    expected = np.linspace(density - epsilon, density + epsilon, 500) if "della" in method else np.full(500, density)
+    expected = (
+        np.linspace(density - epsilon, density + epsilon, 500)
+        if "della" in method
+        else np.full(500, density)
+    )
     assert np.abs(by_rank - expected).max() < 5.5 * 0.5 / math.sqrt(400)
 
 
@@ -556,7 +665,12 @@ def test_what_is_not_finite_stays_in_its_own_element(method, spoiled, value):
         elif with_base:
             base[2, 3] = value
         found = merged(method, xs[:count], base if with_base else None, models, **parameters)
-        assert set(map(tuple, np.argwhere(~np.isfinite(found)))) <= {(2, 3)}, (count, with_base, models, parameters)
+        assert set(map(tuple, np.argwhere(~np.isfinite(found)))) <= {(2, 3)}, (
+            count,
+            with_base,
+            models,
+            parameters,
+        )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -568,7 +682,10 @@ def test_lengths_and_angles_are_those_of_the_finite_elements(method, value):
         xs[0][2, 3] = value
         # neither adds to an inner product; slerp's angle is the models' own
         holed[0][2, 3] = base[2, 3] if with_base and method != "slerp" else 0
-        found, wanted = (merged(method, some[:count], base if with_base else None, models, **parameters) for some in (xs, holed))
+        found, wanted = (
+            merged(method, some[:count], base if with_base else None, models, **parameters)
+            for some in (xs, holed)
+        )
         assert not np.isfinite(found[2, 3]) or method == "linear"
         found[2, 3] = wanted[2, 3]
         assert found.tobytes() == wanted.tobytes(), (count, with_base, models, parameters)
@@ -626,7 +743,13 @@ def test_faults(method, models, parameters, base, told):
 
 
 def test_all_faults_at_once():
-    found = faults("ties", [{"weight": math.inf, "density": -1}, {}], {"lambda": None, "lamda": 1}, base=False, place="p")
+    found = faults(
+        "ties",
+        [{"weight": math.inf, "density": -1}, {}],
+        {"lambda": None, "lamda": 1},
+        base=False,
+        place="p",
+    )
     assert len(found) == 6
 
 
@@ -641,7 +764,10 @@ def test_no_fault_where_weights_cancel_but_nothing_divides_by_them():
     ):
         assert not faults(
             method,
-            [given | ({"density": 0.5} if "density" in METHODS[method].parameters else {}) for given in opposite],
+            [
+                given | ({"density": 0.5} if "density" in METHODS[method].parameters else {})
+                for given in opposite
+            ],
             parameters,
             base=True,
             place="p",
