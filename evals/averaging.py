@@ -1,7 +1,7 @@
 """Do two donors' weights average better once both are in one gauge, their heads and neurons matched?
 
 B is brought to A on tokens that the two draw themselves; the averages are measured on windows from
-the end of a text: raw, with B's stream turned, with its heads and neurons matched, and with both.
+the end of a text: raw, with B's stream rotated, with its heads and neurons matched, and with both.
 Neither changes what B computes. Nothing is written.
 """
 
@@ -17,11 +17,11 @@ import torch
 from matching import (
     Activations,
     activations,
-    joint_turn,
+    joint_rotation,
     match,
     match_neurons,
     matched_model,
-    turned_model,
+    rotated_model,
 )
 from torch import Tensor
 from torch.nn import functional
@@ -33,10 +33,10 @@ from frankenmerge.evaluation.compare import read_text, shared_context
 from frankenmerge.evaluation.language import encode
 from frankenmerge.models.loading import load_model, load_tokenizer
 from frankenmerge.models.sampling import drawn
-from frankenmerge.splicing.gauge_fitting import DRAWN_LENGTH
+from frankenmerge.splicing.gauge_fitting import SAMPLED_LENGTH
 from frankenmerge.splicing.methods.combine import combine
 from frankenmerge.splicing.methods.inputs import Part
-from frankenmerge.splicing.rotation import Turn
+from frankenmerge.splicing.rotation import Rotation
 
 ROWS = 64
 """Rows of tokens that each donor draws."""
@@ -95,7 +95,7 @@ def main(
     start: Any = (
         tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     )
-    length = min(DRAWN_LENGTH, shared_context(checkpoints))
+    length = min(SAMPLED_LENGTH, shared_context(checkpoints))
     contents = [encode(tokenizer, read_text(text).content, str(text)).ids for text in texts]
     tested = torch.cat(
         [_last_windows(ids, start, length, windows // len(texts)) for ids in contents]
@@ -128,18 +128,18 @@ def _alignments(
     found = [
         match(left, right, groups) for left, right in zip(of_a.inside, of_b.inside, strict=True)
     ]
-    turn = joint_turn(of_b.stream, of_a.stream)
+    rotation = joint_rotation(of_b.stream, of_a.stream)
     state_a, state_b = a.state_dict(), b.state_dict()
-    # Where B is turned, A's gains have to be in the maps as well.
-    plain_a = turned_model(
-        state_a, architecture, Turn(torch.eye(len(turn.matrix), dtype=torch.float64))
+    # Where B is rotated, A's gains have to be in the maps as well.
+    plain_a = rotated_model(
+        state_a, architecture, Rotation(torch.eye(len(rotation.matrix), dtype=torch.float64))
     )
     matched_b = matched_model(state_b, architecture, found)
     return {
         "raw": (state_a, state_b),
-        "gauge": (plain_a, turned_model(state_b, architecture, turn)),
+        "gauge": (plain_a, rotated_model(state_b, architecture, rotation)),
         "matched": (state_a, matched_b),
-        "gauge_matched": (plain_a, turned_model(matched_b, architecture, turn)),
+        "gauge_matched": (plain_a, rotated_model(matched_b, architecture, rotation)),
     }
 
 

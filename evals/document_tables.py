@@ -54,7 +54,7 @@ GREEDY_TOKENS, GRADIENT_TOKENS = 4, 5
 DECODED, FLAGGED = "E^+", "hidden axis"
 
 
-class Asked(NamedTuple):
+class SearchOptions(NamedTuple):
     """One feature of a table."""
 
     spec: Feature
@@ -205,7 +205,7 @@ def own_indices(specs: list[Feature], inputs: list[list[int]]) -> list[bool]:
 
 def features(
     table: Table, notation: str, depth: int, width: int, pages: Mapping[int, Sequence[str | None]]
-) -> tuple[list[Asked], list[str]]:
+) -> tuple[list[SearchOptions], list[str]]:
     """The features of a table that a model of these sizes has, and notes on what is left out."""
     asked, notes = [], []
     for block in table.blocks:
@@ -216,7 +216,9 @@ def features(
                 f"The page's row of block {block} has {len(page)} cells for {len(specs)} features: {page}."
             )
         if block <= depth:
-            asked += map(Asked, specs, page if len(page) == len(specs) else [None] * len(specs))
+            asked += map(
+                SearchOptions, specs, page if len(page) == len(specs) else [None] * len(specs)
+            )
     if deeper := [str(block) for block in table.blocks if block > depth]:
         notes.append(f"Skipped, as the model has {depth} blocks: {', '.join(deeper)}.")
     return asked, notes
@@ -232,7 +234,7 @@ def ids_by_text(texts: list[str]) -> dict[str, list[int]]:
 
 def cell(
     table: Table,
-    asked: Asked,
+    asked: SearchOptions,
     way: str,
     ids: list[int],
     texts: list[str],

@@ -23,11 +23,11 @@ import frankenmerge
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.evaluation.compare import read_text
-from frankenmerge.evaluation.sampled_damage import damage_on_drawn
-from frankenmerge.models.sampling import states_on_drawn
+from frankenmerge.evaluation.sampled_damage import damage_on_sampled
+from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.prediction import (
-    DRAWN_FLOOR,
     FLOOR,
+    SAMPLED_FLOOR,
     Model,
     donor_loss,
     features,
@@ -83,7 +83,7 @@ def main(cache: Path | None) -> None:
             err=True,
         )
     intercept, weights = _fit(list(measured.values()))
-    drawn = [_off(own.drawn, own.damage, DRAWN_FLOOR) for own in measured.values()]
+    drawn = [_off(own.drawn, own.damage, SAMPLED_FLOOR) for own in measured.values()]
     origin = {
         "script": "evals/fit_planner.py",
         "donors": list(FITTED),
@@ -136,8 +136,8 @@ def _measured(name: str, texts: list, cache: Path | None) -> Measured:
         recipes[0].blocks, {path: bank.donor(path)}
     )
     atlas = analyze(donor)
-    states = states_of([align(atlas, atlas, shown=states_on_drawn({path: model}))])
-    drawn = damage_on_drawn(recipes, {path: donor}, {path: model})
+    states = states_of([align(atlas, atlas, shown=states_on_sampled({path: model}))])
+    drawn = damage_on_sampled(recipes, {path: donor}, {path: model})
     return Measured(
         features([recipe.blocks for recipe in recipes], states), damage, drawn, donor.fingerprint
     )

@@ -1,7 +1,7 @@
-"""Can blocks of donors that never shared a basis be spliced? Single-seam splices of two donors, raw and turned.
+"""Can blocks of donors that never shared a basis be spliced? Single-seam splices of two donors, raw and rotated.
 
 A splice is A's blocks `[0, i)` and B's blocks `[j, L)`, stacked as a recipe stacks them. Every
-splice is measured raw; with B's slice turned as a recipe's gauge turns it, on text and on tokens
+splice is measured raw; with B's slice rotated as a recipe's gauge rotations it, on text and on tokens
 alone (drawn from the donors themselves: no data; the fit on text sees them too); with the best
 signed permutation in place of a rotation; and with a random rotation. The first half of the text is
 fitted on, windows from the end of the second half are what is measured.
@@ -36,9 +36,9 @@ from frankenmerge.models.loading import (
     virtual_splice,
 )
 from frankenmerge.models.sampling import drawn
-from frankenmerge.splicing.gauge_fitting import DRAWN_LENGTH, DRAWN_ROWS, Fit
+from frankenmerge.splicing.gauge_fitting import SAMPLED_LENGTH, SAMPLED_ROWS, Fit
 from frankenmerge.splicing.gauge_refining import Shown, refined
-from frankenmerge.splicing.rotation import Turn, procrustes, random_turn
+from frankenmerge.splicing.rotation import Rotation, procrustes, random_rotation
 
 
 class Seen(NamedTuple):
@@ -66,19 +66,19 @@ class Seen(NamedTuple):
     "--windows",
     default=16,
     show_default=True,
-    help=f"Windows of at most {DRAWN_LENGTH} tokens that are measured, of all texts together.",
+    help=f"Windows of at most {SAMPLED_LENGTH} tokens that are measured, of all texts together.",
 )
 @click.option(
     "--refine",
     default=300,
     show_default=True,
-    help="Steps of descent on the turns of every splice; 0 for a plain fit.",
+    help="Steps of descent on the rotations of every splice; 0 for a plain fit.",
 )
 @click.option(
     "--maps",
-    default="turns",
+    default="rotations",
     show_default=True,
-    type=click.Choice(["turns", "linear"]),
+    type=click.Choice(["rotations", "linear"]),
     help="What descent may reach.",
 )
 @click.option(
@@ -100,7 +100,7 @@ def main(
     count: int,
     as_json: bool,
 ) -> None:
-    """Measure single-seam splices, raw and turned."""
+    """Measure single-seam splices, raw and rotated."""
     checkpoints = {name: open_checkpoint(name) for name in (donor_a, donor_b)}
     models = {
         name: load_model(checkpoint).requires_grad_(False)
@@ -111,7 +111,7 @@ def main(
     start: Any = (
         tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     )
-    length = min(DRAWN_LENGTH, shared_context(checkpoints.values()))
+    length = min(SAMPLED_LENGTH, shared_context(checkpoints.values()))
     halves = [
         _halves(
             encode(tokenizer, read_text(text).content, str(text)).ids,
@@ -124,7 +124,7 @@ def main(
     ]
     fitted, tested = (torch.cat(parts) for parts in zip(*halves, strict=True))
     donor_text = torch.cat(
-        [drawn(model, DRAWN_ROWS // 2, length, start, seed) for seed, model in enumerate((a, b))]
+        [drawn(model, SAMPLED_ROWS // 2, length, start, seed) for seed, model in enumerate((a, b))]
     )
     seen = {"text": _seen(a, b, torch.cat([donor_text, fitted])), "probes": _seen(a, b, donor_text)}
     centred = checkpoints[donor_a].architecture.norm == "layer"
@@ -172,7 +172,7 @@ def main(
             row[name] = measured(recipe, fit)
         of_a, of_b = _flat(seen["text"].states[0][i]), _flat(seen["text"].states[1][j])
         row["signed_permutation"] = measured(recipe, Fit(_signed_permutation(of_a, of_b), 0.0))
-        null = random_turn(of_a.shape[1], 1000 * i + j, centred=centred)
+        null = random_rotation(of_a.shape[1], 1000 * i + j, centred=centred)
         row["random_rotation"] = measured(
             recipe, Fit(null._replace(scale=plain["text"].scale), 0.0)
         )
@@ -210,15 +210,15 @@ def _halves(ids: Any, start: int, length: int, texts: int, windows: int) -> tupl
     rows = torch.from_numpy(ids[1:]).unfold(0, length - 1, length - 1)
     rows = torch.cat([torch.full((len(rows), 1), start), rows], 1)
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    return first[: DRAWN_ROWS // texts], second[-(windows // texts) :]
+    return first[: SAMPLED_ROWS // texts], second[-(windows // texts) :]
 
 
-def _signed_permutation(of_a: Tensor, of_b: Tensor) -> Turn:
+def _signed_permutation(of_a: Tensor, of_b: Tensor) -> Rotation:
     product = (of_b.double().T @ of_a.double()).numpy()
     rows, columns = linear_sum_assignment(-abs(product))
     matrix = torch.zeros(product.shape, dtype=torch.float64)
     matrix[rows, columns] = torch.from_numpy(product[rows, columns]).sign()
-    return Turn(
+    return Rotation(
         matrix, float((torch.from_numpy(product) * matrix).sum() / of_b.double().square().sum())
     )
 

@@ -5,7 +5,7 @@ A block computes the same with the neurons of its FFN in any order, each with it
 with the values of a key-value head in any orthogonal basis (Ainsworth et al. 2023, Git Re-Basin,
 for the orders). Before two donors' weights are averaged, these are chosen so that both do the same
 things at the same places: by assignment on what they compute on the same tokens, the stream by one
-turn for all depths.
+rotation for all depths.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from frankenmerge.donors.families import Architecture
 from frankenmerge.errors import fail
 from frankenmerge.models.loading import block_outputs, blocks_of, forward
-from frankenmerge.splicing.rotation import Turn, procrustes, turned_all
+from frankenmerge.splicing.rotation import Rotation, procrustes, rotate_all
 
 HEADS, NEURONS = "self_attn.o_proj", "mlp.down_proj"
 """The maps that read what heads and neurons make."""
@@ -113,24 +113,24 @@ def _flat(states: Tensor) -> Tensor:
     return states[:, 1:].flatten(0, 1)
 
 
-def joint_turn(source: Sequence[Tensor], target: Sequence[Tensor]) -> Turn:
-    """One turn for all depths, every position with the same weight, and the median over all of the ratio of the streams' lengths.
+def joint_rotation(source: Sequence[Tensor], target: Sequence[Tensor]) -> Rotation:
+    """One rotation for all depths, every position with the same weight, and the median over all of the ratio of the streams' lengths.
 
     Norms see directions alone; by squares a few positions of enormous length would decide.
 
     Args:
-        source: the stream of the donor to be turned, `[n, d]` for every depth.
+        source: the stream of the donor to be rotated, `[n, d]` for every depth.
         target: the other one's at the same depths.
     """
     before, after = (torch.cat(list(stream)).double() for stream in (source, target))
     scale = float((after.norm(dim=1) / before.norm(dim=1).clamp_min(1e-30)).median())
-    return Turn(procrustes(_unit(before, (1,)), _unit(after, (1,))).matrix, scale)
+    return Rotation(procrustes(_unit(before, (1,)), _unit(after, (1,))).matrix, scale)
 
 
 def match(of_a: Inside, of_b: Inside, groups: int) -> Match:
     """Match one block of B to one of A by what they compute at the same positions.
 
-    Neurons by the size of their correlation. Heads by how much of one's output is a turn of the
+    Neurons by the size of their correlation. Heads by how much of one's output is a rotation of the
     other's (the nuclear norm of their cross product over their lengths), which no basis of the
     values changes; groups by their heads in the best order.
 
@@ -219,8 +219,8 @@ def matched_model(
     return made
 
 
-def turned_model(
-    state: Mapping[str, Tensor], architecture: Architecture, turn: Turn
+def rotated_model(
+    state: Mapping[str, Tensor], architecture: Architecture, rotation: Rotation
 ) -> dict[str, Tensor]:
     """All of a donor's tensors, by name, in another basis of the stream, the norms' gains moved into the maps; in float64.
 
@@ -228,8 +228,8 @@ def turned_model(
     """
     made: dict[str, Tensor] = {}
     for names in _blocks(state, architecture).values():
-        result = turned_all(
-            {canonical: state[name] for canonical, name in names.items()}, architecture, turn
+        result = rotate_all(
+            {canonical: state[name] for canonical, name in names.items()}, architecture, rotation
         )
         made |= {name: result[canonical] for canonical, name in names.items()}
     return made

@@ -23,8 +23,8 @@ from frankenmerge.analysis.analyze import analyze
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.compare import read_text
-from frankenmerge.evaluation.sampled_damage import damage_on_drawn
-from frankenmerge.models.sampling import states_on_drawn
+from frankenmerge.evaluation.sampled_damage import damage_on_sampled
+from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.controls import (
     goliath,
     naive_interleave,
@@ -84,7 +84,7 @@ def main(
     judge = Bank(excerpts(read, 0, characters), names, cache, context=context)
     trial = Bank(excerpts(read, characters, characters), names, cache, context=context)
     donors = {name: judge.checkpoints[name].blocks for name in names}
-    shown = states_on_drawn({name: judge.bench.load(name)[1] for name in judge.names})
+    shown = states_on_sampled({name: judge.bench.load(name)[1] for name in judge.names})
     alignment = align(*(analyze(judge.checkpoints[name]) for name in names), shown=shown)
     plans = [entry.recipe for entry in plan([alignment], Constraints(depth), top=EVALUATIONS)]
     drawn = _best_on_drawn(judge, plans)
@@ -169,7 +169,7 @@ def _placed(nats: float, randoms: np.ndarray) -> dict[str, float | int]:
 
 def _best_on_drawn(bank: Bank, recipes: list[Recipe]) -> Recipe:
     models = {name: bank.bench.load(name)[1] for name in bank.names}
-    return recipes[int(np.argmin(damage_on_drawn(recipes, bank.checkpoints, models)))]
+    return recipes[int(np.argmin(damage_on_sampled(recipes, bank.checkpoints, models)))]
 
 
 def _regret(bank: Bank, names: list[str], alignment) -> tuple[float, float]:

@@ -25,9 +25,9 @@ from frankenmerge.analysis.analyze import analyze
 from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.evaluation.compare import read_text
-from frankenmerge.evaluation.sampled_damage import damage_on_drawn
+from frankenmerge.evaluation.sampled_damage import damage_on_sampled
 from frankenmerge.models.loading import blocks_of
-from frankenmerge.models.sampling import states_on_drawn
+from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.prediction import FLOOR, default_model, donor_loss, features
 from frankenmerge.planning.states import states_of
 
@@ -145,12 +145,12 @@ def _predictions(bank: Bank, atlases: list, recipes: list[Recipe]) -> dict[str, 
     """What every recipe is foretold to lose, by kind."""
     models = {name: bank.bench.load(name)[1] for name in bank.names}
     found, seamed = {}, np.array([bool(recipe.seams) for recipe in recipes])
-    for kind, shown in (("predicted", states_on_drawn(models)), ("from_probes", None)):
+    for kind, shown in (("predicted", states_on_sampled(models)), ("from_probes", None)):
         states = states_of([align(*atlases, shown=shown)])
         found[kind] = (
             default_model().damage(features([recipe.blocks for recipe in recipes], states)) * seamed
         )
-    return found | {"drawn": damage_on_drawn(recipes, bank.checkpoints, models)}
+    return found | {"drawn": damage_on_sampled(recipes, bank.checkpoints, models)}
 
 
 def _judged(damage: np.ndarray, nats: np.ndarray, keeps: np.ndarray) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def analyze(donor: Donor, **options: Any) -> Atlas:
     Args:
         donor: a folder, a hub id that is in the local cache, or what `open_donor` returned.
         options: those of `frankenmerge.analysis.analyze.analyze`: `k`, `untrained`, `dtype`,
-            `device`, `progress`.
+            `device`, `advance`.
 
     Raises:
         FrankenmergeError: for a donor that is not there, is broken, or has no tokenizer.
@@ -88,7 +88,7 @@ def merge(recipe: Recipe | str | Path, output: str | Path, **options: Any) -> "M
     Args:
         recipe: a recipe, or its file.
         output: a folder that does not exist yet.
-        options: the fields of `frankenmerge.merging.plan.Options`, and `progress`.
+        options: the fields of `frankenmerge.merging.plan.Options`, and `advance`.
 
     Raises:
         FrankenmergeError: for a recipe that cannot become a model, or an output that exists or has

@@ -185,12 +185,12 @@ def write_stand_in(
     return folder
 
 
-def turned_donor(source, folder, turn):
-    """The donor with its whole stream turned, its head parted from its embedding, as a checkpoint."""
+def rotated_donor(source, folder, rotation):
+    """The donor with its whole stream rotated, its head parted from its embedding, as a checkpoint."""
     from safetensors.torch import load_file, save_file
 
     from frankenmerge.donors.checkpoint import open_checkpoint
-    from frankenmerge.splicing.rotation import turned_all
+    from frankenmerge.splicing.rotation import rotate_all
 
     checkpoint = open_checkpoint(str(source))
     architecture = checkpoint.architecture
@@ -204,7 +204,9 @@ def turned_donor(source, folder, turn):
         for role in ("embedding", "final", "head")
         for name, found in checkpoint.by_role.get((role, None), {}).items()
     }
-    result = turned_all(outside | {head: outside.get(head, outside[embedding])}, architecture, turn)
+    result = rotate_all(
+        outside | {head: outside.get(head, outside[embedding])}, architecture, rotation
+    )
     for index in range(checkpoint.blocks):
         block = {
             canonical: stored[name]
@@ -212,11 +214,11 @@ def turned_donor(source, folder, turn):
         }
         result |= {
             name.format(index): value
-            for name, value in turned_all(block, architecture, turn).items()
+            for name, value in rotate_all(block, architecture, rotation).items()
         }
     # A norm's small constant is added to the stream's mean square, which the scale has changed.
     constants = {
-        key: value * turn.scale**2
+        key: value * rotation.scale**2
         for key, value in checkpoint.config.items()
         if key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
     }

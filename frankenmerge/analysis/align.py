@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 
 import frankenmerge
 from frankenmerge.analysis import geometry
-from frankenmerge.analysis.gauges import gauge_agreement, turned_gram
+from frankenmerge.analysis.gauges import gauge_agreement, rotated_gram
 from frankenmerge.analysis.nulls import derangement, mean_interval, mean_over, rounds_for
 from frankenmerge.artefacts.alignment import Alignment, Score
 from frankenmerge.artefacts.atlas import Atlas
@@ -32,7 +32,7 @@ def align(
             indices that both have are compared.
         context: which complete search to compare, `plain` or `bos`.
         shown: both donors' states `[l+1, n, d]` by name on inputs of their own, such as
-            `drawing.states_on_drawn` gives, to predict from in the place of the states on random
+            `drawing.states_on_sampled` gives, to predict from in the place of the states on random
             probes.
         method: `greedy` or `gradient` adds the score of that name, over the neurons for which both
             atlases hold such inputs.
@@ -69,7 +69,7 @@ def align(
             "atlases": [a.provenance, b.provenance],
         },
         gram=geometry.gram(*states),
-        turned_gram=turned_gram(a, b),
+        rotated_gram=rotated_gram(a, b),
     )
 
 

@@ -5,7 +5,6 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from frankenmerge.analysis.complete import Ranked, searched
 from frankenmerge.analysis.probes import LENGTH, SEED, probe_hash, probe_states, random_probes
 from frankenmerge.analysis.ranking import top_tokens
 from frankenmerge.artefacts.atlas import SUFFIX, Atlas, TopTokens, load_atlas, save_atlas
-from frankenmerge.distributed import Share, gathered, own_share
+from frankenmerge.distributed import Rank, gathered, own_rank
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
 from frankenmerge.errors import FrankenmergeError, fail
@@ -32,6 +31,7 @@ from frankenmerge.models.streaming import (
     stream_model,
     streamable,
 )
+from frankenmerge.progress import Advance, ignore
 from frankenmerge.storage.atomic import read_arrays, write_arrays
 
 TOP = 10
@@ -62,9 +62,9 @@ def analyze(
     untrained: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
-    share: Share = Share(),
+    rank: Rank = Rank(),
     under_way: Path | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> Atlas:
     """Search a donor's features, plain and behind BOS, and record its activations on the random probes.
 
@@ -78,11 +78,11 @@ def analyze(
             brings about.
         dtype: the type to compute in.
         device: a torch device.
-        share: which of several processes this is; each searches its batches of the vocabulary, and
+        rank: which of several processes this is; each searches its batches of the vocabulary, and
             all return the same atlas.
         under_way: a folder to keep finished blocks in, and to go on from where it is there; removed
             at the end.
-        progress: called with the number of inputs that passed a block since its last call; see
+        advance: called with the number of inputs that passed a block since its last call; see
             `work` for their total.
 
     Raises:
@@ -101,16 +101,16 @@ def analyze(
     else:
         donor = load_model(checkpoint, dtype=dtype, device=device, untrained=untrained)
     probes = random_probes(len(vocabulary))
-    run = _run_of(donor, checkpoint, probes, k, share)
-    done = run.restore(under_way, progress) if under_way else 0
+    run = _run_of(donor, checkpoint, probes, k, rank)
+    done = run.restore(under_way, advance) if under_way else 0
     saved = time.monotonic()
     for index, block in each_block(donor, done + 1):
-        run.through(index, block, progress)
+        run.through(index, block, advance)
         if under_way and index < checkpoint.blocks and time.monotonic() - saved >= SAVE_AFTER:
             run.save(under_way, index)
             saved = time.monotonic()
     top = {
-        context: _best_of_all(run.keys(context, k), share, len(vocabulary))
+        context: _best_of_all(run.keys(context, k), rank, len(vocabulary))
         for context in _contexts(checkpoint)
     }
     if under_way:
@@ -158,12 +158,12 @@ class _Run:
             self.ranked[context].add(passage.entering())
         self._record(0, probe_states(self.probes.entering(), "block 0"))
 
-    def through(self, index: int, block: torch.nn.Module, progress: Callable[[int], None]) -> None:
+    def through(self, index: int, block: torch.nn.Module, advance: Advance) -> None:
         """Take all inputs through a block."""
         for context, passage in self.contexts.items():
-            self.ranked[context].add(passage.through(index, block), progress)
+            self.ranked[context].add(passage.through(index, block), advance)
         self._record(index, probe_states(self.probes.through(index, block), f"block {index}"))
-        progress(self.probes.count)
+        advance(self.probes.count)
 
     def _record(self, index: int, states: np.ndarray) -> None:
         self.scales[index] = np.maximum(np.abs(states).max(axis=0), np.finfo(np.float32).tiny)
@@ -195,7 +195,7 @@ class _Run:
         write_arrays(folder / _STATE, _KIND, arrays, {"block": index})
         self.kept = index
 
-    def restore(self, folder: Path, progress: Callable[[int], None]) -> int:
+    def restore(self, folder: Path, advance: Advance) -> int:
         """Go on from a folder, where it is there and sound; returns the last finished block."""
         try:
             states, told = read_arrays(folder / _STATE, _KIND, "an analysis under way")
@@ -216,12 +216,12 @@ class _Run:
         for block, arrays in enumerate(found):
             self.activations[block], self.scales[block] = arrays["activations"], arrays["scale"]
         self.kept = told["block"]
-        progress(self.kept * sum(passage.count for passage in passages.values()))
+        advance(self.kept * sum(passage.count for passage in passages.values()))
         return self.kept
 
 
-def _run_of(donor: Donor, checkpoint: Checkpoint, probes: np.ndarray, k: int, share: Share) -> _Run:
-    batches = searched(donor).split(BATCH)[share.rank :: share.count]
+def _run_of(donor: Donor, checkpoint: Checkpoint, probes: np.ndarray, k: int, rank: Rank) -> _Run:
+    batches = searched(donor).split(BATCH)[rank.number :: rank.count]
     tokens = torch.cat(batches) if batches else torch.empty(0, dtype=torch.long)
     contexts = _contexts(checkpoint) if batches else {}
     passages = {
@@ -238,9 +238,9 @@ def _run_of(donor: Donor, checkpoint: Checkpoint, probes: np.ndarray, k: int, sh
     return run
 
 
-def _best_of_all(keys: Tensor, share: Share, vocabulary: int) -> TopTokens:
+def _best_of_all(keys: Tensor, rank: Rank, vocabulary: int) -> TopTokens:
     """The best tokens of all processes' shares."""
-    together = torch.cat(gathered(keys, share), dim=2)
+    together = torch.cat(gathered(keys, rank), dim=2)
     return top_tokens(together.topk(min(keys.shape[2], vocabulary), dim=2).values)
 
 
@@ -259,7 +259,7 @@ def cached_analyze(
     untrained: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> Atlas:
     """Return the donor's atlas from the folder `cache`, or analyze the donor and keep the atlas there.
 
@@ -277,21 +277,21 @@ def cached_analyze(
         torch.__version__,
         transformers.__version__,
     ]
-    name, share = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32], own_share()
+    name, rank = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32], own_rank()
     path = cache / f"{name}{SUFFIX}"
     if path.exists():
         return replace(load_atlas(path), donor=_name(checkpoint, untrained))
-    under_way = cache / f"{name}.{share.rank}-of-{share.count}.under-way"
+    under_way = cache / f"{name}.{rank.number}-of-{rank.count}.under-way"
     atlas = analyze(
         checkpoint,
         untrained=untrained,
         dtype=dtype,
         device=device,
-        share=share,
+        rank=rank,
         under_way=under_way,
-        progress=progress,
+        advance=advance,
     )
-    if share.first:
+    if rank.first:
         save_atlas(atlas, path)
     return atlas
 

@@ -5,7 +5,7 @@ For block `l` and neuron `f` the feature is `argmax_a O^l_f(a)` over all tokens 
 under way and the blocks behind are kept.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from frankenmerge.analysis.ranking import merge, pack, top_tokens
 from frankenmerge.artefacts.atlas import TopTokens
 from frankenmerge.models.loading import Site, embedding_of
 from frankenmerge.models.streaming import BATCH, Donor, Passage, each_block, model_of
+from frankenmerge.progress import Advance, ignore
 
 
 def complete_search(
@@ -26,7 +27,7 @@ def complete_search(
     bottom: bool = False,
     masked: Sequence[int] = (),
     shortcut: bool = True,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> TopTokens:
     """Find for every feature of every block the `k` tokens that excite it most.
 
@@ -40,7 +41,7 @@ def complete_search(
         masked: tokens that are not searched, such as special and never trained ones.
         shortcut: whether tokens without a prefix go without queries and keys, which changes no
             attention.
-        progress: called with the number of tokens that passed a block since its last call.
+        advance: called with the number of tokens that passed a block since its last call.
 
     Returns:
         Tokens and activations `[l+1, d, k]`, best first; of equal activations the lowest token id
@@ -62,7 +63,7 @@ def complete_search(
     ranked = Ranked(tokens, k, bottom)
     ranked.add(passage.entering())
     for index, block in each_block(donor):
-        ranked.add(passage.through(index, block), progress)
+        ranked.add(passage.through(index, block), advance)
     return ranked.top
 
 
@@ -83,7 +84,7 @@ class Ranked:
     def add(
         self,
         outputs: Iterable[tuple[slice, Tensor]],
-        progress: Callable[[int], None] = lambda _: None,
+        advance: Advance = ignore,
     ) -> None:
         """Rank the next block's outputs, rows of the tokens and their hidden states `[b, s, d]`, by the last position."""
         best: Tensor | None = None
@@ -94,7 +95,7 @@ class Ranked:
                 pack(self.sign * states[:, -1].float().T, tokens, f"block {len(self.keys)}"),
                 self.k,
             )
-            progress(len(tokens))
+            advance(len(tokens))
         assert best is not None
         self.keys.append(best.cpu())
 

@@ -1,7 +1,7 @@
-"""Gauges from atlases: how far two donors agree once one turn, the same at every depth, has brought their states together.
+"""Gauges from atlases: how far two donors agree once one rotation, the same at every depth, has brought their states together.
 
-A turn is fitted on three quarters of the probes, on pairs of states of about the same relative
-depth, and everything told here is told of the last quarter. One turn for all depths costs one SVD
+A rotation is fitted on three quarters of the probes, on pairs of states of about the same relative
+depth, and everything told here is told of the last quarter. One rotation for all depths costs one SVD
 for a pair of donors, not one for every seam, and does nearly as well.
 """
 
@@ -15,7 +15,7 @@ from frankenmerge.artefacts.alignment import Score
 from frankenmerge.artefacts.atlas import Atlas
 
 MOST_DIRECTIONS = 1024
-"""Wider donors are turned within so many of their leading directions, found by random projection
+"""Wider donors are rotated within so many of their leading directions, found by random projection
 (Halko et al., 2011).
 """
 
@@ -30,7 +30,7 @@ class Turned(NamedTuple):
 
 
 def turned_states(a: Atlas, b: Atlas, *, permuted: bool = False) -> Turned:
-    """Turn B's states to A's, both as wide as the wider donor; with `permuted`, those of other probes, as chance would have it."""
+    """Rotation B's states to A's, both as wide as the wider donor; with `permuted`, those of other probes, as chance would have it."""
     left, right = (
         _leading(np.stack([atlas.activations(block) for block in range(atlas.blocks + 1)]))
         for atlas in (a, b)
@@ -57,11 +57,11 @@ def turned_states(a: Atlas, b: Atlas, *, permuted: bool = False) -> Turned:
 
 
 def gauge_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """Share of A's state's squared length that B's, turned and at its best scale, explains: R^2 about the origin, held out."""
-    turned, chance = turned_states(a, b), turned_states(a, b, permuted=True)
+    """Share of A's state's squared length that B's, rotated and at its best scale, explains: R^2 about the origin, held out."""
+    rotated, chance = turned_states(a, b), turned_states(a, b, permuted=True)
     inner, (own_a, own_b) = (
-        np.einsum("ind,jnd->ijn", *turned),
-        (np.square(states).sum(axis=2) for states in turned),
+        np.einsum("ind,jnd->ijn", *rotated),
+        (np.square(states).sum(axis=2) for states in rotated),
     )
     weights = resamples(inner.shape[2]).T
     drawn = _explained(inner @ weights, own_a @ weights, own_b @ weights)
@@ -74,8 +74,8 @@ def gauge_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     return Score(matrix, {"permuted_probes": null.astype(np.float32)}, detail, between(drawn))
 
 
-def turned_gram(a: Atlas, b: Atlas) -> np.ndarray:
-    """As `geometry.gram`, with B's states turned to A's: what splices through a gauge are predicted from."""
+def rotated_gram(a: Atlas, b: Atlas) -> np.ndarray:
+    """As `geometry.gram`, with B's states rotated to A's: what splices through a gauge are predicted from."""
     return gram(*turned_states(a, b))
 
 

@@ -186,8 +186,8 @@ def influence(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 def _passed(states: np.ndarray) -> np.ndarray:
     """Influence summed over the blocks so far, by probe, `[l+1, n]`."""
     directions = np.stack([_directions(state) for state in states])
-    turned = 1 - (directions[1:] * directions[:-1]).sum(axis=2)
-    return np.concatenate([np.zeros_like(turned[:1]), turned.cumsum(axis=0)])
+    rotated = 1 - (directions[1:] * directions[:-1]).sum(axis=2)
+    return np.concatenate([np.zeros_like(rotated[:1]), rotated.cumsum(axis=0)])
 
 
 def distance(a: Atlas, b: Atlas, context: str, width: int) -> Score:

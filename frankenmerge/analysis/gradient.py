@@ -30,6 +30,7 @@ from frankenmerge.analysis.descent import Optimizer, descend, frozen
 from frankenmerge.analysis.features import Feature, check_features
 from frankenmerge.errors import fail
 from frankenmerge.models.loading import Site, block_outputs, blocks_of, embedding_of, forward
+from frankenmerge.progress import Advance, ignore
 
 Decode = Literal["pinv", "hidden"]
 WEIGHT = 0.1
@@ -82,7 +83,7 @@ def gradient_search(
     batch: int = 64,
     decode: Decode = "pinv",
     decoder: Decoder | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> GradientResult:
     """Find for every feature an input of several tokens that excites it.
 
@@ -105,7 +106,7 @@ def gradient_search(
             one.
         decoder: reused when given; otherwise made from the model, without the tokens that do not
             decode to themselves.
-        progress: called with the number of features done since its last call.
+        advance: called with the number of features done since its last call.
 
     Raises:
         FrankenmergeError: for features that the model or the input does not have, or a start that
@@ -134,7 +135,7 @@ def gradient_search(
                     rates=rates,
                 )
             )
-        progress(len(chunk))
+        advance(len(chunk))
     embeddings = torch.cat([end.rows for end in ends])[back]
     decoded, excluded = _decoded(embeddings, table, decode, decoder)
     return GradientResult(

@@ -7,7 +7,7 @@ deeper than the deepest block that one of them needs.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -23,6 +23,7 @@ from frankenmerge.analysis.ranking import merge, pack, unpack
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.models.loading import Site, block_outputs, blocks_of, embedding_of, forward
 from frankenmerge.models.streaming import ROWS
+from frankenmerge.progress import Advance, ignore
 
 Positions = Literal["last", "all"]
 Tokens = tuple[int, ...]
@@ -87,7 +88,7 @@ def greedy_search(
     beam: int = 1,
     candidates: int | None = None,
     start: Tokens = (),
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> GreedyResult:
     """Build for each feature an input of `n` tokens that excites it.
 
@@ -108,14 +109,14 @@ def greedy_search(
             same prefix share theirs): one half excites it most as a first token, the other its
             neuron at a quarter of its depth. None tries all tokens.
         start: tokens put before the searched ones, such as BOS.
-        progress: called with the number of inputs run since its last call.
+        advance: called with the number of inputs run since its last call.
 
     Raises:
         FrankenmergeError: for features, tokens or lengths that the donor does not have, or
             activations that are not finite.
     """
     _check(model, features, n, beam, candidates, start)
-    runs = _Runs(model, site, isolated, positions, progress)
+    runs = _Runs(model, site, isolated, positions, advance)
     tokens, prefixes = _search(runs, features, n, beam, candidates, start)
     recall = None
     if candidates and n > 1:
@@ -211,7 +212,7 @@ class _Runs:
     site: Site
     isolated: bool
     positions: Positions
-    progress: Callable[[int], None]
+    advance: Advance
 
     @property
     def vocabulary(self) -> Tensor:
@@ -238,7 +239,7 @@ class _Runs:
                 forward(self.model, input_ids=rows[:, None], **held)
                 scores = earlier + _activations(states, features)[:, : len(tokens), -1]
                 best = merge(best, pack(scores, tokens, f"the tokens {prefix} and one more"), k)
-                self.progress(len(tokens))
+                self.advance(len(tokens))
         assert best is not None
         return unpack(best.cpu())
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from frankenmerge.analysis.greedy import greedy_search
 from frankenmerge.artefacts.atlas import Atlas, Inputs
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.models.loading import blocks_of, embedding_of, load_model
+from frankenmerge.progress import Advance, ignore
 from frankenmerge.storage.atomic import read_arrays, write_arrays
 
 NEURONS = 16
@@ -48,7 +49,7 @@ def search_inputs(
     neurons: Sequence[int],
     *,
     tokens: int = TOKENS,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> Inputs:
     """Search for every block, and what enters the first, the inputs that excite some neurons most.
 
@@ -57,7 +58,7 @@ def search_inputs(
         method: `greedy` or `gradient`.
         neurons: which neurons, the same in every block.
         tokens: how long the inputs are.
-        progress: called with the number of inputs run (greedy) or of features done (gradient) since
+        advance: called with the number of inputs run (greedy) or of features done (gradient) since
             its last call.
 
     Raises:
@@ -71,10 +72,10 @@ def search_inputs(
     features = [Feature.of(block, neuron) for block in range(blocks + 1) for neuron in neurons]
     settings = SETTINGS[method]
     if method == "greedy":
-        found = greedy_search(model, features, n=tokens, progress=progress, **settings).tokens
+        found = greedy_search(model, features, n=tokens, advance=advance, **settings).tokens
     else:
         found = (
-            gradient_search(model, features, tokens=tokens, progress=progress, **settings)
+            gradient_search(model, features, tokens=tokens, advance=advance, **settings)
             .tokens.numpy()
             .astype(np.int32)
         )
@@ -94,7 +95,7 @@ def with_inputs(
     untrained: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> Atlas:
     """The donor's atlas with what `search_inputs` finds, from the folder `cache` or searched now and kept there.
 
@@ -108,7 +109,7 @@ def with_inputs(
         inputs = Inputs(**read_arrays(path, _KIND, "inputs that an earlier command found")[0])
     else:
         model = load_model(checkpoint, dtype=dtype, device=device, untrained=untrained)
-        inputs = search_inputs(model, method, neurons, tokens=tokens, progress=progress)
+        inputs = search_inputs(model, method, neurons, tokens=tokens, advance=advance)
         write_arrays(path, _KIND, inputs._asdict(), {"key": key})
     told = atlas.provenance.get("inputs", {}) | {method: settings}
     return replace(

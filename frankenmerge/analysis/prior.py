@@ -43,6 +43,7 @@ from frankenmerge.analysis.descent import frozen
 from frankenmerge.analysis.features import Feature, check_features
 from frankenmerge.analysis.gradient import check_length, feature_batches, feature_loss
 from frankenmerge.models.loading import Site, block_outputs, blocks_of
+from frankenmerge.progress import Advance, ignore
 
 STEP = 0.1
 """How far the largest entry of the gradient moves a weight."""
@@ -76,7 +77,7 @@ def prior_search(
     site: Site = "block",
     isolated: bool = False,
     batch: int = 64,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> PriorResult:
     """Find for every feature an input of several tokens that excites it. Nothing is random.
 
@@ -92,7 +93,7 @@ def prior_search(
         isolated: whether every block is fed the embeddings directly.
         batch: how many features go through the model at once; `batch * tokens * v` weights are
             held.
-        progress: called with the number of features done since its last call.
+        advance: called with the number of features done since its last call.
 
     Raises:
         FrankenmergeError: for features that the model or the input does not have, or more tokens
@@ -122,7 +123,7 @@ def prior_search(
             )
         found.append(weights.max(dim=-1))
         losses.append(lost)
-        progress(len(chunk))
+        advance(len(chunk))
     return PriorResult(
         tokens=torch.cat([best.indices for best in found])[back].cpu(),
         gap=1 - torch.cat([best.values for best in found])[back].cpu(),

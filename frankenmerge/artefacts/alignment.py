@@ -76,8 +76,8 @@ class Alignment:
     """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, standardised, a
     mean over the inputs; absent from older files.
     """
-    turned_gram: np.ndarray | None = None
-    """The same with B's states turned to A's basis, on probes that the turn was not fitted on;
+    rotated_gram: np.ndarray | None = None
+    """The same with B's states rotated to A's basis, on probes that the rotation was not fitted on;
     absent from older files.
     """
     exchange: Exchange | None = None
@@ -101,7 +101,7 @@ class Alignment:
             scores={name: score.transposed for name, score in self.scores.items()},
             provenance=self.provenance | {"atlases": self.provenance.get("atlases", [])[::-1]},
             gram=self._swapped(self.gram),
-            turned_gram=self._swapped(self.turned_gram),
+            rotated_gram=self._swapped(self.rotated_gram),
             exchange=None if self.exchange is None else self.exchange.transposed,
         )
 
@@ -117,7 +117,7 @@ def save_alignment(alignment: Alignment, path: Path) -> None:
         arrays |= {f"score.{name}": score.matrix, f"detail.{name}": score.detail}
         arrays |= {} if score.interval is None else {f"interval.{name}": score.interval}
         arrays |= {f"null.{name}.{null}": matrix for null, matrix in score.nulls.items()}
-    grams = {"standard_gram": alignment.gram, "turned_gram": alignment.turned_gram}
+    grams = {"standard_gram": alignment.gram, "turned_gram": alignment.rotated_gram}
     arrays |= {name: gram for name, gram in grams.items() if gram is not None}
     for name, (of_a, of_b) in (
         {} if alignment.exchange is None else alignment.exchange._asdict().items()

@@ -101,7 +101,7 @@ class Recipe(Part):
 
     @property
     def has_gauges(self) -> bool:
-        """Whether any slice is turned to another basis."""
+        """Whether any slice is rotated to another basis."""
         return any(part.gauge for part in self.stack.slices or [])
 
     @property

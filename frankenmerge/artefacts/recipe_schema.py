@@ -105,17 +105,22 @@ class Source(Part):
     parameters: Parameters | None = None
 
 
+def _as_rotations(value: Any) -> Any:
+    """`turns`, as recipes of version 0.1 have it, is `rotations`."""
+    return "rotations" if value == "turns" else value
+
+
 class Gauge(Part):
-    """Into whose basis of the residual stream a slice is turned, and by what it is fitted."""
+    """Into whose basis of the residual stream a slice is rotated, and by what it is fitted."""
 
     to: Literal["base", "previous"]
     """The base donor's basis, or the one that the slice before is in."""
     fit: Annotated[str, Field(min_length=1)] = "probes"
     """`probes` for random tokens, which need no data, or a text file."""
     refine: Annotated[StrictInt, Field(ge=1)] | None = None
-    """Steps of descent that follow the fit, after which every block has a turn of its own."""
-    maps: Literal["turns", "linear"] | None = None
-    """What refining may reach: turns, which is the default, or any linear maps, one for what a
+    """Steps of descent that follow the fit, after which every block has a rotation of its own."""
+    maps: Annotated[Literal["rotations", "linear"] | None, BeforeValidator(_as_rotations)] = None
+    """What refining may reach: rotations, which is the default, or any linear maps, one for what a
     block reads, one for what it writes.
     """
 

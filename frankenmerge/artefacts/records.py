@@ -33,7 +33,7 @@ class Neuron(_Read):
     shared: list[str] = []
 
 
-class SeamTold(_Read):
+class SeamRecord(_Read):
     """Why a seam costs what it is predicted to."""
 
     after: Place
@@ -47,7 +47,7 @@ class SeamTold(_Read):
     disagree: list[Neuron]
 
 
-class PlanTold(_Read):
+class PlanRecord(_Read):
     """A recipe and what is predicted of it."""
 
     recipe: dict[str, Any]
@@ -56,13 +56,13 @@ class PlanTold(_Read):
     predicted_damage: float
     interval: Interval
     measured_damage: float | None = None
-    seams: list[SeamTold]
+    seams: list[SeamRecord]
 
 
 class Evidence(_Read):
     """`recipe.evidence.json`, as `plan` writes it."""
 
-    plans: Annotated[list[PlanTold], Field(min_length=1)]
+    plans: Annotated[list[PlanRecord], Field(min_length=1)]
     constraints: dict[str, Any]
     model: dict[str, Any] = {}
 
@@ -87,7 +87,7 @@ class Sample(_Read):
     invalid: list[str] = []
 
 
-class ModelTold(Loss):
+class ModelRecord(Loss):
     """One model's results, over all texts and for each."""
 
     name: str
@@ -113,7 +113,7 @@ class Difference(TextDifference):
     texts: dict[str, TextDifference] = {}
 
 
-class BlockTold(_Read):
+class BlockRecord(_Read):
     """What enters the next block, held against the donors' streams."""
 
     block: int
@@ -127,11 +127,11 @@ class BlockTold(_Read):
     """The same of the donor alone, behind its own block."""
 
 
-class SeamsTold(_Read):
+class SeamsRecord(_Read):
     """A merged model, block by block."""
 
     model: str
-    blocks: Annotated[list[BlockTold], Field(min_length=1)]
+    blocks: Annotated[list[BlockRecord], Field(min_length=1)]
 
 
 class BlockKept(_Read):
@@ -141,7 +141,7 @@ class BlockKept(_Read):
     kept: float
 
 
-class RetentionTold(_Read):
+class RetentionRecord(_Read):
     """Which of a donor's features survive."""
 
     model: str
@@ -151,7 +151,7 @@ class RetentionTold(_Read):
     kept: float | None = None
 
 
-class TaskTold(_Read):
+class TaskRecord(_Read):
     """A task's result."""
 
     model: str
@@ -161,7 +161,7 @@ class TaskTold(_Read):
     stderr: float | None = None
 
 
-class Promise(_Read):
+class PredictionCheck(_Read):
     """What was predicted of a recipe, and what was measured."""
 
     recipe: str
@@ -172,7 +172,7 @@ class Promise(_Read):
     held: bool
 
 
-class TextTold(_Read):
+class TextRecord(_Read):
     """A text that was predicted."""
 
     path: str
@@ -194,15 +194,15 @@ class Evaluation(_Read):
     """`evaluation.json`, as `evaluate -o` writes it."""
 
     kind: Literal["frankenmerge.evaluation/1"]
-    models: list[ModelTold]
+    models: list[ModelRecord]
     differences: list[Difference] = []
-    seams: list[SeamsTold] = []
-    retention: list[RetentionTold] = []
-    tasks: list[TaskTold] = []
-    predictions: list[Promise] = []
+    seams: list[SeamsRecord] = []
+    retention: list[RetentionRecord] = []
+    tasks: list[TaskRecord] = []
+    predictions: list[PredictionCheck] = []
     dtype: str | None = None
     context: int | None = None
-    texts: list[TextTold] = []
+    texts: list[TextRecord] = []
     provenance: Origin = Origin()
 
 

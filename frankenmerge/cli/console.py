@@ -1,4 +1,4 @@
-"""What the commands share: tables on standard output, progress on standard error, common options."""
+"""What the commands rank: tables on standard output, progress on standard error, common options."""
 
 import json
 import os
@@ -15,8 +15,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from frankenmerge.distributed import own_share
+from frankenmerge.distributed import own_rank
 from frankenmerge.errors import Fault, fail, raise_all, visible
+from frankenmerge.progress import Advance
 from frankenmerge.storage.atomic import check_place
 
 json_option = click.option(
@@ -226,12 +227,12 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(description: str, total: float | None, unit: str) -> Iterator[Callable[[int], None]]:
+def progress(description: str, total: float | None, unit: str) -> Iterator[Advance]:
     """Show a bar on standard error, with rate and time left; yields what to call with the units done."""
     columns = (TextColumn("{task.description}"), BarColumn(), _Rate(unit), TimeRemainingColumn())
     console = Console(stderr=True)
     context = click.get_current_context(silent=True)
-    hidden = not (console.is_terminal and own_share().first) or (
+    hidden = not (console.is_terminal and own_rank().first) or (
         context is not None and context.meta.get(_QUIET, False)
     )
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:

@@ -14,7 +14,7 @@ from frankenmerge.errors import fail
 DEPTH, RANDOM_RECIPES, CHARACTERS, PROMPTS = 12, 20, 12_000, 4
 
 
-class Found(NamedTuple):
+class DemoResult(NamedTuple):
     """What the demo measured, for its last table and for JSON."""
 
     plan: Any
@@ -53,7 +53,7 @@ def demo(output: Path, as_json: bool) -> None:
     equal = _merge(console, plan.recipe, output)
     results, randoms, promise = _evaluate(plan, alignment, donors, output)
     _report(output)
-    found = Found(plan, equal, results, randoms, promise, time.perf_counter() - started)
+    found = DemoResult(plan, equal, results, randoms, promise, time.perf_counter() - started)
     _tell(console, found, output)
     if as_json:
         print_json(_as_json(found, output))
@@ -116,12 +116,12 @@ def _plan(console, donors: list, output: Path):
     from frankenmerge.planning.plan import plan
     from frankenmerge.planning.prediction import default_model
     from frankenmerge.planning.search import Constraints
-    from frankenmerge.workflows.measuring import DRAWN, Bench, damped
+    from frankenmerge.workflows.measuring import SAMPLED, Bench, damped
 
     atlases = []
     for donor in donors:
         with progress(f"analyzing {donor.path.name}", work(donor), "inputs") as advance:
-            atlases.append(analyze(donor, progress=advance))
+            atlases.append(analyze(donor, advance=advance))
         save_atlas(atlases[-1], output / f"{donor.path.name}.atlas.safetensors")
     console.rule("2. Do they mean the same by the same neuron?")
     alignment = align(*atlases)
@@ -148,7 +148,7 @@ def _plan(console, donors: list, output: Path):
     model = default_model()
     plans = plan([alignment], Constraints(DEPTH), top=3)
     plans, tried = damped(
-        plans, [alignment], Bench([donor.name for donor in donors], (DRAWN,), {}), model
+        plans, [alignment], Bench([donor.name for donor in donors], (SAMPLED,), {}), model
     )
     write_plans(plans, output / "recipe.yaml", Constraints(DEPTH), model)
     low, high = plans[0].interval
@@ -182,7 +182,7 @@ def _merge(console, recipe, output: Path) -> bool:
     logging.disable_progress_bar()
     donors = open_donors(recipe)
     with progress("merging", None, "bytes") as advance:
-        merged = merge(recipe, donors, output / "merged", progress=advance)
+        merged = merge(recipe, donors, output / "merged", advance=advance)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         merged.output, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
@@ -205,10 +205,10 @@ def _merge(console, recipe, output: Path) -> bool:
 
 
 def _evaluate(plan, alignment, donors: list, output: Path) -> tuple[list, list[float], Any]:
-    from frankenmerge.cli.evaluate import held_promise
+    from frankenmerge.cli.evaluate import check_prediction
     from frankenmerge.evaluation.compare import Bench, Text
     from frankenmerge.evaluation.record import Looks, evaluation_json
-    from frankenmerge.evaluation.samples import drawn_prompts, words_of
+    from frankenmerge.evaluation.samples import sample_prompts, words_of
     from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe
     from frankenmerge.planning.damping import dampings
     from frankenmerge.storage.atomic import write_file
@@ -222,7 +222,7 @@ def _evaluate(plan, alignment, donors: list, output: Path) -> tuple[list, list[f
     bench = Bench(texts, [*blocks, str(output / "merged")])
     words = frozenset().union(*(words_of(text.content) for text in texts))
     looks = Looks(
-        drawn_prompts([text.content for text in texts], PROMPTS, 0), words, with_seams=True
+        sample_prompts([text.content for text in texts], PROMPTS, 0), words, with_seams=True
     )
     pattern, writes = goliath(blocks, DEPTH), donors[0].architecture.stream.writes
     by_passes = {way.name: way.recipe for way in dampings(pattern, [alignment], writes)}["1/n"]
@@ -256,7 +256,7 @@ def _evaluate(plan, alignment, donors: list, output: Path) -> tuple[list, list[f
             randoms.append(bench.recipe(f"random {seed}", random_recipe(blocks, DEPTH, seed)))
             advance(1)
     own = {result.name: result.total.nats_per_token for result in results[: len(donors)]}
-    promise = held_promise(
+    promise = check_prediction(
         results[len(donors)], plan.recipe, plan.predicted_damage, plan.interval, own
     )
     told = (
@@ -281,8 +281,8 @@ def _report(output: Path) -> None:
     write_file(output / "report.html", page(read_run(output)).encode())
 
 
-def _tell(console, found: Found, output: Path) -> None:
-    from frankenmerge.cli.evaluate import print_promise, results_table
+def _tell(console, found: DemoResult, output: Path) -> None:
+    from frankenmerge.cli.evaluate import print_prediction_check, results_table
 
     console.rule("5. Did the plan keep its word?")
     console.print(
@@ -290,7 +290,7 @@ def _tell(console, found: Found, output: Path) -> None:
     )
     ours = found.results[2].total.bits_per_byte
     beaten = sum(random > ours for random in found.randoms)
-    print_promise(console, found.promise)
+    print_prediction_check(console, found.promise)
     console.print(
         f"The planned recipe beats {beaten} of {len(found.randoms)} random recipes of its depth, undamped ({found.seconds:.0f} s in all)."
     )
@@ -304,7 +304,7 @@ def _tell(console, found: Found, output: Path) -> None:
     console.print("Next: `frankenmerge inspect YOUR-DONOR-A YOUR-DONOR-B`")
 
 
-def _as_json(found: Found, output: Path) -> dict[str, Any]:
+def _as_json(found: DemoResult, output: Path) -> dict[str, Any]:
     models = [
         {"name": result.name, "role": result.role, **result.total.as_json()}
         for result in found.results

@@ -20,7 +20,7 @@ from frankenmerge.cli.console import (
     size,
     table,
 )
-from frankenmerge.distributed import own_share
+from frankenmerge.distributed import own_rank
 from frankenmerge.storage.atomic import cache_folder
 
 INPUT_METHODS = ("greedy", "gradient")
@@ -166,9 +166,9 @@ def analyze(
     from frankenmerge.artefacts.atlas import save_atlas
 
     refuse_others(context, method, MEANT_FOR)
-    how = How(device, dtype, download, allow_pickle, untrained)
+    how = RunOptions(device, dtype, download, allow_pickle, untrained)
     atlas = atlas_of(donor, how)
-    if not own_share().first:
+    if not own_rank().first:
         return
     if method != "complete":
         atlas = add_inputs(donor, atlas, how, method, neurons, tokens)
@@ -206,7 +206,7 @@ def analyze(
     console.print(f"Written to {output}", markup=False)
 
 
-class How(NamedTuple):
+class RunOptions(NamedTuple):
     """How a donor is run."""
 
     device: str = "cpu"
@@ -216,7 +216,7 @@ class How(NamedTuple):
     untrained: int | None = None
 
 
-def atlas_of(name: str, how: How) -> Any:
+def atlas_of(name: str, how: RunOptions) -> Any:
     """The atlas in a file, or that of a donor: from the cache, or analyzed now."""
     from frankenmerge.artefacts.atlas import load_atlas
 
@@ -233,12 +233,17 @@ def atlas_of(name: str, how: How) -> Any:
             untrained=how.untrained,
             device=how.device,
             dtype=how.dtype,
-            progress=advance,
+            advance=advance,
         )
 
 
 def add_inputs(
-    name: str, atlas: Any, how: How, method: str, neurons: list[int] | None, tokens: int | None
+    name: str,
+    atlas: Any,
+    how: RunOptions,
+    method: str,
+    neurons: list[int] | None,
+    tokens: int | None,
 ) -> Any:
     """A donor's atlas with the inputs of a greedy or gradient search: from the cache, or searched now."""
     from frankenmerge.analysis.inputs import TOKENS, even_neurons, with_inputs
@@ -260,5 +265,5 @@ def add_inputs(
             untrained=how.untrained,
             dtype=how.dtype,
             device=how.device,
-            progress=advance,
+            advance=advance,
         )

@@ -22,7 +22,7 @@ from frankenmerge.cli.console import (
     print_json,
     progress,
 )
-from frankenmerge.cli.donors import How, atlas_of
+from frankenmerge.cli.donors import RunOptions, atlas_of
 from frankenmerge.cli.tables import (
     differences_table,
     further_tables,
@@ -165,12 +165,12 @@ def evaluate(
         beside=seams or retention or (threshold is not None and not against),
         hold=seams,
         against=against,
-        meter=progress,
+        progress=progress,
         visit=looks.visit,
     )
-    looks.retention = _retained(looks.features, How(device, dtype, download, allow_pickle))
+    looks.retention = _retained(looks.features, RunOptions(device, dtype, download, allow_pickle))
     comparison = None if threshold is None else held_against(results, threshold, seed, against)
-    promises = kept_promises(results)
+    promises = check_predictions(results)
     told = evaluation_json(
         results,
         bench,
@@ -219,24 +219,24 @@ def _looks(
 ) -> Any:
     from frankenmerge.analysis.complete import complete_search
     from frankenmerge.evaluation.record import Looks
-    from frankenmerge.evaluation.samples import drawn_prompts, read_words, words_of
+    from frankenmerge.evaluation.samples import read_words, sample_prompts, words_of
 
     return Looks(
-        prompts=[*prompts, *drawn_prompts([text.content for text in shown], samples, seed)],
+        prompts=[*prompts, *sample_prompts([text.content for text in shown], samples, seed)],
         vocabulary=frozenset().union(
             *(words_of(text.content) for text in shown), *map(read_words, lists)
         ),
         with_seams=seams,
         with_tasks=tasks,
-        search=(lambda model, advance: complete_search(model, k=1, progress=advance))
+        search=(lambda model, advance: complete_search(model, k=1, advance=advance))
         if retention
         else None,
         seed=seed,
-        meter=progress,
+        progress=progress,
     )
 
 
-def _retained(features: dict, how: How) -> dict[str, list]:
+def _retained(features: dict, how: RunOptions) -> dict[str, list]:
     """What of each donor's features every model keeps; the donors' atlases come from the cache, or are made now."""
     from frankenmerge.evaluation.retention import retained
 
@@ -264,7 +264,7 @@ def _print(results: list, looks: Any, told: dict, promises: list, comparison: An
     if looks.samples:
         print_samples(console, looks.samples)
     for promise in promises:
-        print_promise(console, promise)
+        print_prediction_check(console, promise)
     for entry in comparison.verdicts if comparison else ():
         low, high = entry.interval
         told_of = f"{entry.bits_per_byte:+.3f} ({low:+.3f} to {high:+.3f}) bits per byte, {comparison.threshold:+.3f} allowed"
@@ -279,7 +279,7 @@ def _print(results: list, looks: Any, told: dict, promises: list, comparison: An
         )
 
 
-class Promise(NamedTuple):
+class PredictionCheck(NamedTuple):
     """What a plan predicted of a recipe, and what was measured."""
 
     recipe: str
@@ -290,7 +290,7 @@ class Promise(NamedTuple):
     held: bool
 
 
-def kept_promises(results) -> list[Promise]:
+def check_predictions(results) -> list[PredictionCheck]:
     """Hold recipes against the evidence files in their folders, where one tells of them."""
     from frankenmerge.artefacts.recipe import load_recipe
 
@@ -302,12 +302,12 @@ def kept_promises(results) -> list[Promise]:
         recipe = load_recipe(Path(result.name))
         if told := _foretold(Path(result.name).parent, str(recipe)):
             promises.append(
-                held_promise(result, recipe, told["predicted_damage"], told["interval"], losses)
+                check_prediction(result, recipe, told["predicted_damage"], told["interval"], losses)
             )
     return promises
 
 
-def print_promise(console, promise: Promise) -> None:
+def print_prediction_check(console, promise: PredictionCheck) -> None:
     """Show what was predicted, what was measured, and whether the one was in the other's interval."""
     verdict = "the prediction held" if promise.held else "the prediction did not hold"
     around = f"{promise.predicted:z.3f} ({promise.low:z.3f} to {promise.high:z.3f}) nats per token above its donors"
@@ -316,13 +316,13 @@ def print_promise(console, promise: Promise) -> None:
     )
 
 
-def held_promise(result, recipe, predicted: float, interval, losses) -> Promise:
+def check_prediction(result, recipe, predicted: float, interval, losses) -> PredictionCheck:
     """Hold what was predicted of a recipe against its result; `losses` are the donors' own, nats per token by name."""
     from frankenmerge.planning.prediction import donor_loss
 
     measured = result.total.nats_per_token - donor_loss(recipe.blocks, losses)
     low, high = interval
-    return Promise(result.name, predicted, low, high, measured, low <= measured <= high)
+    return PredictionCheck(result.name, predicted, low, high, measured, low <= measured <= high)
 
 
 def _foretold(folder: Path, summary: str) -> dict | None:

@@ -22,7 +22,7 @@ from frankenmerge.cli.console import (
     refuse_others,
     table,
 )
-from frankenmerge.cli.searches import METHODS, Asked, recovered
+from frankenmerge.cli.searches import METHODS, SearchOptions, recovered
 from frankenmerge.errors import fail
 
 SEARCHES = tuple(METHODS)
@@ -191,7 +191,9 @@ def features(
     if bos and not isinstance(first, int):
         raise fail(donor, "a bos_token_id in config.json", repr(first), "search without --bos")
     prefix = (first,) if bos and isinstance(first, int) else ()
-    asked = Asked(layers=layers, notation=notation, neurons=neurons, prefix=prefix, **options)
+    asked = SearchOptions(
+        layers=layers, notation=notation, neurons=neurons, prefix=prefix, **options
+    )
     wanted = [] if method == "inversion" else asked.features(checkpoint, method)
     vocabulary = token_texts(checkpoint)
     told = {
@@ -225,7 +227,7 @@ def features(
 
 
 def _show_found(
-    asked: Asked,
+    asked: SearchOptions,
     found: Any,
     wanted: list,
     vocabulary: list[str],
@@ -278,7 +280,7 @@ def _show_found(
 
 
 def _show_recovered(
-    asked: Asked,
+    asked: SearchOptions,
     found: Any,
     true: Any,
     vocabulary: list[str],
@@ -304,10 +306,10 @@ def _show_recovered(
                 "block": layer,
                 "tokens": tokens[0],
                 "texts": texts,
-                "recall": share,
+                "recall": rank,
                 "permuted": chance,
             }
-            for layer, tokens, texts, share, chance in zip(
+            for layer, tokens, texts, rank, chance in zip(
                 asked.layers, found.tokens.tolist(), by_layer, shares, chances, strict=True
             )
         ]
@@ -327,11 +329,11 @@ def _show_recovered(
         return
     made = table(title, "block", "recovered", "recall", "permuted")
     made.add_row("input", " ".join(map(repr, shown)), "", "")
-    for layer, texts, share, chance in zip(asked.layers, by_layer, shares, chances, strict=True):
+    for layer, texts, rank, chance in zip(asked.layers, by_layer, shares, chances, strict=True):
         made.add_row(
             str(layer),
             " ".join(map(repr, texts)),
-            f"{share:.2f}",
+            f"{rank:.2f}",
             "" if chance is None else f"{chance:.2f}",
         )
     console = out()

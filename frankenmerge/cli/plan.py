@@ -16,7 +16,7 @@ from frankenmerge.cli.console import (
     table,
 )
 from frankenmerge.errors import fail
-from frankenmerge.workflows.measuring import DRAWN, HANDFUL, Bench, calibrated, damped, verified
+from frankenmerge.workflows.measuring import HANDFUL, SAMPLED, Bench, calibrated, damped, verified
 
 
 class _Named(NamedTuple):
@@ -56,15 +56,17 @@ def _count(_context, _parameter, value: str | None) -> int | None:
 
 
 def _texts(_context, _parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    if DRAWN in values and len(values) > 1:
+    if SAMPLED in values and len(values) > 1:
         raise click.BadParameter(
-            f"{DRAWN!r} stands alone: either tokens that the donors draw, or texts"
+            f"{SAMPLED!r} stands alone: either tokens that the donors draw, or texts"
         )
     return values
 
 
 def _measuring(option: str, what: str):
-    return click.option(option, multiple=True, metavar=f"TEXT|{DRAWN}", callback=_texts, help=what)
+    return click.option(
+        option, multiple=True, metavar=f"TEXT|{SAMPLED}", callback=_texts, help=what
+    )
 
 
 @click.command()
@@ -150,7 +152,7 @@ def _measuring(option: str, what: str):
 )
 @_measuring(
     "--calibrate",
-    f"Measure {HANDFUL} splices on this text to predict by; '{DRAWN}': on tokens that the donors draw.",
+    f"Measure {HANDFUL} splices on this text to predict by; '{SAMPLED}': on tokens that the donors draw.",
 )
 @_measuring("--verify", "Measure the plans on this, and rank them by that.")
 @_measuring(
@@ -365,7 +367,7 @@ def print_seams(console, seams) -> None:
         console.print(f"Seam {number}: {after} -> {before} ({kind}): {told}", markup=False)
         if seam.gauged:
             console.print(
-                "  As they are no better than chance, but turned into one basis: the recipe has a gauge here."
+                "  As they are no better than chance, but rotated into one basis: the recipe has a gauge here."
             )
         elif seam.by_chance:
             console.print(

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from frankenmerge.errors import fail
+from frankenmerge.progress import Advance
 
 
 @dataclass(frozen=True)
-class Asked:
+class SearchOptions:
     """What the user asked for; names are those of the options."""
 
     layers: list[int]
@@ -63,7 +64,7 @@ class Asked:
 WHY_COMPLETE = "every token is run by itself and ranked for each neuron; use gradient or softmax-prior for others"
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """What a method found."""
 
     tokens: Any
@@ -74,10 +75,9 @@ class Found(NamedTuple):
     """What else there is to tell."""
 
 
-Advance = Callable[[int], None]
-
-
-def _complete(checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: Advance) -> Found:
+def _complete(
+    checkpoint: Any, model: Any, asked: SearchOptions, wanted: list, advance: Advance
+) -> SearchResult:
     from frankenmerge.analysis.complete import complete_search
     from frankenmerge.analysis.masks import meaningless_tokens
     from frankenmerge.models.loading import embedding_of
@@ -91,15 +91,19 @@ def _complete(checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: 
         isolated=asked.isolated,
         bottom=asked.bottom,
         masked=masked,
-        progress=advance,
+        advance=advance,
     )
     advance(len(masked))
     neurons = [feature.neuron for feature in wanted[: len(wanted) // len(asked.layers)]]
     tokens = top.tokens[asked.layers][:, neurons]
-    return Found(tokens, tokens[:, :, :1], {"masked_tokens": masked} if asked.mask_special else {})
+    return SearchResult(
+        tokens, tokens[:, :, :1], {"masked_tokens": masked} if asked.mask_special else {}
+    )
 
 
-def _greedy(_checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: Advance) -> Found:
+def _greedy(
+    _checkpoint: Any, model: Any, asked: SearchOptions, wanted: list, advance: Advance
+) -> SearchResult:
     from frankenmerge.analysis.greedy import greedy_search
 
     result = greedy_search(
@@ -112,7 +116,7 @@ def _greedy(_checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: A
         beam=asked.beam,
         candidates=asked.candidates,
         start=asked.prefix,
-        progress=advance,
+        advance=advance,
     )
     told = {"vocabulary_passes": result.passes} | (
         {} if result.recall is None else {"recall": result.recall}
@@ -120,7 +124,9 @@ def _greedy(_checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: A
     return _found(result.tokens, asked, told)
 
 
-def _gradient(_checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: Advance) -> Found:
+def _gradient(
+    _checkpoint: Any, model: Any, asked: SearchOptions, wanted: list, advance: Advance
+) -> SearchResult:
     from frankenmerge.analysis.gradient import gradient_search
 
     result = gradient_search(
@@ -131,7 +137,7 @@ def _gradient(_checkpoint: Any, model: Any, asked: Asked, wanted: list, advance:
         isolated=asked.isolated,
         target=asked.target,
         decode=asked.decode,
-        progress=advance,
+        advance=advance,
         **asked.given("steps", "optimizer"),
     )
     told = {
@@ -144,8 +150,8 @@ def _gradient(_checkpoint: Any, model: Any, asked: Asked, wanted: list, advance:
 
 
 def _softmax_prior(
-    _checkpoint: Any, model: Any, asked: Asked, wanted: list, advance: Advance
-) -> Found:
+    _checkpoint: Any, model: Any, asked: SearchOptions, wanted: list, advance: Advance
+) -> SearchResult:
     from frankenmerge.analysis.prior import prior_search
 
     result = prior_search(
@@ -155,18 +161,18 @@ def _softmax_prior(
         site=asked.site,
         isolated=asked.isolated,
         target=asked.target,
-        progress=advance,
+        advance=advance,
         **asked.given("steps"),
     )
     return _found(result.tokens.numpy(), asked, {"mean_gap_from_one_hot": float(result.gap.mean())})
 
 
-def _found(tokens: Any, asked: Asked, told: dict[str, Any]) -> Found:
+def _found(tokens: Any, asked: SearchOptions, told: dict[str, Any]) -> SearchResult:
     by_layer = tokens.reshape(len(asked.layers), -1, asked.tokens)
-    return Found(by_layer, by_layer, told)
+    return SearchResult(by_layer, by_layer, told)
 
 
-METHODS: dict[str, Callable[[Any, Any, Asked, list, Advance], Found]] = {
+METHODS: dict[str, Callable[[Any, Any, SearchOptions, list, Advance], SearchResult]] = {
     "complete": _complete,
     "greedy": _greedy,
     "gradient": _gradient,
@@ -174,7 +180,9 @@ METHODS: dict[str, Callable[[Any, Any, Asked, list, Advance], Found]] = {
 }
 
 
-def recovered(checkpoint: Any, model: Any, asked: Asked, advance: Advance) -> tuple[Found, Any]:
+def recovered(
+    checkpoint: Any, model: Any, asked: SearchOptions, advance: Advance
+) -> tuple[SearchResult, Any]:
     """Recover the text's tokens from every asked block's output; with the true tokens `[s]`.
 
     Raises:
@@ -222,6 +230,6 @@ def recovered(checkpoint: Any, model: Any, asked: Asked, advance: Advance) -> tu
         found.append(result.tokens.numpy())
         advance(1)
     tokens = np.stack(found)
-    return Found(
+    return SearchResult(
         tokens, tokens.transpose(0, 2, 1), {"excluded_tokens": len(decoder.left_out)}
     ), true.numpy()

@@ -25,14 +25,14 @@ from frankenmerge.cli.console import (
 )
 from frankenmerge.cli.donors import (
     MEANT_FOR,
-    How,
+    RunOptions,
     add_inputs,
     atlas_of,
     method_option,
     neurons_option,
     tokens_option,
 )
-from frankenmerge.distributed import Share, own_share
+from frankenmerge.distributed import Rank, own_rank
 from frankenmerge.errors import Fault, fail, raise_all
 
 SHOWN = {
@@ -102,9 +102,9 @@ def align(
     refuse_others(context, method, {**MEANT_FOR, "bos": ("complete",)})
     if plot:
         need_matplotlib("--plot")
-    how = How(device, dtype, download, allow_pickle)
+    how = RunOptions(device, dtype, download, allow_pickle)
     atlases = [atlas_of(name, how) for name in (a, b)]
-    if not own_share().first:
+    if not own_rank().first:
         return
     if method != "complete":
         atlases = _with_same_inputs((a, b), atlases, how, method, neurons, tokens)
@@ -209,7 +209,7 @@ def _exchange_tables(alignment) -> list[tuple[str, Any]]:
     ]
 
 
-def _loaded(names: tuple[str, str], how: How) -> dict:
+def _loaded(names: tuple[str, str], how: RunOptions) -> dict:
     """The donors in memory, by name."""
     from frankenmerge.artefacts.recipe import open_donor
     from frankenmerge.models.loading import load_model
@@ -232,9 +232,9 @@ def _loaded(names: tuple[str, str], how: How) -> dict:
 
 
 def _shown(models: dict) -> dict:
-    from frankenmerge.models.sampling import states_on_drawn
+    from frankenmerge.models.sampling import states_on_sampled
 
-    return states_on_drawn(models)
+    return states_on_sampled(models)
 
 
 def _exchanged(alignment, models: dict):
@@ -242,13 +242,13 @@ def _exchanged(alignment, models: dict):
 
     a, b = zip(alignment.donors, alignment.blocks, strict=True)
     with progress("exchanging blocks", None, "changes") as advance:
-        return exchange(a, b, models, progress=advance)
+        return exchange(a, b, models, advance=advance)
 
 
 def _with_same_inputs(
     names: tuple[str, str],
     atlases: list,
-    how: How,
+    how: RunOptions,
     method: str,
     neurons: list[int] | None,
     tokens: int | None,
@@ -300,7 +300,7 @@ def _verify(folder: Path, download: bool, allow_pickle: bool, as_json: bool) -> 
     from frankenmerge.merging.verify import verify
 
     with progress(f"comparing {folder.name}", None, "bytes") as advance:
-        found = verify(folder, download=download, allow_pickle=allow_pickle, progress=advance)
+        found = verify(folder, download=download, allow_pickle=allow_pickle, advance=advance)
     if as_json:
         print_json(found._asdict() | {"output": str(folder)})
         return
@@ -403,7 +403,7 @@ def _bytes(_context, _parameter, value: str) -> int:
 @click.option(
     "--reflink/--no-reflink",
     default=True,
-    help="Share blocks with the donors where the file system can (XFS, btrfs).",
+    help="Rank blocks with the donors where the file system can (XFS, btrfs).",
 )
 @click.option(
     "--device",
@@ -461,8 +461,8 @@ def merge(
     from frankenmerge.splicing.stages import merge_stages
     from frankenmerge.storage.hub import check_push, push
 
-    stages, share = _checked(recipe, download, allow_pickle), own_share()
-    if len(stages) > 1 and not share.first:
+    stages, rank = _checked(recipe, download, allow_pickle), own_rank()
+    if len(stages) > 1 and not rank.first:
         return
     if options["device"] == "cuda" and "LOCAL_RANK" in os.environ:
         options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -470,9 +470,9 @@ def merge(
     if len(stages) > 1:
         donors = {name: donor for stage in stages for name, donor in stage.donors.items()}
         raise_all([*output_faults(output, donors), *room_faults(output, total)])
-        share = Share()
+        rank = Rank()
     elif dry_run:
-        planned(stages[0].recipe, stages[0].donors, output, Options(**options), share, dry=True)
+        planned(stages[0].recipe, stages[0].donors, output, Options(**options), rank, dry=True)
     if private and not push_to_hub:
         raise fail(
             "--private",
@@ -480,13 +480,13 @@ def merge(
             "none",
             "say which repository is meant, or leave --private out",
         )
-    if push_to_hub and share.first:
+    if push_to_hub and rank.first:
         check_push(push_to_hub)
     if dry_run:
         _tell(stages, as_json)
         return
     with progress(f"merging into {output.name}", total, "bytes") as advance:
-        write = partial(merged, share=share, progress=advance, meter=progress, **options)
+        write = partial(merged, rank=rank, advance=advance, progress=progress, **options)
         result = merge_stages(
             [stage.recipe for stage in stages],
             output,
@@ -494,7 +494,7 @@ def merge(
             download=download,
             allow_pickle=allow_pickle,
         )
-    if not share.first:
+    if not rank.first:
         return
     address = push(result.output, push_to_hub, private=private) if push_to_hub else None
     if as_json:
@@ -527,7 +527,7 @@ def widen(
 ) -> None:
     """Write the donor NARROW in the shape of the donor WIDE to the new folder OUTPUT, so that the two can be spliced.
 
-    It computes what it did: whatever WIDE has more of is zeros. A gauge can then turn either into
+    It computes what it did: whatever WIDE has more of is zeros. A gauge can then rotation either into
     the other's basis.
     """
     from frankenmerge.artefacts.recipe import open_donor

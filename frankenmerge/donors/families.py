@@ -69,7 +69,7 @@ NO_ROPE_LAYERS = PerBlock("no_rope_layers", 1)
 
 @dataclass(frozen=True)
 class Stream:
-    """How a block's tensors meet the residual stream, so that it can be turned to another basis; names behind the block's prefix."""
+    """How a block's tensors meet the residual stream, so that it can be rotated to another basis; names behind the block's prefix."""
 
     norms: Mapping[str, tuple[str, ...]]
     """Norms of the stream, each with the maps that read what it makes; experts' maps without the
@@ -81,7 +81,7 @@ class Stream:
     """What meets the stream nowhere, such as norms of single heads."""
     behind: tuple[str, ...] = ()
     """Norms of what a map writes: their gains belong to the donor's own basis, so such a block
-    cannot be turned.
+    cannot be rotated.
     """
     transposed: bool = False
     """Whether maps are stored `[in, out]`."""

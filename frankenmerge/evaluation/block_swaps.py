@@ -5,7 +5,7 @@ places. What it costs is the Kullback-Leibler divergence of the donor's predicti
 the donor so changed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from frankenmerge.artefacts.alignment import Exchange
 from frankenmerge.artefacts.recipe import Block
 from frankenmerge.evaluation.prefix_sharing import logits_together
 from frankenmerge.models.loading import embedding_of
+from frankenmerge.progress import Advance, ignore
 
 ROWS, LENGTH, SEED = 16, 32, 0
 
@@ -25,7 +26,7 @@ def exchange(
     b: tuple[str, int],
     models: Mapping[str, PreTrainedModel],
     *,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> Exchange:
     """Run both tests on two donors, or on one that is given twice.
 
@@ -33,7 +34,7 @@ def exchange(
         a: a donor's name and its number of blocks.
         b: another's, of the same shape.
         models: both by name.
-        progress: called for every change that was run.
+        advance: called for every change that was run.
     """
     vocabulary = min(len(embedding_of(model)) for model in models.values())
     ids = torch.from_numpy(np.random.default_rng(SEED).integers(0, vocabulary, (ROWS, LENGTH)))
@@ -46,7 +47,7 @@ def exchange(
             for j in range(others)
         ]
         swapped = [_swapped(home, i, j) for i in range(blocks) for j in range(blocks)]
-        found = _divergences(home, [*replaced, *swapped], models, ids, progress)
+        found = _divergences(home, [*replaced, *swapped], models, ids, advance)
         tables.append(
             (
                 found[: len(replaced)].reshape(blocks, others),
@@ -69,7 +70,7 @@ def _divergences(
     stacks: Sequence[Sequence[Block]],
     models: Mapping[str, PreTrainedModel],
     ids: Tensor,
-    progress: Callable[[int], None],
+    advance: Advance,
 ) -> np.ndarray:
     """The divergence of every stack's predictions from those of `home`, nats per token, float32 `[r]`; equal stacks are run once."""
     host = models[home[0].model]
@@ -80,5 +81,5 @@ def _divergences(
         divergence[tuple(different[index])] = float(
             (said.exp() * (said - logits.float().log_softmax(-1))).sum(-1).mean()
         )
-        progress(1)
+        advance(1)
     return np.array([divergence[tuple(stack)] for stack in stacks], dtype=np.float32)

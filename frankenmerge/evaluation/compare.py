@@ -16,7 +16,7 @@ from frankenmerge.evaluation.language import Encoded, Loss, encode, measure
 from frankenmerge.evaluation.lineage import Lineage, checkpoint_lineage, recipe_lineage
 from frankenmerge.evaluation.prefix_sharing import measure_together
 from frankenmerge.models.loading import load_model, load_tokenizer, virtual_splice
-from frankenmerge.progress import Meter, unseen
+from frankenmerge.progress import Advance, Progress, ignore, silent
 from frankenmerge.splicing.compatibility import stacked, validated
 
 LONGEST_CONTEXT = 2048
@@ -161,37 +161,40 @@ class Bench:
             clear_device_cache(garbage_collection=True)
 
     def checkpoint(
-        self, name: str, *, role: str = "model", meter: Meter = unseen, visit: Visit = _nothing
+        self,
+        name: str,
+        *,
+        role: str = "model",
+        progress: Progress = silent,
+        visit: Visit = _nothing,
     ) -> Result:
         """Measure a checkpoint."""
         checkpoint, model, encoded = self.load(name)
         others = {other: opened for other, opened in self.checkpoints.items() if other != name}
         lineage = None if role == "donor" else checkpoint_lineage(checkpoint, others)
         return self._measured(
-            Subject(name, role, model, checkpoint, encoded, lineage), meter, visit
+            Subject(name, role, model, checkpoint, encoded, lineage), progress, visit
         )
 
     def recipe(
-        self, name: str, recipe: Recipe, *, meter: Meter = unseen, visit: Visit = _nothing
+        self, name: str, recipe: Recipe, *, progress: Progress = silent, visit: Visit = _nothing
     ) -> Result:
         """Measure a recipe as a virtual splice."""
         donors = {donor: self.checkpoints[donor] for donor in recipe.donors}
         model = virtual_splice(
-            recipe, donors, {donor: self.load(donor)[1] for donor in donors}, meter=meter
+            recipe, donors, {donor: self.load(donor)[1] for donor in donors}, progress=progress
         )
         reader, _, encoded = self.load(recipe.tokenizer_donor)
         return self._measured(
             Subject(name, "recipe", model, reader, encoded, recipe_lineage(recipe, donors)),
-            meter,
+            progress,
             visit,
         )
 
-    def recipes(
-        self, recipes: Sequence[Recipe], *, progress: Callable[[int], None] = lambda _: None
-    ) -> list[Result]:
+    def recipes(self, recipes: Sequence[Recipe], *, advance: Advance = ignore) -> list[Result]:
         """Measure many recipes; what they begin with alike is run once, where blocks are taken as they are.
 
-        `progress` is called for every recipe on every text.
+        `advance` is called for every recipe on every text.
         """
         for recipe in recipes:
             validated(recipe, {donor: self.checkpoints[donor] for donor in recipe.donors})
@@ -199,7 +202,7 @@ class Bench:
         for index, recipe in enumerate(recipes):
             if not recipe.plain:
                 losses[index] = self.recipe(str(recipe), recipe).losses
-                progress(len(self.texts))
+                advance(len(self.texts))
         for tokenizer in dict.fromkeys(
             recipe.tokenizer_donor for recipe in recipes if recipe.plain
         ):
@@ -217,17 +220,17 @@ class Bench:
                 )
                 for index, loss in zip(chosen, measured, strict=True):
                     losses[index][text] = loss
-                progress(len(chosen))
+                advance(len(chosen))
         return [
             Result(str(recipe), "recipe", loss)
             for recipe, loss in zip(recipes, losses, strict=True)
         ]
 
-    def _measured(self, subject: Subject, meter: Meter, visit: Visit) -> Result:
+    def _measured(self, subject: Subject, progress: Progress, visit: Visit) -> Result:
         tokens = sum(len(line.ids) - 1 for line in subject.texts.values())
-        with meter(f"{Path(subject.name).name} on text", tokens, "tokens") as advance:
+        with progress(f"{Path(subject.name).name} on text", tokens, "tokens") as advance:
             losses = {
-                text: measure(subject.model, line, context=self.context, progress=advance)
+                text: measure(subject.model, line, context=self.context, advance=advance)
                 for text, line in subject.texts.items()
             }
         visit(subject)
@@ -253,7 +256,7 @@ def compare(
     beside: bool = False,
     hold: bool = False,
     against: str | None = None,
-    meter: Meter = unseen,
+    progress: Progress = silent,
     visit: Callable[[Subject, "Bench"], None] = lambda _subject, _bench: None,
 ) -> tuple[list[Result], Bench]:
     """Measure checkpoints and recipes, and after them every donor of the recipes that was not named itself.
@@ -276,7 +279,7 @@ def compare(
             donors are known.
         hold: whether these too stay in memory for `visit`.
         against: another model that is measured as a donor.
-        meter: shows progress in every model; with several models, which of how many it is.
+        progress: shows progress in every model; with several models, which of how many it is.
         visit: called with every model, while it is in memory, and the bench.
     """
     names = list(dict.fromkeys(names))
@@ -321,7 +324,7 @@ def compare(
     results, order = [], [*names, *donors]
     for number, name in enumerate(order, 1):
         look: dict[str, Any] = {
-            "meter": _counted(meter, number, len(order)),
+            "progress": _counted(progress, number, len(order)),
             "visit": lambda subject: visit(subject, bench),
         }
         role = "donor" if name in donors else "model"
@@ -335,12 +338,12 @@ def compare(
     return results, bench
 
 
-def _counted(meter: Meter, number: int, models: int) -> Meter:
-    """A meter that tells which of the models is looked at."""
+def _counted(progress: Progress, number: int, models: int) -> Progress:
+    """A progress that tells which of the models is looked at."""
     return (
-        meter
+        progress
         if models == 1
-        else lambda what, total, unit: meter(f"{number} of {models}: {what}", total, unit)
+        else lambda what, total, unit: progress(f"{number} of {models}: {what}", total, unit)
     )
 
 

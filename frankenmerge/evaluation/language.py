@@ -1,7 +1,7 @@
 """How well a model predicts text: bits per byte, perplexity, nats and accuracy per token, over strided windows."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frankenmerge.errors import fail
 from frankenmerge.models.loading import embedding_of
+from frankenmerge.progress import Advance, ignore
 
 POSITIONS = 4096
 """Positions in one forward pass, at most, unless a single window is longer; halved where memory
@@ -133,14 +134,14 @@ def measure(
     encoded: Encoded,
     *,
     context: int,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> Loss:
     """Predict every token of a text once.
 
     Windows of `context` tokens advance by half of it; only tokens that no earlier window predicted
     count, so every token but those of the first window is seen behind at least half a window. The
     last window is moved back to be as long as the others. As many windows pass the model together
-    as `POSITIONS` and memory allow. `progress` is called with the number of tokens done since its
+    as `POSITIONS` and memory allow. `advance` is called with the number of tokens done since its
     last call.
 
     Raises:
@@ -179,7 +180,7 @@ def measure(
                 right[done - start :],
             )
             done = start + width
-        progress(done - before)
+        advance(done - before)
         starts = starts[len(group) :]
     if not torch.isfinite(nats).all():
         raise fail(

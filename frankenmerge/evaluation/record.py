@@ -23,9 +23,9 @@ from frankenmerge.evaluation.lineage import same_tokens
 from frankenmerge.evaluation.non_inferiority import Comparison, merges
 from frankenmerge.evaluation.retention import Retention
 from frankenmerge.evaluation.samples import Sample, invalid_rate, repetition, sampled
-from frankenmerge.evaluation.seams import Behind, behind_blocks, windows_of
+from frankenmerge.evaluation.seams import BlockComparison, compared_blocks, windows_of
 from frankenmerge.models.loading import embedding_of, load_tokenizer
-from frankenmerge.progress import Meter, unseen
+from frankenmerge.progress import Advance, Progress, silent
 
 KIND = "frankenmerge.evaluation/1"
 
@@ -42,15 +42,15 @@ class Looks:
     """Whether to hold what is made of donors that are on the bench against them, block by block."""
     with_tasks: Sequence[str] = ()
     """Tasks of lm-evaluation-harness."""
-    search: Callable[[PreTrainedModel, Callable[[int], None]], TopTokens] | None = None
+    search: Callable[[PreTrainedModel, Advance], TopTokens] | None = None
     """Complete search, where the features of such models are asked for; the stage that has it is
     another. It is given what to call with the inputs times blocks done.
     """
-    meter: Meter = unseen
+    progress: Progress = silent
     """Shows progress; tasks show their own."""
     seed: int = 0
     samples: dict[str, list[Sample]] = field(default_factory=dict)
-    seams: dict[str, list[Behind]] = field(default_factory=dict)
+    seams: dict[str, list[BlockComparison]] = field(default_factory=dict)
     tasks: dict[str, list[TaskFigure]] = field(default_factory=dict)
     features: dict[str, tuple[tuple[Block, ...], TopTokens]] = field(default_factory=dict)
     """Where the blocks are from, and what was searched."""
@@ -60,14 +60,14 @@ class Looks:
         """Look at a model that is in memory."""
         tokenizer, shown = load_tokenizer(subject.reader), Path(subject.name).name
         if self.prompts:
-            with self.meter(f"{shown}: samples", len(self.prompts), "prompts") as advance:
+            with self.progress(f"{shown}: samples", len(self.prompts), "prompts") as advance:
                 self.samples[subject.name] = sampled(
                     subject.model,
                     tokenizer,
                     self.prompts,
                     self.vocabulary,
                     context=bench.context,
-                    progress=advance,
+                    advance=advance,
                 )
         blocks, model = subject.lineage.blocks if subject.lineage else (), subject.model
         names = dict.fromkeys(block.model for block in blocks)
@@ -76,10 +76,10 @@ class Looks:
             if self.with_seams:
                 donors = {name: bench.load(name)[1] for name in names}
                 rows = windows_of(subject.texts, bench.context)
-                with self.meter(f"{shown}: seams", len(rows), "windows") as advance:
-                    self.seams[subject.name] = behind_blocks(model, blocks, donors, rows, advance)
+                with self.progress(f"{shown}: seams", len(rows), "windows") as advance:
+                    self.seams[subject.name] = compared_blocks(model, blocks, donors, rows, advance)
             if self.search:
-                with self.meter(
+                with self.progress(
                     f"{shown}: features", len(embedding_of(model)) * len(blocks), "inputs x blocks"
                 ) as advance:
                     self.features[subject.name] = blocks, self.search(model, advance)

@@ -1,6 +1,6 @@
 """What a splice costs on tokens that its donors drew: measured on the model itself, and no text is needed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,15 +12,16 @@ from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.evaluation.prefix_sharing import logits_together
 from frankenmerge.models.loading import virtual_splice
 from frankenmerge.models.sampling import draw
+from frankenmerge.progress import Advance, ignore
 
 
 @torch.no_grad()
-def damage_on_drawn(
+def damage_on_sampled(
     recipes: Sequence[Recipe],
     donors: Mapping[str, Checkpoint],
     models: Mapping[str, PreTrainedModel],
     *,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> np.ndarray:
     """Nats per token that every recipe loses above its donors, each donor's loss by its share of the blocks, `[r]`.
 
@@ -34,7 +35,7 @@ def damage_on_drawn(
         recipes: what to run as virtual splices.
         donors: their donors by name; they read the same tokens.
         models: the same, loaded.
-        progress: called for every recipe on every donor's tokens.
+        advance: called for every recipe on every donor's tokens.
     """
     shares = np.array(
         [
@@ -53,7 +54,7 @@ def damage_on_drawn(
         ]
         for index, logits in _logits(recipes, donors, models, ids):
             damage[index] += (_loss(said, logits) - shares[index] @ own) / len(models)
-            progress(1)
+            advance(1)
     return damage
 
 

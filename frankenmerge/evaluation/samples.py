@@ -1,7 +1,7 @@
 """What a model writes when it always takes the likeliest token, and what is wrong with that: invented words, repetition."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from frankenmerge.errors import fail
 from frankenmerge.evaluation.language import start_token
+from frankenmerge.progress import Advance, ignore
 
 TOKENS = 64
 """Tokens of a sample, at most."""
@@ -51,7 +52,7 @@ def read_words(path: Path) -> frozenset[str]:
     return words
 
 
-def drawn_prompts(texts: Sequence[str], count: int, seed: int) -> list[str]:
+def sample_prompts(texts: Sequence[str], count: int, seed: int) -> list[str]:
     """`count` prompts of `PROMPT_WORDS` words (runs without white space), from the texts in turn, each at a random place."""
     generator, prompts = np.random.default_rng(seed), []
     for number in range(count):
@@ -69,7 +70,7 @@ def sampled(
     vocabulary: frozenset[str],
     *,
     context: int,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> list[Sample]:
     """Let a model write behind every prompt.
 
@@ -79,12 +80,12 @@ def sampled(
         prompts: read behind BOS or EOS, as texts are; of a long one the end.
         vocabulary: the words that are none of its inventions, without case.
         context: tokens of prompt and sample together, at most.
-        progress: called with the number of prompts done since its last call.
+        advance: called with the number of prompts done since its last call.
     """
     samples = []
     for prompt in prompts:
         samples.append(_sample(model, tokenizer, prompt, vocabulary, context))
-        progress(1)
+        advance(1)
     return samples
 
 

@@ -5,7 +5,7 @@ were the last one.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +18,13 @@ from frankenmerge.artefacts.recipe import Block
 from frankenmerge.evaluation.language import Encoded
 from frankenmerge.models.loading import block_outputs, embedding_of
 from frankenmerge.models.streaming import leave
+from frankenmerge.progress import Advance, ignore
 
 WINDOWS, WIDTH = 4, 256
 """How many windows of every text are looked at, and their tokens."""
 
 
-class Behind(NamedTuple):
+class BlockComparison(NamedTuple):
     """A merged model behind one of its blocks, over all positions looked at but the first of every window."""
 
     block: int
@@ -60,13 +61,13 @@ def windows_of(texts: Mapping[str, Encoded], context: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def behind_blocks(
+def compared_blocks(
     model: PreTrainedModel,
     blocks: Sequence[Block],
     donors: Mapping[str, PreTrainedModel],
     rows: Sequence[Tensor],
-    progress: Callable[[int], None] = lambda _: None,
-) -> list[Behind]:
+    advance: Advance = ignore,
+) -> list[BlockComparison]:
     """Hold a merged model against its donors, block by block.
 
     Cost: one pass of every model over the windows, and for each block of the merged model two
@@ -77,7 +78,7 @@ def behind_blocks(
         blocks: where each of its blocks is from.
         donors: the models that the blocks are from, by name, of the same width and the same tokens.
         rows: windows of token ids `[1, s]`, `s` at least 2.
-        progress: called with the number of windows done since its last call.
+        advance: called with the number of windows done since its last call.
     """
     totals: list[dict[str, float]] = [defaultdict(float) for _ in blocks]
     positions = 0
@@ -86,7 +87,7 @@ def behind_blocks(
             for key, value in values.items():
                 total[key] += float(value)
         positions += ids.shape[1] - 1
-        progress(1)
+        advance(1)
     return [
         _behind(number, blocks, donors, total, positions) for number, total in enumerate(totals, 1)
     ]
@@ -156,9 +157,9 @@ def _behind(
     donors: Mapping[str, Any],
     total: Mapping[str, float],
     positions: int,
-) -> Behind:
+) -> BlockComparison:
     block = blocks[number - 1]
-    return Behind(
+    return BlockComparison(
         number,
         block.model,
         block.index,

@@ -35,7 +35,7 @@ def model_card(recipe: Recipe, donors: Mapping[str, Checkpoint], config: Mapping
         )
     )
     plain = recipe.merge_method == "passthrough" and not touched
-    weights = "some turned to another basis" if spelled.has_gauges else "their weights unchanged"
+    weights = "some rotated to another basis" if spelled.has_gauges else "their weights unchanged"
     made = (
         f"by stacking blocks of other models, {weights}" if plain else "from blocks of other models"
     )

@@ -4,10 +4,11 @@ import fcntl
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from frankenmerge.merging.shards import BLOCK, Range
+from frankenmerge.progress import Advance
 
 CHUNK = 8 << 20
 """Bytes asked of the kernel at a time, so that progress shows and Ctrl-C is heard."""
@@ -56,9 +57,7 @@ def pieces(whole: Range) -> Iterator[Range]:
         start = stop
 
 
-def copy_range(
-    piece: Range, source: int, target: int, moved: Callable[[int], None], *, cloning: bool
-) -> None:
+def copy_range(piece: Range, source: int, target: int, moved: Advance, *, cloning: bool) -> None:
     """Bring a range from the file `source` to the file `target`; `moved` is called with the bytes done since its last call.
 
     With `cloning` the whole blocks are shared and only the ends copied. Raises OSError when a file
@@ -91,7 +90,7 @@ def _copy(
     start: int,
     position: int,
     left: int,
-    moved: Callable[[int], None],
+    moved: Advance,
 ) -> None:
     while left:
         count = min(left, CHUNK)

@@ -13,29 +13,29 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.merging.journal import PAUSE, is_held
-from frankenmerge.progress import Meter, unseen
+from frankenmerge.progress import Progress, silent
 from frankenmerge.storage.atomic import read_arrays, write_arrays
 
 if TYPE_CHECKING:
     import numpy as np
 
     from frankenmerge.splicing.gauge_fitting import Fit
-    from frankenmerge.splicing.rotation import Turn
+    from frankenmerge.splicing.rotation import Rotation
 
 FITS = "fits.safetensors"
 _KIND = "frankenmerge.fits/1"
 
 
 def fits_in(
-    folder: Path, recipe: Recipe, donors: Mapping[str, Checkpoint], meter: Meter = unseen
+    folder: Path, recipe: Recipe, donors: Mapping[str, Checkpoint], progress: Progress = silent
 ) -> "dict[int, Fit]":
     """The fits of a merge that grows in `folder`: those of an earlier run, or new ones, which are kept there."""
     if not recipe.has_gauges:
         return {}
-    from frankenmerge.splicing.gauge_fitting import fitted_turns
+    from frankenmerge.splicing.gauge_fitting import fitted_rotations
 
     if not (folder / FITS).is_file():
-        save_fits(fitted_turns(recipe, donors, meter), folder / FITS)
+        save_fits(fitted_rotations(recipe, donors, progress), folder / FITS)
     return load_fits(folder / FITS)
 
 
@@ -64,12 +64,17 @@ def save_fits(fits: "Mapping[int, Fit]", path: Path) -> None:
     """Write fits, complete or not at all."""
     arrays, told = {}, {}
     for number, fit in fits.items():
-        turns = [fit.turn, *fit.refined]
-        told[str(number)] = {"residual": fit.residual, "scales": [turn.scale for turn in turns]}
-        for place, turn in enumerate(turns):
-            arrays[f"{number}.{place}.matrix"] = turn.matrix.numpy()
+        rotations = [fit.rotation, *fit.refined]
+        told[str(number)] = {
+            "residual": fit.residual,
+            "scales": [rotation.scale for rotation in rotations],
+        }
+        for place, rotation in enumerate(rotations):
+            arrays[f"{number}.{place}.matrix"] = rotation.matrix.numpy()
             arrays |= (
-                {} if turn.writing is None else {f"{number}.{place}.writing": turn.writing.numpy()}
+                {}
+                if rotation.writing is None
+                else {f"{number}.{place}.writing": rotation.writing.numpy()}
             )
     write_arrays(path, _KIND, arrays, told)
 
@@ -82,11 +87,11 @@ def load_fits(path: Path) -> "dict[int, Fit]":
     try:
         fits = {}
         for number, fit in told.items():
-            turns = [
-                _turn(arrays, f"{number}.{place}", scale)
+            rotations = [
+                _rotation(arrays, f"{number}.{place}", scale)
                 for place, scale in enumerate(fit["scales"])
             ]
-            fits[int(number)] = Fit(turns[0], fit["residual"], tuple(turns[1:]))
+            fits[int(number)] = Fit(rotations[0], fit["residual"], tuple(rotations[1:]))
         return fits
     except (KeyError, ValueError, TypeError) as error:
         raise fail(
@@ -97,13 +102,13 @@ def load_fits(path: Path) -> "dict[int, Fit]":
         ) from error
 
 
-def _turn(arrays: "Mapping[str, np.ndarray]", name: str, scale: float) -> "Turn":
+def _rotation(arrays: "Mapping[str, np.ndarray]", name: str, scale: float) -> "Rotation":
     import torch
 
-    from frankenmerge.splicing.rotation import Turn
+    from frankenmerge.splicing.rotation import Rotation
 
     writing = arrays.get(f"{name}.writing")
-    return Turn(
+    return Rotation(
         torch.from_numpy(arrays[f"{name}.matrix"]),
         scale,
         None if writing is None else torch.from_numpy(writing),

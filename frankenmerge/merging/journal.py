@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from frankenmerge.distributed import Share
+from frankenmerge.distributed import Rank
 from frankenmerge.errors import fail
 from frankenmerge.merging.shards import Shard
 
@@ -209,7 +209,7 @@ def is_finished(folder: Path, shard: Shard) -> bool:
 
 
 def write_shards(
-    folder: Path, shards: Sequence[Shard], fill: Callable[[Shard, int], None], share: Share
+    folder: Path, shards: Sequence[Shard], fill: Callable[[Shard, int], None], rank: Rank
 ) -> Iterator[Shard]:
     """Have every shard written, and yield each that is finished once.
 
@@ -219,14 +219,14 @@ def write_shards(
     """
     missing = sorted(
         shards,
-        key=lambda shard: ((shards.index(shard) - share.rank) % share.count, shards.index(shard)),
+        key=lambda shard: ((shards.index(shard) - rank.number) % rank.count, shards.index(shard)),
     )
     while missing:
         for shard in list(missing):
             if is_finished(folder, shard) or _written(folder, shard, fill):
                 missing.remove(shard)
                 yield shard
-        if not share.first:
+        if not rank.first:
             return
         if missing:
             time.sleep(PAUSE)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.distributed import Share
+from frankenmerge.distributed import Rank
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.merging.copying import clonable
@@ -29,7 +29,7 @@ class Options:
     shard_size: int = 5 * 10**9
     """Bytes of tensors in a file; one tensor may exceed it."""
     reflink: bool = True
-    """Share blocks with the donors where the file system can; then shards follow the donors' blocks
+    """Rank blocks with the donors where the file system can; then shards follow the donors' blocks
     rather than the layers.
     """
     resume: bool = False
@@ -79,7 +79,7 @@ def planned(
     donors: Mapping[str, Checkpoint],
     output: Path,
     options: Options,
-    share: Share,
+    rank: Rank,
     *,
     dry: bool = False,
 ) -> Plan:
@@ -90,7 +90,7 @@ def planned(
     and device.
     """
     raise_all(
-        [*recipe_faults(recipe, donors), *(output_faults(output, donors) if share.first else ())]
+        [*recipe_faults(recipe, donors), *(output_faults(output, donors) if rank.first else ())]
     )
     if not dry or options.check_finite:
         raise_all(_absence_faults(donors))
@@ -111,7 +111,7 @@ def planned(
     )
     if "torch" in arithmetics:
         check_device(options.device)
-    if share.first:
+    if rank.first:
         new = sum(shard.bytes for shard in plan.shards if not shard.cloned)
         raise_all(
             [*room_faults(output, new), *(not_finite(operations) if options.check_finite else ())]

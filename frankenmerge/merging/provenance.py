@@ -72,10 +72,10 @@ def texts_of(recipe: Recipe) -> dict[str, str]:
 
 
 def _gauge(fit: "Fit") -> dict[str, Any]:
-    refined = {"refined": [turn.hash for turn in fit.refined]} if fit.refined else {}
+    refined = {"refined": [rotation.hash for rotation in fit.refined]} if fit.refined else {}
     return {
-        "rotation": fit.turn.hash,
-        "scale": fit.turn.scale,
+        "rotation": fit.rotation.hash,
+        "scale": fit.rotation.scale,
         "held_out_r2": 1 - fit.residual,
         **refined,
     }

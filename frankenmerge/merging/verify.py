@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.merging.copying import CHUNK
 from frankenmerge.merging.provenance import file_hash, origin
+from frankenmerge.progress import Advance, ignore
 from frankenmerge.splicing.operations import schedule
 from frankenmerge.splicing.reading import read_fully
 from frankenmerge.storage.atomic import PROVENANCE
@@ -39,13 +40,13 @@ def verify(
     *,
     download: bool = False,
     allow_pickle: bool = False,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = ignore,
 ) -> Verified:
     """Hold the checkpoint in `folder` against its `frankenmerge.json`.
 
     Files, sizes, headers and names always; what every tensor is said to be made of where all donors
     are at hand, unchanged, and the bytes of copied tensors where their own donors are; whole shards
-    where they have checksums. `progress` is called with bytes compared. Raises FrankenmergeError
+    where they have checksums. `advance` is called with bytes compared. Raises FrankenmergeError
     with all that differs.
     """
     path = folder / PROVENANCE
@@ -74,7 +75,7 @@ def verify(
             _REMEDY,
         ) from error
     with ThreadPoolExecutor(2) as pool:
-        differences = [pool.submit(_difference, *pair, progress) for pair in pairs]
+        differences = [pool.submit(_difference, *pair, advance) for pair in pairs]
     raise_all(filter(None, (difference.result() for difference in differences)))
     absent = [name for name in told["donors"] if name not in at_hand]
     return Verified(
@@ -153,7 +154,7 @@ def _donor(name: str, fingerprint: str, download: bool, allow_pickle: bool) -> C
 
 
 def _difference(
-    name: str, ours: Tensor, donor: Checkpoint, source: str, progress: Callable[[int], None]
+    name: str, ours: Tensor, donor: Checkpoint, source: str, advance: Advance
 ) -> Fault | None:
     theirs = donor.tensors.get(source)
     if theirs is None or (theirs.dtype, theirs.shape) != (ours.dtype, ours.shape):
@@ -173,5 +174,5 @@ def _difference(
                 return Fault(
                     f"{ours.file}: {name}", f"the bytes of {donor.name}: {source}", found, _REMEDY
                 )
-            progress(stop - start)
+            advance(stop - start)
     return None

@@ -133,7 +133,7 @@ def _size_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
         [sizes["heads"][at] / sizes["kv_heads"][at] for at in (0, 1)],
     )
     if widths[0] != widths[1]:
-        remedy = "use donors whose heads are alike: rotary positions turn heads of other widths by other angles"
+        remedy = "use donors whose heads are alike: rotary positions rotation heads of other widths by other angles"
         yield Fault(
             f"{narrow.name}: head_dim", f"{widths[1]}, as {wide.name} has", str(widths[0]), remedy
         )

@@ -1,7 +1,7 @@
 """Write a checkpoint: complete or absent, and able to be gone on with after a kill.
 
 The floor is one read and one write of every byte; nothing larger than a few chunks is ever held
-here, but for tensors that are turned, one in each thread.
+here, but for tensors that are rotated, one in each thread.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import frankenmerge
 from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.distributed import Share
+from frankenmerge.distributed import Rank
 from frankenmerge.donors.checkpoint import INDEX_NAME, Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.merging.card import PICTURE, card_picture, model_card
@@ -38,7 +38,7 @@ from frankenmerge.merging.journal import (
 from frankenmerge.merging.plan import Options, Plan, planned
 from frankenmerge.merging.provenance import file_hash, plan_hash, provenance, texts_of
 from frankenmerge.merging.shards import Shard, ranges_of
-from frankenmerge.progress import Meter, unseen
+from frankenmerge.progress import Advance, Progress, ignore, silent
 from frankenmerge.splicing.compatibility import result_config
 from frankenmerge.splicing.computing import compute, one_thread, rotate
 from frankenmerge.splicing.operations import Combine, Rotate
@@ -67,22 +67,22 @@ def merge(
     donors: Mapping[str, Checkpoint],
     output: Path,
     *,
-    share: Share = Share(),  # noqa: B008 - it is immutable
-    progress: Callable[[int], None] = lambda _: None,
-    meter: Meter = unseen,
+    rank: Rank = Rank(),  # noqa: B008 - it is immutable
+    advance: Advance = ignore,
+    progress: Progress = silent,
     **options: Any,
 ) -> Merged:
     """Write the checkpoint that `recipe` describes to the folder `output`.
 
     `options` are the fields of `Options`. Everything is written to a work folder beside the output,
-    synced, and renamed at the end. `progress` is called, from several threads but one at a time,
-    with the bytes written since its last call; `meter` shows how far the fits of gauges are. Raises
+    synced, and renamed at the end. `advance` is called, from several threads but one at a time,
+    with the bytes written since its last call; `progress` shows how far the fits of gauges are. Raises
     FrankenmergeError before writing for a recipe that cannot become a model, an output that exists,
     lies inside a donor or has no room; nothing is left behind when writing fails, unless it was to
     be resumed.
     """
     started, chosen = time.perf_counter(), Options(**options)
-    plan = planned(recipe, donors, output, chosen, share)
+    plan = planned(recipe, donors, output, chosen, rank)
     inputs = {
         "recipe": hashlib.sha256(recipe.dump().encode()).hexdigest(),
         "plan of shards": plan_hash(plan.shards),
@@ -97,17 +97,17 @@ def merge(
     inputs |= {f"text {name}": digest for name, digest in texts_of(recipe).items()}
     kept = 0
     try:
-        if not share.first:
+        if not rank.first:
             if (folder := joined(output, inputs)) and (
                 fits := awaited_fits(folder, output, recipe)
             ) is not None:
-                _write(plan, fits, folder, chosen, share, progress)
+                _write(plan, fits, folder, chosen, rank, advance)
         else:
             with workplace(output, resume=chosen.resume) as folder:
                 begin(folder, inputs, plan.shards)
-                fits = fits_in(folder, recipe, donors, meter)
+                fits = fits_in(folder, recipe, donors, progress)
                 kept = sum(is_finished(folder, shard) for shard in plan.shards)
-                _write(plan, fits, folder, chosen, share, progress)
+                _write(plan, fits, folder, chosen, rank, advance)
                 grown = folder / GROWING
                 checksums = (
                     {shard.name: file_hash(grown / shard.name) for shard in plan.shards}
@@ -120,7 +120,7 @@ def merge(
                 grown.rename(output)
                 sync(output.absolute().parent)
     except OSError as error:
-        if not share.first and output.is_dir():  # the first process has finished meanwhile
+        if not rank.first and output.is_dir():  # the first process has finished meanwhile
             return Merged(
                 output,
                 len(plan.operations),
@@ -147,8 +147,8 @@ def _write(
     fits: "Mapping[int, Fit]",
     folder: Path,
     options: Options,
-    share: Share,
-    progress: Callable[[int], None],
+    rank: Rank,
+    advance: Advance,
 ) -> None:
     """Write the shards that are missing; returns when this process has no more to do."""
     stop, lock, made = threading.Event(), threading.Lock(), set()
@@ -157,7 +157,7 @@ def _write(
         if stop.is_set():
             raise _Stopped
         with lock:
-            progress(count)
+            advance(count)
 
     with _open(plan.files) as handles, _crew(plan) as pool:
 
@@ -166,7 +166,7 @@ def _write(
             write_fully(target, shard.header, 0)
             _run(_jobs(shard, fits, handles, target, options, moved), pool, stop)
 
-        for shard in write_shards(folder, plan.shards, fill, share):
+        for shard in write_shards(folder, plan.shards, fill, rank):
             if shard.name not in made:
                 moved(shard.tensor_bytes)
 
@@ -181,7 +181,7 @@ def _jobs(
     handles: Mapping[Path, int],
     target: int,
     options: Options,
-    moved: Callable[[int], None],
+    moved: Advance,
 ) -> Iterator[Callable[[], None]]:
     for whole in ranges_of(shard):
         for piece in pieces(whole):
@@ -202,11 +202,11 @@ def _jobs(
                 allow_nan=options.allow_nan,
             )
         elif isinstance(operation, Rotate):
-            turn = fits[operation.part].at(operation.place)
+            rotation = fits[operation.part].at(operation.place)
             yield partial(
                 rotate,
                 operation,
-                turn,
+                rotation,
                 handles,
                 target,
                 position,

@@ -24,9 +24,9 @@ from frankenmerge.donors.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from frankenmerge.donors.config import family
 from frankenmerge.donors.families import Architecture
 from frankenmerge.errors import fail
-from frankenmerge.progress import Meter, unseen
+from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.compatibility import result_config, stacked, untied
-from frankenmerge.splicing.rotation import Turn, turned_all
+from frankenmerge.splicing.rotation import Rotation, rotate_all
 from frankenmerge.storage.safetensors_header import read_json
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 
 class Assembly(NamedTuple):
-    """A splice whose tensors have been gathered, and scaled where the recipe says so, but not turned."""
+    """A splice whose tensors have been gathered, and scaled where the recipe says so, but not rotated."""
 
     model: PreTrainedModel
     """Empty, but for its constants."""
@@ -305,16 +305,16 @@ class Assembly(NamedTuple):
     canonical names.
     """
 
-    def turned(self, turns: Mapping[tuple[int, int], Turn]) -> dict[str, Tensor]:
-        """The tensors of some places, turned, in the turns' type."""
+    def rotated(self, rotations: Mapping[tuple[int, int], Rotation]) -> dict[str, Tensor]:
+        """The tensors of some places, rotated, in the rotations' type."""
         made: dict[str, Tensor] = {}
-        for place, turn in turns.items():
+        for place, rotation in rotations.items():
             names = self.places[place]
             architecture = family(self.model.config.to_dict())
-            result = turned_all(
+            result = rotate_all(
                 {canonical: self.tensors[name] for canonical, name in names.items()},
                 architecture,
-                turn,
+                rotation,
             )
             made |= {name: result[canonical] for canonical, name in names.items()}
         return made
@@ -327,9 +327,9 @@ def virtual_splice(
     models: Mapping[str, PreTrainedModel],
     fits: "Mapping[int, Fit] | None" = None,
     *,
-    meter: Meter = unseen,
+    progress: Progress = silent,
 ) -> PreTrainedModel:
-    """Stack the donors' blocks in memory as `recipe` says, sharing their weights: only what is turned or scaled is made anew.
+    """Stack the donors' blocks in memory as `recipe` says, sharing their weights: only what is rotated or scaled is made anew.
 
     The same model as the checkpoint that a merge of the recipe writes: it is built empty from the
     result's config, then filled with the donors' own tensors.
@@ -339,7 +339,7 @@ def virtual_splice(
         donors: the donors' headers, by name.
         models: the donors' models, by name.
         fits: of the slices that have a gauge; fitted where they are not given.
-        meter: shows how far that is.
+        progress: shows how far that is.
 
     Raises:
         FrankenmergeError: for a recipe that cannot become a model, or does more than stack the
@@ -350,10 +350,10 @@ def virtual_splice(
     model, tensors = assembly.model, assembly.tensors
     if assembly.places:
         from frankenmerge.splicing.gauge_fitting import (
-            fitted_turns,
+            fitted_rotations,
         )  # which runs models, and so imports this
 
-        fits = fits or fitted_turns(recipe, donors, meter)
+        fits = fits or fitted_rotations(recipe, donors, progress)
         stored = _stored(recipe, donors)
         for (
             number,
@@ -361,7 +361,7 @@ def virtual_splice(
         ) in (
             assembly.places
         ):  # one at a time: they are in float64 until they are rounded as a merge stores them
-            made = assembly.turned({(number, place): fits[number].at(place)})
+            made = assembly.rotated({(number, place): fits[number].at(place)})
             tensors = tensors | {
                 name: value.to(stored).to(tensors[name].dtype) for name, value in made.items()
             }
@@ -490,7 +490,7 @@ def _places(
         role, position, canonical = architecture.role(
             architecture.head + name.removeprefix(head) if is_head else name
         )
-        # The head takes in the final norm's gain: they are turned together.
+        # The head takes in the final norm's gain: they are rotated together.
         place = at[position] if position is not None else ends["final" if is_head else role]
         if recipe.parts[place[0]].gauge:
             places.setdefault(place, {})[canonical] = name

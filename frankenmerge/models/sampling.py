@@ -46,7 +46,7 @@ def draw(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def states_on_drawn(models: Mapping[str, PreTrainedModel]) -> dict[str, np.ndarray]:
+def states_on_sampled(models: Mapping[str, PreTrainedModel]) -> dict[str, np.ndarray]:
     """Every donor's states `[l+1, n, d]`, float32, on the tokens that all of them drew, the first position of each row left out.
 
     Trained models put activations at the first position that are no token's own.

@@ -15,14 +15,14 @@ ABOVE = 2.0
 
 
 def needs_gauge(alignment: Alignment) -> bool:
-    """Whether the donors' tokens agree no better than by chance, but their states do once they are turned.
+    """Whether the donors' tokens agree no better than by chance, but their states do once they are rotated.
 
     Judged by the mean over states of the same relative depth, behind the first block and on:
-    embeddings of two trainings may have no turn in common where all that follows has one. Donors of
-    different widths cannot be turned.
+    embeddings of two trainings may have no rotation in common where all that follows has one. Donors of
+    different widths cannot be rotated.
     """
     if (
-        alignment.turned_gram is None
+        alignment.rotated_gram is None
         or "gauge" not in alignment.scores
         or len(set(alignment.widths)) > 1
     ):
@@ -45,7 +45,7 @@ def judged(alignments: Sequence[Alignment]) -> tuple[list[Alignment], frozenset[
     """The alignments with the inner products that seams are to be judged by, and the pairs of donors that need a gauge."""
     chosen = [needs_gauge(alignment) for alignment in alignments]
     given = [
-        replace(each, gram=each.turned_gram) if gauge else each
+        replace(each, gram=each.rotated_gram) if gauge else each
         for each, gauge in zip(alignments, chosen, strict=True)
     ]
     return given, frozenset(

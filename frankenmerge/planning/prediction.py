@@ -23,7 +23,7 @@ FEATURES = ("final", "kept", "third", "skipped")
 FLOOR = 0.02
 """Nats below which differences are noise; damage is predicted as the logarithm of itself and this.
 """
-DRAWN_FLOOR = 0.05
+SAMPLED_FLOOR = 0.05
 """Nats below which damage on drawn tokens says nothing: how much better one donor is than the
 other, there and on a text, differs by as much.
 """
@@ -43,11 +43,13 @@ class States(NamedTuple):
     def influence(self) -> np.ndarray:
         """`1 - cos` of every state with the one before it, summed up from the donor's first one, `[n]`."""
         norms = np.sqrt(self.gram.diagonal())
-        turned = np.append(0, 1 - self.gram.diagonal(1) / np.maximum(norms[1:] * norms[:-1], 1e-12))
+        rotated = np.append(
+            0, 1 - self.gram.diagonal(1) / np.maximum(norms[1:] * norms[:-1], 1e-12)
+        )
         passed = np.zeros(len(norms))
         for name, start in self.first.items():
             stop = start + self.blocks[name]
-            passed[start + 1 : stop + 1] = turned[start + 1 : stop + 1].cumsum()
+            passed[start + 1 : stop + 1] = rotated[start + 1 : stop + 1].cumsum()
         return passed
 
 
@@ -57,7 +59,7 @@ class Drift(NamedTuple):
     roots: np.ndarray
     """Sum over the blocks of its square root."""
     final: np.ndarray
-    """Behind the last block, of the mean of the donors' last states, each by its share of the
+    """BlockComparison the last block, of the mean of the donors' last states, each by its share of the
     blocks.
     """
 
@@ -197,7 +199,7 @@ class Model:
         What is predicted is never below 0; what is measured may be, where a splice of fine-tunes is
         better than their mean.
         """
-        floor, ends = (DRAWN_FLOOR, self.drawn_spread) if drawn else (FLOOR, self.spread)
+        floor, ends = (SAMPLED_FLOOR, self.drawn_spread) if drawn else (FLOOR, self.spread)
         low, high = (damage + (max(0.0, damage) + floor) * (math.exp(end) - 1) for end in ends)
         return low if drawn else max(0.0, low), high
 

@@ -9,7 +9,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 
 from frankenmerge.artefacts.alignment import SUFFIX
-from frankenmerge.artefacts.records import Promise, SeamsTold
+from frankenmerge.artefacts.records import PredictionCheck, SeamsRecord
 from frankenmerge.errors import fail
 from frankenmerge.reporting.heatmaps import shortened
 from frankenmerge.reporting.plots import plot_alignment, save
@@ -168,7 +168,7 @@ def _band(ribbon: diagram.Ribbon) -> Outline:
     return Outline(points, codes)
 
 
-def prediction(told: Sequence[Promise]) -> Figure:
+def prediction(told: Sequence[PredictionCheck]) -> Figure:
     """Predicted damage with its interval, and what was measured."""
     figure = Figure(figsize=(6.4, 1.4 + 0.42 * len(told)), layout="constrained")
     axes = figure.subplots()
@@ -202,7 +202,7 @@ def prediction(told: Sequence[Promise]) -> Figure:
     return figure
 
 
-def seams(told: SeamsTold) -> Figure:
+def seams(told: SeamsRecord) -> Figure:
     """What flows through a merged model, block by block: length, direction, and what it would say."""
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")
     blocks = [entry.block for entry in told.blocks]

@@ -49,8 +49,8 @@ SCORES = {
         "they differ by more than they are long, and are painted like 0.",
     ),
     "gauge": Named(
-        "After a turn",
-        "The share of one donor's states that the other's explain once one turn, the same at every depth, has "
+        "After a rotation",
+        "The share of one donor's states that the other's explain once one rotation, the same at every depth, has "
         "brought their bases together (R squared), on inputs that the fit has not seen.",
     ),
     "norm_ratio": Named(

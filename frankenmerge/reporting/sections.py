@@ -12,11 +12,11 @@ from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.recipe import Block, Seam
 from frankenmerge.artefacts.records import (
     Evaluation,
-    PlanTold,
-    Promise,
-    RetentionTold,
-    SeamsTold,
-    SeamTold,
+    PlanRecord,
+    PredictionCheck,
+    RetentionRecord,
+    SeamRecord,
+    SeamsRecord,
 )
 from frankenmerge.reporting import charts, heatmaps
 from frankenmerge.reporting.features import Table, aligned_features, feature_tables
@@ -28,7 +28,7 @@ from frankenmerge.splicing import diagram
 TABLED = 17
 """Up to so many rows and columns a heatmap's values are also given as a table."""
 VERIFIED = " (plan --verify)"
-"""Behind the name of a recipe that `plan` measured itself."""
+"""BlockComparison the name of a recipe that `plan` measured itself."""
 
 
 class Splice(NamedTuple):
@@ -87,19 +87,19 @@ def splices(run: Run) -> list[Splice]:
     return list(found.values())
 
 
-def plans(run: Run) -> list[PlanTold]:
+def plans(run: Run) -> list[PlanRecord]:
     """Every plan of every file of evidence."""
     return [plan for evidence in run.evidence.values() for plan in evidence.plans]
 
 
-def chosen_plan(found: Sequence[Splice], known: Sequence[PlanTold]) -> PlanTold | None:
+def chosen_plan(found: Sequence[Splice], known: Sequence[PlanRecord]) -> PlanRecord | None:
     """The plan of the recipe that is shown first; without a recipe the best one."""
     if not found:
         return known[0] if known else None
     return next((plan for plan in known if plan.summary == found[0].summary), None)
 
 
-def seam_said(seam: SeamTold) -> str:
+def seam_said(seam: SeamRecord) -> str:
     """Where a seam lies, in words."""
     kind = (
         f"{seam.skipped_blocks} skipped"
@@ -112,7 +112,7 @@ def seam_said(seam: SeamTold) -> str:
     return f"{after} to {before}, {kind if seam.skipped_blocks else 'same depth'}"
 
 
-def seam_scores(seam: SeamTold) -> list[tuple[Named, float, list[float | None]]]:
+def seam_scores(seam: SeamRecord) -> list[tuple[Named, float, list[float | None]]]:
     """The scores at a seam that have nulls: (words, value, its nulls in the order of `NULLS`)."""
     order = [*SCORES, *seam.scores]
     named = sorted((name for name in seam.scores if seam.nulls.get(name)), key=order.index)
@@ -122,7 +122,7 @@ def seam_scores(seam: SeamTold) -> list[tuple[Named, float, list[float | None]]]
     ]
 
 
-def seams(run: Run, found: Sequence[Splice], plan: PlanTold | None) -> list[Seam]:
+def seams(run: Run, found: Sequence[Splice], plan: PlanRecord | None) -> list[Seam]:
     """The seams of the recipe that is shown first, or else of the plan."""
     if found and (recipe := run.recipes[found[0].files[0]]).stack.slices:
         return recipe.seams
@@ -200,7 +200,7 @@ def features(run: Run) -> tuple[list[str], list[Table]]:
     return [shortened(donor.donor) for donor in donors], feature_tables(donors) if donors else []
 
 
-def promises(run: Run) -> list[Promise]:
+def promises(run: Run) -> list[PredictionCheck]:
     """What was predicted and then measured: by `evaluate` on its texts, and by `plan --verify` on its own."""
     told = [
         promise for evaluation in run.evaluations.values() for promise in evaluation.predictions
@@ -210,7 +210,7 @@ def promises(run: Run) -> list[Promise]:
             low, high = plan.interval
             held = low <= plan.measured_damage <= high
             told.append(
-                Promise(
+                PredictionCheck(
                     recipe=plan.summary + VERIFIED,
                     predicted=plan.predicted_damage,
                     low=low,
@@ -222,7 +222,7 @@ def promises(run: Run) -> list[Promise]:
     return told
 
 
-def promise_chart(told: Sequence[Promise]) -> Markup:
+def promise_chart(told: Sequence[PredictionCheck]) -> Markup:
     """Predictions with their intervals, and what was measured."""
     rows = [
         charts.Bar(
@@ -280,7 +280,7 @@ def verdict(interval: tuple[float, float] | None) -> str:
     return "better" if interval[1] < 0 else "worse" if interval[0] > 0 else "no clear difference"
 
 
-def diagnostics(told: SeamsTold, name: str) -> list[tuple[str, str, Markup]]:
+def diagnostics(told: SeamsRecord, name: str) -> list[tuple[str, str, Markup]]:
     """Charts of what flows through a merged model: (title, how to read it, chart)."""
     blocks = told.blocks
     seams = [
@@ -334,7 +334,7 @@ def diagnostics(told: SeamsTold, name: str) -> list[tuple[str, str, Markup]]:
     ]
 
 
-def retention_chart(told: Sequence[RetentionTold], name: str) -> Markup:
+def retention_chart(told: Sequence[RetentionRecord], name: str) -> Markup:
     """The share of each donor's features that every block kept, beside chance."""
     series = []
     blocks = sorted({block.block for entry in told for block in entry.blocks})
@@ -395,7 +395,7 @@ def text_names(evaluation: Evaluation) -> list[str]:
     return names if len(names) > 1 else []
 
 
-def title(run: Run, found: Sequence[Splice], plan: PlanTold | None) -> str:
+def title(run: Run, found: Sequence[Splice], plan: PlanRecord | None) -> str:
     """What the page is called."""
     if not found:
         return plan.summary if plan else run.folder.resolve().name
@@ -407,7 +407,7 @@ def title(run: Run, found: Sequence[Splice], plan: PlanTold | None) -> str:
 
 
 def facts(
-    found: Sequence[Splice], plan: PlanTold | None, told: Sequence[Promise], run: Run
+    found: Sequence[Splice], plan: PlanRecord | None, told: Sequence[PredictionCheck], run: Run
 ) -> list[tuple[str, str]]:
     """The figures on top of the page."""
     shown: list[tuple[str, str]] = []

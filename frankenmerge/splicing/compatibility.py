@@ -143,7 +143,7 @@ def untied(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> bool:
     """Whether the result of a spelled-out recipe needs a head of its own.
 
     It needs none where embedding and head come from the same donors and all of these use the
-    embedding as head; then the merged embedding is the merged head. A turned head has taken in the
+    embedding as head; then the merged embedding is the merged head. A rotated head has taken in the
     final norm's gain, which no embedding has.
     """
     if recipe.parts[0].gauge or recipe.parts[-1].gauge:
@@ -265,7 +265,7 @@ def _gauge_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str) 
                 where,
                 "a slice of one source, in a passthrough",
                 f"one of {recipe.merge_method}",
-                "merge first, then turn the stage",
+                "merge first, then rotation the stage",
             )
             continue
         if any(level.parameters for level in (recipe, recipe.stack, part, source)):
@@ -280,7 +280,7 @@ def _gauge_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str) 
         for key in (key for key, (end, named) in ends.items() if named and part is parts[end]):
             yield Fault(
                 f"{place}: {key}",
-                "none beside a gauge, which turns it with its slice",
+                "none beside a gauge, which rotations it with its slice",
                 "one",
                 f"remove {key}, or the gauge",
             )
@@ -298,7 +298,7 @@ def _gauge_faults(recipe: Recipe, donors: Mapping[str, Checkpoint], place: str) 
         ]
         if donor.tokenizer_hash != other.tokenizer_hash:
             expected = f"the tokenizer of {other.name}, so that both see the same tokens"
-            yield Fault(where, expected, "another one", "turn donors that share one")
+            yield Fault(where, expected, "another one", "rotation donors that share one")
         roles = [
             *(("block", index) for index in range(*source.layer_range)),
             ("embedding", None),

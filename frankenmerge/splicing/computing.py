@@ -1,4 +1,4 @@
-"""Computed tensors: read, combined, rounded once, written. Nothing larger than a few chunks is held, but for what is turned."""
+"""Computed tensors: read, combined, rounded once, written. Nothing larger than a few chunks is held, but for what is rotated."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from frankenmerge.errors import Fault, FrankenmergeError, fail
 from frankenmerge.merging.copying import CHUNK, flush, write_fully
 from frankenmerge.merging.shards import readings
+from frankenmerge.progress import Advance
 from frankenmerge.splicing.compatibility import DTYPE_NAMES
 from frankenmerge.splicing.methods.inputs import Part, inputs_of
 from frankenmerge.splicing.operations import Combine, Input, Operation, Rotate
@@ -20,7 +21,7 @@ from frankenmerge.splicing.reading import (
     read_fully,
     tensor_reader,
 )
-from frankenmerge.splicing.rotation import Turn, turned
+from frankenmerge.splicing.rotation import Rotation, rotated
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ def compute(
     handles: Handles,
     target: int,
     position: int,
-    moved: Callable[[int], None],
+    moved: Advance,
     *,
     device: str,
     allow_nan: bool,
@@ -155,15 +156,15 @@ def _whole(operation: Combine) -> dict[str, Any]:
 
 def rotate(
     operation: Rotate,
-    turn: Turn,
+    rotation: Rotation,
     handles: Handles,
     target: int,
     position: int,
-    moved: Callable[[int], None],
+    moved: Advance,
     *,
     allow_nan: bool,
 ) -> None:
-    """Turn one tensor, held whole, and write it as `compute` does; the arithmetic is in float64, on the CPU."""
+    """Rotation one tensor, held whole, and write it as `compute` does; the arithmetic is in float64, on the CPU."""
     import torch
 
     def read(given: Input) -> "torch.Tensor":
@@ -172,13 +173,16 @@ def rotate(
             raise FrankenmergeError(broken(given.donor, given.source))
         return values.view(given.tensor.shape)
 
-    made = turned(
-        read(operation.given), operation.met, turn, read(operation.gain) if operation.gain else None
+    made = rotated(
+        read(operation.given),
+        operation.met,
+        rotation,
+        read(operation.gain) if operation.gain else None,
     )
     _write(
         _rounded([made.flatten()], operation.dtype),
         operation,
-        "a turn",
+        "a rotation",
         target,
         position,
         moved,
@@ -204,7 +208,7 @@ def _write(
     by: str,
     target: int,
     position: int,
-    moved: Callable[[int], None],
+    moved: Advance,
     *,
     allow_nan: bool,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The turns that a recipe's gauges ask for: donors run block by block on the same tokens, their states brought together."""
+"""The rotations that a recipe's gauges ask for: donors run block by block on the same tokens, their states brought together."""
 
 import math
 from collections.abc import Mapping
@@ -16,71 +16,71 @@ from frankenmerge.errors import fail
 from frankenmerge.models.loading import load_model, load_tokenizer
 from frankenmerge.models.sampling import drawn
 from frankenmerge.models.streaming import Passage, each_block, stream_model, streamable
-from frankenmerge.progress import Meter, unseen
+from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.gauge_refining import refined, show
-from frankenmerge.splicing.rotation import Turn, procrustes, residual
+from frankenmerge.splicing.rotation import Rotation, procrustes, residual
 
 LENGTH = 64
 LEAST_ROWS = 64
 PER_NEURON = 8
 """Positions to fit on for every neuron: a rotation has half as many angles as it has entries."""
-DRAWN_ROWS, DRAWN_LENGTH = 256, 128
+SAMPLED_ROWS, SAMPLED_LENGTH = 256, 128
 """What refined gauges are fitted on: rows drawn from all donors together, and of their text as many
 at most.
 """
 
 
 class Fit(NamedTuple):
-    """A fitted turn, and how well it does."""
+    """A fitted rotation, and how well it does."""
 
-    turn: Turn
+    rotation: Rotation
     residual: float
     """Share of the target's squared length that is left over on tokens that the fit has not seen: 1
     minus R^2.
     """
-    refined: tuple[Turn, ...] = ()
-    """Where descent followed: a turn for every block of the slice, and of the last slice one for
+    refined: tuple[Rotation, ...] = ()
+    """Where descent followed: a rotation for every block of the slice, and of the last slice one for
     final norm and head.
     """
 
-    def at(self, place: int) -> Turn:
-        """The turn of the slice's block `place`, of the embedding at 0, of final norm and head at -1."""
-        return self.refined[place] if self.refined else self.turn
+    def at(self, place: int) -> Rotation:
+        """The rotation of the slice's block `place`, of the embedding at 0, of final norm and head at -1."""
+        return self.refined[place] if self.refined else self.rotation
 
 
-def fitted_turns(
-    recipe: Recipe, donors: Mapping[str, Checkpoint], meter: Meter = unseen
+def fitted_rotations(
+    recipe: Recipe, donors: Mapping[str, Checkpoint], progress: Progress = silent
 ) -> dict[int, Fit]:
-    """Fit the turn of every slice that has a gauge, by the slice's number, and refine those that ask for it.
+    """Fit the rotation of every slice that has a gauge, by the slice's number, and refine those that ask for it.
 
     Towards the slice before, its last block's output and the input of the slice's first block are
     fitted; towards the base, both donors' states at the depth where the slice begins. A slice
-    behind a turned one is turned as that one is, too. Refined gauges are fitted and refined on
+    behind a rotated one is rotated as that one is, too. Refined gauges are fitted and refined on
     tokens drawn from the slices' donors, and on those of their texts.
 
     Args:
         recipe: spelled out.
         donors: by name; those of a recipe to be refined are loaded whole, in float32.
-        meter: shows how far fits and descent are.
+        progress: shows how far fits and descent are.
 
     Raises:
         FrankenmergeError: for a text that is too short, for states that are not finite, and for
             weights that are no model's.
     """
     if not any(part.gauge and part.gauge.refine for part in recipe.parts):
-        return plain_fits(recipe, donors, meter=meter)
+        return plain_fits(recipe, donors, progress=progress)
     models = {name: load_model(donors[name]).requires_grad_(False) for name in recipe.tensor_donors}
     speakers = {part.sources[0].model: models[part.sources[0].model] for part in recipe.parts}
     ids = tokens_to_refine_on(recipe, donors, speakers)
-    fits = plain_fits(recipe, donors, ids, meter=meter)
+    fits = plain_fits(recipe, donors, ids, progress=progress)
     shown = show(speakers, ids)
     found = refined(
         recipe,
         donors,
         models,
-        {number: fit.turn for number, fit in fits.items()},
+        {number: fit.rotation for number, fit in fits.items()},
         shown,
-        meter=meter,
+        progress=progress,
     )
     return {number: fit._replace(refined=found.get(number, ())) for number, fit in fits.items()}
 
@@ -90,12 +90,12 @@ def plain_fits(
     donors: Mapping[str, Checkpoint],
     shown: Tensor | None = None,
     *,
-    meter: Meter = unseen,
+    progress: Progress = silent,
 ) -> dict[int, Fit]:
     """The fits without descent; those that descent is to follow are made on the tokens `shown`, `[n, s]`."""
     fits: dict[int, Fit] = {}
     gauges = {number: part.gauge for number, part in enumerate(recipe.parts) if part.gauge}
-    with meter("fitting gauges", len(gauges), "gauges") as advance:
+    with progress("fitting gauges", len(gauges), "gauges") as advance:
         for number, gauge in gauges.items():
             source = recipe.parts[number].sources[0]
             depth = source.layer_range[0]
@@ -109,15 +109,16 @@ def plain_fits(
                 if shown is not None and gauge.refine
                 else _tokens(gauge.fit, donors[source.model])
             )
-            fit = fit_turn(
+            fit = fit_rotation(
                 states_at(donors[source.model], ids, depth),
                 states_at(donors[name], ids, reached),
                 donors[source.model],
             )
             if gauge.to == "previous" and (other := fits.get(number - 1)):
                 fit = fit._replace(
-                    turn=Turn(
-                        fit.turn.matrix @ other.turn.matrix, fit.turn.scale * other.turn.scale
+                    rotation=Rotation(
+                        fit.rotation.matrix @ other.rotation.matrix,
+                        fit.rotation.scale * other.rotation.scale,
                     )
                 )
             fits[number] = fit
@@ -125,7 +126,7 @@ def plain_fits(
     return fits
 
 
-def fit_turn(source: Tensor, target: Tensor, donor: Checkpoint) -> Fit:
+def fit_rotation(source: Tensor, target: Tensor, donor: Checkpoint) -> Fit:
     """Fit on all positions of both `[n, d]`, and tell what the fit of the first three quarters leaves over on the last."""
     centred, seen = donor.architecture.norm == "layer", 3 * len(source) // 4
     trial = procrustes(source[:seen], target[:seen], centred=centred)
@@ -170,8 +171,8 @@ def tokens_to_refine_on(
     """Rows of tokens `[n, s]`: drawn from every donor behind the token that begins a text, and those of the refined gauges' texts."""
     length = min(
         [
-            DRAWN_LENGTH,
-            *(quantity(donors[name].config, "positions") or DRAWN_LENGTH for name in models),
+            SAMPLED_LENGTH,
+            *(quantity(donors[name].config, "positions") or SAMPLED_LENGTH for name in models),
         ]
     )
     tokenizer = load_tokenizer(donors[next(iter(models))])
@@ -179,14 +180,14 @@ def tokens_to_refine_on(
         (token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None),
         0,
     )
-    each = math.ceil(DRAWN_ROWS / len(models))
+    each = math.ceil(SAMPLED_ROWS / len(models))
     rows = [drawn(model, each, length, start, seed) for seed, model in enumerate(models.values())]
     for text in dict.fromkeys(
         part.gauge.fit
         for part in recipe.parts
         if part.gauge and part.gauge.refine and part.gauge.fit != "probes"
     ):
-        ids = _text_tokens(text, donors[next(iter(models))], length)[: DRAWN_ROWS * (length - 1)]
+        ids = _text_tokens(text, donors[next(iter(models))], length)[: SAMPLED_ROWS * (length - 1)]
         cut = ids[: len(ids) // (length - 1) * (length - 1)].view(-1, length - 1)
         rows.append(torch.cat([torch.full((len(cut), 1), start), cut], 1))
     return torch.cat(rows)

@@ -1,9 +1,9 @@
 """Turns of single blocks: a fitted gauge refined by descent until the splice predicts what its donors predict.
 
-A turn fitted by least squares treats every direction of the stream alike; the blocks behind the
-seam do not. `refined` descends on the turns themselves, on the Kullback-Leibler divergence from the
+A rotation fitted by least squares treats every direction of the stream alike; the blocks behind the
+seam do not. `refined` descends on the rotations themselves, on the Kullback-Leibler divergence from the
 mean of the donors' predictions. That needs no text: tokens drawn from the donors do. Every block of
-a slice gets a turn of its own, and so do final norm and head: all read and write the one stream
+a slice gets a rotation of its own, and so do final norm and head: all read and write the one stream
 that the slice before has left, so that the result is a plain checkpoint still.
 """
 
@@ -21,8 +21,8 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.models.loading import assembled, block_outputs, forward
 from frankenmerge.models.streaming import leave
-from frankenmerge.progress import Meter, unseen
-from frankenmerge.splicing.rotation import Turn
+from frankenmerge.progress import Progress, silent
+from frankenmerge.splicing.rotation import Rotation
 
 ROWS = 4
 """Rows of tokens to a step."""
@@ -54,11 +54,11 @@ def show(models: Mapping[str, PreTrainedModel], ids: Tensor) -> Shown:
 
 
 class _Descent:
-    """What descends: for every place a skew matrix and a scale, and where maps may be linear what is added to the turns."""
+    """What descends: for every place a skew matrix and a scale, and where maps may be linear what is added to the rotations."""
 
-    def __init__(self, start: Sequence[Turn], *, linear: Sequence[bool], centred: bool) -> None:
-        self.start = torch.stack([turn.matrix for turn in start]).float()
-        self.scales = torch.tensor([turn.scale for turn in start])
+    def __init__(self, start: Sequence[Rotation], *, linear: Sequence[bool], centred: bool) -> None:
+        self.start = torch.stack([rotation.matrix for rotation in start]).float()
+        self.scales = torch.tensor([rotation.scale for rotation in start])
         width = self.start.shape[-1]
         eye = torch.eye(width)
         # Where norms centre, the all-ones direction is to stay where it is.
@@ -73,22 +73,22 @@ class _Descent:
             [{"params": [self.logs]}, {"params": [self.reading, self.writing]}]
         )
 
-    def turns(self) -> list[Turn]:
-        """The turns as they are now, float32, with the graph that leads back to what descends."""
+    def rotations(self) -> list[Rotation]:
+        """The rotations as they are now, float32, with the graph that leads back to what descends."""
         part = self.keep @ (self.skew - self.skew.mT) @ self.keep
         eye = torch.eye(len(self.keep))
         matrices = self.start @ torch.linalg.solve(eye + part, eye - part)
         scales = self.scales * self.logs.exp()
         reads = matrices @ (eye + self.free * self.reading)
         writes = scales[:, None, None] * matrices @ (eye + self.free * self.writing)
-        return [Turn(read, 1.0, write) for read, write in zip(reads, writes, strict=True)]
+        return [Rotation(read, 1.0, write) for read, write in zip(reads, writes, strict=True)]
 
     def step(self, loss: Tensor, share: float) -> None:
         """Go down by `share` of the rates.
 
-        A turn goes by a skew matrix of spectral norm `RATE` at most: the gradient's polar factor,
+        A rotation goes by a skew matrix of spectral norm `RATE` at most: the gradient's polar factor,
         as Jordan et al. (2024, Muon) take it for hidden layers, applied through the Cayley map,
-        which keeps the turn orthogonal. What is added goes by Adam's steps.
+        which keeps the rotation orthogonal. What is added goes by Adam's steps.
         """
         self.skew.grad = None
         self.adam.zero_grad()
@@ -103,8 +103,8 @@ class _Descent:
         self.adam.step()
 
     @torch.no_grad()
-    def found(self) -> list[Turn]:
-        """The turns, orthogonal to the last bit of float64, or the pairs of linear maps."""
+    def found(self) -> list[Rotation]:
+        """The rotations, orthogonal to the last bit of float64, or the pairs of linear maps."""
         part = (self.keep @ (self.skew - self.skew.mT) @ self.keep).double()
         eye = torch.eye(len(self.keep), dtype=torch.float64)
         left, _, right = torch.linalg.svd(
@@ -117,7 +117,9 @@ class _Descent:
                 matrix @ (eye + added[number].double()) for added in (self.reading, self.writing)
             )
             result.append(
-                Turn(read, scale, scale * write) if self.free[number] else Turn(matrix, scale)
+                Rotation(read, scale, scale * write)
+                if self.free[number]
+                else Rotation(matrix, scale)
             )
         return result
 
@@ -127,12 +129,12 @@ def refined(
     recipe: Recipe,
     donors: Mapping[str, Checkpoint],
     models: Mapping[str, PreTrainedModel],
-    turns: Mapping[int, Turn],
+    rotations: Mapping[int, Rotation],
     shown: Shown,
     *,
     seed: int = 0,
-    meter: Meter = unseen,
-) -> dict[int, tuple[Turn, ...]]:
+    progress: Progress = silent,
+) -> dict[int, tuple[Rotation, ...]]:
     """Descend until the splice predicts what its donors predict in the mean.
 
     All slices whose gauge asks for it are refined together, for the largest number of steps that
@@ -142,35 +144,35 @@ def refined(
         recipe: spelled out, with a gauge to be refined.
         donors: the donors' headers, by name.
         models: the donors' models, by name, in float32.
-        turns: by slice, the fitted turns: where the descent begins, and what slices that are not
+        rotations: by slice, the fitted rotations: where the descent begins, and what slices that are not
             refined keep.
         shown: what the donors made of the tokens to descend on.
         seed: draws the rows.
-        meter: shows how many steps are made.
+        progress: shows how many steps are made.
 
     Returns:
-        By refined slice, a turn for each of its blocks, and of the last slice one for final norm
+        By refined slice, a rotation for each of its blocks, and of the last slice one for final norm
         and head.
     """
     assembly = assembled(recipe, donors, models)
     gauges = {number: part.gauge for number, part in enumerate(recipe.parts) if part.gauge}
     places = [place for place in assembly.places if gauges[place[0]].refine]
-    kept = {place: turns[place[0]] for place in assembly.places if not gauges[place[0]].refine}
+    kept = {place: rotations[place[0]] for place in assembly.places if not gauges[place[0]].refine}
     descent = _Descent(
-        [turns[number] for number, _ in places],
+        [rotations[number] for number, _ in places],
         linear=[gauges[number].maps == "linear" for number, _ in places],
         centred=donors[recipe.base].architecture.norm == "layer",
     )
     fixed = assembly.tensors | {
-        name: value.float() for name, value in assembly.turned(kept).items()
+        name: value.float() for name, value in assembly.rotated(kept).items()
     }
     steps = max(gauge.refine or 0 for gauge in gauges.values())
     generator = torch.Generator().manual_seed(seed)
-    with meter("refining gauges", steps, "steps") as advance:
+    with progress("refining gauges", steps, "steps") as advance:
         for step in range(steps):
             share = min(1, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
             rows = torch.randint(len(shown.ids), (ROWS,), generator=generator)
-            made = fixed | assembly.turned(dict(zip(places, descent.turns(), strict=True)))
+            made = fixed | assembly.rotated(dict(zip(places, descent.rotations(), strict=True)))
             inputs: dict[str, Any] = {"input_ids": shown.ids[rows], "use_cache": False}
             said = functional_call(
                 assembly.model, made, (), inputs, tie_weights=False

@@ -92,7 +92,7 @@ class Combine(NamedTuple):
 
 
 class Rotate(NamedTuple):
-    """One tensor of the result: a donor's, turned to another basis of the residual stream in float64, rounded once to `dtype`."""
+    """One tensor of the result: a donor's, rotated to another basis of the residual stream in float64, rounded once to `dtype`."""
 
     name: str
     dtype: str
@@ -102,7 +102,7 @@ class Rotate(NamedTuple):
     """The norm's gain that it takes in."""
     met: Meeting
     part: int
-    """The slice whose turn is meant."""
+    """The slice whose rotation is meant."""
     place: int
     """The block in it, from 0; -1 for final norm and head."""
 
@@ -151,14 +151,14 @@ def schedule(
 def _operations(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Iterator[Operation]:
     first, last, ends = recipe.parts[0], recipe.parts[-1], len(recipe.parts) - 1
     vocabulary = result_vocabulary(recipe, donors)
-    yield from _turned(
+    yield from _rotated(
         _end(recipe, donors, "embedding", recipe.embedding, first, vocabulary), recipe, donors, 0, 0
     )
     position = 0
     for number, part in enumerate(recipe.parts):
         for offset in range(part.length):
             t = offset / (part.length - 1) if part.length > 1 else 1.0
-            yield from _turned(
+            yield from _rotated(
                 _tensors(recipe, donors, part, "block", t, offset=offset, position=position),
                 recipe,
                 donors,
@@ -166,23 +166,23 @@ def _operations(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Iterator[Op
                 offset,
             )
             position += 1
-    yield from _turned(
+    yield from _rotated(
         _end(recipe, donors, "final", recipe.final_norm, last, vocabulary), recipe, donors, ends, -1
     )
     if untied(recipe, donors):
-        yield from _turned(
+        yield from _rotated(
             _end(recipe, donors, "head", recipe.head, last, vocabulary), recipe, donors, ends, -1
         )
 
 
-def _turned(
+def _rotated(
     operations: Iterable[Copy | Combine],
     recipe: Recipe,
     donors: Mapping[str, Checkpoint],
     number: int,
     place: int,
 ) -> Iterator[Operation]:
-    """The operations of one place of slice `number`, as those of a slice that is turned where the recipe says so."""
+    """The operations of one place of slice `number`, as those of a slice that is rotated where the recipe says so."""
     if recipe.parts[number].gauge is None:
         yield from operations
         return

@@ -1,8 +1,8 @@
-"""Gauges: a slice turned into another basis of the residual stream, exactly, and the turn that brings two donors together.
+"""Gauges: a slice rotated into another basis of the residual stream, exactly, and the rotation that brings two donors together.
 
 A norm without a gain treats all directions alike, so a model whose norms' gains have been moved
 into the maps that read them computes the same in any orthogonal basis of its residual stream
-(Ashkboos et al. 2024, SliceGPT, section 3). Where a donor's state is the row `x`, the turned slice
+(Ashkboos et al. 2024, SliceGPT, section 3). Where a donor's state is the row `x`, the rotated slice
 sees `scale * x @ matrix`: maps that read it become `W G matrix`, with `G` the gain, and maps that
 write it `scale * matrix.T W`. A LayerNorm centres as well, so there the all-ones direction has to
 stay where it is.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Kind = Literal["gain", "shift", "read", "write", "added", "rows", "inside"]
 
 
-class Turn(NamedTuple):
+class Rotation(NamedTuple):
     """From a donor's basis to another one: the state `x [d]` becomes `scale * x @ matrix`."""
 
     matrix: "Tensor"
@@ -33,7 +33,7 @@ class Turn(NamedTuple):
     scale: float = 1.0
     writing: "Tensor | None" = None
     """`[d, d]`: what maps that write go through in the place of `scale * matrix`. Then it is no
-    turn but two linear maps.
+    rotation but two linear maps.
     """
 
     @property
@@ -66,7 +66,7 @@ class Meeting(NamedTuple):
 def meeting(architecture: Architecture, canonical: str) -> Meeting:
     """How the tensor of a canonical name meets the stream.
 
-    Raises FrankenmergeError for a family that cannot be turned and for a tensor nobody has placed.
+    Raises FrankenmergeError for a family that cannot be rotated and for a tensor nobody has placed.
     """
     stream = architecture.stream
     if stream is None or stream.behind:
@@ -77,7 +77,7 @@ def meeting(architecture: Architecture, canonical: str) -> Meeting:
         )
         raise fail(
             canonical,
-            "a family whose blocks can be turned",
+            "a family whose blocks can be rotated",
             found,
             "splice without a gauge, or donors of another family",
         )
@@ -109,29 +109,31 @@ def meeting(architecture: Architecture, canonical: str) -> Meeting:
     )
 
 
-def turned(tensor: "Tensor", met: Meeting, turn: Turn, gain: "Tensor | None" = None) -> "Tensor":
-    """One tensor as the turned slice has it, in the turn's type, which is float64 but while a turn is being refined.
+def rotated(
+    tensor: "Tensor", met: Meeting, rotation: Rotation, gain: "Tensor | None" = None
+) -> "Tensor":
+    """One tensor as the rotated slice has it, in the rotation's type, which is float64 but while a rotation is being refined.
 
     Args:
         tensor: as the donor has it; maps `[out, in]` unless `met` says else, embeddings and heads
             `[v, d]`.
         met: how it meets the stream.
-        turn: from the donor's basis to the new one.
+        rotation: from the donor's basis to the new one.
         gain: the norm's gain `[d]` that `met` names.
 
     Raises:
         FrankenmergeError: for a norm that adds a shift where its gain is zero: no map behind it
             could take that in.
     """
-    tensor, matrix = tensor.to(turn.matrix.dtype), turn.matrix.to(tensor.device)
+    tensor, matrix = tensor.to(rotation.matrix.dtype), rotation.matrix.to(tensor.device)
     if met.kind == "inside":
         return tensor
     if met.kind == "gain":
         return tensor.new_ones(tensor.shape)
     if met.kind in ("added", "rows") or (met.kind == "write" and met.transposed):
-        return tensor @ turn.writes.to(tensor.device)
+        return tensor @ rotation.writes.to(tensor.device)
     if met.kind == "write":
-        return turn.writes.T.to(tensor.device) @ tensor
+        return rotation.writes.T.to(tensor.device) @ tensor
     assert gain is not None and met.gain is not None
     gain = gain.to(matrix.dtype)
     if met.kind == "read":
@@ -146,28 +148,28 @@ def turned(tensor: "Tensor", met: Meeting, turn: Turn, gain: "Tensor | None" = N
     return (tensor / gain) @ matrix
 
 
-def turned_all(
-    tensors: Mapping[str, "Tensor"], architecture: Architecture, turn: Turn
+def rotate_all(
+    tensors: Mapping[str, "Tensor"], architecture: Architecture, rotation: Rotation
 ) -> dict[str, "Tensor"]:
-    """Tensors of one block, or of what lies outside the blocks, as the turned slice has them, in the turn's type.
+    """Tensors of one block, or of what lies outside the blocks, as the rotated slice has them, in the rotation's type.
 
     Args:
         tensors: by canonical name, the norms' gains among them.
         architecture: of their family.
-        turn: from the donor's basis to the new one.
+        rotation: from the donor's basis to the new one.
     """
     places = {name: meeting(architecture, name) for name in tensors}
     return {
-        name: turned(tensors[name], met, turn, tensors[met.gain] if met.gain else None)
+        name: rotated(tensors[name], met, rotation, tensors[met.gain] if met.gain else None)
         for name, met in places.items()
     }
 
 
-def procrustes(source: "Tensor", target: "Tensor", *, centred: bool = False) -> Turn:
-    """The turn and scale that bring `source` closest to `target` in the sum of squares (Schoenemann 1966).
+def procrustes(source: "Tensor", target: "Tensor", *, centred: bool = False) -> Rotation:
+    """The rotation and scale that bring `source` closest to `target` in the sum of squares (Schoenemann 1966).
 
     Args:
-        source: states of the donor to be turned, `[n, d]`.
+        source: states of the donor to be rotated, `[n, d]`.
         target: states of the other one on the same inputs, `[n, d]`.
         centred: whether the norms centre: then both are centred first and the all-ones direction
             stays where it is.
@@ -183,27 +185,27 @@ def procrustes(source: "Tensor", target: "Tensor", *, centred: bool = False) -> 
     ones = product.norm() / len(product) * torch.ones_like(product) if centred else 0
     left, _, right = torch.linalg.svd(product + ones)
     matrix = left @ right
-    return Turn(matrix, float((product * matrix).sum() / source.square().sum()))
+    return Rotation(matrix, float((product * matrix).sum() / source.square().sum()))
 
 
-def residual(turn: Turn, source: "Tensor", target: "Tensor") -> float:
-    """Share of the target's squared length that the turn leaves over, for states `[n, d]`: 1 minus R^2 about the origin."""
-    left = target.double() - turn.scale * source.double() @ turn.matrix
+def residual(rotation: Rotation, source: "Tensor", target: "Tensor") -> float:
+    """Share of the target's squared length that the rotation leaves over, for states `[n, d]`: 1 minus R^2 about the origin."""
+    left = target.double() - rotation.scale * source.double() @ rotation.matrix
     return float(left.square().sum() / target.double().square().sum())
 
 
-def random_turn(width: int, seed: int, *, centred: bool = False) -> Turn:
-    """A turn drawn uniformly, the null of any fit; `centred` keeps the all-ones direction."""
+def random_rotation(width: int, seed: int, *, centred: bool = False) -> Rotation:
+    """A rotation drawn uniformly, the null of any fit; `centred` keeps the all-ones direction."""
     import torch
 
     drawn = torch.randn(
         2, width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
-    return Turn(procrustes(drawn[0], drawn[1], centred=centred).matrix)
+    return Rotation(procrustes(drawn[0], drawn[1], centred=centred).matrix)
 
 
 def gauge_faults(architecture: Architecture, names: Iterable[str], place: str) -> list[Fault]:
-    """What keeps the tensors of these canonical names from being turned, told once for a family."""
+    """What keeps the tensors of these canonical names from being rotated, told once for a family."""
     names = list(names)
     try:
         for gain in [gain for name in names if (gain := meeting(architecture, name).gain)]:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from frankenmerge.cli.console import progress
 
-DRAWN = "drawn"
+SAMPLED = "drawn"
 """Given in the place of a text: tokens that the donors draw themselves."""
 HANDFUL = 16
 """Splices measured to calibrate the prediction."""
@@ -16,14 +16,14 @@ class Bench(NamedTuple):
 
     donors: list[str]
     texts: tuple[str, ...]
-    """Files; `DRAWN` alone for none."""
+    """Files; `SAMPLED` alone for none."""
     placed: dict[str, Any]
     """Device and dtype."""
 
     @property
     def drawn(self) -> bool:
         """Whether it takes no text."""
-        return self.texts == (DRAWN,)
+        return self.texts == (SAMPLED,)
 
     def damage(self, recipes: Sequence) -> list[float]:
         """Nats per token of every recipe above its donors' own loss, each donor's by its share of the blocks."""
@@ -32,7 +32,7 @@ class Bench(NamedTuple):
         from frankenmerge.artefacts.recipe import Block, recipe_of
         from frankenmerge.evaluation.compare import Bench as Loaded
         from frankenmerge.evaluation.compare import read_text
-        from frankenmerge.evaluation.sampled_damage import damage_on_drawn
+        from frankenmerge.evaluation.sampled_damage import damage_on_sampled
         from frankenmerge.planning.prediction import donor_loss
 
         if self.drawn:
@@ -42,7 +42,7 @@ class Bench(NamedTuple):
                 {name: loaded.load(name)[1] for name in self.donors},
             )
             with progress("splicing", len(recipes) * len(models), "recipes") as advance:
-                return damage_on_drawn(recipes, checkpoints, models, progress=advance).tolist()
+                return damage_on_sampled(recipes, checkpoints, models, advance=advance).tolist()
         bench = Loaded([read_text(Path(text)) for text in self.texts], self.donors, **self.placed)
         whole = [
             recipe_of([Block(name, index) for index in range(bench.load(name)[0].blocks)])
@@ -53,7 +53,7 @@ class Bench(NamedTuple):
         ) as advance:
             found = [
                 result.total.nats_per_token
-                for result in bench.recipes([*whole, *recipes], progress=advance)
+                for result in bench.recipes([*whole, *recipes], advance=advance)
             ]
         own = dict(zip(self.donors, found, strict=False))
         return [
@@ -91,7 +91,7 @@ def _told(entry: Any, damage: float, bench: Bench, model: Any) -> Any:
     """A plan with what was measured of it."""
     if bench.drawn:
         return entry._replace(
-            predicted_damage=damage, interval=model.interval(damage, drawn=True), basis=DRAWN
+            predicted_damage=damage, interval=model.interval(damage, drawn=True), basis=SAMPLED
         )
     return entry._replace(measured=damage)
 
@@ -130,7 +130,7 @@ def damped(plans: list, alignments: list, bench: Bench, model: Any) -> tuple[lis
         damage = {name: next(measured) for name in recipes}
         best = min(damage, key=damage.__getitem__)
         predicted = max(0.0, entry.predicted_damage + damage[best] - damage["none"])
-        interval = model.interval(predicted, drawn=entry.basis == DRAWN)
+        interval = model.interval(predicted, drawn=entry.basis == SAMPLED)
         told = entry._replace(recipe=recipes[best], predicted_damage=predicted, interval=interval)
         ranked.append(
             (

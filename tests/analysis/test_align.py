@@ -117,18 +117,18 @@ def test_a_donor_agrees_wholly_with_itself(atlases, donor, name):
 
 @pytest.mark.parametrize("context", ["plain", "bos"])
 def test_transposing_is_aligning_the_other_way_round(pair, context):
-    turned, other = align(*pair, context=context).transposed, align(*pair[::-1], context=context)
+    rotated, other = align(*pair, context=context).transposed, align(*pair[::-1], context=context)
     for field in ("donors", "fingerprints", "widths", "vocabulary", "blocks"):
-        assert getattr(turned, field) == getattr(other, field)
+        assert getattr(rotated, field) == getattr(other, field)
     for name, score in other.scores.items():
-        twin = turned.scores[name]
+        twin = rotated.scores[name]
         np.testing.assert_allclose(twin.matrix, score.matrix, atol=1e-6)
         np.testing.assert_allclose(twin.detail, score.detail, atol=1e-3)
         for null in score.nulls:  # permutations are drawn anew; 1024 samples of a score in [-1, 1]
             np.testing.assert_allclose(
                 twin.nulls[null], score.nulls[null], atol=1e-6 if null == "residual_law" else 0.05
             )
-    for tokens, twin in zip(turned.tokens, other.tokens, strict=True):
+    for tokens, twin in zip(rotated.tokens, other.tokens, strict=True):
         np.testing.assert_array_equal(tokens, twin)
 
 
@@ -177,8 +177,8 @@ def test_the_inner_products_are_those_of_the_standardised_states(pair):
     size = np.sqrt(np.mean([(state**2).mean(axis=0) for state in states], axis=0))
     expected = [[(x * y / size**2).sum(axis=1).mean() for y in states] for x in states]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
-    turned, other = align(*pair).transposed.gram, align(*pair[::-1]).gram
-    np.testing.assert_allclose(turned, other, rtol=1e-6)
+    rotated, other = align(*pair).transposed.gram, align(*pair[::-1]).gram
+    np.testing.assert_allclose(rotated, other, rtol=1e-6)
 
 
 def test_debiased_cka_is_the_ratio_of_unbiased_hsic(pair):
@@ -335,10 +335,10 @@ def test_another_order_of_the_residual_neurons_drives_every_score_to_chance(tmp_
             for folder in (path, other)
         ]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
-    straight, turned = atlas_of(path), atlas_of(other)
+    straight, rotated = atlas_of(path), atlas_of(other)
     moved = order != np.arange(64)
     assert moved.sum() > 56
-    scores, own = align(straight, turned).scores, align(straight, straight).scores
+    scores, own = align(straight, rotated).scores, align(straight, straight).scores
     for name in BLIND:
         np.testing.assert_allclose(scores[name].matrix, own[name].matrix, atol=1e-4)
     for name, score in scores.items():

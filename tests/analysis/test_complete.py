@@ -209,7 +209,7 @@ def test_an_embedding_that_is_no_number_is_block_0(donors):
 def test_it_takes_every_token_through_every_block_once(donors, monkeypatch):
     monkeypatch.setattr(complete, "BATCH", 20)
     done = []
-    complete_search(loaded(donors["a"]), progress=done.append)
+    complete_search(loaded(donors["a"]), advance=done.append)
     assert done == [20, 20, 8] * 4
 
 

@@ -101,7 +101,7 @@ def test_one_token_is_the_complete_search(model):
 def test_a_shared_prefix_runs_once(model):
     features = [Feature.of(block, neuron) for block in range(1, 5) for neuron in range(16)]
     ran = []
-    result = greedy_search(model, features, progress=ran.append)
+    result = greedy_search(model, features, advance=ran.append)
     distinct = [
         len({tuple(tokens[:step]) for tokens in result.tokens.tolist()}) for step in range(4)
     ]

@@ -64,7 +64,7 @@ def test_neurons_nobody_names_are_spread_evenly(width, expected):
 @pytest.mark.parametrize("name", ["a", "g"])
 def test_every_block_is_searched_and_what_enters_the_first(donors, name, method):
     model, done = load_model(open_checkpoint(str(donors[name]))), []
-    inputs = search_inputs(model, method, [3, 0, 11], tokens=3, progress=done.append)
+    inputs = search_inputs(model, method, [3, 0, 11], tokens=3, advance=done.append)
     assert inputs.neurons.tolist() == [3, 0, 11] and inputs.tokens.shape == (5, 3, 3)
     assert (inputs.neurons.dtype, inputs.tokens.dtype) == (np.int32, np.int32)
     np.testing.assert_array_equal(inputs.tokens, found_by(method, model, [3, 0, 11], 3))

@@ -91,8 +91,8 @@ def assert_equal(one: Alignment, other: Alignment) -> None:
 
 
 def test_exchange_turns_round_with_the_alignment(alignment):
-    turned = alignment.transposed.exchange
-    for pair, back in zip(alignment.exchange, turned, strict=True):
+    rotated = alignment.transposed.exchange
+    for pair, back in zip(alignment.exchange, rotated, strict=True):
         assert_same_array(pair[0], back[1])
         assert_same_array(pair[1], back[0])
 
@@ -119,21 +119,21 @@ def test_blocks_do_not_count_the_embedding(alignment):
 
 
 def test_transposing_exchanges_the_donors(alignment):
-    turned = alignment.transposed
-    assert (turned.donors, turned.fingerprints, turned.widths) == (
+    rotated = alignment.transposed
+    assert (rotated.donors, rotated.fingerprints, rotated.widths) == (
         ("two", "one"),
         ("f2", "f1"),
         (8, 6),
     )
-    assert turned.tokens[0] is alignment.tokens[1] and turned.tokens[1] is alignment.tokens[0]
+    assert rotated.tokens[0] is alignment.tokens[1] and rotated.tokens[1] is alignment.tokens[0]
     for name, score in alignment.scores.items():
         for i, j in np.ndindex(4, 6):
-            assert turned.scores[name].matrix[j, i] == score.matrix[i, j]
+            assert rotated.scores[name].matrix[j, i] == score.matrix[i, j]
             assert all(
-                turned.scores[name].nulls[null][j, i] == matrix[i, j]
+                rotated.scores[name].nulls[null][j, i] == matrix[i, j]
                 for null, matrix in score.nulls.items()
             )
-            np.testing.assert_array_equal(turned.scores[name].detail[j, i], score.detail[i, j])
+            np.testing.assert_array_equal(rotated.scores[name].detail[j, i], score.detail[i, j])
 
 
 def test_transposing_twice_gives_the_same(alignment):

@@ -66,7 +66,7 @@ def test_an_atlas_of_one_context_has_one_context_when_loaded(atlas, tmp_path):
 
 
 def test_arrays_that_are_views_are_written_in_their_own_order(atlas, tmp_path):
-    turned = replace(
+    rotated = replace(
         atlas,
         top={
             "plain": TopTokens(
@@ -74,8 +74,8 @@ def test_arrays_that_are_views_are_written_in_their_own_order(atlas, tmp_path):
             )
         },
     )
-    save_atlas(turned, tmp_path / "turned")
-    assert_equal(load_atlas(tmp_path / "turned"), turned)
+    save_atlas(rotated, tmp_path / "rotated")
+    assert_equal(load_atlas(tmp_path / "rotated"), rotated)
 
 
 def test_two_saves_are_the_same_bytes(atlas, tmp_path):
@@ -331,5 +331,5 @@ def test_progress_tells_every_input_once_a_block(donors):
     from frankenmerge.analysis.analyze import work
 
     done = []
-    analyze(opened(donors["a"]), progress=done.append)
+    analyze(opened(donors["a"]), advance=done.append)
     assert sum(done) == work(opened(donors["a"])) == 4 * (48 + 48 + 64)

@@ -146,7 +146,7 @@ def test_tables_fit_eighty_columns(splice, run, tmp_path):
         "Beside each donor",
         "behind each block",
         "features kept",
-        "Behind '",
+        "BlockComparison '",
         "not worse",
     ):
         assert told in out

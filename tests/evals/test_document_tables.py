@@ -217,7 +217,7 @@ def test_cells_of_the_documents_own_model_are_scored(document, printed, donors, 
         for row in gradient_search(model, specs, decode="hidden").tokens.tolist()
     ]
 
-    def turned(words: list[str], positions: set[int]) -> str:
+    def rotated(words: list[str], positions: set[int]) -> str:
         """The same with another token, also of an id below the width, at some positions."""
         return "".join(
             texts[(texts.index(word) + 1) % 16] if place in positions else word
@@ -229,7 +229,7 @@ def test_cells_of_the_documents_own_model_are_scored(document, printed, donors, 
         "complete": (f" {texts[first[0]]}", wrong, None, texts[first[3]]),
         "greedy": ("".join(texts[token] for token in built),),
         "gradient": ("".join(hidden[0]), "".join(hidden[1][:4]) + wrong),
-        "position": (turned(hidden[2], {1, 2, 3, 4}), turned(hidden[3], {1}), "XYZ??"),
+        "position": (rotated(hidden[2], {1, 2, 3, 4}), rotated(hidden[3], {1}), "XYZ??"),
         "short": (texts[first[0]], wrong),
         "control": (wrong,) * 4,
     }

@@ -1,14 +1,14 @@
-"""Matches: a donor whose parts were moved about and whose stream was turned is recovered, and computes what it did."""
+"""Matches: a donor whose parts were moved about and whose stream was rotated is recovered, and computes what it did."""
 
 import pytest
 import torch
 from conftest import write_donor
-from matching import Match, activations, joint_turn, match, matched_model, turned_model
+from matching import Match, activations, joint_rotation, match, matched_model, rotated_model
 
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models.loading import load_model
-from frankenmerge.splicing.rotation import Turn, random_turn
+from frankenmerge.splicing.rotation import Rotation, random_rotation
 
 IDS = torch.randint(48, (48, 16), generator=torch.Generator().manual_seed(5))
 FAMILIES = [
@@ -26,7 +26,7 @@ def shuffle(seed, neurons, heads, groups, width):
     order = torch.randperm(groups, generator=drawn)
     within = [group * each + torch.randperm(each, generator=drawn) for group in order.tolist()]
     signs = torch.randint(2, (neurons,), generator=drawn) * 2 - 1
-    values = torch.stack([random_turn(width, seed + group).matrix for group in range(groups)])
+    values = torch.stack([random_rotation(width, seed + group).matrix for group in range(groups)])
     return Match(torch.randperm(neurons, generator=drawn), signs, order, torch.cat(within), values)
 
 
@@ -69,17 +69,19 @@ def test_a_donor_with_its_parts_moved_gives_the_same_logits(family, changes, tmp
 def test_a_moved_and_turned_copy_of_a_donor_is_recovered(family, changes, tmp_path):
     model, architecture = opened(tmp_path / "donor", family, changes)
     moved = matched_model(model.state_dict(), architecture, shuffles(model))
-    copy = filled(model, turned_model(moved, architecture, random_turn(16, 1)))
+    copy = filled(model, rotated_model(moved, architecture, random_rotation(16, 1)))
     of_a, of_b = activations(model, IDS), activations(copy, IDS)
     groups = model.config.num_key_value_heads
     found = [
         match(left, right, groups) for left, right in zip(of_a.inside, of_b.inside, strict=True)
     ]
-    back = joint_turn(of_b.stream, of_a.stream)
-    recovered = turned_model(
+    back = joint_rotation(of_b.stream, of_a.stream)
+    recovered = rotated_model(
         matched_model(copy.state_dict(), architecture, found), architecture, back
     )
-    plain = turned_model(model.state_dict(), architecture, Turn(torch.eye(16, dtype=torch.float64)))
+    plain = rotated_model(
+        model.state_dict(), architecture, Rotation(torch.eye(16, dtype=torch.float64))
+    )
     for name, value in plain.items():
         torch.testing.assert_close(
             recovered[name],
@@ -94,9 +96,9 @@ def test_the_turn_has_the_ratio_of_the_streams_sizes():
     states = [
         torch.randn(200, 8, generator=torch.Generator().manual_seed(depth)) for depth in range(3)
     ]
-    turn = random_turn(8, 2)
-    back = joint_turn([3 * state.double() @ turn.matrix for state in states], states)
-    torch.testing.assert_close(back.matrix, turn.matrix.T)
+    rotation = random_rotation(8, 2)
+    back = joint_rotation([3 * state.double() @ rotation.matrix for state in states], states)
+    torch.testing.assert_close(back.matrix, rotation.matrix.T)
     assert back.scale == pytest.approx(1 / 3)
 
 

@@ -153,20 +153,20 @@ def test_the_total_is_that_of_all_texts(donors):
 
 
 def metered(lines: dict[str, tuple]):
-    """A meter that writes down what it was told: (how many units there are, of what, how many were done)."""
+    """A progress that writes down what it was told: (how many units there are, of what, how many were done)."""
 
     @contextmanager
-    def meter(what, total, unit):
+    def progress(what, total, unit):
         done: list[int] = []
         yield done.append
         lines[what] = total, unit, sum(done)
 
-    return meter
+    return progress
 
 
 def test_progress_tells_every_token_of_every_model(donors, text):
     lines: dict[str, tuple] = {}
-    compare([str(donors["a"]), str(donors["g"])], [read_text(text)], meter=metered(lines))
+    compare([str(donors["a"]), str(donors["g"])], [read_text(text)], progress=metered(lines))
     tokens = len(text.read_text())
     assert lines == {
         "1 of 2: a on text": (tokens, "tokens", tokens),
@@ -176,18 +176,18 @@ def test_progress_tells_every_token_of_every_model(donors, text):
 
 def test_progress_is_told_of_samples_seams_and_features_too(donors, text, tmp_path):
     lines: dict[str, tuple] = {}
-    meter = metered(lines)
+    progress = metered(lines)
     looks = Looks(
         ["the", "a"],
         with_seams=True,
-        search=lambda model, advance: complete_search(model, k=1, progress=advance),
-        meter=meter,
+        search=lambda model, advance: complete_search(model, k=1, advance=advance),
+        progress=progress,
     )
     compare(
         [recipe_file(tmp_path / "one.yaml", donors, "a", "b")],
         [read_text(text)],
         hold=True,
-        meter=meter,
+        progress=progress,
         visit=looks.visit,
     )
     assert all(total == done > 0 for total, _, done in lines.values())

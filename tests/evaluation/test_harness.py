@@ -52,13 +52,13 @@ def own() -> list[dict]:
         "method",
         "exception",
     ]
-    turned = [
+    rotated = [
         (word, word[::-1]) if number % 2 else (word[::-1], word)
         for number, word in enumerate(words)
     ]
     return [
         {"goal": "the name of it", "sol1": one, "sol2": other, "label": number % 2 ^ 1}
-        for number, (one, other) in enumerate(turned)
+        for number, (one, other) in enumerate(rotated)
     ]
 
 

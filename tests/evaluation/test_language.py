@@ -99,7 +99,7 @@ def test_past_the_first_window_every_token_sees_half_a_window(donors, context, l
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 18, 32, 33, 100])
 def test_every_token_is_counted_once(model, length):
     done = []
-    loss = measure(model, line(length), context=16, progress=done.append)
+    loss = measure(model, line(length), context=16, advance=done.append)
     assert loss.tokens == sum(done) == length - 1
     assert min(done) > 0
     assert np.isfinite(loss.nats).all()

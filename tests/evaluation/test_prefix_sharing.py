@@ -20,7 +20,7 @@ def test_together_is_as_alone(donors, pair, context):
     texts = [Text("long", "the quick brown fox jumps " * 9), Text("short", "over the dog")]
     bench = Bench(texts, names.values(), context=context)
     seen = []
-    for recipe, result in zip(recipes, bench.recipes(recipes, progress=seen.append), strict=True):
+    for recipe, result in zip(recipes, bench.recipes(recipes, advance=seen.append), strict=True):
         alone = bench.recipe("alone", recipe)
         assert result.losses.keys() == alone.losses.keys()
         for text, loss in result.losses.items():
@@ -34,15 +34,15 @@ def test_what_is_turned_or_scaled_is_measured_as_it_is_alone(donors):
     blocks = [Block(names[0], 0), Block(names[0], 1), Block(names[1], 2), Block(names[1], 3)]
     plain = recipe_of(blocks)
     first, last = plain.slices
-    turned = plain.model_copy(
+    rotated = plain.model_copy(
         update={"slices": [first, last.model_copy(update={"gauge": Gauge(to="previous")})]}
     )
     scaled = plain.model_copy(
         update={"parameters": {"scale": [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]}}
     )
     bench = Bench([Text("one", "the quick brown fox jumps " * 3)], names)
-    together = [result.total.nats_per_token for result in bench.recipes([plain, turned, scaled])]
+    together = [result.total.nats_per_token for result in bench.recipes([plain, rotated, scaled])]
     assert together == pytest.approx(
-        [bench.recipe("alone", recipe).total.nats_per_token for recipe in (plain, turned, scaled)]
+        [bench.recipe("alone", recipe).total.nats_per_token for recipe in (plain, rotated, scaled)]
     )
     assert len({round(nats, 4) for nats in together}) == 3

@@ -7,9 +7,9 @@ import torch
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.block_swaps import exchange
-from frankenmerge.evaluation.sampled_damage import damage_on_drawn
+from frankenmerge.evaluation.sampled_damage import damage_on_sampled
 from frankenmerge.models.loading import block_outputs, load_model, virtual_splice
-from frankenmerge.models.sampling import LENGTH, ROWS, draw, states_on_drawn
+from frankenmerge.models.sampling import LENGTH, ROWS, draw, states_on_sampled
 from frankenmerge.planning.damping import damped
 
 
@@ -43,7 +43,7 @@ def test_damage_is_the_loss_above_the_donors_on_what_all_of_them_drew(donors, pa
         for text in ("a0 a1 b2 b3", "a0 a1 b1 b2 b3", "a0 a1 a2 a3", "b0 b1 b1 b2 b3")
     ]
     recipes.append(damped(recipes[1], [1, 0.5, 0.5, 1, 1], ("o_proj", "down_proj")))
-    found = damage_on_drawn(recipes, opened, models)
+    found = damage_on_sampled(recipes, opened, models)
     texts = {name: draw(model) for name, model in models.items()}
 
     def loss(model) -> float:
@@ -65,7 +65,7 @@ def test_damage_is_the_loss_above_the_donors_on_what_all_of_them_drew(donors, pa
 def test_the_damage_of_one_donor_s_recipe_is_its_divergence(donors, pair):
     name, model = next(iter(pair[1].items()))
     recipe = recipe_of(stack(donors, "a0 a1 a1 a2 a3"))
-    (found,) = damage_on_drawn([recipe], {name: pair[0][name]}, {name: model})
+    (found,) = damage_on_sampled([recipe], {name: pair[0][name]}, {name: model})
     splice = virtual_splice(recipe, {name: pair[0][name]}, {name: model})
     assert found == pytest.approx(divergence(model, splice, draw(model)), rel=1e-4)
 
@@ -91,7 +91,7 @@ def test_drawn_tokens_follow_the_model_s_predictions(pair):
 
 def test_the_states_are_both_donors_on_both_draws(pair):
     models = pair[1]
-    found = states_on_drawn(models)
+    found = states_on_sampled(models)
     ids = torch.cat([draw(model) for model in models.values()])
     for name, model in models.items():
         with block_outputs(model) as states, torch.no_grad():

@@ -11,11 +11,11 @@ from frankenmerge.evaluation.samples import (
     PROMPT_WORDS,
     TOKENS,
     Sample,
-    drawn_prompts,
     greedy_tokens,
     invalid_rate,
     read_words,
     repetition,
+    sample_prompts,
     sampled,
     words_of,
 )
@@ -112,13 +112,13 @@ def test_rates_are_of_all_samples_together():
 
 def test_prompts_are_drawn_from_the_texts_in_turn():
     texts = [" ".join(f"{name}{number}" for number in range(100)) for name in ("one", "two")]
-    prompts = drawn_prompts(texts, 5, 7)
-    assert prompts == drawn_prompts(texts, 5, 7) != drawn_prompts(texts, 5, 8)
+    prompts = sample_prompts(texts, 5, 7)
+    assert prompts == sample_prompts(texts, 5, 7) != sample_prompts(texts, 5, 8)
     for number, prompt in enumerate(prompts):
         assert prompt in texts[number % 2] and len(prompt.split()) == PROMPT_WORDS
     assert len(set(prompts)) == 5
-    assert drawn_prompts(["short text"], 1, 0) == ["short text"]
-    assert np.ptp([int(prompt.split()[0][3:]) for prompt in drawn_prompts(texts, 40, 0)]) > 50
+    assert sample_prompts(["short text"], 1, 0) == ["short text"]
+    assert np.ptp([int(prompt.split()[0][3:]) for prompt in sample_prompts(texts, 40, 0)]) > 50
 
 
 def test_a_list_of_words_is_read(tmp_path):

@@ -8,7 +8,7 @@ from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
 from frankenmerge.evaluation.compare import Bench, Text, compare
 from frankenmerge.evaluation.language import encode
 from frankenmerge.evaluation.record import Looks
-from frankenmerge.evaluation.seams import WIDTH, WINDOWS, behind_blocks, windows_of
+from frankenmerge.evaluation.seams import WIDTH, WINDOWS, compared_blocks, windows_of
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.loading import load_tokenizer, virtual_splice
 
@@ -48,7 +48,7 @@ def test_every_figure_is_its_formula(donors, pair):
     models = {name: bench.load(name)[1] for name in (a, b)}
     model = virtual_splice(recipe, open_donors(recipe), models)
     ids = torch.from_numpy(bench.load(a)[2]["text"].ids[:40])[None]
-    found = behind_blocks(model, recipe.blocks, models, [ids])
+    found = compared_blocks(model, recipe.blocks, models, [ids])
     streams = {name: outputs(donor, ids) for name, donor in models.items()}
     here, logits = outputs(model, ids)
     assert [(entry.block, entry.donor, entry.donor_block, entry.seam) for entry in found] == [

@@ -562,7 +562,7 @@ def test_tokenizer_and_generation_config_are_those_of_the_donors_named(coded, tm
 
 def test_progress_counts_every_byte(order, tmp_path):
     moved = []
-    result = merged(order, tmp_path / "out", progress=moved.append)
+    result = merged(order, tmp_path / "out", advance=moved.append)
     assert sum(moved) == result.bytes and all(count > 0 for count in moved)
 
 
@@ -822,7 +822,7 @@ def test_a_donor_that_shrinks_meanwhile_leaves_nothing(coded, tmp_path, room, mo
         merged(
             [(donor, 0), (donor, 3)],
             room / "out",
-            progress=lambda _: os.truncate(donor / "model.safetensors", 9000),
+            advance=lambda _: os.truncate(donor / "model.safetensors", 9000),
         )
     assert "model.safetensors ended at byte 9,000" in caught.value.faults[0].found
     assert tree(room) == before
@@ -835,7 +835,7 @@ def test_an_interrupted_merge_leaves_nothing(order, room, calls):
 
     before = tree(room)
     with pytest.raises(KeyboardInterrupt):
-        merged(order, room / "out", progress=after(calls, lambda _moved: None, interrupt))
+        merged(order, room / "out", advance=after(calls, lambda _moved: None, interrupt))
     assert tree(room) == before
 
 

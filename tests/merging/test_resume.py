@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from frankenmerge.artefacts.recipe import Block, Recipe, open_donors, recipe_of
-from frankenmerge.distributed import Share
+from frankenmerge.distributed import Rank
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging import journal, writer
 from frankenmerge.merging.journal import work_folder
@@ -230,7 +230,7 @@ def test_progress_counts_what_was_kept_too(recipe, whole, tmp_path, room):
         room / "out",
         shard_size=6000,
         resume=True,
-        progress=moved.append,
+        advance=moved.append,
     )
     assert sum(moved) == result.bytes
 
@@ -326,7 +326,7 @@ def test_a_second_merge_into_one_output_is_refused_while_the_first_runs(recipe, 
             for resume in (False, True):
                 refusals.extend(refused(recipe, room / "out", resume=resume))
 
-    merge(recipe, open_donors(recipe), room / "out", shard_size=6000, progress=meanwhile)
+    merge(recipe, open_donors(recipe), room / "out", shard_size=6000, advance=meanwhile)
     assert [fault.found for fault in refusals] == ["one that is running"] * 2
     assert tree(room / "out") == whole and os.listdir(room) == ["out"]
 
@@ -344,7 +344,7 @@ def test_a_merge_whose_output_another_finished_meanwhile_is_refused_before_it_wr
         return plan
 
     monkeypatch.setattr(writer, "planned", overtaken)
-    (fault,) = refused(recipe, room / "out", resume=resume, progress=moved.append)
+    (fault,) = refused(recipe, room / "out", resume=resume, advance=moved.append)
     assert fault.found == "one that has finished meanwhile" and not moved
     assert tree(room / "out") == whole and os.listdir(room) == ["out"]
 
@@ -357,7 +357,7 @@ def test_outputs_of_other_names_are_merged_at_the_same_time(recipe, whole, room)
             done.append(True)
             merge(recipe, open_donors(recipe), room / "other", shard_size=6000)
 
-    merge(recipe, open_donors(recipe), room / "out", shard_size=6000, progress=meanwhile)
+    merge(recipe, open_donors(recipe), room / "out", shard_size=6000, advance=meanwhile)
     assert tree(room / "out") == tree(room / "other") == whole
 
 
@@ -449,11 +449,11 @@ def test_shards_of_a_process_that_ends_are_taken_over(recipe, whole, room):
     plan = []
     real = journal.write_shards
 
-    def others_first(folder, shards, fill, share):
+    def others_first(folder, shards, fill, rank):
         # another process began a shard, and was killed
         (folder / f"{shards[0].name}.writing").write_bytes(b"torn")
         plan.extend(shards)
-        return real(folder, shards, fill, share)
+        return real(folder, shards, fill, rank)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("frankenmerge.merging.writer.write_shards", others_first)
@@ -464,5 +464,5 @@ def test_shards_of_a_process_that_ends_are_taken_over(recipe, whole, room):
 def test_a_process_whose_first_one_does_not_begin_says_so(recipe, room, monkeypatch):
     monkeypatch.setattr(journal, "PATIENCE", 0.2)
     with pytest.raises(FrankenmergeError, match="RANK 0"):
-        merge(recipe, open_donors(recipe), room / "out", share=Share(1, 2))
+        merge(recipe, open_donors(recipe), room / "out", rank=Rank(1, 2))
     assert not list(room.iterdir())

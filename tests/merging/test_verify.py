@@ -67,7 +67,7 @@ def provenance(folder: Path, change) -> None:
 def test_a_merge_is_what_it_says(output, checksums):
     folder = output(checksums=checksums)
     moved = []
-    found = verify(folder, progress=moved.append)
+    found = verify(folder, advance=moved.append)
     files = len(list(folder.glob("*.safetensors")))
     assert files > 2
     assert found == (folder, files, 39, files if checksums else 0, 39, [])

@@ -158,7 +158,7 @@ def test_every_other_family_of_the_table_is_refused():
     [
         ({"hidden_size": 12, "head_dim": 4}, {}, "12 or less"),
         (WIDE | {"num_key_value_heads": 2}, {}, "3 query heads for each key head"),
-        (WIDE | {"head_dim": 8}, {}, "rotary positions turn heads"),
+        (WIDE | {"head_dim": 8}, {}, "rotary positions rotation heads"),
         (
             WIDE,
             {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import turned_donor, write_donor
+from conftest import rotated_donor, write_donor
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
@@ -13,7 +13,7 @@ from frankenmerge.evaluation.compare import Bench, read_text
 from frankenmerge.planning.gauges import judged, needs_gauge, with_gauges
 from frankenmerge.planning.plan import plan
 from frankenmerge.planning.search import Constraints
-from frankenmerge.splicing.rotation import random_turn
+from frankenmerge.splicing.rotation import random_rotation
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def twins(tmp_path_factory):
     """A donor, and the same one in another basis."""
     folder = tmp_path_factory.mktemp("twins")
     first = write_donor(folder / "first", seed=3)
-    return str(first), str(turned_donor(first, folder / "second", random_turn(16, 1)))
+    return str(first), str(rotated_donor(first, folder / "second", random_rotation(16, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_twins_in_two_bases_need_a_gauge_and_relatives_in_one_do_not(atlases):
     assert needs_gauge(across) and needs_gauge(across.transposed) and not needs_gauge(within)
     given, gauged = judged([across, within])
     assert gauged == {frozenset(across.donors)}
-    assert given[0].gram is across.turned_gram and given[1] is within
+    assert given[0].gram is across.rotated_gram and given[1] is within
 
 
 def test_a_plan_of_twins_turns_one_into_the_others_basis(atlases, twins, text):
@@ -46,17 +46,17 @@ def test_a_plan_of_twins_turns_one_into_the_others_basis(atlases, twins, text):
     alone = bench.checkpoint(twins[0]).total.nats_per_token
     bare = recipe_of(best.recipe.blocks)
     measured: list[int] = []
-    turned, raw = (
+    rotated, raw = (
         result.total.nats_per_token
-        for result in bench.recipes([best.recipe, bare], progress=measured.append)
+        for result in bench.recipes([best.recipe, bare], advance=measured.append)
     )
     assert sum(measured) == 2  # each recipe once on the one text: fitting a gauge is costly
-    assert best.predicted_damage < 0.05 and turned == pytest.approx(
+    assert best.predicted_damage < 0.05 and rotated == pytest.approx(
         alone, abs=1e-3
     )  # the default model says 0.03 of any seam
     assert (
         abs(raw - alone) > 0.05
-    )  # untrained donors say little either way; turned it is fifty times less
+    )  # untrained donors say little either way; rotated it is fifty times less
 
 
 def test_every_slice_in_another_basis_is_turned_and_no_other():

@@ -483,7 +483,7 @@ def test_verified_plans_are_ranked_by_what_was_measured(written, run, tmp_path, 
 
 
 def test_plans_are_predicted_from_what_they_do_on_drawn_tokens(donors, run, tmp_path, text):
-    from frankenmerge.evaluation.sampled_damage import damage_on_drawn
+    from frankenmerge.evaluation.sampled_damage import damage_on_sampled
     from frankenmerge.models.loading import load_model
 
     alignment, recipe = tmp_path / "ad.alignment.safetensors", tmp_path / "recipe.yaml"
@@ -524,7 +524,7 @@ def test_plans_are_predicted_from_what_they_do_on_drawn_tokens(donors, run, tmp_
     predicted = [entry["predicted_damage"] for entry in told["plans"]]
     assert predicted == sorted(predicted) and predicted[0] == pytest.approx(damage[best], rel=1e-4)
     opened = {str(donors[name]): open_checkpoint(str(donors[name])) for name in ("a", "deep")}
-    found = damage_on_drawn(
+    found = damage_on_sampled(
         [load_recipe(recipe)], opened, {name: load_model(donor) for name, donor in opened.items()}
     )[0]
     assert found == pytest.approx(damage[best], rel=1e-4)

@@ -54,7 +54,7 @@ def combined(
     weights=(0.25, 0.75),
     every: int = 1,
 ) -> list:
-    """Turn every so many copies into weighted means with the tensors of the same names of another donor."""
+    """Rotation every so many copies into weighted means with the tensors of the same names of another donor."""
     made = []
     for number, copy in enumerate(copies):
         if number % every:
@@ -382,14 +382,14 @@ import test_computing
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.merging import plan
 from frankenmerge.merging.writer import merge
-from frankenmerge.distributed import own_share
+from frankenmerge.distributed import own_rank
 from frankenmerge.artefacts.recipe import Block, Recipe, open_donors, recipe_of
 first, second, output = sys.argv[2:5]
 recipe = recipe_of([Block(first, index) for index in range(4)])
 other, real = open_checkpoint(second), plan.schedule
 plan.schedule = lambda *given: test_computing.combined(real(*given), other)
 moved = []
-merge(recipe, open_donors(recipe), Path(output), share=own_share(), shard_size=100_000, progress=moved.append)
+merge(recipe, open_donors(recipe), Path(output), rank=own_rank(), shard_size=100_000, advance=moved.append)
 """
 
 

@@ -1,10 +1,10 @@
-"""Recipes with gauges: donors that differ by a turn alone give back the donor, in memory and on disk."""
+"""Recipes with gauges: donors that differ by a rotation alone give back the donor, in memory and on disk."""
 
 import json
 
 import pytest
 import torch
-from conftest import DEMO, changed, turned_donor, write_donor
+from conftest import DEMO, changed, rotated_donor, write_donor
 from safetensors.torch import load_file
 
 from frankenmerge.artefacts.recipe import Recipe, load_recipe, open_donors
@@ -13,8 +13,8 @@ from frankenmerge.donors.families import FAMILIES
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.loading import load_model, virtual_splice
-from frankenmerge.splicing.gauge_fitting import fitted_turns
-from frankenmerge.splicing.rotation import random_turn
+from frankenmerge.splicing.gauge_fitting import fitted_rotations
+from frankenmerge.splicing.rotation import random_rotation
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41, 3, 3], [5, 5, 2, 47, 19, 1, 8, 0]])
 FOUND_AGAIN = [
@@ -65,8 +65,8 @@ def twins(request, tmp_path):
     """A donor and the same one in another basis; the parameter is their family."""
     family = getattr(request, "param", "llama")
     first = write_donor(tmp_path / "first", family, seed=3)
-    return first, turned_donor(
-        first, tmp_path / "second", random_turn(16, 1, centred=FAMILIES[family].norm == "layer")
+    return first, rotated_donor(
+        first, tmp_path / "second", random_rotation(16, 1, centred=FAMILIES[family].norm == "layer")
     )
 
 
@@ -95,11 +95,11 @@ def test_a_slice_in_the_middle_is_turned_and_the_rest_is_copied(twins, to, tmp_p
     assert rotated == {
         name for name in methods if name.startswith(("model.layers.1.", "model.layers.2."))
     }
-    fit = fitted_turns(recipe, open_donors(recipe))[1]
+    fit = fitted_rotations(recipe, open_donors(recipe))[1]
     assert told["gauges"] == {
         "1": {
-            "rotation": fit.turn.hash,
-            "scale": fit.turn.scale,
+            "rotation": fit.rotation.hash,
+            "scale": fit.rotation.scale,
             "held_out_r2": pytest.approx(1, abs=1e-6),
         }
     }
@@ -112,7 +112,7 @@ def test_a_slice_in_the_middle_is_turned_and_the_rest_is_copied(twins, to, tmp_p
 
 def test_a_slice_behind_a_turned_one_is_turned_as_far(twins, tmp_path):
     first, second = twins
-    third = turned_donor(first, tmp_path / "third", random_turn(16, 2))
+    third = rotated_donor(first, tmp_path / "third", random_rotation(16, 2))
     recipe = recipe_of(
         (first, 0, 1, None), (second, 1, 2, {"to": "previous"}), (third, 2, 4, {"to": "previous"})
     )
@@ -155,10 +155,10 @@ def test_a_turned_tensor_is_rounded_once_to_the_donors_type(dtype, tmp_path):
         for file in second.glob("*.safetensors")
         for name, value in load_file(file).items()
     }
-    turn = fitted_turns(recipe, donors)[1].turn
+    rotation = fitted_rotations(recipe, donors)[1].rotation
     gain = source["model.layers.3.post_attention_layernorm.weight"].double()
     expected = torch.einsum(
-        "oi,i,ij->oj", source["model.layers.3.mlp.up_proj.weight"].double(), gain, turn.matrix
+        "oi,i,ij->oj", source["model.layers.3.mlp.up_proj.weight"].double(), gain, rotation.matrix
     )
     assert torch.equal(
         tensors["model.layers.3.mlp.up_proj.weight"], expected.to(getattr(torch, dtype))
@@ -180,17 +180,17 @@ def test_strangers_understand_each_other_in_one_basis():
     base, stranger = (DEMO / "donors" / name for name in ("base", "stranger"))
     prose = (DEMO / "text" / "prose.txt").read_text()[:6000]
     bench = Bench([Text("prose", prose)], [str(base), str(stranger)])
-    alone, raw, turned = (
+    alone, raw, rotated = (
         bench.checkpoint(str(stranger)).total.nats_per_token,
         bench.recipe(
             "raw", recipe_of((base, 0, 6, None), (stranger, 6, 8, None))
         ).total.nats_per_token,
         bench.recipe(
-            "turned", recipe_of((base, 0, 6, None), (stranger, 6, 8, {"to": "previous"}))
+            "rotated", recipe_of((base, 0, 6, None), (stranger, 6, 8, {"to": "previous"}))
         ).total.nats_per_token,
     )
     assert raw > 6.5  # guessing costs log(1024), 6.9
-    assert (raw - turned) / (raw - alone) > 0.8
+    assert (raw - rotated) / (raw - alone) > 0.8
 
 
 def refused(recipe, message):
@@ -236,13 +236,15 @@ def test_a_turned_slice_is_rounded_to_the_recipes_type(twins, tmp_path):
     first, second = twins
     recipe = recipe_of((first, 0, 2, None), (second, 2, 4, {"to": "previous"}), dtype="bfloat16")
     assert (on_disk(recipe, tmp_path / "merged") - alone(first)).abs().max() < 0.2
-    turn = fitted_turns(recipe, open_donors(recipe))[1].turn
+    rotation = fitted_rotations(recipe, open_donors(recipe))[1].rotation
     made, source = (
         load_file(tmp_path / "merged" / "model.safetensors"),
         load_file(second / "model.safetensors"),
     )
     assert {value.dtype for value in made.values()} == {torch.bfloat16}
-    expected = turn.scale * turn.matrix.T @ source["model.layers.2.mlp.down_proj.weight"].double()
+    expected = (
+        rotation.scale * rotation.matrix.T @ source["model.layers.2.mlp.down_proj.weight"].double()
+    )
     assert torch.equal(made["model.layers.2.mlp.down_proj.weight"], expected.bfloat16())
 
 

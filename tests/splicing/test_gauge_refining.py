@@ -1,11 +1,11 @@
-"""Refined gauges: donors that differ by a turn alone, whose right turn is known, and recipes that are written as they are run."""
+"""Refined gauges: donors that differ by a rotation alone, whose right rotation is known, and recipes that are written as they are run."""
 
 import json
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import turned_donor, write_donor
+from conftest import rotated_donor, write_donor
 from safetensors.torch import load_file
 from splicing.test_gauge_fitting import in_memory, on_disk, recipe_of
 
@@ -18,47 +18,47 @@ from frankenmerge.merging.writer import merge
 from frankenmerge.models.loading import load_model, virtual_splice
 from frankenmerge.models.sampling import drawn
 from frankenmerge.splicing import gauge_fitting as fitting
-from frankenmerge.splicing.gauge_fitting import Fit, fitted_turns
+from frankenmerge.splicing.gauge_fitting import Fit, fitted_rotations
 from frankenmerge.splicing.gauge_refining import refined, show
-from frankenmerge.splicing.rotation import Turn, random_turn
+from frankenmerge.splicing.rotation import Rotation, random_rotation
 
 SHOWN = torch.randint(48, (12, 8), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
-    monkeypatch.setattr(fitting, "DRAWN_ROWS", 16)
-    monkeypatch.setattr(fitting, "DRAWN_LENGTH", 16)
+    monkeypatch.setattr(fitting, "SAMPLED_ROWS", 16)
+    monkeypatch.setattr(fitting, "SAMPLED_LENGTH", 16)
 
 
-def nudged(turn: Turn, amount: float) -> Turn:
-    """A turn beside a given one, which leaves the all-ones direction where that leaves it."""
+def nudged(rotation: Rotation, amount: float) -> Rotation:
+    """A rotation beside a given one, which leaves the all-ones direction where that leaves it."""
     skew = (
         torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         * amount
     )
     skew = (torch.eye(16) - 1 / 16).double() @ (skew - skew.T) @ (torch.eye(16) - 1 / 16).double()
-    return Turn(turn.matrix @ torch.matrix_exp(skew), turn.scale)
+    return Rotation(rotation.matrix @ torch.matrix_exp(skew), rotation.scale)
 
 
-def off(turn: Turn) -> float:
-    return float((turn.matrix @ turn.matrix.T - torch.eye(16)).abs().max())
+def off(rotation: Rotation) -> float:
+    return float((rotation.matrix @ rotation.matrix.T - torch.eye(16)).abs().max())
 
 
-@pytest.mark.parametrize("maps", ["turns", "linear"])
+@pytest.mark.parametrize("maps", ["rotations", "linear"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral"])
 def test_refining_leads_back_towards_the_right_turn(family, maps, tmp_path):
     first = write_donor(tmp_path / "first", family, seed=3)
     centred = FAMILIES[family].norm == "layer"
-    away = random_turn(16, 1, centred=centred)
-    second = turned_donor(first, tmp_path / "second", away)
+    away = random_rotation(16, 1, centred=centred)
+    second = rotated_donor(first, tmp_path / "second", away)
     recipe = recipe_of(
         (first, 0, 2, None), (second, 2, 4, {"to": "previous", "refine": 60, "maps": maps})
     )
     donors = open_donors(recipe)
     models = {name: load_model(donor).requires_grad_(False) for name, donor in donors.items()}
     start = nudged(
-        Turn(away.matrix.T.contiguous()), 0.2 if family == "gpt2" else 0.05
+        Rotation(away.matrix.T.contiguous()), 0.2 if family == "gpt2" else 0.05
     )  # this one hardly feels less
     found = refined(recipe, donors, models, {1: start}, show(models, SHOWN))[1]
 
@@ -72,11 +72,13 @@ def test_refining_leads_back_towards_the_right_turn(family, maps, tmp_path):
 
     assert len(found) == 3
     assert divergence(Fit(start, 0.0, found)) < 0.3 * divergence(Fit(start, 0.0))
-    if maps == "turns":
-        assert max(map(off, found)) < 1e-14 and all(turn.writing is None for turn in found)
+    if maps == "rotations":
+        assert max(map(off, found)) < 1e-14 and all(rotation.writing is None for rotation in found)
     else:
-        assert min(map(off, found)) > 1e-6 and all(turn.writing is not None for turn in found)
-    if centred and maps == "turns":
+        assert min(map(off, found)) > 1e-6 and all(
+            rotation.writing is not None for rotation in found
+        )
+    if centred and maps == "rotations":
         torch.testing.assert_close(
             found[0].matrix.sum(0), torch.ones(16, dtype=torch.float64), atol=1e-5, rtol=0
         )
@@ -102,7 +104,7 @@ def test_tokens_are_drawn_as_the_model_says(donors):
 
 
 def strangers(donors, maps, **gauge):
-    """A recipe whose first, middle and last slices are turned, each by turns of its own."""
+    """A recipe whose first, middle and last slices are rotated, each by rotations of its own."""
     a, b = donors["a"], donors["deep"]
     refine = {"refine": 4, "maps": maps, **gauge}
     return recipe_of(
@@ -114,7 +116,7 @@ def strangers(donors, maps, **gauge):
     )
 
 
-@pytest.mark.parametrize("maps", ["turns", "linear"])
+@pytest.mark.parametrize("maps", ["rotations", "linear"])
 def test_what_is_written_is_what_is_run(donors, maps, tmp_path):
     recipe = strangers(donors, maps)
     virtual, written = in_memory(recipe), on_disk(recipe, tmp_path / "merged")
@@ -123,10 +125,10 @@ def test_what_is_written_is_what_is_run(donors, maps, tmp_path):
         parse_recipe(recipe.dump().replace("refine: 4", "").replace(f"maps: {maps}", ""), "plain")
     )
     assert (virtual - plain).abs().max() > 1e-3
-    fits = fitted_turns(recipe, open_donors(recipe))
+    fits = fitted_rotations(recipe, open_donors(recipe))
     told = json.loads((tmp_path / "merged" / "frankenmerge.json").read_text())["gauges"]
     assert (
-        told["0"]["refined"] == [turn.hash for turn in fits[0].refined]
+        told["0"]["refined"] == [rotation.hash for rotation in fits[0].refined]
         and len(set(told["0"]["refined"])) == 2
     )
     assert "refined" not in told["2"] and len(told["3"]["refined"]) == 2
@@ -142,13 +144,13 @@ def test_fits_and_steps_are_told_as_they_are_made(donors, tmp_path):
     told = []
 
     @contextmanager
-    def meter(what, total, unit):
+    def progress(what, total, unit):
         done = []
         yield done.append
         told.append((what, total, unit, sum(done)))
 
-    recipe = strangers(donors, "turns")
-    merge(recipe, open_donors(recipe), tmp_path / "merged", meter=meter)
+    recipe = strangers(donors, "rotations")
+    merge(recipe, open_donors(recipe), tmp_path / "merged", progress=progress)
     assert told == [("fitting gauges", 3, "gauges", 3), ("refining gauges", 4, "steps", 4)]
 
 
@@ -170,19 +172,24 @@ def test_a_slice_between_tied_ends_is_refined_too(donors, tmp_path):
 
 
 def test_every_step_counts_and_a_text_is_shown_as_well(donors, text):
-    more, longer = strangers(donors, "turns", refine=5), strangers(donors, "turns", fit=str(text))
-    once, *others = (
-        fitted_turns(recipe, open_donors(recipe))[0]
-        for recipe in (strangers(donors, "turns"), more, longer)
+    more, longer = (
+        strangers(donors, "rotations", refine=5),
+        strangers(donors, "rotations", fit=str(text)),
     )
-    assert all(turn.hash != other.refined[0].hash for turn in once.refined for other in others)
-    assert once.turn.hash == others[0].turn.hash != others[1].turn.hash
+    once, *others = (
+        fitted_rotations(recipe, open_donors(recipe))[0]
+        for recipe in (strangers(donors, "rotations"), more, longer)
+    )
+    assert all(
+        rotation.hash != other.refined[0].hash for rotation in once.refined for other in others
+    )
+    assert once.rotation.hash == others[0].rotation.hash != others[1].rotation.hash
 
 
 def test_a_resumed_merge_keeps_the_fits_it_began_with(donors, tmp_path, monkeypatch):
     from frankenmerge.merging import writer
 
-    recipe, output = strangers(donors, "turns"), tmp_path / "merged"
+    recipe, output = strangers(donors, "rotations"), tmp_path / "merged"
     monkeypatch.setattr(writer, "small_files", interrupt)
     with pytest.raises(FrankenmergeError, match="no room"):
         on_disk(recipe, output, resume=True)
@@ -191,47 +198,49 @@ def test_a_resumed_merge_keeps_the_fits_it_began_with(donors, tmp_path, monkeypa
     fits = load_fits(kept)
     other = {
         number: fit._replace(
-            turn=random_turn(16, 9), refined=(random_turn(16, 9),) * len(fit.refined)
+            rotation=random_rotation(16, 9), refined=(random_rotation(16, 9),) * len(fit.refined)
         )
         for number, fit in fits.items()
     }
     save_fits(other, kept)
     on_disk(recipe, output, resume=True)
     told = json.loads((output / "frankenmerge.json").read_text())["gauges"]
-    assert told["2"]["rotation"] == random_turn(16, 9).hash
+    assert told["2"]["rotation"] == random_rotation(16, 9).hash
 
 
 def interrupt(*_):
     raise OSError("no room")
 
 
-@pytest.mark.parametrize("maps", ["turns", "linear"])
+@pytest.mark.parametrize("maps", ["rotations", "linear"])
 def test_fits_are_read_as_they_were_written(donors, maps, tmp_path):
-    fits = fitted_turns(recipe := strangers(donors, maps), open_donors(recipe))
+    fits = fitted_rotations(recipe := strangers(donors, maps), open_donors(recipe))
     save_fits(fits, tmp_path / "fits")
     again = load_fits(tmp_path / "fits")
-    assert {number: (fit.turn.hash, fit.residual) for number, fit in again.items()} == {
-        number: (fit.turn.hash, fit.residual) for number, fit in fits.items()
+    assert {number: (fit.rotation.hash, fit.residual) for number, fit in again.items()} == {
+        number: (fit.rotation.hash, fit.residual) for number, fit in fits.items()
     }
-    assert [turn.hash for turn in again[0].refined] == [turn.hash for turn in fits[0].refined]
+    assert [rotation.hash for rotation in again[0].refined] == [
+        rotation.hash for rotation in fits[0].refined
+    ]
 
 
 def test_further_processes_take_the_fits_of_the_first_and_miss_it_where_it_is_gone(
     donors, tmp_path
 ):
-    recipe, folder = strangers(donors, "turns"), tmp_path / "work"
+    recipe, folder = strangers(donors, "rotations"), tmp_path / "work"
     folder.mkdir()
     with pytest.raises(FrankenmergeError, match="RANK 0"):
         awaited_fits(folder, tmp_path / "merged", recipe)
-    save_fits({1: Fit(random_turn(16, 9), 0.5)}, folder / "fits.safetensors")
+    save_fits({1: Fit(random_rotation(16, 9), 0.5)}, folder / "fits.safetensors")
     found = awaited_fits(folder, tmp_path / "merged", recipe)
-    assert found and found[1].turn.hash == random_turn(16, 9).hash
+    assert found and found[1].rotation.hash == random_rotation(16, 9).hash
 
 
 def test_a_changed_text_is_not_resumed(donors, text, tmp_path, monkeypatch):
     from frankenmerge.merging import writer
 
-    recipe, output = strangers(donors, "turns", fit=str(text)), tmp_path / "merged"
+    recipe, output = strangers(donors, "rotations", fit=str(text)), tmp_path / "merged"
     monkeypatch.setattr(writer, "small_files", interrupt)
     with pytest.raises(FrankenmergeError, match="no room"):
         on_disk(recipe, output, resume=True)
@@ -252,10 +261,10 @@ def test_turns_are_hashed_by_their_numbers():
     assert (
         len(
             {
-                Turn(eye).hash,
-                Turn(eye, 2.0).hash,
-                Turn(eye, 1.0, 2 * eye).hash,
-                Turn(eye, 1.0, eye).hash,
+                Rotation(eye).hash,
+                Rotation(eye, 2.0).hash,
+                Rotation(eye, 1.0, 2 * eye).hash,
+                Rotation(eye, 1.0, eye).hash,
             }
         )
         == 4

@@ -1,8 +1,8 @@
-"""Gauges: turned donors held against transformers' own logits, fits against turns that are known."""
+"""Gauges: rotated donors held against transformers' own logits, fits against rotations that are known."""
 
 import pytest
 import torch
-from conftest import turned_donor, write_donor
+from conftest import rotated_donor, write_donor
 from safetensors.torch import load_file
 
 from frankenmerge.donors.checkpoint import open_checkpoint
@@ -10,13 +10,13 @@ from frankenmerge.donors.families import FAMILIES, USUAL
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models.loading import load_model
 from frankenmerge.splicing.rotation import (
-    Turn,
+    Rotation,
     gauge_faults,
     meeting,
     procrustes,
-    random_turn,
+    random_rotation,
     residual,
-    turned,
+    rotated,
 )
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41], [5, 5, 2, 47, 19, 1]])
@@ -51,8 +51,8 @@ def faults_of(donor):
 def test_a_donor_turned_as_a_whole_gives_the_same_logits(family, tied, tmp_path):
     source = write_donor(tmp_path / "donor", family, seed=3, tie_word_embeddings=tied)
     centred = FAMILIES[family].norm == "layer"
-    turn = Turn(random_turn(16, 1, centred=centred).matrix, 1.7)
-    path = turned_donor(source, tmp_path / "turned", turn)
+    rotation = Rotation(random_rotation(16, 1, centred=centred).matrix, 1.7)
+    path = rotated_donor(source, tmp_path / "rotated", rotation)
     before, after = load_file(source / "model.safetensors"), load_file(path / "model.safetensors")
     assert not any(
         torch.allclose(before[name], after[name], atol=1e-2)
@@ -65,7 +65,7 @@ def test_a_donor_turned_as_a_whole_gives_the_same_logits(family, tied, tmp_path)
 @pytest.mark.parametrize("family", [name for name in TURNED if FAMILIES[name].norm == "layer"])
 def test_a_turn_that_moves_the_all_ones_direction_changes_a_layer_norm_donor(family, tmp_path):
     source = write_donor(tmp_path / "donor", family, seed=3)
-    path = turned_donor(source, tmp_path / "turned", random_turn(16, 1))
+    path = rotated_donor(source, tmp_path / "rotated", random_rotation(16, 1))
     assert (logits(path) - logits(source)).abs().max() > 0.1
 
 
@@ -80,8 +80,8 @@ def test_a_turn_that_moves_the_all_ones_direction_changes_a_layer_norm_donor(fam
 )
 def test_biases_and_blocks_of_other_kinds_are_turned_too(family, changes, tmp_path):
     source = write_donor(tmp_path / "donor", family, seed=3, **changes)
-    turn = random_turn(16, 1, centred=FAMILIES[family].norm == "layer")
-    path = turned_donor(source, tmp_path / "turned", turn)
+    rotation = random_rotation(16, 1, centred=FAMILIES[family].norm == "layer")
+    path = rotated_donor(source, tmp_path / "rotated", rotation)
     torch.testing.assert_close(logits(path), logits(source), atol=1e-4, rtol=1e-4)
 
 
@@ -90,7 +90,7 @@ def test_norms_behind_maps_are_refused_with_the_reason(family, tmp_path):
     source = write_donor(tmp_path / "donor", family, seed=3)
     assert any("post_feedforward_layernorm" in fault.found for fault in faults_of(source))
     with pytest.raises(FrankenmergeError, match="post_feedforward_layernorm"):
-        turned_donor(source, tmp_path / "turned", random_turn(16, 1))
+        rotated_donor(source, tmp_path / "rotated", random_rotation(16, 1))
 
 
 def test_every_family_of_the_table_is_decided_on():
@@ -121,14 +121,17 @@ def test_a_tensor_that_nobody_has_placed_is_refused():
 def test_a_shift_beside_a_gain_of_zero_is_refused():
     met = meeting(FAMILIES["gpt2"], "transformer.h.{}.ln_1.bias")
     with pytest.raises(FrankenmergeError, match="ln_1"):
-        turned(
-            torch.ones(4), met, random_turn(4, 0, centred=True), torch.tensor([1.0, 0.0, 1.0, 1.0])
+        rotated(
+            torch.ones(4),
+            met,
+            random_rotation(4, 0, centred=True),
+            torch.tensor([1.0, 0.0, 1.0, 1.0]),
         )
 
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_a_known_turn_is_found_again(centred):
-    known = Turn(random_turn(24, 5, centred=centred).matrix, 0.4)
+    known = Rotation(random_rotation(24, 5, centred=centred).matrix, 0.4)
     source = torch.randn(200, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     if centred:
         source -= source.mean(1, keepdim=True)
@@ -145,17 +148,17 @@ def test_no_turn_or_scale_beside_the_fit_comes_closer():
     best = residual(found, source, target)
     for seed in range(20):
         skew = torch.randn(8, 8, dtype=torch.float64, generator=generator) * 0.05
-        near = Turn(found.matrix @ torch.linalg.matrix_exp(skew - skew.T), found.scale)
+        near = Rotation(found.matrix @ torch.linalg.matrix_exp(skew - skew.T), found.scale)
         assert residual(near, source, target) > best
-        assert residual(random_turn(8, seed)._replace(scale=found.scale), source, target) > best
+        assert residual(random_rotation(8, seed)._replace(scale=found.scale), source, target) > best
     for factor in (0.9, 1.1):
         assert residual(found._replace(scale=factor * found.scale), source, target) > best
 
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_a_random_turn_is_orthogonal_and_keeps_what_it_should(centred):
-    matrix = random_turn(12, 3, centred=centred).matrix
+    matrix = random_rotation(12, 3, centred=centred).matrix
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(12, dtype=torch.float64))
     ones = torch.ones(12, dtype=torch.float64)
     assert torch.allclose(ones @ matrix, ones) == centred
-    assert random_turn(12, 3).hash == random_turn(12, 3).hash != random_turn(12, 4).hash
+    assert random_rotation(12, 3).hash == random_rotation(12, 3).hash != random_rotation(12, 4).hash

@@ -177,8 +177,8 @@ def test_the_figures_of_a_check(donors, tmp_path, run):
 def test_a_stage_is_made_again_when_the_text_of_its_gauge_changed_under_its_path(donors, tmp_path):
     text = tmp_path / "fit.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 40)
-    turned = f"""\
-name: turned
+    rotated = f"""\
+name: rotated
 merge_method: passthrough
 slices:
   - sources: [{{model: {donors["a"]}, layer_range: [0, 2]}}]
@@ -186,7 +186,7 @@ slices:
     gauge: {{to: previous, fit: {text}}}
 """
     last = (
-        "merge_method: passthrough\nslices: [{sources: [{model: turned, layer_range: [0, 4]}]}]\n"
+        "merge_method: passthrough\nslices: [{sources: [{model: rotated, layer_range: [0, 4]}]}]\n"
     )
     done: list[str] = []
 
@@ -194,13 +194,13 @@ slices:
         done.clear()
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         merge_stages(
-            recipes(f"{turned}---\n{last}"),
+            recipes(f"{rotated}---\n{last}"),
             tmp_path / "out",
             lambda *given: (done.append(given[2].name), merge(*given)),
         )
         return list(done)
 
-    assert run() == ["turned", "out"]
+    assert run() == ["rotated", "out"]
     assert run() == ["out"]
     text.write_text("an entirely other text about a cat that sat on a mat " * 40)
-    assert run() == ["turned", "out"]
+    assert run() == ["rotated", "out"]

@@ -103,15 +103,15 @@ def o_nuslerp(xs, b, models, p):
     base = 0 * xs[0] if b is None else b
     one, other = xs[0] - base, xs[1] - base
 
-    def turn(x, y):
+    def rotation(x, y):
         return arc(x, y, t, straight=1e-3)
 
     if p["nuslerp_flatten"] or one.ndim < 2:
-        return base + turn(one, other)
+        return base + rotation(one, other)
     if not p["nuslerp_row_wise"]:
-        return base + rows_of(turn, one, other)
+        return base + rows_of(rotation, one, other)
     columns = [x.reshape(-1, x.shape[-1]).T.copy() for x in (one, other)]
-    return base + rows_of(turn, *columns).T.reshape(base.shape)
+    return base + rows_of(rotation, *columns).T.reshape(base.shape)
 
 
 def o_multislerp(xs, b, models, p):
