@@ -23,8 +23,8 @@ class ScoreInfo(NamedTuple):
 SCORES: dict[str, ScoreInfo] = {
     "jaccard": ScoreInfo(
         "Top tokens shared",
-        "The Jaccard index of each neuron's top-activating tokens in the two donors (tokens in both "
-        "sets over tokens in either), averaged over neurons. Plans use it to name neurons.",
+        "The Jaccard index of each neuron's top-activating tokens in the two donors (tokens in "
+        "both sets over tokens in either), averaged over neurons. Plans use it to name neurons.",
         "Jaccard index",
         "top tokens shared (Jaccard)",
     ),
@@ -57,8 +57,8 @@ SCORES: dict[str, ScoreInfo] = {
     ),
     "neighbours": ScoreInfo(
         "Shared neighbours",
-        "The share of an input's nearest inputs that are the same in both donors. Like CKA, it does "
-        "not depend on the order of the neurons.",
+        "The share of an input's nearest inputs that are the same in both donors. Like CKA, it "
+        "does not depend on the order of the neurons.",
         "share of nearest inputs",
         "shared neighbours",
     ),
