@@ -6,26 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from frankenmerge.errors import Fault, fail, raise_all
+from frankenmerge.storage.dtypes import BYTES_OF
 
-BYTES_OF = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-"""Bytes an element takes, by the name safetensors gives its type."""
 HEADER_LIMIT = 100_000_000
 """Bytes; what is longer is no header but an attack, and safetensors refuses it too."""
 
