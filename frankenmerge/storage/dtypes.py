@@ -20,7 +20,7 @@ class Dtype(NamedTuple):
     """Size of one element."""
     floating: bool
     exponent: int | None = None
-    """Mask of the exponent's bits, which are all set in NaN and Inf only. None for the types that are
+    """Mask of the exponent's bits, which only NaN and Inf have all set. None for types that are
     only copied (see `COMPUTED`).
     """
 
