@@ -20,6 +20,7 @@ from frankenmerge.donors.config import block_kind, config_faults, family, is_tie
 from frankenmerge.donors.families import Architecture
 from frankenmerge.donors.inferred import architecture_of, family_faults
 from frankenmerge.donors.pickles import PICKLES, converted, pickles
+from frankenmerge.donors.tokens import Tokens, read_settings, tokens_of
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.storage.hub import header, repository_of, resolve
 from frankenmerge.storage.safetensors_header import (
@@ -76,6 +77,12 @@ class Checkpoint:
             str(self.path / "config.json"),
         )
 
+    @cached_property
+    def generation_config(self) -> bytes | None:
+        """The bytes of generation_config.json, None without one."""
+        path = self.path / "generation_config.json"
+        return path.read_bytes() if path.is_file() else None
+
     @property
     def blocks(self) -> int:
         """How many blocks it has."""
@@ -116,6 +123,35 @@ class Checkpoint:
             if (self.path / name).is_file():
                 return hashlib.sha256((self.path / name).read_bytes()).hexdigest()[:16]
         return None
+
+    @cached_property
+    def tokenizer_json(self) -> Any:
+        """The content of tokenizer.json, not to be changed.
+
+        Raises FrankenmergeError for a donor without one, or with one that is no JSON.
+        """
+        return read_json(
+            self.path / "tokenizer.json",
+            "a tokenizer.json, to match rows of the embedding by their tokens",
+        )
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The ids of all tokens of tokenizer.json, not to be changed.
+
+        Raises FrankenmergeError for a donor without a tokenizer.json, or with one that has no list
+        or mapping of tokens.
+        """
+        return tokens_of(self.tokenizer_json, self.path / "tokenizer.json")
+
+    @cached_property
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json, not to be changed; empty without one.
+
+        Raises FrankenmergeError for one that is not a JSON object.
+        """
+        path = self.path / "tokenizer_config.json"
+        return read_settings(path) if path.is_file() else {}
 
     @cached_property
     def by_role(self) -> dict[tuple[str, int | None], dict[str, str]]:

@@ -7,7 +7,6 @@ from frankenmerge.artefacts.recipe import Block, Recipe
 from frankenmerge.donors.checkpoint import Checkpoint, read_json
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.splicing.compatibility import spelled_out
-from frankenmerge.splicing.vocabulary import tokens_of
 from frankenmerge.storage.atomic import PROVENANCE
 
 
@@ -72,6 +71,6 @@ def same_tokens(one: Checkpoint, other: Checkpoint) -> bool:
     if one.tokenizer_hash == other.tokenizer_hash:
         return True
     try:
-        return tokens_of(one) == tokens_of(other)
+        return one.tokens == other.tokens
     except FrankenmergeError:
         return False

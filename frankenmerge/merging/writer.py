@@ -281,8 +281,8 @@ def small_files(
             {"metadata": {"total_size": plan.bytes}, "weight_map": weight_map}
         )
     files |= tokenizer_files(recipe, donors)
-    if (generation := base.path / "generation_config.json").is_file():
-        files[generation.name] = generation.read_bytes()
+    if base.generation_config is not None:
+        files["generation_config.json"] = base.generation_config
     files["recipe.yaml"] = recipe.dump().encode()
     files[PICTURE] = card_picture(recipe, donors).encode()
     files[PROVENANCE] = _json(provenance(recipe, donors, plan, fits, checksums, files))

@@ -9,9 +9,9 @@ from typing import Any
 
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.tokens import Tokens, read_settings
 from frankenmerge.errors import fail
-from frankenmerge.splicing.vocabulary import Tokens, result_vocabulary, tokens_of
-from frankenmerge.storage.safetensors_header import read_json
+from frankenmerge.splicing.vocabulary import result_vocabulary
 
 TEMPLATES = {
     path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
@@ -36,9 +36,9 @@ def tokenizer_files(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[st
     """
     donor = donors[recipe.tokenizer_donor]
     files = {path.name: path.read_bytes() for path in donor.tokenizer_files}
-    settings = _settings(donor.path / SETTINGS_FILE) if SETTINGS_FILE in files else {}
+    settings = dict(donor.tokenizer_settings)
     vocabulary = result_vocabulary(recipe, donors)
-    if vocabulary and vocabulary.tokens != tokens_of(donor):
+    if vocabulary and vocabulary.tokens != donor.tokens:
         # The other files tell of the donor's own tokens alone.
         kept = (SETTINGS_FILE, "special_tokens_map.json", TEMPLATE_FILE, "chat_template.json")
         added = _added_tokens(recipe, donors)
@@ -72,7 +72,7 @@ def _added_tokens(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str,
         for token in (recipe.tokenizer and recipe.tokenizer.tokens) or {}
     }
     for name in reversed(recipe.donors):
-        data = read_json(donors[name].path / "tokenizer.json", "a tokenizer.json")
+        data = donors[name].tokenizer_json
         described |= {entry["content"]: entry for entry in data.get("added_tokens") or []}
     return described
 
@@ -86,7 +86,7 @@ def _extended(
     donor's merges, which make no use of it.
     """
     path = donor.path / "tokenizer.json"
-    data = read_json(path, "a tokenizer.json")
+    data = dict(donor.tokenizer_json)
     if data["model"].get("type", "BPE") != "BPE" or not isinstance(data["model"]["vocab"], dict):
         remedy = "say tokenizer_source: base, or the donor whose tokenizer the result gets"
         raise fail(
@@ -100,7 +100,7 @@ def _extended(
         if token in added and token not in known
     ]
     # Ids of added tokens are only kept for those that the vocabulary holds too.
-    data["model"]["vocab"] = tokens
+    data["model"] = {**data["model"], "vocab": tokens}
     data["added_tokens"] = sorted([*listed, *new], key=lambda entry: entry["id"])
     return data
 
@@ -153,18 +153,6 @@ def _check_jinja(template: str) -> None:
         ) from error
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    settings = read_json(path, "a tokenizer's settings")
-    if not isinstance(settings, dict):
-        raise fail(
-            str(path),
-            "a tokenizer's settings, a JSON object",
-            type(settings).__name__,
-            "restore the file",
-        )
-    return settings
-
-
 def _template_of(donor: Checkpoint) -> str | None:
     """A donor's chat template; of several the one called default."""
     if (path := donor.path / TEMPLATE_FILE).is_file():
@@ -176,7 +164,8 @@ def _template_of(donor: Checkpoint) -> str | None:
             ) from error
     for name in ("chat_template.json", SETTINGS_FILE):
         if (path := donor.path / name).is_file():
-            written = _settings(path).get("chat_template")
+            settings = donor.tokenizer_settings if name == SETTINGS_FILE else read_settings(path)
+            written = settings.get("chat_template")
             if isinstance(written, list):
                 named = [
                     entry

@@ -8,16 +8,12 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_schema import Row, Zero
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
-from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
-from frankenmerge.storage.safetensors_header import Tensor, read_json
+from frankenmerge.donors.tokens import Tokens
+from frankenmerge.errors import Fault, FrankenmergeError, raise_all
+from frankenmerge.storage.safetensors_header import Tensor
 
 if TYPE_CHECKING:
     import numpy as np
-
-Tokens = dict[str, int]
-"""Ids by token."""
-_MOST = 1 << 24
-"""Ids from here on are no tokens of a model, and would make matrices that no memory holds."""
 
 
 class Vocabulary(NamedTuple):
@@ -27,37 +23,6 @@ class Vocabulary(NamedTuple):
     donors: dict[str, Tokens]
     rows: int
     """Of embedding and head: one for every id, and the padding."""
-
-
-def tokens_of(checkpoint: Checkpoint) -> Tokens:
-    """The ids of a donor's tokens, those added to its vocabulary included.
-
-    Raises FrankenmergeError for a donor without a tokenizer.json, or with one that holds no list or
-    mapping of tokens.
-    """
-    path = checkpoint.path / "tokenizer.json"
-    data = read_json(path, "a tokenizer.json, to match rows of the embedding by their tokens")
-    try:
-        listed = data["model"]["vocab"]
-        tokens = (
-            dict(listed)
-            if isinstance(listed, dict)
-            else {entry[0]: index for index, entry in enumerate(listed)}
-        )
-        tokens |= {entry["content"]: entry["id"] for entry in data.get("added_tokens") or []}
-        if all(
-            isinstance(token, str) and type(index) is int and 0 <= index < _MOST
-            for token, index in tokens.items()
-        ):
-            return tokens
-    except (KeyError, TypeError, IndexError, AttributeError):
-        pass
-    raise fail(
-        str(path),
-        "tokens and their ids",
-        "none that can be read",
-        "save the tokenizer once with a current transformers",
-    )
 
 
 def result_vocabulary(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Vocabulary | None:
@@ -114,7 +79,7 @@ def _read(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str, Tokens]
         try:
             if donor.tokenizer_hash not in read:
                 read[donor.tokenizer_hash] = (
-                    tokens_of(donor)
+                    donor.tokens
                     if donor.has_tokenizer or donor is chosen
                     else read[chosen.tokenizer_hash]
                 )
