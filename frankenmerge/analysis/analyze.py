@@ -32,7 +32,7 @@ from frankenmerge.models.streaming import (
     streamable,
 )
 from frankenmerge.progress import Advance, ignore
-from frankenmerge.storage.atomic import read_arrays, write_arrays
+from frankenmerge.storage.arrays import read_arrays, write_arrays
 
 TOP = 10
 PROBE_BATCH = 16

@@ -20,7 +20,7 @@ from frankenmerge.artefacts.atlas import Atlas, Inputs
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.models.loading import blocks_of, embedding_of, load_model
 from frankenmerge.progress import Advance, ignore
-from frankenmerge.storage.atomic import read_arrays, write_arrays
+from frankenmerge.storage.arrays import read_arrays, write_arrays
 
 NEURONS = 16
 """How many neurons are searched where nobody names them: each costs about as much as a complete

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from frankenmerge.errors import fail
-from frankenmerge.storage.atomic import read_arrays, write_arrays
+from frankenmerge.storage.arrays import read_arrays, write_arrays
 
 SUFFIX = ".atlas.safetensors"
 _KIND = "frankenmerge.atlas/1"

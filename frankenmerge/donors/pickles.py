@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frankenmerge.errors import fail
-from frankenmerge.storage.atomic import cache_folder, growing_folder
+from frankenmerge.storage.atomic import cache_folder, new_folder
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def converted(folder: Path, others: Iterable[Path]) -> Path:
     )
     if path.is_dir():
         return path
-    with growing_folder(path) as beside:
+    with new_folder(path) as beside:
         for file in files:
             shutil.copyfile(file, beside / file.name)
         index = {"metadata": {}, "weight_map": {}}

@@ -14,7 +14,7 @@ from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.merging.journal import PAUSE, is_held
 from frankenmerge.progress import Progress, silent
-from frankenmerge.storage.atomic import read_arrays, write_arrays
+from frankenmerge.storage.arrays import read_arrays, write_arrays
 
 if TYPE_CHECKING:
     import numpy as np

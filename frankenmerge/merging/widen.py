@@ -22,7 +22,7 @@ from frankenmerge.errors import Fault, raise_all
 from frankenmerge.merging.plan import check_output
 from frankenmerge.splicing.compatibility import DTYPE_NAMES
 from frankenmerge.splicing.rotation import meeting
-from frankenmerge.storage.atomic import growing_folder
+from frankenmerge.storage.atomic import new_folder
 from frankenmerge.storage.safetensors_header import BYTES_OF
 
 if TYPE_CHECKING:
@@ -193,8 +193,8 @@ def widen(narrow: Checkpoint, wide: Checkpoint, output: Path) -> Path:
     for name in shapes:
         files[narrow.tensors[name].file].append(name)
     if output.is_dir():
-        output.rmdir()  # it is empty, and growing_folder leaves alone what is there
-    with growing_folder(output) as beside:
+        output.rmdir()  # it is empty, and new_folder leaves alone what is there
+    with new_folder(output) as beside:
         for name in (name for name in _BESIDE if (narrow.path / name).is_file()):
             shutil.copyfile(narrow.path / name, beside / name)
         _write_json(beside / "config.json", widened_config(narrow, wide))

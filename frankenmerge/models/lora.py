@@ -17,7 +17,7 @@ from typing import Any
 from frankenmerge import __version__
 from frankenmerge.donors.checkpoint import Checkpoint, link_faults, open_checkpoint, tensors_in
 from frankenmerge.errors import Fault, fail, raise_all
-from frankenmerge.storage.atomic import cache_folder, growing_folder
+from frankenmerge.storage.atomic import cache_folder, new_folder
 from frankenmerge.storage.hub import repository_of, resolve
 from frankenmerge.storage.safetensors_header import read_json
 
@@ -78,7 +78,7 @@ def folded(base: Checkpoint, adapter: Path) -> Checkpoint:
     path = cache_folder() / "folded" / key[:32]
     if not path.is_dir():
         model = _merged(base, adapter)
-        with growing_folder(path) as beside:
+        with new_folder(path) as beside:
             for file in [*files, *{tensor.file for tensor in base.tensors.values()}]:
                 shutil.copyfile(file, beside / file.name)
             with TemporaryDirectory(dir=beside) as saved:

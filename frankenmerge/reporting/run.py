@@ -14,7 +14,7 @@ from frankenmerge.artefacts.recipe import Recipe, parse_recipes
 from frankenmerge.artefacts.records import Evaluation, Evidence, Merged
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.reporting.features import Features, features_of
-from frankenmerge.storage.atomic import kind_of
+from frankenmerge.storage.arrays import kind_of
 
 LARGEST = 200_000_000
 """Bytes of JSON or YAML; what is larger is none of ours."""

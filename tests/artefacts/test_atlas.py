@@ -242,7 +242,7 @@ def test_an_interrupted_save_leaves_what_was_there(atlas, tmp_path, monkeypatch,
 
 def test_a_place_that_cannot_be_written_is_a_fault_of_the_users(atlas, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FrankenmergeError, match="may be written"):
+    with pytest.raises(FrankenmergeError, match="can be written"):
         save_atlas(atlas, tmp_path / "file" / "a.atlas.safetensors")
 
 

@@ -218,7 +218,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
     }[command]
     output = tmp_path if place == "a folder" else text / "sub" / "x"
     code, out, err = run(command, *words, "-o", output)
-    assert (code, out) == (1, "") and str(output) in err and "a file that may be written" in err
+    assert (code, out) == (1, "") and str(output) in err and "a file that can be written" in err
 
 
 def test_a_file_s_folder_need_not_be_there_yet(donors, text, run, tmp_path):
