@@ -35,7 +35,7 @@ from frankenmerge.models.loading import load_model, load_tokenizer
 from frankenmerge.models.sampling import drawn
 from frankenmerge.splicing.gauge_fitting import SAMPLED_LENGTH
 from frankenmerge.splicing.methods.combine import combine
-from frankenmerge.splicing.methods.inputs import Part
+from frankenmerge.splicing.methods.inputs import Operand
 from frankenmerge.splicing.rotation import Rotation
 
 ROWS = 64
@@ -184,9 +184,9 @@ def _average(method: str, left: State, right: State, t: float) -> dict[str, Tens
     return made
 
 
-def _part(tensor: Tensor, weight: Mapping[str, float]) -> Part:
+def _part(tensor: Tensor, weight: Mapping[str, float]) -> Operand:
     flat = tensor.detach().float().flatten()
-    return Part(lambda start, stop: flat[start:stop].clone(), weight)
+    return Operand(lambda start, stop: flat[start:stop].clone(), weight)
 
 
 def _filled(like: PreTrainedModel, state: State) -> PreTrainedModel:

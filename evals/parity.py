@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from frankenmerge.splicing.methods import METHODS, span
-from frankenmerge.splicing.methods.inputs import Part, inputs_of
+from frankenmerge.splicing.methods.inputs import Operand, inputs_of
 
 MERGEKIT = "0.1.5"
 NEEDS = (
@@ -306,9 +306,9 @@ def merged(listed: Listed, donors: Path, folder: Path, python: Path) -> list[tup
 def exact(case: Case, donors: dict[str, dict[str, Tensor]], name: str) -> np.ndarray:
     """One tensor of a linear combination, in float64."""
 
-    def part(donor: str, parameters: dict[str, float]) -> Part:
+    def part(donor: str, parameters: dict[str, float]) -> Operand:
         flat = donors[donor][name].double().flatten().numpy()
-        return Part(lambda start, stop: flat[start:stop], parameters)
+        return Operand(lambda start, stop: flat[start:stop], parameters)
 
     parts = [part(str(number), own) for number, own in enumerate(case.models)]
     shape = tuple(donors["base"][name].shape)
@@ -320,7 +320,7 @@ def exact(case: Case, donors: dict[str, dict[str, Tensor]], name: str) -> np.nda
     )
     start = inputs.base.read(0, inputs.size) if inputs.base else np.zeros(inputs.size)
     vectors = np.stack(
-        [part.read(0, inputs.size) - (start if inputs.base else 0) for part in inputs.parts]
+        [model.read(0, inputs.size) - (start if inputs.base else 0) for model in inputs.models]
     )
     matrices = (
         vectors.reshape(len(vectors), 1, -1)

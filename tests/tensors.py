@@ -5,7 +5,7 @@ import math
 import torch
 
 from frankenmerge.errors import Fault
-from frankenmerge.splicing.methods.inputs import Part, Raw
+from frankenmerge.splicing.methods.inputs import Operand, Raw
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -24,17 +24,17 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(bits(one), bits(other))
 
 
-def parts_of(tensors, parameters, *, raw: bool) -> list[Part]:
+def parts_of(tensors, parameters, *, raw: bool) -> list[Operand]:
     """Models of (type, tensor) and their parameters: as the extension takes them, or as torch does."""
 
-    def part(number: int, name: str, tensor: torch.Tensor, own) -> Part:
+    def part(number: int, name: str, tensor: torch.Tensor, own) -> Operand:
         told = Fault(f"donor {number}", "finite numbers", "NaN or Inf", "none")
 
         def read(start: int, stop: int):
             piece = tensor[start:stop]
             return Raw(memoryview(bytes_of(piece)), name, told) if raw else piece.float().clone()
 
-        return Part(read, own)
+        return Operand(read, own)
 
     return [
         part(number, *tensor, own)

@@ -10,7 +10,7 @@ from frankenmerge.merging.copying import CHUNK, flush, write_fully
 from frankenmerge.merging.shards import readings
 from frankenmerge.progress import Advance
 from frankenmerge.splicing.compatibility import DTYPE_NAMES
-from frankenmerge.splicing.methods.inputs import Part, inputs_of
+from frankenmerge.splicing.methods.inputs import Operand, inputs_of
 from frankenmerge.splicing.operations import Combine, Input, Operation, Rotate
 from frankenmerge.splicing.reading import (
     Handles,
@@ -35,7 +35,7 @@ next is asked for.
 """
 
 Reader = Callable[[Input], Callable[[int, int], Any]]
-"""From what is given to how it is read: `Part.read`."""
+"""From what is given to how it is read: `Operand.read`."""
 
 Arithmetic = Literal["C", "torch"]
 
@@ -140,9 +140,9 @@ def _method(operation: Combine, reader: Reader) -> "Combination | Thinned | None
     return rule and rule(inputs_of(operation.method, parts, base, **_whole(operation)))
 
 
-def _parts(operation: Combine, reader: Reader) -> tuple[list[Part], Part | None]:
-    parts = [Part(reader(given), given.parameters) for given in operation.inputs]
-    return parts, Part(reader(operation.base)) if operation.base else None
+def _parts(operation: Combine, reader: Reader) -> tuple[list[Operand], Operand | None]:
+    parts = [Operand(reader(given), given.parameters) for given in operation.inputs]
+    return parts, Operand(reader(operation.base)) if operation.base else None
 
 
 def _whole(operation: Combine) -> dict[str, Any]:

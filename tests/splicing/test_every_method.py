@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from frankenmerge.merging import writer
 from frankenmerge.splicing.methods import METHODS
-from frankenmerge.splicing.methods.combine import Part, combine
+from frankenmerge.splicing.methods.combine import Operand, combine
 
 RANGES = [(0, 3), (1, 4)]
 """The slices of the recipes with slices: six blocks."""
@@ -154,7 +154,7 @@ def expected(
 
     def part(donor, parameters):
         flat = tensors[donor][source].reshape(-1)
-        return Part(lambda start, stop: flat[start:stop].clone(), parameters)
+        return Operand(lambda start, stop: flat[start:stop].clone(), parameters)
 
     parts = [part(donor, own) for donor, own in zip("xy", models, strict=False)]
     chunks = combine(

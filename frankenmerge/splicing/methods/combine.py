@@ -1,7 +1,7 @@
 """Run a merge method, by torch, on tensors that need not fit in memory.
 
 A method is a function of its `Inputs` that gathers its statistics, reading the tensors as often as
-it must, and returns a `Plan` that computes any chunk of the result. Statistics are summed over
+it must, and returns a `ChunkRule` that computes any chunk of the result. Statistics are summed over
 fixed blocks and random masks are a function of the element's index, so how the result is cut into
 chunks changes no bit of it. Arithmetic is float32, multiplications and additions apart (a fused one
 rounds differently in the last, unvectorised elements of a chunk); what sums over a tensor is
@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor
 
 from frankenmerge.splicing.methods import Value, fusion, span, sparse, torch_span, torch_sparse
-from frankenmerge.splicing.methods.inputs import BLOCK, Inputs, Part, Plan, inputs_of
+from frankenmerge.splicing.methods.inputs import BLOCK, Inputs, Operand, ChunkRule, inputs_of
 
-RULES: dict[str, Callable[[Inputs], Plan]] = {
+RULES: dict[str, Callable[[Inputs], ChunkRule]] = {
     **{
-        name: lambda inputs, rule=rule: torch_span.plan_of(rule(inputs))
+        name: lambda inputs, rule=rule: torch_span.chunk_rule(rule(inputs))
         for name, rule in span.RULES.items()
     },
     **{
-        name: lambda inputs, rule=rule: torch_sparse.plan_of(rule(inputs))
+        name: lambda inputs, rule=rule: torch_sparse.chunk_rule(rule(inputs))
         for name, rule in sparse.RULES.items()
     },
     "nearswap": fusion.nearswap,
@@ -34,8 +34,8 @@ RULES: dict[str, Callable[[Inputs], Plan]] = {
 
 def combine(
     method: str,
-    parts: Sequence[Part],
-    base: Part | None,
+    models: Sequence[Operand],
+    base: Operand | None,
     *,
     shape: tuple[int, ...],
     parameters: Mapping[str, Value],
@@ -47,7 +47,7 @@ def combine(
 
     Args:
         method: a key of `METHODS`.
-        parts: the models' tensors, the base not among them. For slerp the one model that is not the
+        models: the models' tensors, the base not among them. For slerp the one model that is not the
             base.
         base: the base's tensor; its parameters are not looked at, nor is it where the method takes
             none.
@@ -65,10 +65,10 @@ def combine(
             finite.
     """
     inputs = inputs_of(
-        method, parts, base, shape=shape, parameters=parameters, name=name, seed=seed
+        method, models, base, shape=shape, parameters=parameters, name=name, seed=seed
     )
     if not inputs.size:
         return
-    plan = RULES[method](inputs)
-    for start, stop in inputs.spans(chunk, rows=plan.rows):
-        yield plan.chunk(start, stop)
+    rule = RULES[method](inputs)
+    for start, stop in inputs.spans(chunk, rows=rule.rows):
+        yield rule.chunk(start, stop)

@@ -6,13 +6,13 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from frankenmerge.splicing.methods.inputs import Inputs, Plan, precise_sum
+from frankenmerge.splicing.methods.inputs import Inputs, ChunkRule, precise_sum
 from frankenmerge.splicing.methods.select import boundaries, kth_largest
 from frankenmerge.splicing.methods.torch_select import before, magnitudes, order_of
 from frankenmerge.splicing.methods.torch_sparse import agreed, total_of
 
 
-def nearswap(inputs: Inputs) -> Plan:
+def nearswap(inputs: Inputs) -> ChunkRule:
     """`(1 - w) b + w x`, `w = min(1, t / |x - b|)`: the model where it is near the base (alchemonaut, QuartetAnemoi-70B-t0.0001).
 
     That is `b` plus the difference clamped to `[-t, t]`.
@@ -23,10 +23,10 @@ def nearswap(inputs: Inputs) -> Plan:
         base, (delta,) = inputs.deltas(start, stop)
         return delta.clamp_(-t, t).add_(base)
 
-    return Plan(chunk)
+    return ChunkRule(chunk)
 
 
-def arcee_fusion(inputs: Inputs) -> Plan:
+def arcee_fusion(inputs: Inputs) -> ChunkRule:
     """The model's element where its importance stands out in the tensor, else the base's (Arcee, MergeKit 0.1 release notes).
 
     Importance is `|x - b| KL(softmax(row of x) || softmax(row of b))`; it stands out from `median +
@@ -38,7 +38,7 @@ def arcee_fusion(inputs: Inputs) -> Plan:
 
     def importance(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         assert inputs.base
-        x, base = inputs.parts[0].read(start, stop), inputs.base.read(start, stop)
+        x, base = inputs.models[0].read(start, stop), inputs.base.read(start, stop)
         wide_x, wide_base = (tensor.view(-1, inputs.width).double() for tensor in (x, base))
         surprise = (
             wide_x.softmax(1).mul_(wide_x - wide_base).sum(1)
@@ -64,10 +64,10 @@ def arcee_fusion(inputs: Inputs) -> Plan:
         score, x, base = importance(start, stop)
         return torch.where(score >= threshold, x, base)
 
-    return Plan(chunk, rows=True)
+    return ChunkRule(chunk, rows=True)
 
 
-def sce(inputs: Inputs) -> Plan:
+def sce(inputs: Inputs) -> ChunkRule:
     """SCE (arXiv 2408.07990, section 3.3): select the elements that vary most between task vectors, calculate weights, erase signs.
 
     Of the elements that vary at all the `select_topk` share with the largest variance stays (of
@@ -76,7 +76,7 @@ def sce(inputs: Inputs) -> Plan:
     and division by the weights that agree, as in mergekit.
     """
     select = _selected(inputs)
-    squares = [0.0] * len(inputs.parts)
+    squares = [0.0] * len(inputs.models)
     for start, stop in inputs.spans():
         _, deltas = inputs.deltas(start, stop)
         for model, delta in enumerate(select(deltas, start)):
@@ -97,7 +97,7 @@ def sce(inputs: Inputs) -> Plan:
             0.0,
         ).add_(base)
 
-    return Plan(chunk)
+    return ChunkRule(chunk)
 
 
 def _selected(inputs: Inputs) -> Callable[[list[Tensor], int], list[Tensor]]:
@@ -129,22 +129,22 @@ def _selected(inputs: Inputs) -> Callable[[list[Tensor], int], list[Tensor]]:
     return select
 
 
-def ram(inputs: Inputs) -> Plan:
+def ram(inputs: Inputs) -> ChunkRule:
     """Reinforced Agent Merging (arXiv 2601.13572): changes of one model are taken whole, shared ones averaged.
 
     A model has changed an element where `|x - b| > epsilon`; the average is over the models that
     changed it.
     """
-    return _ram(inputs, [1.0] * len(inputs.parts))
+    return _ram(inputs, [1.0] * len(inputs.models))
 
 
-def ramplus_tl(inputs: Inputs) -> Plan:
+def ramplus_tl(inputs: Inputs) -> ChunkRule:
     """RAM+ (arXiv 2601.13572): as `ram`, a model's own changes times `1 + r min(rho, alpha)`.
 
     `rho` is how many of the model's changes are shared over how many are its own. As the name says
     (tensor-local) both are counted in the tensor, as in mergekit, and not in the whole model.
     """
-    shared, own = [0.0] * len(inputs.parts), [0.0] * len(inputs.parts)
+    shared, own = [0.0] * len(inputs.models), [0.0] * len(inputs.models)
     for start, stop in inputs.spans():
         _, deltas = inputs.deltas(start, stop)
         changed = _changed(inputs, deltas)
@@ -163,7 +163,7 @@ def _changed(inputs: Inputs, deltas: list[Tensor]) -> list[Tensor]:
     return [delta.abs().gt_(float(inputs.parameters["epsilon"])) for delta in deltas]
 
 
-def _ram(inputs: Inputs, scales: list[float]) -> Plan:
+def _ram(inputs: Inputs, scales: list[float]) -> ChunkRule:
     def chunk(start: int, stop: int) -> Tensor:
         base, deltas = inputs.deltas(start, stop)
         changed = _changed(inputs, deltas)
@@ -176,4 +176,4 @@ def _ram(inputs: Inputs, scales: list[float]) -> Plan:
                 result.add_(change.mul_(alone).mul_(scale - 1))
         return result.add_(base)
 
-    return Plan(chunk)
+    return ChunkRule(chunk)

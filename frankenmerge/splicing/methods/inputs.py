@@ -29,11 +29,11 @@ class Raw(NamedTuple):
     content: memoryview
     dtype: str
     """As safetensors names it."""
-    broken: Fault
+    fault: Fault
     """What to tell where NaN or Inf is among them."""
 
 
-class Part(NamedTuple):
+class Operand(NamedTuple):
     """One model's tensor."""
 
     read: Callable[[int, int], Any]
@@ -47,8 +47,8 @@ class Part(NamedTuple):
 class Inputs(NamedTuple):
     """All that a method is given; parameters are complete and sound."""
 
-    parts: Sequence[Part]
-    base: Part | None
+    models: Sequence[Operand]
+    base: Operand | None
     shape: tuple[int, ...]
     parameters: Mapping[str, Value]
     name: str
@@ -66,7 +66,7 @@ class Inputs(NamedTuple):
 
     def each(self, name: str) -> list[float]:
         """One parameter of every model."""
-        return [float(part.parameters[name]) for part in self.parts]
+        return [float(operand.parameters[name]) for operand in self.models]
 
     def spans(self, step: int = BLOCK, *, rows: bool = False) -> Iterator[Span]:
         """Cut the tensor into spans of `step` elements; with `rows` into whole rows, at least one."""
@@ -78,7 +78,7 @@ class Inputs(NamedTuple):
         """The base and the task vectors: every model minus the base."""
         assert self.base
         base = self.base.read(start, stop)
-        return base, [one_nan(part.read(start, stop).sub_(base)) for part in self.parts]
+        return base, [one_nan(operand.read(start, stop).sub_(base)) for operand in self.models]
 
 
 def one_nan(values: "Tensor") -> "Tensor":
@@ -101,7 +101,7 @@ def precise_sum(values: "Tensor") -> float:
     return total if math.isfinite(total) else precise_sum(values.nan_to_num(0.0, 0.0, 0.0))
 
 
-class Plan(NamedTuple):
+class ChunkRule(NamedTuple):
     """A method whose statistics are gathered."""
 
     chunk: "Callable[[int, int], Tensor]"
@@ -112,8 +112,8 @@ class Plan(NamedTuple):
 
 def inputs_of(
     method: str,
-    parts: Sequence[Part],
-    base: Part | None,
+    models: Sequence[Operand],
+    base: Operand | None,
     *,
     shape: tuple[int, ...],
     parameters: Mapping[str, Value],
@@ -128,14 +128,15 @@ def inputs_of(
     raise_all(
         faults(
             method,
-            [part.parameters for part in parts],
+            [operand.parameters for operand in models],
             parameters,
             base=base is not None,
             place=f"{name} ({method})",
         )
     )
     complete = [
-        Part(part.read, resolved(method, part.parameters, per_model=True)) for part in parts
+        Operand(operand.read, resolved(method, operand.parameters, per_model=True))
+        for operand in models
     ]
     wanted = None if METHODS[method].base == "none" else base
     return Inputs(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from frankenmerge.donors.checkpoint import BYTES_OF
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.splicing.methods.inputs import BLOCK, Inputs, Part, Raw
+from frankenmerge.splicing.methods.inputs import BLOCK, Inputs, Operand, Raw
 
 if TYPE_CHECKING:
     from frankenmerge.splicing.methods import _native as extension
@@ -28,19 +28,19 @@ Given = list[tuple[memoryview, str]]
 
 def scanned(
     inputs: Inputs,
-    parts: Sequence[Part],
+    models: Sequence[Operand],
     scan: Callable[[Given, int], int],
     *,
     rows: bool = False,
     allow_nan: bool,
 ) -> None:
-    """Give every chunk of `parts`, of whole `rows` if asked for, to `scan`, and the index of its first element.
+    """Give every chunk of `models`, of whole `rows` if asked for, to `scan`, and the index of its first element.
 
     It returns the number of the first input that holds NaN or Inf, or -1. Raises FrankenmergeError,
     unless `allow_nan`, for that input.
     """
     for start, stop in inputs.spans(CHUNK, rows=rows):
-        raws = [part.read(start, stop) for part in parts]
+        raws = [operand.read(start, stop) for operand in models]
         refuse(raws, scan(given(raws), start), allow_nan=allow_nan)
 
 
@@ -64,15 +64,15 @@ def written(
     made = memoryview(bytearray(largest * width))
     for start, stop in inputs.spans(CHUNK, rows=rows):
         chunk = made[: (stop - start) * width]
-        raws = [part.read(start, stop) for part in every(inputs)]
+        raws = [operand.read(start, stop) for operand in every(inputs)]
         bad, finite = write(given(raws), start, chunk)
         refuse(raws, bad, allow_nan=allow_nan)
         yield chunk, finite
 
 
-def every(inputs: Inputs) -> Sequence[Part]:
+def every(inputs: Inputs) -> Sequence[Operand]:
     """The base, where there is one, and the models."""
-    return [inputs.base, *inputs.parts] if inputs.base else inputs.parts
+    return [inputs.base, *inputs.models] if inputs.base else inputs.models
 
 
 def converted(raw: Raw, result: memoryview, *, allow_nan: bool) -> None:
@@ -89,4 +89,4 @@ def given(raws: Sequence[Raw]) -> Given:
 def refuse(raws: Sequence[Raw], bad: int, *, allow_nan: bool) -> None:
     """Raise FrankenmergeError, unless `allow_nan`, where the extension found NaN or Inf in the input of number `bad`."""
     if bad >= 0 and not allow_nan:
-        raise FrankenmergeError(raws[bad].broken)
+        raise FrankenmergeError(raws[bad].fault)

@@ -33,7 +33,7 @@ def rounded(
 
 def _sums(inputs: Inputs, finite_only: bool, *, allow_nan: bool) -> Array:
     """Inner products `[pairs, LANES]`, of the finite elements or of all."""
-    total = np.zeros((sum(1 for _ in pairs(len(inputs.parts))), LANES))
+    total = np.zeros((sum(1 for _ in pairs(len(inputs.models))), LANES))
     relative = inputs.base is not None
     scanned(
         inputs,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from frankenmerge.donors.checkpoint import BYTES_OF
-from frankenmerge.splicing.methods.inputs import Inputs, Part
+from frankenmerge.splicing.methods.inputs import Inputs, Operand
 from frankenmerge.splicing.methods.native_chunks import (
     CHUNK,
     Given,
@@ -102,7 +102,7 @@ def _order(inputs: Inputs, model: int, *, allow_nan: bool) -> Order:
     def index(key: int, nth: int) -> int:
         for start, stop in inputs.spans(CHUNK):
             place, equal = extension.find(
-                given([part.read(start, stop) for part in pair]), key, nth
+                given([operand.read(start, stop) for operand in pair]), key, nth
             )
             if place >= 0:
                 return start + place
@@ -125,6 +125,6 @@ def _sums(thinned: Thinned, model: int, stay: Stay, finite_only: bool, *, allow_
     return total
 
 
-def _pair(inputs: Inputs, model: int) -> tuple[Part, Part]:
+def _pair(inputs: Inputs, model: int) -> tuple[Operand, Operand]:
     assert inputs.base
-    return inputs.base, inputs.parts[model]
+    return inputs.base, inputs.models[model]

@@ -69,7 +69,7 @@ def slerp(inputs: Inputs) -> Combination:
     counts as orthogonal to the other.
     """
     assert inputs.base
-    both = inputs._replace(parts=[inputs.base, *inputs.parts], base=None)
+    both = inputs._replace(models=[inputs.base, *inputs.models], base=None)
     t = float(inputs.parameters["t"])
     return Combination(both, lambda gram: _arc(gram, t, straight=math.sqrt(1 - 0.9995**2)))
 
@@ -165,7 +165,7 @@ def model_stock(inputs: Inputs) -> Combination:
     `filter_wise`; a zero task vector counts as orthogonal. Task vectors whose sum is 0 (`1 + (n -
     1) c = 0`) give the base.
     """
-    count = len(inputs.parts)
+    count = len(inputs.models)
 
     def coefficients(gram: Array) -> Array:
         cosines = _cosines(gram)
@@ -213,7 +213,7 @@ def solved(combination: Combination, sums: Callable[[bool], Array]) -> Array:
         return combination.coefficients
     inputs = combination.inputs
     return combination.coefficients(
-        grams(lambda finite_only: _gram(sums(finite_only), len(inputs.parts)), inputs.name)
+        grams(lambda finite_only: _gram(sums(finite_only), len(inputs.models)), inputs.name)
     )[0]
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from frankenmerge.splicing.methods.inputs import Inputs, Part
+from frankenmerge.splicing.methods.inputs import Inputs, Operand
 from frankenmerge.splicing.methods.noise import SCALE
 from frankenmerge.splicing.methods.sums import Array, folded, gathered
 
@@ -98,7 +98,9 @@ def ties(inputs: Inputs) -> Thinned:
     rounding leaves of weights that cancel.
     """
     return _thinned(
-        inputs, [_ranks(inputs, part, 0.0, fewest=1) for part in inputs.parts], consensus=True
+        inputs,
+        [_ranks(inputs, operand, 0.0, fewest=1) for operand in inputs.models],
+        consensus=True,
     )
 
 
@@ -119,7 +121,8 @@ def breadcrumbs_ties(inputs: Inputs) -> Thinned:
 
 def _breadcrumbs(inputs: Inputs, *, consensus: bool) -> Thinned:
     keeps = [
-        _ranks(inputs, part, float(part.parameters["gamma"]), fewest=0) for part in inputs.parts
+        _ranks(inputs, operand, float(operand.parameters["gamma"]), fewest=0)
+        for operand in inputs.models
     ]
     return _thinned(inputs, keeps, consensus=consensus)
 
@@ -172,7 +175,9 @@ def della_linear(inputs: Inputs) -> Thinned:
 
 
 def _della(inputs: Inputs, *, consensus: bool) -> Thinned:
-    return _thinned(inputs, [_row_odds(inputs, part) for part in inputs.parts], consensus=consensus)
+    return _thinned(
+        inputs, [_row_odds(inputs, operand) for operand in inputs.models], consensus=consensus
+    )
 
 
 def _thinned(inputs: Inputs, keeps: Sequence[Keep], *, consensus: bool) -> Thinned:
@@ -181,9 +186,9 @@ def _thinned(inputs: Inputs, keeps: Sequence[Keep], *, consensus: bool) -> Thinn
     )
 
 
-def _ranks(inputs: Inputs, part: Part, gamma: float, fewest: int) -> Keep:
+def _ranks(inputs: Inputs, operand: Operand, gamma: float, fewest: int) -> Keep:
     """The `density` that comes after the `gamma` largest."""
-    density, size = float(part.parameters["density"]), inputs.size
+    density, size = float(operand.parameters["density"]), inputs.size
     count = max(int(density * size), fewest) if density > 0 else 0
     largest = min(int(gamma * size), size - count)
     return None if count == size else Ranks(largest, largest + count)
@@ -194,8 +199,8 @@ def _chance(density: float) -> Keep:
     return None if limit == SCALE else Chance(limit) if limit else Ranks(0, 0)
 
 
-def _row_odds(inputs: Inputs, part: Part) -> Keep:
-    density, epsilon = float(part.parameters["density"]), float(part.parameters["epsilon"])
+def _row_odds(inputs: Inputs, operand: Operand) -> Keep:
+    density, epsilon = float(operand.parameters["density"]), float(operand.parameters["epsilon"])
     if inputs.width == 1 or density in (0, 1):
         return _chance(density)
     odds = np.linspace(density - epsilon, density + epsilon, inputs.width)
@@ -212,7 +217,7 @@ def coefficients(thinned: Thinned, sums: Callable[[int, bool], Array]) -> list[f
     if scales is None:
         both = [
             gathered(lambda finite_only, model=model: folded(sums(model, finite_only)))
-            for model in range(len(inputs.parts))
+            for model in range(len(inputs.models))
         ]
         scales = [float(whole / kept) if kept else 1.0 for whole, kept in both]
     return [weight * scale for weight, scale in zip(inputs.each("weight"), scales, strict=True)]

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frankenmerge.splicing.methods.inputs import Inputs, Plan
+from frankenmerge.splicing.methods.inputs import Inputs, ChunkRule
 from frankenmerge.splicing.methods.span import Coefficients, Combination, grams, pairs, solved
 from frankenmerge.splicing.methods.sums import LANES, Array
 
 
-def plan_of(combination: Combination) -> Plan:
+def chunk_rule(combination: Combination) -> ChunkRule:
     """The plan that takes the combination, its coefficients known or, where every row has its own, found in every chunk."""
     inputs, coefficients = combination.inputs, combination.coefficients
     if callable(coefficients) and combination.per == "row":
@@ -23,17 +23,17 @@ def plan_of(combination: Combination) -> Plan:
     return _summed(inputs, solved(combination, partial(_sums, inputs)))
 
 
-def _by_row(inputs: Inputs, coefficients: Coefficients) -> Plan:
+def _by_row(inputs: Inputs, coefficients: Coefficients) -> ChunkRule:
     def chunk(start: int, stop: int) -> Tensor:
         base, vectors = _vectors(inputs, start, stop)
         vectors = [vector.view(-1, inputs.width) for vector in vectors]
         found = coefficients(grams(partial(_products, vectors, 1), inputs.name))
         return _sum(base, vectors, found.T[:, :, None])
 
-    return Plan(chunk, rows=True)
+    return ChunkRule(chunk, rows=True)
 
 
-def _summed(inputs: Inputs, coefficients: Array, *, rows: bool = False) -> Plan:
+def _summed(inputs: Inputs, coefficients: Array, *, rows: bool = False) -> ChunkRule:
     """By coefficients `[n]`, or with `rows` `[n, width]`."""
 
     def chunk(start: int, stop: int) -> Tensor:
@@ -42,13 +42,13 @@ def _summed(inputs: Inputs, coefficients: Array, *, rows: bool = False) -> Plan:
             vectors = [vector.view(-1, inputs.width) for vector in vectors]
         return _sum(base, vectors, coefficients)
 
-    return Plan(chunk, rows)
+    return ChunkRule(chunk, rows)
 
 
 def _vectors(inputs: Inputs, start: int, stop: int) -> tuple[Tensor | None, list[Tensor]]:
     if inputs.base:
         return inputs.deltas(start, stop)
-    return None, [part.read(start, stop) for part in inputs.parts]
+    return None, [operand.read(start, stop) for operand in inputs.models]
 
 
 def _sum(base: Tensor | None, vectors: list[Tensor], coefficients: Array) -> Tensor:
@@ -99,7 +99,7 @@ def add_to_lanes(sums: Tensor, values: Tensor) -> None:
 
 def _column_grams(inputs: Inputs, finite_only: bool) -> Array:
     """`[width, n, n]`, of the finite elements or of all."""
-    count = len(inputs.parts)
+    count = len(inputs.models)
     total = np.zeros((inputs.width, count, count))
     for start, stop in inputs.spans(rows=True):
         _, vectors = _vectors(inputs, start, stop)

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from frankenmerge.splicing.methods.inputs import Inputs, Plan, one_nan
+from frankenmerge.splicing.methods.inputs import Inputs, ChunkRule, one_nan
 from frankenmerge.splicing.methods.noise import words
 from frankenmerge.splicing.methods.select import boundaries
 from frankenmerge.splicing.methods.sparse import Chance, Keep, Ranks, RowOdds, Thinned, coefficients
@@ -25,7 +25,7 @@ place).
 """
 
 
-def plan_of(thinned: Thinned) -> Plan:
+def chunk_rule(thinned: Thinned) -> ChunkRule:
     """The plan that adds what stays, the ranks found and the scales summed."""
     inputs = thinned.inputs
     thins = [_thin(inputs, model, keep) for model, keep in enumerate(thinned.keeps)]
@@ -48,7 +48,7 @@ def plan_of(thinned: Thinned) -> Plan:
         )
         return total.mul_(thinned.factor).add_(base)
 
-    return Plan(chunk, thinned.rows)
+    return ChunkRule(chunk, thinned.rows)
 
 
 def total_of(terms: list[Tensor]) -> Tensor:
@@ -125,7 +125,7 @@ def _row_limits(inputs: Inputs, odds: RowOdds, delta: Tensor) -> Tensor:
 
 def _delta(inputs: Inputs, model: int, start: int, stop: int) -> Tensor:
     assert inputs.base
-    return one_nan(inputs.parts[model].read(start, stop).sub_(inputs.base.read(start, stop)))
+    return one_nan(inputs.models[model].read(start, stop).sub_(inputs.base.read(start, stop)))
 
 
 def _sums(inputs: Inputs, model: int, thin: Thin, finite_only: bool, *, rows: bool) -> Array:

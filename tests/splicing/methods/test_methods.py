@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.splicing.methods import METHODS, faults, resolved, span
-from frankenmerge.splicing.methods.combine import RULES, Part, combine
+from frankenmerge.splicing.methods.combine import RULES, Operand, combine
 from frankenmerge.splicing.methods.inputs import BLOCK
 from frankenmerge.splicing.methods.noise import SCALE, words
 
@@ -34,7 +34,7 @@ def part_of(array, parameters=None, asked=None):
             asked.append(stop - start)
         return last[0]
 
-    return Part(read, parameters or {})
+    return Operand(read, parameters or {})
 
 
 def merged(method, arrays, base=None, models=None, chunk=BLOCK, seed=SEED, name=NAME, **parameters):
