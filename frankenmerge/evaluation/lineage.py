@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from frankenmerge.artefacts.provenance import PROVENANCE
 from frankenmerge.artefacts.recipe import Block, Recipe
 from frankenmerge.donors.checkpoint import Checkpoint, read_json
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.splicing.compatibility import spelled_out
-from frankenmerge.storage.atomic import PROVENANCE
 
 
 class Lineage(NamedTuple):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from frankenmerge.artefacts.provenance import PROVENANCE
 from frankenmerge.artefacts.recipe import open_donor, parse_recipe
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
@@ -15,7 +16,6 @@ from frankenmerge.merging.provenance import file_hash, origin
 from frankenmerge.progress import Advance, ignore
 from frankenmerge.splicing.operations import schedule
 from frankenmerge.splicing.reading import read_fully
-from frankenmerge.storage.atomic import PROVENANCE
 from frankenmerge.storage.safetensors_header import HEADER_LIMIT, Tensor, read_json
 
 _REMEDY = "merge again"

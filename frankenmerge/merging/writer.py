@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import frankenmerge
+from frankenmerge.artefacts.provenance import PROVENANCE
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.distributed import Rank
 from frankenmerge.donors.checkpoint import INDEX_NAME, Checkpoint
@@ -43,7 +44,6 @@ from frankenmerge.splicing.compatibility import result_config
 from frankenmerge.splicing.computing import compute, one_thread, rotate
 from frankenmerge.splicing.operations import Combine, Rotate
 from frankenmerge.splicing.tokenizer import tokenizer_files
-from frankenmerge.storage.atomic import PROVENANCE
 
 if TYPE_CHECKING:
     from frankenmerge.splicing.gauge_fitting import Fit

@@ -8,6 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from frankenmerge.artefacts.provenance import PROVENANCE
 from frankenmerge.artefacts.recipe import Recipe, open_donors, renamed
 from frankenmerge.donors.checkpoint import SINGLE_NAME, Checkpoint, open_checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
@@ -16,7 +17,6 @@ from frankenmerge.splicing.compatibility import recipe_faults, result_config
 from frankenmerge.splicing.operations import Operation, schedule
 from frankenmerge.splicing.parameters import method_faults
 from frankenmerge.splicing.tokenizer import tokenizer_files
-from frankenmerge.storage.atomic import PROVENANCE
 from frankenmerge.storage.safetensors_header import Tensor
 
 
