@@ -22,7 +22,7 @@ from frankenmerge.distributed import Rank, gathered, own_rank
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
 from frankenmerge.errors import FrankenmergeError, fail
-from frankenmerge.models.loading import load_model, load_tokenizer
+from frankenmerge.models.loading import Placement, load_model, load_tokenizer
 from frankenmerge.models.streaming import (
     BATCH,
     Donor,
@@ -99,7 +99,7 @@ def analyze(
     if untrained is None and streamable(checkpoint):
         donor = stream_model(checkpoint, dtype=dtype, device=device)
     else:
-        donor = load_model(checkpoint, dtype=dtype, device=device, untrained=untrained)
+        donor = load_model(checkpoint, Placement(dtype, device), untrained=untrained)
     probes = random_probes(len(vocabulary))
     run = _run_of(donor, checkpoint, probes, k, rank)
     done = run.restore(under_way, advance) if under_way else 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from frankenmerge.analysis.ranking import merge, pack, top_tokens
 from frankenmerge.artefacts.atlas import TopTokens
-from frankenmerge.models.loading import Site, embedding_of
+from frankenmerge.models.hooks import Site, embedding_of
 from frankenmerge.models.streaming import BATCH, Donor, Passage, each_block, model_of
 from frankenmerge.progress import Advance, ignore
 

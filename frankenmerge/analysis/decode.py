@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from frankenmerge.errors import fail
-from frankenmerge.models.loading import embedding_of
+from frankenmerge.models.hooks import embedding_of
 
 _SCORES = 1 << 24
 """How many scores are held at once."""

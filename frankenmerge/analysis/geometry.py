@@ -97,15 +97,28 @@ def mutual_neighbours(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 
 
 def _nearest(states: np.ndarray) -> np.ndarray:
-    """Whether probe `q` is among the nearest of probe `p`, `[l, n, n]`."""
+    """Whether probe `q` is among the nearest of probe `p`, `[l, n, n]`; of equals the first."""
     near = np.zeros((len(states), states.shape[1], states.shape[1]), dtype=bool)
     for index, state in enumerate(states):
-        direction = _directions(state)
-        cosine = direction @ direction.T
+        cosine = _cosines(state)
         np.fill_diagonal(cosine, -np.inf)
         chosen = np.argsort(-cosine, axis=1, kind="stable")[:, : min(NEIGHBOURS, len(state) - 1)]
         np.put_along_axis(near[index], chosen, True, axis=1)
     return near
+
+
+def _cosines(state: np.ndarray) -> np.ndarray:
+    """Cosines `[n, n]`, float64, of states `[n, d]`; equal states have exactly equal cosines.
+
+    A token that occurs several times among the probes enters the first block as the same state.
+    Computed one by one, its cosines would differ by rounding, and the order of summation would
+    decide which of its occurrences are the nearest. Each distinct state is therefore computed once.
+    """
+    numbers: dict[bytes, int] = {}
+    number = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in state])
+    _, first = np.unique(number, return_index=True)
+    direction = _directions(state[first].astype(np.float64))
+    return (direction @ direction.T)[np.ix_(number, number)]
 
 
 def angular(a: Atlas, b: Atlas, context: str, width: int) -> Score:

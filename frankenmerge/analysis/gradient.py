@@ -29,7 +29,7 @@ from frankenmerge.analysis.decode import (
 from frankenmerge.analysis.descent import Optimizer, descend, frozen
 from frankenmerge.analysis.features import Feature, check_features
 from frankenmerge.errors import fail
-from frankenmerge.models.loading import Site, block_outputs, blocks_of, embedding_of, forward
+from frankenmerge.models.hooks import Site, block_outputs, blocks_of, embedding_of, forward
 from frankenmerge.progress import Advance, ignore
 
 Decode = Literal["pinv", "hidden"]

@@ -18,7 +18,8 @@ from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import greedy_search
 from frankenmerge.artefacts.atlas import Atlas, Inputs
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.models.loading import blocks_of, embedding_of, load_model
+from frankenmerge.models.hooks import blocks_of, embedding_of
+from frankenmerge.models.loading import Placement, load_model
 from frankenmerge.progress import Advance, ignore
 from frankenmerge.storage.arrays import read_arrays, write_arrays
 
@@ -108,7 +109,7 @@ def with_inputs(
     if path.exists():
         inputs = Inputs(**read_arrays(path, _KIND, "inputs that an earlier command found")[0])
     else:
-        model = load_model(checkpoint, dtype=dtype, device=device, untrained=untrained)
+        model = load_model(checkpoint, Placement(dtype, device), untrained=untrained)
         inputs = search_inputs(model, method, neurons, tokens=tokens, advance=advance)
         write_arrays(path, _KIND, inputs._asdict(), {"key": key})
     told = atlas.provenance.get("inputs", {}) | {method: settings}

@@ -13,7 +13,7 @@ from frankenmerge.analysis.decode import Decoder, decoder_of, embedding_table
 from frankenmerge.analysis.descent import Optimizer, descend, frozen
 from frankenmerge.analysis.gradient import default_rates, start_tokens
 from frankenmerge.errors import fail
-from frankenmerge.models.loading import Site, block_outputs, blocks_of, forward
+from frankenmerge.models.hooks import Site, block_outputs, blocks_of, forward
 
 Loss = Literal["l1", "cosine"]
 

@@ -42,7 +42,7 @@ from frankenmerge.analysis.decode import embedding_table
 from frankenmerge.analysis.descent import frozen
 from frankenmerge.analysis.features import Feature, check_features
 from frankenmerge.analysis.gradient import check_length, feature_batches, feature_loss
-from frankenmerge.models.loading import Site, block_outputs, blocks_of
+from frankenmerge.models.hooks import Site, block_outputs, blocks_of
 from frankenmerge.progress import Advance, ignore
 
 STEP = 0.1

@@ -352,6 +352,26 @@ def test_another_order_of_the_residual_neurons_drives_every_score_to_chance(tmp_
         )
 
 
+def test_neighbours_do_not_depend_on_the_order_in_which_neurons_are_summed(pair):
+    """Not even at the embedding, where probes of the same token are equally near."""
+    first, other = pair
+    assert len(np.unique(first.activations(0)[::2], axis=0)) <= 48 < 512
+    order = np.random.default_rng(1).permutation(first.width)
+    reordered = replace(
+        first, probes=first.probes[:, :, order], probe_scale=first.probe_scale[:, order]
+    )
+    if other.width > first.width:
+        other = replace(
+            other,
+            probes=other.probes[:, :, : first.width],
+            probe_scale=other.probe_scale[:, : first.width],
+        )
+    found, expected = (align(atlas, other).scores["neighbours"] for atlas in (reordered, first))
+    np.testing.assert_array_equal(found.matrix, expected.matrix)
+    np.testing.assert_array_equal(found.interval, expected.interval)
+    np.testing.assert_array_equal(found.nulls["permuted_probes"], expected.nulls["permuted_probes"])
+
+
 def test_donors_of_different_widths_are_compared_on_the_indices_both_have(
     atlases, donors, run, tmp_path
 ):

@@ -11,7 +11,8 @@ from frankenmerge.analysis import complete, ranking
 from frankenmerge.analysis.complete import complete_search
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models.loading import blocks_of, load_model
+from frankenmerge.models.hooks import blocks_of
+from frankenmerge.models.loading import load_model
 
 FAMILIES = {
     "llama": "norm",

@@ -19,7 +19,8 @@ from frankenmerge.analysis.greedy import greedy_search
 from frankenmerge.analysis.ranking import top_tokens
 from frankenmerge.artefacts.atlas import save_atlas
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.models.loading import embedding_of, load_model
+from frankenmerge.models.hooks import embedding_of
+from frankenmerge.models.loading import load_model
 from frankenmerge.models.streaming import Passage, each_block, stream_model
 
 FEATURES = [Feature.of(block, neuron) for block in (0, 1, 3, 4) for neuron in (0, 5, 11)]

@@ -11,7 +11,8 @@ from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.greedy import greedy_search
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models.loading import block_outputs, embedding_of, forward, load_model
+from frankenmerge.models.hooks import block_outputs, embedding_of, forward
+from frankenmerge.models.loading import load_model
 
 FAMILIES = ["llama", "gpt2", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "gpt_neox"]
 FEATURES = [
