@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from frankenmerge.donors.architecture import Architecture
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.donors.families import Architecture
 from frankenmerge.evaluation.compare import read_text, shared_context
 from frankenmerge.evaluation.language import encode
 from frankenmerge.models.loading import load_model, load_tokenizer

@@ -16,9 +16,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from frankenmerge.donors.families import Architecture
+from frankenmerge.donors.architecture import Architecture
 from frankenmerge.errors import fail
-from frankenmerge.models.loading import block_outputs, blocks_of, forward
+from frankenmerge.models.hooks import block_outputs, blocks_of, forward
 from frankenmerge.splicing.rotation import Rotation, procrustes, rotate_all
 
 HEADS, NEURONS = "self_attn.o_proj", "mlp.down_proj"

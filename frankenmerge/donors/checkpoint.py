@@ -16,8 +16,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from frankenmerge.donors.architecture import Architecture
 from frankenmerge.donors.config import block_kind, config_faults, family, is_tied, quantity
-from frankenmerge.donors.families import Architecture
 from frankenmerge.donors.inferred import architecture_of, family_faults
 from frankenmerge.donors.pickles import PICKLES, converted, pickles
 from frankenmerge.donors.tokens import Tokens, read_settings, tokens_of

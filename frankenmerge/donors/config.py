@@ -4,17 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from frankenmerge.donors.families import (
-    FAMILIES,
+from frankenmerge.donors.architecture import (
     FULL,
-    INDEX_BOUND,
     LAYER_TYPES,
     SLIDING,
-    USUAL,
     Architecture,
     Config,
     PerBlock,
 )
+from frankenmerge.donors.families import FAMILIES, INDEX_BOUND, USUAL
 from frankenmerge.errors import Fault
 
 FREE = {

@@ -1,172 +1,23 @@
-"""The families: where a family's blocks are, what its config calls things, which fields belong to single blocks.
+"""The table of families: one entry each; no other module knows a family by name."""
 
-A family is one entry of `FAMILIES`; nothing else in the package knows a family by name.
-"""
+from collections.abc import Callable
+from dataclasses import replace
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
-
-from frankenmerge.errors import fail
-
-Config = Mapping[str, Any]
-Role = Literal["block", "embedding", "final", "head", "ignored"]
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What a family's config.json calls the quantities that every family has."""
-
-    blocks: str = "num_hidden_layers"
-    width: str = "hidden_size"
-    heads: str = "num_attention_heads"
-    kv_heads: str = "num_key_value_heads"
-    inner: str = "intermediate_size"
-    positions: str = "max_position_embeddings"
-    vocabulary: str = "vocab_size"
-
-
-@dataclass(frozen=True)
-class PerBlock:
-    """Something that config.json tells of every block, and that moves with the block."""
-
-    key: str
-    """The list in config.json."""
-    usual: Any
-    """What a block is where neither the list nor a rule says."""
-    rule: Callable[[Config, int], Any] | None = None
-    """What the family takes a block of a given index to be where config.json has no list."""
-    numbers: Mapping[str, int] = field(default_factory=dict)
-    """Config numbers that a rule reads, here or in older versions of the family, each with the
-    least it may be.
-    """
-    marker: str | None = None
-    """Set where the list holds not an entry a block but the indices of some blocks, which the rule
-    always reads: a part of a tensor name that those blocks have and the others have not.
-    """
-
-    def of(self, config: Config, index: int) -> Any:
-        """The entry of one block."""
-        listed = config.get(self.key)
-        if isinstance(listed, list) and not self.marker:
-            return listed[index]
-        return self.rule(config, index) if self.rule else self.usual
-
-    def written(self, entries: Sequence[Any]) -> list[Any]:
-        """What config.json lists for blocks with these entries."""
-        return (
-            [index for index, entry in enumerate(entries) if entry]
-            if self.marker
-            else list(entries)
-        )
-
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-LAYER_TYPES = PerBlock("layer_types", FULL)
-NO_ROPE_LAYERS = PerBlock("no_rope_layers", 1)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """How a block's tensors meet the residual stream, so that it can be rotated to another basis; names behind the block's prefix."""
-
-    norms: Mapping[str, tuple[str, ...]]
-    """Norms of the stream, each with the maps that read what it makes; experts' maps without the
-    expert's number.
-    """
-    writes: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
-    """Maps whose outputs are added to the stream."""
-    inside: tuple[str, ...] = ()
-    """What meets the stream nowhere, such as norms of single heads."""
-    behind: tuple[str, ...] = ()
-    """Norms of what a map writes: their gains belong to the donor's own basis, so such a block
-    cannot be rotated.
-    """
-    transposed: bool = False
-    """Whether maps are stored `[in, out]`."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One family's names; tensor names are prefixes, as they stand in a checkpoint."""
-
-    root: str
-    """The inner model's prefix; old checkpoints may omit it."""
-    block: str
-    """A block's prefix behind `root`, `{}` for its index."""
-    embedding: tuple[str, ...]
-    """Prefixes behind `root` of what comes before the first block."""
-    final: str
-    """Prefix behind `root` of the final norm."""
-    head: str = "lm_head."
-    """Prefix, without `root`, of the map from the last hidden state to the vocabulary."""
-    norm: Literal["rms", "layer"] = "rms"
-    keys: Keys = field(default_factory=Keys)
-    per_block: tuple[PerBlock, ...] = (NO_ROPE_LAYERS, LAYER_TYPES)
-    """What moves with the blocks; what a rule needs comes before it."""
-    index_bound: tuple[str, ...] = ()
-    """Config fields that, when set, make a block's computation depend on its index: such donors
-    cannot be respliced.
-    """
-    rope_kinds: Mapping[str, str] = field(default_factory=dict)
-    """Kinds of attention that have rotary settings of their own, each with the older config field
-    that holds its base.
-    """
-    synonyms: Mapping[str, str] = field(default_factory=dict)
-    """Older names of config fields, with the newer ones."""
-    ignored: str = r"(?!)"
-    """Pattern of constant buffers that old checkpoints carry and no loader reads."""
-    defaults: Config = field(default_factory=dict)
-    """What the family takes for a field that config.json leaves out, for the fields compared
-    between donors.
-    """
-    learned_positions: bool = False
-    """Whether positions are a matrix beside the embedding."""
-    tied: bool = False
-    """Whether the head is the embedding when config.json does not say."""
-    widening: int = 0
-    """How many times the width the inner width is when config.json does not say."""
-    queries_keys: tuple[str, ...] = ("q_proj", "k_proj")
-    """Maps of a block's attention that make queries and keys alone; attention to one position does
-    without them.
-    """
-    fused: str | None = None
-    """The map that makes queries, keys and values together, in this order."""
-    fused_by_head: bool = False
-    """Whether the fused outputs are in that order within each head, instead of over all."""
-    stream: Stream | None = None
-    """How its blocks meet the residual stream; None where nobody has said."""
-    listed: bool = True
-    """Whether this is an entry of the table, whose `defaults` are known."""
-
-    def role(self, name: str) -> tuple[Role, int | None, str]:
-        """Tell what a tensor is for: (role, block index or None, canonical name).
-
-        A canonical block tensor name holds `{}` for the index. Raises FrankenmergeError for a
-        tensor of no known role.
-        """
-        if re.search(self.ignored, name):
-            return "ignored", None, name
-        if name.startswith(self.head):
-            return "head", None, name
-        inner = name.removeprefix(self.root)
-        if match := re.match(re.escape(self.block).replace(r"\{\}", r"(\d+)"), inner):
-            return "block", int(match[1]), self.root + self.block + inner[match.end() :]
-        if inner.startswith(self.embedding):
-            return "embedding", None, self.root + inner
-        if inner.startswith(self.final):
-            return "final", None, self.root + inner
-        raise fail(
-            f"tensor {name}",
-            "a tensor of a block, the embedding, the final norm or the head",
-            "a name of none of these",
-            "use a plain causal language model; adapters and multimodal towers cannot be spliced",
-        )
+from frankenmerge.donors.architecture import (
+    FULL,
+    LAYER_TYPES,
+    NO_ROPE_LAYERS,
+    SLIDING,
+    Architecture,
+    Config,
+    Keys,
+    PerBlock,
+    Stream,
+)
 
 
 def _from_the_window_on(config: Config, index: int) -> str:
-    """Qwen: the first `max_window_layers` blocks see everything."""
+    """Qwen: the first `max_window_layers` blocks have full attention."""
     limited = (
         config.get("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
     )
@@ -174,23 +25,26 @@ def _from_the_window_on(config: Config, index: int) -> str:
 
 
 def _all_but_every(default: int, number: str = "") -> Callable[[Config, int], str]:
-    """Gemma, Cohere: one block in so many sees everything, the last of each group; `number` is the config field that says."""
+    """Gemma, Cohere: the last block of each group has full attention, the others a window.
+
+    The size of a group is the config field `number`, or the default.
+    """
     return lambda config, index: FULL if (index + 1) % config.get(number, default) == 0 else SLIDING
 
 
 def _has_rope(config: Config, index: int) -> int:
-    """SmolLM3: one block in so many goes without rotary positions."""
+    """SmolLM3: every n-th block has no rotary positions."""
     return int((index + 1) % config.get("no_rope_layer_interval", 4) != 0)
 
 
 def _without_rope_sliding(config: Config, index: int) -> str:
-    """SmolLM3: the window, if there is one, is for the blocks without rotary positions."""
+    """SmolLM3: the window, if there is one, applies to the blocks without rotary positions."""
     limited = config.get("use_sliding_window", False) and config.get("sliding_window") is not None
     return SLIDING if limited and not _SMOLLM3_ROPE.of(config, index) else FULL
 
 
 def _is_dense(config: Config, index: int) -> bool:
-    """Qwen's mixtures of experts: some blocks have a plain MLP instead."""
+    """Qwen's mixtures of experts: some blocks have a dense MLP instead."""
     experts = config.get("num_local_experts", config.get("num_experts", 128))
     sparse = (
         isinstance(experts, int)
@@ -227,15 +81,15 @@ _QKV, _GATED = tuple(f"self_attn.{name}_proj" for name in "qkv"), ("mlp.gate_pro
 _STREAM = Stream({"input_layernorm": _QKV, "post_attention_layernorm": _GATED})
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _FUSED_EXPERTS = ("mlp.gate", "mlp.experts.gate_up_proj")
-"""The router, and the experts' reading maps as transformers 5 holds them in memory, one tensor for
-all.
+"""The router, and the experts' input maps as transformers 5 has them in memory, one tensor for all
+experts.
 """
-_BEHIND = Stream({}, behind=("post_attention_layernorm", "post_feedforward_layernorm"))
+_OUTPUT_NORMS = Stream({}, output_norms=("post_attention_layernorm", "post_feedforward_layernorm"))
 _INV_FREQ = r"rotary_emb\.inv_freq$"
 DECODER = Architecture(
     "model.", "layers.{}.", ("embed_tokens.",), "norm.", ignored=_INV_FREQ, defaults=_LLAMA_DEFAULTS
 )
-"""The layout that Llama began and most families follow."""
+"""Llama's layout, which most families follow."""
 USUAL = replace(
     DECODER,
     per_block=(
@@ -251,11 +105,11 @@ USUAL = replace(
     ),
     defaults={},
     tied=True,
-    queries_keys=(),  # whether its attention to one position is the value there is not known
+    queries_keys=(),  # whether attention to a single position is its value is not known
     listed=False,
 )
-"""What a family that is not in the table is taken to have, where `inferred` finds no reason against
-it.
+"""The assumptions about a family that is not in the table, if `inferred` finds no reason against
+them.
 """
 
 FAMILIES: dict[str, Architecture] = {
@@ -326,7 +180,7 @@ FAMILIES: dict[str, Architecture] = {
             "use_bidirectional_attention": None,
         },
         tied=True,
-        stream=_BEHIND,
+        stream=_OUTPUT_NORMS,
     ),
     "gemma3_text": replace(
         DECODER,
@@ -346,7 +200,7 @@ FAMILIES: dict[str, Architecture] = {
         }
         | {"rope_theta": 1e6, "rope_local_base_freq": 10000.0},
         tied=True,
-        stream=_BEHIND,
+        stream=_OUTPUT_NORMS,
     ),
     "phi3": replace(
         DECODER,
@@ -364,7 +218,7 @@ FAMILIES: dict[str, Architecture] = {
     "olmo2": replace(
         DECODER,
         defaults=_LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5},
-        stream=_BEHIND,
+        stream=_OUTPUT_NORMS,
     ),
     "smollm3": replace(
         DECODER,
@@ -464,6 +318,6 @@ FAMILIES: dict[str, Architecture] = {
 }
 
 INDEX_BOUND = ("num_kv_shared_layers", "per_layer_config")
-"""Likewise `Architecture.index_bound`, in any family: blocks that read the keys and values of
-others, settings by index.
+"""Like `Architecture.index_bound`, for every family: blocks that read the keys and values of other
+blocks, settings by index.
 """

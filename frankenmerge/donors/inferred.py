@@ -10,17 +10,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from frankenmerge.donors.config import FREE, family, quantity
-from frankenmerge.donors.families import (
-    FAMILIES,
+from frankenmerge.donors.architecture import (
     FULL,
     LAYER_TYPES,
     SLIDING,
-    USUAL,
     Architecture,
     Config,
     Keys,
 )
+from frankenmerge.donors.config import FREE, family, quantity
+from frankenmerge.donors.families import FAMILIES, USUAL
 from frankenmerge.errors import Fault, raise_all
 
 Shapes = Mapping[str, tuple[int, ...]]

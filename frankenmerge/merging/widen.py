@@ -15,9 +15,9 @@ from operator import gt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frankenmerge.donors.architecture import Architecture
 from frankenmerge.donors.checkpoint import INDEX_NAME, TOKENIZER_FILES, Checkpoint
 from frankenmerge.donors.config import differences, head_width, quantity
-from frankenmerge.donors.families import Architecture
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.merging.plan import check_output
 from frankenmerge.splicing.compatibility import DTYPE_NAMES
@@ -159,7 +159,7 @@ def _inexact(architecture: Architecture) -> str | None:
         return "tensors that nobody has described"
     if architecture.norm != "rms":
         return "norms that centre: the mean over more directions is another one"
-    if stream.behind:
+    if stream.output_norms:
         return "norms behind its maps"
     if stream.inside:
         return "norms of single heads, which share the small constant of those that have to be made good"

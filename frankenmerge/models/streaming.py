@@ -19,26 +19,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.cache_utils import Cache, DynamicLayer
 
 from frankenmerge.donors import checkpoint as stored
+from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import block_kind, family, head_width, quantity, spliced_config
-from frankenmerge.donors.families import Config
 from frankenmerge.errors import fail
-from frankenmerge.models.loading import (
-    DTYPES,
-    Site,
-    attention_of,
-    backbone,
-    blocks_of,
-    embedding_of,
-    one_device,
-)
+from frankenmerge.models.hooks import Site, attention_of, backbone, blocks_of, embedding_of
+from frankenmerge.models.loading import one_device
+from frankenmerge.storage.dtypes import torch_dtype
 
 BATCH = 1024
 ROWS = 16
 """Batches are filled up to a multiple of this, and all to the same size where there are several:
 equal tokens give equal bits.
 """
-_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Streamed(NamedTuple):
@@ -70,8 +63,8 @@ def stream_model(
     Raises:
         FrankenmergeError: when its tensors do not fill the model exactly.
     """
-    model = _without_weights(checkpoint.config, DTYPES[dtype])
-    donor = Streamed(checkpoint, model, one_device(device), DTYPES[dtype])
+    model = _without_weights(checkpoint.config, torch_dtype(dtype))
+    donor = Streamed(checkpoint, model, one_device(device), torch_dtype(dtype))
     # Constants such as rotary frequencies are no tensors of the checkpoint: they are made with a
     # model that has one block of each kind and hardly any vocabulary, which takes no memory to
     # speak of.
@@ -84,7 +77,9 @@ def stream_model(
     nothing = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     small: dict[str, Any] = {**config, checkpoint.architecture.keys.vocabulary: 1, **nothing}
     with init_empty_weights(include_buffers=False):
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small), dtype=DTYPES[dtype])
+        made = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**small), dtype=torch_dtype(dtype)
+        )
     constants = dict(made.named_buffers())
     for name, _ in list(model.named_buffers()):
         path, _, last = name.rpartition(".")
@@ -97,7 +92,7 @@ def stream_model(
 
 
 def streamable(checkpoint: Checkpoint) -> bool:
-    """Whether the tensors of a block on disk are all that the block is in memory; some families' experts are packed otherwise."""
+    """Whether blocks have the same tensors on disk and in memory (packed experts do not)."""
     blocks = list(enumerate(blocks_of(_without_weights(checkpoint.config, torch.float32))))
     named = all(
         set(block.state_dict()) == set(_tensors(checkpoint, index)) for index, block in blocks
@@ -179,7 +174,7 @@ def read_tensor(tensor: stored.Tensor) -> Tensor:
                 "fewer",
                 "download the shard again",
             )
-    return content.view(_TYPES[tensor.dtype]).view(tensor.shape)
+    return content.view(torch_dtype(tensor.dtype)).view(tensor.shape)
 
 
 def _announce(checkpoint: Checkpoint, index: int) -> None:

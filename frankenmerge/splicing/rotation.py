@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from frankenmerge.donors.families import Architecture
+from frankenmerge.donors.architecture import Architecture
 from frankenmerge.errors import Fault, FrankenmergeError, fail
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ def meeting(architecture: Architecture, canonical: str) -> Meeting:
     Raises FrankenmergeError for a family that cannot be rotated and for a tensor nobody has placed.
     """
     stream = architecture.stream
-    if stream is None or stream.behind:
+    if stream is None or stream.output_norms:
         found = (
-            f"gains of their own basis in {', '.join(stream.behind)}"
+            f"gains of their own basis in {', '.join(stream.output_norms)}"
             if stream
             else "one nobody has described so"
         )

@@ -111,8 +111,8 @@ def damped(plans: list, alignments: list, bench: Bench, model: Any) -> tuple[lis
     Told beside them is what was tried on the best. On a text the prediction, which knows of no
     damping, is moved by what damping gained there.
     """
-    from frankenmerge.artefacts.recipe import open_donors
     from frankenmerge.planning.damping import dampings
+    from frankenmerge.splicing.opening import open_donors
 
     ways = []
     for entry in plans:
@@ -120,7 +120,7 @@ def damped(plans: list, alignments: list, bench: Bench, model: Any) -> tuple[lis
         # A norm behind a block's maps undoes what they are scaled by.
         found = (
             dampings(entry.recipe, alignments, stream.writes)
-            if stream and not stream.behind
+            if stream and not stream.output_norms
             else []
         )
         ways.append({"none": entry.recipe, **{way.name: way.recipe for way in found}})

@@ -23,12 +23,12 @@ IDS = torch.tensor([[0, 7, 30, 7, 12, 41], [5, 5, 2, 47, 19, 1]])
 TURNED = [
     name
     for name, architecture in FAMILIES.items()
-    if architecture.stream and not architecture.stream.behind
+    if architecture.stream and not architecture.stream.output_norms
 ]
 BEHIND = [
     name
     for name, architecture in FAMILIES.items()
-    if architecture.stream and architecture.stream.behind
+    if architecture.stream and architecture.stream.output_norms
 ]
 
 
