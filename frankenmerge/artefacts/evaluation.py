@@ -1,4 +1,4 @@
-"""What `evaluate -o` writes: losses, differences, seams, features, tasks and predictions of models."""
+"""What `evaluate -o` writes: losses, differences, seams, features, tasks and predictions."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -209,7 +209,7 @@ class Evaluation(Record):
 
 
 def save(evaluation: Evaluation, path: Path) -> None:
-    """Write the file, completely or not at all. Raises FrankenmergeError when it cannot be written."""
+    """Write the file, completely or not at all. Raises FrankenmergeError on failure."""
     save_json(evaluation, path, indent=2)
 
 

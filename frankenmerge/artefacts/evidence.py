@@ -120,7 +120,7 @@ def evidence_path(recipe: Path) -> Path:
 
 
 def save(evidence: Evidence, path: Path) -> None:
-    """Write the file, completely or not at all. Raises FrankenmergeError when it cannot be written."""
+    """Write the file, completely or not at all. Raises FrankenmergeError on failure."""
     save_json(evidence, path, indent=1)
 
 
@@ -153,8 +153,8 @@ def find_plan(folder: Path, key: str | None, summary: str) -> PlanRecord | None:
         summary: the recipe in words, which identifies plans of version 0.1, as these have no key.
 
     Returns:
-        The first plan with this key, or else the first one without a key and with this summary. Files
-        that are not evidence are skipped: they may be another program's.
+        The first plan with this key, or else the first one without a key and with this summary.
+        Files that are not evidence are skipped: they may be another program's.
     """
     plans = list(_plans_in(sorted(folder.glob(f"*{SUFFIX}"))))
     matches = [plan for plan in plans if key is not None and plan.key == key]

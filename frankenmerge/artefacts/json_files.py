@@ -1,4 +1,4 @@
-"""JSON artefacts on disk: a model for the whole file, written completely or not at all, checked when read."""
+"""JSON artefacts on disk: a model of the whole file, written completely and checked when read."""
 
 import json
 from pathlib import Path
@@ -19,8 +19,8 @@ class Record(BaseModel):
 
     Fields are written in the order in which the class declares them, and only those that were set:
     a field that a file of an older version lacks is not invented when the record is written again.
-    Keys that the class does not declare are ignored when a file is read, so that the file of a newer
-    version can be shown, and are never written.
+    Keys that the class does not declare are ignored when a file is read, so that the file of a
+    newer version can be shown, and are never written.
     """
 
     def as_json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def load_json(path: Path, record: type[RecordType], kind: str, expected: str) ->
 def parse_json(
     content: Any, place: str, record: type[RecordType], kind: str, expected: str
 ) -> RecordType:
-    """Check the parsed content of a JSON artefact, as `load_json` does; `place` is named in messages."""
+    """Check parsed JSON, as `load_json` does; messages name `place`."""
     if not isinstance(content, dict):
         found = f"a JSON {type(content).__name__}, not an object"
         raise fail(place, expected, found, "choose another file")

@@ -1,4 +1,4 @@
-"""`frankenmerge.json` in a merged checkpoint: where every tensor comes from, and hashes of all files."""
+"""`frankenmerge.json` in a merged checkpoint: the origin of every tensor, hashes of all files."""
 
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def dump(provenance: Provenance) -> bytes:
 
 
 def save(provenance: Provenance, path: Path) -> None:
-    """Write the file, completely or not at all. Raises FrankenmergeError when it cannot be written."""
+    """Write the file, completely or not at all. Raises FrankenmergeError on failure."""
     save_json(provenance, path, indent=2)
 
 

@@ -1,11 +1,11 @@
 """What a model was made of: of which donor's which block every one of its blocks is. Reads no weights."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from frankenmerge.artefacts.provenance import PROVENANCE
+from frankenmerge.artefacts.provenance import PROVENANCE, TensorRecord, load_provenance
 from frankenmerge.artefacts.recipe import Block, Recipe
-from frankenmerge.donors.checkpoint import Checkpoint, read_json
+from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.splicing.compatibility import spelled_out
 
@@ -33,37 +33,41 @@ def checkpoint_lineage(checkpoint: Checkpoint, known: Mapping[str, Checkpoint]) 
     Raises:
         FrankenmergeError: for a `frankenmerge.json` that does not tell of these weights.
     """
-    path = checkpoint.path / PROVENANCE
-    if not path.is_file():
+    provenance = load_provenance(checkpoint.path)
+    if provenance is None:
         return None
-    told = read_json(path, "the provenance that a merge writes")
-    try:
-        called = {other.fingerprint: name for name, other in known.items()}
-        names = {
-            donor: called.get(given["fingerprint"], str(donor))
-            for donor, given in told["donors"].items()
-        }
-        origins = [
-            _first(told["tensors"][next(iter(checkpoint.by_role["block", index].values()))])
-            for index in range(checkpoint.blocks)
-        ]
-        places = [checkpoint.architecture.role(origin["tensor"])[1] for origin in origins]
-        blocks = tuple(
-            Block(names[origin["donor"]], place or 0)
-            for origin, place in zip(origins, places, strict=True)
-        )
-        return Lineage(blocks, tuple(dict.fromkeys(names.values())))
-    except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
-        raise fail(
-            str(path),
-            "the origin of every tensor of these weights",
-            f"{error!r} missing or broken",
-            "merge again",
-        ) from error
+    known_names = {other.fingerprint: name for name, other in known.items()}
+    names = {
+        donor: known_names.get(record.fingerprint, donor)
+        for donor, record in provenance.donors.items()
+    }
+    blocks = []
+    for index in range(checkpoint.blocks):
+        tensor = next(iter(checkpoint.by_role["block", index].values()), "")
+        block = _source_block(provenance.tensors.get(tensor), checkpoint, names)
+        if block is None:
+            raise fail(
+                f"{checkpoint.path / PROVENANCE}: {tensor or f'block {index}'}",
+                "the donor and tensor that this tensor was made from",
+                "none, or a donor that the file does not list",
+                "merge again",
+            )
+        blocks.append(block)
+    return Lineage(tuple(blocks), tuple(dict.fromkeys(names.values())))
 
 
-def _first(origin: dict[str, Any]) -> dict[str, Any]:
-    return origin if "donor" in origin else origin["inputs"][0]
+def _source_block(
+    origin: TensorRecord | None, checkpoint: Checkpoint, names: Mapping[str, str]
+) -> Block | None:
+    """The donor's block that a tensor comes from; None where the origin does not say."""
+    if origin is None or origin.source is None:
+        return None
+    donor, tensor = origin.source
+    return (
+        Block(names[donor], checkpoint.architecture.role(tensor)[1] or 0)
+        if donor in names
+        else None
+    )
 
 
 def same_tokens(one: Checkpoint, other: Checkpoint) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from frankenmerge.artefacts.evaluation import ComparisonRecord, VerdictRecord
 from frankenmerge.errors import fail
 from frankenmerge.evaluation.compare import Result
 from frankenmerge.evaluation.intervals import Interval, difference
@@ -37,10 +38,18 @@ class Comparison(NamedTuple):
         """Whether no merge is worse."""
         return all(entry.verdict != "worse" for entry in self.verdicts)
 
+    def record(self) -> ComparisonRecord:
+        """The comparison as the evaluation's file holds it."""
+        return ComparisonRecord(
+            threshold=self.threshold,
+            rule=RULE,
+            passed=self.passed,
+            models=[VerdictRecord(**entry._asdict()) for entry in self.verdicts],
+        )
+
     def as_json(self) -> dict[str, Any]:
         """The comparison as JSON."""
-        models = [entry._asdict() for entry in self.verdicts]
-        return {"threshold": self.threshold, "rule": RULE, "passed": self.passed, "models": models}
+        return self.record().as_json()
 
 
 def merges(results: Sequence[Result], against: str | None = None) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,27 @@ from transformers import PreTrainedModel
 
 import frankenmerge
 from frankenmerge.artefacts.atlas import TopTokens
+from frankenmerge.artefacts.evaluation import (
+    KIND,
+    BlockRecord,
+    DifferenceRecord,
+    Evaluation,
+    KeptBlockRecord,
+    LossRecord,
+    ModelRecord,
+    OriginRecord,
+    PredictionCheck,
+    RetentionRecord,
+    SampleRecord,
+    SeamsRecord,
+    TaskRecord,
+    TextDifferenceRecord,
+    TextRecord,
+)
 from frankenmerge.artefacts.recipe import Block
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
-from frankenmerge.evaluation.compare import Bench, Result, Subject, is_recipe
+from frankenmerge.evaluation.compare import Bench, Result, Subject, Text, is_recipe
 from frankenmerge.evaluation.harness import TaskFigure, run_tasks
 from frankenmerge.evaluation.intervals import difference, drawn, intervals, together
 from frankenmerge.evaluation.lineage import same_tokens
@@ -24,10 +41,9 @@ from frankenmerge.evaluation.non_inferiority import Comparison, merges
 from frankenmerge.evaluation.retention import Retention
 from frankenmerge.evaluation.samples import Sample, invalid_rate, repetition, sampled
 from frankenmerge.evaluation.seams import BlockComparison, compared_blocks, windows_of
-from frankenmerge.models.loading import embedding_of, load_tokenizer
+from frankenmerge.models.hooks import embedding_of
+from frankenmerge.models.loading import load_tokenizer
 from frankenmerge.progress import Advance, Progress, silent
-
-KIND = "frankenmerge.evaluation/1"
 
 
 @dataclass
@@ -103,109 +119,140 @@ def _check_tokens(subject: Subject, donors: Mapping[str, Checkpoint]) -> None:
     )
 
 
-def evaluation_json(
+def evaluation_record(
     results: Sequence[Result],
     bench: Bench,
     looks: Looks,
     *,
     dtype: str = "float32",
-    predictions: Sequence[Mapping[str, Any]] = (),
+    predictions: Sequence[PredictionCheck | Mapping[str, Any]] = (),
     comparison: Comparison | None = None,
     against: str | None = None,
     arguments: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Everything an evaluation found, and what produced it. docs/evaluate.md says what each figure means."""
-    found = {result.name: result for result in results}
+    keys: Mapping[str, str] | None = None,
+) -> Evaluation:
+    """Return the results of an evaluation and what produced them, as `evaluate -o` writes them.
+
+    Args:
+        results: of every model; docs/evaluate.md explains the figures.
+        bench: the texts and the checkpoints.
+        looks: the results beyond losses.
+        dtype: the models' data type.
+        predictions: what was predicted of recipes, and measured.
+        comparison: with the best donors, where it was asked for.
+        against: the model that all merges are compared with, besides their donors.
+        arguments: of the command.
+        keys: by model name, the key of a recipe with its donors, where it is known.
+    """
+    by_name = {result.name: result for result in results}
     pairs = [
-        (found[name], found[donor])
+        (by_name[name], by_name[donor])
         for name, donors in merges(results, against).items()
         for donor in donors
     ]
-    return {
-        "kind": KIND,
-        "models": [_model(result, looks) for result in results],
-        "differences": [_difference(model, donor, looks.seed) for model, donor in pairs],
-        "seams": [
-            {"model": name, "blocks": [block._asdict() for block in blocks]}
+    return Evaluation(
+        kind=KIND,
+        models=[_model(result, looks, (keys or {}).get(result.name)) for result in results],
+        differences=[_difference(model, donor, looks.seed) for model, donor in pairs],
+        seams=[
+            SeamsRecord(model=name, blocks=[BlockRecord(**block._asdict()) for block in blocks])
             for name, blocks in looks.seams.items()
         ],
-        "retention": [
-            {
-                "model": name,
-                **entry._asdict(),
-                "blocks": [block._asdict() for block in entry.blocks],
-            }
+        retention=[
+            _retention(name, entry)
             for name, entries in looks.retention.items()
             for entry in entries
         ],
-        "tasks": [
-            {"model": name, **figure._asdict()}
+        tasks=[
+            TaskRecord(model=name, **figure._asdict())
             for name, figures in looks.tasks.items()
             for figure in figures
         ],
-        "predictions": list(predictions),
-        "comparison": comparison.as_json() if comparison else None,
-        "dtype": dtype,
-        "context": bench.context,
-        "texts": [
-            {
-                "path": text.name,
-                "sha256": hashlib.sha256(text.content.encode()).hexdigest(),
-                "bytes": len(text.content.encode()),
-            }
-            for text in bench.texts
-        ],
-        "provenance": {
-            "arguments": dict(arguments or {}),
-            "seed": looks.seed,
-            "reference_words": len(looks.vocabulary),
-            "versions": {
-                "frankenmerge": frankenmerge.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-            "models": {
-                name: {"fingerprint": checkpoint.fingerprint, "revision": _revision(checkpoint)}
-                for name, checkpoint in bench.checkpoints.items()
-            },
-            "recipes": {
-                name: hashlib.sha256(Path(name).read_bytes()).hexdigest()
-                for name in found
-                if is_recipe(name)
-            },
-        },
-    }
+        predictions=[PredictionCheck.model_validate(check) for check in predictions],
+        comparison=comparison.record() if comparison else None,
+        dtype=dtype,
+        context=bench.context,
+        texts=[_text(text) for text in bench.texts],
+        provenance=_origin(by_name, bench, looks, arguments or {}),
+    )
 
 
-def _model(result: Result, looks: Looks) -> dict[str, Any]:
+def evaluation_json(
+    results: Sequence[Result], bench: Bench, looks: Looks, **options: Any
+) -> dict[str, Any]:
+    """The same as JSON; see `evaluation_record`."""
+    return evaluation_record(results, bench, looks, **options).as_json()
+
+
+def _model(result: Result, looks: Looks, key: str | None) -> ModelRecord:
     sums, samples = drawn(result.losses, looks.seed), looks.samples.get(result.name, [])
-    return {
-        "name": result.name,
-        "role": result.role,
+    identity = {"name": result.name, "role": result.role} | ({"key": key} if key else {})
+    return ModelRecord(
+        **identity,
         **result.total.as_json(),
-        "intervals": intervals(together(sums)),
-        "texts": {
-            name: loss.as_json() | {"intervals": intervals(sums[name])}
+        intervals=intervals(together(sums)),
+        texts={
+            name: LossRecord(**loss.as_json(), intervals=intervals(sums[name]))
             for name, loss in result.losses.items()
         },
-        "invalid_words": invalid_rate(samples),
-        "repetition": repetition(samples),
-        "samples": [
-            {"prompt": sample.prompt, "text": sample.text, "invalid": sample.invalid}
+        invalid_words=invalid_rate(samples),
+        repetition=repetition(samples),
+        samples=[
+            SampleRecord(prompt=sample.prompt, text=sample.text, invalid=sample.invalid)
             for sample in samples
         ],
-    }
+    )
 
 
-def _difference(model: Result, donor: Result, seed: int) -> dict[str, Any]:
+def _difference(model: Result, donor: Result, seed: int) -> DifferenceRecord:
     total, texts = difference(model.losses, donor.losses, seed)
-    return {
-        "model": model.name,
-        "donor": donor.name,
+    return DifferenceRecord(
+        model=model.name,
+        donor=donor.name,
         **total._asdict(),
-        "texts": {name: entry._asdict() for name, entry in texts.items()},
-    }
+        texts={name: TextDifferenceRecord(**entry._asdict()) for name, entry in texts.items()},
+    )
+
+
+def _retention(model: str, entry: Retention) -> RetentionRecord:
+    return RetentionRecord(
+        model=model,
+        donor=entry.donor,
+        blocks=[KeptBlockRecord(**block._asdict()) for block in entry.blocks],
+        kept=entry.kept,
+        chance=entry.chance,
+    )
+
+
+def _text(text: Text) -> TextRecord:
+    content = text.content.encode()
+    digest = hashlib.sha256(content).hexdigest()
+    return TextRecord(path=text.name, sha256=digest, bytes=len(content))
+
+
+def _origin(
+    names: Iterable[str], bench: Bench, looks: Looks, arguments: Mapping[str, Any]
+) -> OriginRecord:
+    return OriginRecord(
+        arguments=dict(arguments),
+        seed=looks.seed,
+        reference_words=len(looks.vocabulary),
+        versions={
+            "frankenmerge": frankenmerge.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        models={
+            name: {"fingerprint": checkpoint.fingerprint, "revision": _revision(checkpoint)}
+            for name, checkpoint in bench.checkpoints.items()
+        },
+        recipes={
+            name: hashlib.sha256(Path(name).read_bytes()).hexdigest()
+            for name in names
+            if is_recipe(name)
+        },
+    )
 
 
 def _revision(checkpoint: Checkpoint) -> str | None:

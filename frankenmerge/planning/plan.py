@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.evidence import NeuronRecord, PlanRecord, SeamBlockRecord, SeamRecord
 from frankenmerge.artefacts.recipe import Block, Recipe, Seam, recipe_of
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.planning.gauges import Pair, judged, with_gauges
@@ -51,20 +52,27 @@ class SeamEvidence:
         """Whether the donors' tokens agree here at most twice as often as those of unrelated neurons."""
         return self.scores["jaccard"] <= 2 * self.nulls["jaccard"]["permuted_neurons"]
 
+    def record(self) -> SeamRecord:
+        """The evidence as the plan's file holds it."""
+        after, before = (
+            SeamBlockRecord(model=block.model, block=block.index) for block in self.seam
+        )
+        return SeamRecord(
+            after=after,
+            before=before,
+            cost=self.cost,
+            skipped_blocks=self.skipped,
+            by_chance=self.by_chance,
+            gauged=self.gauged,
+            scores=self.scores,
+            nulls=self.nulls,
+            agree=[NeuronRecord.model_validate(neuron) for neuron in self.agree],
+            disagree=[NeuronRecord.model_validate(neuron) for neuron in self.disagree],
+        )
+
     def as_json(self) -> dict[str, Any]:
         """The evidence as JSON; block numbers are 0-based, as in the recipe."""
-        return {
-            "after": {"model": self.seam.after.model, "block": self.seam.after.index},
-            "before": {"model": self.seam.before.model, "block": self.seam.before.index},
-            "cost": self.cost,
-            "skipped_blocks": self.skipped,
-            "by_chance": self.by_chance,
-            "gauged": self.gauged,
-            "scores": self.scores,
-            "nulls": self.nulls,
-            "agree": self.agree,
-            "disagree": self.disagree,
-        }
+        return self.record().as_json()
 
 
 class Plan(NamedTuple):
@@ -83,19 +91,23 @@ class Plan(NamedTuple):
     measured: float | None = None
     """Damage measured on a text, where the plan was verified on one."""
 
+    def record(self, key: str | None = None) -> PlanRecord:
+        """The plan as its file holds it; `key` identifies the recipe with its donors."""
+        return PlanRecord.of(
+            recipe=self.recipe.model_dump(exclude_none=True),
+            summary=str(self.recipe),
+            key=key,
+            depth=len(self.recipe.blocks),
+            predicted_damage=self.predicted_damage,
+            interval=self.interval,
+            basis=self.basis,
+            measured_damage=self.measured,
+            seams=[seam.record() for seam in self.seams],
+        )
+
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON."""
-        verified = {} if self.measured is None else {"measured_damage": self.measured}
-        return {
-            "recipe": self.recipe.model_dump(exclude_none=True),
-            "summary": str(self.recipe),
-            "depth": len(self.recipe.blocks),
-            "predicted_damage": self.predicted_damage,
-            "interval": list(self.interval),
-            "basis": self.basis,
-            **verified,
-            "seams": [seam.as_json() for seam in self.seams],
-        }
+        return self.record().as_json()
 
 
 class _Task(NamedTuple):

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from frankenmerge.errors import fail
 
-PROVENANCE = "frankenmerge.json"
-"""The file alongside a merged checkpoint that names the origin of every tensor."""
 _OTHER_PLACE = "choose another path, or free disk space"
 
 
