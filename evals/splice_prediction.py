@@ -23,10 +23,11 @@ from splices import Bank, excerpts, random_seams, single_seams
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.bootstrap import percentile_interval, resample_indices
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.evaluation.compare import read_text
 from frankenmerge.evaluation.sampled_damage import damage_on_sampled
-from frankenmerge.models.loading import blocks_of
+from frankenmerge.models.hooks import blocks_of
 from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.prediction import FLOOR, default_model, donor_loss, features
 from frankenmerge.planning.states import states_of
@@ -209,15 +210,12 @@ def _rho(one: np.ndarray, other: np.ndarray) -> float:
 
 def _interval(one: np.ndarray, other: np.ndarray) -> list[float]:
     """95 % bootstrap interval of rho over splices."""
-    generator = np.random.default_rng(0)
-    drawn = []
-    for _ in range(RESAMPLES):
-        chosen = generator.integers(0, len(one), len(one))
-        if len(set(one[chosen])) > 1:
-            drawn.append(_rho(one[chosen], other[chosen]))
-    return (
-        [float(end) for end in np.quantile(drawn, [0.025, 0.975])] if drawn else [float("nan")] * 2
-    )
+    resampled = [
+        _rho(one[chosen], other[chosen])
+        for chosen in resample_indices(len(one), RESAMPLES, seed=0)
+        if len(set(one[chosen])) > 1
+    ]
+    return percentile_interval(np.array(resampled)).tolist() if resampled else [float("nan")] * 2
 
 
 def _weights(bank: Bank, pairs: list[tuple[int, int]]) -> np.ndarray:

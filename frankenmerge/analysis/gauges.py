@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from frankenmerge.analysis.geometry import gram
-from frankenmerge.analysis.nulls import between, resamples
+from frankenmerge.analysis.nulls import interval_of, resampling_weights
 from frankenmerge.artefacts.alignment import Score
 from frankenmerge.artefacts.atlas import Atlas
 
@@ -63,7 +63,7 @@ def gauge_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
         np.einsum("ind,jnd->ijn", *rotated),
         (np.square(states).sum(axis=2) for states in rotated),
     )
-    weights = resamples(inner.shape[2]).T
+    weights = resampling_weights(inner.shape[2]).T
     drawn = _explained(inner @ weights, own_a @ weights, own_b @ weights)
     null = _explained(
         np.einsum("ind,jnd->ij", *chance),
@@ -71,7 +71,7 @@ def gauge_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     )
     matrix = _explained(inner.sum(axis=2), own_a.sum(axis=1), own_b.sum(axis=1)).astype(np.float32)
     detail = np.zeros((*matrix.shape, 0), dtype=np.float16)
-    return Score(matrix, {"permuted_probes": null.astype(np.float32)}, detail, between(drawn))
+    return Score(matrix, {"permuted_probes": null.astype(np.float32)}, detail, interval_of(drawn))
 
 
 def rotated_gram(a: Atlas, b: Atlas) -> np.ndarray:

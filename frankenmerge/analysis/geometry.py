@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from frankenmerge.analysis.nulls import between, derangement, mean_over, resamples
+from frankenmerge.analysis.nulls import derangement, interval_of, mean_over, resampling_weights
 from frankenmerge.artefacts.alignment import Score
 from frankenmerge.artefacts.atlas import Atlas
 
@@ -48,7 +48,7 @@ def debiased_cka(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     shared, generator, weights = (
         summands(b_kernels),
         np.random.default_rng(0),
-        resamples(self_a.shape[1]).T,
+        resampling_weights(self_a.shape[1]).T,
     )
     scale = self_a.sum(axis=1), self_b.sum(axis=1)
 
@@ -60,7 +60,7 @@ def debiased_cka(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     return _score(
         ratio(shared.sum(axis=2), *scale),
         {"permuted_probes": mean_over(other_probes, ROUNDS)},
-        between(drawn),
+        interval_of(drawn),
     )
 
 
@@ -190,9 +190,9 @@ def influence(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     (arXiv:2403.03853).
     """
     passed = [_passed(states_of(atlas, atlas.width)) for atlas in (a, b)]
-    drawn = [line @ resamples(line.shape[1]).T for line in passed]
+    drawn = [line @ resampling_weights(line.shape[1]).T for line in passed]
     means = [line.mean(axis=1) for line in passed]
-    interval = between(1 - np.abs(drawn[0][:, None] - drawn[1][None]))
+    interval = interval_of(1 - np.abs(drawn[0][:, None] - drawn[1][None]))
     return _score(1 - np.abs(means[0][:, None] - means[1][None]), {}, interval)
 
 
@@ -249,8 +249,8 @@ def _directions(states: np.ndarray) -> np.ndarray:
 
 
 def _mean_score(detail: np.ndarray, nulls: dict[str, np.ndarray]) -> Score:
-    drawn = detail.astype(np.float32) @ resamples(detail.shape[2]).T
-    return _score(detail.mean(axis=2), nulls, between(drawn))
+    drawn = detail.astype(np.float32) @ resampling_weights(detail.shape[2]).T
+    return _score(detail.mean(axis=2), nulls, interval_of(drawn))
 
 
 def _certain(matrix: np.ndarray) -> Score:

@@ -12,16 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from frankenmerge.artefacts.bootstrap import percentile_interval, resample_counts
 from frankenmerge.evaluation.language import Loss
 
-RESAMPLES, COVERED = 1000, 0.95
+RESAMPLES = 1000
 SEGMENT, FEWEST = 2048, 20
 """Bytes of a segment; shorter ones where the text would have fewer segments than `FEWEST`."""
 _NATS, _HITS, _TOKENS, _BYTES = range(4)
 
 
 class Interval(NamedTuple):
-    """Where a figure lies in `COVERED` of the resamples."""
+    """Where a figure lies in 95 % of the resamples."""
 
     low: float
     high: float
@@ -61,11 +62,7 @@ def drawn(losses: Mapping[str, Loss], seed: int) -> dict[str, np.ndarray]:
     result = {}
     for position, (name, loss) in enumerate(losses.items()):
         sums = segment_sums(loss)
-        count = sums.shape[1]
-        chosen = np.random.default_rng([seed, position]).multinomial(
-            count, np.full(count, 1 / count), size=RESAMPLES
-        )
-        result[name] = sums @ chosen.T
+        result[name] = sums @ resample_counts(sums.shape[1], RESAMPLES, [seed, position]).T
     return result
 
 
@@ -115,6 +112,5 @@ def _paired(ours: np.ndarray, theirs: np.ndarray) -> Interval:
 
 
 def _between(values: np.ndarray) -> Interval:
-    """The percentile interval."""
-    low, high = np.quantile(values, [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    low, high = percentile_interval(values)
     return Interval(float(low), float(high))
