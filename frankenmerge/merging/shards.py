@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from frankenmerge.donors.checkpoint import SINGLE_NAME
+from frankenmerge.donors.shards import SINGLE_NAME
 from frankenmerge.errors import Fault
 from frankenmerge.splicing.compatibility import DTYPE_NAMES
 from frankenmerge.splicing.operations import Combine, Copy, Operation, Rotate

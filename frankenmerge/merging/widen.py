@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frankenmerge.donors.architecture import Architecture
-from frankenmerge.donors.checkpoint import INDEX_NAME, TOKENIZER_FILES, Checkpoint
+from frankenmerge.donors.checkpoint import TOKENIZER_FILES, Checkpoint
 from frankenmerge.donors.config import differences, head_width, quantity
+from frankenmerge.donors.shards import INDEX_NAME
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.merging.plan import check_output
 from frankenmerge.splicing.compatibility import DTYPE_NAMES

@@ -20,7 +20,8 @@ import frankenmerge
 from frankenmerge.artefacts.provenance import PROVENANCE
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.distributed import Rank
-from frankenmerge.donors.checkpoint import INDEX_NAME, Checkpoint
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.shards import INDEX_NAME
 from frankenmerge.errors import fail
 from frankenmerge.merging.card import PICTURE, card_picture, model_card
 from frankenmerge.merging.copying import copy_range, pieces, write_fully

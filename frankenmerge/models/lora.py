@@ -15,15 +15,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from frankenmerge import __version__
-from frankenmerge.donors.checkpoint import Checkpoint, link_faults, open_checkpoint, tensors_in
+from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
+from frankenmerge.donors.shards import link_faults, tensors_in
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.storage.atomic import cache_folder, new_folder
+from frankenmerge.storage.dtypes import EXACT_IN_FLOAT32, torch_dtype
 from frankenmerge.storage.hub import repository_of, resolve
 from frankenmerge.storage.safetensors_header import read_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""What can be computed in float32 without loss, and what torch calls it."""
 _REMEDY = "name the model that the LoRA was trained on, or fold it in with peft's merge_and_unload and name the result"
 
 
@@ -154,10 +154,10 @@ def _merged(base: Checkpoint, adapter: Path) -> Any:
 def _type_faults(base: Checkpoint) -> Iterator[Fault]:
     for (role, _), names in base.by_role.items():
         for name in names.values():
-            if role != "ignored" and (dtype := base.tensors[name].dtype) not in _TYPES:
+            if role != "ignored" and (dtype := base.tensors[name].dtype) not in EXACT_IN_FLOAT32:
                 yield Fault(
                     f"{base.path}: {name}",
-                    f"one of {', '.join(_TYPES)}, to fold a LoRA into",
+                    f"one of {', '.join(EXACT_IN_FLOAT32)}, to fold a LoRA into",
                     dtype,
                     "use a plain donor",
                 )
@@ -186,9 +186,7 @@ def _overwrite(folder: Path, base: Checkpoint, saved: Checkpoint) -> None:
                     _REMEDY,
                 )
             with safe_open(saved.tensors[ours].file, "pt") as handle:
-                value = (
-                    handle.get_tensor(ours).to(getattr(torch, _TYPES[tensor.dtype])).contiguous()
-                )
+                value = handle.get_tensor(ours).to(torch_dtype(tensor.dtype)).contiguous()
             with (folder / tensor.file.name).open("r+b") as file:
                 file.seek(tensor.start)
                 file.write(value.view(torch.uint8).numpy().tobytes())

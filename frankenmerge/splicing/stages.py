@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from frankenmerge.artefacts.provenance import PROVENANCE
-from frankenmerge.artefacts.recipe import Recipe, open_donors, renamed
-from frankenmerge.donors.checkpoint import SINGLE_NAME, Checkpoint, open_checkpoint
+from frankenmerge.artefacts.recipe import Recipe, renamed
+from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
+from frankenmerge.donors.shards import SINGLE_NAME
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.merging.provenance import texts_of
 from frankenmerge.splicing.compatibility import recipe_faults, result_config
+from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.operations import Operation, schedule
 from frankenmerge.splicing.parameters import method_faults
 from frankenmerge.splicing.tokenizer import tokenizer_files
