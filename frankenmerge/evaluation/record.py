@@ -19,12 +19,10 @@ from frankenmerge.artefacts.evaluation import (
     DifferenceRecord,
     Evaluation,
     KeptBlockRecord,
-    LossRecord,
     ModelRecord,
     OriginRecord,
     PredictionCheck,
     RetentionRecord,
-    SampleRecord,
     SeamsRecord,
     TaskRecord,
     TextDifferenceRecord,
@@ -186,21 +184,24 @@ def evaluation_json(
 
 def _model(result: Result, looks: Looks, key: str | None) -> ModelRecord:
     sums, samples = drawn(result.losses, looks.seed), looks.samples.get(result.name, [])
-    identity = {"name": result.name, "role": result.role} | ({"key": key} if key else {})
-    return ModelRecord(
-        **identity,
-        **result.total.as_json(),
-        intervals=intervals(together(sums)),
-        texts={
-            name: LossRecord(**loss.as_json(), intervals=intervals(sums[name]))
-            for name, loss in result.losses.items()
-        },
-        invalid_words=invalid_rate(samples),
-        repetition=repetition(samples),
-        samples=[
-            SampleRecord(prompt=sample.prompt, text=sample.text, invalid=sample.invalid)
-            for sample in samples
-        ],
+    return ModelRecord.model_validate(
+        {
+            "name": result.name,
+            "role": result.role,
+            **({"key": key} if key else {}),
+            **result.total.as_json(),
+            "intervals": intervals(together(sums)),
+            "texts": {
+                name: loss.as_json() | {"intervals": intervals(sums[name])}
+                for name, loss in result.losses.items()
+            },
+            "invalid_words": invalid_rate(samples),
+            "repetition": repetition(samples),
+            "samples": [
+                {"prompt": sample.prompt, "text": sample.text, "invalid": sample.invalid}
+                for sample in samples
+            ],
+        }
     )
 
 
