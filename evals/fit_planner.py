@@ -28,7 +28,7 @@ from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.prediction import (
     FLOOR,
     SAMPLED_FLOOR,
-    Model,
+    DamageModel,
     donor_loss,
     features,
     fitted,
@@ -76,7 +76,7 @@ def main(cache: Path | None) -> None:
     off = []
     for name, own in measured.items():
         intercept, weights = _fit([other for key, other in measured.items() if key != name])
-        model = Model(intercept, tuple(weights), (0, 0), (0, 0))
+        model = DamageModel(intercept, tuple(weights), (0, 0), (0, 0))
         off.append(_off(model.damage(own.features), own.damage))
         click.echo(
             f"{name} left out: predicted off by {off[-1].mean():+.2f}, standard deviation {off[-1].std():.2f}",
@@ -107,7 +107,7 @@ def main(cache: Path | None) -> None:
             "python": platform.python_version(),
         },
     }
-    model = Model(
+    model = DamageModel(
         intercept,
         tuple(float(weight) for weight in weights),
         new_family(off),
@@ -136,7 +136,7 @@ def _measured(name: str, texts: list, cache: Path | None) -> Measured:
         recipes[0].blocks, {path: bank.donor(path)}
     )
     atlas = analyze(donor)
-    states = states_of([align(atlas, atlas, shown=states_on_sampled({path: model}))])
+    states = states_of([align(atlas, atlas, states=states_on_sampled({path: model}))])
     drawn = damage_on_sampled(recipes, {path: donor}, {path: model})
     return Measured(
         features([recipe.blocks for recipe in recipes], states), damage, drawn, donor.fingerprint

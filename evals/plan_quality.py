@@ -85,7 +85,7 @@ def main(
     trial = Bank(excerpts(read, characters, characters), names, cache, context=context)
     donors = {name: judge.checkpoints[name].blocks for name in names}
     shown = states_on_sampled({name: judge.bench.load(name)[1] for name in judge.names})
-    alignment = align(*(analyze(judge.checkpoints[name]) for name in names), shown=shown)
+    alignment = align(*(analyze(judge.checkpoints[name]) for name in names), states=shown)
     plans = [entry.recipe for entry in plan([alignment], Constraints(depth), top=EVALUATIONS)]
     drawn = _best_on_drawn(judge, plans)
     stream = judge.checkpoints[donor_a].architecture.stream

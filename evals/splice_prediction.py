@@ -147,7 +147,7 @@ def _predictions(bank: Bank, atlases: list, recipes: list[Recipe]) -> dict[str, 
     models = {name: bank.bench.load(name)[1] for name in bank.names}
     found, seamed = {}, np.array([bool(recipe.seams) for recipe in recipes])
     for kind, shown in (("predicted", states_on_sampled(models)), ("from_probes", None)):
-        states = states_of([align(*atlases, shown=shown)])
+        states = states_of([align(*atlases, states=shown)])
         found[kind] = (
             default_model().damage(features([recipe.blocks for recipe in recipes], states)) * seamed
         )

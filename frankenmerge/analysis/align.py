@@ -1,6 +1,11 @@
-"""From two atlases to their alignment. Every score is a table entry: a function of two atlases that returns a `Score`."""
+"""From two atlases to their alignment.
+
+Every score of `artefacts.scores` is one entry of `FUNCTIONS`: a function of two atlases that
+returns a `Score`.
+"""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +20,9 @@ from frankenmerge.artefacts.atlas import Atlas
 from frankenmerge.artefacts.token_overlap import token_agreement
 from frankenmerge.errors import Fault, raise_all
 
+INPUT_METHODS = ("greedy", "gradient")
+"""Searches whose inputs an atlas may lack; their scores are computed on request."""
+
 
 def align(
     a: Atlas,
@@ -22,33 +30,32 @@ def align(
     *,
     context: str = "plain",
     method: str = "complete",
-    shown: Mapping[str, np.ndarray] | None = None,
+    states: Mapping[str, np.ndarray] | None = None,
 ) -> Alignment:
-    """Score how A after `i` blocks and B after `j` agree, for every `i` and `j`.
+    """Score the agreement of A after `i` blocks with B after `j`, for every `i` and `j`.
 
     Args:
         a: one donor's atlas.
-        b: another's, with the same vocabulary and the same probes; its width may differ, then the
-            indices that both have are compared.
+        b: another donor's atlas, with the same vocabulary and the same probes. If its width
+            differs, the neurons with an index below both widths are compared.
         context: which complete search to compare, `plain` or `bos`.
-        shown: both donors' states `[l+1, n, d]` by name on inputs of their own, such as
-            `drawing.states_on_sampled` gives, to predict from in the place of the states on random
-            probes.
         method: `greedy` or `gradient` adds the score of that name, over the neurons for which both
-            atlases hold such inputs.
+            atlases have such inputs.
+        states: both donors' states `[l+1, n, d]` by name, such as `sampling.states_on_sampled`
+            returns them: predictions use these instead of the states on random probes.
 
     Raises:
-        FrankenmergeError: for atlases that cannot be compared.
+        FrankenmergeError: if the atlases cannot be compared.
     """
     check_comparable(a, b, context)
     if method != "complete":
         raise_all(_input_faults(a, b, method))
     width = min(a.width, b.width)
-    scores = {name: score(a, b, context, width) for name, score in sorted(SCORES.items())}
-    if method != "complete":
-        scores[method] = input_agreement(a, b, method, width)
-    states = [
-        shown[atlas.donor][:, :, :width] if shown else geometry.states_of(atlas, width)
+    names = [name for name in sorted(FUNCTIONS) if name not in INPUT_METHODS]
+    names += [] if method == "complete" else [method]
+    scores = {name: FUNCTIONS[name](a, b, context, width) for name in names}
+    compared = [
+        states[atlas.donor][:, :, :width] if states else geometry.states_of(atlas, width)
         for atlas in (a, b)
     ]
     return Alignment(
@@ -62,13 +69,13 @@ def align(
             "frankenmerge": frankenmerge.__version__,
             "context": context,
             "method": method,
-            "searched": None if method == "complete" else _told(a, b, method),
+            "searched": None if method == "complete" else _searched(a, b, method),
             "shared_neurons": width,
             "null_seed": 0,
-            "predicted_from": "drawn tokens" if shown else "random probes",
+            "predicted_from": "drawn tokens" if states else "random probes",
             "atlases": [a.provenance, b.provenance],
         },
-        gram=geometry.gram(*states),
+        gram=geometry.gram(*compared),
         rotated_gram=rotated_gram(a, b),
     )
 
@@ -82,11 +89,16 @@ def _with_interval(score: Score) -> Score:
 
 
 def check_comparable(a: Atlas, b: Atlas, context: str = "plain") -> None:
-    """Raise FrankenmergeError, with every fault, for atlases of different vocabularies or probes, or without the context."""
+    """Check that two atlases can be compared.
+
+    Raises:
+        FrankenmergeError: with every fault, if they differ in vocabulary or probes, or lack the
+            context.
+    """
     place = f"{a.donor} | {b.donor}"
     faults = []
     if a.vocabulary != b.vocabulary:
-        found = f"{len(a.vocabulary)} and {len(b.vocabulary)} tokens, or other texts for them"
+        found = f"{len(a.vocabulary)} and {len(b.vocabulary)} tokens, or different texts for them"
         faults.append(
             Fault(
                 place,
@@ -101,7 +113,7 @@ def check_comparable(a: Atlas, b: Atlas, context: str = "plain") -> None:
                 place,
                 "atlases made with the same probes",
                 "different probes",
-                "analyze both again with one version",
+                "analyze both again with the same version",
             )
         )
     for atlas in (a, b):
@@ -119,10 +131,13 @@ def check_comparable(a: Atlas, b: Atlas, context: str = "plain") -> None:
 
 
 def missing_inputs(atlas: Atlas, method: str) -> list[Fault]:
-    """Tell, as a fault, that an atlas does not hold the inputs of a method."""
+    """The fault of an atlas without the inputs of a method; empty if it has them."""
     if method in atlas.inputs:
         return []
-    remedy = f"frankenmerge analyze DONOR --method {method} -o NAME.atlas.safetensors, or give the donor itself"
+    remedy = (
+        f"run frankenmerge analyze DONOR --method {method} -o NAME.atlas.safetensors, "
+        "or name the donor itself"
+    )
     return [
         Fault(
             atlas.donor,
@@ -146,7 +161,7 @@ def _input_faults(a: Atlas, b: Atlas, method: str) -> list[Fault]:
         faults.append(
             Fault(
                 place,
-                "inputs of one length",
+                "inputs of the same length",
                 f"{one.tokens.shape[2]} and {other.tokens.shape[2]} tokens",
                 remedy,
             )
@@ -163,13 +178,13 @@ def _input_faults(a: Atlas, b: Atlas, method: str) -> list[Fault]:
     return faults
 
 
-def _told(a: Atlas, b: Atlas, method: str) -> dict[str, Any]:
+def _searched(a: Atlas, b: Atlas, method: str) -> dict[str, Any]:
     neurons = np.intersect1d(a.inputs[method].neurons, b.inputs[method].neurons)
     return {"neurons": neurons.tolist(), "tokens": a.inputs[method].tokens.shape[2]}
 
 
-def input_agreement(a: Atlas, b: Atlas, method: str, width: int) -> Score:
-    """Share of the searched neurons' positions with the same token; the detail of other neurons is not a number."""
+def input_agreement(a: Atlas, b: Atlas, context: str, width: int, *, method: str) -> Score:
+    """Share of the searched neurons' positions with the same token; NaN for other neurons."""
     one, other = a.inputs[method], b.inputs[method]
     neurons, rows_a, rows_b = np.intersect1d(one.neurons, other.neurons, return_indices=True)
     score = _agreement(one.tokens[:, rows_a], other.tokens[:, rows_b], len(a.vocabulary))
@@ -179,7 +194,7 @@ def input_agreement(a: Atlas, b: Atlas, method: str, width: int) -> Score:
 
 
 def argmax_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """Share of neurons whose most exciting token is the same."""
+    """Share of neurons whose top-activating token is the same."""
     return _agreement(
         a.top[context].tokens[:, :width, :1],
         b.top[context].tokens[:, :width, :1],
@@ -188,17 +203,21 @@ def argmax_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 
 
 def _agreement(a: np.ndarray, b: np.ndarray, vocabulary: int) -> Score:
-    """Of tokens `[l_a, m, n]` and `[l_b, m, n]`. Both nulls are exact: whatever they are, relabelled tokens meet one time in `v`."""
-    found = token_agreement(a, b)
+    """The agreement of tokens `[l_a, m, n]` with `[l_b, m, n]`.
+
+    Both nulls are exact: a token and one under a random relabelling of the vocabulary are the same
+    with probability `1 / v`.
+    """
+    agreement = token_agreement(a, b)
     nulls = {
-        "permuted_probes": np.full_like(found.permuted, 1 / vocabulary),
-        "permuted_neurons": found.permuted,
+        "permuted_probes": np.full_like(agreement.permuted, 1 / vocabulary),
+        "permuted_neurons": agreement.permuted,
     }
-    return Score(found.matrix, nulls, found.detail.astype(np.float16))
+    return Score(agreement.matrix, nulls, agreement.detail.astype(np.float16))
 
 
 def top_jaccard(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """Mean over neurons of `|A & B| / |A | B|`, A and B the sets of the k most exciting tokens."""
+    """Mean over neurons of `|A & B| / |A | B|`, A and B the sets of the top k tokens."""
     k = min(a.top[context].tokens.shape[2], b.top[context].tokens.shape[2])
     tokens_a, tokens_b = a.top[context].tokens[:, :width, :k], b.top[context].tokens[:, :width, :k]
     detail = jaccard(tokens_a, tokens_b)
@@ -223,7 +242,10 @@ def top_jaccard(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Jaccard index of token sets `[l_a, d, k]` and `[l_b, d, k]`, as `[l_a, l_b, d]` float32; no token stands twice in a set."""
+    """Jaccard index `[l_a, l_b, d]`, float32, of token sets `[l_a, d, k]` and `[l_b, d, k]`.
+
+    The tokens of a set are distinct.
+    """
     k = a.shape[2]
     result = np.empty((len(a), len(b), a.shape[1]), dtype=np.float32)
     for i, tokens_a in enumerate(a):
@@ -236,10 +258,11 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def probe_correlation(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """Mean over neurons of the correlation, over probes, of A's neuron with B's neuron of the same index.
+    """Mean over neurons of the correlation (Pearson) over probes of A's and B's same neuron.
 
-    The residual law is what the residual stream gives for nothing: where one state is the other
-    plus independent writes, `corr = sqrt(var_i / var_j)`, the smaller variance above the larger.
+    The residual law is the correlation that the residual stream alone produces: if one state is the
+    other plus independent writes, `corr = sqrt(var_i / var_j)`, the smaller variance over the
+    larger.
     """
     (standard_a, variance_a), (standard_b, variance_b) = (
         _standardised(_activations(atlas, width)) for atlas in (a, b)
@@ -251,7 +274,7 @@ def probe_correlation(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 
 
 def rank_correlation(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """The same of the activations' ranks among the probes (Spearman's): a few large activations count no more than others."""
+    """Spearman's correlation instead: large activations have no more weight than others."""
     ranked = (rankdata(_activations(atlas, width), axis=1).astype(np.float32) for atlas in (a, b))
     return _correlation_score(*(_standardised(ranks)[0] for ranks in ranked), {})
 
@@ -277,11 +300,14 @@ def _activations(atlas: Atlas, width: int) -> np.ndarray:
 
 
 def _standardised(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """States `[l+1, n, d]` as `[d, l+1, n]` of mean 0 and length 1 over the probes (0 where constant), and variances `[l+1, d]`."""
+    """States `[l+1, n, d]` as `[d, l+1, n]`, and their variances `[l+1, d]`.
+
+    Over the probes, the mean is 0 and the norm 1, or 0 for a constant.
+    """
     largest = np.abs(states).max(axis=1)
     states = states - states.mean(axis=1, keepdims=True, dtype=np.float64)
     variance = (states**2).mean(axis=1)
-    variance[variance <= (1e-6 * largest) ** 2] = 0  # what a mean in float32 leaves of a constant
+    variance[variance <= (1e-6 * largest) ** 2] = 0  # rounding errors of a constant
     length = np.sqrt(variance * states.shape[1])[:, None]
     states = np.divide(states, length, out=np.zeros_like(states), where=length > 0)
     return np.ascontiguousarray(states.transpose(2, 0, 1)), variance
@@ -296,7 +322,7 @@ def _matrix(detail: np.ndarray) -> np.ndarray:
     return detail.mean(axis=2, dtype=np.float64).astype(np.float32)
 
 
-SCORES: dict[str, Callable[[Atlas, Atlas, str, int], Score]] = {
+FUNCTIONS: dict[str, Callable[[Atlas, Atlas, str, int], Score]] = {
     "argmax": argmax_agreement,
     "jaccard": top_jaccard,
     "correlation": probe_correlation,
@@ -310,4 +336,8 @@ SCORES: dict[str, Callable[[Atlas, Atlas, str, int], Score]] = {
     "distance": geometry.distance,
     "relative_depth": geometry.relative_depth,
     "gauge": gauge_agreement,
+    **{method: partial(input_agreement, method=method) for method in INPUT_METHODS},
 }
+"""From two atlases, the context and the number of shared neurons to a score; words for each are in
+`artefacts.scores.SCORES`.
+"""

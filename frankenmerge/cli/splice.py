@@ -113,7 +113,7 @@ def align(
         *atlases,
         context="bos" if bos else "plain",
         method=method,
-        shown=_shown(models) if drawn else None,
+        states=_shown(models) if drawn else None,
     )
     if exchange:
         alignment = replace(alignment, exchange=_exchanged(alignment, models))
@@ -211,8 +211,8 @@ def _exchange_tables(alignment) -> list[tuple[str, Any]]:
 
 def _loaded(names: tuple[str, str], how: RunOptions) -> dict:
     """The donors in memory, by name."""
-    from frankenmerge.artefacts.recipe import open_donor
-    from frankenmerge.models.loading import load_model
+    from frankenmerge.models.loading import Placement, load_model
+    from frankenmerge.splicing.opening import open_donor
 
     raise_all(
         Fault(
@@ -228,7 +228,7 @@ def _loaded(names: tuple[str, str], how: RunOptions) -> dict:
         open_donor(name, download=how.download, allow_pickle=how.allow_pickle)
         for name in dict.fromkeys(names)
     ]
-    return {donor.name: load_model(donor, dtype=how.dtype, device=how.device) for donor in donors}
+    return {donor.name: load_model(donor, Placement(how.dtype, how.device)) for donor in donors}
 
 
 def _shown(models: dict) -> dict:
@@ -320,7 +320,7 @@ def _checked(path: Path, download: bool, allow_pickle: bool) -> list:
     """The sound stages of a recipe file, the result last."""
     from tempfile import TemporaryDirectory
 
-    from frankenmerge.artefacts.recipe import load_recipes
+    from frankenmerge.artefacts.recipe_file import load_recipes
     from frankenmerge.splicing.stages import checked
 
     with TemporaryDirectory() as scratch:
@@ -530,8 +530,8 @@ def widen(
     It computes what it did: whatever WIDE has more of is zeros. A gauge can then rotation either into
     the other's basis.
     """
-    from frankenmerge.artefacts.recipe import open_donor
     from frankenmerge.merging.widen import widen as widened
+    from frankenmerge.splicing.opening import open_donor
 
     donor, other = (
         open_donor(name, download=download, allow_pickle=allow_pickle) for name in (narrow, wide)

@@ -11,7 +11,7 @@ import torch
 from conftest import changed, write_donor, write_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from frankenmerge.analysis.align import SCORES, align, jaccard
+from frankenmerge.analysis.align import FUNCTIONS, INPUT_METHODS, align, jaccard
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.analysis.geometry import BLIND
 from frankenmerge.artefacts.alignment import load_alignment
@@ -107,7 +107,7 @@ def test_a_neuron_that_never_changes_correlates_with_none(atlases, still, value)
     assert np.isfinite(score.matrix).all() and np.isfinite(score.nulls["residual_law"]).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(SCORES) - {"distance"}))
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"distance", *INPUT_METHODS}))
 @pytest.mark.parametrize("donor", ["a", "b", "deep"])
 def test_a_donor_agrees_wholly_with_itself(atlases, donor, name):
     score = align(atlases[donor], atlases[donor]).scores[name]
@@ -143,7 +143,7 @@ def test_aligning_twice_gives_the_same(atlases):
 
 def test_every_score_stands_beside_its_nulls_and_an_interval(pair):
     alignment = align(*pair)
-    assert set(alignment.scores) == set(SCORES)
+    assert set(alignment.scores) == set(FUNCTIONS) - set(INPUT_METHODS)
     for name, score in alignment.scores.items():
         assert {"permuted_neurons"} <= set(score.nulls) or name in BLIND
         assert {"permuted_probes"} <= set(score.nulls) or name in {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import write_donor
 
-from frankenmerge.analysis.align import SCORES, align
+from frankenmerge.analysis.align import FUNCTIONS, INPUT_METHODS, align
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
@@ -150,7 +150,7 @@ def test_the_score_compares_the_neurons_that_both_have_searched(atlases, method)
     )
     assert np.isnan(score.detail[:, :, [n for n in range(16) if n not in (2, 4, 9)]]).all()
     assert alignment.provenance["searched"] == {"neurons": [2, 4, 9], "tokens": 3}
-    assert set(alignment.scores) == {*SCORES, method}
+    assert set(alignment.scores) == {*FUNCTIONS} - {*INPUT_METHODS} | {method}
     assert method not in align(a, b).scores
 
 
@@ -170,7 +170,7 @@ def test_relabelled_tokens_meet_one_time_in_v():
     ("neurons", "tokens", "words"),
     [
         ([7, 8, 9], 3, "at least two neurons"),
-        ([1, 2, 3], 2, "inputs of one length"),
+        ([1, 2, 3], 2, "inputs of the same length"),
         ([1, 8, 9], 3, "at least two neurons"),
     ],
 )
