@@ -36,7 +36,7 @@ clean: ## Remove what the other targets left, but .venv
 	rm -rf demo-run build dist .pytest_cache .ruff_cache .hypothesis
 	find frankenmerge evals tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml setup.py constraints.txt frankenmerge/splicing/methods/_native.c
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard frankenmerge/splicing/methods/_native*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version}; set another: make PYTHON=python3.12")'
 	@echo "Setting up .venv with the versions in constraints.txt; this is done once."
 	$(PYTHON) -m venv .venv

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor
 
 from frankenmerge.splicing.methods import Value, fusion, span, sparse, torch_span, torch_sparse
-from frankenmerge.splicing.methods.inputs import BLOCK, Inputs, Operand, ChunkRule, inputs_of
+from frankenmerge.splicing.methods.inputs import BLOCK, ChunkRule, Inputs, Operand, inputs_of
 
 RULES: dict[str, Callable[[Inputs], ChunkRule]] = {
     **{

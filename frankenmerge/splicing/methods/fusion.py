@@ -6,7 +6,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from frankenmerge.splicing.methods.inputs import Inputs, ChunkRule, precise_sum
+from frankenmerge.splicing.methods.inputs import ChunkRule, Inputs, precise_sum
 from frankenmerge.splicing.methods.select import boundaries, kth_largest
 from frankenmerge.splicing.methods.torch_select import before, magnitudes, order_of
 from frankenmerge.splicing.methods.torch_sparse import agreed, total_of

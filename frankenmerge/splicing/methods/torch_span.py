@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frankenmerge.splicing.methods.inputs import Inputs, ChunkRule
+from frankenmerge.splicing.methods.inputs import ChunkRule, Inputs
 from frankenmerge.splicing.methods.span import Coefficients, Combination, grams, pairs, solved
 from frankenmerge.splicing.methods.sums import LANES, Array
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from frankenmerge.splicing.methods.inputs import Inputs, ChunkRule, one_nan
+from frankenmerge.splicing.methods.inputs import ChunkRule, Inputs, one_nan
 from frankenmerge.splicing.methods.noise import words
 from frankenmerge.splicing.methods.select import boundaries
 from frankenmerge.splicing.methods.sparse import Chance, Keep, Ranks, RowOdds, Thinned, coefficients

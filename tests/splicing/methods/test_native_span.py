@@ -395,7 +395,7 @@ def test_sums_that_do_not_fit_are_refused():
 
 def test_a_result_that_lies_in_an_input_is_refused():
     shared = bytearray(16)
-    with pytest.raises(ValueError, match="overlaps"):
+    with pytest.raises(ValueError, match="must not overlap an input"):
         extension.combine(
             [(memoryview(shared)[:8], "F32")], [1.0], False, memoryview(shared)[4:12], "F32"
         )
