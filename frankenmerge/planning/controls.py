@@ -1,4 +1,4 @@
-"""Recipes that people write without scores: what a plan has to beat."""
+"""Recipes that people write without scores: the baselines for a plan."""
 
 from collections.abc import Mapping
 
@@ -7,11 +7,11 @@ import numpy as np
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 
 GOLIATH_SLICE = 1 / 5
-"""Goliath-120b takes runs of 16 of its donors' 80 blocks."""
+"""Goliath-120b has runs of 16 of its donors' 80 blocks."""
 
 
 def naive_interleave(donors: Mapping[str, int], depth: int) -> Recipe:
-    """Change donor at every block, each block from the same relative depth as its place in the result."""
+    """Change the donor at every block, with each block from its relative depth in the result."""
     names = list(donors)
     blocks = []
     for position in range(depth):
@@ -21,10 +21,10 @@ def naive_interleave(donors: Mapping[str, int], depth: int) -> Recipe:
 
 
 def goliath(donors: Mapping[str, int], depth: int) -> Recipe:
-    """Goliath's pattern scaled to the depth: overlapping runs, donors in turn, starts evenly spread.
+    """Goliath's pattern scaled to `depth`: overlapping runs of alternating donors, evenly spaced.
 
-    `donors` maps names to their blocks; the runs' lengths differ by one at most, so that they add
-    up to `depth`.
+    `donors` maps names to numbers of blocks; the runs' lengths differ by at most one and sum to
+    `depth`.
     """
     names = list(donors)
     runs = max(
@@ -42,9 +42,10 @@ def goliath(donors: Mapping[str, int], depth: int) -> Recipe:
 
 
 def solar(donors: Mapping[str, int], depth: int) -> Recipe:
-    """SOLAR's depth up-scaling (arXiv:2312.15166): the first donor without its end, then the second without its beginning.
+    """SOLAR's depth up-scaling (arXiv:2312.15166).
 
-    `donors` maps one or two names to their blocks.
+    The first donor without its last blocks, then the second without its first ones. `donors` maps
+    one or two names to numbers of blocks.
     """
     first, last = (list(donors) * 2)[:2]
     taken = (depth + 1) // 2
@@ -58,7 +59,7 @@ def solar(donors: Mapping[str, int], depth: int) -> Recipe:
 
 
 def uniform_repetition(donors: Mapping[str, int], depth: int) -> Recipe:
-    """The first donor alone, its blocks repeated or left out evenly."""
+    """Only the first donor, with its blocks repeated or left out evenly."""
     name = next(iter(donors))
     return recipe_of([Block(name, position * donors[name] // depth) for position in range(depth)])
 
@@ -66,14 +67,18 @@ def uniform_repetition(donors: Mapping[str, int], depth: int) -> Recipe:
 def random_recipe(
     donors: Mapping[str, int], depth: int, seed: int, *, max_seams: int = 4, min_slice: int = 2
 ) -> Recipe:
-    """Draw a recipe under a planner's usual constraints: it begins and ends as a donor does, and none of several follows itself.
+    """Sample a recipe under a planner's usual constraints.
 
-    `donors` maps names to their blocks; `depth` must be within what they can give.
+    It begins with a donor's first block and ends with a donor's last one, and no donor of several
+    follows itself. `donors` maps names to numbers of blocks.
+
+    Raises:
+        ValueError: if there is no recipe of `depth` blocks.
     """
     generator = np.random.default_rng(seed)
     names = list(donors)
     if not 2 * min_slice <= depth <= (max_seams + 1) // 2 * sum(sorted(donors.values())[-2:]):
-        raise ValueError(f"no recipe of {depth} blocks can be drawn from {dict(donors)}")
+        raise ValueError(f"no recipe of {depth} blocks exists for {dict(donors)}")
     while True:
         count = int(generator.integers(1, max_seams + 1)) + 1
         lengths = (
@@ -98,11 +103,11 @@ def random_recipe(
             for length, size in zip(lengths, sizes, strict=True)
         ]
         starts[0], starts[-1] = 0, sizes[-1] - int(lengths[-1])
-        pieces = zip(order, starts, lengths, strict=True)
+        slices = zip(order, starts, lengths, strict=True)
         return recipe_of(
             [
                 Block(names[donor], start + index)
-                for donor, start, length in pieces
+                for donor, start, length in slices
                 for index in range(int(length))
             ]
         )

@@ -1,4 +1,4 @@
-"""Blocks that are gone through again, damped: what they write is scaled down, as makers of tall models do by hand."""
+"""Damping: the outputs of repeated blocks are scaled down, as authors of deep merges do by hand."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,15 +7,15 @@ from typing import NamedTuple
 from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_schema import Slice, Source
-from frankenmerge.planning.plan import between
+from frankenmerge.planning.plan import by_direction
 
 
 class Damping(NamedTuple):
     """One way to damp a recipe."""
 
     name: str
-    """`1/n` and `1/sqrt(n)`, for all `n` passes of a block alike; `norms`, for all but the first
-    pass.
+    """`1/n` and `1/sqrt(n)`, the same for all `n` passes of a block; `norms`, for all passes but the
+    first.
     """
     recipe: Recipe
 
@@ -23,16 +23,16 @@ class Damping(NamedTuple):
 def dampings(
     recipe: Recipe, alignments: Sequence[Alignment], writes: Sequence[str]
 ) -> list[Damping]:
-    """Return the recipe damped in three ways; none where no block is gone through again.
+    """Return the recipe damped in three ways; an empty list if no block is repeated.
 
-    `norms` scales what a block writes by the ratio of norms at the seam where it is entered again:
-    the stream is that much longer there than at home, or shorter, so that the block's write keeps
-    its part of the whole.
+    `norms` scales a block's output by the ratio of norms at the seam before its slice: the norm of
+    the stream there over that in the block's own donor, so that the relative size of the output
+    stays the same.
 
     Args:
-        recipe: a plain one.
+        recipe: a recipe of plain slices.
         alignments: of its donors, for their measured norms.
-        writes: what a block writes to the residual stream by, as parts of tensor names:
+        writes: the maps by which a block writes to the residual stream, as parts of tensor names:
             `self_attn.o_proj`, `mlp.down_proj`.
     """
     passes = Counter(block.index for block in recipe.blocks)
@@ -54,7 +54,10 @@ def dampings(
 
 
 def damped(recipe: Recipe, factors: Sequence[float], writes: Sequence[str]) -> Recipe:
-    """Scale what every block writes by its factor: slices of blocks with one factor, in mergekit's terms."""
+    """Scale the output of every block by its factor.
+
+    Each slice of the result has blocks of one factor, written as mergekit's parameter `scale`.
+    """
     runs: list[tuple[str, int, int, float]] = []
     for block, factor in zip(recipe.blocks, (round(factor, 4) for factor in factors), strict=True):
         if (
@@ -79,8 +82,8 @@ def damped(recipe: Recipe, factors: Sequence[float], writes: Sequence[str]) -> R
 
 
 def _ratios(recipe: Recipe, alignments: Sequence[Alignment]) -> Iterator[float]:
-    """For every block, the ratio of norms at the seam where its slice is entered; 1 in the first slice."""
-    directed: Mapping[tuple[str, str], Alignment] = between(alignments)
+    """For every block, the ratio of norms at the seam before its slice; 1 in the first slice."""
+    directed: Mapping[tuple[str, str], Alignment] = by_direction(alignments)
     seams, ratio = {(seam.after, seam.before) for seam in recipe.seams}, 1.0
     for number, block in enumerate(recipe.blocks):
         before = recipe.blocks[number - 1]

@@ -1,17 +1,17 @@
-"""The evidence file of plans, from the plans, their constraints and the model that predicted them."""
+"""The evidence file of plans: the plans, their constraints and the model of their damage."""
 
 from collections.abc import Sequence
 
 from frankenmerge.artefacts.evidence import ConstraintsRecord, Evidence, PredictionModelRecord
 from frankenmerge.planning.plan import Plan
-from frankenmerge.planning.prediction import Model
+from frankenmerge.planning.prediction import DamageModel
 from frankenmerge.planning.search import Constraints
 
 
 def evidence_of(
     plans: Sequence[Plan],
     constraints: Constraints,
-    model: Model,
+    model: DamageModel,
     keys: Sequence[str | None] | None = None,
 ) -> Evidence:
     """Return the evidence for plans.

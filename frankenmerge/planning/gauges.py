@@ -1,4 +1,4 @@
-"""Plans for donors that share no basis: which pairs need a gauge, what their seams are judged by, and the gauges of a recipe."""
+"""Plans for donors without a common basis: which pairs need a gauge, and the gauges of a recipe."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,15 +11,15 @@ from frankenmerge.artefacts.recipe_schema import Gauge
 
 Pair = frozenset[str]
 ABOVE = 2.0
-"""How many times its null a score has to be to count as more than chance."""
+"""A score above this multiple of its null is more than chance."""
 
 
 def needs_gauge(alignment: Alignment) -> bool:
-    """Whether the donors' tokens agree no better than by chance, but their states do once they are rotated.
+    """Whether the donors' tokens agree at chance level, but their states agree once rotated.
 
-    Judged by the mean over states of the same relative depth, behind the first block and on:
-    embeddings of two trainings may have no rotation in common where all that follows has one. Donors of
-    different widths cannot be rotated.
+    This compares means over states of the same relative depth, from the first block's output on:
+    the embeddings of two trainings may have no common rotation even if all later states have one.
+    Donors of different widths cannot be rotated.
     """
     if (
         alignment.rotated_gram is None
@@ -32,32 +32,37 @@ def needs_gauge(alignment: Alignment) -> bool:
 
     def above(name: str, null: str) -> bool:
         score = alignment.scores[name]
-        found, chance = (
+        value, chance = (
             np.mean([matrix[depth] for depth in depths])
             for matrix in (score.matrix, score.nulls[null])
         )
-        return bool(found > ABOVE * chance)
+        return bool(value > ABOVE * chance)
 
     return not above("jaccard", "permuted_neurons") and above("gauge", "permuted_probes")
 
 
-def judged(alignments: Sequence[Alignment]) -> tuple[list[Alignment], frozenset[Pair]]:
-    """The alignments with the inner products that seams are to be judged by, and the pairs of donors that need a gauge."""
+def rotated_where_needed(
+    alignments: Sequence[Alignment],
+) -> tuple[list[Alignment], frozenset[Pair]]:
+    """The alignments for the prediction of damage, and the pairs of donors that need a gauge.
+
+    An alignment of such a pair has the inner products after rotation.
+    """
     chosen = [needs_gauge(alignment) for alignment in alignments]
-    given = [
+    rotated = [
         replace(each, gram=each.rotated_gram) if gauge else each
         for each, gauge in zip(alignments, chosen, strict=True)
     ]
-    return given, frozenset(
+    return rotated, frozenset(
         frozenset(each.donors) for each, gauge in zip(alignments, chosen, strict=True) if gauge
     )
 
 
 def with_gauges(recipe: Recipe, gauged: Iterable[Pair]) -> Recipe:
-    """The recipe with a gauge for every slice that is in another basis than the first one's donor.
+    """The recipe with a gauge for every slice in a basis other than that of the first donor.
 
-    Where the slice before is in that basis as it is, its stream is what is fitted to; elsewhere it
-    is the first donor's.
+    The rotation is fitted to the stream of the previous slice if that slice is not rotated itself;
+    otherwise to the first donor's stream.
     """
     pairs, base = set(gauged), recipe.base
     parts, before = [], None

@@ -1,98 +1,53 @@
-"""From alignments to plans: the recipes predicted to do the least damage, each with the evidence for every seam."""
+"""From alignments to plans: the recipes with the least predicted damage, and their evidence."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from frankenmerge.artefacts.alignment import Alignment
-from frankenmerge.artefacts.evidence import NeuronRecord, PlanRecord, SeamBlockRecord, SeamRecord
+from frankenmerge.artefacts.evidence import PlanRecord
 from frankenmerge.artefacts.recipe import Block, Recipe, Seam, recipe_of
 from frankenmerge.errors import Fault, fail, raise_all
-from frankenmerge.planning.gauges import Pair, judged, with_gauges
-from frankenmerge.planning.prediction import Model, States, default_model, features, seam_damage
-from frankenmerge.planning.search import Constraints, Path, cheapest_by_depth, cheapest_paths
+from frankenmerge.planning.gauges import Pair, rotated_where_needed, with_gauges
+from frankenmerge.planning.prediction import (
+    DamageModel,
+    States,
+    default_model,
+    features,
+    seam_damage,
+)
+from frankenmerge.planning.seams import SeamEvidence, seam_evidence
+from frankenmerge.planning.search import Constraints, Route, cheapest_by_depth, cheapest_routes
 from frankenmerge.planning.states import states_of
 
-SHOWN = 5
-"""How many agreeing and disagreeing neurons the evidence names."""
 POOL = 256
-"""Recipes of the least summed seam costs that are judged as a whole."""
-DIVERSE = 20_000
-"""Recipes that are looked through for such as differ."""
-
-
-@dataclass(frozen=True)
-class SeamEvidence:
-    """Why a seam costs what it costs."""
-
-    seam: Seam
-    cost: float
-    """Nats per token that a recipe with this seam alone is predicted to lose."""
-    skipped: int
-    """Blocks jumped over; negative when blocks are gone through again."""
-    scores: dict[str, float]
-    nulls: dict[str, dict[str, float]]
-    """Per score, what it would be under each null."""
-    agree: list[dict[str, Any]]
-    """The neurons with the highest score: neuron, its scores, each donor's best tokens, and those
-    that both have.
-
-    A search that left a neuron out gives it no score.
-    """
-    disagree: list[dict[str, Any]]
-    gauged: bool = False
-    """Whether the recipe brings the two donors into one basis."""
-
-    @property
-    def by_chance(self) -> bool:
-        """Whether the donors' tokens agree here at most twice as often as those of unrelated neurons."""
-        return self.scores["jaccard"] <= 2 * self.nulls["jaccard"]["permuted_neurons"]
-
-    def record(self) -> SeamRecord:
-        """The evidence as the plan's file holds it."""
-        after, before = (
-            SeamBlockRecord(model=block.model, block=block.index) for block in self.seam
-        )
-        return SeamRecord(
-            after=after,
-            before=before,
-            cost=self.cost,
-            skipped_blocks=self.skipped,
-            by_chance=self.by_chance,
-            gauged=self.gauged,
-            scores=self.scores,
-            nulls=self.nulls,
-            agree=[NeuronRecord.model_validate(neuron) for neuron in self.agree],
-            disagree=[NeuronRecord.model_validate(neuron) for neuron in self.disagree],
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """The evidence as JSON; block numbers are 0-based, as in the recipe."""
-        return self.record().as_json()
+"""Number of recipes with the smallest sums of seam costs whose total damage is predicted."""
+DIVERSE_POOL = 20_000
+"""Number of recipes that are searched for different ones."""
 
 
 class Plan(NamedTuple):
-    """A recipe and what is predicted of it."""
+    """A recipe and its predicted damage."""
 
     recipe: Recipe
     predicted_damage: float
-    """Nats per token above the donors' own loss, each donor's by its share of the blocks."""
+    """Nats per token above the donors' own losses, weighted by their shares of the blocks."""
     interval: tuple[float, float]
-    """Where nine of ten measured damages are expected around it."""
+    """90 % interval of the measured damage."""
     seams: list[SeamEvidence]
     basis: str = "scores"
-    """What the prediction rests on: `scores`, or `drawn` where the splice was run on tokens that
-    the donors drew.
+    """The basis of the prediction: `scores`, or `drawn` if the splice was run on tokens that the
+    donors generated.
     """
     measured: float | None = None
-    """Damage measured on a text, where the plan was verified on one."""
+    """Damage measured on a text, if the plan was verified on one."""
 
     def record(self, key: str | None = None) -> PlanRecord:
-        """The plan as its file holds it; `key` identifies the recipe with its donors."""
+        """The plan as in its file; `key` identifies the recipe with its donors."""
         return PlanRecord.of(
             recipe=self.recipe.model_dump(exclude_none=True),
             summary=str(self.recipe),
@@ -110,8 +65,8 @@ class Plan(NamedTuple):
         return self.record().as_json()
 
 
-class _Task(NamedTuple):
-    """What plans are made of."""
+class _PlanInputs(NamedTuple):
+    """What plans are computed from."""
 
     names: list[str]
     lengths: list[int]
@@ -119,9 +74,9 @@ class _Task(NamedTuple):
     """By (donor left, donor entered)."""
     states: States
     costs: dict[tuple[int, int], np.ndarray]
-    model: Model
+    model: DamageModel
     gauged: frozenset[Pair]
-    """Pairs of donors that share no basis, but a gauge."""
+    """Pairs of donors that have no common basis, but a rotation into one."""
 
 
 def plan(
@@ -130,94 +85,102 @@ def plan(
     *,
     top: int = 1,
     differ: int = 0,
-    model: Model | None = None,
+    model: DamageModel | None = None,
 ) -> list[Plan]:
-    """Return the `top` recipes that use every donor of the alignments and are predicted to do the least damage, the best first.
+    """Return the recipes of all donors with the least predicted damage, the best first.
 
-    Seams lead from one donor to another wherever an alignment of the two is given, either way;
-    within one donor where its alignment with itself is given. The exact search finds the `POOL`
-    recipes of the least summed costs of seams; those are ranked by the damage that is predicted of
-    each as a whole.
+    A seam can lead from one donor to another, in either direction, if there is an alignment of the
+    two, and within one donor if there is an alignment of the donor with itself. The exact search
+    finds the `POOL` recipes with the smallest sums of seam costs; those are ranked by the predicted
+    damage of each whole recipe.
 
     Args:
         alignments: of pairs of donors, each pair once.
-        constraints: what every recipe keeps to.
+        constraints: what every recipe must satisfy.
         top: how many to return.
-        differ: in how many blocks each must differ from all that are better.
-        model: what predicts; the default that comes with the package.
+        differ: in how many blocks each must differ from all better ones.
+        model: predicts the damage; by default the one in the package.
 
     Raises:
-        FrankenmergeError: when the alignments contradict each other, or no recipe keeps to the
+        FrankenmergeError: if the alignments contradict each other, or if no recipe satisfies the
             constraints.
     """
-    task = _task(alignments, model or default_model())
-    numbered = _numbered(constraints, task)
-    paths = cheapest_paths(
-        task.lengths, task.costs, numbered, most=DIVERSE if differ else max(POOL, top)
+    inputs = _inputs(alignments, model or default_model())
+    numbered = _numbered(constraints, inputs)
+    routes = cheapest_routes(
+        inputs.lengths, inputs.costs, numbered, most=DIVERSE_POOL if differ else max(POOL, top)
     )
-    chosen = list(islice(_different(paths, differ), top) if differ else paths)
+    chosen = list(islice(_different(routes, differ), top) if differ else routes)
     if not chosen:
-        kept = ", ".join(
+        required = ", ".join(
             f"{key.replace('_', '-')} {value}" for key, value in constraints.as_json().items()
         )
         blocks = ", ".join(
-            f"{name} ({count} blocks)" for name, count in zip(task.names, task.lengths, strict=True)
+            f"{name} ({count} blocks)"
+            for name, count in zip(inputs.names, inputs.lengths, strict=True)
         )
         remedy = "ask for another depth, more seams, shorter slices or fewer protected blocks"
         raise fail(
             "plan",
-            f"a recipe of all donors that keeps to {kept}",
-            f"none can be made of {blocks}",
+            f"a recipe of all donors that satisfies {required}",
+            f"none from {blocks}",
             remedy,
         )
-    return _plans(chosen, task, top)
+    return _plans(chosen, inputs, top)
 
 
 def front(
-    alignments: list[Alignment], constraints: Constraints, *, model: Model | None = None
+    alignments: list[Alignment], constraints: Constraints, *, model: DamageModel | None = None
 ) -> list[Plan]:
-    """Return, for every depth up to the one asked for, the plan of the least summed seam costs: depth against damage."""
-    task = _task(alignments, model or default_model())
-    found = cheapest_by_depth(task.lengths, task.costs, _numbered(constraints, task))
+    """Return for every depth up to that of `constraints` the plan with the least sum of seam costs.
+
+    Depths without a plan are omitted.
+    """
+    inputs = _inputs(alignments, model or default_model())
+    routes = cheapest_by_depth(inputs.lengths, inputs.costs, _numbered(constraints, inputs))
     return sorted(
-        _plans(list(found.values()), task, len(found)), key=lambda entry: len(entry.recipe.blocks)
+        _plans(list(routes.values()), inputs, len(routes)),
+        key=lambda entry: len(entry.recipe.blocks),
     )
 
 
 def spread_splices(
-    alignments: list[Alignment], count: int, *, model: Model | None = None
+    alignments: list[Alignment], count: int, *, model: DamageModel | None = None
 ) -> list[Recipe]:
-    """Return `count` splices of one seam, from the least to the most damage predicted: what to measure to calibrate a model by."""
-    task = _task(alignments, model or default_model())
-    found = sorted(
+    """Return `count` splices of one seam, from the least to the most predicted damage.
+
+    Their measured damage calibrates a model.
+    """
+    inputs = _inputs(alignments, model or default_model())
+    splices = sorted(
         (float(cost[i, j]), pair, i, j)
-        for pair, cost in task.costs.items()
+        for pair, cost in inputs.costs.items()
         for i, j in np.ndindex(cost.shape)
         if i and j < cost.shape[1] - 1 and (pair[0] != pair[1] or i != j)
     )
     recipes = []
-    for place in np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int):
-        _, (left, entered), i, j = found[place]
-        after = [Block(task.names[entered], index) for index in range(j, task.lengths[entered])]
-        recipes.append(recipe_of([Block(task.names[left], index) for index in range(i)] + after))
+    for place in np.linspace(0, len(splices) - 1, min(count, len(splices))).round().astype(int):
+        _, (left, entered), i, j = splices[place]
+        after = [Block(inputs.names[entered], index) for index in range(j, inputs.lengths[entered])]
+        recipes.append(recipe_of([Block(inputs.names[left], index) for index in range(i)] + after))
     return recipes
 
 
-def _task(alignments: list[Alignment], model: Model) -> _Task:
+def _inputs(alignments: list[Alignment], model: DamageModel) -> _PlanInputs:
     donors = _donors(alignments)
-    alignments, gauged = judged(alignments)
+    alignments, gauged = rotated_where_needed(alignments)
     names = list(donors)
     directed = {
         (names.index(a), names.index(b)): alignment
-        for (a, b), alignment in between(alignments).items()
+        for (a, b), alignment in by_direction(alignments).items()
     }
     states = states_of(alignments)
     costs = {(a, b): seam_damage(model, states, names[a], names[b]) for a, b in directed}
-    return _Task(names, list(donors.values()), directed, states, costs, model, gauged)
+    return _PlanInputs(names, list(donors.values()), directed, states, costs, model, gauged)
 
 
-def between(alignments: Sequence[Alignment]) -> dict[tuple[str, str], Alignment]:
-    """Alignments by (donor left, donor entered). Raises FrankenmergeError where a pair is given twice."""
+def by_direction(alignments: Sequence[Alignment]) -> dict[tuple[str, str], Alignment]:
+    """Alignments by (donor left, donor entered). Raises FrankenmergeError for a repeated pair."""
     directed = {}
     for alignment in alignments:
         a, b = alignment.donors
@@ -233,8 +196,8 @@ def between(alignments: Sequence[Alignment]) -> dict[tuple[str, str], Alignment]
     return directed
 
 
-def _numbered(constraints: Constraints, task: _Task) -> Constraints:
-    """The constraints with donors as the search numbers them."""
+def _numbered(constraints: Constraints, inputs: _PlanInputs) -> Constraints:
+    """The constraints with numbers in place of the donors' names."""
     named = {
         *(donor for donor, _ in constraints.required | constraints.avoided),
         *constraints.shares,
@@ -242,23 +205,23 @@ def _numbered(constraints: Constraints, task: _Task) -> Constraints:
     raise_all(
         Fault(
             "plan",
-            f"a donor of the alignments: {', '.join(task.names)}",
+            f"a donor of the alignments: {', '.join(inputs.names)}",
             name,
-            "name it as `align` did",
+            "use the name in the alignment",
         )
-        for name in sorted(named - set(task.names))
+        for name in sorted(named - set(inputs.names))
     )
-    number = {name: index for index, name in enumerate(task.names)}
+    number = {name: index for index, name in enumerate(inputs.names)}
     blocks = [(number[donor], block) for donor, block in constraints.required | constraints.avoided]
     raise_all(
         Fault(
             "plan",
-            f"a block of {task.names[donor]}: 0 to {task.lengths[donor] - 1}",
+            f"a block of {inputs.names[donor]}: 0 to {inputs.lengths[donor] - 1}",
             str(block),
             "correct the block",
         )
         for donor, block in blocks
-        if not 0 <= block < task.lengths[donor]
+        if not 0 <= block < inputs.lengths[donor]
     )
     return replace(
         constraints,
@@ -268,36 +231,34 @@ def _numbered(constraints: Constraints, task: _Task) -> Constraints:
     )
 
 
-def _different(paths: Iterator[Path], differ: int) -> Iterator[Path]:
-    """Paths that differ from every earlier one in `differ` blocks or more."""
+def _different(routes: Iterator[Route], differ: int) -> Iterator[Route]:
+    """Routes that differ from all earlier ones in at least `differ` blocks."""
     kept: list[Counter] = []
-    for path in paths:
+    for route in routes:
         blocks = Counter(
-            (piece.donor, block)
-            for piece in path.pieces
-            for block in range(piece.start, piece.stop)
+            (run.donor, block) for run in route.runs for block in range(run.start, run.stop)
         )
         if all((blocks - other).total() >= differ for other in kept):
             kept.append(blocks)
-            yield path
+            yield route
 
 
-def _plans(paths: list[Path], task: _Task, top: int) -> list[Plan]:
-    """Judge whole recipes, and give the `top` of them in the order of what is predicted."""
+def _plans(routes: list[Route], inputs: _PlanInputs, top: int) -> list[Plan]:
+    """Predict the damage of whole recipes, and return the `top` of them, the best first."""
     recipes = [
         recipe_of(
             [
-                Block(task.names[piece.donor], index)
-                for piece in path.pieces
-                for index in range(piece.start, piece.stop)
+                Block(inputs.names[run.donor], index)
+                for run in route.runs
+                for index in range(run.start, run.stop)
             ]
         )
-        for path in paths
+        for route in routes
     ]
-    damage = task.model.damage(features([recipe.blocks for recipe in recipes], task.states))
+    damage = inputs.model.damage(features([recipe.blocks for recipe in recipes], inputs.states))
     damage[[not recipe.seams for recipe in recipes]] = 0.0
     return [
-        _plan_of(recipes[index], paths[index], float(damage[index]), task)
+        _plan_of(recipes[index], routes[index], float(damage[index]), inputs)
         for index in np.argsort(damage, kind="stable")[:top]
     ]
 
@@ -321,67 +282,24 @@ def _donors(alignments: list[Alignment]) -> dict[str, int]:
     return donors
 
 
-def _plan_of(recipe: Recipe, path: Path, damage: float, task: _Task) -> Plan:
+def _plan_of(recipe: Recipe, route: Route, damage: float, inputs: _PlanInputs) -> Plan:
     seams = []
-    for left, entered in zip(path.pieces, path.pieces[1:], strict=False):
+    for left, entered in zip(route.runs, route.runs[1:], strict=False):
         pair = left.donor, entered.donor
         seam = Seam(
-            Block(task.names[left.donor], left.stop - 1),
-            Block(task.names[entered.donor], entered.start),
+            Block(inputs.names[left.donor], left.stop - 1),
+            Block(inputs.names[entered.donor], entered.start),
         )
-        cost = float(task.costs[pair][left.stop, entered.start])
-        evidence = _evidence(seam, task.directed[pair], left.stop, entered.start, cost)
+        cost = float(inputs.costs[pair][left.stop, entered.start])
+        gauged = frozenset(inputs.names[donor] for donor in pair) in inputs.gauged
         seams.append(
-            replace(evidence, gauged=frozenset(task.names[donor] for donor in pair) in task.gauged)
+            seam_evidence(
+                seam, inputs.directed[pair], left.stop, entered.start, cost, gauged=gauged
+            )
         )
     return Plan(
-        with_gauges(recipe, task.gauged),
+        with_gauges(recipe, inputs.gauged),
         damage,
-        task.model.interval(damage) if seams else (0.0, 0.0),
+        inputs.model.interval(damage) if seams else (0.0, 0.0),
         seams,
     )
-
-
-def _evidence(
-    seam: Seam, alignment: Alignment, left: int, entered: int, cost: float
-) -> SeamEvidence:
-    scores = {
-        name: round(float(score.matrix[left, entered]), 4)
-        for name, score in alignment.scores.items()
-    }
-    nulls = {
-        name: {null: round(float(matrix[left, entered]), 4) for null, matrix in score.nulls.items()}
-        for name, score in alignment.scores.items()
-    }
-    detail = {
-        name: score.detail[left, entered].astype(np.float32)
-        for name, score in alignment.scores.items()
-        if score.detail.shape[2]
-    }
-    # Many neurons tie on the tokens; among those the correlation tells which agree most.
-    ranked = np.lexsort((detail["correlation"], detail["jaccard"]))
-
-    def told(neuron: int) -> dict[str, Any]:
-        a, b = (
-            table[block, neuron].tolist()
-            for table, block in zip(alignment.tokens, (left, entered), strict=True)
-        )
-        texts = {"tokens": [a[:4], b[:4]], "shared": [[token for token in a if token in b]]}
-        named = {
-            key: [[alignment.vocabulary[token] for token in part] for part in parts]
-            for key, parts in texts.items()
-        }
-        values = {
-            name: round(float(values[neuron]), 4)
-            for name, values in detail.items()
-            if not np.isnan(values[neuron])
-        }
-        return {
-            "neuron": int(neuron),
-            "scores": values,
-            "tokens": named["tokens"],
-            "shared": named["shared"][0],
-        }
-
-    agree, disagree = [told(n) for n in ranked[::-1][:SHOWN]], [told(n) for n in ranked[:SHOWN]]
-    return SeamEvidence(seam, cost, entered - left, scores, nulls, agree, disagree)

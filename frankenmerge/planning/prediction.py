@@ -174,7 +174,7 @@ def _cached_influence(gram: bytes, first: tuple, blocks: tuple) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Model:
+class DamageModel:
     """A ridge regression of `log(FLOOR + damage)` on `features`; damage in nats per token above the donors."""
 
     intercept: float
@@ -228,7 +228,9 @@ def fitted(
     return float(share @ target - mean @ weights), weights
 
 
-def refined(model: Model, found: np.ndarray, damage: np.ndarray, origin: dict[str, Any]) -> Model:
+def refined(
+    model: DamageModel, found: np.ndarray, damage: np.ndarray, origin: dict[str, Any]
+) -> DamageModel:
     """The model after seeing measured splices of other donors: its logarithm scaled and shifted, no feature weighed anew.
 
     A handful of splices does not tell four weights apart. The spread becomes that of leaving each
@@ -259,10 +261,10 @@ def refined(model: Model, found: np.ndarray, damage: np.ndarray, origin: dict[st
         tuple(float(slope * weight) for weight in model.weights),
         (float(min(low, 0)), float(max(high, 0))),
     )
-    return Model(float(intercept), weights, spread, model.drawn_spread, origin)
+    return DamageModel(float(intercept), weights, spread, model.drawn_spread, origin)
 
 
-def default_model() -> Model:
+def default_model() -> DamageModel:
     """The model that comes with the package, fitted by `evals/fit_planner.py`."""
     told = json.loads(
         files("frankenmerge.planning").joinpath("prediction.json").read_text(encoding="utf-8")
@@ -271,10 +273,10 @@ def default_model() -> Model:
         tuple(told["weights"][name] for name in FEATURES),
         (tuple(told["spread"]), tuple(told["drawn_spread"])),
     )
-    return Model(told["intercept"], weights, *spreads, told["origin"])
+    return DamageModel(told["intercept"], weights, *spreads, told["origin"])
 
 
-def seam_damage(model: Model, states: States, left: str, entered: str) -> np.ndarray:
+def seam_damage(model: DamageModel, states: States, left: str, entered: str) -> np.ndarray:
     """Predicted damage `[l_left+1, l_entered+1]` of the splice whose one seam leaves `left` after `i` blocks and enters block `j`."""
     rows, places = states.blocks[left], states.blocks[entered]
     result, influence = np.zeros((rows + 1, places + 1)), states.influence

@@ -1,8 +1,8 @@
 """The k cheapest ways through the donors' blocks: exact dynamic programming, then best-first enumeration.
 
-A path is a sequence of slices (donor, start, stop) that begins at a donor's block 0 and ends with a
+A route is a sequence of slices (donor, start, stop) that begins at a donor's block 0 and ends with a
 donor's last block. The cost to go is exact, so the enumeration (A*) expands only what belongs to
-one of the k cheapest paths; shares of donors are kept to in the enumeration alone, for which the
+one of the k cheapest routes; shares of donors are kept to in the enumeration alone, for which the
 cost to go is a lower bound, so that it stays exact and takes longer.
 """
 
@@ -62,19 +62,19 @@ class Constraints:
         return {key: value for key, value in told.items() if value not in (None, [], {})}
 
 
-class Piece(NamedTuple):
-    """One slice of a path."""
+class Run(NamedTuple):
+    """One slice of a route."""
 
     donor: int
     start: int
     stop: int
 
 
-class Path(NamedTuple):
+class Route(NamedTuple):
     """One way through the blocks, and the sum of its seams' costs."""
 
     cost: float
-    pieces: tuple[Piece, ...]
+    runs: tuple[Run, ...]
 
 
 class _State(NamedTuple):
@@ -101,31 +101,31 @@ class _Problem(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """Part of a path."""
+    """Part of a route."""
 
     bound: float
-    """The least that a path which begins so can cost."""
+    """The least that a route which begins so can cost."""
     order: int
     cost: float
-    pieces: tuple[Piece, ...]
+    runs: tuple[Run, ...]
     state: _State | None
-    """None when the path is whole."""
+    """None when the route is whole."""
 
 
-def cheapest_paths(
+def cheapest_routes(
     lengths: list[int],
     costs: Mapping[tuple[int, int], np.ndarray],
     constraints: Constraints,
     *,
     most: int | None = None,
-) -> Iterator[Path]:
-    """Give paths that use every donor at least once, the cheapest first.
+) -> Iterator[Route]:
+    """Give routes that use every donor at least once, the cheapest first.
 
     Args:
         lengths: blocks of each donor.
         costs: for (donor left, donor entered) the seam costs `[l_left+1, l_entered+1]`; pairs that
             are absent are not used.
-        constraints: what every path keeps to.
+        constraints: what every route keeps to.
         most: how many are wanted, which spares looking at others; all that there are without it.
 
     Raises:
@@ -138,8 +138,8 @@ def cheapest_paths(
 
 def cheapest_by_depth(
     lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints
-) -> dict[int, Path]:
-    """The cheapest path of every depth up to the one that is asked for, where there is one."""
+) -> dict[int, Route]:
+    """The cheapest route of every depth up to the one that is asked for, where there is one."""
     problem = _problem(lengths, costs, constraints)
     to_go = _cost_to_go(problem)  # of every number of blocks left, so of every depth
     depths = range(1, constraints.depth + 1)
@@ -150,13 +150,13 @@ def cheapest_by_depth(
         )
         for depth in depths
     }
-    return {depth: path for depth, path in first.items() if path}
+    return {depth: route for depth, route in first.items() if route}
 
 
-def _cheapest(problem: _Problem, to_go: np.ndarray, most: int | None) -> Iterator[Path]:
+def _cheapest(problem: _Problem, to_go: np.ndarray, most: int | None) -> Iterator[Route]:
     """The enumeration, best first."""
     lengths, constraints = problem.lengths, problem.constraints
-    # Without shares every node's bound is the cost of a path of its own: beyond the `most` least of
+    # Without shares every node's bound is the cost of a route of its own: beyond the `most` least of
     # them nothing is wanted.
     kept, limit = None if constraints.shares else most, np.inf
     order, steps = count(), count()
@@ -168,7 +168,7 @@ def _cheapest(problem: _Problem, to_go: np.ndarray, most: int | None) -> Iterato
     while heap:
         node = heapq.heappop(heap)
         if node.state is None:
-            yield Path(node.cost, node.pieces)
+            yield Route(node.cost, node.runs)
             continue
         if next(steps) > MOST_STEPS:
             told = ", ".join(
@@ -181,14 +181,14 @@ def _cheapest(problem: _Problem, to_go: np.ndarray, most: int | None) -> Iterato
                 f"none in {MOST_STEPS:,} steps",
                 "widen the shares",
             )
-        for piece, step, rest, follower in _continuations(
+        for run, step, rest, follower in _continuations(
             problem, to_go, node.state, limit - node.cost
         ):
-            pieces = (*node.pieces, piece)
-            if _keeps_shares(problem, pieces, 0 if follower is None else follower.blocks):
+            runs = (*node.runs, run)
+            if _keeps_shares(problem, runs, 0 if follower is None else follower.blocks):
                 heapq.heappush(
                     heap,
-                    _Node(node.cost + step + rest, next(order), node.cost + step, pieces, follower),
+                    _Node(node.cost + step + rest, next(order), node.cost + step, runs, follower),
                 )
         if kept and len(heap) > 4 * kept:
             heap = heapq.nsmallest(kept, heap)  # sorted, and so a heap
@@ -217,19 +217,19 @@ def _problem(
 
 def _continuations(
     problem: _Problem, to_go: np.ndarray, state: _State, limit: float
-) -> Iterator[tuple[Piece, float, float, _State | None]]:
+) -> Iterator[tuple[Run, float, float, _State | None]]:
     """Every slice that may begin at `state`, with its seam's cost, the cheapest rest, and what comes after it; no more than `limit`."""
     length, used = problem.lengths[state.donor], state.used
     for stop in range(state.start + 1, min(length, state.start + state.blocks) + 1):
         if (bit := int(problem.bits[state.donor][stop - 1])) < 0:
             return
         used |= bit
-        piece, left = Piece(state.donor, state.start, stop), state.blocks - (stop - state.start)
+        run, left = Run(state.donor, state.start, stop), state.blocks - (stop - state.start)
         if stop - state.start < problem.constraints.min_slice:
             continue
         if left == 0:
             if stop == length and used == problem.everything:
-                yield piece, 0.0, 0.0, None
+                yield run, 0.0, 0.0, None
             continue
         if state.seams == 0:
             continue
@@ -240,18 +240,18 @@ def _continuations(
             whole = matrix[stop] + rests
             for start in np.flatnonzero(np.isfinite(whole) & (whole <= limit + 1e-12)):
                 yield (
-                    piece,
+                    run,
                     float(matrix[stop, start]),
                     float(rests[start]),
                     _State(left, state.seams - 1, used, entered, int(start)),
                 )
 
 
-def _keeps_shares(problem: _Problem, pieces: tuple[Piece, ...], left: int) -> bool:
+def _keeps_shares(problem: _Problem, runs: tuple[Run, ...], left: int) -> bool:
     """Whether every donor's share can still be kept to when `left` blocks are to come."""
     depth = problem.constraints.depth
     for donor, (low, high) in problem.constraints.shares.items():
-        taken = sum(piece.stop - piece.start for piece in pieces if piece.donor == donor)
+        taken = sum(run.stop - run.start for run in runs if run.donor == donor)
         if taken > high * depth + 1e-9 or taken + left < low * depth - 1e-9:
             return False
     return True

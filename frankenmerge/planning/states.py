@@ -1,4 +1,4 @@
-"""All donors' states together, from alignments of pairs."""
+"""The states of all donors together, from alignments of pairs."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,12 @@ from frankenmerge.planning.prediction import States
 
 
 def states_of(alignments: Sequence[Alignment]) -> States:
-    """Put the donors' inner products together; donors of which no alignment is given are taken to share nothing.
+    """Combine the donors' inner products.
+
+    States of two donors without an alignment are taken as orthogonal.
 
     Raises:
-        FrankenmergeError: for alignments without inner products, made by an earlier version.
+        FrankenmergeError: for alignments of an earlier version, without inner products.
     """
     raise_all(
         Fault(
@@ -44,8 +46,8 @@ def states_of(alignments: Sequence[Alignment]) -> States:
     gram = np.zeros((total, total))
     for name, parts in own.items():
         gram[np.ix_(places[name], places[name])] = np.mean(parts, axis=0)
-    # A donor's states are measured in another unit in every alignment: between two donors the
-    # cosines are what holds.
+    # A donor's states have a different unit in every alignment, so only the cosines between two
+    # donors are comparable.
     size = np.sqrt(gram.diagonal())
     for alignment in alignments:
         (a, b), middle = (places[name] for name in alignment.donors), alignment.blocks[0] + 1

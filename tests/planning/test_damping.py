@@ -7,11 +7,13 @@ from safetensors.torch import load_file
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.artefacts.recipe import Block, open_donors, parse_recipe, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
+from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.loading import load_model, virtual_splice
 from frankenmerge.planning.damping import damped, dampings
+from frankenmerge.splicing.opening import open_donors
 
 BLOCKS = [("a", 0), ("a", 1), ("a", 2), ("b", 1), ("b", 2), ("a", 3)]
 WRITES = {"llama": ("self_attn.o_proj", "mlp.down_proj"), "gpt2": ("attn.c_proj", "mlp.c_proj")}

@@ -7,10 +7,11 @@ from conftest import rotated_donor, write_donor
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.artefacts.recipe import Block, load_recipe, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
+from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.compare import Bench, read_text
-from frankenmerge.planning.gauges import judged, needs_gauge, with_gauges
+from frankenmerge.planning.gauges import needs_gauge, rotated_where_needed, with_gauges
 from frankenmerge.planning.plan import plan
 from frankenmerge.planning.search import Constraints
 from frankenmerge.splicing.rotation import random_rotation
@@ -32,7 +33,7 @@ def atlases(twins):
 def test_twins_in_two_bases_need_a_gauge_and_relatives_in_one_do_not(atlases):
     across, within = align(*atlases), align(atlases[0], atlases[0])
     assert needs_gauge(across) and needs_gauge(across.transposed) and not needs_gauge(within)
-    given, gauged = judged([across, within])
+    given, gauged = rotated_where_needed([across, within])
     assert gauged == {frozenset(across.donors)}
     assert given[0].gram is across.rotated_gram and given[1] is within
 

@@ -11,10 +11,11 @@ import pytest
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.artefacts.alignment import Alignment, Score, load_alignment, save_alignment
-from frankenmerge.artefacts.recipe import Block, load_recipe
+from frankenmerge.artefacts.recipe import Block
+from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.planning.gauges import judged
+from frankenmerge.planning.gauges import rotated_where_needed
 from frankenmerge.planning.plan import front, plan
 from frankenmerge.planning.prediction import FLOOR, default_model, features, seam_damage
 from frankenmerge.planning.search import Constraints
@@ -57,7 +58,7 @@ def invented(names=("x", "y"), blocks=(5, 5), seed=0, **changed: np.ndarray) -> 
 
 
 def directed(given: list[Alignment], after: str, before: str) -> Alignment:
-    """The alignment a seam is judged by, A left and B entered."""
+    """The alignment a seam is rotated_where_needed by, A left and B entered."""
     for alignment in given:
         if alignment.donors == (after, before):
             return alignment
@@ -92,7 +93,7 @@ def case(request, alignments):
 
 def test_predicted_damage_is_the_model_s_of_the_whole_recipe(case):
     given, constraints = case
-    model, states = default_model(), states_of(judged(given)[0])
+    model, states = default_model(), states_of(rotated_where_needed(given)[0])
     plans = plan(given, constraints, top=5)
     assert len(plans) == 5
     for entry in plans:

@@ -8,7 +8,7 @@ from frankenmerge.planning.prediction import (
     FEATURES,
     FLOOR,
     RIDGE,
-    Model,
+    DamageModel,
     States,
     default_model,
     drift,
@@ -159,7 +159,7 @@ def test_the_ridge_regression_minimises_its_objective():
 
 
 def test_calibration_finds_a_scale_and_keeps_the_order():
-    model = Model(-3.0, (1.0, 0.5, 2.0, 1.0), (-1.0, 1.0), (-0.2, 0.2))
+    model = DamageModel(-3.0, (1.0, 0.5, 2.0, 1.0), (-1.0, 1.0), (-0.2, 0.2))
     found = np.random.default_rng(2).random((16, len(FEATURES)))
     damage = 3 * (FLOOR + model.damage(found)) - FLOOR  # three times as much everywhere
     new = refined(model, found, damage, {"texts": ["t"]})

@@ -1,4 +1,4 @@
-"""The search for cheapest paths, held against an enumeration of all of them."""
+"""The search for cheapest routes, held against an enumeration of all of them."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frankenmerge.planning.search import Constraints, Path, Piece, cheapest_paths
+from frankenmerge.planning.search import Constraints, Route, Run, cheapest_routes
 
 
 def respects(
-    pieces: tuple[Piece, ...], lengths: list[int], pairs: set, constraints: Constraints
+    runs: tuple[Run, ...], lengths: list[int], pairs: set, constraints: Constraints
 ) -> bool:
-    """Whether a path keeps to its constraints, told block by block."""
+    """Whether a route keeps to its constraints, told block by block."""
     c = constraints
-    slices = [[(donor, block) for block in range(start, stop)] for donor, start, stop in pieces]
+    slices = [[(donor, block) for block in range(start, stop)] for donor, start, stop in runs]
     blocks = [block for part in slices for block in part]
-    for (donor, start, stop), part in zip(pieces, slices, strict=True):
+    for (donor, start, stop), part in zip(runs, slices, strict=True):
         if not 0 <= start < stop <= lengths[donor] or len(part) < c.min_slice:
             return False
     if len(blocks) != c.depth or len(slices) - 1 > c.max_seams:
@@ -44,35 +44,35 @@ def respects(
 
 def all_paths(
     lengths: list[int], pairs: set, constraints: Constraints
-) -> Iterator[tuple[Piece, ...]]:
+) -> Iterator[tuple[Run, ...]]:
     """Every sequence of slices of the right depth, good or bad, then those that keep to the constraints."""
     every = [
-        Piece(d, start, stop)
+        Run(d, start, stop)
         for d, length in enumerate(lengths)
         for start in range(length)
         for stop in range(start + 1, length + 1)
     ]
 
-    def grown(pieces: tuple[Piece, ...], left: int) -> Iterator[tuple[Piece, ...]]:
+    def grown(runs: tuple[Run, ...], left: int) -> Iterator[tuple[Run, ...]]:
         if left == 0:
-            yield pieces
-        elif len(pieces) <= constraints.max_seams:
-            for piece in every:
-                if piece.stop - piece.start <= left and (
-                    not pieces or (pieces[-1].donor, piece.donor) in pairs
+            yield runs
+        elif len(runs) <= constraints.max_seams:
+            for run in every:
+                if run.stop - run.start <= left and (
+                    not runs or (runs[-1].donor, run.donor) in pairs
                 ):
-                    yield from grown((*pieces, piece), left - (piece.stop - piece.start))
+                    yield from grown((*runs, run), left - (run.stop - run.start))
 
     return (
-        pieces
-        for pieces in grown((), constraints.depth)
-        if respects(pieces, lengths, pairs, constraints)
+        runs
+        for runs in grown((), constraints.depth)
+        if respects(runs, lengths, pairs, constraints)
     )
 
 
-def cost_of(pieces: tuple[Piece, ...], costs: dict) -> float:
+def cost_of(runs: tuple[Run, ...], costs: dict) -> float:
     return sum(
-        costs[a.donor, b.donor][a.stop, b.start] for a, b in zip(pieces, pieces[1:], strict=False)
+        costs[a.donor, b.donor][a.stop, b.start] for a, b in zip(runs, runs[1:], strict=False)
     )
 
 
@@ -112,14 +112,14 @@ def problems(draw):
 def test_all_paths_are_found_the_cheapest_first(problem):
     lengths, costs, constraints = problem
     expected = {
-        pieces: cost_of(pieces, costs) for pieces in all_paths(lengths, set(costs), constraints)
+        runs: cost_of(runs, costs) for runs in all_paths(lengths, set(costs), constraints)
     }
-    found = list(cheapest_paths(lengths, costs, constraints))
-    assert len(found) == len({path.pieces for path in found})
-    assert {path.pieces for path in found} == set(expected)
-    assert [path.cost for path in found] == pytest.approx(sorted(expected.values()), abs=1e-9)
-    assert [path.cost for path in found] == pytest.approx(
-        [expected[path.pieces] for path in found], abs=1e-9
+    found = list(cheapest_routes(lengths, costs, constraints))
+    assert len(found) == len({route.runs for route in found})
+    assert {route.runs for route in found} == set(expected)
+    assert [route.cost for route in found] == pytest.approx(sorted(expected.values()), abs=1e-9)
+    assert [route.cost for route in found] == pytest.approx(
+        [expected[route.runs] for route in found], abs=1e-9
     )
 
 
@@ -131,23 +131,23 @@ def both_ways(lengths: list[int], seed: int = 0) -> dict:
 
 def test_the_first_paths_are_those_of_a_longer_list():
     costs, constraints = both_ways([5, 5]), Constraints(8, 4, 1)
-    everything = list(cheapest_paths([5, 5], costs, constraints))
+    everything = list(cheapest_routes([5, 5], costs, constraints))
     assert len(everything) > 100
     for count in (1, 2, 16):
-        assert list(islice(cheapest_paths([5, 5], costs, constraints), count)) == everything[:count]
+        assert list(islice(cheapest_routes([5, 5], costs, constraints), count)) == everything[:count]
 
 
 def test_a_single_seam_goes_where_it_costs_least():
     costs = np.ones((5, 5))
     costs[3, 2] = 0.25
-    found = next(cheapest_paths([4, 4], {(0, 1): costs}, Constraints(5, 1, 1)))
-    assert found == Path(0.25, (Piece(0, 0, 3), Piece(1, 2, 4)))
+    found = next(cheapest_routes([4, 4], {(0, 1): costs}, Constraints(5, 1, 1)))
+    assert found == Route(0.25, (Run(0, 0, 3), Run(1, 2, 4)))
 
 
 def test_the_planner_s_defaults_leave_first_and_last_blocks_alone():
-    for path in cheapest_paths([4, 4], both_ways([4, 4]), Constraints(8)):
+    for route in cheapest_routes([4, 4], both_ways([4, 4]), Constraints(8)):
         blocks = [
-            (donor, block) for donor, start, stop in path.pieces for block in range(start, stop)
+            (donor, block) for donor, start, stop in route.runs for block in range(start, stop)
         ]
         assert (
             [block for _, block in blocks].count(0) == [block for _, block in blocks].count(3) == 1
@@ -160,42 +160,42 @@ def test_no_seam_lies_before_among_or_behind_protected_blocks(first, last):
     lengths = [6, 5]
     costs = both_ways(lengths) | {(0, 0): np.ones((7, 7)), (1, 1): np.ones((6, 6))}
     constraints = Constraints(9, 3, 1, first, last)
-    found = list(cheapest_paths(lengths, costs, constraints))
+    found = list(cheapest_routes(lengths, costs, constraints))
     assert found
-    for path in found:
-        assert respects(path.pieces, lengths, set(costs), constraints)
-        inner = path.pieces[1:-1]
+    for route in found:
+        assert respects(route.runs, lengths, set(costs), constraints)
+        inner = route.runs[1:-1]
         assert all(
-            piece.start >= first and piece.stop <= lengths[piece.donor] - last for piece in inner
+            run.start >= first and run.stop <= lengths[run.donor] - last for run in inner
         )
 
 
 def test_protecting_more_only_takes_paths_away():
     lengths, costs = [6, 6], both_ways([6, 6])
     found = [
-        {path.pieces for path in cheapest_paths(lengths, costs, Constraints(9, 3, 2, n, n))}
+        {route.runs for route in cheapest_routes(lengths, costs, Constraints(9, 3, 2, n, n))}
         for n in range(4)
     ]
     assert found[0] > found[1] > found[2] > found[3]
 
 
 def test_without_protection_a_path_may_begin_anew():
-    paths = cheapest_paths([3, 3], {(0, 1): np.zeros((4, 4))}, Constraints(6, 1, 1, 0, 0))
-    assert [path.pieces for path in paths] == [(Piece(0, 0, 3), Piece(1, 0, 3))]
+    routes = cheapest_routes([3, 3], {(0, 1): np.zeros((4, 4))}, Constraints(6, 1, 1, 0, 0))
+    assert [route.runs for route in routes] == [(Run(0, 0, 3), Run(1, 0, 3))]
 
 
 def test_a_donor_s_own_blocks_may_repeat_but_not_merely_go_on():
     constraints = Constraints(6, 2, 1, 1, 1)
-    found = {path.pieces for path in cheapest_paths([4], {(0, 0): np.zeros((5, 5))}, constraints)}
-    assert (Piece(0, 0, 3), Piece(0, 1, 4)) in found
+    found = {route.runs for route in cheapest_routes([4], {(0, 0): np.zeros((5, 5))}, constraints)}
+    assert (Run(0, 0, 3), Run(0, 1, 4)) in found
     assert not any(
-        a.stop == b.start for pieces in found for a, b in zip(pieces, pieces[1:], strict=False)
+        a.stop == b.start for runs in found for a, b in zip(runs, runs[1:], strict=False)
     )
 
 
 def test_a_donor_is_left_whole_where_its_depth_is_asked_for():
-    found = list(cheapest_paths([4], {(0, 0): np.ones((5, 5))}, Constraints(4, 2, 2)))
-    assert found[0] == Path(0, (Piece(0, 0, 4),))
+    found = list(cheapest_routes([4], {(0, 0): np.ones((5, 5))}, Constraints(4, 2, 2)))
+    assert found[0] == Route(0, (Run(0, 0, 4),))
 
 
 def test_every_donor_is_used():
@@ -204,9 +204,9 @@ def test_every_donor_is_used():
     costs[0, 1][:] = costs[1, 0][:] = 0.0  # two of them fit perfectly, the third does not
     costs[1, 2] += 10
     costs[0, 2] += 10
-    found = list(islice(cheapest_paths([4, 4, 4], costs, Constraints(8, 3)), 20))
+    found = list(islice(cheapest_routes([4, 4, 4], costs, Constraints(8, 3)), 20))
     assert len(found) == 20
-    assert all({piece.donor for piece in path.pieces} == {0, 1, 2} for path in found)
+    assert all({run.donor for run in route.runs} == {0, 1, 2} for route in found)
 
 
 @pytest.mark.parametrize(
@@ -221,44 +221,44 @@ def test_every_donor_is_used():
     ],
 )
 def test_what_cannot_be_kept_to_yields_nothing(constraints):
-    assert list(cheapest_paths([4, 4], both_ways([4, 4]), constraints)) == []
+    assert list(cheapest_routes([4, 4], both_ways([4, 4]), constraints)) == []
 
 
 def test_seams_of_infinite_cost_are_never_taken():
     costs = {(0, 1): np.full((5, 5), np.inf)}
-    assert list(cheapest_paths([4, 4], costs, Constraints(5, 1, 1))) == []
+    assert list(cheapest_routes([4, 4], costs, Constraints(5, 1, 1))) == []
     costs[0, 1][2, 1] = 3.0
-    assert [path.pieces for path in cheapest_paths([4, 4], costs, Constraints(5, 1, 1))] == [
-        (Piece(0, 0, 2), Piece(1, 1, 4))
+    assert [route.runs for route in cheapest_routes([4, 4], costs, Constraints(5, 1, 1))] == [
+        (Run(0, 0, 2), Run(1, 1, 4))
     ]
 
 
 def test_the_costs_given_are_left_as_they_were():
     costs = both_ways([4, 4])
     before = {pair: matrix.copy() for pair, matrix in costs.items()}
-    list(cheapest_paths([4, 4], costs, Constraints(6)))
+    list(cheapest_routes([4, 4], costs, Constraints(6)))
     assert all((costs[pair] == matrix).all() for pair, matrix in before.items())
 
 
 def test_a_pair_of_eighty_blocks_is_planned():
     lengths, constraints = [80, 80], Constraints(120, 4, 4, 8, 8)
     costs = both_ways(lengths)
-    found = list(islice(cheapest_paths(lengths, costs, constraints), 16))
-    assert len({path.pieces for path in found}) == 16
-    assert [path.cost for path in found] == sorted(path.cost for path in found)
-    for path in found:
-        assert respects(path.pieces, lengths, set(costs), constraints)
-        assert path.cost == pytest.approx(cost_of(path.pieces, costs))
+    found = list(islice(cheapest_routes(lengths, costs, constraints), 16))
+    assert len({route.runs for route in found}) == 16
+    assert [route.cost for route in found] == sorted(route.cost for route in found)
+    for route in found:
+        assert respects(route.runs, lengths, set(costs), constraints)
+        assert route.cost == pytest.approx(cost_of(route.runs, costs))
 
 
 def test_the_cheapest_of_eighty_blocks_with_one_seam_is_the_smallest_entry():
     costs, constraints = both_ways([80, 80]), Constraints(100, 1, 1, 8, 8)
     possible = {
-        cost_of((Piece(a, 0, i), Piece(1 - a, i - 20, 80)), costs): (a, i)
+        cost_of((Run(a, 0, i), Run(1 - a, i - 20, 80)), costs): (a, i)
         for a in (0, 1)
         for i in range(8, 73)
         if 8 <= i - 20 <= 72
     }
-    path = next(cheapest_paths([80, 80], costs, constraints))
-    assert path.cost == min(possible)
-    assert (path.pieces[0].donor, path.pieces[0].stop) == possible[path.cost]
+    route = next(cheapest_routes([80, 80], costs, constraints))
+    assert route.cost == min(possible)
+    assert (route.runs[0].donor, route.runs[0].stop) == possible[route.cost]
