@@ -49,8 +49,6 @@ def evaluation(
             {
                 "model": recipe,
                 "donor": name,
-                "chance": 0.01,
-                "kept": 0.3 - 0.1 * n,
                 "blocks": [
                     {
                         "block": number,
@@ -60,6 +58,8 @@ def evaluation(
                     for number in range(1, blocks + 1)
                     if (number in (8, 9)) == n
                 ],
+                "kept": 0.3 - 0.1 * n,
+                "chance": 0.01,
             }
             for n, name in enumerate(donors)
         ],
@@ -87,6 +87,7 @@ def evaluation(
         "provenance": {
             "arguments": {"models": [recipe], "text": list(TEXTS)},
             "seed": 0,
+            "reference_words": 812,
             "versions": {"frankenmerge": "0.1.0", "torch": "2.13.0+cpu"},
             "models": {
                 name: {"fingerprint": "0123456789abcdef", "revision": None} for name in donors
@@ -151,11 +152,11 @@ def _block(number: int, donors: tuple[str, ...]) -> dict[str, Any]:
         "cosine": {
             name: round(0.98 - 0.03 * number * (1 + 0.3 * n), 3) for n, name in enumerate(donors)
         },
-        "kl_alone": 0.1,
         "kl": {
             name: round(0.1 + 0.05 * number * (1 + 0.3 * n) + 0.4 * (number > 7), 3)
             for n, name in enumerate(donors)
         },
+        "kl_alone": 0.1,
     }
 
 
@@ -211,7 +212,7 @@ def alignment(
 def evidence(
     donors=("x/one", "y/two"), tokens=(" a", " b"), seams=((3, 2), (4, 4))
 ) -> dict[str, Any]:
-    """The evidence of a plan whose seams leave block `i` of one donor for block `j` of the other, in turn."""
+    """The evidence of a plan; each seam leads from block `i` of a donor to block `j` of the other."""
     told = [
         {
             "after": {"model": donors[n % 2], "block": i},
@@ -219,6 +220,7 @@ def evidence(
             "cost": 0.2,
             "skipped_blocks": j - i - 1,
             "by_chance": n == 1,
+            "gauged": False,
             "scores": {"jaccard": 0.3, "distance": -2.0},
             "nulls": {
                 "jaccard": {"permuted_neurons": 0.01, "permuted_probes": 0.02},
@@ -244,12 +246,19 @@ def evidence(
         "depth": 9,
         "predicted_damage": 0.2,
         "interval": [0.1, 0.4],
+        "basis": "scores",
         "seams": told,
     }
     return {
         "plans": [plan],
         "constraints": {"depth": 9, "max_seams": 4},
-        "model": {"intercept": -3.0},
+        "model": {
+            "intercept": -3.0,
+            "weights": {"final": 1.5, "kept": 0.5},
+            "spread": [-0.6, 0.9],
+            "drawn_spread": [-0.4, 0.5],
+            "origin": {"seed": 0},
+        },
     }
 
 
@@ -272,3 +281,45 @@ def write_run(
     write(path / "recipe.evidence.json", evidence(tokens=(tokens[0], tokens[-1])))
     write(path / "evaluation.json", evaluation(donors=("x/one", "y/two"), blocks=9))
     return path
+
+
+def provenance() -> dict[str, Any]:
+    """The provenance of a merge with a copied, a rotated and an averaged tensor."""
+    averaged = [
+        {"donor": name, "tensor": "model.norm.weight", "parameters": {"weight": weight}}
+        for name, weight in (("x/one", 0.5), ("y/two", 1))
+    ]
+    return {
+        "frankenmerge": "0.1.0",
+        "versions": {"python": "3.11.2", "numpy": "2.1.0"},
+        "arithmetic": ["numpy"],
+        "recipe_sha256": "a" * 64,
+        "files": {"config.json": "b" * 64},
+        "donors": {"x/one": {"fingerprint": "f" * 32}, "y/two": {"fingerprint": "e" * 32}},
+        "shards": {
+            "model.safetensors": {"bytes": 100, "header_sha256": "c" * 64, "sha256": "d" * 64},
+            "other.safetensors": {"bytes": 100, "header_sha256": "c" * 64},
+        },
+        "tensors": {
+            "lm_head.weight": {"donor": "x/one", "tensor": "lm_head.weight", "method": "copy"},
+            "model.layers.4.mlp.up_proj.weight": {
+                "donor": "y/two",
+                "tensor": "model.layers.2.mlp.up_proj.weight",
+                "method": "rotate",
+                "slice": 1,
+                "place": 0,
+                "gain": "model.layers.2.post_attention_layernorm.weight",
+            },
+            "model.norm.weight": {
+                "method": "linear",
+                "parameters": {"normalize": True, "n": 1},
+                "seed": 7,
+                "inputs": averaged,
+                "base": {**averaged[0], "rows_of": ["x/one"]},
+            },
+        },
+        "gauges": {
+            "1": {"rotation": "1" * 32, "scale": 1.5, "held_out_r2": 0.5, "refined": ["2" * 32]}
+        },
+        "texts": {"corpus.txt": "3" * 64},
+    }

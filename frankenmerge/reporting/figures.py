@@ -9,7 +9,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 
 from frankenmerge.artefacts.alignment import SUFFIX
-from frankenmerge.artefacts.records import PredictionCheck, SeamsRecord
+from frankenmerge.artefacts.evaluation import PredictionCheck, SeamsRecord
 from frankenmerge.errors import fail
 from frankenmerge.reporting.heatmaps import shortened
 from frankenmerge.reporting.plots import plot_alignment, save

@@ -1,4 +1,4 @@
-"""Find what a run left in its folder: artefacts are known by what they hold, not by their names."""
+"""What a run left in its folder: artefacts are identified by their content, not by their names."""
 
 import json
 from collections.abc import Iterator
@@ -8,48 +8,53 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from frankenmerge.artefacts import evaluation, evidence, provenance
 from frankenmerge.artefacts.alignment import Alignment, load_alignment
 from frankenmerge.artefacts.atlas import load_atlas
-from frankenmerge.artefacts.recipe import Recipe, parse_recipes
-from frankenmerge.artefacts.records import Evaluation, Evidence, Merged
+from frankenmerge.artefacts.evaluation import Evaluation
+from frankenmerge.artefacts.evidence import Evidence
+from frankenmerge.artefacts.provenance import PROVENANCE, Provenance
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe_file import parse_recipes
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.reporting.features import Features, features_of
 from frankenmerge.storage.arrays import kind_of
 
 LARGEST = 200_000_000
-"""Bytes of JSON or YAML; what is larger is none of ours."""
+"""Bytes of JSON or YAML; larger files are not artefacts."""
 
 
 @dataclass
 class Run:
-    """What was found, by the file's path within the folder."""
+    """The artefacts of a run, by path within its folder."""
 
     folder: Path
     recipes: dict[str, Recipe] = field(default_factory=dict)
-    """Those of merged checkpoints stand first."""
+    """Those of merged checkpoints come first."""
     texts: dict[str, str] = field(default_factory=dict)
-    """The recipes as they are written."""
+    """The text of the recipes' files."""
     evidence: dict[str, Evidence] = field(default_factory=dict)
     alignments: dict[str, Alignment] = field(default_factory=dict)
     features: list[Features] = field(default_factory=list)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    merges: dict[str, Merged] = field(default_factory=dict)
+    merges: dict[str, Provenance] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)
-    """Blocks of donors by name, where an artefact tells."""
+    """Blocks of donors by name, where an artefact says so."""
     refused: dict[str, str] = field(default_factory=dict)
-    """What looks like an artefact and cannot be read, and why."""
+    """Why a file that looks like an artefact cannot be read."""
 
 
 def read_run(folder: Path) -> Run:
-    """Read everything in `folder` that commands wrote: its own files and those of checkpoints directly in it.
+    """Read the artefacts in `folder`: its own files and those of checkpoints directly in it.
 
-    Raises FrankenmergeError for something that is no folder, or holds nothing that can be shown.
+    Raises:
+        FrankenmergeError: if it is not a folder, or has nothing that can be shown.
     """
     if not folder.is_dir():
         raise fail(
             str(folder),
             "the folder that commands wrote to",
-            "no folder",
+            "not a folder",
             "give the folder, such as demo-run",
         )
     run = Run(folder)
@@ -58,19 +63,23 @@ def read_run(folder: Path) -> Run:
         try:
             _READERS[path.suffix](run, name, path)
         except (FrankenmergeError, ValidationError, OSError, ValueError, RecursionError) as error:
-            run.refused[name] = _told(error)
+            run.refused[name] = _reason(error)
     if not (run.recipes or run.evidence or run.alignments or run.features or run.evaluations):
         broken = "; ".join(f"{name}: {reason}" for name, reason in run.refused.items())
-        expected = "atlases, alignments, recipes, evidence, merged checkpoints or evaluations"
-        remedy = "run `frankenmerge demo --out DIR`, or write what `align`, `plan` and `evaluate` make into one folder"
-        raise fail(str(folder), expected, broken or "none of them", remedy)
+        raise fail(
+            str(folder),
+            "atlases, alignments, recipes, evidence, merged checkpoints or evaluations",
+            broken or "none of these",
+            "run `frankenmerge demo --out DIR`, or write the output of `align`, `plan` and "
+            "`evaluate` to one folder",
+        )
     return run
 
 
 def _files(folder: Path) -> Iterator[Path]:
     """The files that may be artefacts, those of merged checkpoints first."""
-    for origin in sorted(folder.glob("*/frankenmerge.json")):
-        yield from (path for path in (origin.with_name("recipe.yaml"), origin) if path.is_file())
+    for path in sorted(folder.glob(f"*/{PROVENANCE}")):
+        yield from (file for file in (path.with_name("recipe.yaml"), path) if file.is_file())
     yield from (
         path
         for path in sorted(folder.iterdir())
@@ -78,7 +87,7 @@ def _files(folder: Path) -> Iterator[Path]:
     )
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, FrankenmergeError):
         return "; ".join(
             f"expected {fault.expected}, found {fault.found}" for fault in error.faults
@@ -93,10 +102,10 @@ def _told(error: Exception) -> str:
 def _tensors(run: Run, name: str, path: Path) -> None:
     kind = kind_of(path)
     if kind and kind.startswith("frankenmerge.alignment/"):
-        found = load_alignment(path)
-        _check_shapes(found)
-        run.alignments[name] = found
-        run.depths |= dict(zip(found.donors, found.blocks, strict=True))
+        alignment = load_alignment(path)
+        _check_shapes(alignment)
+        run.alignments[name] = alignment
+        run.depths |= dict(zip(alignment.donors, alignment.blocks, strict=True))
     elif kind and kind.startswith("frankenmerge.atlas/"):
         atlas = load_atlas(path)
         run.depths[atlas.donor] = atlas.blocks
@@ -104,7 +113,7 @@ def _tensors(run: Run, name: str, path: Path) -> None:
 
 
 def _check_shapes(alignment: Alignment) -> None:
-    """Raise ValueError for parts that do not belong together: another program's alignment, or a damaged one."""
+    """Raise ValueError for parts that do not fit each other: the file is damaged or not ours."""
     rows, columns = (blocks + 1 for blocks in alignment.blocks)
     neurons = max(score.detail.shape[2] for score in alignment.scores.values())
     matrices = [
@@ -122,15 +131,13 @@ def _check_shapes(alignment: Alignment) -> None:
 def _json(run: Run, name: str, path: Path) -> None:
     if path.stat().st_size > LARGEST:
         return
-    told: Any = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(told, dict):
-        return
-    if str(told.get("kind", "")).startswith("frankenmerge.evaluation/"):
-        run.evaluations[name] = Evaluation.model_validate(told)
-    elif "plans" in told and "constraints" in told:
-        run.evidence[name] = Evidence.model_validate(told)
-    elif path.name == "frankenmerge.json":
-        run.merges[name] = Merged.model_validate(told)
+    content: Any = json.loads(path.read_text(encoding="utf-8"))
+    if evaluation.is_evaluation(content):
+        run.evaluations[name] = evaluation.parse(content, name)
+    elif evidence.is_evidence(content):
+        run.evidence[name] = evidence.parse(content, name)
+    elif path.name == PROVENANCE and isinstance(content, dict):
+        run.merges[name] = provenance.parse(content, name)
 
 
 def _yaml(run: Run, name: str, path: Path) -> None:
@@ -138,11 +145,8 @@ def _yaml(run: Run, name: str, path: Path) -> None:
     if "merge_method" in text:
         stages = parse_recipes(text, name)
         for stage in stages:
-            key = (
-                name
-                if len(stages) == 1
-                else f"{name}, {f'stage {stage.name}' if stage.name else 'the result'}"
-            )
+            shown = f"stage {stage.name}" if stage.name else "the result"
+            key = name if len(stages) == 1 else f"{name}, {shown}"
             run.recipes[key], run.texts[key] = stage, text
 
 

@@ -1,6 +1,7 @@
 """From artefacts to what the page's template shows: plain values and finished SVG, section by section."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,15 +10,15 @@ import numpy as np
 from markupsafe import Markup
 
 from frankenmerge.artefacts.alignment import Alignment
-from frankenmerge.artefacts.recipe import Block, Seam
-from frankenmerge.artefacts.records import (
+from frankenmerge.artefacts.evaluation import (
     Evaluation,
-    PlanRecord,
     PredictionCheck,
     RetentionRecord,
-    SeamRecord,
     SeamsRecord,
 )
+from frankenmerge.artefacts.evidence import PlanRecord, SeamRecord
+from frankenmerge.artefacts.provenance import TensorRecord
+from frankenmerge.artefacts.recipe import Block, Seam
 from frankenmerge.reporting import charts, heatmaps
 from frankenmerge.reporting.features import Table, aligned_features, feature_tables
 from frankenmerge.reporting.heatmaps import Mark, shortened
@@ -452,7 +453,6 @@ def _blocks(recipe: Any) -> str:
     return str(len(recipe.blocks)) if recipe.stack.slices else ""
 
 
-def methods(merged: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """How many of a checkpoint's tensors were made in which way."""
-    ways = [str(origin.get("method")) for origin in merged.values()]
-    return [(way, ways.count(way)) for way in dict.fromkeys(ways)]
+def methods(tensors: Mapping[str, TensorRecord]) -> list[tuple[str, int]]:
+    """The number of a checkpoint's tensors by the method that made them."""
+    return list(Counter(tensor.method for tensor in tensors.values()).items())
