@@ -173,7 +173,7 @@ def _held(
 ) -> dict[str, float]:
     """The share of measured damages in the interval, and by how much their logarithm is off."""
     ends = [
-        default_model().interval(value, drawn=kind == "drawn") for value in damage[seamed].tolist()
+        default_model().interval(value, sampled=kind == "drawn") for value in damage[seamed].tolist()
     ]
     held = [
         low <= value <= high

@@ -1,7 +1,7 @@
-"""What a whole recipe is predicted to cost, from its donors' states on the probes alone.
+"""The damage that a recipe is predicted to do, from its donors' states on the probes alone.
 
-The recipe is run in superposition: every block adds to the residual stream what it added at home.
-Where the stream differs from what a block was given at home, the block is out of place. All of it
+The recipe is run in superposition: every block adds to the residual stream what it added in its own
+donor. A block is out of place where the stream differs from its input in its own donor. All of this
 follows from inner products of the donors' states (`Alignment.gram`): no weights, no text.
 """
 
@@ -19,20 +19,19 @@ from scipy.special import stdtrit
 from frankenmerge.artefacts.recipe import Block
 
 FEATURES = ("final", "kept", "third", "skipped")
-"""What damage is predicted from, see `features`."""
+"""The predictors of damage, see `features`."""
 FLOOR = 0.02
-"""Nats below which differences are noise; damage is predicted as the logarithm of itself and this.
-"""
+"""Nats per token below which differences are noise; the model predicts `log(FLOOR + damage)`."""
 SAMPLED_FLOOR = 0.05
-"""Nats below which damage on drawn tokens says nothing: how much better one donor is than the
-other, there and on a text, differs by as much.
+"""Nats per token below which damage on sampled tokens is noise: the difference between two donors
+on sampled tokens deviates from that on a text by as much.
 """
 RIDGE = 0.1
-"""Pull of the weights of standardised features to zero, or to those that are refined."""
+"""Ridge penalty on the weights of standardised features, towards zero or the weights before."""
 
 
 class States(NamedTuple):
-    """The donors' states, all in one list: donor `d` after `i` blocks is state `first[d] + i`."""
+    """The states of all donors in one list: donor `d` after `i` blocks is state `first[d] + i`."""
 
     first: dict[str, int]
     blocks: dict[str, int]
@@ -41,26 +40,24 @@ class States(NamedTuple):
 
     @property
     def influence(self) -> np.ndarray:
-        """`1 - cos` of every state with the one before it, summed up from the donor's first one, `[n]`."""
+        """Cumulative sum over each donor's blocks of `1 - cos` of consecutive states, `[n]`."""
         norms = np.sqrt(self.gram.diagonal())
-        rotated = np.append(
-            0, 1 - self.gram.diagonal(1) / np.maximum(norms[1:] * norms[:-1], 1e-12)
-        )
-        passed = np.zeros(len(norms))
+        change = np.append(0, 1 - self.gram.diagonal(1) / np.maximum(norms[1:] * norms[:-1], 1e-12))
+        influence = np.zeros(len(norms))
         for name, start in self.first.items():
             stop = start + self.blocks[name]
-            passed[start + 1 : stop + 1] = rotated[start + 1 : stop + 1].cumsum()
-        return passed
+            influence[start + 1 : stop + 1] = change[start + 1 : stop + 1].cumsum()
+        return influence
 
 
 class Drift(NamedTuple):
-    """How far a stack of blocks is from home: `1 - cos` of the stream with the donors' own, each `[r]`."""
+    """How far the stream of a stack of blocks is from the donors' own, as `1 - cos`; each `[r]`."""
 
     roots: np.ndarray
-    """Sum over the blocks of its square root."""
+    """Sum over the blocks of the square root of `1 - cos` at their inputs."""
     final: np.ndarray
-    """BlockComparison the last block, of the mean of the donors' last states, each by its share of the
-    blocks.
+    """`1 - cos` after the last block, with the mean of the donors' last states, weighted by their
+    shares of the blocks.
     """
 
 
@@ -72,23 +69,19 @@ def drift(
     Args:
         gram: `[n, n]`, inner products of states.
         entered: `[r]`, the state that enters each stack.
-        blocks: `[r, t]`, the state that each block is given at home (its output at home is the next
-            one); -1 behind the last.
-        ends: `[r, n]`, weights of the states that the stream is compared with behind the last
-            block.
-        lossy: whether a block that is given something else adds only `cos` of what it added at
-            home, and noise of the norm that is lost so; otherwise it adds the same wherever it
-            stands.
+        blocks: `[r, t]`, the state that is each block's input in its own donor (its output there is
+            the next one); -1 after the last block.
+        ends: `[r, n]`, weights of the states that the stream is compared with after the last block.
+        lossy: whether a block with another input adds only the share `cos` of what it added in its
+            own donor, and noise of the norm that is lost; otherwise it always adds the same.
     """
     rows, norms = np.arange(len(entered)), gram.diagonal()
-    inner, square = (
-        gram[entered].copy(),
-        norms[entered].copy(),
-    )  # of the stream with every state, and with itself
+    # Inner products of the stream with every state, and with itself.
+    inner, square = gram[entered].copy(), norms[entered].copy()
     noise, roots = np.zeros(len(rows)), np.zeros(len(rows))
-    for given in blocks.T:
-        here = given >= 0
-        place = np.where(here, given, 0)
+    for inputs in blocks.T:
+        here = inputs >= 0
+        place = np.where(here, inputs, 0)
         match = np.clip(
             inner[rows, place] / np.sqrt(np.maximum(norms[place] * (square + noise), 1e-24)), -1, 1
         )
@@ -105,17 +98,17 @@ def drift(
 
 
 def features(stacks: Sequence[Sequence[Block]], states: States) -> np.ndarray:
-    """What damage is predicted from, `[r, FEATURES]`, for stacks of blocks.
+    """The predictors of damage, `[r, FEATURES]`, for stacks of blocks.
 
-    `final`: root of `1 - cos` with the donors' last states behind the last block, in lossy
-        superposition. `kept`: mean over the blocks of the root of `1 - cos` before them, in plain
-        superposition. `third`: blocks that are gone through a third time or more often, over the
-        blocks of the deepest donor. `skipped`: influence of blocks that are jumped over, further
-        than any before.
+    `final`: root of `1 - cos` with the donors' last states after the last block, in lossy
+        superposition. `kept`: mean over the blocks of the root of `1 - cos` at their inputs, in
+        plain superposition. `third`: passes of a block from its third on, over the number of
+        blocks of the deepest donor. `skipped`: summed influence of blocks that are left out,
+        counted from the deepest block so far.
     """
     longest = max(len(stack) for stack in stacks)
-    given = np.full((len(stacks), longest), -1)
-    for row, stack in zip(given, stacks, strict=True):
+    inputs = np.full((len(stacks), longest), -1)
+    for row, stack in zip(inputs, stacks, strict=True):
         row[: len(stack)] = [states.first[block.model] + block.index for block in stack]
     entered = np.array([states.first[stack[0].model] for stack in stacks])
     depth = np.array([len(stack) for stack in stacks])
@@ -128,11 +121,11 @@ def features(stacks: Sequence[Sequence[Block]], states: States) -> np.ndarray:
         ]
     )
     counted = np.array([_counted(stack, states) for stack in stacks])
-    return np.column_stack([_drifts(states.gram, entered, given, ends, depth), counted])
+    return np.column_stack([_drifts(states.gram, entered, inputs, ends, depth), counted])
 
 
 def _ends(taken: Mapping[str, int], states: States) -> np.ndarray:
-    """Each donor's share of the blocks, at the place of its last state, `[n]`."""
+    """Each donor's share of the blocks, at the index of its last state, `[n]`."""
     ends = np.zeros(len(states.gram))
     for name, count in taken.items():
         ends[states.first[name] + states.blocks[name]] += count / sum(taken.values())
@@ -140,10 +133,10 @@ def _ends(taken: Mapping[str, int], states: States) -> np.ndarray:
 
 
 def _drifts(
-    gram: np.ndarray, entered: np.ndarray, given: np.ndarray, ends: np.ndarray, depth: np.ndarray
+    gram: np.ndarray, entered: np.ndarray, inputs: np.ndarray, ends: np.ndarray, depth: np.ndarray
 ) -> np.ndarray:
-    """`final` and `kept` of stacks of `depth` blocks; those of them that are not `given` are at home."""
-    kept, lost = (drift(gram, entered, given, ends, lossy=lossy) for lossy in (False, True))
+    """`final` and `kept` of stacks of `depth` blocks, of which those not in `inputs` are in place."""
+    kept, lost = (drift(gram, entered, inputs, ends, lossy=lossy) for lossy in (False, True))
     return np.column_stack([np.sqrt(lost.final), kept.roots / depth])
 
 
@@ -175,68 +168,81 @@ def _cached_influence(gram: bytes, first: tuple, blocks: tuple) -> list[float]:
 
 @dataclass(frozen=True)
 class DamageModel:
-    """A ridge regression of `log(FLOOR + damage)` on `features`; damage in nats per token above the donors."""
+    """A ridge regression of `log(FLOOR + damage)` on `features`.
+
+    Damage is in nats per token above the donors' own losses.
+    """
 
     intercept: float
     weights: tuple[float, ...]
     """One for each of `FEATURES`."""
     spread: tuple[float, float]
-    """Between these nine of ten logarithms of measured damage are expected to be off, on donors it
-    was not fitted on.
-    """
-    drawn_spread: tuple[float, float]
-    """The same of damage that was measured on tokens which the donors drew, see `Plan.basis`."""
+    """90 % interval of the error of the logarithm, on donors that the model was not fitted to."""
+    sampled_spread: tuple[float, float]
+    """The same for damage that was measured on tokens sampled from the donors, see `Plan.basis`."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Donors, texts, seeds, versions, hashes."""
 
-    def damage(self, found: np.ndarray) -> np.ndarray:
-        """Predicted nats per token above the donors' own loss, `[r]`, from features `[r, FEATURES]`; 0 where there is no seam."""
-        return np.maximum(0, np.exp(self.intercept + found @ np.array(self.weights)) - FLOOR)
+    def damage(self, values: np.ndarray) -> np.ndarray:
+        """Predicted damage `[r]` in nats per token, from features `[r, FEATURES]`."""
+        return np.maximum(0, np.exp(self.intercept + values @ np.array(self.weights)) - FLOOR)
 
-    def interval(self, damage: float, *, drawn: bool = False) -> tuple[float, float]:
-        """Where nine of ten measured damages are expected around one that was predicted, or measured on drawn tokens.
+    def interval(self, damage: float, *, sampled: bool = False) -> tuple[float, float]:
+        """90 % interval of the damage on a text.
 
-        What is predicted is never below 0; what is measured may be, where a splice of fine-tunes is
+        Predicted damage is never below 0; measured damage may be, if a splice of fine-tunes is
         better than their mean.
+
+        Args:
+            damage: in nats per token, predicted or measured.
+            sampled: whether it was measured on tokens sampled from the donors.
         """
-        floor, ends = (SAMPLED_FLOOR, self.drawn_spread) if drawn else (FLOOR, self.spread)
+        floor, ends = (SAMPLED_FLOOR, self.sampled_spread) if sampled else (FLOOR, self.spread)
         low, high = (damage + (max(0.0, damage) + floor) * (math.exp(end) - 1) for end in ends)
-        return low if drawn else max(0.0, low), high
+        return low if sampled else max(0.0, low), high
 
     def as_json(self) -> dict[str, Any]:
         """The model as it is stored."""
         weights = dict(zip(FEATURES, self.weights, strict=True))
-        spreads = {"spread": list(self.spread), "drawn_spread": list(self.drawn_spread)}
+        spreads = {"spread": list(self.spread), "drawn_spread": list(self.sampled_spread)}
         return {"intercept": self.intercept, "weights": weights, **spreads, "origin": self.origin}
 
 
 def fitted(
-    found: np.ndarray, damage: np.ndarray, importance: np.ndarray
+    values: np.ndarray, damage: np.ndarray, importance: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Intercept and weights of the ridge regression, fitted to features `[r, FEATURES]` and measured damage `[r]`."""
+    """Fit the ridge regression: intercept, and weights `[FEATURES]`.
+
+    Args:
+        values: features `[r, FEATURES]`.
+        damage: measured damage `[r]` in nats per token.
+        importance: weight of each measurement, `[r]`.
+    """
     share, target = importance / importance.sum(), np.log(FLOOR + np.maximum(0, damage))
-    mean = share @ found
-    scale = np.sqrt(share @ (found - mean) ** 2) + 1e-9
-    standard = (found - mean) / scale
-    lean = (standard * share[:, None]).T
-    weights = (
-        np.linalg.solve(
-            lean @ standard + RIDGE * np.eye(len(mean)), lean @ (target - share @ target)
-        )
-        / scale
-    )
+    mean = share @ values
+    scale = np.sqrt(share @ (values - mean) ** 2) + 1e-9
+    standard = (values - mean) / scale
+    weighted = (standard * share[:, None]).T
+    penalised = weighted @ standard + RIDGE * np.eye(len(mean))
+    weights = np.linalg.solve(penalised, weighted @ (target - share @ target)) / scale
     return float(share @ target - mean @ weights), weights
 
 
 def refined(
-    model: DamageModel, found: np.ndarray, damage: np.ndarray, origin: dict[str, Any]
+    model: DamageModel, values: np.ndarray, damage: np.ndarray, origin: dict[str, Any]
 ) -> DamageModel:
-    """The model after seeing measured splices of other donors: its logarithm scaled and shifted, no feature weighed anew.
+    """Calibrate the model on measured splices by scaling and shifting its logarithm.
 
-    A handful of splices does not tell four weights apart. The spread becomes that of leaving each
-    splice out in turn.
+    The relative weights of the features stay the same, because a handful of splices does not
+    determine four weights. The spread becomes that of leave-one-out predictions.
+
+    Args:
+        model: before calibration.
+        values: features `[r, FEATURES]` of the splices.
+        damage: their measured damage `[r]` in nats per token.
+        origin: donors, texts, seeds, versions, hashes.
     """
-    predicted, target = np.log(FLOOR + model.damage(found)), np.log(FLOOR + np.maximum(0, damage))
+    predicted, target = np.log(FLOOR + model.damage(values)), np.log(FLOOR + np.maximum(0, damage))
 
     def line(chosen: np.ndarray) -> tuple[float, float]:
         x, y = predicted[chosen], target[chosen]
@@ -248,7 +254,7 @@ def refined(
         return middle + slope * (x - predicted[chosen].mean())
 
     everyone = np.arange(len(target))
-    off = np.array(
+    errors = np.array(
         [
             target[left] - applied(np.delete(everyone, left), predicted[[left]])[0]
             for left in everyone
@@ -256,33 +262,32 @@ def refined(
     )
     slope, middle = line(everyone)
     intercept = middle + slope * (model.intercept - predicted.mean())
-    low, high = np.quantile(off, [0.05, 0.95])
-    weights, spread = (
-        tuple(float(slope * weight) for weight in model.weights),
-        (float(min(low, 0)), float(max(high, 0))),
-    )
-    return DamageModel(float(intercept), weights, spread, model.drawn_spread, origin)
+    low, high = np.quantile(errors, [0.05, 0.95])
+    weights = tuple(float(slope * weight) for weight in model.weights)
+    spread = float(min(low, 0)), float(max(high, 0))
+    return DamageModel(float(intercept), weights, spread, model.sampled_spread, origin)
 
 
 def default_model() -> DamageModel:
-    """The model that comes with the package, fitted by `evals/fit_planner.py`."""
-    told = json.loads(
-        files("frankenmerge.planning").joinpath("prediction.json").read_text(encoding="utf-8")
-    )
-    weights, spreads = (
-        tuple(told["weights"][name] for name in FEATURES),
-        (tuple(told["spread"]), tuple(told["drawn_spread"])),
-    )
-    return DamageModel(told["intercept"], weights, *spreads, told["origin"])
+    """The model in the package, fitted by `evals/fit_planner.py`."""
+    file = files("frankenmerge.planning").joinpath("prediction.json")
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    weights = tuple(stored["weights"][name] for name in FEATURES)
+    spreads = tuple(stored["spread"]), tuple(stored["drawn_spread"])
+    return DamageModel(stored["intercept"], weights, *spreads, stored["origin"])
 
 
 def seam_damage(model: DamageModel, states: States, left: str, entered: str) -> np.ndarray:
-    """Predicted damage `[l_left+1, l_entered+1]` of the splice whose one seam leaves `left` after `i` blocks and enters block `j`."""
+    """Predicted damage `[l_left+1, l_entered+1]` of all splices with a single seam.
+
+    Entry `i, j` is for the splice that leaves `left` after `i` blocks and enters `entered` at block
+    `j`.
+    """
     rows, places = states.blocks[left], states.blocks[entered]
     result, influence = np.zeros((rows + 1, places + 1)), states.influence
     begin = states.first[left] + np.arange(rows + 1)
     for j in range(places):
-        given = np.tile(states.first[entered] + np.arange(j, places), (rows + 1, 1))
+        inputs = np.tile(states.first[entered] + np.arange(j, places), (rows + 1, 1))
         skipped = np.maximum(0, influence[states.first[entered] + j] - influence[begin])
         ends = np.array(
             [
@@ -292,22 +297,23 @@ def seam_damage(model: DamageModel, states: States, left: str, entered: str) -> 
                 for i in range(rows + 1)
             ]
         )
-        drifts = _drifts(states.gram, begin, given, ends, np.arange(rows + 1) + places - j)
+        drifts = _drifts(states.gram, begin, inputs, ends, np.arange(rows + 1) + places - j)
         result[:, j] = model.damage(np.column_stack([drifts, np.zeros(rows + 1), skipped]))
     return result
 
 
-def new_family(off: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Where nine of ten residuals of a family that was not seen are expected, from those `[r]` of each of several families.
+def new_family(residuals: Sequence[np.ndarray]) -> tuple[float, float]:
+    """90 % prediction interval of a residual on a new family, from those `[r]` of several families.
 
-    The ends of a Student interval: families differ in their means, and there are few of them.
+    It is a Student interval, because families differ in their means and there are few of them.
     """
-    means, within = np.array([part.mean() for part in off]), np.mean([part.var() for part in off])
+    means = np.array([family.mean() for family in residuals])
+    within = np.mean([family.var() for family in residuals])
     count = len(means)
     half = stdtrit(count - 1, 0.95) * np.sqrt(means.var(ddof=1) * (1 + 1 / count) + within)
     return float(means.mean() - half), float(means.mean() + half)
 
 
 def donor_loss(stack: Sequence[Block], losses: Mapping[str, float]) -> float:
-    """What damage is measured from: the donors' own losses, each by its share of the blocks."""
+    """The reference of damage: the donors' own losses, weighted by their shares of the blocks."""
     return sum(losses[block.model] for block in stack) / len(stack)

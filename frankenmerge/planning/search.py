@@ -1,9 +1,9 @@
-"""The k cheapest ways through the donors' blocks: exact dynamic programming, then best-first enumeration.
+"""The k cheapest routes through the donors' blocks.
 
-A route is a sequence of slices (donor, start, stop) that begins at a donor's block 0 and ends with a
-donor's last block. The cost to go is exact, so the enumeration (A*) expands only what belongs to
-one of the k cheapest routes; shares of donors are kept to in the enumeration alone, for which the
-cost to go is a lower bound, so that it stays exact and takes longer.
+A route is a sequence of slices (donor, start, stop) from block 0 of a donor to the last block of a
+donor. Dynamic programming computes the exact cost to go; a best-first enumeration (A*) then expands
+only nodes of the k cheapest routes. Shares of donors are enforced in the enumeration alone. With
+them the cost to go is a lower bound, so that the search stays exact and takes longer.
 """
 
 import heapq
@@ -14,39 +14,37 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from frankenmerge.errors import fail
+from frankenmerge.errors import FrankenmergeError, fail
 
-MOST_REQUIRED = 8
-"""Blocks that may be required: the states of the search double with every one."""
-MOST_STEPS = 200_000
-"""Slices that are looked at before a search gives up; only shares of donors can take so many."""
+REQUIRED_LIMIT = 8
+"""Number of blocks that may be required; each doubles the states of the search."""
+STEP_LIMIT = 200_000
+"""Nodes that are expanded before a search fails; only with shares of donors are there so many."""
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a plan must keep to. Donors are named as in the alignments; the search itself numbers them."""
+    """The constraints of a plan. Donors have their names in the alignments; the search numbers them."""
 
     depth: int
-    """Blocks of the result."""
+    """Number of blocks of the result."""
     max_seams: int = 4
     min_slice: int = 2
-    """Fewest blocks of a slice."""
+    """Minimum number of blocks of a slice."""
     protect_first: int = 1
-    """Blocks at a donor's beginning that stay together at the beginning: no seam before or among
-    them.
+    """Number of first blocks of a donor that stay together at the start of the result: no seam
+    before or between them.
     """
     protect_last: int = 1
-    """Likewise at a donor's end."""
+    """The same for a donor's last blocks, at the end of the result."""
     max_back: int | None = None
-    """Most blocks that are gone through again at one seam."""
+    """Maximum number of blocks that a seam may repeat."""
     required: frozenset[tuple[Any, int]] = frozenset()
-    """Blocks (donor, index) that must be used, `MOST_REQUIRED` at most."""
+    """Blocks (donor, index) that must be used, at most `REQUIRED_LIMIT`."""
     avoided: frozenset[tuple[Any, int]] = frozenset()
     """Blocks that must not be used."""
     shares: Mapping[Any, tuple[float, float]] = field(default_factory=dict)
-    """By donor, the least and the largest part of the result's blocks that may be its own, from 0
-    to 1.
-    """
+    """For a donor, the minimum and maximum of its share of the result's blocks, from 0 to 1."""
 
     def as_json(self) -> dict[str, Any]:
         """The constraints that are set, as JSON."""
@@ -54,12 +52,9 @@ class Constraints:
             key: sorted([donor, block] for donor, block in getattr(self, key))
             for key in ("required", "avoided")
         }
-        told = (
-            vars(self)
-            | blocks
-            | {"shares": {donor: list(share) for donor, share in self.shares.items()}}
-        )
-        return {key: value for key, value in told.items() if value not in (None, [], {})}
+        shares = {donor: list(share) for donor, share in self.shares.items()}
+        values = vars(self) | blocks | {"shares": shares}
+        return {key: value for key, value in values.items() if value not in (None, [], {})}
 
 
 class Run(NamedTuple):
@@ -71,14 +66,14 @@ class Run(NamedTuple):
 
 
 class Route(NamedTuple):
-    """One way through the blocks, and the sum of its seams' costs."""
+    """Slices from the first to the last block of a result, and the sum of their seams' costs."""
 
     cost: float
     runs: tuple[Run, ...]
 
 
 class _State(NamedTuple):
-    """About to begin a slice: blocks and seams left, what was used, the donor, where it begins."""
+    """Before a slice: blocks and seams left, donors and blocks used, and where the slice begins."""
 
     blocks: int
     seams: int
@@ -93,23 +88,21 @@ class _Problem(NamedTuple):
     costs: Mapping[tuple[int, int], np.ndarray]
     constraints: Constraints
     bits: list[np.ndarray]
-    """By donor and block: what using it adds to `_State.used`; -1 for a block that must not be
-    used.
-    """
+    """For each donor and block, the bits that it sets in `_State.used`; -1 if it must not be used."""
     everything: int
-    """`_State.used` when all is used that must be."""
+    """`_State.used` when all donors and all required blocks are used."""
 
 
 class _Node(NamedTuple):
-    """Part of a route."""
+    """The beginning of a route."""
 
     bound: float
-    """The least that a route which begins so can cost."""
+    """Lower bound of the cost of all routes that begin like this."""
     order: int
     cost: float
     runs: tuple[Run, ...]
     state: _State | None
-    """None when the route is whole."""
+    """None if the route is complete."""
 
 
 def cheapest_routes(
@@ -119,18 +112,18 @@ def cheapest_routes(
     *,
     most: int | None = None,
 ) -> Iterator[Route]:
-    """Give routes that use every donor at least once, the cheapest first.
+    """Iterate over the routes that use every donor at least once, the cheapest first.
 
     Args:
         lengths: blocks of each donor.
-        costs: for (donor left, donor entered) the seam costs `[l_left+1, l_entered+1]`; pairs that
-            are absent are not used.
-        constraints: what every route keeps to.
-        most: how many are wanted, which spares looking at others; all that there are without it.
+        costs: for (donor left, donor entered) the seam costs `[l_left+1, l_entered+1]`; there are
+            no seams for pairs that are absent.
+        constraints: what every route must satisfy.
+        most: maximum number of routes, which makes the search shorter; all routes if None.
 
     Raises:
-        FrankenmergeError: when more blocks are required than the search can keep in mind, or shares
-            make it too long.
+        FrankenmergeError: if more blocks are required than `REQUIRED_LIMIT`, or if shares make the
+            search longer than `STEP_LIMIT`.
     """
     problem = _problem(lengths, costs, constraints)
     return islice(_cheapest(problem, _cost_to_go(problem), most), most)
@@ -139,9 +132,9 @@ def cheapest_routes(
 def cheapest_by_depth(
     lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints
 ) -> dict[int, Route]:
-    """The cheapest route of every depth up to the one that is asked for, where there is one."""
+    """The cheapest route of every depth up to that of `constraints`, if there is one."""
     problem = _problem(lengths, costs, constraints)
-    to_go = _cost_to_go(problem)  # of every number of blocks left, so of every depth
+    to_go = _cost_to_go(problem)  # for every number of blocks left, so for every depth
     depths = range(1, constraints.depth + 1)
     first = {
         depth: next(
@@ -154,10 +147,10 @@ def cheapest_by_depth(
 
 
 def _cheapest(problem: _Problem, to_go: np.ndarray, most: int | None) -> Iterator[Route]:
-    """The enumeration, best first."""
+    """The best-first enumeration."""
     lengths, constraints = problem.lengths, problem.constraints
-    # Without shares every node's bound is the cost of a route of its own: beyond the `most` least of
-    # them nothing is wanted.
+    # Without shares every node's bound is the cost of a distinct route, so that only the `most`
+    # nodes with the smallest bounds are needed.
     kept, limit = None if constraints.shares else most, np.inf
     order, steps = count(), count()
     heap: list[_Node] = []
@@ -170,17 +163,8 @@ def _cheapest(problem: _Problem, to_go: np.ndarray, most: int | None) -> Iterato
         if node.state is None:
             yield Route(node.cost, node.runs)
             continue
-        if next(steps) > MOST_STEPS:
-            told = ", ".join(
-                f"{donor} {low:.0%} to {high:.0%}"
-                for donor, (low, high) in constraints.shares.items()
-            )
-            raise fail(
-                "plan",
-                f"shares that good plans can keep to: {told}",
-                f"none in {MOST_STEPS:,} steps",
-                "widen the shares",
-            )
+        if next(steps) > STEP_LIMIT:
+            raise _too_long(constraints)
         for run, step, rest, follower in _continuations(
             problem, to_go, node.state, limit - node.cost
         ):
@@ -195,15 +179,27 @@ def _cheapest(problem: _Problem, to_go: np.ndarray, most: int | None) -> Iterato
             limit = heap[-1].bound
 
 
+def _too_long(constraints: Constraints) -> FrankenmergeError:
+    shares = ", ".join(
+        f"{donor} {low:.0%} to {high:.0%}" for donor, (low, high) in constraints.shares.items()
+    )
+    return fail(
+        "plan",
+        f"plans of low cost with these shares: {shares}",
+        f"none in {STEP_LIMIT:,} steps",
+        "widen the shares",
+    )
+
+
 def _problem(
     lengths: list[int], costs: Mapping[tuple[int, int], np.ndarray], constraints: Constraints
 ) -> _Problem:
-    if len(constraints.required) > MOST_REQUIRED:
+    if len(constraints.required) > REQUIRED_LIMIT:
         raise fail(
             "plan",
-            f"at most {MOST_REQUIRED} required blocks",
+            f"at most {REQUIRED_LIMIT} required blocks",
             str(len(constraints.required)),
-            "require fewer; seams move little",
+            "require fewer blocks",
         )
     bits = [np.full(length, 1 << donor) for donor, length in enumerate(lengths)]
     for number, (donor, block) in enumerate(sorted(constraints.required), len(lengths)):
@@ -218,7 +214,11 @@ def _problem(
 def _continuations(
     problem: _Problem, to_go: np.ndarray, state: _State, limit: float
 ) -> Iterator[tuple[Run, float, float, _State | None]]:
-    """Every slice that may begin at `state`, with its seam's cost, the cheapest rest, and what comes after it; no more than `limit`."""
+    """Every slice that may begin at `state`, if the cost of the rest is at most `limit`.
+
+    With each slice: the cost of the seam after it, the cheapest rest after that, and the next
+    state, None at the end of the route.
+    """
     length, used = problem.lengths[state.donor], state.used
     for stop in range(state.start + 1, min(length, state.start + state.blocks) + 1):
         if (bit := int(problem.bits[state.donor][stop - 1])) < 0:
@@ -237,8 +237,8 @@ def _continuations(
             if source != state.donor:
                 continue
             rests = to_go[left, state.seams - 1, used, entered, : matrix.shape[1]]
-            whole = matrix[stop] + rests
-            for start in np.flatnonzero(np.isfinite(whole) & (whole <= limit + 1e-12)):
+            total = matrix[stop] + rests
+            for start in np.flatnonzero(np.isfinite(total) & (total <= limit + 1e-12)):
                 yield (
                     run,
                     float(matrix[stop, start]),
@@ -248,7 +248,7 @@ def _continuations(
 
 
 def _keeps_shares(problem: _Problem, runs: tuple[Run, ...], left: int) -> bool:
-    """Whether every donor's share can still be kept to when `left` blocks are to come."""
+    """Whether every donor's share is still possible with `left` blocks to come."""
     depth = problem.constraints.depth
     for donor, (low, high) in problem.constraints.shares.items():
         taken = sum(run.stop - run.start for run in runs if run.donor == donor)
@@ -258,7 +258,11 @@ def _keeps_shares(problem: _Problem, runs: tuple[Run, ...], left: int) -> bool:
 
 
 def _allowed(costs: np.ndarray, pair: tuple[int, int], constraints: Constraints) -> np.ndarray:
-    """Forbid seams among protected blocks, those after no block or before none, those too far back, and those that are none."""
+    """The costs with infinity for forbidden seams.
+
+    Forbidden are seams between protected blocks, before a first or after a last block of the
+    result, too far back, and from a block to its successor in the same donor.
+    """
     left, entered = np.indices(costs.shape)
     first, last = constraints.protect_first, constraints.protect_last
     inside = (left >= max(1, first)) & (entered >= first)
@@ -271,10 +275,10 @@ def _allowed(costs: np.ndarray, pair: tuple[int, int], constraints: Constraints)
 
 
 def _cost_to_go(problem: _Problem) -> np.ndarray:
-    """The cheapest rest when beginning a slice, `[blocks left, seams left, used, donor, start]`: exact but for shares.
+    """The cheapest rest at the start of a slice, `[blocks left, seams left, used, donor, start]`.
 
-    Block by block, for every number of blocks left from none upwards: a slice that is long enough
-    is left, or goes on by a block.
+    It is exact except for shares. Computed for every number of blocks left, from 0 upwards: a slice
+    of at least the minimum length ends, or continues by one block.
     """
     donors, constraints = len(problem.lengths), problem.constraints
     shape = (
@@ -284,9 +288,8 @@ def _cost_to_go(problem: _Problem) -> np.ndarray:
         donors,
         max(problem.lengths) + 1,
     )
-    within = np.full(
-        shape, np.inf
-    )  # in a slice that is long enough, behind so many of its donor's blocks
+    # Within a slice of at least the minimum length, by the number of its donor's blocks so far.
+    within = np.full(shape, np.inf)
     starting = np.full(shape, np.inf)
     within[0, :, -1, range(donors), problem.lengths] = 0.0
     for blocks in range(1, constraints.depth + 1):
@@ -309,9 +312,9 @@ def _cost_to_go(problem: _Problem) -> np.ndarray:
 
 
 def _one_more(problem: _Problem, donor: int, rest: np.ndarray) -> np.ndarray:
-    """From the cheapest rest behind a donor's blocks `[seams, used, place]` that before taking one more of them."""
-    bits, taken = problem.bits[donor], np.full_like(rest, np.inf)
-    places = np.flatnonzero(bits >= 0)
-    used = np.arange(rest.shape[1])[:, None] | bits[places]
-    taken[:, :, places] = rest[:, used, places + 1]
-    return taken
+    """The cheapest rest before one more block of a donor, from that after it; `[seams, used, i]`."""
+    bits, before = problem.bits[donor], np.full_like(rest, np.inf)
+    allowed = np.flatnonzero(bits >= 0)
+    used = np.arange(rest.shape[1])[:, None] | bits[allowed]
+    before[:, :, allowed] = rest[:, used, allowed + 1]
+    return before

@@ -91,7 +91,7 @@ def _told(entry: Any, damage: float, bench: Bench, model: Any) -> Any:
     """A plan with what was measured of it."""
     if bench.drawn:
         return entry._replace(
-            predicted_damage=damage, interval=model.interval(damage, drawn=True), basis=SAMPLED
+            predicted_damage=damage, interval=model.interval(damage, sampled=True), basis=SAMPLED
         )
     return entry._replace(measured=damage)
 
@@ -130,7 +130,7 @@ def damped(plans: list, alignments: list, bench: Bench, model: Any) -> tuple[lis
         damage = {name: next(measured) for name in recipes}
         best = min(damage, key=damage.__getitem__)
         predicted = max(0.0, entry.predicted_damage + damage[best] - damage["none"])
-        interval = model.interval(predicted, drawn=entry.basis == SAMPLED)
+        interval = model.interval(predicted, sampled=entry.basis == SAMPLED)
         told = entry._replace(recipe=recipes[best], predicted_damage=predicted, interval=interval)
         ranked.append(
             (

@@ -58,7 +58,7 @@ def invented(names=("x", "y"), blocks=(5, 5), seed=0, **changed: np.ndarray) -> 
 
 
 def directed(given: list[Alignment], after: str, before: str) -> Alignment:
-    """The alignment a seam is rotated_where_needed by, A left and B entered."""
+    """The alignment of a seam, A left and B entered."""
     for alignment in given:
         if alignment.donors == (after, before):
             return alignment

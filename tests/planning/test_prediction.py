@@ -176,18 +176,18 @@ def test_the_default_model_names_its_origin():
         and origin["versions"]["torch"]
         and origin["fingerprints"]
     )
-    for low, high in (default_model().spread, default_model().drawn_spread):
+    for low, high in (default_model().spread, default_model().sampled_spread):
         assert low < 0 < high
 
 
 def test_intervals_hold_what_they_are_around_and_widen_with_it():
     model = default_model()
-    for drawn in (False, True):
+    for sampled in (False, True):
         damages = [0.0, 0.01, 0.1, 1.0, 5.0]
-        ends = [model.interval(damage, drawn=drawn) for damage in damages]
+        ends = [model.interval(damage, sampled=sampled) for damage in damages]
         assert all(low <= damage < high for (low, high), damage in zip(ends, damages, strict=True))
         assert np.all(np.diff([high - low for low, high in ends]) > 0)
-    low, high = model.interval(-0.1, drawn=True)
+    low, high = model.interval(-0.1, sampled=True)
     assert low < -0.1 < high
 
 
