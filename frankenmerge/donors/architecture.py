@@ -1,4 +1,4 @@
-"""What the package has to know of a family: tensor names, config names, and per-block config fields.
+"""The description of a family: tensor names, config names, and per-block config fields.
 
 The families themselves are entries of the table in `families`.
 """

@@ -1,4 +1,4 @@
-"""What config.json tells of a donor, read as its family means it; configs compared, and spliced with their blocks."""
+"""A donor's config.json: read with its family's defaults, compared, spliced with the blocks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -64,20 +64,20 @@ FREE = {
     "router_aux_loss_coef",
     "router_jitter_noise",
 }
-"""Config fields in which donors may differ, because no block computes differently for them or they
-are compared apart.
+"""Config fields in which donors may differ, because no block's computation depends on them or they
+are compared separately.
 """
 
 _EPSILONS = {"rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"}
 
 
 def family(config: Config) -> Architecture:
-    """The entry for a config's family; what is usual for a family that has none."""
+    """The entry for a config's family; the usual architecture for a family that has none."""
     return FAMILIES.get(config["model_type"], USUAL)
 
 
 def quantity(config: Config, name: str) -> int | None:
-    """A size by its common name (`blocks`, `width`, `heads`, `kv_heads`, `inner`, `positions`, `vocabulary`)."""
+    """A size by its common name, which is one of the fields of `Keys`; None if it is not known."""
     architecture = family(config)
     keys = architecture.keys
     value = config.get(getattr(keys, name))
@@ -94,18 +94,19 @@ def is_tied(config: Config) -> bool:
 
 
 def rope(config: Config) -> dict[str, Any]:
-    """Rotary position settings in one form, whichever way config.json writes them.
+    """Rotary position settings in one form, for all forms of config.json.
 
-    In a family whose kinds of attention have settings of their own, one such form for each kind.
+    In a family whose kinds of attention have settings of their own, a mapping with one form per
+    kind.
     """
     architecture = family(config)
     written = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not architecture.rope_kinds:
         return _rope(config, written, "rope_theta")
-    # The flat form, of older versions, is about the blocks that see everything.
-    apart = written if set(written) & set(architecture.rope_kinds) else {FULL: written}
+    # The flat form, of older versions, applies to the blocks with full attention.
+    by_kind = written if set(written) & set(architecture.rope_kinds) else {FULL: written}
     return {
-        kind: _rope(config, apart.get(kind) or {}, base)
+        kind: _rope(config, by_kind.get(kind) or {}, base)
         for kind, base in architecture.rope_kinds.items()
     }
 
@@ -132,7 +133,7 @@ def _rope(config: Config, written: Config, base: str) -> dict[str, Any]:
 
 
 def window(config: Config) -> int | None:
-    """How far back a block's attention reaches where it is limited, None where no block's is."""
+    """The window of blocks with limited attention; None if no block's attention is limited."""
     architecture = family(config)
     kinds = next(part for part in architecture.per_block if part.key == LAYER_TYPES.key)
     if kinds.rule or isinstance(config.get(kinds.key), list):
@@ -158,12 +159,17 @@ def head_width(config: Config) -> int | None:
 
 
 def block_kind(config: Config, index: int) -> tuple[Any, ...]:
-    """What decides which tensors a block has: equal for blocks of the same kind."""
+    """The properties that decide which tensors a block has: equal for blocks of the same kind."""
     return tuple(part.of(config, index) for part in family(config).per_block if part.marker)
 
 
 def differences(first: Config, other: Config) -> tuple[list[str], list[str]]:
-    """Compare two configs: (reasons why one config cannot describe blocks of both, remarks that do no harm)."""
+    """Compare two configs.
+
+    Returns:
+        The reasons why one config cannot describe blocks of both, and remarks on differences that
+        do no harm.
+    """
     if first["model_type"] != other["model_type"]:
         return [f"family: {first['model_type']} and {other['model_type']} compute differently"], []
     architecture = family(first)
@@ -172,10 +178,12 @@ def differences(first: Config, other: Config) -> tuple[list[str], list[str]]:
         {architecture.synonyms.get(key, key): value for key, value in config.items()}
         for config in (first, other)
     ]
-    apart = {key for part in architecture.per_block for key in (part.key, *part.numbers)} | set(
+    separate = {key for part in architecture.per_block for key in (part.key, *part.numbers)} | set(
         architecture.rope_kinds.values()
     )
-    for key in sorted((set(named[0]) | set(named[1]) | set(architecture.defaults)) - FREE - apart):
+    for key in sorted(
+        (set(named[0]) | set(named[1]) | set(architecture.defaults)) - FREE - separate
+    ):
         both[key] = tuple(config.get(key, architecture.defaults.get(key)) for config in named)
     both["rope_parameters"] = (rope(first), rope(other))
     both["sliding_window"] = (window(first), window(other))
@@ -187,8 +195,8 @@ def differences(first: Config, other: Config) -> tuple[list[str], list[str]]:
             )
     unequal = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
     reasons = {key: f"{key}: {a} and {b}" for key, (a, b) in unequal.items()}
-    # A field on one side only, and without a default here, is one that the other side's version of
-    # the library did not write.
+    # A field of only one config, without a default here, is one that the other config's version of
+    # transformers did not write.
     one_sided = {
         key for key in unequal if key not in architecture.defaults and None in unequal[key]
     } - {"sliding_window"}
@@ -201,22 +209,31 @@ def differences(first: Config, other: Config) -> tuple[list[str], list[str]]:
 def spliced_config(
     base: Config, blocks: Sequence[tuple[Config, int]], tied: bool
 ) -> dict[str, Any]:
-    """The config of a model made of `blocks`, each (config of its donor, its index there), otherwise as `base`.
+    """The config of a model with these blocks, otherwise as `base`.
 
-    What config.json tells of single blocks follows them, also where a donor leaves it to its
+    Settings of single blocks move with them, even if a donor's config.json leaves them to its
     family's rule.
+
+    Args:
+        base: the config for everything else.
+        blocks: for each block the config of its donor and its index there.
+        tied: whether the head is the embedding matrix.
     """
     config = deepcopy(dict(base))
     config[family(base).keys.blocks] = len(blocks)
     for part in family(base).per_block:
-        config = _retold(config, part, [part.of(donor, index) for donor, index in blocks])
+        config = _with_entries(config, part, [part.of(donor, index) for donor, index in blocks])
     config["tie_word_embeddings"] = tied
-    config.pop("auto_map", None)  # names files of code, which the result does not have
+    config.pop("auto_map", None)  # names files with code, which the result does not have
     return config
 
 
-def _retold(config: dict[str, Any], part: PerBlock, entries: list[Any]) -> dict[str, Any]:
-    """`config` telling of its blocks what `entries` are: by a list, if it has one or needs one, and by no number that says else."""
+def _with_entries(config: dict[str, Any], part: PerBlock, entries: list[Any]) -> dict[str, Any]:
+    """The config with `entries` for its blocks.
+
+    They are a list if the config has or needs one. Numbers that a rule reads are kept only if the
+    rule then gives the same entries.
+    """
     listed = {part.key: part.written(entries)}
     rest = {key: value for key, value in config.items() if key != part.key}
     rule = part.rule or (lambda _config, _index: part.usual)
@@ -225,10 +242,8 @@ def _retold(config: dict[str, Any], part: PerBlock, entries: list[Any]) -> dict[
         return [rule(trial, index) for index in range(len(entries))] == entries
 
     for number, least in part.numbers.items():
-        own, read = (
-            rest.pop(number, None),
-            next(iter(part.numbers)),
-        )  # the others are what other versions call it
+        own = rest.pop(number, None)
+        read = next(iter(part.numbers))  # the others are its names in other versions
         values = (own, *range(least, len(entries) + 2)) if part.rule and own is not None else ()
         fitting = [
             value
@@ -240,9 +255,9 @@ def _retold(config: dict[str, Any], part: PerBlock, entries: list[Any]) -> dict[
 
 
 def config_faults(config: Config, place: str) -> list[Fault]:
-    """What makes a donor's blocks impossible to move, told as faults."""
+    """The reasons why a donor's blocks cannot be moved."""
     architecture = family(config)
-    remedy = "mend the donor's config.json"
+    remedy = "fix the donor's config.json"
     faults = []
     for key in (*architecture.index_bound, *INDEX_BOUND):
         if config.get(key):
@@ -272,7 +287,7 @@ def config_faults(config: Config, place: str) -> list[Fault]:
 
 def _per_block_faults(config: Config, part: PerBlock, place: str) -> Iterator[Fault]:
     listed, blocks = config.get(part.key), quantity(config, "blocks") or 0
-    where, remedy = f"{place}: {part.key}", "mend the donor's config.json"
+    where, remedy = f"{place}: {part.key}", "fix the donor's config.json"
     if not isinstance(listed, list | None):
         yield Fault(where, "a list", repr(listed), remedy)
     elif listed is not None and not part.marker and len(listed) != blocks:

@@ -1,8 +1,8 @@
-"""Families that are not in the table: what they are is read off config and tensors, or the donor is refused with the reasons.
+"""Families that are not in the table: inferred from config and tensors, or refused with reasons.
 
-What is inferred has to be safe to move. So the blocks are alike and made of plain layers, every
-other tensor has one possible role, and config.json holds nothing that may belong to single blocks
-but the lists that are known to.
+The blocks of an inferred family must be safe to move: they are alike and consist of plain layers,
+every other tensor has one possible role, and config.json has no fields that may belong to single
+blocks except the known lists.
 """
 
 import re
@@ -31,24 +31,20 @@ _NUMBERS = {number: part.key for part in USUAL.per_block for number in part.numb
 _SUSPECT = re.compile(
     r"layer(?!_?norm)|block|depth|interval|pattern|step|freq|period|every|share|chunk|window|first_k|index|idx|stride|hybrid|recurren"
 )
-"""Names of config fields that may speak of single blocks, of groups of them, or of how many there
-are.
-"""
+"""Names of config fields that may refer to single blocks, groups of blocks, or their number."""
 
 
 def family_faults(config: Config, place: str) -> list[Fault]:
-    """Why a config is of no family that is in the table or could be inferred, if so."""
+    """The reasons why a config's family is neither in the table nor can be inferred."""
     name = config.get("model_type")
     if not isinstance(name, str):
         return _faults(place, [repr(name)])
     if name in FAMILIES:
         return []
     if isinstance(config.get("text_config"), Mapping):
-        remedy = "save its language model as a checkpoint of its own, and use that"
+        remedy = "save its language model as a separate checkpoint, and use that"
         return [
-            Fault(
-                place, _SUPPORTED, f"{name}, which holds its language model in text_config", remedy
-            )
+            Fault(place, _SUPPORTED, f"{name}, which has its language model in text_config", remedy)
         ]
     return _faults(
         place,
@@ -57,7 +53,7 @@ def family_faults(config: Config, place: str) -> list[Fault]:
 
 
 def architecture_of(config: Config, shapes: Shapes, place: str) -> Architecture:
-    """A donor's family: its entry in the table, or what its config and its tensors' names and shapes show.
+    """A donor's family: its entry in the table, or inferred from config, tensor names and shapes.
 
     Raises FrankenmergeError, with every reason, for a family that is not in the table and cannot be
     inferred.
@@ -93,33 +89,27 @@ def architecture_of(config: Config, shapes: Shapes, place: str) -> Architecture:
     )
 
 
-def _faults(place: str, found: Iterable[str]) -> list[Fault]:
-    return [
-        Fault(
-            place, _SUPPORTED, told, "use donors of a supported family, or add this one to FAMILIES"
-        )
-        for told in found
-    ]
+def _faults(place: str, findings: Iterable[str]) -> list[Fault]:
+    remedy = "use donors of a supported family, or add this one to FAMILIES"
+    return [Fault(place, _SUPPORTED, found, remedy) for found in findings]
 
 
 def _config_reasons(config: Config, name: str) -> Iterator[str]:
     if missing := [key for key in _NEEDED if key not in config]:
         yield f"config.json has no {', '.join(missing)}"
     if "auto_map" in config:
-        yield "it runs code of its own (auto_map)"
-    names, causal = (
-        config.get("architectures"),
-        rf"{re.escape(name.partition('_')[0])}\w*ForCausalLM",
-    )
+        yield "it needs code of its own (auto_map)"
+    names = config.get("architectures")
+    causal = rf"{re.escape(name.partition('_')[0])}\w*ForCausalLM"
     if (
         not isinstance(names, list)
         or not names
         or not re.fullmatch(causal, str(names[0]), re.IGNORECASE)
     ):
-        yield f"architectures is {names!r}, not a causal language model of its own name"
+        yield f"architectures is {names!r}, not a causal language model of this family"
     for key, value in config.items():
         if key in _NUMBERS and isinstance(config.get(_NUMBERS[key]), list):
-            continue  # the list tells what the number told once
+            continue  # the list replaces the number
         if (
             value
             and key not in FREE | _LISTS
@@ -130,11 +120,11 @@ def _config_reasons(config: Config, name: str) -> Iterator[str]:
     if isinstance(kinds, list) and (others := sorted(set(map(str, kinds)) - {FULL, SLIDING})):
         yield f"blocks of the kind {', '.join(others)} may depend on their position"
     if kinds is None and config.get("sliding_window") and config.get("use_sliding_window", True):
-        yield "it has a sliding_window and no layer_types that say for which blocks"
+        yield "it has a sliding_window but no layer_types that say which blocks use it"
 
 
 def _roles(config: Config, shapes: Shapes, root: str, prefix: str) -> dict[str, list[str]]:
-    """The modules outside the blocks, by what their shapes let them be."""
+    """The modules outside the blocks, by the role that fits their shapes."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         if not name.startswith(prefix):
@@ -161,14 +151,14 @@ def _roles(config: Config, shapes: Shapes, root: str, prefix: str) -> dict[str, 
 
 
 def _role_reasons(config: Config, shapes: Shapes, roles: Mapping[str, list[str]]) -> Iterator[str]:
-    for role, told in (("embedding", "embedding"), ("final", "final norm")):
-        if len(found := roles.get(role, [])) != 1:
-            yield f"one tensor should be the {told}, and these could: {', '.join(found) or 'none'}"
-    for role, told in (("positions", "positions"), ("head", "head")):
-        if len(found := roles.get(role, [])) > 1:
-            yield f"one tensor should be the {told}, and these could: {', '.join(found)}"
+    for role, title in (("embedding", "embedding"), ("final", "final norm")):
+        if len(modules := roles.get(role, [])) != 1:
+            yield f"one tensor must be the {title}; candidates: {', '.join(modules) or 'none'}"
+    for role, title in (("positions", "positions"), ("head", "head")):
+        if len(modules := roles.get(role, [])) > 1:
+            yield f"one tensor must be the {title}; candidates: {', '.join(modules)}"
     if unknown := roles.get("unknown"):
-        yield f"nothing tells what {', '.join(unknown[:5])} are for"
+        yield f"the role of {', '.join(unknown[:5])} is not known"
     if heads := roles.get("head"):
         if "tie_word_embeddings" not in config:
             yield "config.json does not say whether the head is the embedding (tie_word_embeddings)"
@@ -178,7 +168,7 @@ def _role_reasons(config: Config, shapes: Shapes, roles: Mapping[str, list[str]]
 
 def _block_reasons(shapes: Shapes, prefix: str) -> Iterator[str]:
     if prefix.count(".") < 2:
-        yield "its tensors are not named MODEL.LAYERS.0. and so on"
+        yield "its tensors are not named MODEL.LAYERS.0. etc."
         return
     blocks: dict[str, set[str]] = {}
     for name in shapes:
@@ -187,8 +177,9 @@ def _block_reasons(shapes: Shapes, prefix: str) -> Iterator[str]:
             blocks.setdefault(index, set()).add(rest)
     kinds = {frozenset(names) for names in blocks.values()}
     if len(kinds) != 1:
-        yield f"its blocks hold different tensors, such as {min(frozenset.union(*kinds) - frozenset.intersection(*kinds))}"
+        different = frozenset.union(*kinds) - frozenset.intersection(*kinds)
+        yield f"its blocks have different tensors, such as {min(different)}"
     if odd := sorted(
         name for name in frozenset.union(*kinds) if not name.endswith((".weight", ".bias"))
     ):
-        yield f"its blocks hold {', '.join(odd[:5])}, which no plain layer does"
+        yield f"its blocks have {', '.join(odd[:5])}, which plain layers do not have"

@@ -1,4 +1,4 @@
-"""Donors whose weights are PyTorch pickles: read as plain tensors, running none of what they hold, and kept as safetensors."""
+"""Donors whose weights are PyTorch pickles: converted to safetensors, without executing them."""
 
 import hashlib
 import json
@@ -22,24 +22,24 @@ _REMEDY = "do not use this donor, or ask its authors for safetensors"
 
 
 def pickles(folder: Path) -> list[Path]:
-    """The files of pickled weights in a folder: the single one where it is there, as transformers has it, or else all shards."""
+    """The files of pickled weights in a folder: the single file, else all shards."""
     return [folder / _SINGLE] if (folder / _SINGLE).is_file() else sorted(folder.glob(PICKLES))
 
 
 def converted(folder: Path, others: Iterable[Path]) -> Path:
-    """Return the folder in the cache that holds a donor's pickled weights as safetensors, made now where it is not there.
+    """Convert a donor's pickled weights to safetensors and return the folder, which is cached.
 
     Args:
         folder: the donor's.
-        others: its files that go with the weights, such as the config; they are copied.
+        others: its other files, such as the config; they are copied.
 
     Raises:
-        FrankenmergeError: for a pickle that holds anything but tensors by name; nothing in it is
-            run.
+        FrankenmergeError: for a pickle with anything but tensors by name; no pickled code is
+            executed.
     """
     files, weights = sorted(others), pickles(folder)
-    # Hashing the weights would take as long as converting them, so a file is known by its place,
-    # size and time.
+    # Hashing the weights would take as long as converting them, so a file is identified by its
+    # path, size and time of modification.
     stats = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
         for file in [*files, *weights]
@@ -49,33 +49,33 @@ def converted(folder: Path, others: Iterable[Path]) -> Path:
     )
     if path.is_dir():
         return path
-    with new_folder(path) as beside:
+    with new_folder(path) as partial:
         for file in files:
-            shutil.copyfile(file, beside / file.name)
+            shutil.copyfile(file, partial / file.name)
         index = {"metadata": {}, "weight_map": {}}
         for number, file in enumerate(weights, 1):
             shard = f"model-{number:05}.safetensors"
-            index["weight_map"] |= dict.fromkeys(_convert(file, beside / shard), shard)
-        (beside / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+            index["weight_map"] |= dict.fromkeys(_convert(file, partial / shard), shard)
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return path
 
 
 def _convert(file: Path, target: Path) -> list[str]:
-    """Write one file's tensors as safetensors and return their names."""
+    """Convert one file to safetensors and return the names of its tensors."""
     from safetensors.torch import save_file
 
     tensors = _tensors(file)
-    places = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items()}
-    sharing = Counter(places.values())
+    addresses = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items()}
+    users = Counter(addresses.values())
     # A tied head shares the embedding's memory, which safetensors cannot express.
     separate = {
-        name: (tensor.clone() if sharing[places[name]] > 1 else tensor).contiguous()
+        name: (tensor.clone() if users[addresses[name]] > 1 else tensor).contiguous()
         for name, tensor in tensors.items()
     }
     try:
         save_file(separate, target, {"format": "pt"})
     except (KeyError, ValueError) as error:
-        raise fail(str(file), "tensors that safetensors can hold", str(error), _REMEDY) from error
+        raise fail(str(file), "tensors that safetensors supports", str(error), _REMEDY) from error
     return list(tensors)
 
 
@@ -83,7 +83,7 @@ def _tensors(file: Path) -> "dict[str, torch.Tensor]":
     import torch
 
     try:
-        # Files from before PyTorch 1.6 are no archives, and cannot be mapped.
+        # Files from before PyTorch 1.6 are not archives, and cannot be mapped.
         loaded = torch.load(
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
@@ -98,9 +98,7 @@ def _tensors(file: Path) -> "dict[str, torch.Tensor]":
         TypeError,
     ) as error:
         found = str(error)[:300] or type(error).__name__
-        raise fail(
-            str(file), "pickled tensors and nothing that would have to be run", found, _REMEDY
-        ) from error
+        raise fail(str(file), "pickled tensors without code to execute", found, _REMEDY) from error
     named = isinstance(loaded, dict) and all(isinstance(name, str) for name in loaded)
     if not named or not all(
         isinstance(value, torch.Tensor) and value.layout == torch.strided

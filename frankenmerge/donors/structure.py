@@ -1,7 +1,7 @@
 """A donor's tensors compared with its config.
 
-Every block must be there, blocks of a kind must be alike, and embedding, norm and head must have the
-shapes that config.json gives.
+Every block must exist, blocks of a kind must be alike, and embedding, norm and head must have the
+shapes that follow from config.json.
 """
 
 from collections import Counter

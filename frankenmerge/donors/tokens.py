@@ -1,4 +1,4 @@
-"""The tokens of a donor and their ids, as its tokenizer.json lists them; no torch, no transformers."""
+"""The tokens of a donor and their ids, as in its tokenizer.json; no torch, no transformers."""
 
 from pathlib import Path
 from typing import Any

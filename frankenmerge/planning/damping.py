@@ -14,8 +14,8 @@ class Damping(NamedTuple):
     """One way to damp a recipe."""
 
     name: str
-    """`1/n` and `1/sqrt(n)`, the same for all `n` passes of a block; `norms`, for all passes but the
-    first.
+    """`1/n` and `1/sqrt(n)`, the same for all `n` passes of a block; `norms`, for all but the first
+    pass.
     """
     recipe: Recipe
 

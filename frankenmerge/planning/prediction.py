@@ -135,7 +135,7 @@ def _ends(taken: Mapping[str, int], states: States) -> np.ndarray:
 def _drifts(
     gram: np.ndarray, entered: np.ndarray, inputs: np.ndarray, ends: np.ndarray, depth: np.ndarray
 ) -> np.ndarray:
-    """`final` and `kept` of stacks of `depth` blocks, of which those not in `inputs` are in place."""
+    """`final` and `kept` of stacks of `depth` blocks; those not in `inputs` are in place."""
     kept, lost = (drift(gram, entered, inputs, ends, lossy=lossy) for lossy in (False, True))
     return np.column_stack([np.sqrt(lost.final), kept.roots / depth])
 

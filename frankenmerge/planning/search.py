@@ -24,7 +24,7 @@ STEP_LIMIT = 200_000
 
 @dataclass(frozen=True)
 class Constraints:
-    """The constraints of a plan. Donors have their names in the alignments; the search numbers them."""
+    """The constraints of a plan. Donors have the alignments' names; the search numbers them."""
 
     depth: int
     """Number of blocks of the result."""
@@ -88,7 +88,7 @@ class _Problem(NamedTuple):
     costs: Mapping[tuple[int, int], np.ndarray]
     constraints: Constraints
     bits: list[np.ndarray]
-    """For each donor and block, the bits that it sets in `_State.used`; -1 if it must not be used."""
+    """For each donor and block, the bits that it sets in `_State.used`; -1 if it is avoided."""
     everything: int
     """`_State.used` when all donors and all required blocks are used."""
 
@@ -312,7 +312,7 @@ def _cost_to_go(problem: _Problem) -> np.ndarray:
 
 
 def _one_more(problem: _Problem, donor: int, rest: np.ndarray) -> np.ndarray:
-    """The cheapest rest before one more block of a donor, from that after it; `[seams, used, i]`."""
+    """The cheapest rest before one more block, given that after it, `[seams, used, block]`."""
     bits, before = problem.bits[donor], np.full_like(rest, np.inf)
     allowed = np.flatnonzero(bits >= 0)
     used = np.arange(rest.shape[1])[:, None] | bits[allowed]

@@ -18,11 +18,12 @@ from frankenmerge.analysis.complete import complete_search
 from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import greedy_search
-from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.families import FAMILIES
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.loading import load_model, virtual_splice
+from frankenmerge.splicing.opening import open_donors
 
 BLOCKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
 """Where a family keeps its blocks, if not in `model.layers`."""

@@ -5,15 +5,16 @@ import re
 import pytest
 from conftest import write_donor
 
-from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.families import FAMILIES, USUAL
 from frankenmerge.donors.inferred import architecture_of
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.splicing.compatibility import result_config
+from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.operations import schedule
 
 REFUSED = {
-    "mistral": "sliding_window and no layer_types",
+    "mistral": "sliding_window but no layer_types",
     "gpt2": "config.json has no num_hidden_layers",
     "qwen3_moe": "decoder_sparse_step may belong to single blocks",
 }
@@ -163,7 +164,7 @@ def test_fields_that_bind_no_block_are_no_reason(changes):
         ({"no_rope_layer_interval": 4}, "no_rope_layer_interval may belong"),
         ({"rope_local_base_freq": 1e4}, "rope_local_base_freq may belong"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "of the kind linear_attention"),
-        ({"sliding_window": 8}, "sliding_window and no layer_types"),
+        ({"sliding_window": 8}, "sliding_window but no layer_types"),
         ({"tie_word_embeddings": True}, "with a bias"),
         ({"tie_word_embeddings": None}, "does not say whether"),
         ({"text_config": {}}, "language model in text_config"),
@@ -178,23 +179,23 @@ def test_what_config_tells_of_an_unknown_family_can_be_a_reason(changes, reason)
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"novel.h.0.extra.weight": (8,)}, "hold different tensors, such as extra.weight"),
+        ({"novel.h.0.extra.weight": (8,)}, "have different tensors, such as extra.weight"),
         (
             {f"novel.h.{index}.decay": (8,) for index in range(2)},
-            "hold decay, which no plain layer does",
+            "have decay, which plain layers do not have",
         ),
         (
             {"novel.other.weight": (20, 8)},
-            "the embedding, and these could: novel.wte., novel.other.",
+            "the embedding; candidates: novel.wte., novel.other.",
         ),
-        ({"novel.wte.weight": (20, 4)}, "the embedding, and these could: none"),
-        ({"novel.ln2.weight": (8,)}, "the final norm, and these could: novel.ln., novel.ln2."),
+        ({"novel.wte.weight": (20, 4)}, "the embedding; candidates: none"),
+        ({"novel.ln2.weight": (8,)}, "the final norm; candidates: novel.ln., novel.ln2."),
         (
             {"novel.a.weight": (64, 8), "novel.b.weight": (64, 8)},
-            "the positions, and these could: novel.a., novel.b.",
+            "the positions; candidates: novel.a., novel.b.",
         ),
-        ({"out2.weight": (20, 8)}, "the head, and these could: out., out2."),
-        ({"vision.weight": (8, 8)}, "nothing tells what vision. are for"),
+        ({"out2.weight": (20, 8)}, "the head; candidates: out., out2."),
+        ({"vision.weight": (8, 8)}, "the role of vision. is not known"),
     ],
 )
 def test_what_the_tensors_of_an_unknown_family_are_can_be_a_reason(changes, reason):

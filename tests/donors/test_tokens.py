@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import write_donor
 
-from frankenmerge.artefacts.recipe import open_donors, parse_recipe
+from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.donors.tokens import ID_LIMIT
 from frankenmerge.errors import FrankenmergeError
+from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.tokenizer import tokenizer_files
 from frankenmerge.storage import safetensors_header
 
