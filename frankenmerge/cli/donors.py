@@ -1,7 +1,8 @@
-"""`inspect` and `analyze`: what one donor is, and what several have in common."""
+"""`inspect` and `analyze`: describe one donor, and compare several."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,7 +22,10 @@ from frankenmerge.cli.console import (
     table,
 )
 from frankenmerge.distributed import own_rank
-from frankenmerge.storage.atomic import cache_folder
+
+if TYPE_CHECKING:
+    from frankenmerge.artefacts.atlas import Atlas
+    from frankenmerge.donors.checkpoint import Checkpoint
 
 INPUT_METHODS = ("greedy", "gradient")
 method_option = click.option(
@@ -29,17 +33,17 @@ method_option = click.option(
     type=click.Choice(["complete", *INPUT_METHODS]),
     default="complete",
     show_default=True,
-    help="What to search besides: inputs of several tokens, for some neurons.",
+    help="Search to add to the complete one: inputs of several tokens, for some neurons.",
 )
 neurons_option = click.option(
     "--neurons",
     callback=numbers,
-    help="Which neurons, such as 0-3 or 1,4,8 (greedy and gradient). [default: 16, evenly spaced]",
+    help="Neurons, such as 0-3 or 1,4,8 (greedy and gradient). [default: 16, evenly spaced]",
 )
 tokens_option = click.option(
     "--tokens",
     type=click.IntRange(1),
-    help="Tokens of an input (greedy and gradient). [default: 4]",
+    help="Number of tokens in an input (greedy and gradient). [default: 4]",
 )
 MEANT_FOR: dict[str, tuple[str, ...]] = dict.fromkeys(("neurons", "tokens"), INPUT_METHODS)
 
@@ -50,25 +54,25 @@ MEANT_FOR: dict[str, tuple[str, ...]] = dict.fromkeys(("neurons", "tokens"), INP
 @pickle_option
 @json_option
 def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json: bool) -> None:
-    """Tell what DONORS are and whether their blocks can be spliced, from configs and headers alone.
+    """Describe DONORS and check whether they can be spliced, from configs and headers alone.
 
-    Of a donor on the hub nothing else is fetched; a pickled donor that is allowed is converted
-    first, and kept in the cache.
+    Nothing else is fetched from the hub. With --allow-pickle, a donor without safetensors is
+    converted first and cached.
     """
-    from frankenmerge.artefacts.recipe import open_donor
     from frankenmerge.splicing.compatibility import compatibility
+    from frankenmerge.splicing.opening import open_donor
 
     opened = [
         open_donor(donor, download=download, allow_pickle=allow_pickle, weights=False)
         for donor in donors
     ]
     verdict = compatibility(opened)
-    told = [_describe(donor) for donor in opened]
+    rows = [_describe(donor) for donor in opened]
     if as_json:
-        print_json({"donors": told, "spliceable": not verdict.reasons, **verdict._asdict()})
+        print_json({"donors": rows, "spliceable": not verdict.reasons, **verdict._asdict()})
         return
-    made = table("Donors", "", *(Path(str(row["name"])).name for row in told))
-    shown = {
+    summary = table("Donors", "", *(Path(str(row["name"])).name for row in rows))
+    formats = {
         "family": str,
         "blocks": str,
         "width": str,
@@ -83,12 +87,12 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
         "parameters": "{:,}".format,
         "bytes": size,
         "tokenizer": str,
-        "fingerprint": lambda text: text[:12] if text else "weights not at hand",
+        "fingerprint": lambda text: text[:12] if text else "weights not available",
     }
-    for key, text in shown.items():
-        made.add_row(key.replace("_", " "), *(text(row[key]) for row in told))
+    for key, text in formats.items():
+        summary.add_row(key.replace("_", " "), *(text(row[key]) for row in rows))
     console = out()
-    console.print(made)
+    console.print(summary)
     if len(opened) > 1:
         console.print(
             "[bold red]These cannot be spliced:[/]"
@@ -99,12 +103,12 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
         for line in verdict.reasons:
             console.print(f"  - {line}", markup=False)
         if verdict.remarks:
-            console.print("Worth knowing:")
+            console.print("Notes:")
         for line in verdict.remarks:
             console.print(f"  - {line}", markup=False)
 
 
-def _describe(donor: Any) -> dict[str, Any]:
+def _describe(donor: "Checkpoint") -> dict[str, Any]:
     from frankenmerge.donors.config import head_width, is_tied, quantity
 
     sizes = {
@@ -127,7 +131,7 @@ def _describe(donor: Any) -> dict[str, Any]:
 
 @click.command()
 @click.argument("donor")
-@output_option("Where the atlas goes, NAME.atlas.safetensors.")
+@output_option("File for the atlas, NAME.atlas.safetensors.")
 @method_option
 @neurons_option
 @tokens_option
@@ -159,45 +163,25 @@ def analyze(
 ) -> None:
     """Search DONOR's features over the whole vocabulary and write its atlas.
 
-    Its blocks are read one at a time, so that it may be larger than memory. What is finished when
-    this is interrupted is kept, and the same command goes on from there. Under `accelerate launch`
-    every process searches its part of the vocabulary.
+    Blocks are read one at a time, so the donor may be larger than memory. After an interruption,
+    the same command continues from the last finished block. Under `accelerate launch` every process
+    searches its share of the vocabulary.
     """
     from frankenmerge.artefacts.atlas import save_atlas
 
     refuse_others(context, method, MEANT_FOR)
-    how = RunOptions(device, dtype, download, allow_pickle, untrained)
-    atlas = atlas_of(donor, how)
+    options = RunOptions(device, dtype, download, allow_pickle, untrained)
+    atlas = atlas_of(donor, options)
     if not own_rank().first:
         return
     if method != "complete":
-        atlas = add_inputs(donor, atlas, how, method, neurons, tokens)
+        atlas = add_inputs(donor, atlas, options, method, neurons, tokens)
     save_atlas(atlas, output)
     if as_json:
-        told = {
-            "output": str(output),
-            "donor": atlas.donor,
-            "fingerprint": atlas.fingerprint,
-            "contexts": list(atlas.top),
-        }
-        searched = {name: inputs.neurons.tolist() for name, inputs in atlas.inputs.items()}
-        sizes = {"blocks": atlas.blocks, "width": atlas.width, "vocabulary": len(atlas.vocabulary)}
-        print_json(told | sizes | {"untrained": untrained, "searched_neurons": searched})
+        print_json(_atlas_as_json(atlas, output, untrained))
         return
-    blocks = sorted({0, 1, atlas.blocks // 2, atlas.blocks})
-    made = table(
-        f"Most exciting tokens of {Path(atlas.donor).name}, alone",
-        "neuron",
-        *(f"block {b}" if b else "embedding" for b in blocks),
-    )
-    for neuron in range(min(4, atlas.width)):
-        cells = (
-            [atlas.vocabulary[token] for token in atlas.top["plain"].tokens[block, neuron, :3]]
-            for block in blocks
-        )
-        made.add_row(str(neuron), *(" ".join(map(repr, cell)) for cell in cells))
     console = out()
-    console.print(made)
+    console.print(_best_tokens(atlas))
     for name, inputs in atlas.inputs.items():
         _, m, n = inputs.tokens.shape
         console.print(
@@ -206,64 +190,69 @@ def analyze(
     console.print(f"Written to {output}", markup=False)
 
 
-class RunOptions(NamedTuple):
-    """How a donor is run."""
+def _atlas_as_json(atlas: "Atlas", output: Path, untrained: int | None) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        "donor": atlas.donor,
+        "fingerprint": atlas.fingerprint,
+        "contexts": list(atlas.top),
+        "blocks": atlas.blocks,
+        "width": atlas.width,
+        "vocabulary": len(atlas.vocabulary),
+        "untrained": untrained,
+        "searched_neurons": {
+            name: inputs.neurons.tolist() for name, inputs in atlas.inputs.items()
+        },
+    }
+
+
+def _best_tokens(atlas: "Atlas"):
+    """A table of the best tokens of a few neurons in a few blocks."""
+    blocks = sorted({0, 1, atlas.blocks // 2, atlas.blocks})
+    rows = table(
+        f"Top-activating tokens of {Path(atlas.donor).name}, without BOS",
+        "neuron",
+        *(f"block {b}" if b else "embedding" for b in blocks),
+    )
+    for neuron in range(min(4, atlas.width)):
+        cells = (
+            [atlas.vocabulary[token] for token in atlas.top["plain"].tokens[block, neuron, :3]]
+            for block in blocks
+        )
+        rows.add_row(str(neuron), *(" ".join(map(repr, cell)) for cell in cells))
+    return rows
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to open and run a donor: common options of the commands."""
 
     device: str = "cpu"
     dtype: str = "float32"
     download: bool = False
     allow_pickle: bool = False
     untrained: int | None = None
+    """A seed for random weights instead of the donor's."""
 
 
-def atlas_of(name: str, how: RunOptions) -> Any:
-    """The atlas in a file, or that of a donor: from the cache, or analyzed now."""
-    from frankenmerge.artefacts.atlas import load_atlas
+def atlas_of(name: str, options: RunOptions) -> "Atlas":
+    """`workflows.atlases.atlas_of` with a progress bar."""
+    from frankenmerge.workflows import atlases
 
-    if Path(name).is_file():
-        return load_atlas(Path(name))
-    from frankenmerge.analysis.analyze import cached_analyze, work
-    from frankenmerge.artefacts.recipe import open_donor
-
-    checkpoint = open_donor(name, download=how.download, allow_pickle=how.allow_pickle)
-    with progress(f"analyzing {Path(name).name}", work(checkpoint), "inputs x blocks") as advance:
-        return cached_analyze(
-            checkpoint,
-            cache=cache_folder(),
-            untrained=how.untrained,
-            device=how.device,
-            dtype=how.dtype,
-            advance=advance,
-        )
+    return atlases.atlas_of(name, **asdict(options), progress=progress)
 
 
 def add_inputs(
     name: str,
-    atlas: Any,
-    how: RunOptions,
+    atlas: "Atlas",
+    options: RunOptions,
     method: str,
     neurons: list[int] | None,
     tokens: int | None,
-) -> Any:
-    """A donor's atlas with the inputs of a greedy or gradient search: from the cache, or searched now."""
-    from frankenmerge.analysis.inputs import TOKENS, even_neurons, with_inputs
-    from frankenmerge.artefacts.recipe import open_donor
+) -> "Atlas":
+    """`workflows.atlases.add_inputs` with a progress bar."""
+    from frankenmerge.workflows import atlases
 
-    checkpoint = open_donor(name, download=how.download, allow_pickle=how.allow_pickle)
-    neurons = neurons or even_neurons(atlas.width)
-    total, unit = (
-        (None, "inputs") if method == "greedy" else ((atlas.blocks + 1) * len(neurons), "features")
+    return atlases.add_inputs(
+        name, atlas, method, neurons, tokens, **asdict(options), progress=progress
     )
-    with progress(f"{method} search in {Path(name).name}", total, unit) as advance:
-        return with_inputs(
-            atlas,
-            checkpoint,
-            method,
-            neurons,
-            cache=cache_folder(),
-            tokens=tokens or TOKENS,
-            untrained=how.untrained,
-            dtype=how.dtype,
-            device=how.device,
-            advance=advance,
-        )

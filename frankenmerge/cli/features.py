@@ -1,12 +1,15 @@
 """`features`: the document's tables, for any donor and by every method."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from frankenmerge.artefacts.searches import SEARCHES, searches_with
 from frankenmerge.cli.console import (
     device_option,
     download_option,
@@ -22,31 +25,41 @@ from frankenmerge.cli.console import (
     refuse_others,
     table,
 )
-from frankenmerge.cli.searches import METHODS, SearchOptions, recovered
 from frankenmerge.errors import fail
 
-SEARCHES = tuple(METHODS)
+if TYPE_CHECKING:
+    import numpy as np
+
+    from frankenmerge.artefacts.token_overlap import Agreement
+    from frankenmerge.workflows.searches import SearchResult
+
 MEANT_FOR: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("neurons", "notation", "tokens"), SEARCHES),
-    "bos": ("complete", "greedy"),
-    **dict.fromkeys(("bottom", "mask_special"), ("complete",)),
-    **dict.fromkeys(("beam", "candidates", "positions"), ("greedy",)),
-    "optimizer": ("gradient", "inversion"),
-    "steps": ("gradient", "softmax-prior", "inversion"),
-    "target": ("gradient", "softmax-prior"),
-    "decode": ("gradient",),
-    **dict.fromkeys(("text", "distance"), ("inversion",)),
+    option: searches_with(option)
+    for option in dict.fromkeys(option for info in SEARCHES.values() for option in info.options)
 }
-"""The methods to which an option means something; options that are not here mean something to all.
-"""
+"""The methods that an option applies to; options that are missing here apply to all."""
 MOST_COLUMNS = 12
 """How many blocks the table of their agreement has at most."""
+
+
+def _method_help() -> str:
+    rows = (f"{name}: {info.explanation} ({info.cost})" for name, info in SEARCHES.items())
+    return "; ".join(rows) + "."
+
+
+def _help(text: str, option: str) -> str:
+    """A help text with the methods that the option applies to."""
+    return f"{text} ({' and '.join(MEANT_FOR[option])})."
 
 
 @click.command()
 @click.argument("donor")
 @click.option(
-    "--method", type=click.Choice([*SEARCHES, "inversion"]), default="complete", show_default=True
+    "--method",
+    type=click.Choice(list(SEARCHES)),
+    default="complete",
+    show_default=True,
+    help=_method_help(),
 )
 @click.option(
     "--layers",
@@ -58,7 +71,8 @@ MOST_COLUMNS = 12
     "notation",
     default="[:, :, 0-3]",
     show_default=True,
-    help="What to excite, as the document writes it: [:, positions, neurons]; 0-3 one after the other, 0:4 together.",
+    help="Features in the document's notation, [:, positions, neurons]: 0-3 is four features, "
+    "0:4 one feature of four neurons.",
 )
 @click.option(
     "--neurons",
@@ -70,45 +84,49 @@ MOST_COLUMNS = 12
     type=click.IntRange(1),
     default=4,
     show_default=True,
-    help="Tokens of an input; for complete, how many are shown.",
+    help="Number of tokens in an input; for complete, number of tokens shown.",
 )
 @click.option(
     "--site",
     type=click.Choice(["block", "attention"]),
     default="block",
     show_default=True,
-    help="Whose output.",
+    help="Whose output to use.",
 )
-@click.option("--isolated", is_flag=True, help="Feed the embedding straight into every block.")
+@click.option("--isolated", is_flag=True, help="Feed the embedding directly into every block.")
 @click.option(
     "--untrained",
     type=int,
     metavar="SEED",
     help="Search random weights of the same config instead: the control.",
 )
-@click.option("--bos", is_flag=True, help="Put BOS before the tokens (complete and greedy).")
-@click.option("--bottom", is_flag=True, help="The tokens that excite least (complete).")
+@click.option("--bos", is_flag=True, help=_help("Put BOS before the tokens", "bos"))
 @click.option(
-    "--mask-special", is_flag=True, help="Leave out special and never-trained tokens (complete)."
+    "--bottom", is_flag=True, help=_help("Show the tokens with the lowest activation", "bottom")
+)
+@click.option(
+    "--mask-special",
+    is_flag=True,
+    help=_help("Leave out special and untrained tokens", "mask_special"),
 )
 @click.option(
     "--beam",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Inputs to go on with at each step (greedy).",
+    help=_help("Number of inputs to continue at each step", "beam"),
 )
 @click.option(
     "--positions",
     type=click.Choice(["last", "all"]),
     default="last",
     show_default=True,
-    help="Choose a token by the last position or by the sum over all (greedy).",
+    help=_help("Choose a token by the last position or by the sum over all", "positions"),
 )
 @click.option(
     "--candidates",
     type=click.IntRange(1),
-    help="Try only so many tokens at each later step, and report the recall (greedy).",
+    help=_help("Try only this many tokens at each later step, and report the recall", "candidates"),
 )
 @click.option(
     "--optimizer",
@@ -125,24 +143,29 @@ MOST_COLUMNS = 12
     type=float,
     default=100.0,
     show_default=True,
-    help="What outputs are driven to (gradient, softmax-prior).",
+    help=_help("Value that outputs are driven to", "target"),
 )
 @click.option(
     "--decode",
     type=click.Choice(["pinv", "hidden"]),
     default="pinv",
     show_default=True,
-    help="Read tokens off the vocabulary; `hidden` shows the document's artefact (gradient).",
+    help=_help(
+        "How embeddings become tokens; `hidden` reproduces the document's artefact", "decode"
+    ),
 )
 @click.option(
-    "--input", "text", metavar="TEXT", help="What to recover from a block's output (inversion)."
+    "--input",
+    "text",
+    metavar="TEXT",
+    help=_help("Text to recover from a block's output", "text"),
 )
 @click.option(
     "--distance",
     type=click.Choice(["l1", "cosine"]),
     default="l1",
     show_default=True,
-    help="Between outputs (inversion).",
+    help=_help("Distance between outputs", "distance"),
 )
 @device_option
 @max_memory_option
@@ -156,197 +179,167 @@ def features(
     context: click.Context,
     donor: str,
     method: str,
-    layers: list[int] | None,
-    notation: str,
-    neurons: list[int] | None,
-    bos: bool,
     untrained: int | None,
-    device: str,
-    max_memory: dict | None,
-    offload: Path | None,
-    dtype: str,
     download: bool,
     allow_pickle: bool,
     as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
-    """Show which tokens excite the neurons of DONOR's blocks most.
+    """Show the tokens with the highest activation of the neurons of DONOR's blocks.
 
-    With `--method inversion`, show instead how much of a text each block's output tells.
+    With `--method inversion`, show instead how much of a text can be recovered from each block's
+    output.
     """
     from frankenmerge.analysis.analyze import token_texts
-    from frankenmerge.artefacts.recipe import open_donor
-    from frankenmerge.models.loading import load_model
+    from frankenmerge.models.loading import Placement
+    from frankenmerge.splicing.opening import open_donor
+    from frankenmerge.workflows.searches import SearchOptions, search
 
     refuse_others(context, method, MEANT_FOR)
-    if neurons and context.get_parameter_source("notation") is not ParameterSource.DEFAULT:
+    source = context.get_parameter_source("notation")
+    if given["neurons"] and source is not ParameterSource.DEFAULT:
         raise fail(
-            "--neurons", "one of --neurons and --features", "both", "write all of it in --features"
+            "--neurons",
+            "either --neurons or --features",
+            "both",
+            "write all of it in --features",
         )
     checkpoint = open_donor(donor, download=download, allow_pickle=allow_pickle)
-    layers = layers or sorted(
-        {1, *(max(1, checkpoint.blocks * quarter // 4) for quarter in range(1, 5))}
+    options = SearchOptions(**{field.name: given[field.name] for field in fields(SearchOptions)})
+    placement = Placement(
+        given["dtype"], given["device"], given["max_memory"] or {}, given["offload"]
     )
-    first = checkpoint.config.get("bos_token_id")
-    if bos and not isinstance(first, int):
-        raise fail(donor, "a bos_token_id in config.json", repr(first), "search without --bos")
-    prefix = (first,) if bos and isinstance(first, int) else ()
-    asked = SearchOptions(
-        layers=layers, notation=notation, neurons=neurons, prefix=prefix, **options
-    )
-    wanted = [] if method == "inversion" else asked.features(checkpoint, method)
     vocabulary = token_texts(checkpoint)
-    told = {
+    result = search(checkpoint, method, options, placement, untrained=untrained, progress=progress)
+    record = {
         "donor": donor,
         "method": method,
         "untrained": untrained,
-        "context": "bos" if bos else "plain",
+        "context": "bos" if options.bos else "plain",
     }
-    title = f"{Path(donor).name}, {method}, {'behind BOS' if bos else 'plain'}"
+    title = f"{Path(donor).name}, {method}, {'after BOS' if options.bos else 'plain'}"
     title += "" if untrained is None else f", random weights (seed {untrained})"
-    model = load_model(
-        checkpoint,
-        dtype=dtype,
-        device=device,
-        max_memory=max_memory,
-        offload=offload,
-        untrained=untrained,
-    )
-
-    if method == "inversion":
-        with progress("inversion", len(layers), "blocks") as advance:
-            found, true = recovered(checkpoint, model, asked, advance)
-        _show_recovered(asked, found, true, vocabulary, title, told, as_json)
-        return
-    total, unit = {"complete": (len(vocabulary), "inputs"), "greedy": (None, "inputs")}.get(
-        method, (len(wanted), "features")
-    )
-    with progress(f"{method} search", total, unit) as advance:
-        found = METHODS[method](checkpoint, model, asked, wanted, advance)
-    _show_found(asked, found, wanted, vocabulary, title, told, as_json)
-
-
-def _show_found(
-    asked: SearchOptions,
-    found: Any,
-    wanted: list,
-    vocabulary: list[str],
-    title: str,
-    told: dict[str, Any],
-    as_json: bool,
-) -> None:
-    from frankenmerge.artefacts.token_overlap import token_agreement
-
-    agreement = token_agreement(found.compared, found.compared)
-    by_layer = [texts_of(tokens, vocabulary) for tokens in found.tokens]
+    shown = _Shown(result, vocabulary, title, record)
     if as_json:
+        print_json(shown.json())
+    else:
+        shown.print()
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A result and what its output needs."""
+
+    result: "SearchResult"
+    vocabulary: list[str]
+    title: str
+    record: dict[str, Any]
+    """What was searched."""
+
+    @property
+    def agreement(self) -> "Agreement":
+        """Of all pairs of blocks."""
+        from frankenmerge.artefacts.token_overlap import token_agreement
+
+        return token_agreement(self.result.compared, self.result.compared)
+
+    @property
+    def texts(self) -> list[list[list[str]]]:
+        """Of the tokens, block by block and feature by feature."""
+        return [texts_of(tokens, self.vocabulary) for tokens in self.result.tokens]
+
+    @property
+    def recalls(self) -> list[tuple[float, float | None]]:
+        """For inversion: each block's share of recovered tokens, and that of permuted positions."""
+        from frankenmerge.artefacts.token_overlap import token_agreement
+
+        assert self.result.target is not None
+        recall = token_agreement(self.result.compared, self.result.target[None, :, None])
+        permuted = [_known(value) for value in recall.permuted[:, 0].tolist()]
+        return list(zip(recall.matrix[:, 0].tolist(), permuted, strict=True))
+
+    def json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        found = self._features() if self.result.target is None else self._recovered()
+        agreement = _agreement_as_json(self.result.blocks, self.agreement)
+        return {**self.record, **found, **self.result.record, "agreement": agreement}
+
+    def _features(self) -> dict[str, Any]:
+        tokens = self.result.tokens.reshape(len(self.result.features), -1).tolist()
+        texts = [own for of_block in self.texts for own in of_block]
         rows = [
             {
                 "block": feature.block,
                 "feature": feature.notation,
                 "neuron": feature.neuron if len(feature.neurons) == 1 else None,
-                "tokens": tokens,
-                "texts": texts,
+                "tokens": own,
+                "texts": text,
             }
-            for feature, tokens, texts in zip(
-                wanted,
-                found.tokens.reshape(len(wanted), -1).tolist(),
-                sum(by_layer, []),
-                strict=True,
-            )
+            for feature, own, text in zip(self.result.features, tokens, texts, strict=True)
         ]
-        print_json(
-            {
-                **told,
-                "features": rows,
-                **found.told,
-                "agreement": _agreement_as_json(asked.layers, agreement),
-            }
-        )
-        return
-    made = table(title, "block", *(feature.notation for feature in wanted[: found.tokens.shape[1]]))
-    for layer, texts in zip(asked.layers, by_layer, strict=True):
-        made.add_row(str(layer), *(" ".join(map(repr, own)) for own in texts))
-    console = out()
-    console.print(made)
-    for name, value in found.told.items():
-        console.print(f"{name.replace('_', ' ')}: {value}", markup=False)
-    if found.told.get("artefact"):
-        console.print(
-            "[bold red]An artefact:[/] these are neurons' indices read as token ids; they tell nothing of the donor.",
-            markup=True,
-        )
-    _print_agreement(asked.layers, agreement, "features")
+        return {"features": rows}
 
-
-def _show_recovered(
-    asked: SearchOptions,
-    found: Any,
-    true: Any,
-    vocabulary: list[str],
-    title: str,
-    told: dict[str, Any],
-    as_json: bool,
-) -> None:
-    from frankenmerge.artefacts.token_overlap import token_agreement
-
-    recall = token_agreement(found.compared, true[None, :, None])
-    agreement = token_agreement(found.compared, found.compared)
-    ((shown,), by_layer) = (
-        texts_of(true[None], vocabulary),
-        [texts_of(tokens, vocabulary)[0] for tokens in found.tokens],
-    )
-    shares, chances = (
-        recall.matrix[:, 0].tolist(),
-        [_known(value) for value in recall.permuted[:, 0].tolist()],
-    )
-    if as_json:
+    def _recovered(self) -> dict[str, Any]:
+        result, target = self.result, self.result.target
+        assert target is not None
         rows = [
-            {
-                "block": layer,
-                "tokens": tokens[0],
-                "texts": texts,
-                "recall": rank,
-                "permuted": chance,
-            }
-            for layer, tokens, texts, rank, chance in zip(
-                asked.layers, found.tokens.tolist(), by_layer, shares, chances, strict=True
+            {"block": block, "tokens": tokens, "texts": texts, "recall": share, "permuted": chance}
+            for block, (tokens,), (texts,), (share, chance) in zip(
+                result.blocks, result.tokens.tolist(), self.texts, self.recalls, strict=True
             )
         ]
-        given = {
-            "input": {"tokens": true.tolist(), "texts": shown},
+        return {
+            "input": {
+                "tokens": target.tolist(),
+                "texts": texts_of(target[None], self.vocabulary)[0],
+            },
             "recovered": rows,
-            "chance": 1 / len(vocabulary),
+            "chance": 1 / len(self.vocabulary),
         }
-        print_json(
-            {
-                **told,
-                **given,
-                **found.told,
-                "agreement": _agreement_as_json(asked.layers, agreement),
-            }
-        )
-        return
-    made = table(title, "block", "recovered", "recall", "permuted")
-    made.add_row("input", " ".join(map(repr, shown)), "", "")
-    for layer, texts, rank, chance in zip(asked.layers, by_layer, shares, chances, strict=True):
-        made.add_row(
-            str(layer),
-            " ".join(map(repr, texts)),
-            f"{rank:.2f}",
-            "" if chance is None else f"{chance:.2f}",
-        )
-    console = out()
-    console.print(made)
-    console.print(
-        f"A random token is right one time in {len(vocabulary):,}; permuted: the recall when positions are exchanged."
-    )
-    for name, value in found.told.items():
-        console.print(f"{name.replace('_', ' ')}: {value}", markup=False)
-    _print_agreement(asked.layers, agreement, "positions")
+
+    def print(self) -> None:
+        """Print tables."""
+        result, console = self.result, out()
+        console.print(self._table())
+        if result.target is not None:
+            console.print(
+                f"A random token is right with probability 1 in {len(self.vocabulary):,}; "
+                "permuted: the recall when positions are exchanged."
+            )
+        for name, value in result.record.items():
+            console.print(f"{name.replace('_', ' ')}: {value}", markup=False)
+        if result.record.get("artefact"):
+            console.print(
+                "[bold red]Warning:[/] these are neuron indices read as token ids; "
+                "they say nothing about the donor.",
+                markup=True,
+            )
+        permuted = "features" if result.target is None else "positions"
+        _print_agreement(result.blocks, self.agreement, permuted)
+
+    def _table(self):
+        result = self.result
+        if result.target is None:
+            of_one_block = result.features[: result.tokens.shape[1]]
+            rows = table(self.title, "block", *(feature.notation for feature in of_one_block))
+            for block, texts in zip(result.blocks, self.texts, strict=True):
+                rows.add_row(str(block), *map(_quoted, texts))
+            return rows
+        rows = table(self.title, "block", "recovered", "recall", "permuted")
+        rows.add_row("input", _quoted(texts_of(result.target[None], self.vocabulary)[0]), "", "")
+        for block, (texts,), (share, chance) in zip(
+            result.blocks, self.texts, self.recalls, strict=True
+        ):
+            permuted = "" if chance is None else f"{chance:.2f}"
+            rows.add_row(str(block), _quoted(texts), f"{share:.2f}", permuted)
+        return rows
 
 
-def texts_of(tokens: Any, vocabulary: list[str]) -> list[list[str]]:
+def _quoted(texts: Sequence[str]) -> str:
+    return " ".join(map(repr, texts))
+
+
+def texts_of(tokens: "np.ndarray", vocabulary: list[str]) -> list[list[str]]:
     """The texts of tokens `[m, n]`, row by row; ids beyond the vocabulary are shown as `<id>`."""
     return [
         [vocabulary[token] if token < len(vocabulary) else f"<{token}>" for token in row]
@@ -358,16 +351,19 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _agreement_as_json(layers: list[int], agreement: Any) -> dict[str, Any]:
+def _agreement_as_json(layers: list[int], agreement: "Agreement") -> dict[str, Any]:
     permuted = [[_known(value) for value in row] for row in agreement.permuted.tolist()]
     return {"blocks": layers, "same_tokens": agreement.matrix.tolist(), "permuted": permuted}
 
 
-def _print_agreement(layers: list[int], agreement: Any, permuted: str) -> None:
-    """Show every pair of blocks: above the diagonal the share of tokens that are the same, below it that of permuted features."""
+def _print_agreement(layers: list[int], agreement: "Agreement", permuted: str) -> None:
+    """Print a table of all pairs of blocks.
+
+    Above the diagonal is the share of tokens that are the same, below it that of permuted features.
+    """
     if not 2 <= len(layers) <= MOST_COLUMNS:
         return
-    made = table(
+    rows = table(
         f"Same tokens in two blocks (above the diagonal); with {permuted} permuted (below)",
         "block",
         *map(str, layers),
@@ -380,5 +376,5 @@ def _print_agreement(layers: list[int], agreement: Any, permuted: str) -> None:
         cells = [
             "" if i == j or math.isnan(value) else f"{value:.2f}" for j, value in enumerate(values)
         ]
-        made.add_row(str(layer), *cells)
-    out().print(made)
+        rows.add_row(str(layer), *cells)
+    out().print(rows)

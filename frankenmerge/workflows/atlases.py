@@ -1,0 +1,105 @@
+"""Atlases of donors: from a file, from the cache, or computed now and cached."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from frankenmerge.analysis.analyze import cached_analyze, work
+from frankenmerge.analysis.inputs import TOKENS, even_neurons, with_inputs
+from frankenmerge.artefacts.atlas import Atlas, load_atlas
+from frankenmerge.progress import Progress, silent
+from frankenmerge.splicing.opening import open_donor
+from frankenmerge.storage.atomic import cache_folder
+
+
+def atlas_of(
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    download: bool = False,
+    allow_pickle: bool = False,
+    untrained: int | None = None,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> Atlas:
+    """The atlas in a file, or that of a donor: from the cache, or analyzed now.
+
+    Args:
+        name: an atlas file, or a donor as recipes name it.
+        device: a torch device.
+        dtype: the type to compute in.
+        download: whether the donor may be fetched from the hub.
+        allow_pickle: whether a donor without safetensors is converted.
+        untrained: a seed: analyze random weights of the same config, the control.
+        cache: where finished atlases are kept; the package's cache folder by default.
+        progress: reports inputs times blocks.
+
+    Raises:
+        FrankenmergeError: if the file is not an atlas, or the donor cannot be opened or analyzed.
+    """
+    if Path(name).is_file():
+        return load_atlas(Path(name))
+    checkpoint = open_donor(name, download=download, allow_pickle=allow_pickle)
+    with progress(f"analyzing {Path(name).name}", work(checkpoint), "inputs x blocks") as advance:
+        return cached_analyze(
+            checkpoint,
+            cache=cache or cache_folder(),
+            untrained=untrained,
+            device=device,
+            dtype=dtype,
+            advance=advance,
+        )
+
+
+def add_inputs(
+    name: str,
+    atlas: Atlas,
+    method: str,
+    neurons: Sequence[int] | None = None,
+    tokens: int | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    download: bool = False,
+    allow_pickle: bool = False,
+    untrained: int | None = None,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> Atlas:
+    """A donor's atlas with inputs of several tokens: from the cache, or searched now.
+
+    Args:
+        name: the donor.
+        atlas: its atlas.
+        method: `greedy` or `gradient`.
+        neurons: which neurons, the same in every block; by default 16, evenly spaced.
+        tokens: the length of the inputs; 4 by default.
+        device: as for `atlas_of`, like the remaining arguments.
+        dtype: see `device`.
+        download: see `device`.
+        allow_pickle: see `device`.
+        untrained: see `device`.
+        cache: see `device`.
+        progress: reports inputs (greedy) or features (gradient).
+
+    Raises:
+        FrankenmergeError: if the donor cannot be opened, or lacks the neurons or positions.
+    """
+    checkpoint = open_donor(name, download=download, allow_pickle=allow_pickle)
+    neurons = neurons or even_neurons(atlas.width)
+    total, unit = (
+        (None, "inputs") if method == "greedy" else ((atlas.blocks + 1) * len(neurons), "features")
+    )
+    with progress(f"{method} search in {Path(name).name}", total, unit) as advance:
+        return with_inputs(
+            atlas,
+            checkpoint,
+            method,
+            neurons,
+            cache=cache or cache_folder(),
+            tokens=tokens or TOKENS,
+            untrained=untrained,
+            dtype=dtype,
+            device=device,
+            advance=advance,
+        )
