@@ -1,7 +1,7 @@
-"""The merge methods as a table: their parameters and how many models they take. Importing it does not import torch.
+"""The merge methods as a table: their parameters and the number of models they take.
 
-Names and defaults are mergekit's. `span.py`, `sparse.py` and `fusion.py` hold the formulas;
-`combine.py` runs them by torch, `native.py` in C.
+Names and defaults are mergekit's. `span.py`, `sparse.py` and `fusion.py` contain the formulas;
+`combine.py` runs them in torch, `native.py` in C. Importing this module does not import torch.
 """
 
 import math
@@ -18,34 +18,34 @@ class Parameter(NamedTuple):
     """A parameter of a method."""
 
     default: Value | None
-    """None: it must be given. Its type is the parameter's: a bool also takes 0 and 1, an int a
-    whole float.
+    """None: the parameter is required. Otherwise the type of the default is that of the parameter:
+    for a bool, 0 and 1 are also accepted, for an int a float without a fractional part.
     """
     per_model: bool
-    """One value for every model but the base; otherwise one for the whole tensor."""
+    """One value for every model except the base; otherwise one for the whole tensor."""
     low: float = -math.inf
     high: float = math.inf
-    """The range of allowed values, both ends included."""
+    """The range of allowed values, both ends inclusive."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a recipe may say to a method."""
+    """What a recipe may specify for a method."""
 
     parameters: Mapping[str, Parameter]
     base: Literal["none", "optional", "required"]
-    """`none`: a base has no part in it; a model that the recipe calls base and lists is a model
-    like the others.
+    """`none`: the method has no base. A model that the recipe both lists and names as base is
+    treated like the others.
     """
     models: tuple[int, int | None]
-    """The fewest and the most models, the base not counted: slerp's two models are its base and one
-    other.
+    """Minimum and maximum number of models, not counting the base: slerp's two models are its base
+    and one other. None: no maximum.
     """
     random: bool = False
     """Whether the result depends on the seed."""
     divides: str | None = None
-    """The parameter that has it divide by the sum of all weights (one that is not a switch: it
-    always does).
+    """The parameter that makes the method divide by the sum of all weights. If that parameter is
+    not a switch, the method always does.
     """
 
 
@@ -54,7 +54,7 @@ _DENSITY = {"density": Parameter(1.0, True, 0, 1)}
 _GAMMA = {"gamma": Parameter(0.01, True, 0, 1)}
 _EPSILON = {"epsilon": Parameter(0.15, True, 0, 1)}
 _INT8_MASK = {"int8_mask": Parameter(False, False)}
-"""Accepted because recipes carry it; without effect, since no mask is larger than a chunk."""
+"""Accepted because recipes contain it; it has no effect, since no mask is larger than a chunk."""
 
 
 def _task(
@@ -123,17 +123,25 @@ METHODS: dict[str, Method] = {
 """Every method by its name in a recipe."""
 
 
-def resolved(method: str, given: Mapping[str, Value], *, per_model: bool) -> dict[str, Value]:
-    """The parameters of one model (or of the whole tensor), defaults filled in, each of its own type; `given` has no faults."""
-    values: dict[str, Value] = {}
-    for name, parameter in METHODS[method].parameters.items():
-        if parameter.per_model == per_model:
-            values[name] = (
-                given[name]
-                if parameter.default is None
-                else type(parameter.default)(given.get(name, parameter.default))
-            )
-    return values
+def resolved(method: str, values: Mapping[str, Value], *, per_model: bool) -> dict[str, Value]:
+    """Return the parameters of one model or of the whole tensor, with defaults and proper types.
+
+    `values` must have no faults (see `faults`).
+    """
+    return {
+        name: values[name]
+        if parameter.default is None
+        else type(parameter.default)(values.get(name, parameter.default))
+        for name, parameter in _parameters(method, per_model=per_model).items()
+    }
+
+
+def _parameters(method: str, *, per_model: bool) -> dict[str, Parameter]:
+    return {
+        name: parameter
+        for name, parameter in METHODS[method].parameters.items()
+        if parameter.per_model == per_model
+    }
 
 
 def faults(
@@ -144,58 +152,36 @@ def faults(
     base: bool,
     place: str,
 ) -> list[Fault]:
-    """Everything that is wrong with what a method was given, the tensors' values left aside.
+    """Return everything that is wrong with the arguments of a method, except tensor values.
 
     Args:
         method: a key of `METHODS`.
-        models: each model's own parameters, the base's not among them.
-        parameters: those of the whole tensor.
+        models: the parameters of each model, without the base.
+        parameters: the parameters of the whole tensor.
         base: whether there is a base.
-        place: what the faults name: the recipe's key, or the tensor.
+        place: the place that the faults name: a key of the recipe, or a tensor.
     """
-    spec = METHODS[method]
-    found = list(_number_faults(spec, method, len(models), base, place))
-    for number, given in enumerate([parameters, *models]):
+    result = list(_number_faults(method, len(models), base, place))
+    for number, values in enumerate([parameters, *models]):
         owner = f"{place}, model {number}" if number else place
-        for name, parameter in spec.parameters.items():
-            if parameter.per_model == bool(number):
-                found += _value_faults(name, parameter, given.get(name, parameter.default), owner)
-        wrong = [
-            name
-            for name in given
-            if name not in spec.parameters or spec.parameters[name].per_model != bool(number)
-        ]
-        known = (
-            ", ".join(
-                name
-                for name, parameter in spec.parameters.items()
-                if parameter.per_model == bool(number)
-            )
-            or "none"
-        )
-        found += [
-            Fault(
-                owner, f"parameters of {method}: {known}", name, "correct or remove the parameter"
-            )
-            for name in wrong
-        ]
-    return found or list(
-        _joint_faults(method, models, resolved(method, parameters, per_model=False), place)
-    )
+        result += _value_faults(method, values, owner, per_model=bool(number))
+    return result or [
+        *_weight_faults(method, models, parameters, place),
+        *_epsilon_faults(method, models, place),
+    ]
 
 
-def _number_faults(
-    spec: Method, method: str, count: int, base: bool, place: str
-) -> Iterator[Fault]:
+def _number_faults(method: str, count: int, base: bool, place: str) -> Iterator[Fault]:
+    spec = METHODS[method]
     low, high = spec.models
     if count < low or (high is not None and count > high):
         expected = (
             f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
         )
-        beside = " beside the base" if spec.base != "none" else ""
+        besides = " besides the base" if spec.base != "none" else ""
         yield Fault(
             place,
-            f"{expected} model{'s' * (expected != '1')}{beside} for {method}",
+            f"{expected} model{'s' * (expected != '1')}{besides} for {method}",
             f"{count}",
             "add or remove models",
         )
@@ -204,16 +190,27 @@ def _number_faults(
 
 
 def _value_faults(
-    name: str, parameter: Parameter, value: Value | None, owner: str
+    method: str, values: Mapping[str, Value], owner: str, *, per_model: bool
 ) -> Iterator[Fault]:
-    if (expected := unfit(parameter, value)) is not None:
-        yield Fault(
-            owner, f"{name}: {expected}", "nothing" if value is None else repr(value), f"set {name}"
-        )
+    """Yield the faults of single values: invalid or missing ones, and unknown names."""
+    known = _parameters(method, per_model=per_model)
+    for name, parameter in known.items():
+        value = values.get(name, parameter.default)
+        if (expected := unfit(parameter, value)) is not None:
+            found = "nothing" if value is None else repr(value)
+            yield Fault(owner, f"{name}: {expected}", found, f"set {name}")
+    for name in values:
+        if name not in known:
+            yield Fault(
+                owner,
+                f"parameters of {method}: {', '.join(known) or 'none'}",
+                name,
+                "correct or remove the parameter",
+            )
 
 
 def unfit(parameter: Parameter, value: Value | None) -> str | None:
-    """What a value should be, None where it is fit."""
+    """Return what a value should be, or None if it is valid."""
     if isinstance(parameter.default, bool):
         return None if value in (0, 1) else "true or false"
     if isinstance(value, bool):
@@ -222,37 +219,42 @@ def unfit(parameter: Parameter, value: Value | None) -> str | None:
         return "a finite number"
     if isinstance(parameter.default, int) and value != int(value):
         return "a whole number"
-    return (
-        None
-        if parameter.low <= value <= parameter.high
-        else f"a number from {parameter.low:g} to {parameter.high:g}"
-    )
+    if not parameter.low <= value <= parameter.high:
+        return f"a number from {parameter.low:g} to {parameter.high:g}"
+    return None
 
 
-def _joint_faults(
-    method: str, models: Sequence[Mapping[str, Value]], shared: Mapping[str, Value], place: str
+def _weight_faults(
+    method: str, models: Sequence[Mapping[str, Value]], parameters: Mapping[str, Value], place: str
 ) -> Iterator[Fault]:
-    divides = METHODS[method].divides
-    weights = (
-        [given["weight"] for given in models] if divides and shared.get(divides, True) else [1.0]
-    )
+    """Yield a fault if the weights cancel and the method divides by their sum."""
+    switch = METHODS[method].divides
+    shared = resolved(method, parameters, per_model=False)
+    if not switch or not shared.get(switch, True):
+        return
+    weights = [values["weight"] for values in models]
     if abs(math.fsum(weights)) <= 1e-8 * math.fsum(map(abs, weights)):
-        found = " + ".join(map(str, weights)) + " = 0"
-        remedy = (
-            f"change a weight, or set {divides}: false" if divides in shared else "change a weight"
-        )
         yield Fault(
-            place, "weights whose sum is not 0, since they are divided by it", found, remedy
+            place,
+            "weights whose sum is not 0, since they are divided by it",
+            " + ".join(map(str, weights)) + " = 0",
+            "change a weight" + (f", or set {switch}: false" if switch in shared else ""),
         )
-    if "epsilon" in METHODS[method].parameters and METHODS[method].parameters["epsilon"].per_model:
-        for number, given in enumerate(models, 1):
-            values = resolved(method, given, per_model=True)
-            density, epsilon = values["density"], values["epsilon"]
-            if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
-                found = f"{density:g} - {epsilon:g} and {density:g} + {epsilon:g}"
-                yield Fault(
-                    f"{place}, model {number}",
-                    "density - epsilon above 0 and density + epsilon below 1",
-                    found,
-                    "choose a smaller epsilon",
-                )
+
+
+def _epsilon_faults(
+    method: str, models: Sequence[Mapping[str, Value]], place: str
+) -> Iterator[Fault]:
+    """Yield faults of probabilities `density - epsilon` and `density + epsilon`."""
+    if "epsilon" not in _parameters(method, per_model=True):
+        return
+    for number, values in enumerate(models, 1):
+        own = resolved(method, values, per_model=True)
+        density, epsilon = own["density"], own["epsilon"]
+        if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            yield Fault(
+                f"{place}, model {number}",
+                "density - epsilon above 0 and density + epsilon below 1",
+                f"{density:g} - {epsilon:g} and {density:g} + {epsilon:g}",
+                "choose a smaller epsilon",
+            )

@@ -12,8 +12,8 @@
  * whatever type the file has. The order of every operation is that of methods/torch_span.py and
  * methods/torch_sparse.py, so that both give the same bits: single float32 operations (built with
  * -ffp-contract=off, since a fused operation rounds once where two operations round twice), and
- * float64 sums over a tensor in separate lanes, an element's lane being given by its position in
- * the call. Nothing depends on the width of the processor's vector registers. Python's lock is
+ * float64 sums over a tensor in separate lanes, an element's lane being determined by its position
+ * in the call. Nothing depends on the width of the processor's vector registers. Python's lock is
  * released while a pass runs.
  */
 

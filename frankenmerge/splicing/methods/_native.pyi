@@ -21,6 +21,13 @@ def sum_magnitudes(
     inputs: _Inputs, keep: Keep, start: int, finite_only: bool, sums: _Memory, /
 ) -> int: ...
 def thin(
-    inputs: _Inputs, terms: Sequence[tuple[float, float, Keep]], start: int, consensus: bool, least: float, factor: float,
-    result: _Memory, type: str, /,
-) -> tuple[int, bool]: ...  # fmt: skip
+    inputs: _Inputs,
+    terms: Sequence[tuple[float, float, Keep]],
+    start: int,
+    consensus: bool,
+    least: float,
+    factor: float,
+    result: _Memory,
+    type: str,
+    /,
+) -> tuple[int, bool]: ...

@@ -1,11 +1,11 @@
-"""Run a merge method, by torch, on tensors that need not fit in memory.
+"""Run a merge method in torch, on tensors that need not fit in memory.
 
-A method is a function of its `Inputs` that gathers its statistics, reading the tensors as often as
-it must, and returns a `ChunkRule` that computes any chunk of the result. Statistics are summed over
-fixed blocks and random masks are a function of the element's index, so how the result is cut into
-chunks changes no bit of it. Arithmetic is float32, multiplications and additions apart (a fused one
-rounds differently in the last, unvectorised elements of a chunk); what sums over a tensor is
-float64.
+A method is a function of its `Inputs` that computes its statistics, reading the tensors as often as
+necessary, and returns a `ChunkRule` that computes any chunk of the result. Statistics are summed
+over fixed blocks, and random masks are a function of the element's index, so the chunk size does
+not change any bit of the result. Arithmetic is float32, with separate multiplications and additions
+(a fused operation rounds differently in the last, unvectorised elements of a chunk); sums over a
+tensor are float64.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,26 +43,26 @@ def combine(
     seed: int,
     chunk: int = BLOCK,
 ) -> Iterator[Tensor]:
-    """Yield the merged tensor in flat float32 chunks, in order; each is good until the next is asked for.
+    """Yield the merged tensor in flat float32 chunks, each valid until the next is requested.
 
     Args:
         method: a key of `METHODS`.
-        models: the models' tensors, the base not among them. For slerp the one model that is not the
+        models: the models' tensors, without the base. For slerp, the one model that is not the
             base.
-        base: the base's tensor; its parameters are not looked at, nor is it where the method takes
+        base: the base's tensor. Its parameters are ignored, and so is the base if the method has
             none.
-        shape: the tensors' common shape; rows run along its last dimension.
-        parameters: those of the whole tensor; what is not given has its default, for a model's own
-            too.
-        name: the tensor's name: errors give it, and random masks differ with it.
-        seed: of the random masks.
-        chunk: elements of a chunk. Methods that look at rows take whole ones: as many as fit, at
+        shape: the common shape of the tensors. Rows run along the last dimension.
+        parameters: the parameters of the whole tensor. Missing ones have their defaults, as in
+            `models`.
+        name: the tensor's name, used in errors and in the seed of random masks.
+        seed: the seed of random masks.
+        chunk: elements per chunk. Methods that process rows use whole rows: as many as fit, at
             least one.
 
     Raises:
-        FrankenmergeError: when the first chunk is asked for: for parameters or a number of models
-            that the method cannot take, all faults together; for tensors whose statistics are not
-            finite.
+        FrankenmergeError: when the first chunk is requested, if the method does not accept the
+            parameters or the number of models (all faults together), or if the statistics of the
+            tensors are not finite.
     """
     inputs = inputs_of(
         method, models, base, shape=shape, parameters=parameters, name=name, seed=seed

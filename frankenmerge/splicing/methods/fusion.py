@@ -13,9 +13,9 @@ from frankenmerge.splicing.methods.torch_sparse import agreed, total_of
 
 
 def nearswap(inputs: Inputs) -> ChunkRule:
-    """`(1 - w) b + w x`, `w = min(1, t / |x - b|)`: the model where it is near the base (alchemonaut, QuartetAnemoi-70B-t0.0001).
+    """`(1 - w) b + w x`, `w = min(1, t / |x - b|)`: the model where it is near the base.
 
-    That is `b` plus the difference clamped to `[-t, t]`.
+    That is `b` plus the difference clamped to `[-t, t]` (alchemonaut, QuartetAnemoi-70B-t0.0001).
     """
     t = float(inputs.parameters["t"])
 
@@ -27,12 +27,12 @@ def nearswap(inputs: Inputs) -> ChunkRule:
 
 
 def arcee_fusion(inputs: Inputs) -> ChunkRule:
-    """The model's element where its importance stands out in the tensor, else the base's (Arcee, MergeKit 0.1 release notes).
+    """The model's element where its importance is high in the tensor, else the base's.
 
-    Importance is `|x - b| KL(softmax(row of x) || softmax(row of b))`; it stands out from `median +
-    1.5 (Q3 - Q1)` on. Quartiles are elements, the lower of two. Where all importances are equal, as
-    without any difference, every element is the model's. KL is
-    float64: weights are small, so it is a small difference of large terms.
+    Importance is `|x - b| KL(softmax(row of x) || softmax(row of b))`; it is high from `median +
+    1.5 (Q3 - Q1)` on (Arcee, MergeKit 0.1 release notes). Quartiles are elements, the lower of two.
+    If all importances are equal, for example because there is no difference, every element is the
+    model's. KL is float64: weights are small, so it is a small difference of large terms.
     """
     last = inputs.size - 1
 
@@ -54,9 +54,9 @@ def arcee_fusion(inputs: Inputs) -> ChunkRule:
         return magnitudes(importance(start, stop)[0])
 
     quartiles = [last - last * quarter // 4 for quarter in (1, 2, 3)]
-    found = kth_largest(order_of(keys, lambda: inputs.spans(rows=True)), quartiles)
+    keyed = kth_largest(order_of(keys, lambda: inputs.spans(rows=True)), quartiles)
     low, median, high = (
-        torch.tensor([key for key, _ in found], dtype=torch.int32).view(torch.float32).tolist()
+        torch.tensor([key for key, _ in keyed], dtype=torch.int32).view(torch.float32).tolist()
     )
     threshold = median + 1.5 * (high - low)
 
@@ -68,21 +68,21 @@ def arcee_fusion(inputs: Inputs) -> ChunkRule:
 
 
 def sce(inputs: Inputs) -> ChunkRule:
-    """SCE (arXiv 2408.07990, section 3.3): select the elements that vary most between task vectors, calculate weights, erase signs.
+    """SCE (arXiv 2408.07990, section 3.3): select, calculate, erase.
 
-    Of the elements that vary at all the `select_topk` share with the largest variance stays (of
-    equal variances those with the lower index); a model's weight is the mean square of its task
-    vector there, over the sum of all; then TIES's consensus with the sign of the unweighted sum,
-    and division by the weights that agree, as in mergekit.
+    Select: of the elements that vary between task vectors, the share `select_topk` with the largest
+    variance is kept (of equal variances, those with the lower index). Calculate: a model's weight
+    is the mean square of its kept elements, divided by the sum over all models. Erase: TIES's
+    consensus with the sign of the unweighted sum, and division by the weights that agree, as in
+    mergekit.
     """
     select = _selected(inputs)
     squares = [0.0] * len(inputs.models)
     for start, stop in inputs.spans():
         _, deltas = inputs.deltas(start, stop)
         for model, delta in enumerate(select(deltas, start)):
-            squares[model] += precise_sum(
-                delta.double().square_()
-            )  # of float32 no square is infinite then
+            # in float64 the square of a float32 number is finite
+            squares[model] += precise_sum(delta.double().square_())
     whole = sum(squares) or 1.0
     weights = [square / whole for square in squares]
 
@@ -106,7 +106,7 @@ def _selected(inputs: Inputs) -> Callable[[list[Tensor], int], list[Tensor]]:
         return lambda deltas, _: deltas
 
     def spread(deltas: list[Tensor]) -> Tensor:
-        # sum_(i<j) (d_i - d_j)^2 = n^2 times the variance, and exactly 0 where all are equal
+        # sum_(i<j) (d_i - d_j)^2 is n^2 times the variance, and exactly 0 where all are equal
         return magnitudes(
             total_of(
                 [(one - other).square_() for one, other in combinations(deltas, 2)]
@@ -130,19 +130,20 @@ def _selected(inputs: Inputs) -> Callable[[list[Tensor], int], list[Tensor]]:
 
 
 def ram(inputs: Inputs) -> ChunkRule:
-    """Reinforced Agent Merging (arXiv 2601.13572): changes of one model are taken whole, shared ones averaged.
+    """Reinforced Agent Merging (arXiv 2601.13572): average over the models that changed an element.
 
-    A model has changed an element where `|x - b| > epsilon`; the average is over the models that
-    changed it.
+    A model has changed an element where `|x - b| > epsilon`, so a change by one model alone is
+    added whole.
     """
     return _ram(inputs, [1.0] * len(inputs.models))
 
 
 def ramplus_tl(inputs: Inputs) -> ChunkRule:
-    """RAM+ (arXiv 2601.13572): as `ram`, a model's own changes times `1 + r min(rho, alpha)`.
+    """RAM+ (arXiv 2601.13572): as `ram`, with unique changes multiplied by `1 + r min(rho, alpha)`.
 
-    `rho` is how many of the model's changes are shared over how many are its own. As the name says
-    (tensor-local) both are counted in the tensor, as in mergekit, and not in the whole model.
+    `rho` is the number of a model's changes that other models share, divided by the number of those
+    that are unique to it. As the name (tensor-local) says, both are counted in the tensor, as in
+    mergekit, and not in the whole model.
     """
     shared, own = [0.0] * len(inputs.models), [0.0] * len(inputs.models)
     for start, stop in inputs.spans():
@@ -159,7 +160,7 @@ def ramplus_tl(inputs: Inputs) -> ChunkRule:
 
 
 def _changed(inputs: Inputs, deltas: list[Tensor]) -> list[Tensor]:
-    """1 where a model changed the base, else 0."""
+    """Return, for each model, 1 where it changed the base, else 0."""
     return [delta.abs().gt_(float(inputs.parameters["epsilon"])) for delta in deltas]
 
 

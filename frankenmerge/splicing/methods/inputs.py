@@ -1,4 +1,4 @@
-"""What a merge method sees of its tensors: flat chunks, read as often as it needs them."""
+"""The inputs of a merge method: tensors as flat chunks, which it may read repeatedly."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 2**17
-"""Elements of a statistics pass's step and of a random stream's block: 512 KiB of float32, which a
-core's own cache holds.
+"""Elements per step of a statistics pass and per block of a random stream.
 
-It is fixed, so that sums add up in one order whatever the chunks of the result are.
+512 KiB of float32 fit in the cache of a core.
+
+The number is fixed, so that the order of sums does not depend on the chunks of the result.
 """
 
 _SEGMENT = 1024
@@ -24,28 +25,28 @@ Span = tuple[int, int]
 
 
 class Raw(NamedTuple):
-    """Elements as a file holds them."""
+    """Elements as stored in a file."""
 
     content: memoryview
     dtype: str
-    """As safetensors names it."""
+    """The type's name in safetensors."""
     fault: Fault
-    """What to tell where NaN or Inf is among them."""
+    """The fault to report if NaN or Inf is among them."""
 
 
 class Operand(NamedTuple):
-    """One model's tensor."""
+    """The tensor of one model."""
 
     read: Callable[[int, int], Any]
-    """Flat elements `[start, stop)` as the arithmetic takes them. torch: a tensor, one-dimensional,
-    contiguous, float32, on the device to compute on; it is overwritten by the method. C: a `Raw`.
-    Neither is looked at any more once the same part is read again.
+    """Flat elements `[start, stop)` in the form that the arithmetic takes. torch: a tensor,
+    one-dimensional, contiguous, float32, on the device to compute on, which the method may
+    overwrite. C: a `Raw`. Neither is used after the same operand is read again.
     """
     parameters: Mapping[str, Value] = {}
 
 
 class Inputs(NamedTuple):
-    """All that a method is given; parameters are complete and sound."""
+    """All arguments of a method; parameters are complete and valid."""
 
     models: Sequence[Operand]
     base: Operand | None
@@ -61,35 +62,38 @@ class Inputs(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Length of a row: the tensor is seen as the matrix `[size / width, width]`."""
+        """Length of a row; the tensor is treated as the matrix `[size / width, width]`."""
         return self.shape[-1] if self.shape else 1
 
     def each(self, name: str) -> list[float]:
-        """One parameter of every model."""
+        """Return the parameter `name` of every model."""
         return [float(operand.parameters[name]) for operand in self.models]
 
     def spans(self, step: int = BLOCK, *, rows: bool = False) -> Iterator[Span]:
-        """Cut the tensor into spans of `step` elements; with `rows` into whole rows, at least one."""
+        """Split the tensor into spans of `step` elements, or with `rows` into whole rows."""
         if rows:
             step = max(1, step // self.width) * self.width
         return ((start, min(start + step, self.size)) for start in range(0, self.size, step))
 
     def deltas(self, start: int, stop: int) -> "tuple[Tensor, list[Tensor]]":
-        """The base and the task vectors: every model minus the base."""
+        """Return the base and the task vectors: every model minus the base."""
         assert self.base
         base = self.base.read(start, stop)
         return base, [one_nan(operand.read(start, stop).sub_(base)) for operand in self.models]
 
 
 def one_nan(values: "Tensor") -> "Tensor":
-    """Every NaN the same one, in place: which one an operation makes is up to the processor, and its bits are ranks and signs."""
+    """Replace every NaN by the same one, in place.
+
+    Which NaN an operation gives depends on the processor, and its bits are ranks and signs.
+    """
     return values if math.isfinite(values.sum()) else values.masked_fill_(values.isnan(), math.nan)
 
 
 def precise_sum(values: "Tensor") -> float:
-    """Sum flat float32 values in float64, but for NaN and Inf among them, which --allow-nan let through.
+    """Sum flat float32 values in float64, except NaN and Inf (permitted by --allow-nan).
 
-    A segment is one output of the reduction, so that no number of threads changes the order.
+    A segment is one output of the reduction, so the order does not depend on the number of threads.
     """
     import torch
 
@@ -102,10 +106,10 @@ def precise_sum(values: "Tensor") -> float:
 
 
 class ChunkRule(NamedTuple):
-    """A method whose statistics are gathered."""
+    """How to compute any chunk of a result, after the statistics have been computed."""
 
     chunk: "Callable[[int, int], Tensor]"
-    """The result's flat elements `[start, stop)`, float32."""
+    """Returns flat elements `[start, stop)` of the result, float32."""
     rows: bool = False
     """Whether the spans must be whole rows."""
 
@@ -120,10 +124,10 @@ def inputs_of(
     name: str,
     seed: int,
 ) -> Inputs:
-    """What the method sees, defaults filled in and no base where it takes none.
+    """Return the inputs of a method, with default parameters, and without a base if it has none.
 
-    Raises FrankenmergeError for parameters or a number of models that it cannot take, all faults
-    together.
+    Raises FrankenmergeError, all faults together, if the method does not accept the parameters or
+    the number of models.
     """
     raise_all(
         faults(

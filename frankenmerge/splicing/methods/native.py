@@ -1,4 +1,4 @@
-"""What of the merge methods C computes, on the CPU. Imports no torch."""
+"""Merge methods in C, on the CPU. Importing this module does not import torch."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from frankenmerge.splicing.methods.sparse import Thinned
 
 
 def can(method: Combination | Thinned) -> bool:
-    """Whether the extension is there and does this: no coefficients of single rows or columns."""
+    """Whether the extension is built and supports this: coefficients per tensor only."""
     return native_chunks.extension is not None and (
         isinstance(method, Thinned) or method.per == "tensor"
     )
@@ -17,7 +17,7 @@ def can(method: Combination | Thinned) -> bool:
 def rounded(
     method: Combination | Thinned, dtype: str, *, allow_nan: bool
 ) -> Iterator[tuple[memoryview, bool]]:
-    """The merged tensor in chunks, as `native_chunks.written` yields them."""
+    """Yield the merged tensor in chunks, as `native_chunks.written_chunks` does."""
     if isinstance(method, Combination):
         return native_span.rounded(method, dtype, allow_nan=allow_nan)
     return native_sparse.rounded(method, dtype, allow_nan=allow_nan)

@@ -1,6 +1,7 @@
-"""The passes over thinned task vectors in C: counts for ranks, ranks in rows, sums of magnitudes, and what is left, added.
+"""The passes over task vectors that are thinned, in C.
 
-The same operations in the same order as in `torch_sparse.py`, so that both give the same bits.
+They count magnitudes for ranks, rank elements in rows, sum magnitudes, and add the kept elements.
+Operations and their order are those of `torch_sparse.py`, so that both give the same bits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,60 +10,59 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from frankenmerge.donors.checkpoint import BYTES_OF
 from frankenmerge.splicing.methods.inputs import Inputs, Operand
 from frankenmerge.splicing.methods.native_chunks import (
     CHUNK,
-    Given,
+    Buffers,
+    buffers_of,
     extension,
-    given,
-    scanned,
-    written,
+    scan_chunks,
+    written_chunks,
 )
 from frankenmerge.splicing.methods.noise import stream, words
 from frankenmerge.splicing.methods.select import DIGITS, Counts, Order, boundaries
 from frankenmerge.splicing.methods.sparse import Chance, Keep, RowOdds, Thinned, coefficients
 from frankenmerge.splicing.methods.sums import LANES, Array
+from frankenmerge.storage.dtypes import DTYPES
 
 if TYPE_CHECKING:
-    from frankenmerge.splicing.methods._native import Keep as Stays
+    from frankenmerge.splicing.methods._native import Keep as NativeKeep
 
-Stay = Callable[[Given, int], "Stays"]
-"""From base and model and the index of the first element to what stays, as the extension is told of
-it.
-"""
+KeepOf = Callable[[Buffers, int], "NativeKeep"]
+"""From base and model and the index of the first element to what is kept, for the extension."""
 
 
 def rounded(thinned: Thinned, dtype: str, *, allow_nan: bool) -> Iterator[tuple[memoryview, bool]]:
-    """The merged tensor in chunks, as `native_chunks.written` yields them."""
+    """Yield the merged tensor in chunks, as `native_chunks.written_chunks` does."""
     inputs = thinned.inputs
     if not inputs.size:
         return
-    stays = [
-        _stay(inputs, model, keep, allow_nan=allow_nan) for model, keep in enumerate(thinned.keeps)
+    keeps = [
+        _keep_of(inputs, model, keep, allow_nan=allow_nan)
+        for model, keep in enumerate(thinned.keeps)
     ]
     factors = coefficients(
         thinned,
         lambda model, finite_only: _sums(
-            thinned, model, stays[model], finite_only, allow_nan=allow_nan
+            thinned, model, keeps[model], finite_only, allow_nan=allow_nan
         ),
     )
     weights, least = inputs.each("weight"), -1.0 if thinned.least is None else thinned.least
 
-    def write(given: Given, start: int, chunk: memoryview) -> tuple[int, bool]:
-        base, *models = given
-        kept = [stay([base, model], start) for stay, model in zip(stays, models, strict=True)]
+    def write(buffers: Buffers, start: int, chunk: memoryview) -> tuple[int, bool]:
+        base, *models = buffers
+        kept = [keep([base, model], start) for keep, model in zip(keeps, models, strict=True)]
         terms = list(zip(factors, weights, kept, strict=True))
         return extension.thin(
-            given, terms, start, thinned.consensus, least, thinned.factor, chunk, dtype
+            buffers, terms, start, thinned.consensus, least, thinned.factor, chunk, dtype
         )
 
-    yield from written(inputs, write, dtype, rows=thinned.rows, allow_nan=allow_nan)
+    yield from written_chunks(inputs, write, dtype, rows=thinned.rows, allow_nan=allow_nan)
 
 
-def _stay(inputs: Inputs, model: int, keep: Keep, *, allow_nan: bool) -> Stay:
+def _keep_of(inputs: Inputs, model: int, keep: Keep, *, allow_nan: bool) -> KeepOf:
     if isinstance(keep, Chance):
-        # Without rows a chunk is a block of noise.
+        # Chunks are not rounded to whole rows here, so each is one block of the random stream.
         return lambda _, start: (
             stream(inputs.seed, inputs.name, model, start // CHUNK),
             keep.limit,
@@ -75,51 +75,56 @@ def _stay(inputs: Inputs, model: int, keep: Keep, *, allow_nan: bool) -> Stay:
     return lambda _, __: (first.key, first.index, end.key, end.index)
 
 
-def _by_row(inputs: Inputs, model: int, odds: RowOdds, pair: Given, start: int) -> "Stays":
-    words_ = words(
-        inputs.seed, inputs.name, model, start, start + len(pair[0][0]) // BYTES_OF[pair[0][1]]
-    )
-    limits = np.empty_like(words_)
+def _by_row(inputs: Inputs, model: int, odds: RowOdds, pair: Buffers, start: int) -> "NativeKeep":
+    content, dtype = pair[0]
+    stop = start + len(content) // DTYPES[dtype].bytes
+    noise = words(inputs.seed, inputs.name, model, start, stop)
+    limits = np.empty_like(noise)
     extension.row_limits(pair, odds.limits, limits)
-    return words_, limits
+    return noise, limits
 
 
 def _order(inputs: Inputs, model: int, *, allow_nan: bool) -> Order:
     pair = _pair(inputs, model)
 
     def counted(uppers: Sequence[int | None]) -> list[Counts]:
-        found = [np.zeros(DIGITS, np.int64) for _ in uppers]
+        totals = [np.zeros(DIGITS, np.int64) for _ in uppers]
 
-        def count(given: Given, _: int) -> int:
+        def count(buffers: Buffers, _: int) -> int:
             return max(
-                extension.count(given, upper, counts)
-                for upper, counts in zip(uppers, found, strict=True)
+                extension.count(buffers, upper, counts)
+                for upper, counts in zip(uppers, totals, strict=True)
             )
 
-        scanned(inputs, pair, count, allow_nan=allow_nan)
-        return found
+        scan_chunks(inputs, pair, count, allow_nan=allow_nan)
+        return totals
 
     def index(key: int, nth: int) -> int:
         for start, stop in inputs.spans(CHUNK):
-            place, equal = extension.find(
-                given([operand.read(start, stop) for operand in pair]), key, nth
+            position, equal = extension.find(
+                buffers_of([operand.read(start, stop) for operand in pair]), key, nth
             )
-            if place >= 0:
-                return start + place
+            if position >= 0:
+                return start + position
             nth -= equal
-        raise AssertionError("the tensor changed between two readings")
+        raise AssertionError("the tensor changed between two passes")
 
     return Order(lambda: counted([None])[0], counted, index)
 
 
-def _sums(thinned: Thinned, model: int, stay: Stay, finite_only: bool, *, allow_nan: bool) -> Array:
-    """Magnitudes of a task vector and of what stays of it, `[2, LANES]`, of the finite elements or of all."""
+def _sums(
+    thinned: Thinned, model: int, keep: KeepOf, finite_only: bool, *, allow_nan: bool
+) -> Array:
+    """Return sums `[2, LANES]` of a task vector's magnitudes and of the kept ones.
+
+    Sums are over all elements or over the finite ones.
+    """
     total = np.zeros((2, LANES))
 
-    def add(given: Given, start: int) -> int:
-        return extension.sum_magnitudes(given, stay(given, start), start, finite_only, total)
+    def add(buffers: Buffers, start: int) -> int:
+        return extension.sum_magnitudes(buffers, keep(buffers, start), start, finite_only, total)
 
-    scanned(
+    scan_chunks(
         thinned.inputs, _pair(thinned.inputs, model), add, rows=thinned.rows, allow_nan=allow_nan
     )
     return total

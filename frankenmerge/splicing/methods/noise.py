@@ -1,4 +1,4 @@
-"""Random numbers that are a function of the seed, the tensor, the model and the element: of nothing else."""
+"""Random numbers that depend on the seed, the tensor, the model and the element only."""
 
 import hashlib
 from typing import Any
@@ -13,10 +13,11 @@ SCALE = 2**31
 
 
 def stream(seed: int, name: str, model: int, block: int) -> SFC64:
-    """The generator of a block of 2**17 elements' words: two from every draw, the lower half first, each without its top bit.
+    """Return the bit generator of the words of one block of 2**17 elements.
 
-    SFC64 seeded by NumPy's SeedSequence, whose hash keeps streams apart, from the seed and the
-    tensor's name, with the model's position and the block's number as spawn key.
+    Every number of 64 bits gives two words, the lower half first, each without its top bit. The
+    generator is SFC64, seeded by NumPy's SeedSequence (whose hash separates streams) from the seed
+    and the tensor's name, with the model's position and the block's number as spawn key.
     """
     digest = hashlib.sha256(f"{seed}\n{name}".encode()).digest()
     return SFC64(SeedSequence(int.from_bytes(digest[:16], "little"), spawn_key=(model, block)))
@@ -25,7 +26,7 @@ def stream(seed: int, name: str, model: int, block: int) -> SFC64:
 def words(
     seed: int, name: str, model: int, start: int, stop: int
 ) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Uniform integers for elements `[start, stop)`. Drawn on the CPU for all devices."""
+    """Return uniform integers for elements `[start, stop)`, always computed on the CPU."""
     pieces = []
     for block in range(start // BLOCK, (stop - 1) // BLOCK + 1):
         first, last = max(start - block * BLOCK, 0), min(stop - block * BLOCK, BLOCK)

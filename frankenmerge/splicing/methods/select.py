@@ -1,9 +1,10 @@
-"""Exact order statistics of a tensor that is read in chunks: two passes and a part of a third, and no sorting.
+"""Exact order statistics of a tensor that is read in chunks, without sorting.
 
-The bits of a float32 that is not negative order as the numbers do, so the k-th largest is found
-digit by digit: its upper 16 bits by counting, in one pass, then its lower 16 bits among the
-elements that share the upper. Of equal elements the one with the lowest index ranks first, so that
-ranks are distinct. Here are the decisions; who reads the tensor counts.
+The bits of nonnegative float32 numbers order as the numbers do, so the k-th largest is found digit
+by digit: its upper 16 bits by counting in one pass, then, in a second, its lower 16 bits among the
+elements with the same upper bits. Part of a third pass finds the index. Of equal elements, the one
+with the lowest index ranks first, so that ranks are distinct. This module decides; the callers read
+the tensor and count.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,27 +19,29 @@ Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Order(NamedTuple):
-    """What must be known of a tensor's keys, the bits of magnitudes."""
+    """Queries about the keys of a tensor, which are the bits of its magnitudes."""
 
     uppers: Callable[[], Counts]
-    """How many keys have each upper half, `[DIGITS]`."""
+    """Counts `[DIGITS]` of the keys by their upper half."""
     lowers: Callable[[Sequence[int]], list[Counts]]
-    """Of the keys of every upper half that is asked for how many have each lower half, `[DIGITS]`.
-    """
+    """For each of several upper halves, counts `[DIGITS]` of its keys by their lower half."""
     index: Callable[[int, int], int]
-    """Where the nth (from 0) element of a key is."""
+    """The index of the nth element, counted from 0, that has a key."""
 
 
 class Rank(NamedTuple):
-    """An element by its place in the order."""
+    """An element in the order."""
 
     key: int
     index: int
-    """Its index among all elements."""
+    """Its index in the tensor."""
 
 
 def kth_largest(order: Order, ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """For every rank (0: the largest) the key there, and how many elements of that key rank before it."""
+    """Return, for every rank, its key and the number of elements with that key that rank before it.
+
+    Rank 0 is the largest.
+    """
     counts = order.uppers()
     tops = [_find(counts, rank) for rank in ranks]
     uppers = sorted({upper for upper, _ in tops})
@@ -51,16 +54,16 @@ def kth_largest(order: Order, ranks: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _find(counts: Counts, rank: int) -> tuple[int, int]:
-    """The digit that holds the `rank`-th element from the largest down, and that element's rank within the digit."""
+    """Return the digit of the element at `rank` (0: largest) and its rank within the digit."""
     above = counts[::-1].cumsum()
     place = int(np.searchsorted(above, rank, side="right"))
     return len(counts) - 1 - place, rank - (int(above[place - 1]) if place else 0)
 
 
 def boundaries(order: Order, size: int, ranks: Sequence[int]) -> list[Rank]:
-    """The elements at `ranks` in descending order, each 0 to `size`; `size` itself stands behind all."""
+    """Return the elements at `ranks` in descending order, each from 0 to `size` (after all)."""
     inner = [rank for rank in ranks if 0 < rank < size]
-    found = iter(kth_largest(order, inner) if inner else [])
+    keys = iter(kth_largest(order, inner) if inner else [])
     result = []
     for rank in ranks:
         if rank <= 0:
@@ -68,6 +71,6 @@ def boundaries(order: Order, size: int, ranks: Sequence[int]) -> list[Rank]:
         elif rank >= size:
             result.append(Rank(0, size))
         else:
-            key, before = next(found)
+            key, before = next(keys)
             result.append(Rank(key, order.index(key, before)))
     return result

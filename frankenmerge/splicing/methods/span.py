@@ -1,14 +1,15 @@
-"""Methods whose result is a linear combination of the models: only its coefficients need the whole tensors.
+"""Methods whose result is a linear combination of the models.
 
-All coefficients follow from the Gram matrix `G_ij = <v_i, v_j>` of the models, or of their task
-vectors where there is a base: angles and lengths are inner products, and a mean on the sphere lies
-in the span of its points, so that its iterations run on the coefficients alone. A Gram matrix costs
-one pass: per element and pair a multiplication and an addition, reading every input once. The
-result costs another: per element and model a multiplication and an addition. Where every row has
-its own coefficients, a chunk holds whole rows and the second pass alone does.
+Only the coefficients depend on whole tensors. All of them follow from the Gram matrix `G_ij = <v_i,
+v_j>` of the models, or of their task vectors if there is a base: angles and lengths are inner
+products, and a mean on the sphere is in the span of its points, so that its iterations use the
+coefficients alone. A Gram matrix costs one pass: per element and pair a multiplication and an
+addition, reading every input once. The result costs another: per element and model a multiplication
+and an addition. If every row has its own coefficients, a chunk contains whole rows, and the second
+pass suffices.
 
-Here are the coefficients, and no tensor. The two passes are in `native_span.py` (C) and in
-`torch_span.py`, with the same bits.
+This module computes the coefficients, without tensors. The two passes are in `native_span.py` (C)
+and in `torch_span.py`, with the same bits.
 """
 
 import math
@@ -19,22 +20,22 @@ import numpy as np
 
 from frankenmerge.errors import fail
 from frankenmerge.splicing.methods.inputs import Inputs
-from frankenmerge.splicing.methods.sums import Array, folded, gathered
+from frankenmerge.splicing.methods.sums import Array, finite_sums, folded
 
 Coefficients = Callable[[Array], Array]
-"""Gram matrices `[k, n, n]`, one for every row or column or one for the tensor, to coefficients
+"""From Gram matrices `[k, n, n]`, one per row or column or one for the tensor, to coefficients
 `[k, n]`.
 """
 
 
 class Combination(NamedTuple):
-    """`sum_i c_i v_i`, plus the base where there is one; `v_i` are the models, or with a base the task vectors."""
+    """`sum_i c_i v_i` of models, or `b + sum_i c_i v_i` of task vectors if there is a base."""
 
     inputs: Inputs
     coefficients: Array | Coefficients
-    """`[n]`, or how they follow from Gram matrices."""
+    """`[n]`, or the function of Gram matrices that gives them."""
     per: Literal["tensor", "row", "column"] = "tensor"
-    """What has coefficients of its own."""
+    """Whether the tensor, each row or each column has its own coefficients."""
 
 
 def passthrough(inputs: Inputs) -> Combination:
@@ -43,7 +44,7 @@ def passthrough(inputs: Inputs) -> Combination:
 
 
 def linear(inputs: Inputs) -> Combination:
-    """`sum_i w_i x_i`, over `sum_i w_i` with `normalize`: model soups (arXiv 2203.05482)."""
+    """`sum_i w_i x_i`, divided by `sum_i w_i` if `normalize`: model soups (arXiv 2203.05482)."""
     weights = np.array(inputs.each("weight"))
     return Combination(
         inputs, weights / weights.sum() if inputs.parameters["normalize"] else weights
@@ -51,9 +52,10 @@ def linear(inputs: Inputs) -> Combination:
 
 
 def task_arithmetic(inputs: Inputs) -> Combination:
-    """`b + lambda sum_i w_i (x_i - b)` (arXiv 2212.04089, section 2), over `sum_i w_i` with `normalize`.
+    """`b + lambda sum_i w_i (x_i - b)` (arXiv 2212.04089, section 2).
 
-    As in mergekit `density` and `rescale` are accepted and do nothing.
+    With `normalize` the sum is divided by `sum_i w_i`. As in mergekit, `density` and `rescale` are
+    accepted and have no effect.
     """
     weights = np.array(inputs.each("weight"))
     if inputs.parameters["normalize"]:
@@ -62,11 +64,11 @@ def task_arithmetic(inputs: Inputs) -> Combination:
 
 
 def slerp(inputs: Inputs) -> Combination:
-    """Spherical interpolation from the base (t = 0) to the other model (Shoemake 1985, "Animating rotation", section 3.3).
+    """Spherical interpolation from the base (t = 0) to the other model (t = 1).
 
-    `sin((1-t) a) / sin(a) b + sin(t a) / sin(a) x`, `a` the angle between the two tensors, which
-    keep their lengths. As in mergekit it is linear where `|cos a| > 0.9995`, and a zero tensor
-    counts as orthogonal to the other.
+    `sin((1-t) a) / sin(a) b + sin(t a) / sin(a) x`, where `a` is the angle between the two tensors,
+    which are not normalised (Shoemake 1985, "Animating rotation", section 3.3). As in mergekit, it
+    is linear where `|cos a| > 0.9995`, and a zero tensor counts as orthogonal to the other.
     """
     assert inputs.base
     both = inputs._replace(models=[inputs.base, *inputs.models], base=None)
@@ -75,13 +77,13 @@ def slerp(inputs: Inputs) -> Combination:
 
 
 def nuslerp(inputs: Inputs) -> Combination:
-    """Spherical interpolation of two models, or of their task vectors where there is a base; t = `w_2 / (w_1 + w_2)`.
+    """Spherical interpolation of two models, or of their task vectors if there is a base.
 
-    There is no paper. `nuslerp_flatten: false` does it for every row (vectors along the last
-    dimension) by itself, and with
-    `nuslerp_row_wise: true` for every column: mergekit's guide has the two the other way round,
-        this is what it does. A tensor of more than two dimensions is seen as a matrix of rows
-        (mergekit's columns then run along the first dimension alone).
+    `t = w_2 / (w_1 + w_2)`. There is no paper. `nuslerp_flatten: false` interpolates every row
+    (vector along the last dimension) separately, and with `nuslerp_row_wise: true` every column:
+    this is what mergekit's code does, while its guide says the opposite. A tensor with more than
+    two dimensions is treated as a matrix of rows (mergekit's columns then run along the first
+    dimension only).
     """
     first, second = inputs.each("weight")
     per = (
@@ -97,11 +99,12 @@ def nuslerp(inputs: Inputs) -> Combination:
 
 
 def multislerp(inputs: Inputs) -> Combination:
-    """The weighted mean of the directions, brought to the weighted mean of the lengths; with a base, of task vectors.
+    """The weighted mean direction, with the weighted mean length.
 
-    There is no paper. mergekit describes it as a mean in the sphere's tangent space at `m`, the
-    normalised weighted mean of the unit vectors `u_i`, mapped back. Projected there, `sum_i w_i
-    (u_i - <u_i, m> m) = 0`, so the point is `m` itself. Directions that cancel give 0.
+    With a base it is that of the task vectors. There is no paper. mergekit describes it as a mean
+    in the sphere's tangent space at `m`, the normalised weighted mean of the unit vectors `u_i`,
+    mapped back to the sphere. Projected there, `sum_i w_i (u_i - <u_i, m> m) = 0`, so the point is
+    `m` itself. Directions that cancel give 0.
     """
     weights, eps = np.array(inputs.each("weight")), float(inputs.parameters["eps"])
     if inputs.parameters["normalize_weights"]:
@@ -118,12 +121,12 @@ def multislerp(inputs: Inputs) -> Combination:
 
 
 def karcher(inputs: Inputs) -> Combination:
-    """The Karcher mean of the directions, brought to the mean of the lengths (arXiv 2603.04972).
+    """The Karcher mean of the directions, with the mean length (arXiv 2603.04972).
 
-    The point `p` of the sphere with the least sum of squared angles to the unit vectors, by `p <-
-    exp_p(mean_i log_p(u_i))` until a step is shorter than `tol` or after `max_iter` steps, from the
-    normalised mean. As in mergekit all models weigh the same; a zero tensor has no direction, and
-    its length counts.
+    That is the point `p` of the sphere with the least sum of squared angles to the unit vectors. It
+    is computed by `p <- exp_p(mean_i log_p(u_i))` from the normalised mean, until a step is shorter
+    than `tol` or after `max_iter` steps. As in mergekit, all models have the same weight; a zero
+    tensor has no direction, but its length counts.
     """
     steps, tolerance = int(inputs.parameters["max_iter"]), float(inputs.parameters["tol"])
     return Combination(inputs, lambda gram: _karcher(gram[0], steps, tolerance)[None])
@@ -131,21 +134,21 @@ def karcher(inputs: Inputs) -> Combination:
 
 def _karcher(gram: Array, steps: int, tolerance: float) -> Array:
     lengths = np.sqrt(gram.diagonal())
-    shown = lengths > 0
+    nonzero = lengths > 0
     unit = np.diag(
-        np.divide(1.0, lengths, out=np.zeros_like(lengths), where=shown)
+        np.divide(1.0, lengths, out=np.zeros_like(lengths), where=nonzero)
     )  # rows: the unit vectors' coefficients
-    point = unit[shown].mean(axis=0) if shown.any() else unit[0]
-    if point @ gram @ point < 1e-12 and shown.any():  # they cancel: begin at the first
-        point = unit[shown][0]
+    point = unit[nonzero].mean(axis=0) if nonzero.any() else unit[0]
+    if point @ gram @ point < 1e-12 and nonzero.any():  # they cancel: start at the first
+        point = unit[nonzero][0]
     point = _normalised(point, gram)
     for _ in range(steps):
         step = np.zeros_like(point)
-        for direction in unit[shown]:
+        for direction in unit[nonzero]:
             cosine = float(np.clip(direction @ gram @ point, -1, 1))
             sine = math.sqrt(1 - cosine**2)
-            if sine > (0 if cosine > 0 else 1e-3):  # to the opposite point no way is the shortest
-                step += math.acos(cosine) / sine * (direction - cosine * point) / shown.sum()
+            if sine > (0 if cosine > 0 else 1e-3):  # no path to the opposite point is the shortest
+                step += math.acos(cosine) / sine * (direction - cosine * point) / nonzero.sum()
         length = math.sqrt(max(step @ gram @ step, 0.0))
         if length < tolerance or not length:
             break
@@ -159,11 +162,11 @@ def _normalised(point: Array, gram: Array) -> Array:
 
 
 def model_stock(inputs: Inputs) -> Combination:
-    """`t mean_i x_i + (1 - t) b`, `t = n c / (1 + (n - 1) c)`, c the cosine between task vectors (arXiv 2403.19522, eq. 4 and 5).
+    """`t mean_i x_i + (1 - t) b`, `t = n c / (1 + (n - 1) c)` (arXiv 2403.19522, eq. 4 and 5).
 
-    As in mergekit c is the mean over all pairs, once for a tensor, or for every row with
-    `filter_wise`; a zero task vector counts as orthogonal. Task vectors whose sum is 0 (`1 + (n -
-    1) c = 0`) give the base.
+    c is the cosine between task vectors. As in mergekit, it is the mean over all pairs, for the
+    whole tensor, or with `filter_wise` for every row; a zero task vector counts as orthogonal. Task
+    vectors whose sum is 0 (`1 + (n - 1) c = 0`) give the base.
     """
     count = len(inputs.models)
 
@@ -188,7 +191,7 @@ def _cosines(gram: Array) -> Array:
 
 
 def _arc(gram: Array, t: float, straight: float) -> Array:
-    """Slerp's coefficients `[k, 2]`; linear where the sine of the angle is at most `straight`."""
+    """Return slerp's coefficients `[k, 2]`; linear where the sine of the angle is <= `straight`."""
     cosine = _cosines(gram)[:, 0, 1]
     sine, angle = np.sqrt(1 - cosine**2), np.arccos(cosine)
     ends = np.stack([(1 - t) * angle, t * angle], axis=1)
@@ -199,15 +202,15 @@ def _arc(gram: Array, t: float, straight: float) -> Array:
 def _combination(
     inputs: Inputs, coefficients: Coefficients, per: Literal["tensor", "row", "column"]
 ) -> Combination:
-    """One-dimensional tensors have but one row."""
+    """Return the combination; a one-dimensional tensor has only one row."""
     return Combination(inputs, coefficients, per if len(inputs.shape) > 1 else "tensor")
 
 
 def solved(combination: Combination, sums: Callable[[bool], Array]) -> Array:
-    """The coefficients `[n]` of a whole tensor.
+    """Return the coefficients `[n]` of a whole tensor.
 
-    `sums` gathers its inner products `[pairs, LANES]`, pairs as `pairs` has them, of all elements
-    or of the finite ones.
+    `sums` computes inner products `[pairs, LANES]`, in the order of `pairs`, of all elements
+    (False) or of the finite ones (True).
     """
     if not callable(combination.coefficients):
         return combination.coefficients
@@ -218,7 +221,7 @@ def solved(combination: Combination, sums: Callable[[bool], Array]) -> Array:
 
 
 def pairs(count: int) -> Iterator[tuple[int, int]]:
-    """Every two of so many vectors, each with itself too: (0, 0), (1, 0), (1, 1), (2, 0)..."""
+    """Return all pairs of `count` vectors, including (i, i): (0, 0), (1, 0), (1, 1), (2, 0)..."""
     return ((i, j) for i in range(count) for j in range(i + 1))
 
 
@@ -229,18 +232,20 @@ def _gram(sums: Array, count: int) -> Array:
     return gram
 
 
-def grams(gather: Callable[[bool], Array], name: str) -> Array:
-    """Gram matrices as `gather` sums them, of all elements or where NaN or Inf was let through of the finite ones.
+def grams(products: Callable[[bool], Array], name: str) -> Array:
+    """Return the Gram matrices of all elements, or of the finite ones if those are not finite.
 
-    Raises FrankenmergeError, naming the tensor, where that does not help.
+    Raises FrankenmergeError, which names the tensor, if neither are finite.
     """
-    found = gathered(gather)
-    if not np.isfinite(found).all():
-        expected = "values that can be squared, since lengths and angles are needed"
+    result = finite_sums(products)
+    if not np.isfinite(result).all():
         raise fail(
-            name, expected, "larger ones, beyond 1e19", "check the donors, or choose another method"
+            name,
+            "values that can be squared, to compute lengths and angles",
+            "values above 1e19",
+            "check the donors, or choose another method",
         )
-    return found
+    return result
 
 
 RULES: dict[str, Callable[[Inputs], Combination]] = {
@@ -253,4 +258,4 @@ RULES: dict[str, Callable[[Inputs], Combination]] = {
     "task_arithmetic": task_arithmetic,
     "model_stock": model_stock,
 }
-"""The methods of this kind by their names in a recipe."""
+"""The methods of this kind, by their names in a recipe."""

@@ -1,15 +1,15 @@
-"""Methods that thin out task vectors before they add them: `b + lambda sum_i w_i keep_i(x_i - b)`.
+"""Methods that thin task vectors and then add them: `b + lambda sum_i w_i keep_i(x_i - b)`.
 
-Three ways to thin out: by rank of magnitude (ties, breadcrumbs), at random (dare), at random with
-odds by rank (della); each sets to 0 what is dropped. Then a sum (the `_linear` methods and
-breadcrumbs), or TIES's consensus: a sign is elected for every element, and what has the other sign
-is left out.
+Elements are dropped (set to 0) by rank of magnitude (ties, breadcrumbs), at random (dare), or at
+random with a probability that depends on the rank (della). The rest is added (the `_linear` methods
+and breadcrumbs), or combined by TIES's consensus: a sign is elected for every element, and elements
+with the other sign are dropped.
 
-Here is what stays and how it is added, and no tensor. Ranks take two passes of counting over base
-and model, and for each boundary a part of one to find where equal magnitudes part; `rescale` takes
-one where it is by the sum of magnitudes; the result takes one over all. The passes are in
-`native_sparse.py` (C) and in `torch_sparse.py`, with the same bits. della sorts every row, with
-`rescale` twice.
+This module decides what is kept and how it is added, without tensors. Ranks take two counting
+passes over base and model, and for each boundary part of a pass to find its index among equal
+magnitudes; `rescale` by the sum of magnitudes takes one pass; the result takes one over all models.
+The passes are in `native_sparse.py` (C) and in `torch_sparse.py`, with the same bits. della sorts
+every row, twice with `rescale`.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,57 +19,60 @@ import numpy as np
 
 from frankenmerge.splicing.methods.inputs import Inputs, Operand
 from frankenmerge.splicing.methods.noise import SCALE
-from frankenmerge.splicing.methods.sums import Array, folded, gathered
+from frankenmerge.splicing.methods.sums import Array, finite_sums, folded
 
 
 class Ranks(NamedTuple):
-    """What stays: the elements that rank from `first` to before `end` by magnitude, 0 being the largest's rank."""
+    """Keep the elements whose rank by magnitude is in `[first, end)`; rank 0 is the largest."""
 
     first: int
     end: int
 
 
 class Chance(NamedTuple):
-    """What stays: an element whose word of noise is below the limit."""
+    """Keep the elements whose random word is below the limit."""
 
     limit: int
 
 
 class RowOdds(NamedTuple):
-    """What stays: an element whose word of noise is below the limit of its rank in its row."""
+    """Keep the elements whose random word is below the limit of their rank in their row."""
 
     limits: np.ndarray[Any, np.dtype[np.int32]]
-    """`[width]`, from the smallest magnitude to the largest; of equal ones the one further on ranks
-    higher.
+    """`[width]`, from the smallest magnitude to the largest. Of equal magnitudes, the one with the
+    higher index ranks higher.
     """
 
 
 Keep = Ranks | Chance | RowOdds | None
-"""What stays of a task vector; None: all."""
+"""What is kept of a task vector; None: all of it."""
 
 
 class Thinned(NamedTuple):
-    """`b + factor sum_i w_i s_i keep_i(x_i - b)`; with consensus of every element what has the sign of that sum."""
+    """`b + factor sum_i w_i s_i keep_i(x_i - b)`.
+
+    With consensus, only the terms that have the sign of the sum are added.
+    """
 
     inputs: Inputs
     keeps: Sequence[Keep]
     scales: Sequence[float] | None
-    """`s_i`; None: what gives that which is left of a task vector the sum of magnitudes of the
-    whole.
+    """`s_i`; None: the values that give the kept elements of a task vector the sum of magnitudes of
+    all its elements.
     """
     consensus: bool
 
     @property
     def rows(self) -> bool:
-        """Whether it takes whole rows to tell what stays."""
+        """Whether whole rows are needed to decide what is kept."""
         return any(isinstance(keep, RowOdds) for keep in self.keeps)
 
     @property
     def least(self) -> float | None:
-        """Beyond this what agrees is divided by the sum of its weights; None: it never is.
+        """The terms that agree are divided by the sum of their weights if it exceeds this value.
 
-        Weights of one sign that agree have no sum of 0. Those of both signs may, and float32 leaves
-        some rounding of it.
+        None: they are never divided. Weights of one sign do not cancel. Weights of both signs may,
+        up to the rounding of float32.
         """
         if not self.consensus or not self.inputs.parameters["normalize"]:
             return None
@@ -78,7 +81,10 @@ class Thinned(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """What the sum is multiplied by: lambda, and without consensus, with `normalize`, over the sum of the weights."""
+        """The factor of the sum: lambda, divided by the sum of the weights if `normalize`.
+
+        With consensus it is lambda: the divisor then is a sum for each element.
+        """
         divisor = (
             sum(self.inputs.each("weight"))
             if self.inputs.parameters["normalize"] and not self.consensus
@@ -88,14 +94,15 @@ class Thinned(NamedTuple):
 
 
 def ties(inputs: Inputs) -> Thinned:
-    """TIES-Merging (arXiv 2306.01708, algorithm 1): trim all but the `density` largest, elect signs, average what agrees.
+    """TIES-Merging (arXiv 2306.01708, algorithm 1): trim, elect signs, average what agrees.
 
-    As in mergekit: ranks are taken within a tensor and not over a whole model; the elected sign is
-    that of the sum of *weighted* task vectors, plus where that is 0; with `normalize` what agrees
-    is divided by the sum of its weights; with `rescale` what is left of a task vector gets the sum
-    of magnitudes of the whole. `int(density * size)` elements stay, at least one unless density is
-    0, of equal magnitudes those with the lower index. Unlike mergekit it does not divide by what
-    rounding leaves of weights that cancel.
+    Trimming keeps the `int(density * size)` largest magnitudes, at least one unless density is 0,
+    and of equal magnitudes those with the lower index. As in mergekit, ranks are taken within a
+    tensor, not over a whole model; the elected sign is that of the sum of *weighted* task vectors,
+    plus where that is 0; with `normalize`, the terms that agree are divided by the sum of their
+    weights; with `rescale`, the kept elements of a task vector are scaled to the sum of magnitudes
+    of all its elements. Unlike mergekit, it does not divide by the rounding error of weights that
+    cancel.
     """
     return _thinned(
         inputs,
@@ -105,11 +112,11 @@ def ties(inputs: Inputs) -> Thinned:
 
 
 def breadcrumbs(inputs: Inputs) -> Thinned:
-    """Model Breadcrumbs (arXiv 2312.06795, section 3): drop the largest magnitudes, a share of `gamma`, and the smallest.
+    """Model Breadcrumbs (arXiv 2312.06795, section 3): drop the largest and smallest magnitudes.
 
-    As in mergekit: `density` is the share that stays, so the smallest dropped are `1 - density -
-    gamma`, and where that is negative fewer of the largest are dropped; ranks are taken within a
-    tensor.
+    `gamma` is the share of the largest that is dropped. As in mergekit, `density` is the share that
+    is kept, so a share `1 - density - gamma` of the smallest is dropped, and if that is negative,
+    fewer of the largest are dropped; ranks are taken within a tensor.
     """
     return _breadcrumbs(inputs, consensus=False)
 
@@ -128,10 +135,11 @@ def _breadcrumbs(inputs: Inputs, *, consensus: bool) -> Thinned:
 
 
 def dare_linear(inputs: Inputs) -> Thinned:
-    """DARE (arXiv 2311.03099, eq. 2 to 4): every element stays with probability `density`, and is divided by it with `rescale`.
+    """DARE (arXiv 2311.03099, eq. 2 to 4): keep every element with probability `density`.
 
-    mergekit's guide says the same; what it runs divides by the share of the sum of magnitudes that
-    stayed, which tends to `density` as tensors grow. Density 0 drops everything.
+    With `rescale` the kept elements are divided by `density`. mergekit's guide says the same; its
+    code divides by the share of the sum of magnitudes that was kept, which tends to `density` as
+    tensors grow. Density 0 drops everything.
     """
     return _dare(inputs, consensus=False)
 
@@ -157,14 +165,15 @@ def _dare(inputs: Inputs, *, consensus: bool) -> Thinned:
 
 
 def della(inputs: Inputs) -> Thinned:
-    """DELLA (arXiv 2406.11617, section 3): an element stays with a probability that rises with its magnitude's rank in its row.
+    """DELLA (arXiv 2406.11617, section 3): keep elements at random, large ones more often.
 
-    `density - epsilon` for the smallest to `density + epsilon` for the largest, evenly spaced; then
-    sign consensus as in `ties`. As in mergekit, and not in the paper, which divides every element
-    by its own probability, `rescale` gives what is left of a task vector the sum of magnitudes of
-    the whole. Of equal magnitudes the one further on ranks higher; a row of one element stays with
-    probability `density`. Rows run along the last dimension (mergekit's along the second, for more
-    than two as well).
+    The probability rises evenly with the rank of the magnitude in its row, from `density - epsilon`
+    for the smallest to `density + epsilon` for the largest; then sign consensus as in `ties`. As in
+    mergekit, `rescale` scales the kept elements of a task vector to the sum of magnitudes of all
+    its elements; the paper divides every element by its own probability. Of equal magnitudes, the
+    one with the higher index ranks higher; a row of one element is kept with probability `density`.
+    Rows run along the last dimension (in mergekit along the second, even if there are more than
+    two).
     """
     return _della(inputs, consensus=True)
 
@@ -187,7 +196,7 @@ def _thinned(inputs: Inputs, keeps: Sequence[Keep], *, consensus: bool) -> Thinn
 
 
 def _ranks(inputs: Inputs, operand: Operand, gamma: float, fewest: int) -> Keep:
-    """The `density` that comes after the `gamma` largest."""
+    """Return the ranks of the share `density` that follows the share `gamma` of the largest."""
     density, size = float(operand.parameters["density"]), inputs.size
     count = max(int(density * size), fewest) if density > 0 else 0
     largest = min(int(gamma * size), size - count)
@@ -208,15 +217,15 @@ def _row_odds(inputs: Inputs, operand: Operand) -> Keep:
 
 
 def coefficients(thinned: Thinned, sums: Callable[[int, bool], Array]) -> list[float]:
-    """Every model's `w_i s_i`.
+    """Return `w_i s_i` of every model; `s_i` is 1 if nothing is kept.
 
-    `sums` gathers the magnitudes of the task vector of a model, by its number, and of what stays of
-    it, `[2, LANES]`: of all elements or of the finite ones. Where nothing is left `s_i` is 1.
+    `sums(model, finite_only)` computes the sums `[2, LANES]` of the magnitudes of a model's task
+    vector and of its kept elements, over all elements or over the finite ones.
     """
     inputs, scales = thinned.inputs, thinned.scales
     if scales is None:
         both = [
-            gathered(lambda finite_only, model=model: folded(sums(model, finite_only)))
+            finite_sums(lambda finite_only, model=model: folded(sums(model, finite_only)))
             for model in range(len(inputs.models))
         ]
         scales = [float(whole / kept) if kept else 1.0 for whole, kept in both]
@@ -232,4 +241,4 @@ RULES: dict[str, Callable[[Inputs], Thinned]] = {
     "della": della,
     "della_linear": della_linear,
 }
-"""The methods of this kind by their names in a recipe."""
+"""The methods of this kind, by their names in a recipe."""

@@ -1,4 +1,4 @@
-"""Sums over a whole tensor: in float64, in an order that neither chunks nor threads change."""
+"""Sums over a whole tensor, in float64, whose order does not depend on chunks or threads."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,25 +8,28 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 LANES = 2**13
-"""Sums that a tensor's elements are gathered in, side by side: element k of a span adds to sum k %
-LANES, so that the order is fixed, as the spans are, and yet many are added at once.
+"""Number of parallel sums: element k of a span is added to sum k % LANES. So the order is fixed, as
+the spans are, and many elements are added at once.
 """
 
 
 def folded(sums: Array) -> Array:
-    """`[n, LANES]` to `[n]`, by halves, which fixes the order."""
+    """Reduce `[n, LANES]` to `[n]`, by halves, which fixes the order."""
     while sums.shape[1] > 1:
         half = sums.shape[1] // 2
         sums = sums[:, :half] + sums[:, half:]
     return sums[:, 0]
 
 
-def gathered(gather: Callable[[bool], Array]) -> Array:
-    """What `gather` sums: of all elements (False) or, where that gives NaN or Inf, of the finite ones (True).
+def finite_sums(sums: Callable[[bool], Array]) -> Array:
+    """Return the sums of all elements or, if those are not finite, of the finite elements.
 
-    So a tensor has its sums where NaN or Inf was let through, which stays in its own elements. A
-    second pass when it is needed costs less than a look at every element each time.
+    So NaN and Inf that were allowed affect only their own elements of the result. A second pass, if
+    needed, costs less than checking every element each time.
+
+    Args:
+        sums: the sums of all elements (False) or of the finite ones (True).
     """
     with np.errstate(invalid="ignore"):  # the sum of Inf and -Inf
-        found = gather(False)
-    return found if np.isfinite(found).all() else gather(True)
+        total = sums(False)
+    return total if np.isfinite(total).all() else sums(True)

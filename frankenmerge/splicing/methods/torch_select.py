@@ -1,4 +1,4 @@
-"""A tensor's order, counted by torch, and what ranks before a boundary."""
+"""The order of a tensor's magnitudes in torch, and masks of what ranks before a boundary."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,16 +10,16 @@ from frankenmerge.splicing.methods.inputs import Span
 from frankenmerge.splicing.methods.select import DIGITS, LARGEST, Counts, Order, Rank
 
 Keys = Callable[[int, int], Tensor]
-"""Elements `[start, stop)` as int32, none negative: the bits of magnitudes."""
+"""Elements `[start, stop)` as nonnegative int32: the bits of magnitudes."""
 
 
 def magnitudes(values: Tensor) -> Tensor:
-    """The bits of `|values|`, float32, as int32."""
+    """Return the bits of `|values|`, float32, as int32."""
     return values.view(torch.int32).bitwise_and(LARGEST)
 
 
 def order_of(keys: Keys, spans: Callable[[], Iterable[Span]]) -> Order:
-    """The order of a tensor whose keys are read as often as it takes."""
+    """Return the order of a tensor whose keys are read as often as necessary."""
 
     def uppers() -> Counts:
         return sum(
@@ -28,12 +28,12 @@ def order_of(keys: Keys, spans: Callable[[], Iterable[Span]]) -> Order:
         )
 
     def lowers(uppers: Sequence[int]) -> list[Counts]:
-        found = [np.zeros(DIGITS, np.int64) for _ in uppers]
+        totals = [np.zeros(DIGITS, np.int64) for _ in uppers]
         for start, stop in spans():
             chunk = keys(start, stop)
-            for count, upper in zip(found, uppers, strict=True):
+            for count, upper in zip(totals, uppers, strict=True):
                 count += _counted(chunk[chunk >> 16 == upper] & (DIGITS - 1))
-        return found
+        return totals
 
     def index(key: int, nth: int) -> int:
         for start, stop in spans():
@@ -41,7 +41,7 @@ def order_of(keys: Keys, spans: Callable[[], Iterable[Span]]) -> Order:
             if nth < len(places):
                 return start + int(places[nth])
             nth -= len(places)
-        raise AssertionError("the tensor changed between two readings")
+        raise AssertionError("the tensor changed between two passes")
 
     return Order(uppers, lowers, index)
 
@@ -51,7 +51,10 @@ def _counted(digits: Tensor) -> Counts:
 
 
 def before(keys: Tensor, start: int, boundary: Rank) -> Tensor:
-    """All ones where the element ranks before `boundary`, else 0: int32, for the keys of elements from `start` on."""
+    """Return an int32 mask: all ones where the element ranks before `boundary`, else 0.
+
+    `keys` are those of the elements from index `start` on.
+    """
     above = keys - boundary.key
-    above[max(boundary.index - start, 0) :] -= 1  # from there on an equal element ranks behind
+    above[max(boundary.index - start, 0) :] -= 1  # from there on, an equal element ranks after it
     return above.bitwise_right_shift_(31).bitwise_not_()

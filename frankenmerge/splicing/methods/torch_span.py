@@ -1,4 +1,7 @@
-"""The two passes of a linear combination by torch, on any device: inner products, and the combination itself."""
+"""The two passes of a linear combination in torch, on any device.
+
+They compute inner products, and the combination itself.
+"""
 
 from functools import partial
 
@@ -12,7 +15,10 @@ from frankenmerge.splicing.methods.sums import LANES, Array
 
 
 def chunk_rule(combination: Combination) -> ChunkRule:
-    """The plan that takes the combination, its coefficients known or, where every row has its own, found in every chunk."""
+    """Return how to compute chunks of the combination.
+
+    Coefficients per row are computed with each chunk, all others here.
+    """
     inputs, coefficients = combination.inputs, combination.coefficients
     if callable(coefficients) and combination.per == "row":
         return _by_row(inputs, coefficients)
@@ -27,14 +33,14 @@ def _by_row(inputs: Inputs, coefficients: Coefficients) -> ChunkRule:
     def chunk(start: int, stop: int) -> Tensor:
         base, vectors = _vectors(inputs, start, stop)
         vectors = [vector.view(-1, inputs.width) for vector in vectors]
-        found = coefficients(grams(partial(_products, vectors, 1), inputs.name))
-        return _sum(base, vectors, found.T[:, :, None])
+        by_row = coefficients(grams(partial(_products, vectors, 1), inputs.name))
+        return _sum(base, vectors, by_row.T[:, :, None])
 
     return ChunkRule(chunk, rows=True)
 
 
 def _summed(inputs: Inputs, coefficients: Array, *, rows: bool = False) -> ChunkRule:
-    """By coefficients `[n]`, or with `rows` `[n, width]`."""
+    """Return the rule for known coefficients `[n]`, or if `rows` `[n, width]`."""
 
     def chunk(start: int, stop: int) -> Tensor:
         base, vectors = _vectors(inputs, start, stop)
@@ -52,7 +58,7 @@ def _vectors(inputs: Inputs, start: int, stop: int) -> tuple[Tensor | None, list
 
 
 def _sum(base: Tensor | None, vectors: list[Tensor], coefficients: Array) -> Tensor:
-    """`base + sum_i c_i v_i`, flat; each c_i broadcasts against its vector. Overwrites the vectors."""
+    """Return `base + sum_i c_i v_i`, flat; c_i broadcasts to v_i. Overwrites the vectors."""
     scaled = [
         vector.mul_(torch.as_tensor(c, dtype=torch.float32, device=vector.device))
         for vector, c in zip(vectors, coefficients, strict=True)
@@ -65,15 +71,15 @@ def _sum(base: Tensor | None, vectors: list[Tensor], coefficients: Array) -> Ten
 
 
 def finite(vectors: list[Tensor], finite_only: bool) -> list[Tensor]:
-    """The vectors, or others whose NaN and Inf are 0."""
+    """Return the vectors, with NaN and Inf replaced by 0 if `finite_only`."""
     return [vector.nan_to_num(0.0, 0.0, 0.0) for vector in vectors] if finite_only else vectors
 
 
 def _sums(inputs: Inputs, finite_only: bool) -> Array:
-    """Inner products `[pairs, LANES]`, of the finite elements or of all.
+    """Return inner products `[pairs, LANES]` of all elements or of the finite ones.
 
-    Products are float32, sums float64: a product's rounding, 6e-8 of it either way, averages out
-    over the elements; a sum's would not.
+    Products are float32, sums float64: the relative rounding errors of products, up to 6e-8,
+    average out over the elements; those of sums would not.
     """
     total: Tensor | None = None
     for start, stop in inputs.spans():
@@ -92,13 +98,13 @@ def _sums(inputs: Inputs, finite_only: bool) -> Array:
 
 
 def add_to_lanes(sums: Tensor, values: Tensor) -> None:
-    """Add element k of flat float32 values to float64 sum k % LANES."""
+    """Add element k of flat float32 values to the float64 sum k % LANES."""
     for stretch in values.split(LANES):
         sums[: len(stretch)] += stretch
 
 
 def _column_grams(inputs: Inputs, finite_only: bool) -> Array:
-    """`[width, n, n]`, of the finite elements or of all."""
+    """Return Gram matrices `[width, n, n]` of all elements or of the finite ones."""
     count = len(inputs.models)
     total = np.zeros((inputs.width, count, count))
     for start, stop in inputs.spans(rows=True):
@@ -108,7 +114,10 @@ def _column_grams(inputs: Inputs, finite_only: bool) -> Array:
 
 
 def _products(vectors: list[Tensor], dim: int, finite_only: bool) -> Array:
-    """Inner products `[k, n, n]` of matrices along `dim`, of the finite elements or of all; float32 products, float64 sums."""
+    """Return inner products `[k, n, n]` of matrices along `dim`.
+
+    They are those of all elements or of the finite ones. Products are float32, sums float64.
+    """
     vectors = finite(vectors, finite_only)
     count = len(vectors)
     result = np.empty((vectors[0].shape[1 - dim], count, count))

@@ -1,8 +1,8 @@
-"""The passes over thinned task vectors by torch, on any device.
+"""The passes over task vectors that are thinned, in torch, on any device.
 
-Masks are made of sign bits by integer arithmetic (a subtraction and an arithmetic shift give all
-ones or 0), since comparisons and selections of booleans take ten times as long. Per element and
-model the result costs about twenty such operations of 4 bytes.
+Masks are computed from sign bits by integer arithmetic (a subtraction and an arithmetic shift give
+all ones or 0), since comparisons and boolean selection take ten times as long. Per element and
+model, the result costs about twenty such operations of 4 bytes.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from frankenmerge.splicing.methods.torch_select import before, magnitudes, order
 from frankenmerge.splicing.methods.torch_span import add_to_lanes, finite
 
 Thin = Callable[[Tensor, int], Tensor]
-"""A task vector's elements and the index of the first, to themselves with 0 for what is dropped (in
-place).
+"""From elements of a task vector and the index of the first to the same, with dropped ones set to 0
+(in place).
 """
 
 
 def chunk_rule(thinned: Thinned) -> ChunkRule:
-    """The plan that adds what stays, the ranks found and the scales summed."""
+    """Return how to compute chunks, after computing the ranks and the scales."""
     inputs = thinned.inputs
     thins = [_thin(inputs, model, keep) for model, keep in enumerate(thinned.keeps)]
     factors = coefficients(
@@ -52,7 +52,7 @@ def chunk_rule(thinned: Thinned) -> ChunkRule:
 
 
 def total_of(terms: list[Tensor]) -> Tensor:
-    """The sum, in order, in a new tensor."""
+    """Return the sum, in order, in a new tensor."""
     total = terms[0].clone()
     for term in terms[1:]:
         total.add_(term)
@@ -62,10 +62,11 @@ def total_of(terms: list[Tensor]) -> Tensor:
 def agreed(
     terms: list[Tensor], elected: Tensor, weights: list[float], least: float | None
 ) -> Tensor:
-    """The sum of what has the sign of `elected` (plus where that is 0), over the sum of its weights where that is beyond `least`.
+    """Return the sum of the terms that have the sign of `elected` (plus where it is 0).
 
-    Overwrites the terms. A term that is 0 has no sign and does not count (arXiv 2306.01708,
-    algorithm 1, "disjoint merge").
+    Unless `least` is None, it is divided by the sum of their weights where that exceeds `least`. A
+    term that is 0 has no sign and does not count (arXiv 2306.01708, algorithm 1, "disjoint merge").
+    Overwrites the terms.
     """
     signs = one_nan(elected.add_(0.0)).view(torch.int32)  # -0.0 becomes 0.0
     for term in terms:
@@ -129,7 +130,10 @@ def _delta(inputs: Inputs, model: int, start: int, stop: int) -> Tensor:
 
 
 def _sums(inputs: Inputs, model: int, thin: Thin, finite_only: bool, *, rows: bool) -> Array:
-    """Magnitudes of a task vector and of what stays of it, `[2, LANES]`, of the finite elements or of all."""
+    """Return sums `[2, LANES]` of a task vector's magnitudes and of the kept ones.
+
+    Sums are over all elements or over the finite ones.
+    """
     total: Tensor | None = None
     for start, stop in inputs.spans(rows=rows):
         delta = _delta(inputs, model, start, stop)

@@ -714,7 +714,7 @@ W = {"weight": 1.0}
         ("slerp", [{}], {"t": 1.1}, True, "0 to 1"),
         ("slerp", [{}], {}, True, "nothing"),
         ("slerp", [{}], {"t": 0.5}, False, "base"),
-        ("slerp", [{}, {}], {"t": 0.5}, True, "1 model beside the base"),
+        ("slerp", [{}, {}], {"t": 0.5}, True, "1 model besides the base"),
         ("karcher", [{}], {"max_iter": 2.5}, False, "whole"),
         ("ties", [W | {"density": 1.5}], {}, True, "model 1"),
         ("ties", [W], {"weight": 1.0}, True, "weight"),
