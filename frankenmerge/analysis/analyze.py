@@ -1,4 +1,7 @@
-"""From a donor to its atlas, block by block; an analysis that was interrupted goes on behind the last block it finished."""
+"""From a donor to its atlas, block by block.
+
+An interrupted analysis continues after the last block that it finished.
+"""
 
 import hashlib
 import json
@@ -37,15 +40,15 @@ from frankenmerge.storage.arrays import read_arrays, write_arrays
 TOP = 10
 PROBE_BATCH = 16
 SAVE_AFTER = 1.0
-"""Seconds since the last save after which a finished block is saved: blocks that are run in less
-are sooner run again.
+"""Seconds since the last save after which a finished block is saved: blocks that take less
+time are faster to run again.
 """
 _KIND = "frankenmerge.analysis-under-way/1"
 _STATE = "state.safetensors"
 
 
 def token_texts(checkpoint: Checkpoint) -> list[str]:
-    """The text of every token of the vocabulary; ids that the tokenizer does not know are shown as `<id>`."""
+    """The text of every token of the vocabulary; ids unknown to the tokenizer become `<id>`."""
     tokenizer = load_tokenizer(checkpoint)
     size = quantity(checkpoint.config, "vocabulary") or 0
     known = min(size, len(tokenizer))
@@ -66,22 +69,22 @@ def analyze(
     under_way: Path | None = None,
     advance: Advance = ignore,
 ) -> Atlas:
-    """Search a donor's features, plain and behind BOS, and record its activations on the random probes.
+    """Search a donor's features, plain and after BOS, and record its activations on the probes.
 
     The donor is read block by block: memory holds one block, the hidden states of all inputs, and
-    what was found.
+    the results so far.
 
     Args:
         checkpoint: the donor.
         k: how many tokens to keep for every feature.
-        untrained: a seed: analyze a random model of the same config, the control for what training
-            brings about.
+        untrained: a seed: analyze a random model of the same config, the control for the effect of
+            training.
         dtype: the type to compute in.
         device: a torch device.
         rank: which of several processes this is; each searches its batches of the vocabulary, and
             all return the same atlas.
-        under_way: a folder to keep finished blocks in, and to go on from where it is there; removed
-            at the end.
+        under_way: a folder for finished blocks; an analysis continues from the blocks in it. It is
+            removed at the end.
         advance: called with the number of inputs that passed a block since its last call; see
             `work` for their total.
 
@@ -138,7 +141,7 @@ def analyze(
 
 @dataclass
 class _Run:
-    """An analysis under way: the inputs, as far as they have come, and what was found in the blocks behind them."""
+    """An analysis under way: the inputs after the blocks so far, and the results for those."""
 
     contexts: dict[str, Passage]
     probes: Passage
@@ -150,7 +153,7 @@ class _Run:
     scales: np.ndarray
     """`[l+1, d]`, float32."""
     kept: int = -1
-    """The last block whose findings are in files."""
+    """The last block whose results are in files."""
 
     def begin(self) -> None:
         """Record what enters the first block."""
@@ -170,7 +173,7 @@ class _Run:
         self.activations[index] = states / self.scales[index]
 
     def keys(self, context: str, k: int) -> Tensor:
-        """What was found in a context, packed, `[l+1, d, k]`; filled up with the least of keys where there are fewer tokens."""
+        """Packed keys of a context, `[l+1, d, k]`, padded with the lowest key for fewer tokens."""
         filled = torch.full((*self.scales.shape, k), torch.iinfo(torch.int64).min)
         if context in self.ranked:
             found = torch.stack(self.ranked[context].keys)
@@ -178,7 +181,7 @@ class _Run:
         return filled
 
     def save(self, folder: Path, index: int) -> None:
-        """Keep what was found up to a finished block, a file for each, and at last the hidden states behind it."""
+        """Save the results up to a block, one file per block, then the hidden states after it."""
         for block in range(self.kept + 1, index + 1):
             arrays = {"activations": self.activations[block], "scale": self.scales[block]}
             arrays |= {
@@ -196,12 +199,12 @@ class _Run:
         self.kept = index
 
     def restore(self, folder: Path, advance: Advance) -> int:
-        """Go on from a folder, where it is there and sound; returns the last finished block."""
+        """Continue from a folder if it is complete; returns the last finished block, or 0."""
         try:
-            states, told = read_arrays(folder / _STATE, _KIND, "an analysis under way")
+            states, metadata = read_arrays(folder / _STATE, _KIND, "an analysis under way")
             found = [
                 read_arrays(folder / f"block-{block}.safetensors", _KIND, "a block's")[0]
-                for block in range(told["block"] + 1)
+                for block in range(metadata["block"] + 1)
             ]
         except FrankenmergeError:
             return 0
@@ -215,7 +218,7 @@ class _Run:
             ranked.keys = [torch.from_numpy(block[f"{context}.keys"]) for block in found]
         for block, arrays in enumerate(found):
             self.activations[block], self.scales[block] = arrays["activations"], arrays["scale"]
-        self.kept = told["block"]
+        self.kept = metadata["block"]
         advance(self.kept * sum(passage.count for passage in passages.values()))
         return self.kept
 
@@ -239,7 +242,7 @@ def _run_of(donor: Donor, checkpoint: Checkpoint, probes: np.ndarray, k: int, ra
 
 
 def _best_of_all(keys: Tensor, rank: Rank, vocabulary: int) -> TopTokens:
-    """The best tokens of all processes' shares."""
+    """The best tokens over the shares of all processes."""
     together = torch.cat(gathered(keys, rank), dim=2)
     return top_tokens(together.topk(min(keys.shape[2], vocabulary), dim=2).values)
 
@@ -261,11 +264,11 @@ def cached_analyze(
     device: str = "cpu",
     advance: Advance = ignore,
 ) -> Atlas:
-    """Return the donor's atlas from the folder `cache`, or analyze the donor and keep the atlas there.
+    """Return the donor's atlas from the folder `cache`, or analyze the donor and save it there.
 
     The fingerprint, the tokenizer, the dtype, the seed of random weights and the versions that
-    could change a value are part of the key. An analysis that is interrupted leaves its finished
-    blocks there, and the next goes on behind them.
+    could change a value are part of the key. An interrupted analysis leaves its finished blocks
+    there, and the next one continues after them.
     """
     key = [
         checkpoint.fingerprint,
@@ -313,7 +316,7 @@ def _contexts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def work(checkpoint: Checkpoint) -> int:
-    """How many inputs pass blocks in `analyze`, counted once a block, for a progress bar."""
+    """Inputs times blocks in `analyze`, the total of a progress bar."""
     vocabulary = quantity(checkpoint.config, "vocabulary") or 0
     return (
         vocabulary * len(_contexts(checkpoint)) + len(random_probes(vocabulary))

@@ -1,8 +1,8 @@
-"""Complete search: every token of the vocabulary through the model once, the best of them for every feature.
+"""Complete search: run every token of the vocabulary once, keep the best for every feature.
 
 For block `l` and neuron `f` the feature is `argmax_a O^l_f(a)` over all tokens `a` (the document,
-"Complete Search Features"). One pass serves every block and neuron; only the top k of the block
-under way and the blocks behind are kept.
+"Complete Search Features"). One pass serves every block and neuron; only the top k of the blocks
+so far are kept.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ def complete_search(
     shortcut: bool = True,
     advance: Advance = ignore,
 ) -> TopTokens:
-    """Find for every feature of every block the `k` tokens that excite it most.
+    """Find the `k` tokens with the highest activation of every feature of every block.
 
     Args:
         donor: a model, or a streamed donor; block outputs are compared in float32.
@@ -37,10 +37,10 @@ def complete_search(
         prefix: tokens put before the searched one, such as BOS; none by default.
         site: the blocks' outputs, or their attention's.
         isolated: whether every block is fed the embedding directly.
-        bottom: look for the tokens that excite it least instead, the least first.
-        masked: tokens that are not searched, such as special and never trained ones.
-        shortcut: whether tokens without a prefix go without queries and keys, which changes no
-            attention.
+        bottom: find the tokens with the lowest activation instead, the lowest first.
+        masked: tokens that are not searched, such as special and untrained ones.
+        shortcut: whether to skip queries and keys for tokens without a prefix, which does not
+            change the attention.
         advance: called with the number of tokens that passed a block since its last call.
 
     Returns:
@@ -77,7 +77,7 @@ class Ranked:
     """The best tokens of every feature, block after block."""
 
     def __init__(self, tokens: Tensor, k: int, bottom: bool = False) -> None:
-        """Begin with no block: `tokens` `[n]` are searched, the `k` best of them kept, or the least exciting ones."""
+        """Start before any block: rank `tokens` `[n]`, keep the `k` highest, or lowest."""
         self.tokens, self.k, self.sign = tokens, min(k, len(tokens)), -1.0 if bottom else 1.0
         self.keys: list[Tensor] = []
 
@@ -86,7 +86,7 @@ class Ranked:
         outputs: Iterable[tuple[slice, Tensor]],
         advance: Advance = ignore,
     ) -> None:
-        """Rank the next block's outputs, rows of the tokens and their hidden states `[b, s, d]`, by the last position."""
+        """Rank the next block's outputs `[b, s, d]`, batches of rows, by their last position."""
         best: Tensor | None = None
         for rows, states in outputs:
             tokens = self.tokens[rows].to(states.device)

@@ -1,4 +1,6 @@
-"""From embeddings back to tokens: through the pseudo-inverse of the embedding matrix, and the artefact that looks like it.
+"""From embeddings back to tokens: by the pseudo-inverse of the embedding matrix.
+
+Also the artefact that the document mistook for it, `decode_hidden`.
 
 For an embedding `e` the document reads the token as `argmax_V e E^+`, with `E` the embedding matrix
 `[v, d]`. `E^+ E a` is not one-hot (its diagonal averages `d / v`), so only the argmax is
@@ -16,7 +18,7 @@ from frankenmerge.errors import fail
 from frankenmerge.models.hooks import embedding_of
 
 _SCORES = 1 << 24
-"""How many scores are held at once."""
+"""Scores in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ class Decoder:
 
 
 def embedding_table(model: PreTrainedModel) -> Tensor:
-    """What every token is as `inputs_embeds`, `[v, d]`: the embedding matrix, scaled where the family scales it.
+    """Every token as `inputs_embeds`, `[v, d]`: the embedding matrix, scaled if the family does.
 
     Gemma's embedding module multiplies by `sqrt(d)` before the model sees it; GPT-2's learned
-    positions are added later, to whatever the embeddings are, and are no part of this.
+    positions are added later to any embeddings, and are not included.
     """
     weight = embedding_of(model)
     with torch.no_grad():
@@ -71,16 +73,16 @@ def decoder_of(table: Tensor, *, excluded: Sequence[int] | None = ()) -> Decoder
     """Invert an embedding matrix, once, and check that every token's own embedding decodes to it.
 
     Tokens with exactly the same embedding decode to the lowest id among them. A token may decode to
-    a longer one that points its way: in llama2xs-281K, 257 of 512 do, nearly all of them bytes that
-    no text of its training held.
+    one with a longer embedding of a similar direction: in llama2xs-281K, 257 of 512 do, nearly all
+    of them bytes that do not occur in its training text.
 
     Args:
         table: `[v, d]`, from `embedding_table`.
-        excluded: tokens that nothing shall decode to, such as special or never-trained ones. None
-            excludes those that do not decode to themselves; the decoder's `excluded` tells which.
+        excluded: tokens that nothing may decode to, such as special or untrained ones. None
+            excludes those that do not decode to themselves; the decoder's `excluded` lists them.
 
     Raises:
-        FrankenmergeError: naming the tokens, not excluded, whose embedding decodes to another one.
+        FrankenmergeError: if tokens that are not excluded decode to others; names them.
     """
     table = table.double() + 0.0  # -0.0 becomes 0.0, so that equal rows have equal bytes
     inverse = torch.linalg.pinv(torch.linalg.qr(table, mode="r").R)
@@ -95,7 +97,7 @@ def decoder_of(table: Tensor, *, excluded: Sequence[int] | None = ()) -> Decoder
         named = ", ".join(map(str, wrong[:10].tolist())) + (
             f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         )
-        remedy = "exclude these tokens; many such are never trained"
+        remedy = "exclude these tokens; they are often untrained"
         raise fail(
             "embedding matrix",
             "every token's embedding to decode to that token",
@@ -106,16 +108,16 @@ def decoder_of(table: Tensor, *, excluded: Sequence[int] | None = ()) -> Decoder
 
 
 def decode_hidden(embeddings: Tensor) -> Tensor:
-    """The artefact: argmax over the width of embeddings `[..., d]`, a neuron's index taken for a token's id.
+    """The artefact: argmax over the width of embeddings `[..., d]`, a neuron's index, not a token.
 
-    The document's Llama gradient tables were decoded so: descent on neuron `f` grows component `f`
-    of the embedding, and this returns `f`, whatever the model. See `artefact_share`.
+    The document's Llama gradient tables were decoded this way: descent on neuron `f` increases
+    component `f` of the embedding, and this returns `f` for any model. See `artefact_share`.
     """
     return embeddings.argmax(dim=-1)
 
 
 def artefact_share(tokens: Tensor, neurons: Sequence[int]) -> float:
-    """The share of decoded tokens `[n, s]` that equal the neuron of their row (`n` of them): near 1, they tell nothing else."""
+    """The share of decoded tokens `[n, s]` that equal their row's neuron; 1 for the artefact."""
     wanted = torch.tensor(neurons, device=tokens.device)[:, None]
     return (tokens == wanted).double().mean().item()
 
@@ -131,10 +133,10 @@ def _lowest(table: Tensor, excluded: Tensor) -> Tensor:
 
 
 def _doubtful(decoder: Decoder) -> Tensor:
-    """The tokens whose own score leads by less than float32 can tell; comparing all of them in float64 takes five times as long.
+    """The tokens whose own score leads by less than the precision of float32.
 
-    A row's product with a shorter row is less than with itself (Cauchy-Schwarz): only longer ones
-    need comparing.
+    Comparing all of them in float64 takes five times as long. A row's product with a shorter row is
+    smaller than with itself (Cauchy-Schwarz): only longer rows need to be compared.
     """
     lengths = decoder.rows.norm(dim=1).masked_fill(decoder.excluded, -1)
     order = lengths.argsort(descending=True)[: int((~decoder.excluded).sum())]

@@ -1,4 +1,4 @@
-"""Descent on an input of a model: many inputs at once, each with its own loss, the model left as it was."""
+"""Descent on inputs of a model: many at once, each with its own loss; the model is unchanged."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,10 +31,10 @@ def descend(
     """Lower the loss of every row by its gradient.
 
     The losses are added and differentiated in one pass. Both optimizers work element by element, so
-    a row moves as it would alone, to rounding.
+    a row moves as it would alone, up to rounding.
 
     Args:
-        start: `[n, ...]`, the rows to begin with.
+        start: `[n, ...]`, the initial rows.
         loss: from rows `[n, ...]` to the loss of each, `[n]`, none depending on another's row.
         steps: how many to take.
         optimizer: `descent` (plain) or `adam`.
@@ -56,7 +56,7 @@ def descend(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Keep autograd from the parameters, which an input's gradient does not need, while the context lasts."""
+    """Turn off gradients of the parameters, which an input's gradient does not need."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Features by name: which outputs of which block a search excites, in the document's notation."""
+"""Features by name: which outputs of which block to maximise, in the document's notation."""
 
 import re
 from collections.abc import Sequence
@@ -8,17 +8,20 @@ from itertools import product
 from frankenmerge.errors import Fault, fail, raise_all
 
 _PART = re.compile(r":|\d+|\d+\s*:\s*\d+|\d+\s*-\s*\d+")
-_GRAMMAR = "`[:, positions, neurons]`, each of the two `:`, `2`, `0:4` (together, 4 left out) or `0-3` (one after the other, 3 too)"
+_GRAMMAR = (
+    "`[:, positions, neurons]`, both `:`, `2`, `0:4` (0 to 3 as one feature) "
+    "or `0-3` (0 to 3, one feature each)"
+)
 
 
 @dataclass(frozen=True)
 class Feature:
-    """What one input is searched for: the sum of a block's output `[s, d]` over some neurons at some positions."""
+    """A block's output `[s, d]` summed over neurons and positions, which one input maximises."""
 
     block: int
     """1-based; 0 is what enters the first block."""
     neurons: range
-    """Indices of the residual stream, all excited together."""
+    """Indices of the residual stream, maximised together."""
     positions: range | None = None
     """Positions of the input; all of them when None."""
 
@@ -44,21 +47,21 @@ class Feature:
 
 
 def parse_features(notation: str, block: int, width: int) -> list[Feature]:
-    """Read the document's notation, such as `[:, :, 0-3]`, `[:, 2, 7]`, `[:, :, 0:4]` or `[:, 0-2, :]`.
+    """Parse the document's notation, such as `[:, :, 0-3]`, `[:, 2, 7]`, or `[:, 0-2, :]`.
 
-    `0:4` is one feature of four neurons (or positions), `0-3` stands for four features, as in the
+    `0:4` is one feature of four neurons (or positions), `0-3` is four features, as in the
     document's tables.
 
     Args:
-        notation: what to read.
-        block: the block it is about.
+        notation: the text to parse.
+        block: the block of the features.
         width: the neurons that `:` stands for.
 
     Returns:
         The features in reading order, positions before neurons.
 
     Raises:
-        FrankenmergeError: for anything else than that notation.
+        FrankenmergeError: if it is not that notation.
     """
     parts = [
         part.strip() for part in notation.strip().removeprefix("[").removesuffix("]").split(",")
@@ -71,7 +74,10 @@ def parse_features(notation: str, block: int, width: int) -> list[Feature]:
         or not all(_PART.fullmatch(part) for part in parts)
     ):
         raise fail(
-            "features", _GRAMMAR, notation, "write it so, `[:, :, 0-3]` for the first four neurons"
+            "features",
+            _GRAMMAR,
+            notation,
+            "write, for example, `[:, :, 0-3]` for the first four neurons",
         )
     positions = [None] if parts[1] == ":" else _ranges(parts[1])
     neurons = [range(width)] if parts[2] == ":" else _ranges(parts[2])
@@ -80,13 +86,17 @@ def parse_features(notation: str, block: int, width: int) -> list[Feature]:
             "features",
             "ranges that are not empty",
             notation,
-            "let every range end behind its start",
+            "make every range end after its start",
         )
     return [Feature(block, chosen, position) for position, chosen in product(positions, neurons)]
 
 
 def check_features(features: Sequence[Feature], *, blocks: int, width: int, tokens: int) -> None:
-    """Raise FrankenmergeError, with every fault, for features that a model or an input of these sizes does not have, or none."""
+    """Check that there are features, and that a model and an input of these sizes have them.
+
+    Raises:
+        FrankenmergeError: with every fault.
+    """
     faults = (
         [] if features else [Fault("features", "at least one", "none", "name a block and a neuron")]
     )
@@ -110,7 +120,11 @@ def check_features(features: Sequence[Feature], *, blocks: int, width: int, toke
 
 
 def check_single(features: Sequence[Feature], why: str) -> None:
-    """Raise FrankenmergeError, with every fault, for features that are not of one neuron at all positions; `why` tells the reason."""
+    """Check that every feature is one neuron at all positions; `why` explains the limit.
+
+    Raises:
+        FrankenmergeError: with every fault.
+    """
     expected = "one neuron at all positions, such as `[:, :, 3]`"
     raise_all(
         Fault(notation, expected, "several neurons" if several else "chosen positions", why)

@@ -1,8 +1,8 @@
-"""Gauges from atlases: how far two donors agree once one rotation, the same at every depth, has brought their states together.
+"""Gauges from atlases: how far two donors agree after one rotation, the same at every depth.
 
 A rotation is fitted on three quarters of the probes, on pairs of states of about the same relative
-depth, and everything told here is told of the last quarter. One rotation for all depths costs one SVD
-for a pair of donors, not one for every seam, and does nearly as well.
+depth; everything reported here is measured on the last quarter. One rotation for all depths costs
+one SVD per pair of donors instead of one per seam, and is nearly as good.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,13 @@ from frankenmerge.artefacts.alignment import Score
 from frankenmerge.artefacts.atlas import Atlas
 
 MOST_DIRECTIONS = 1024
-"""Wider donors are rotated within so many of their leading directions, found by random projection
+"""Wider donors are rotated within this many of their leading directions, from random projection
 (Halko et al., 2011).
 """
 
 
-class Turned(NamedTuple):
-    """States of the probes that the fit has not seen, B's in A's basis and of A's size."""
+class Rotated(NamedTuple):
+    """States of the held-out probes, B's in A's basis and scaled to A's size."""
 
     a: np.ndarray
     """`[l_a+1, n, d]` float64"""
@@ -29,8 +29,11 @@ class Turned(NamedTuple):
     """`[l_b+1, n, d]` float64"""
 
 
-def turned_states(a: Atlas, b: Atlas, *, permuted: bool = False) -> Turned:
-    """Rotation B's states to A's, both as wide as the wider donor; with `permuted`, those of other probes, as chance would have it."""
+def rotated_states(a: Atlas, b: Atlas, *, permuted: bool = False) -> Rotated:
+    """Rotate B's states to A's, both padded to the wider donor's width.
+
+    With `permuted`, A's states are paired with those of other probes: the null model.
+    """
     left, right = (
         _leading(np.stack([atlas.activations(block) for block in range(atlas.blocks + 1)]))
         for atlas in (a, b)
@@ -53,30 +56,32 @@ def turned_states(a: Atlas, b: Atlas, *, permuted: bool = False) -> Turned:
         np.square(left[:, :seen]).mean(axis=(0, 1)).sum()
         / np.square(right[:, :seen]).mean(axis=(0, 1)).sum()
     )
-    return Turned(left[:, seen:], size * right[:, seen:] @ (u @ v))
+    return Rotated(left[:, seen:], size * right[:, seen:] @ (u @ v))
 
 
 def gauge_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """Share of A's state's squared length that B's, rotated and at its best scale, explains: R^2 about the origin, held out."""
-    rotated, chance = turned_states(a, b), turned_states(a, b, permuted=True)
+    """Share of A's squared norm that B's rotated, scaled state explains: held-out R^2 about 0."""
+    rotated, chance = rotated_states(a, b), rotated_states(a, b, permuted=True)
     inner, (own_a, own_b) = (
         np.einsum("ind,jnd->ijn", *rotated),
         (np.square(states).sum(axis=2) for states in rotated),
     )
     weights = resampling_weights(inner.shape[2]).T
-    drawn = _explained(inner @ weights, own_a @ weights, own_b @ weights)
+    resampled = _explained(inner @ weights, own_a @ weights, own_b @ weights)
     null = _explained(
         np.einsum("ind,jnd->ij", *chance),
         *(np.square(states).sum(axis=(1, 2)) for states in chance),
     )
     matrix = _explained(inner.sum(axis=2), own_a.sum(axis=1), own_b.sum(axis=1)).astype(np.float32)
     detail = np.zeros((*matrix.shape, 0), dtype=np.float16)
-    return Score(matrix, {"permuted_probes": null.astype(np.float32)}, detail, interval_of(drawn))
+    return Score(
+        matrix, {"permuted_probes": null.astype(np.float32)}, detail, interval_of(resampled)
+    )
 
 
 def rotated_gram(a: Atlas, b: Atlas) -> np.ndarray:
-    """As `geometry.gram`, with B's states rotated to A's: what splices through a gauge are predicted from."""
-    return gram(*turned_states(a, b))
+    """`geometry.gram` with B's states rotated to A's, for predictions of splices with a gauge."""
+    return gram(*rotated_states(a, b))
 
 
 def _explained(inner: np.ndarray, own_a: np.ndarray, own_b: np.ndarray) -> np.ndarray:
@@ -85,16 +90,16 @@ def _explained(inner: np.ndarray, own_a: np.ndarray, own_b: np.ndarray) -> np.nd
 
 
 def _leading(states: np.ndarray) -> np.ndarray:
-    """States `[l+1, n, d]` in float64, of wide donors their coordinates along `MOST_DIRECTIONS` leading directions."""
+    """States `[l+1, n, d]` in float64; of wide donors the `MOST_DIRECTIONS` leading coordinates."""
     width = states.shape[2]
     if width <= MOST_DIRECTIONS:
         return states.astype(np.float64)
     flat = states.reshape(-1, width)
-    drawn = np.random.default_rng(0).standard_normal((width, MOST_DIRECTIONS)).astype(np.float32)
-    basis, _ = np.linalg.qr(flat.T @ (flat @ drawn))
+    random = np.random.default_rng(0).standard_normal((width, MOST_DIRECTIONS)).astype(np.float32)
+    basis, _ = np.linalg.qr(flat.T @ (flat @ random))
     return (states @ basis).astype(np.float64)
 
 
 def _unit(states: np.ndarray) -> np.ndarray:
-    """Scaled to unit size, so that deep states count no more than early ones."""
+    """Scaled to unit norm, so that deep states have no more weight than early ones."""
     return states / (np.linalg.norm(states) or 1)

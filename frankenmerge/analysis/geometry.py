@@ -1,7 +1,6 @@
-"""Scores of whole states, from the probes: what the literature compares layers by. Each takes two atlases, as in `SCORES`.
+"""Scores of whole states on the probes: the literature's measures of similarity between layers.
 
-1 is full agreement in all of them. Those of `BLIND` do not see in which order, or in which basis,
-the neurons stand.
+Each takes two atlases, see `align.FUNCTIONS`. 1 is full agreement, except for `distance`.
 """
 
 from collections.abc import Callable
@@ -14,20 +13,21 @@ from frankenmerge.artefacts.atlas import Atlas
 
 NEIGHBOURS = 10
 MOST_PROBES = 512
-"""Probes that scores of pairs of probes are taken over: their cost grows with the square."""
+"""Probes for scores of pairs of probes, whose cost grows with the square of their number."""
 ROUNDS = 4
 """Permutations for each null; every one is averaged over hundreds of probes."""
 NEURONS_AT_ONCE = 256
 BLIND = frozenset(
     {"cka", "neighbours", "norm_ratio", "influence", "distance", "relative_depth", "gauge"}
 )
+"""Scores that do not depend on the order of the neurons."""
 
 
 def debiased_cka(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """Linear CKA with the unbiased estimator of HSIC (Kornblith et al., arXiv:1905.00414; Song et al., 2012).
+    """Linear CKA with the unbiased estimator of HSIC.
 
-    With U-centred kernels `K~` (Szekely and Rizzo, 2014) HSIC is their inner product; the bootstrap
-    draws its summands, probe by probe.
+    Kornblith et al., arXiv:1905.00414; Song et al., 2012. With U-centred kernels `K~` (Szekely and
+    Rizzo, 2014) HSIC is their inner product; the bootstrap resamples its summands, one per probe.
     """
     a_kernels, b_kernels = (
         _centred_kernels(states_of(atlas, width, spread=True)) for atlas in (a, b)
@@ -56,16 +56,16 @@ def debiased_cka(a: Atlas, b: Atlas, context: str, width: int) -> Score:
         order = generator.permutation(b_kernels.shape[1])
         return ratio(summands(b_kernels[:, order][:, :, order]).sum(axis=2), *scale)
 
-    drawn = ratio(shared @ weights, self_a @ weights, self_b @ weights)
+    resampled = ratio(shared @ weights, self_a @ weights, self_b @ weights)
     return _score(
         ratio(shared.sum(axis=2), *scale),
         {"permuted_probes": mean_over(other_probes, ROUNDS)},
-        interval_of(drawn),
+        interval_of(resampled),
     )
 
 
 def _centred_kernels(states: np.ndarray) -> np.ndarray:
-    """U-centred linear kernels `[l, n, n]`, float32, of states `[l, n, d]`, each scaled to unit size."""
+    """U-centred linear kernels `[l, n, n]`, float32, of states `[l, n, d]`, each of unit norm."""
     kernels = np.empty((len(states), states.shape[1], states.shape[1]), dtype=np.float32)
     for index, state in enumerate(states):
         kernel = (state @ state.T).astype(np.float64)
@@ -80,7 +80,10 @@ def _centred_kernels(states: np.ndarray) -> np.ndarray:
 
 
 def mutual_neighbours(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """Share of each probe's 10 nearest probes, by cosine, that are the same in both (Huh et al., arXiv:2405.07987)."""
+    """Share of each probe's 10 nearest probes, by cosine, that are the same in both.
+
+    Huh et al., arXiv:2405.07987.
+    """
     near_a, near_b = (_nearest(states_of(atlas, width, spread=True)) for atlas in (a, b))
     generator, count = np.random.default_rng(0), near_a.shape[1]
 
@@ -122,7 +125,10 @@ def _cosines(state: np.ndarray) -> np.ndarray:
 
 
 def angular(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """`1 - arccos(cos(x, y)) / pi`, mean over probes: one less the angular distance of Gromov et al. (arXiv:2403.17887)."""
+    """`1 - arccos(cos(x, y)) / pi`, mean over probes.
+
+    One minus the angular distance of Gromov et al. (arXiv:2403.17887).
+    """
 
     def detail(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         chord = np.linalg.norm(
@@ -134,7 +140,7 @@ def angular(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 
 
 def relative_error(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """`1 - |x - y| / sqrt(|x| |y|)`, mean over probes: how far off one state is in place of the other."""
+    """`1 - |x - y| / sqrt(|x| |y|)`, mean over probes: one minus the relative error."""
 
     def detail(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         size = np.sqrt(np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
@@ -148,7 +154,7 @@ def relative_error(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 def _pairwise(
     a: Atlas, b: Atlas, width: int, detail: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> Score:
-    """A score that compares A's state with B's, probe by probe and neuron by neuron, with both permutation nulls."""
+    """A score of `detail` for each probe's two states, with both permutation nulls."""
     left, right, generator = states_of(a, width), states_of(b, width), np.random.default_rng(0)
 
     def table(states: np.ndarray) -> np.ndarray:
@@ -184,15 +190,15 @@ def norm_ratio(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 
 
 def influence(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """One less the influence of the blocks that lie between: `1 - |c_A(i) - c_B(j)|`.
+    """One minus the influence of the blocks in between: `1 - |c_A(i) - c_B(j)|`.
 
     `c(i)` sums `1 - cos(x_(l-1), x_l)` over a donor's first `i` blocks: ShortGPT's block influence
     (arXiv:2403.03853).
     """
     passed = [_passed(states_of(atlas, atlas.width)) for atlas in (a, b)]
-    drawn = [line @ resampling_weights(line.shape[1]).T for line in passed]
+    resampled = [line @ resampling_weights(line.shape[1]).T for line in passed]
     means = [line.mean(axis=1) for line in passed]
-    interval = interval_of(1 - np.abs(drawn[0][:, None] - drawn[1][None]))
+    interval = interval_of(1 - np.abs(resampled[0][:, None] - resampled[1][None]))
     return _score(1 - np.abs(means[0][:, None] - means[1][None]), {}, interval)
 
 
@@ -204,7 +210,7 @@ def _passed(states: np.ndarray) -> np.ndarray:
 
 
 def distance(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """`-abs(i - j)`: the guess that needs no model at all."""
+    """`-abs(i - j)`: the baseline that needs no model."""
     left, right = np.indices((a.blocks + 1, b.blocks + 1))
     return _certain(-np.abs(left - right))
 
@@ -216,11 +222,12 @@ def relative_depth(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 
 
 def gram(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Inner products of A's states `[l_a+1, n, d]`, then B's, with one another, a mean over the probes: `[l_a+l_b+2, l_a+l_b+2]` float64.
+    """Inner products `[l_a+l_b+2, l_a+l_b+2]`, float64, of all states, averaged over the probes.
 
-    Every state is centred over the probes: what is the same for all of them tells nothing apart,
-    and may be many times longer than what does (massive activations). Every neuron is divided by
-    its root mean square over both donors' states, as it was measured in no common unit.
+    The states are A's `[l_a+1, n, d]`, then B's. Every state is centred over the probes: its mean
+    does not distinguish them, and may be many times longer than what does (massive activations).
+    Every neuron is divided by its root mean square over both donors' states, as neurons have no
+    common unit.
     """
     total = np.zeros((len(a) + len(b),) * 2)
     for start in range(0, a.shape[2], NEURONS_AT_ONCE):
@@ -237,7 +244,7 @@ def gram(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def states_of(atlas: Atlas, width: int, *, spread: bool = False) -> np.ndarray:
-    """The probes' states `[l+1, n, d]`; with `spread` at most `MOST_PROBES` of them, evenly taken."""
+    """The probes' states `[l+1, n, d]`; with `spread`, at most `MOST_PROBES`, evenly spaced."""
     count = atlas.probes.shape[1]
     step = -(-count // MOST_PROBES) if spread else 1
     return np.stack([atlas.activations(block)[::step, :width] for block in range(atlas.blocks + 1)])
@@ -249,8 +256,8 @@ def _directions(states: np.ndarray) -> np.ndarray:
 
 
 def _mean_score(detail: np.ndarray, nulls: dict[str, np.ndarray]) -> Score:
-    drawn = detail.astype(np.float32) @ resampling_weights(detail.shape[2]).T
-    return _score(detail.mean(axis=2), nulls, interval_of(drawn))
+    resampled = detail.astype(np.float32) @ resampling_weights(detail.shape[2]).T
+    return _score(detail.mean(axis=2), nulls, interval_of(resampled))
 
 
 def _certain(matrix: np.ndarray) -> Score:
@@ -258,7 +265,7 @@ def _certain(matrix: np.ndarray) -> Score:
 
 
 def _score(matrix: np.ndarray, nulls: dict[str, np.ndarray], interval: np.ndarray) -> Score:
-    """A score that no single neuron has."""
+    """A score that has no value per neuron."""
     return Score(
         matrix.astype(np.float32),
         nulls,

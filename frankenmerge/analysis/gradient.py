@@ -1,12 +1,12 @@
-"""Gradient search: descend on the embeddings of an input until it excites a feature, then read the tokens off.
+"""Gradient search: descend on the embeddings of an input, then decode its tokens.
 
-The document's equation, `e <- e - eta grad ||C - O_f(e)||_1` (it is printed with `+`, which would
-climb the loss), for many features at once: every row of a batch is the input of one feature, and
-one pass forward and backward moves them all.
+The document's equation, `e <- e - eta grad ||C - O_f(e)||_1` (printed there with `+`, which would
+increase the loss), for many features at once: every row of a batch is the input of one feature, and
+one forward and one backward pass updates them all.
 
-Embeddings enter as `inputs_embeds`. What a model adds behind its embedding module is still added:
-GPT-2's learned positions are, so the embeddings found, as those of tokens, are without them. What
-the module itself does is not: Gemma multiplies by `sqrt(d)` there, so start and decoder use the
+Embeddings enter as `inputs_embeds`. What a model adds after its embedding module is still added:
+GPT-2's learned positions are, so the resulting embeddings, like those of tokens, exclude them. What
+the module itself does is skipped: Gemma multiplies by `sqrt(d)` there, so start and decoder use the
 scaled embeddings.
 """
 
@@ -34,7 +34,7 @@ from frankenmerge.progress import Advance, ignore
 
 Decode = Literal["pinv", "hidden"]
 WEIGHT = 0.1
-"""What the document's author multiplies the loss by."""
+"""The factor of the loss that the document's author uses."""
 RATES = (0.5, 0.4)
 """The document's author's step sizes for plain descent, first and last."""
 ADAM_RATES = (0.1, 0.1)
@@ -43,7 +43,7 @@ ADAM_RATES = (0.1, 0.1)
 
 @dataclass(frozen=True)
 class GradientResult:
-    """The inputs that a gradient search found, one a feature."""
+    """The inputs that a gradient search found, one per feature."""
 
     tokens: Tensor
     """What the embeddings decode to, `[n, s]`."""
@@ -52,7 +52,7 @@ class GradientResult:
     losses: Tensor
     """`[steps + 1, n]`: `0.1 ||C - O_f||_1` before every step and after the last."""
     start: tuple[int, ...]
-    """The tokens whose embeddings every feature began with, `s` of them."""
+    """The tokens `[s]` whose embeddings are the start for every feature."""
     decode: Decode
     excluded: tuple[int, ...]
     """Tokens that nothing decodes to, because their own embedding does not."""
@@ -63,7 +63,7 @@ class GradientResult:
 
     @property
     def artefact(self) -> bool:
-        """Whether the tokens are neuron indices in disguise and say nothing of the model."""
+        """Whether the tokens are neuron indices, which say nothing about the model."""
         return self.decode == "hidden"
 
 
@@ -85,26 +85,26 @@ def gradient_search(
     decoder: Decoder | None = None,
     advance: Advance = ignore,
 ) -> GradientResult:
-    """Find for every feature an input of several tokens that excites it.
+    """Find for every feature an input of several tokens with a high activation.
 
     Args:
         model: the donor, in evaluation mode; its parameters and their gradients stay as they are.
-        features: what to excite; of any blocks, neurons and positions.
-        tokens: how long the inputs are, where `start` does not say.
-        start: tokens whose embeddings to begin with; random ones, the same for all features, when
-            left out.
-        seed: draws the random tokens.
+        features: what to maximise, in any blocks, neurons and positions.
+        tokens: the length of the inputs if `start` is not specified.
+        start: the tokens whose embeddings to start from; random ones by default, the same for all
+            features.
+        seed: the seed of the random tokens.
         steps: how many steps to take.
-        target: `C`, above all activations; the author took 100 to 200.
-        optimizer: `descent`, as the author, or `adam`.
+        target: `C`, above all activations; the author used 100 to 200.
+        optimizer: `descent`, as in the document, or `adam`.
         rates: first and last step size; `RATES`, or for Adam `ADAM_RATES` times the embeddings'
             root mean square.
         site: the blocks' outputs, or their attention's.
         isolated: whether every block is fed the embeddings directly.
         batch: how many features go through the model at once.
-        decode: `pinv`; or `hidden`, which gives the document's artefact and marks the result as
-            one.
-        decoder: reused when given; otherwise made from the model, without the tokens that do not
+        decode: `pinv`; or `hidden`, which reproduces the document's artefact and marks the result
+            as one.
+        decoder: a decoder to reuse; by default one of the model, without the tokens that do not
             decode to themselves.
         advance: called with the number of features done since its last call.
 
@@ -152,7 +152,11 @@ def gradient_search(
 def start_tokens(
     model: PreTrainedModel, tokens: int, start: Sequence[int] | None, seed: int
 ) -> tuple[int, ...]:
-    """The tokens a search begins with: `start`, or random ones. Raises FrankenmergeError for what is no input of the model."""
+    """The tokens a search starts from: `start`, or random ones.
+
+    Raises:
+        FrankenmergeError: if they are not a valid input of the model.
+    """
     vocabulary = len(embedding_of(model))
     if start is None:
         start = torch.randint(
@@ -170,21 +174,24 @@ def start_tokens(
 
 
 def check_length(model: PreTrainedModel, tokens: int) -> None:
-    """Raise FrankenmergeError for an input of no tokens, or of more than the model has positions for."""
+    """Raise FrankenmergeError for an empty input, or one with more tokens than positions."""
     longest = model.config.max_position_embeddings
     if not 1 <= tokens <= longest:
         raise fail(
             "tokens",
             f"1 to {longest}",
             str(tokens),
-            "search for an input that the model has positions for",
+            "use an input that fits in the model's positions",
         )
 
 
 def feature_batches(
     features: Sequence[Feature], size: int
 ) -> tuple[list[list[Feature]], list[int]]:
-    """Batches of features of similar depth, as the deepest block of a batch ends its pass; and where in them each one is."""
+    """Batches of features of similar depth, and the position in them of each feature.
+
+    A pass ends at the deepest block of its batch.
+    """
     order = sorted(range(len(features)), key=lambda index: features[index].block)
     batches = [
         [features[index] for index in order[first : first + size]]
@@ -194,7 +201,7 @@ def feature_batches(
 
 
 def default_rates(table: Tensor, optimizer: Optimizer) -> tuple[float, float]:
-    """The step sizes of an optimizer for a model whose embeddings are `table` `[v, d]`: first, last."""
+    """The first and last step size of an optimizer for a model with embeddings `[v, d]`."""
     unit = table.float().pow(2).mean().sqrt().item()
     return RATES if optimizer == "descent" else (ADAM_RATES[0] * unit, ADAM_RATES[1] * unit)
 
@@ -202,9 +209,9 @@ def default_rates(table: Tensor, optimizer: Optimizer) -> tuple[float, float]:
 def feature_loss(
     model: PreTrainedModel, states: list[Tensor], features: Sequence[Feature], target: float
 ) -> Callable[[Tensor], Tensor]:
-    """The loss `[n]` of rows `[n, s, d]`, one a feature: `0.1 ||C - O_f||_1`, `features` sorted by block.
+    """The loss `[n]` of rows `[n, s, d]`, one per feature: `0.1 ||C - O_f||_1`.
 
-    `states` is what `block_outputs` fills.
+    `features` are sorted by block; `states` is the list that `block_outputs` fills.
     """
     groups = {
         block: len(list(group))
@@ -226,7 +233,7 @@ def feature_loss(
 
 
 def _mask(features: Sequence[Feature], rows: Tensor) -> Tensor:
-    """Which outputs each feature is about: like `rows`, `[n, s, d]`, 1 or 0."""
+    """Which outputs belong to each feature: 1 or 0, of the shape of `rows`, `[n, s, d]`."""
     mask = torch.zeros_like(rows)
     for row, feature in zip(mask, features, strict=True):
         positions = feature.positions or range(rows.shape[1])

@@ -1,9 +1,9 @@
-"""Greedy search: an input built left to right, each token the one that excites a feature most behind those before it.
+"""Greedy search: build an input left to right, each time adding the best token for a feature.
 
 For block `l` and neuron `f`, `a_n = argmax_a O^l_{f,n}(a | a_{0:n-1})` over all tokens `a`, N times
-(the document, "Greedy Search Features"). Features whose inputs begin alike share their passes: the
-vocabulary runs once behind every distinct prefix, whose keys and values are computed once, and no
-deeper than the deepest block that one of them needs.
+(the document, "Greedy Search Features"). Features whose inputs have the same prefix share
+their passes: the vocabulary runs once after every distinct prefix, whose keys and values are
+computed once, and no deeper than the deepest block that one of them needs.
 """
 
 import math
@@ -30,17 +30,19 @@ Tokens = tuple[int, ...]
 
 BATCH = 1024
 SCREEN_DEPTH = 4
-"""The screen runs a quarter of the blocks that a feature needs: what excites its neuron there
-mostly excites it later.
+"""The screen runs one in this many of a feature's blocks: an input with a high activation there
+mostly has one later.
 """
 RECALL_SAMPLE = 8
-"""How many features are searched exactly to measure what the screen missed."""
-WHY_SINGLE = "a token is chosen by one neuron at the position where it stands; use gradient or softmax-prior for others"
+"""Number of features searched exactly to measure the recall of the screen."""
+WHY_SINGLE = (
+    "use gradient or softmax-prior: this search chooses a token by one neuron at its position"
+)
 
 
 @dataclass(frozen=True)
 class GreedyResult:
-    """The inputs that were found, feature by feature in the order asked for, and what finding them took."""
+    """The inputs that a greedy search found, in the order of the features, and what it ran."""
 
     tokens: np.ndarray
     """Token ids `[features, n]`, int32, without `start`."""
@@ -53,9 +55,9 @@ class GreedyResult:
     `candidates` the first alone, and one for the screen.
     """
     recall: float | None
-    """With `candidates`: of the steps behind prefixes that an exact search reaches too, the share
-    that take the same token. The first step, which is not screened, is left out. Measured on a
-    sample of the features; None for an exact search.
+    """With `candidates`: of the steps after prefixes that an exact search reaches too, the share
+    with the same token. The first step, which is not screened, is left out. Measured on a sample of
+    the features; None for an exact search.
     """
 
 
@@ -67,13 +69,12 @@ class _Path(NamedTuple):
 
 
 class _Screen(NamedTuple):
-    """What candidates are chosen by, besides what they do early in the model."""
+    """How candidates are chosen, in addition to their activations early in the model."""
 
     count: int
-    """How many are to be tried for each feature."""
+    """Number of candidates for each feature."""
     first: Tensor
-    """The tokens `[features, count // 2]` that excite each feature most as the first of the input.
-    """
+    """The best first tokens of each feature, `[features, count // 2]`."""
 
 
 @torch.no_grad()
@@ -90,24 +91,24 @@ def greedy_search(
     start: Tokens = (),
     advance: Advance = ignore,
 ) -> GreedyResult:
-    """Build for each feature an input of `n` tokens that excites it.
+    """Build for each feature an input of `n` tokens with a high activation.
 
     Args:
         model: the donor; activations are compared in float32.
         features: any number of them, each one neuron of any block; the more of them share their
             prefixes, the less each costs.
         n: how many tokens to find.
-        site: `block` for the residual stream behind the block, `attention` for the output of its
+        site: `block` for the residual stream after the block, `attention` for the output of its
             attention.
         isolated: whether every block is fed the embedding instead of its predecessor's output.
-        positions: what a token is chosen by: the feature at the `last` position, or its sum over
-            `all`, those of `start` included. The prefix's part of the sum is the same for every
-            token, so that both choose alike but where rounding makes a tie.
-        beam: how many inputs to go on with at each step, those with the best score; 1 is the greedy
+        positions: the score of a token: the feature at the `last` position, or its sum over `all`,
+            including those of `start`. The prefix's part of the sum is the same for every token, so
+            that both choose the same token unless rounding makes a tie.
+        beam: how many inputs to continue at each step, those with the best score; 1 is the greedy
             search.
-        candidates: from the second token on, try only so many for each feature (features with the
-            same prefix share theirs): one half excites it most as a first token, the other its
-            neuron at a quarter of its depth. None tries all tokens.
+        candidates: from the second token on, try only this many for each feature (features with the
+            same prefix share theirs): half of them are its best first tokens, the others the best
+            at a quarter of its depth. None tries all tokens.
         start: tokens put before the searched ones, such as BOS.
         advance: called with the number of inputs run since its last call.
 
@@ -139,7 +140,7 @@ def _search(
     candidates: int | None,
     start: Tokens,
 ) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Find the inputs: tokens `[features, n]`, int64, and the number of distinct prefixes at each step."""
+    """Tokens `[features, n]`, int64, and the number of distinct prefixes at each step."""
     paths = [[_Path(start, 0.0)] for _ in features]
     screen = (
         None
@@ -155,7 +156,7 @@ def _search(
 
 
 def _followers(paths: list[list[_Path]]) -> dict[Tokens, list[int]]:
-    """The distinct prefixes, each with the rows of the features that it is to be continued for."""
+    """The distinct prefixes, each with the rows of the features that continue it."""
     followers: dict[Tokens, list[int]] = {}
     for row, own in enumerate(paths):
         for path in own:
@@ -170,7 +171,7 @@ def _grown(
     beam: int,
     screen: _Screen | None,
 ) -> list[list[_Path]]:
-    """For each feature the `beam` best inputs that are one token longer, best first; of equal scores the lowest ids."""
+    """The `beam` best inputs of each feature with one more token, best first; ties by lowest id."""
     grown: list[list[_Path]] = [[] for _ in features]
     for prefix, rows in followers.items():
         own = [features[row] for row in rows]
@@ -186,7 +187,7 @@ def _grown(
 def _pool(
     runs: "_Runs", screen: _Screen, prefix: Tokens, features: Sequence[Feature], rows: list[int]
 ) -> Tensor:
-    """The candidates of `features`, which are at `rows`, behind `prefix`: distinct ids, ascending."""
+    """The candidates of `features`, at `rows`, after `prefix`: distinct ids, ascending."""
     early = [
         Feature.of(math.ceil(feature.block / SCREEN_DEPTH), feature.neuron) for feature in features
     ]
@@ -199,14 +200,14 @@ def _pool(
 
 
 def _shared_steps(found: np.ndarray, exact: np.ndarray) -> float:
-    """Of the steps after the first whose prefix is the same in both, `[features, n]`, the share whose token is the same."""
+    """Share of the same tokens in both `[features, n]`, of later steps with the same prefix."""
     same = np.cumprod(found == exact, axis=1)
     return float(same[:, 1:].sum() / same[:, :-1].sum())
 
 
 @dataclass(frozen=True)
 class _Runs:
-    """Runs the model, the same way all through a search."""
+    """Runs the model with the same settings throughout a search."""
 
     model: PreTrainedModel
     site: Site
@@ -223,7 +224,7 @@ class _Runs:
     def best(
         self, prefix: Tokens, features: Sequence[Feature], candidates: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """The `k` candidates with the largest score behind `prefix`, for each feature.
+        """The `k` candidates with the largest score after `prefix`, for each feature.
 
         Returns:
             Tokens, int64, and scores, float32, both `[features, k]`, best first; of equal scores
@@ -246,7 +247,7 @@ class _Runs:
     def _begin(
         self, prefix: Tokens, features: Sequence[Feature], states: list[Tensor]
     ) -> tuple[DynamicCache, Tensor | float]:
-        """The keys and values of a prefix, and what its own positions add to the features' scores, `[features, 1]`."""
+        """The keys and values of a prefix, and its part of the scores, `[features, 1]`."""
         cache = DynamicCache()
         if not prefix:
             return cache, 0.0
@@ -258,7 +259,7 @@ class _Runs:
         return cache, _activations(states, features).sum(2) if self.positions == "all" else 0.0
 
     def values(self, features: Sequence[Feature], inputs: Tensor) -> Tensor:
-        """Each feature's activations on its own input: `inputs` and result `[features, s]`, float32."""
+        """Each feature's activations on its own input: both `[features, s]`, float32."""
         parts = []
         with self._collecting(features) as states:
             for start in range(0, len(features), BATCH):
@@ -282,14 +283,14 @@ class _Runs:
 
 
 def _activations(states: list[Tensor], features: Sequence[Feature]) -> Tensor:
-    """Take features out of block outputs: `[features, b, s]`, float32."""
+    """Features of block outputs: `[features, b, s]`, float32."""
     return torch.stack(
         [states[feature.block][..., feature.neuron].to(states[0].device) for feature in features]
     ).float()
 
 
 def _expanded(cache: DynamicCache, size: int) -> DynamicCache:
-    """A cache of batch `size` for a pass to append to; what `cache`, of batch 1, holds stays as it is."""
+    """A copy of a cache of batch 1 with batch `size`, for a pass to append to."""
     layers: list[Any] = cache.layers
     return DynamicCache(
         (layer.keys.expand(size, -1, -1, -1), layer.values.expand(size, -1, -1, -1))

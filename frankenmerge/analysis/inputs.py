@@ -1,4 +1,4 @@
-"""Inputs of several tokens for some neurons of every block, by greedy or gradient search: what an atlas may hold besides."""
+"""Inputs of several tokens for some neurons of every block, by greedy or gradient search."""
 
 import hashlib
 import json
@@ -24,16 +24,14 @@ from frankenmerge.progress import Advance, ignore
 from frankenmerge.storage.arrays import read_arrays, write_arrays
 
 NEURONS = 16
-"""How many neurons are searched where nobody names them: each costs about as much as a complete
-search.
-"""
+"""How many neurons are searched by default; each costs about as much as a complete search."""
 TOKENS = 4
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "gradient": {"steps": 100, "target": 100.0, "optimizer": "descent", "seed": 0},
 }
-"""How each method searches, told in the provenance. Donors of one vocabulary begin the descent with
-the same tokens.
+"""The settings of each method, recorded in the provenance. For donors with the same vocabulary, the
+descent starts from the same tokens.
 """
 _KIND = "frankenmerge.inputs/1"
 
@@ -52,19 +50,18 @@ def search_inputs(
     tokens: int = TOKENS,
     advance: Advance = ignore,
 ) -> Inputs:
-    """Search for every block, and what enters the first, the inputs that excite some neurons most.
+    """Search inputs with a high activation of some neurons, for the embedding and every block.
 
     Args:
         model: the donor.
         method: `greedy` or `gradient`.
         neurons: which neurons, the same in every block.
-        tokens: how long the inputs are.
+        tokens: the length of the inputs.
         advance: called with the number of inputs run (greedy) or of features done (gradient) since
             its last call.
 
     Raises:
-        FrankenmergeError: for neurons that the donor does not have, or more tokens than it has
-            positions for.
+        FrankenmergeError: if the donor lacks the neurons, or positions for the tokens.
     """
     blocks, width = len(blocks_of(model)), embedding_of(model).shape[1]
     check_features(
@@ -98,7 +95,7 @@ def with_inputs(
     device: str = "cpu",
     advance: Advance = ignore,
 ) -> Atlas:
-    """The donor's atlas with what `search_inputs` finds, from the folder `cache` or searched now and kept there.
+    """The donor's atlas with the result of `search_inputs`, from `cache` or computed now.
 
     `untrained`, `dtype` and `device` as for `analyze`.
     """
@@ -107,14 +104,14 @@ def with_inputs(
     key += [frankenmerge.__version__, torch.__version__, transformers.__version__]
     path = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.inputs.safetensors"
     if path.exists():
-        inputs = Inputs(**read_arrays(path, _KIND, "inputs that an earlier command found")[0])
+        inputs = Inputs(**read_arrays(path, _KIND, "inputs saved by an earlier command")[0])
     else:
         model = load_model(checkpoint, Placement(dtype, device), untrained=untrained)
         inputs = search_inputs(model, method, neurons, tokens=tokens, advance=advance)
         write_arrays(path, _KIND, inputs._asdict(), {"key": key})
-    told = atlas.provenance.get("inputs", {}) | {method: settings}
+    settings_of = atlas.provenance.get("inputs", {}) | {method: settings}
     return replace(
         atlas,
         inputs=atlas.inputs | {method: inputs},
-        provenance=atlas.provenance | {"inputs": told},
+        provenance=atlas.provenance | {"inputs": settings_of},
     )

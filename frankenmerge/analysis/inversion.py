@@ -1,4 +1,4 @@
-"""Inversion: find an input whose block output is a given one, by the same descent as the gradient search."""
+"""Inversion: recover an input from a block's output, by the descent of the gradient search."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Loss = Literal["l1", "cosine"]
 
 @dataclass(frozen=True)
 class InversionResult:
-    """The inputs that descent towards given outputs ended at."""
+    """The inputs that an inversion recovered."""
 
     tokens: Tensor
     """What the embeddings decode to, `[n, s]`."""
@@ -46,22 +46,22 @@ def invert(
     isolated: bool = False,
     decoder: Decoder | None = None,
 ) -> InversionResult:
-    """Recover the inputs that gave some outputs of a block.
+    """Recover the inputs that produced some outputs of a block.
 
     Args:
         model: the donor, in evaluation mode; its parameters and their gradients stay as they are.
         outputs: `[n, s, d]`, as `outputs_of` gives them.
         block: the block they came from, 1-based; 0 is what enters the first block.
-        loss: `l1`, the mean absolute difference of each input's outputs, or `cosine`, one less
+        loss: `l1`, the mean absolute difference of each input's outputs, or `cosine`, one minus
             their cosine as one vector each.
         steps: how many steps to take.
         optimizer: `adam`, or plain `descent`.
         rates: first and last step size; by default those of the gradient search, falling to a
             hundredth.
-        seed: draws the tokens the inputs begin with.
+        seed: the seed of the tokens that the inputs start from.
         site: the blocks' outputs, or their attention's.
         isolated: whether every block is fed the embeddings directly.
-        decoder: reused when given; otherwise made from the model, without the tokens that do not
+        decoder: a decoder to reuse; by default one of the model, without the tokens that do not
             decode to themselves.
 
     Raises:
@@ -102,7 +102,7 @@ def outputs_of(
     site: Site = "block",
     isolated: bool = False,
 ) -> Tensor:
-    """What a block makes of `tokens` `[n, s]`: `[n, s, d]` float32, to be inverted.
+    """A block's outputs for `tokens` `[n, s]`: `[n, s, d]` float32, to be inverted.
 
     Raises FrankenmergeError for a block that the model does not have.
     """
@@ -113,7 +113,7 @@ def outputs_of(
 
 
 def recall(found: Tensor, true: Tensor) -> Tensor:
-    """The share of the `n` inputs whose true token was found, for every position: `[s]`, of tokens `[n, s]`."""
+    """The share of the `n` inputs with the true token at each position, `[s]`, of `[n, s]`."""
     return (found == true).double().mean(dim=0)
 
 

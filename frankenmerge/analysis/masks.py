@@ -1,4 +1,4 @@
-"""Tokens that tell nothing about what a donor has learned: special ones, and those that no text of its training held."""
+"""Tokens without information about what a donor has learned: special and untrained ones."""
 
 import torch
 
@@ -10,17 +10,17 @@ from frankenmerge.models.loading import load_tokenizer
 def meaningless_tokens(checkpoint: Checkpoint, embedding: torch.Tensor) -> list[int]:
     """Token ids to leave out of a search, ascending.
 
-    They are what the tokenizer calls special, the ids that it gives to no text (rows that only pad
-    the matrix), and those whose embedding is, bit for bit, another one's: training moves every row
-    it meets by a gradient of its own, so equal rows are rows it never met. Rows that began apart
-    and never moved are not recognised.
+    They are the tokenizer's special tokens, the ids that it assigns to no text (rows that only pad
+    the matrix), and those whose embedding equals another one bit for bit: training moves every row
+    in use by its own gradient, so equal rows were never in use. Untrained rows that were
+    initialised differently are not recognised.
 
     Args:
-        checkpoint: whose tokenizer to ask.
+        checkpoint: the donor, for its tokenizer.
         embedding: the donor's embedding matrix `[v, d]`.
 
     Raises:
-        FrankenmergeError: when no token would be left.
+        FrankenmergeError: if no token would be left.
     """
     tokenizer = load_tokenizer(checkpoint)
     special = {

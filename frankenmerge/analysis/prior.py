@@ -1,4 +1,4 @@
-"""Softmax prior: descend on weights over the vocabulary, pressed towards one token after every step.
+"""Softmax prior: descend on weights over the vocabulary, sharpened after every step.
 
 The document's `a <- softmax(a - grad_a ||C - O_f(a E)||_1)`, from uniform weights. As printed it
 does not work: of weights within [0, 1] a softmax over a vocabulary is almost flat, and the
@@ -7,11 +7,11 @@ position, times `STEP`, and the softmax has a temperature that falls geometrical
 `TEMPERATURES`.
 
 `python evals/excitement.py` on the demo's donor `base` (8 blocks, d = 128, v = 1024), one token,
-neurons 64 to 127, none of which the settings were chosen on; how excited the decoded token leaves
-the neuron, 0 for the vocabulary's mean and 1 for its best token (a standard error of about 0.05),
-and how far `a` is from one-hot:
+neurons 64 to 127, which were not used to choose the settings; the neuron's relative activation on
+the decoded token, 0 for the vocabulary's mean and 1 for its best token (a standard error of about
+0.05), and how far `a` is from one-hot:
 
-| temperature | step | excitement at blocks 1, 4, 8 | `1 - max(a)` |
+| temperature | step | relative activation at blocks 1, 4, 8 | `1 - max(a)` |
 |---|---|---|---|
 | 1 | 0.01 (and 0.1, 1) | 0.25, 0.27, 0.16 (0.27, 0.25, 0.14; 0.18, 0.18, 0.10) | 0.999 |
 | 0.1 | 10 | 0.46, 0.40, 0.36 | 0.07 |
@@ -23,9 +23,9 @@ and how far `a` is from one-hot:
 | embedding gradient, no prior: descent | 0.5 to 0.4 | 0.65, 0.53, 0.49 | - |
 | embedding gradient, no prior: Adam | 0.1 | 0.71, 0.59, 0.45 | - |
 
-A temperature makes `a` one-hot and raises the excitement; between the settings that do, the
-differences are hardly more than noise. Whether the prior pays depends on the donor: on this one the
-embedding gradient does as well or better, on the demo's `gpt2` (blocks 1, 3, 6) the default reaches
+A temperature makes `a` one-hot and increases the activation; the differences between the settings
+that do are hardly more than noise. Whether the prior helps depends on the donor: on this one the
+embedding gradient is as good or better, on the demo's `gpt2` (blocks 1, 3, 6) the default reaches
 0.92, 0.87, 0.86, as printed (temperature 1) 0.90 to 0.92, 0.79 to 0.84, 0.73 to 0.81, and the
 embedding gradient 0.49, 0.41, 0.36.
 """
@@ -53,13 +53,13 @@ TEMPERATURES = (0.1, 0.01)
 
 @dataclass(frozen=True)
 class PriorResult:
-    """The inputs that the search with a softmax prior found, one a feature."""
+    """The inputs that the search with a softmax prior found, one per feature."""
 
     tokens: Tensor
     """The token of the largest weight, `[n, s]`."""
     gap: Tensor
-    """How far the weights are from one-hot, `1 - max(a)`, `[n, s]`: near 0, the token is what the
-    model was shown.
+    """How far the weights are from one-hot, `1 - max(a)`, `[n, s]`: near 0, the model's
+    input is that token.
     """
     losses: Tensor
     """`[steps, n]`: `0.1 ||C - O_f||_1` before every step."""
@@ -79,12 +79,12 @@ def prior_search(
     batch: int = 64,
     advance: Advance = ignore,
 ) -> PriorResult:
-    """Find for every feature an input of several tokens that excites it. Nothing is random.
+    """Find for every feature an input of several tokens with a high activation. Nothing is random.
 
     Args:
         model: the donor, in evaluation mode; its parameters and their gradients stay as they are.
-        features: what to excite; of any blocks, neurons and positions.
-        tokens: how long the inputs are.
+        features: what to maximise, in any blocks, neurons and positions.
+        tokens: the length of the inputs.
         steps: how many steps to take.
         target: `C`, above all activations.
         step: how far the largest entry of the gradient moves a weight.
@@ -138,7 +138,7 @@ def _press(
     step: float,
     temperatures: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """The weights `[n, s, v]` that `loss` of the rows `[n, s, d]` they mix leads to, and its values `[steps, n]`."""
+    """Weights `[n, s, v]` after the descent, and the losses `[steps, n]` of the rows they mix."""
     vocabulary = table.float()
     weights = torch.full((*size, len(vocabulary)), 1 / len(vocabulary), device=table.device)
     losses = []

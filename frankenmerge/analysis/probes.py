@@ -1,4 +1,4 @@
-"""Probes: random tokens that every donor is shown, the same for every donor with the same vocabulary."""
+"""Probes: random tokens, the same for every donor with the same vocabulary."""
 
 import hashlib
 from collections.abc import Iterable
@@ -24,10 +24,11 @@ def probe_hash(probes: np.ndarray) -> str:
 
 
 def probe_states(outputs: Iterable[tuple[slice, Tensor]], place: str) -> np.ndarray:
-    """The hidden states of all probes after one block, `[n, d]`, float32, with `n = count * (length - 1)`.
+    """The hidden states of all probes after one block, `[n, d]`, float32.
 
-    The first position of every probe is left out: trained models put activations there that are no
-    token's own (attention sinks), and two or three neurons would drown the others.
+    `n = count * (length - 1)`: the first position of every probe is left out, as trained models
+    have activations there that do not depend on the token (attention sinks), and two or three
+    neurons would outweigh the others.
 
     Args:
         outputs: rows of the probes and their hidden states `[b, s, d]`, in order.

@@ -1,4 +1,4 @@
-"""The best tokens of every feature, kept while the vocabulary goes by: of equal activations the lowest token id wins."""
+"""The best tokens of every feature, updated batch by batch; ties go to the lowest token id."""
 
 import numpy as np
 import torch
@@ -11,13 +11,13 @@ _LOW = 0xFFFFFFFF
 
 
 def pack(activations: Tensor, tokens: Tensor, place: str) -> Tensor:
-    """Pack activations `[n, b]`, float32, and tokens `[b]` into integers `[n, b]` that sort by activation, then by lowest id.
+    """Pack activations `[n, b]`, float32, and tokens `[b]` into sortable integers `[n, b]`.
 
-    The bits of a float32, its lower 31 flipped when negative, order as the numbers do; adding 0.0
-    makes -0.0 equal 0.0.
+    They sort by activation, then by lowest id. The bits of a float32, its lower 31 flipped if
+    negative, sort as the numbers do; adding 0.0 makes -0.0 equal 0.0.
 
     Raises:
-        FrankenmergeError: when an activation is not finite; names `place`.
+        FrankenmergeError: if an activation is not finite; names `place`.
     """
     if not torch.isfinite(activations).all():
         raise fail(
@@ -42,13 +42,13 @@ def merge(best: Tensor | None, keys: Tensor, k: int) -> Tensor:
 
 
 def top_tokens(keys: Tensor, sign: float = 1.0) -> TopTokens:
-    """Packed keys, best first, as tokens and activations; those were multiplied by `sign` before they were packed."""
+    """Unpack keys, best first, whose activations were multiplied by `sign` before packing."""
     tokens, activations = unpack(keys)
     return TopTokens(tokens.numpy().astype(np.int32), sign * activations.numpy())
 
 
 def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the tokens, int64, and the activations, float32, out of packed keys; both have the keys' shape."""
+    """The tokens, int64, and activations, float32, of packed keys; both of the keys' shape."""
     ordered = (keys >> 32).int()
     bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
     return _LOW - (keys & _LOW), bits.view(torch.float32)

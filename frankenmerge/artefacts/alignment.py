@@ -1,4 +1,4 @@
-"""The alignment: how two atlases agree, block by block. The artefact that `align` writes and `plan` reads."""
+"""The alignment: how two atlases agree, block by block; `align` writes it, `plan` reads it."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -15,15 +15,15 @@ _KIND = "frankenmerge.alignment/1"
 
 
 class Score(NamedTuple):
-    """One measure of agreement, with what it would be without any."""
+    """One measure of agreement, with its null models."""
 
     matrix: np.ndarray
     """`[l_a+1, l_b+1]` float32: A after `i` blocks against B after `j`; 1 is full agreement."""
     nulls: dict[str, np.ndarray]
     """Matrices of the same shape by name: the score expected under each null."""
     detail: np.ndarray
-    """`[l_a+1, l_b+1, d]` float16: the score of every shared neuron, not a number where a search
-    left it out; of none, `[..., 0]`, where it is not made of neurons' scores.
+    """`[l_a+1, l_b+1, d]` float16: the score of every shared neuron, NaN for neurons that were not
+    searched; `[..., 0]` for a score that has no value per neuron.
     """
     interval: np.ndarray | None = None
     """`[2, l_a+1, l_b+1]` float32: ends of the 95 % bootstrap interval over neurons or probes;
@@ -43,7 +43,7 @@ class Score(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """What it costs when blocks stand for one another: nats per token on random tokens, see `evaluation.exchange`."""
+    """The loss of swapped blocks, nats per token on random tokens, see `evaluation.block_swaps`."""
 
     replacement: tuple[np.ndarray, np.ndarray]
     """`[l_a, l_b]`: A with its block `i` replaced by B's block `j`; and `[l_b, l_a]`: B with its
@@ -61,7 +61,7 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class Alignment:
-    """How far donor A after `i` blocks and donor B after `j` agree about what each neuron means."""
+    """The agreement of donor A after `i` blocks with donor B after `j`, neuron by neuron."""
 
     donors: tuple[str, str]
     fingerprints: tuple[str, str]
@@ -81,11 +81,11 @@ class Alignment:
     absent from older files.
     """
     exchange: Exchange | None = None
-    """Where it was measured."""
+    """None if it was not measured."""
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """How many blocks each donor has."""
+        """Number of blocks of each donor."""
         rows, columns = next(iter(self.scores.values())).matrix.shape
         return rows - 1, columns - 1
 
@@ -124,15 +124,15 @@ def save_alignment(alignment: Alignment, path: Path) -> None:
     ):
         arrays |= {f"{name}.a": of_a, f"{name}.b": of_b}
     arrays["vocabulary"] = np.frombuffer(json.dumps(alignment.vocabulary).encode(), dtype=np.uint8)
-    told = {
+    metadata = {
         key: getattr(alignment, key) for key in ("donors", "fingerprints", "widths", "provenance")
     }
-    write_arrays(path, _KIND, arrays, told)
+    write_arrays(path, _KIND, arrays, metadata)
 
 
 def load_alignment(path: Path) -> Alignment:
     """Read an alignment. Raises FrankenmergeError for a file that is not one."""
-    arrays, told = read_arrays(
+    arrays, metadata = read_arrays(
         path, _KIND, f"an alignment, as `frankenmerge align A B -o NAME{SUFFIX}` writes it"
     )
     try:
@@ -151,9 +151,9 @@ def load_alignment(path: Path) -> Alignment:
                 arrays.get(f"interval.{name}"),
             )
         (a, b), (print_a, print_b), (width_a, width_b) = (
-            told["donors"],
-            told["fingerprints"],
-            told["widths"],
+            metadata["donors"],
+            metadata["fingerprints"],
+            metadata["widths"],
         )
         tokens = arrays["a.tokens"], arrays["b.tokens"]
         vocabulary = json.loads(arrays["vocabulary"].tobytes())
@@ -166,7 +166,15 @@ def load_alignment(path: Path) -> Alignment:
         exchange = Exchange(*tables) if tables else None
         grams = arrays.get("standard_gram"), arrays.get("turned_gram")
         return Alignment(
-            (a, b), prints, widths, scores, tokens, vocabulary, told["provenance"], *grams, exchange
+            (a, b),
+            prints,
+            widths,
+            scores,
+            tokens,
+            vocabulary,
+            metadata["provenance"],
+            *grams,
+            exchange,
         )
     except (KeyError, ValueError) as error:
         raise fail(

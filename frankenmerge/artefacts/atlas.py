@@ -1,4 +1,4 @@
-"""The atlas: what one donor's features are. The artefact that `analyze` writes and `align` reads."""
+"""The atlas: one donor's features; `analyze` writes it, `align` reads it."""
 
 import json
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ _KIND = "frankenmerge.atlas/1"
 
 
 class TopTokens(NamedTuple):
-    """The tokens that excite every feature most, best first."""
+    """The top-activating tokens of every feature, best first."""
 
     tokens: np.ndarray
     """Token ids `[l+1, d, k]`, int32; block 0 is the embedding as it enters the first block."""
@@ -24,7 +24,7 @@ class TopTokens(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The inputs of several tokens that excite some neurons of every block."""
+    """Inputs of several tokens with a high activation of some neurons of every block."""
 
     neurons: np.ndarray
     """Which neurons were searched `[m]`, int32."""
@@ -34,14 +34,14 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Atlas:
-    """One donor's features and its activations on the probes every donor is shown."""
+    """One donor's features, and its activations on the probes, which all donors share."""
 
     donor: str
-    """How the user called the donor."""
+    """The name of the donor as the user gave it."""
     fingerprint: str
     top: dict[str, TopTokens]
-    """Complete search by context: `plain` (the token alone) and, where the donor has a BOS, `bos`
-    (the token behind it).
+    """Complete search by context: `plain` (the token alone) and, if the donor has a BOS, `bos`
+    (the token after it).
     """
     probes: np.ndarray
     """Activations `[l+1, n, d]`, float16 after division by `probe_scale`: the residual stream at
@@ -56,11 +56,11 @@ class Atlas:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions, dtype, seed, probe hash, tokenizer hash."""
     inputs: dict[str, Inputs] = field(default_factory=dict)
-    """What other searches found, by method: `greedy`, `gradient`."""
+    """The inputs of other searches by method: `greedy`, `gradient`."""
 
     @property
     def blocks(self) -> int:
-        """How many blocks the donor has."""
+        """Number of blocks."""
         return len(self.probes) - 1
 
     @property
@@ -84,9 +84,13 @@ def save_atlas(atlas: Atlas, path: Path) -> None:
             f"inputs.{method}.tokens": inputs.tokens,
         }
     arrays["vocabulary"] = np.frombuffer(json.dumps(atlas.vocabulary).encode(), dtype=np.uint8)
-    told = {"donor": atlas.donor, "fingerprint": atlas.fingerprint, "provenance": atlas.provenance}
-    told |= {"contexts": list(atlas.top), "inputs": list(atlas.inputs)}
-    write_arrays(path, _KIND, arrays, told)
+    metadata = {
+        "donor": atlas.donor,
+        "fingerprint": atlas.fingerprint,
+        "provenance": atlas.provenance,
+    }
+    metadata |= {"contexts": list(atlas.top), "inputs": list(atlas.inputs)}
+    write_arrays(path, _KIND, arrays, metadata)
 
 
 def load_atlas(path: Path) -> Atlas:

@@ -1,4 +1,4 @@
-"""How far tokens found for the same neurons in two places agree, beside what permuted neurons give."""
+"""How far tokens of the same neurons in two places agree, and of permuted neurons."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ class Agreement(NamedTuple):
     detail: np.ndarray
     """`[l_a, l_b, m]` float32: the share of a neuron's positions at which the token is the same."""
     permuted: np.ndarray
-    """`[l_a, l_b]` float32: that share expected when neurons are permuted, the mean over all pairs
-    of different neurons, exact. Not a number for a single neuron.
+    """`[l_a, l_b]` float32: the same for permuted neurons, the exact mean over all pairs of
+    different neurons. NaN for a single neuron.
     """
 
     @property
@@ -22,10 +22,10 @@ class Agreement(NamedTuple):
 
 
 def token_agreement(a: np.ndarray, b: np.ndarray) -> Agreement:
-    """Compare tokens `[l_a, m, n]` with tokens `[l_b, m, n]`, `n` positions for each of `m` neurons."""
+    """Compare tokens `[l_a, m, n]` with `[l_b, m, n]`, `n` positions for each of `m` neurons."""
     _, m, n = a.shape
     same = np.stack([(tokens == b).sum(axis=2) for tokens in a])
-    # All pairs of neurons at once: how often each token stands at each position, multiplied.
+    # All pairs of neurons at once: products of how often each token is at each position.
     kinds, names = np.unique(
         np.concatenate([a, b]).astype(np.int64) * n + np.arange(n), return_inverse=True
     )
