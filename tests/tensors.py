@@ -1,4 +1,4 @@
-"""Tensors as files hold them, for the tests of what reads them."""
+"""Tensors as stored in files, for the tests of what reads them."""
 
 import math
 
@@ -15,7 +15,7 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """As integers, every NaN the same one: its payload means nothing."""
+    """Return the bits as integers, with every NaN replaced by the same one."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor).view(whole)
 
@@ -24,19 +24,19 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(bits(one), bits(other))
 
 
-def parts_of(tensors, parameters, *, raw: bool) -> list[Operand]:
-    """Models of (type, tensor) and their parameters: as the extension takes them, or as torch does."""
+def operands_of(tensors, parameters, *, raw: bool) -> list[Operand]:
+    """Return operands from (type, tensor) and parameters, for C (`raw`) or for torch."""
 
-    def part(number: int, name: str, tensor: torch.Tensor, own) -> Operand:
-        told = Fault(f"donor {number}", "finite numbers", "NaN or Inf", "none")
+    def operand(number: int, name: str, tensor: torch.Tensor, own) -> Operand:
+        fault = Fault(f"donor {number}", "finite numbers", "NaN or Inf", "none")
 
         def read(start: int, stop: int):
             piece = tensor[start:stop]
-            return Raw(memoryview(bytes_of(piece)), name, told) if raw else piece.float().clone()
+            return Raw(memoryview(bytes_of(piece)), name, fault) if raw else piece.float().clone()
 
         return Operand(read, own)
 
     return [
-        part(number, *tensor, own)
+        operand(number, *tensor, own)
         for number, (tensor, own) in enumerate(zip(tensors, parameters, strict=True))
     ]

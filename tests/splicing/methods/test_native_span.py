@@ -1,15 +1,15 @@
-"""The passes in C: against NumPy in float64, against torch bit by bit, and against callers that give it nonsense."""
+"""Linear combinations in C, compared with torch bit by bit and with float64."""
 
 import itertools
 import math
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import TYPES, bits, bytes_of, parts_of, same
+from native_calls import combined, needs_extension
+from tensors import TYPES, bits, bytes_of, operands_of, same
 
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.splicing.methods import combine as torch_combine
@@ -18,122 +18,7 @@ from frankenmerge.splicing.methods.inputs import BLOCK, inputs_of
 from frankenmerge.splicing.methods.native_chunks import CHUNK, extension
 from frankenmerge.splicing.methods.sums import LANES
 
-# Where there is a compiler the extension must be there: what is missing then is a build, and these
-# tests fail.
-pytestmark = pytest.mark.skipif(
-    extension is None and not shutil.which("cc"), reason="no compiler has built the extension"
-)
-
-
-def combined(tensors, coefficients, relative, dtype):
-    """Through the extension: (the result, the first bad input, whether the result is finite)."""
-    inputs = [(bytes_of(tensor), name) for name, tensor in tensors]
-    result = bytearray(len(tensors[0][1]) * torch.empty(0, dtype=TYPES[dtype]).element_size())
-    told = extension.combine(inputs, coefficients, relative, result, dtype)
-    return torch.frombuffer(result, dtype=TYPES[dtype]) if result else torch.empty(
-        0, dtype=TYPES[dtype]
-    ), *told
-
-
-# One element at a time
-
-
-@pytest.mark.parametrize("name", ["F16", "BF16"])
-def test_every_half_becomes_its_float32_and_comes_back(name):
-    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(TYPES[name])
-    wide, bad, finite = combined([(name, halves)], [1.0], False, "F32")
-    expected = (
-        halves.view(torch.uint8).numpy().view(np.float16).astype(np.float32)
-        if name == "F16"
-        else None
-    )
-    if expected is None:
-        expected = (halves.view(torch.int16).numpy().astype(np.int32) << 16).view(np.float32)
-    assert same(wide, torch.from_numpy(expected)) and bad == 0 and not finite
-    assert same(combined([("F32", wide)], [1.0], False, name)[0], halves)
-
-
-def rounded_by_hand(value: float, name: str) -> float:
-    """The nearest half, of two the even one, by Python's float64 and whole numbers alone."""
-    digits, lowest, top = (10, -14, 65504.0) if name == "F16" else (7, -126, 3.3895313892515355e38)
-    if not math.isfinite(value) or value == 0:
-        return value
-    exponent = max(math.frexp(value)[1] - 1, lowest)
-    step = math.ldexp(1.0, exponent - digits)
-    rounded = round(value / step) * step  # exact but for round, which takes the even one of two
-    return math.copysign(math.inf, value) if abs(rounded) > top else math.copysign(rounded, value)
-
-
-@pytest.mark.parametrize("name", ["F16", "BF16"])
-def test_ties_and_their_neighbours_round_to_the_nearest_and_even(name):
-    """Between every two halves: the middle, and the float32 numbers on either side of it; and what is smaller than all halves."""
-    halves = torch.arange(0, 2**15 - 1, dtype=torch.int16)
-    values = halves.view(TYPES[name]).float()
-    values = values[values.isfinite()].double().numpy()
-    middles = ((values[:-1] + values[1:]) / 2).astype(np.float32)
-    tiny = np.array([2.0**-149, 2.0**-140, 2.0**-130, 2.0**-26, 2.0**-25], np.float32)
-    top = np.float32([65519.996, 65520.0, 65535.0, 65536.0, 3.39e38, 3.4028235e38])
-    given_ = np.concatenate(
-        [
-            middles,
-            np.nextafter(middles, np.float32(0)),
-            np.nextafter(middles, np.float32(np.inf)),
-            tiny,
-            top,
-        ]
-    )
-    given_ = np.concatenate([given_, -given_])
-    expected = [rounded_by_hand(float(value), name) for value in given_]
-    found, _, _ = combined([("F32", torch.from_numpy(given_))], [1.0], False, name)
-    assert same(found.double(), torch.tensor(expected, dtype=torch.float64))
-
-
-def test_float64_is_rounded_to_float32_first_and_float32_widened_without_loss():
-    wide = torch.tensor(
-        [1.0, 1 + 2.0**-24, 1 + 2.0**-24 + 2.0**-50, -(2.0**-149), 1e300, 1e-300, math.nan],
-        dtype=torch.float64,
-    )
-    narrow, bad, finite = combined([("F64", wide)], [1.0], False, "F32")
-    assert same(narrow, wide.float()) and bad == 0 and not finite
-    back, bad, finite = combined([("F32", narrow[:4])], [1.0], False, "F64")
-    assert same(back, wide[:4].float().double()) and bad == -1 and finite
-
-
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [0, 1023, 1024, 2999])
-def test_what_is_not_finite_is_found_wherever_it_is_and_told_by_its_input(dtype, value, place):
-    tensors = [
-        (dtype, torch.full((3000,), largest, dtype=TYPES[dtype])) for largest in (1.0, 60000.0, 2.0)
-    ]
-    assert combined(tensors, [0.0, 0.0, 0.5], False, dtype)[1:] == (-1, True)
-    for number in (2, 1):
-        tensors[number][1][place] = value
-        result, bad, finite = combined(tensors, [0.0, 0.0, 0.5], False, dtype)
-        assert (
-            bad == number
-            and not finite
-            and not result[place].isfinite()
-            and result[(place + 1) % 3000] == 1.0
-        )
-        assert (
-            extension.products(
-                [(bytes_of(t), dtype) for _, t in tensors],
-                True,
-                False,
-                np.zeros((3, extension.LANES)),
-            )
-            == number
-        )
-
-
-def test_a_result_too_large_for_its_type_is_told_apart_from_its_inputs():
-    assert combined([("F32", torch.tensor([1e6]))], [1.0], False, "F16")[1:] == (-1, False)
-    assert combined([("F32", torch.tensor([3.4e38]))], [1.0], False, "BF16")[1:] == (-1, False)
-    assert combined([("F32", torch.tensor([3.4e38]))], [2.0], False, "F64")[1:] == (-1, False)
-
-
-# Whole tensors
+pytestmark = needs_extension
 
 
 ANY = st.sampled_from(sorted(TYPES))
@@ -148,7 +33,7 @@ ANY = st.sampled_from(sorted(TYPES))
     spread=st.sampled_from([1e-42, 1e-7, 0.02, 1.0, 1e4]),
     seed=st.integers(0, 2**32),
 )
-def test_any_types_and_lengths_give_torch_s_bits_and_are_near_float64(
+def test_any_types_and_lengths_give_the_bits_of_torch_and_are_close_to_float64(
     types, dtype, size, relative, spread, seed
 ):
     rng = np.random.default_rng(seed)
@@ -210,14 +95,14 @@ CASES = [
 
 
 def both_ways(method, tensors, base, shape, parameters, dtype, allow_nan=False):
-    """The bytes of the method's result: by the extension, and by torch."""
+    """Return the bytes of the method's result from the extension and from torch."""
     whole = {"shape": shape, "parameters": parameters, "name": "t", "seed": 0}
     per_model = {"passthrough": {"scale": 0.7}} | dict.fromkeys(
         ("slerp", "karcher", "model_stock"), {}
     )
     own = [per_model.get(method, {"weight": 0.3 + 0.2 * number}) for number in range(len(tensors))]
-    parts = {raw: parts_of(tensors, own, raw=raw) for raw in (True, False)}
-    bases = {raw: parts_of([base], [{}], raw=raw)[0] if base else None for raw in (True, False)}
+    parts = {raw: operands_of(tensors, own, raw=raw) for raw in (True, False)}
+    bases = {raw: operands_of([base], [{}], raw=raw)[0] if base else None for raw in (True, False)}
     combination = span.RULES[method](inputs_of(method, parts[True], bases[True], **whole))
     ours = b"".join(
         bytes(content)
@@ -230,22 +115,22 @@ def both_ways(method, tensors, base, shape, parameters, dtype, allow_nan=False):
 @pytest.mark.parametrize("method, count, based, parameters", CASES)
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (8193,), (BLOCK // 512 + 3, 513), (2, BLOCK)])
-def test_every_method_gives_torch_s_bits(method, count, based, parameters, name, shape):
+def test_every_method_gives_the_bits_of_torch(method, count, based, parameters, name, shape):
     generator = torch.Generator().manual_seed(count)
     tensors = [
         (name, (0.02 * torch.randn(shape, generator=generator)).to(TYPES[name]).flatten())
         for _ in range(count + 1)
     ]
-    ours, torchs = both_ways(
+    native, expected = both_ways(
         method, tensors[1:], tensors[0] if based else None, shape, parameters, name
     )
-    assert ours == torchs
+    assert native == expected
 
 
 @pytest.mark.parametrize("method, count, based, parameters", CASES)
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_gives_torch_s_bits_and_stays_in_its_own_elements(
+def test_nan_and_inf_give_the_bits_of_torch_and_affect_only_their_own_elements(
     method, count, based, parameters, name, value
 ):
     generator = torch.Generator().manual_seed(count)
@@ -256,7 +141,7 @@ def test_what_is_not_finite_gives_torch_s_bits_and_stays_in_its_own_elements(
     ]
     for number, (_, tensor) in enumerate(tensors):
         tensor[[number, 5000, BLOCK + 1]] = value
-    ours, torchs = both_ways(
+    native, expected = both_ways(
         method,
         tensors[1:],
         tensors[0] if based else None,
@@ -265,19 +150,19 @@ def test_what_is_not_finite_gives_torch_s_bits_and_stays_in_its_own_elements(
         name,
         allow_nan=True,
     )
-    assert bits(torch.frombuffer(bytearray(ours), dtype=TYPES[name])).equal(
-        bits(torch.frombuffer(bytearray(torchs), dtype=TYPES[name]))
+    assert bits(torch.frombuffer(bytearray(native), dtype=TYPES[name])).equal(
+        bits(torch.frombuffer(bytearray(expected), dtype=TYPES[name]))
     )
-    spoiled = (
-        (~torch.frombuffer(bytearray(ours), dtype=TYPES[name]).isfinite())
+    nonfinite = (
+        (~torch.frombuffer(bytearray(native), dtype=TYPES[name]).isfinite())
         .nonzero()
         .flatten()
         .tolist()
     )
-    assert spoiled == [*range(0 if based else 1, count + 1), 5000, BLOCK + 1]
+    assert nonfinite == [*range(0 if based else 1, count + 1), 5000, BLOCK + 1]
 
 
-def test_inner_products_are_those_of_float64_and_do_not_depend_on_how_calls_cut_the_tensor():
+def test_inner_products_match_float64_and_do_not_depend_on_how_calls_split_the_tensor():
     rng = np.random.default_rng(3)
     vectors = [
         torch.from_numpy(
@@ -306,16 +191,16 @@ def test_inner_products_are_those_of_float64_and_do_not_depend_on_how_calls_cut_
         assert found == pytest.approx(exact[i] @ exact[j], rel=1e-6, abs=1e-3)
 
 
-def test_the_sums_are_as_many_as_the_rules_say():
+def test_the_number_of_lanes_is_the_same_in_python():
     assert extension.LANES == LANES and CHUNK % LANES == 0
 
 
 @pytest.mark.parametrize("method", ["slerp", "linear"])
-def test_nan_in_an_input_is_refused_by_its_name_and_let_through_when_allowed(method):
+def test_nan_in_an_input_is_an_error_that_names_it_unless_allowed(method):
     tensors = [("BF16", torch.ones(BLOCK + 3)), ("BF16", torch.ones(BLOCK + 3))]
     tensors = [(name, tensor.bfloat16()) for name, tensor in tensors]
     tensors[1][1][BLOCK] = math.nan
-    one, other = parts_of(tensors, [{} if method == "slerp" else {"weight": 0.5}] * 2, raw=True)
+    one, other = operands_of(tensors, [{} if method == "slerp" else {"weight": 0.5}] * 2, raw=True)
     parts, base = ([other], one) if method == "slerp" else ([one, other], None)
     parameters = {"t": 0.5} if method == "slerp" else {}
     inputs = inputs_of(
@@ -329,93 +214,6 @@ def test_nan_in_an_input_is_refused_by_its_name_and_let_through_when_allowed(met
 
 
 def test_a_tensor_of_no_elements_has_no_chunks():
-    parts = parts_of([("F32", torch.empty(0))], [{"weight": 1.0}], raw=True)
+    parts = operands_of([("F32", torch.empty(0))], [{"weight": 1.0}], raw=True)
     inputs = inputs_of("linear", parts, None, shape=(0, 4), parameters={}, name="t", seed=0)
     assert not list(native_span.rounded(span.linear(inputs), "F32", allow_nan=False))
-
-
-# Nonsense
-
-
-X = b"\x00" * 8
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ([], [], False, bytearray(8), "F32"),
-        ([(X, "F32")], [], False, bytearray(8), "F32"),
-        ([(X, "F32")], [1.0], True, bytearray(8), "F32"),
-        ([(X, "F32"), (X[:4], "F32")], [1.0, 1.0], False, bytearray(8), "F32"),
-        ([(X, "F32"), (X, "BF16")], [1.0, 1.0], False, bytearray(8), "F32"),
-        ([(X[:7], "F32")], [1.0], False, bytearray(8), "F32"),
-        ([(X, "F32")], [1.0], False, bytearray(4), "F32"),
-        ([(X, "F32")], [1.0], False, bytearray(12), "F32"),
-        ([(X, "F32")], [1.0], False, bytearray(9), "F32"),
-        ([(X, "I32")], [1.0], False, bytearray(8), "F32"),
-        ([(X, "F32")], [1.0], False, bytearray(8), "F8_E4M3"),
-        ([(X, "F32")], [1.0], False, bytearray(8), 3),
-        ([(X, None)], [1.0], False, bytearray(8), "F32"),
-        ([(X,)], [1.0], False, bytearray(8), "F32"),
-        ([X], [1.0], False, bytearray(8), "F32"),
-        ([("text", "F32")], [1.0], False, bytearray(8), "F32"),
-        ([(X, "F32")], ["one"], False, bytearray(8), "F32"),
-        ([(X, "F32")], 1.0, False, bytearray(8), "F32"),
-        (3, [1.0], False, bytearray(8), "F32"),
-        ([(X, "F32")], [1.0], False, X, "F32"),
-        ([(np.zeros((4, 4), np.float32)[:, :2], "F32")], [1.0], False, bytearray(32), "F32"),
-    ],
-)
-def test_what_does_not_fit_is_refused(arguments):
-    with pytest.raises((ValueError, TypeError, BufferError)):
-        extension.combine(*arguments)
-
-
-def test_sums_that_do_not_fit_are_refused():
-    lanes = extension.LANES
-    for sums in (
-        np.zeros((2, lanes)),
-        np.zeros((3, lanes - 1)),
-        np.zeros((4, lanes)),
-        np.zeros((0, lanes)),
-        bytearray(3 * lanes * 8 + 1),
-    ):
-        with pytest.raises(ValueError):
-            extension.products([(X, "F32"), (X, "F32")], False, False, sums)
-    with pytest.raises(ValueError):
-        extension.products([(X, "F32")], True, False, np.zeros((1, lanes)))
-    read_only = np.zeros((1, lanes))
-    read_only.flags.writeable = False
-    with pytest.raises((ValueError, TypeError, BufferError)):
-        extension.products([(X, "F32")], False, False, read_only)
-    shifted = memoryview(bytearray(lanes * 8 + 1))[1:]
-    with pytest.raises(ValueError):
-        extension.products([(X, "F32")], False, False, shifted)
-
-
-def test_a_result_that_lies_in_an_input_is_refused():
-    shared = bytearray(16)
-    with pytest.raises(ValueError, match="must not overlap an input"):
-        extension.combine(
-            [(memoryview(shared)[:8], "F32")], [1.0], False, memoryview(shared)[4:12], "F32"
-        )
-    extension.combine(
-        [(memoryview(shared)[:8], "F32")], [1.0], False, memoryview(shared)[8:], "F32"
-    )
-
-
-def test_elements_need_not_be_aligned():
-    values = torch.randn(1001)
-    shifted = memoryview(b"\x00" + bytes_of(values))[1:]
-    result = bytearray(2 * 1001 + 1)
-    extension.combine([(shifted, "F32")], [1.0], False, memoryview(result)[1:], "BF16")
-    assert result[1:] == bytes_of(values.bfloat16())
-
-
-def test_buffers_are_let_go_after_a_call_and_after_an_error():
-    content, result = bytearray(8), bytearray(8)
-    extension.combine([(content, "F32")], [1.0], False, result, "F32")
-    with pytest.raises(ValueError):
-        extension.combine([(content, "F32"), (content, "F16")], [1.0, 1.0], False, result, "F32")
-    content.extend(b"more")  # a BufferError while anyone holds it
-    result.extend(b"more")

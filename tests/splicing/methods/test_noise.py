@@ -1,4 +1,4 @@
-"""The random stream: a function of the element alone, uniform, and apart from its neighbours."""
+"""The random stream: a function of the element, uniform, and independent of other streams."""
 
 import numpy as np
 import pytest
@@ -26,12 +26,12 @@ def test_seed_tensor_model_and_block_each_change_everything():
 
 
 def test_uniform_in_every_bit():
-    drawn = words(3, "x", 0, 0, BLOCK)
-    assert drawn.min() >= 0
-    assert drawn.max() < SCALE
-    shares = [((drawn >> bit) & 1).mean() for bit in range(31)]
+    sampled = words(3, "x", 0, 0, BLOCK)
+    assert sampled.min() >= 0
+    assert sampled.max() < SCALE
+    shares = [((sampled >> bit) & 1).mean() for bit in range(31)]
     assert np.abs(np.array(shares) - 0.5).max() < 5 * 0.5 / np.sqrt(BLOCK)
-    counts = np.bincount(drawn >> 27, minlength=16)
+    counts = np.bincount(sampled >> 27, minlength=16)
     assert (
         (counts - BLOCK / 16) ** 2 / (BLOCK / 16)
     ).sum() < 45  # chi-squared, 15 degrees of freedom: p = 1e-4

@@ -1,4 +1,4 @@
-"""Order statistics against sorting."""
+"""Order statistics compared with sorting."""
 
 import numpy as np
 import torch
