@@ -6,8 +6,9 @@ import torch
 
 from frankenmerge.errors import Fault
 from frankenmerge.splicing.methods.inputs import Operand, Raw
+from frankenmerge.storage.dtypes import torch_dtype
 
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = {name: torch_dtype(name) for name in ("F64", "F32", "F16", "BF16")}
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
