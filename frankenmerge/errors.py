@@ -1,11 +1,14 @@
-"""A user's mistake, told in four parts and never as a traceback."""
+"""Errors for users: each fault has four parts, and no traceback is shown."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
 def visible(text: str) -> str:
-    """`text` with what a terminal would obey, or not show, written out: names in a donor's files may hold anything."""
+    """Escape characters that a terminal would interpret or not show.
+
+    Names in a donor's files may contain any character.
+    """
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in text
@@ -13,14 +16,14 @@ def visible(text: str) -> str:
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong with what the user gave."""
+    """One fault of the input."""
 
     place: str
-    """Where: a file, a key of a recipe, a tensor."""
+    """A file, a key of a recipe, or a tensor."""
     expected: str
     found: str
     remedy: str
-    """What the user can do about it."""
+    """What the user can do to fix it."""
 
     def __str__(self) -> str:
         place, expected, found, remedy = map(visible, self)
@@ -28,7 +31,7 @@ class Fault(NamedTuple):
 
 
 class FrankenmergeError(Exception):
-    """Raised for input that cannot be used; carries every fault that was found."""
+    """Raised for invalid input; contains every fault that was found."""
 
     def __init__(self, *faults: Fault) -> None:
         super().__init__(*faults)
@@ -39,11 +42,11 @@ class FrankenmergeError(Exception):
 
 
 def fail(place: str, expected: str, found: str, remedy: str) -> FrankenmergeError:
-    """Return the error for a single fault, ready to be raised."""
+    """Return the error for a single fault; the caller raises it."""
     return FrankenmergeError(Fault(place, expected, found, remedy))
 
 
 def raise_all(faults: Iterable[Fault]) -> None:
-    """Raise one error that holds all of `faults`, if there are any."""
+    """Raise one error with all of `faults`, if there are any."""
     if faults := tuple(faults):
         raise FrankenmergeError(*faults)

@@ -1,7 +1,7 @@
-"""The Hugging Face hub: what is fetched from there, and a finished merge put there. Nothing else in the package talks to a network.
+"""The Hugging Face hub: downloads of donors and uploads of merges. No other module uses a network.
 
-A donor's header is fetched by two range requests, eight bytes that tell its length and then itself,
-and kept, by commit, in the cache.
+A donor's header is fetched by two range requests, one for the eight bytes of its length and one for
+itself, and cached by commit.
 """
 
 import os
@@ -21,20 +21,26 @@ _TIMEOUT = 30.0
 
 
 def is_folder(name: str) -> bool:
-    """Whether a model's name is that of a folder; not, as pathlib has it, an error for one that cannot be."""
+    """Whether a model's name is that of a folder; False for invalid paths, where pathlib raises."""
     return os.path.isdir(os.path.expanduser(name))
 
 
 def resolve(name: str, patterns: Iterable[str], download: bool) -> Path:
-    """Find the folder of a local path, `org/name` or `org/name@revision`; of the hub, the files that fit `patterns`.
+    """Find the folder of a model.
 
-    Raises FrankenmergeError when there is none.
+    Args:
+        name: a local path, `org/name` or `org/name@revision`.
+        patterns: the files of a hub repository that are needed.
+        download: whether files that are not in the local cache may be fetched.
+
+    Raises:
+        FrankenmergeError: if there is none.
     """
     if is_folder(name):
         return Path(name).expanduser()
     if os.path.exists(os.path.expanduser(name)):
         raise fail(
-            name, "a checkpoint's folder", "a file", "give the folder that holds config.json"
+            name, "a checkpoint's folder", "a file", "give the folder that contains config.json"
         )
     if not _ID.fullmatch(name):
         raise fail(
@@ -58,56 +64,56 @@ def resolve(name: str, patterns: Iterable[str], download: bool) -> Path:
 
 
 def repository_of(name: str, weights: bool) -> str | None:
-    """The hub's repository of which headers alone are wanted; None for a folder, and where the weights are wanted too."""
+    """The hub repository whose headers suffice; None for a folder, or if the weights are needed."""
     return None if weights or is_folder(name) else name.partition("@")[0]
 
 
 def _fault(name: str, error: Exception, download: bool) -> Fault:
-    """What the hub's client says, as a fault."""
+    """An error of the hub's client as a fault."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
         return Fault(
             name,
-            "a repository that you may read",
-            "one behind a gate",
+            "a repository that you can read",
+            "a gated repository",
             f"ask for access on its page, and {_LOG_IN}",
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return Fault(
             name,
             "a repository of the hub",
-            "none of that name, or one that is private",
+            "no repository of this name, or a private one",
             f"check the name, or {_LOG_IN}",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return Fault(
             name,
             "a revision of the repository",
-            "none of that name",
-            "name a branch, a tag or a commit behind the @",
+            "no revision of this name",
+            "give a branch, a tag or a commit after the @",
         )
     if isinstance(error, errors.IncompleteSnapshotError):
         return Fault(
             name,
             "all of its files in the local cache",
-            "some of them",
+            "only some of them",
             "allow the download of the rest with --download",
         )
     if not download:
         remedy = "give the path of a folder, or allow the download with --download"
         return Fault(name, "a folder, or a hub id that is in the local cache", "neither", remedy)
-    # The last line of the client's text is about what the user may do with the client.
+    # The last lines of the client's message are about the client's own options.
     return Fault(
         name,
-        "an answer of the hub",
+        "a response from the hub",
         str(error).split("\n")[0][:300] or type(error).__name__,
         "check the name and the network",
     )
 
 
 class Header(NamedTuple):
-    """What is known of a safetensors file on the hub."""
+    """The header of a safetensors file on the hub."""
 
     text: bytes
     size: int
@@ -115,24 +121,23 @@ class Header(NamedTuple):
 
 
 def header(repository: str, file: Path, download: bool) -> Header | None:
-    """The header of a safetensors file on the hub, from the cache or fetched; None where the repository has no such file.
+    """The header of a safetensors file on the hub; None if the repository has no such file.
 
     Args:
         repository: `org/name`.
-        file: the file's place in the local snapshot of a commit, where it is not.
-        download: whether it may be fetched.
+        file: the path that the file would have in the local snapshot of a commit.
+        download: whether a header that is not in the local cache may be fetched.
 
     Raises:
-        FrankenmergeError: for a header that is not at hand or cannot be had, and one of absurd
-            size.
+        FrankenmergeError: if the header is not available, or if its length is invalid.
     """
     commit = file.parent.name
-    kept = (
+    cached = (
         cache_folder() / "headers" / repository.replace("/", "--") / commit / f"{file.name}.header"
     )
     place = f"{repository}@{commit}: {file.name}"
-    if kept.is_file():
-        size, text = int.from_bytes((content := kept.read_bytes())[:8], "little"), content[8:]
+    if cached.is_file():
+        size, text = int.from_bytes((content := cached.read_bytes())[:8], "little"), content[8:]
         return Header(text, size) if size else None
     if not download:
         raise fail(
@@ -142,9 +147,9 @@ def header(repository: str, file: Path, download: bool) -> Header | None:
             "allow the download with --download",
         )
     fetched = _fetched(repository, commit, file.name, place)
-    # A commit does not change: what it does not have is kept as well, as a file of no size.
+    # A commit does not change, so missing files are cached too, with a size of 0.
     write_file(
-        kept,
+        cached,
         (fetched.size if fetched else 0).to_bytes(8, "little") + (fetched.text if fetched else b""),
     )
     return fetched
@@ -167,22 +172,23 @@ def _fetched(repository: str, commit: str, name: str, place: str) -> Header | No
 
 
 def _range(url: str, start: int, stop: int, place: str) -> tuple[bytes, int]:
-    """Bytes `start` to `stop` of a file, and its size. Never reads more, whatever the server sends."""
+    """Bytes `start` to `stop` of a file, and its size; never reads more than that."""
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-    asked = build_hf_headers() | {
+    request_headers = build_hf_headers() | {
         "Range": f"bytes={start}-{stop - 1}",
         "Accept-Encoding": "identity",
     }
     with http_stream_backoff(
-        "GET", url, headers=asked, timeout=_TIMEOUT, max_retries=2, follow_redirects=True
+        "GET", url, headers=request_headers, timeout=_TIMEOUT, max_retries=2, follow_redirects=True
     ) as response:
         hf_raise_for_status(response)
-        told = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
-        if response.status_code != 206 or told is None or int(told[1]) != start:
-            found = f"status {response.status_code}, Content-Range {response.headers.get('Content-Range')!r}"
-            remedy = "download the donor whole and give its folder: this server sends no ranges"
-            raise fail(place, f"bytes {start:,} to {stop - 1:,} alone", found, remedy)
+        sent = response.headers.get("Content-Range")
+        content_range = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", sent or "")
+        if response.status_code != 206 or content_range is None or int(content_range[1]) != start:
+            found = f"status {response.status_code}, Content-Range {sent!r}"
+            remedy = "download all of the donor and give its folder: this server sends no ranges"
+            raise fail(place, f"only bytes {start:,} to {stop - 1:,}", found, remedy)
         content = bytearray()
         for chunk in response.iter_raw():
             content += chunk
@@ -193,38 +199,44 @@ def _range(url: str, start: int, stop: int, place: str) -> tuple[bytes, int]:
             place,
             f"{stop - start:,} bytes",
             f"{len(content):,}",
-            "try again: the answer was cut off",
+            "try again: the response was cut off",
         )
-    return bytes(content[: stop - start]), int(told[3])
+    return bytes(content[: stop - start]), int(content_range[3])
 
 
 def hub_ids(names: Iterable[str]) -> list[str]:
-    """The repositories among models' names, `org/name@revision+lora`, each once; what is a folder here is none."""
+    """The hub repositories among names of models, each once; local folders are left out.
+
+    A name may have a revision and adapters: `org/name@revision+org/lora`.
+    """
     parts = (part for name in names if not is_folder(name) for part in name.split("+"))
-    found = (_ID.fullmatch(part) for part in parts if not is_folder(part))
-    return list(dict.fromkeys(match[1] for match in found if match))
+    matches = (_ID.fullmatch(part) for part in parts if not is_folder(part))
+    return list(dict.fromkeys(match[1] for match in matches if match))
 
 
 def check_push(repository: str) -> None:
-    """Raise FrankenmergeError where a merge cannot be put into `repository`: nobody is logged in, has the right, or it is in use."""
+    """Raise FrankenmergeError if a merge cannot be uploaded to `repository`.
+
+    The reasons are a missing login, missing rights, or a repository that is not empty.
+    """
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
     if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repository):
         raise fail(
-            repository, "a repository's name, org/name", "something else", "correct --push-to-hub"
+            repository, "a repository's name, org/name", "another form", "correct --push-to-hub"
         )
     api = HfApi()
     try:
-        told = api.whoami()
-        own = [told["name"], *(group["name"] for group in told.get("orgs", []))]
+        account = api.whoami()
+        own = [account["name"], *(group["name"] for group in account.get("orgs", []))]
     except (HTTPError, OSError, KeyError, TypeError) as error:
         raise fail(
             "the hub",
-            "somebody who is logged in",
+            "a user who is logged in",
             str(error).split("\n")[0][:300],
-            f"{_LOG_IN} with a token that may write",
+            f"{_LOG_IN} with a token that has write permission",
         ) from error
     namespace, _, name = repository.rpartition("/")
     if namespace and namespace not in own:
@@ -232,40 +244,44 @@ def check_push(repository: str) -> None:
             repository,
             f"a repository of {', '.join(own)}",
             f"one of {namespace}",
-            "correct the name, or log in as somebody else",
+            "correct the name, or log in as another user",
         )
     try:
-        there = set(api.list_repo_files(f"{namespace or own[0]}/{name}")) - {".gitattributes"}
+        existing = set(api.list_repo_files(f"{namespace or own[0]}/{name}")) - {".gitattributes"}
     except RepositoryNotFoundError:
         return
     except (HTTPError, OSError, ValueError) as error:
         raise FrankenmergeError(_fault(repository, error, True)) from error
-    if there:
-        found = f"one with {', '.join(sorted(there)[:3])}"
+    if existing:
+        found = f"one with {', '.join(sorted(existing)[:3])}"
         raise fail(
             repository,
-            "a repository that does not exist yet, or an empty one",
+            "a new or an empty repository",
             found,
             "choose another name",
         )
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:
-    """Put the files of a finished merge into a repository of the hub, made where it is not there, and return its address.
+    """Upload a finished merge to a repository of the hub and return its URL.
 
-    Raises FrankenmergeError, the merge staying where it is, when the hub will not have it.
+    The repository is created if it does not exist.
+
+    Raises:
+        FrankenmergeError: if the upload fails; the local files stay as they are.
     """
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
-        made = api.create_repo(
-            repository, private=private or None, exist_ok=True
-        )  # None: as the namespace has it
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Upload a merge")
+        # None: the default of the namespace.
+        url = api.create_repo(repository, private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload a merge")
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        remedy = f"mend that, then `hf upload {repository} {folder}`: the merge is whole there"
+        remedy = (
+            f"fix this, then run `hf upload {repository} {folder}`; the merge is complete there"
+        )
         found = " ".join(f"{error} {error.__cause__ or ''}".split())[:400]
-        raise fail(repository, "a repository that may be written to", found, remedy) from error
-    return str(made)
+        raise fail(repository, "a repository that you can write to", found, remedy) from error
+    return str(url)

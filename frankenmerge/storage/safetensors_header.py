@@ -1,4 +1,4 @@
-"""What stands at the beginning of a safetensors file: every tensor's name, type, shape and place. Read without the tensors."""
+"""The header of a safetensors file: every tensor's name, type, shape and position in the file."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.storage.dtypes import BYTES_OF
 
 HEADER_LIMIT = 100_000_000
-"""Bytes; what is longer is no header but an attack, and safetensors refuses it too."""
+"""Bytes; a longer header is an attack, and safetensors refuses it too."""
 
 
 class Tensor(NamedTuple):
@@ -17,7 +17,7 @@ class Tensor(NamedTuple):
 
     file: Path
     dtype: str
-    """As safetensors names it: `BF16`, `F32`, ..."""
+    """The name in safetensors: `BF16`, `F32`, ..."""
     shape: tuple[int, ...]
     start: int
     """First byte in the file."""
@@ -30,9 +30,17 @@ class Tensor(NamedTuple):
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file. Raises FrankenmergeError when it is absent, no JSON, or gives a name twice."""
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        what: what the file should be, for the error message.
+
+    Raises:
+        FrankenmergeError: if the file is missing, is not valid JSON, or has duplicate names.
+    """
     if path.exists() and not path.is_file():
-        raise fail(str(path), what, "no ordinary file", "restore the file")
+        raise fail(str(path), what, "not a regular file", "restore the file")
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except FileNotFoundError as error:
@@ -44,13 +52,15 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file's header and hold every entry against the file.
+    """Read the header of a safetensors file and compare every entry with the file.
 
     Raises FrankenmergeError for a missing or truncated file and for offsets that overlap, leave
     gaps or run past the end.
     """
     if file.exists() and not file.is_file():
-        raise fail(str(file), "a safetensors file", "no ordinary file", "download the shard again")
+        raise fail(
+            str(file), "a safetensors file", "not a regular file", "download the shard again"
+        )
     try:
         size = file.stat().st_size
         with file.open("rb") as handle:
@@ -70,18 +80,21 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def header_length(first: bytes, size: int, place: str) -> int:
-    """How long the header behind the `first` eight bytes is. Raises FrankenmergeError for one that cannot be in a file of `size` bytes."""
+    """The length of the header in bytes, from the first eight bytes of the file.
+
+    Raises FrankenmergeError if it does not fit into a file of `size` bytes.
+    """
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > min(HEADER_LIMIT, size - 8):
-        found = f"{size:,} bytes, and a header said to take {length:,}"
+        found = f"{size:,} bytes, and a header length of {length:,}"
         raise fail(place, "a complete safetensors file", found, "download the shard again")
     return length
 
 
 def tensors_of(text: bytes, size: int, file: Path) -> dict[str, Tensor]:
-    """Read a header's text, and hold its entries against the `size` of the whole file.
+    """Read the text of a header and compare its entries with the `size` of the whole file.
 
-    Raises FrankenmergeError for what is no header, and for offsets that overlap, leave gaps or run
+    Raises FrankenmergeError for invalid headers, and for offsets that overlap, leave gaps or run
     past the end.
     """
     try:
@@ -98,7 +111,7 @@ def tensors_of(text: bytes, size: int, file: Path) -> dict[str, Tensor]:
             "download the shard again",
         )
     header.pop("__metadata__", None)
-    tensors, faults, begun = {}, [], 8 + len(text)
+    tensors, faults, data_start = {}, [], 8 + len(text)
     for name, entry in header.items():
         try:
             shape, (begin, end) = entry["shape"], entry["data_offsets"]
@@ -119,20 +132,22 @@ def tensors_of(text: bytes, size: int, file: Path) -> dict[str, Tensor]:
                 )
             )
             continue
-        tensors[name] = Tensor(file, entry["dtype"], tuple(shape), begun + begin, begun + end)
+        tensors[name] = Tensor(
+            file, entry["dtype"], tuple(shape), data_start + begin, data_start + end
+        )
     raise_all(faults)
-    position = begun
+    position = data_start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != position:
             raise fail(
                 f"{file}: {name}",
-                f"its bytes to begin at {position:,}",
+                f"its bytes to start at {position:,}",
                 f"{tensor.start:,}",
                 "download the shard again",
             )
         position = tensor.stop
     if position != size:
-        found = f"{size:,} bytes ({'truncated' if size < position else 'bytes too many'})"
+        found = f"{size:,} bytes ({'truncated' if size < position else 'too many bytes'})"
         raise fail(
             str(file), f"{position:,} bytes, as its header says", found, "download the shard again"
         )
@@ -141,6 +156,6 @@ def tensors_of(text: bytes, size: int, file: Path) -> dict[str, Tensor]:
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(names := [name for name, _ in pairs]) != len(set(names)):
-        raise ValueError("a name stands twice")
-    "".join(names).encode()  # raises ValueError for lone surrogates, which are no text
+        raise ValueError("duplicate names in an object")
+    "".join(names).encode()  # raises ValueError for lone surrogates, which are not text
     return dict(pairs)

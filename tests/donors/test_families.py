@@ -1,4 +1,4 @@
-"""Every family end to end, held against the donors' own forward passes.
+"""Every family end to end, compared with the donors' own forward passes.
 
 The tests run over `FAMILIES`, so that a new entry is tested at once.
 """
@@ -136,7 +136,10 @@ def passed(
     entering: dict[int, torch.Tensor] | None = None,
     leaving: dict[int, torch.Tensor] | None = None,
 ):
-    """The library's own forward pass: what enters and leaves every block, and the logits; some of them replaced on the way."""
+    """The library's own forward pass: inputs and outputs of every block, and the logits.
+
+    Some inputs and outputs are replaced.
+    """
     seen, handles = {"in": {}, "out": {}}, []
     for index, block in enumerate(blocks_in(model)):
 
@@ -166,7 +169,7 @@ def passed(
 
 
 def by_the_donors(order, models) -> torch.Tensor:
-    """The splice's logits, every block computed inside its own donor: it cannot know that it was moved."""
+    """The splice's logits, with every block computed inside its own donor."""
     state = passed(models[order[0][0]])[0]["in"][0]
     for name, index in order:
         state = passed(models[name], entering={index: state})[0]["out"][index]
@@ -175,13 +178,13 @@ def by_the_donors(order, models) -> torch.Tensor:
 
 
 def spliced(order, pair, output):
-    """Merge, and splice in memory: the checkpoint as the library loads it, and the logits of both."""
+    """Merge, and splice in memory: the loaded checkpoint, and the logits of both."""
     recipe = recipe_of([Block(str(pair.folders[name]), index) for name, index in order])
     donors = open_donors(recipe)
     merge(recipe, donors, output)
-    loaded, told = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        told
+    loaded, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
     )
     virtual = virtual_splice(
         recipe,
@@ -322,13 +325,13 @@ def test_gradient_search_descends_on_the_loss_of_a_forward_pass(pair, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inspect_tells_that_two_donors_of_a_family_can_be_spliced(pair, run, family):
-    told = json.loads(run("inspect", *pair(family).folders.values(), "--json")[1])
-    assert told["spliceable"] and told["reasons"] == []
+    result = json.loads(run("inspect", *pair(family).folders.values(), "--json")[1])
+    assert result["spliceable"] and result["reasons"] == []
     parameters = {
         name: sum(value.numel() for value in model.parameters())
         for name, model in pair(family).models.items()
     }
-    for row, name in zip(told["donors"], ("tied", "untied"), strict=True):
+    for row, name in zip(result["donors"], ("tied", "untied"), strict=True):
         assert (row["family"], row["blocks"], row["tied"], row["parameters"]) == (
             family,
             4,

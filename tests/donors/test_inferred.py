@@ -211,7 +211,7 @@ def test_names_that_are_no_model_s_are_a_reason(shapes):
         architecture_of(CONFIG, shapes, "config.json")
 
 
-def test_all_reasons_are_told_at_once():
+def test_all_reasons_are_reported_at_once():
     with pytest.raises(FrankenmergeError) as raised:
         architecture_of(CONFIG | {"scale_depth": 1.4, "moe_layers": [1]}, SHAPES, "config.json")
     assert len(raised.value.faults) == 2

@@ -218,7 +218,8 @@ def test_commands_take_the_option(donors, tmp_path, run, text):
     folder = pickled(donors["a"], tmp_path / "pickled")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"merge_method: passthrough\nslices: [{{sources: [{{model: {folder}, layer_range: [0, 3]}}]}}]\n"
+        "merge_method: passthrough\n"
+        f"slices: [{{sources: [{{model: {folder}, layer_range: [0, 3]}}]}}]\n"
     )
     commands = {
         "inspect": [folder],

@@ -110,7 +110,7 @@ def test_what_config_tells_of_blocks_moves_with_them(base, order, changes):
     assert config == expected | {"num_hidden_layers": len(order), "tie_word_embeddings": False}
 
 
-def test_blocks_of_donors_that_tell_and_that_do_not_are_told_together():
+def test_blocks_of_donors_with_and_without_lists_are_listed_together():
     old = GEMMA3 | {"sliding_window_pattern": 2}
     new = GEMMA3 | {"layer_types": [F, F, S, S, F, F]}
     order = [(old, 0), (new, 0), (new, 2), (old, 5), (old, 1)]
@@ -147,7 +147,7 @@ def test_code_of_a_donor_is_not_named_in_the_result():
         (GEMMA3, {"rope_local_base_freq": "10000"}, "rope_local_base_freq"),
     ],
 )
-def test_a_config_whose_blocks_cannot_be_moved_is_told(base, changes, place):
+def test_a_config_whose_blocks_cannot_be_moved_is_reported(base, changes, place):
     assert config_faults(base, "config.json") == []
     (fault,) = config_faults(base | changes, "config.json")
     assert fault.place == f"config.json: {place}"

@@ -72,10 +72,10 @@ def test_a_tensor_that_one_block_alone_has_is_named(donors, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "count, told",
+    "count, found",
     [(5, "none of block 4"), (9, "none of block 4, 5, 6, 7, 8"), (3, "some of block 3")],
 )
-def test_a_count_of_blocks_that_the_weights_contradict_is_refused(donors, tmp_path, count, told):
+def test_a_count_of_blocks_that_the_weights_contradict_is_refused(donors, tmp_path, count, found):
     folder = changed(
         donors["a"], tmp_path / "count", config=lambda config: config | {"num_hidden_layers": count}
     )
@@ -83,7 +83,7 @@ def test_a_count_of_blocks_that_the_weights_contradict_is_refused(donors, tmp_pa
     assert (fault.place, fault.expected, fault.found) == (
         str(folder),
         f"tensors of {count} blocks",
-        told,
+        found,
     )
 
 

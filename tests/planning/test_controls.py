@@ -1,4 +1,4 @@
-"""The recipes a plan has to beat: of the depth asked for, within their donors, the same every time."""
+"""Baseline recipes: of the given depth, within their donors, and deterministic."""
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_the_naive_interleave_has_the_depth_and_stays_within(donors, depth):
 
 
 def test_goliath_of_its_own_donors_is_goliath_s_shape():
-    """Goliath-120b: 137 blocks in nine runs of two donors of 80, neighbours overlapping by about half."""
+    """Goliath-120b: 137 blocks in nine runs of two donors of 80; neighbours overlap by half."""
     recipe = goliath({"xwin": 80, "euryale": 80}, 137)
     ranges = [source.layer_range for source in recipe.sources]
     assert [source.model for source in recipe.sources] == ["xwin", "euryale"] * 4 + ["xwin"]
@@ -116,10 +116,10 @@ def test_random_recipes_are_the_same_for_the_same_seed():
 
 
 def test_random_recipes_of_other_seeds_are_other_recipes():
-    drawn = [random_recipe(PAIR, 12, seed) for seed in range(200)]
-    assert len({str(recipe) for recipe in drawn}) > 150
-    assert {len(recipe.seams) for recipe in drawn} == {1, 2, 3, 4}
-    assert {recipe.sources[0].model for recipe in drawn} == {"a", "b"}
+    recipes = [random_recipe(PAIR, 12, seed) for seed in range(200)]
+    assert len({str(recipe) for recipe in recipes}) > 150
+    assert {len(recipe.seams) for recipe in recipes} == {1, 2, 3, 4}
+    assert {recipe.sources[0].model for recipe in recipes} == {"a", "b"}
 
 
 @pytest.mark.parametrize("max_seams, min_slice", [(1, 2), (2, 4), (3, 1)])

@@ -60,11 +60,11 @@ def test_slices_are_cut_where_the_factor_changes_and_no_seam_is_added(donors):
     recipe = recipe_from(donors)
     found = damped(recipe, [1, 1, 0.5, 0.5, 1, 1], WRITES["llama"])
     assert found.blocks == recipe.blocks and found.seams == recipe.seams
-    told = [
+    slices = [
         (source.layer_range, source.parameters and source.parameters["scale"][0]["value"])
         for source in found.sources
     ]
-    assert told == [([0, 2], None), ([2, 3], 0.5), ([1, 2], 0.5), ([2, 3], None), ([3, 4], None)]
+    assert slices == [([0, 2], None), ([2, 3], 0.5), ([1, 2], 0.5), ([2, 3], None), ([3, 4], None)]
 
 
 def test_the_ways_of_damping_follow_passes_and_norms(donors):
@@ -86,7 +86,7 @@ def test_the_ways_of_damping_follow_passes_and_norms(donors):
 
     assert factors(ways["1/n"]) == [1, 0.5, 0.5, 0.5, 0.5, 1]
     assert factors(ways["1/sqrt(n)"]) == pytest.approx([1, 0.7071, 0.7071, 0.7071, 0.7071, 1])
-    # B's blocks 1 and 2 are entered behind three blocks of A: the ratio of the norms there, over
+    # B's blocks 1 and 2 are entered after three blocks of A: the ratio of the norms there, over
     # all probes.
     norms = [
         np.linalg.norm(atlas.activations(block), axis=1)

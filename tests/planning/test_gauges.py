@@ -1,4 +1,4 @@
-"""Plans of donors that share no basis: proposed gauges bring twins together again, and are measured as they are written."""
+"""Plans of donors without a common basis: the proposed gauges rotate twins into one basis."""
 
 import json
 
@@ -73,8 +73,8 @@ def test_every_slice_in_another_basis_is_turned_and_no_other():
         ]
     )
     pairs = [frozenset(pair) for pair in (("a", "b"), ("a", "c"), ("b", "d"))]
-    told = [part.gauge and part.gauge.to for part in with_gauges(recipe, pairs).parts]
-    assert told == [None, "previous", "base", None, "previous", None, "previous"]
+    gauges = [part.gauge and part.gauge.to for part in with_gauges(recipe, pairs).parts]
+    assert gauges == [None, "previous", "base", None, "previous", None, "previous"]
 
 
 def test_the_command_writes_the_gauge_and_measures_with_it(run, twins, text, tmp_path):
@@ -97,7 +97,7 @@ def test_the_command_writes_the_gauge_and_measures_with_it(run, twins, text, tmp
     code, out, _ = run(
         "plan", tmp_path / "ab.alignment.safetensors", "-o", tmp_path / "recipe.yaml", *asked
     )
-    told = json.loads(out)["plans"][0]
-    assert code == 0 and abs(told["measured_damage"]) < 1e-3
+    entry = json.loads(out)["plans"][0]
+    assert code == 0 and abs(entry["measured_damage"]) < 1e-3
     assert load_recipe(tmp_path / "recipe.yaml").parts[1].gauge
-    assert [(seam["gauged"], seam["by_chance"]) for seam in told["seams"]] == [(True, True)]
+    assert [(seam["gauged"], seam["by_chance"]) for seam in entry["seams"]] == [(True, True)]

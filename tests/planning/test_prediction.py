@@ -1,4 +1,4 @@
-"""Superposition, held against a plain simulation with vectors, and the ridge regression against its closed form."""
+"""Superposition compared with a simulation, and the ridge regression with its closed form."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def cosine(x, y) -> float:
 
 
 def at_home(blocks, walks, states):
-    """The states blocks are given at home, the weights of the donors' last states, and those states' mean."""
+    """The blocks' inputs in their own donors, weights of the donors' last states, and their mean."""
     given = np.array([[states.first[block.model] + block.index for block in blocks]])
     ends, home = np.zeros((1, len(states.gram))), 0
     for name, _ in blocks:
@@ -192,7 +192,7 @@ def test_intervals_hold_what_they_are_around_and_widen_with_it():
 
 
 def test_the_interval_for_a_new_family_holds_nine_of_ten():
-    """Families that differ in their means, three of them seen: the interval holds for others of the same kind."""
+    """Families with different means, three of them known: the interval holds for a fourth."""
     generator, held = np.random.default_rng(3), []
     for _ in range(400):
         means = 0.4 * generator.standard_normal(4)

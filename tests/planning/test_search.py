@@ -1,4 +1,4 @@
-"""The search for cheapest routes, held against an enumeration of all of them."""
+"""The search for cheapest routes, compared with an enumeration of all of them."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -14,7 +14,7 @@ from frankenmerge.planning.search import Constraints, Route, Run, cheapest_route
 def respects(
     runs: tuple[Run, ...], lengths: list[int], pairs: set, constraints: Constraints
 ) -> bool:
-    """Whether a route keeps to its constraints, told block by block."""
+    """Whether a route satisfies its constraints, checked block by block."""
     c = constraints
     slices = [[(donor, block) for block in range(start, stop)] for donor, start, stop in runs]
     blocks = [block for part in slices for block in part]
@@ -45,7 +45,7 @@ def respects(
 def all_paths(
     lengths: list[int], pairs: set, constraints: Constraints
 ) -> Iterator[tuple[Run, ...]]:
-    """Every sequence of slices of the right depth, good or bad, then those that keep to the constraints."""
+    """All sequences of slices of the right depth, filtered by the constraints."""
     every = [
         Run(d, start, stop)
         for d, length in enumerate(lengths)
@@ -64,9 +64,7 @@ def all_paths(
                     yield from grown((*runs, run), left - (run.stop - run.start))
 
     return (
-        runs
-        for runs in grown((), constraints.depth)
-        if respects(runs, lengths, pairs, constraints)
+        runs for runs in grown((), constraints.depth) if respects(runs, lengths, pairs, constraints)
     )
 
 
@@ -111,9 +109,7 @@ def problems(draw):
 @given(problems())
 def test_all_paths_are_found_the_cheapest_first(problem):
     lengths, costs, constraints = problem
-    expected = {
-        runs: cost_of(runs, costs) for runs in all_paths(lengths, set(costs), constraints)
-    }
+    expected = {runs: cost_of(runs, costs) for runs in all_paths(lengths, set(costs), constraints)}
     found = list(cheapest_routes(lengths, costs, constraints))
     assert len(found) == len({route.runs for route in found})
     assert {route.runs for route in found} == set(expected)
@@ -134,7 +130,9 @@ def test_the_first_paths_are_those_of_a_longer_list():
     everything = list(cheapest_routes([5, 5], costs, constraints))
     assert len(everything) > 100
     for count in (1, 2, 16):
-        assert list(islice(cheapest_routes([5, 5], costs, constraints), count)) == everything[:count]
+        assert (
+            list(islice(cheapest_routes([5, 5], costs, constraints), count)) == everything[:count]
+        )
 
 
 def test_a_single_seam_goes_where_it_costs_least():
@@ -165,9 +163,7 @@ def test_no_seam_lies_before_among_or_behind_protected_blocks(first, last):
     for route in found:
         assert respects(route.runs, lengths, set(costs), constraints)
         inner = route.runs[1:-1]
-        assert all(
-            run.start >= first and run.stop <= lengths[run.donor] - last for run in inner
-        )
+        assert all(run.start >= first and run.stop <= lengths[run.donor] - last for run in inner)
 
 
 def test_protecting_more_only_takes_paths_away():

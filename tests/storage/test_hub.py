@@ -1,4 +1,4 @@
-"""Donors on the hub, known by their headers alone: the command line in a process of its own, against a hub on loopback."""
+"""Donors on the hub, read by their headers alone: the command line against a hub on loopback."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def hub(folders):
 
 @pytest.fixture
 def call(hub, tmp_path):
-    """Run the command line against the hub; returns (exit code, standard output, standard error)."""
+    """Run the command line against the hub: (exit status, standard output, standard error)."""
 
     def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
         command = [sys.executable, "-m", "frankenmerge", *map(str, arguments)]
@@ -90,8 +90,8 @@ def test_a_recipe_is_checked_by_headers_alone(call, hub, folders, recipe, tmp_pa
     for part, name in zip(local["slices"], ("one", "sharded"), strict=True):
         part["sources"][0]["model"] = str(folders[name])
     (tmp_path / "local.yaml").write_text(yaml.safe_dump(local))
-    told = json.loads(call("check", tmp_path / "local.yaml", "--json")[1])
-    assert {**json.loads(out), "recipe": ""} == {**told, "recipe": ""}
+    local_record = json.loads(call("check", tmp_path / "local.yaml", "--json")[1])
+    assert {**json.loads(out), "recipe": ""} == {**local_record, "recipe": ""}
     assert {name: count for name, count in hub.served.items() if name.endswith(".safetensors")} == {
         **weights(folders["one"]),
         **weights(folders["sharded"]),
@@ -118,29 +118,30 @@ def test_a_second_check_asks_for_the_revisions_alone_and_none_needs_a_network(ca
 
 
 def test_nothing_is_asked_without_consent(refused, hub, recipe):
-    told = refused("check", recipe)
-    assert "org/one" in told and "org/sharded@v1" in told and "--download" in told
+    message = refused("check", recipe)
+    assert "org/one" in message and "org/sharded@v1" in message and "--download" in message
     assert hub.asked == []
 
 
 def test_inspect_tells_of_a_donor_without_its_weights(call, hub, folders):
     code, out, err = call("inspect", "org/one", "--download", "--json")
     assert code == 0, err
-    found, told = (
+    found, local_record = (
         json.loads(out)["donors"][0],
         json.loads(call("inspect", folders["one"], "--json")[1])["donors"][0],
     )
-    assert found == {**told, "name": "org/one", "fingerprint": None} and told["fingerprint"]
+    assert found == {**local_record, "name": "org/one", "fingerprint": None}
+    assert local_record["fingerprint"]
     assert hub.served["model.safetensors"] == header_bytes(folders["one"] / "model.safetensors")
-    assert "weights not at hand" in call("inspect", "org/one")[1]
+    assert "weights not available" in call("inspect", "org/one")[1]
 
 
 def test_a_merge_behind_a_check_needs_the_weights_and_says_so(
     call, refused, hub, folders, recipe, tmp_path
 ):
     assert call("check", recipe, "--download")[0] == 0
-    told = refused("merge", recipe, tmp_path / "out")
-    assert "org/one" in told and "--download" in told and not (tmp_path / "out").exists()
+    message = refused("merge", recipe, tmp_path / "out")
+    assert "org/one" in message and "--download" in message and not (tmp_path / "out").exists()
     code, _, err = call("merge", recipe, tmp_path / "out", "--download")
     assert code == 0, err
     donor, _, made = (
@@ -176,26 +177,28 @@ def test_a_lora_on_the_hub_is_known_by_its_header_alone(call, hub, folders, tmp_
 
 
 @pytest.mark.parametrize(
-    "name, error, told",
+    "name, error, message",
     [
-        ("org/none", None, "none of that name, or one that is private"),
+        ("org/none", None, "no repository of this name, or a private one"),
         ("org/one@v2", None, "a revision of the repository"),
         ("org/one", (403, "GatedRepo"), "ask for access"),
         ("org/one", (401, "RepoNotFound"), "private"),
-        ("org/one", (403, "DisabledRepo"), "an answer of the hub"),
+        ("org/one", (403, "DisabledRepo"), "a response from the hub"),
     ],
 )
-def test_what_may_not_be_read_is_told_apart(refused, hub, name, error, told):
+def test_what_may_not_be_read_has_its_own_message(refused, hub, name, error, message):
     hub.repositories["org/one"].error = error
-    assert told in refused("inspect", name, "--download")
+    assert message in refused("inspect", name, "--download")
 
 
-def test_a_hub_that_does_not_answer_is_told(refused):
-    told = refused("inspect", "org/one", "--download", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "org/one" in told and "check the name and the network" in told
+def test_a_hub_that_does_not_answer_is_reported(refused):
+    message = refused("inspect", "org/one", "--download", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "org/one" in message and "check the name and the network" in message
 
 
-def test_a_server_that_sends_no_ranges_is_told_and_not_read_from(refused, hub, tmp_path, folders):
+def test_a_server_that_sends_no_ranges_is_reported_and_not_read_from(
+    refused, hub, tmp_path, folders
+):
     large = tmp_path / "large"
     shutil.copytree(folders["one"], large)
     with (large / "model.safetensors").open("ab") as file:
@@ -205,26 +208,28 @@ def test_a_server_that_sends_no_ranges_is_told_and_not_read_from(refused, hub, t
     assert hub.served["model.safetensors"] < 20_000_000
 
 
-def test_an_answer_that_is_cut_off_is_told(refused, hub):
+def test_an_answer_that_is_cut_off_is_reported(refused, hub):
     hub.repositories["org/one"].cut = 3
     assert "cut off" in refused("inspect", "org/one", "--download")
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         (struct.pack("<Q", 1 << 60) + b"{}", "a complete safetensors file"),
         (struct.pack("<Q", 200_000_000) + bytes(10), "a complete safetensors file"),
         (b"abc", "8 bytes"),
-        (b"", "an answer of the hub"),
+        (b"", "a response from the hub"),
         (struct.pack("<Q", 2) + b"[]" + bytes(64), "a JSON object"),
         (struct.pack("<Q", 0), "a safetensors header"),
         (struct.pack("<Q", 2) + b"{}" + bytes(64), "as its header says"),
     ],
 )
-def test_a_header_that_is_none_is_refused_before_it_is_fetched_or_read(refused, hub, content, told):
+def test_a_header_that_is_none_is_refused_before_it_is_fetched_or_read(
+    refused, hub, content, message
+):
     hub.repositories["org/one"].files["model.safetensors"] = content
-    assert told in refused("inspect", "org/one", "--download")
+    assert message in refused("inspect", "org/one", "--download")
     assert hub.served.get("model.safetensors", 0) <= 10
 
 
@@ -235,8 +240,8 @@ def test_an_index_that_leaves_the_repository_is_refused(refused, hub, folders, s
     hub.repositories["org/sharded"].files["model.safetensors.index.json"] = json.dumps(
         index
     ).encode()
-    told = refused("inspect", "org/sharded", "--download")
-    assert "model.safetensors.index.json" in told or "ordinary file" in told
+    message = refused("inspect", "org/sharded", "--download")
+    assert "model.safetensors.index.json" in message or "regular file" in message
     assert not any("secret" in path or "passwd" in path or "/.." in path for path in hub.asked)
 
 
@@ -255,7 +260,7 @@ def test_a_header_is_kept_by_commit(call, hub, tmp_path):
     ] == ["model.safetensors.header"]
 
 
-def test_repositories_of_pickles_alone_are_told(refused, hub, tmp_path, folders):
+def test_repositories_of_pickles_alone_are_reported(refused, hub, tmp_path, folders):
     shutil.copytree(folders["one"], tmp_path / "old")
     (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
     hub.repositories["org/old"] = Repository(tmp_path / "old")
@@ -340,7 +345,7 @@ def test_nothing_is_put_anywhere_unless_it_was_asked_for(call, hub, local, tmp_p
 
 
 @pytest.mark.parametrize(
-    "name, token, told",
+    "name, token, message",
     [
         ("me/merged", "", "log in with"),
         ("me/merged", "hf_wrong", "log in with"),
@@ -350,20 +355,28 @@ def test_nothing_is_put_anywhere_unless_it_was_asked_for(call, hub, local, tmp_p
         ("me/full", TOKEN, "one with model.safetensors"),
     ],
 )
-def test_what_cannot_be_put_there_is_told_before_the_merge(
-    refused, hub, local, folders, tmp_path, name, token, told
+def test_what_cannot_be_put_there_is_reported_before_the_merge(
+    refused, hub, local, folders, tmp_path, name, token, message
 ):
     hub.repositories["me/full"] = Repository(tmp_path / "full")
     (tmp_path / "full").mkdir()
     shutil.copy(folders["one"] / "model.safetensors", tmp_path / "full")
-    assert told in refused("merge", local, tmp_path / "out", "--push-to-hub", name, HF_TOKEN=token)
+    assert message in refused(
+        "merge", local, tmp_path / "out", "--push-to-hub", name, HF_TOKEN=token
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_right_that_is_missing_is_told_and_the_merge_stays(refused, call, hub, local, tmp_path):
+def test_a_right_that_is_missing_is_reported_and_the_merge_stays(
+    refused, call, hub, local, tmp_path
+):
     hub.refused = True
-    told = refused("merge", local, tmp_path / "out", "--push-to-hub", "me/merged", HF_TOKEN=TOKEN)
-    assert "do not have the rights" in told and f"hf upload me/merged {tmp_path / 'out'}" in told
+    message = refused(
+        "merge", local, tmp_path / "out", "--push-to-hub", "me/merged", HF_TOKEN=TOKEN
+    )
+    assert (
+        "do not have the rights" in message and f"hf upload me/merged {tmp_path / 'out'}" in message
+    )
     assert call("check", tmp_path / "out")[0] == 0
 
 
