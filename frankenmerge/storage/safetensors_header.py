@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,16 +114,9 @@ def tensors_of(text: bytes, size: int, file: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors, faults, data_start = {}, [], 8 + len(text)
     for name, entry in header.items():
-        try:
-            shape, (begin, end) = entry["shape"], entry["data_offsets"]
-            numbers = [*shape, begin, end]
-            if not isinstance(shape, list) or any(
-                type(number) is not int or not 0 <= number < 1 << 63 for number in numbers
-            ):
-                raise ValueError
-            if end - begin != BYTES_OF[entry["dtype"]] * math.prod(shape):
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
+        if (tensor := _tensor(entry, file, data_start)) is not None:
+            tensors[name] = tensor
+        else:
             faults.append(
                 Fault(
                     f"{file}: {name}",
@@ -131,12 +125,29 @@ def tensors_of(text: bytes, size: int, file: Path) -> dict[str, Tensor]:
                     "download the shard again",
                 )
             )
-            continue
-        tensors[name] = Tensor(
-            file, entry["dtype"], tuple(shape), data_start + begin, data_start + end
-        )
     raise_all(faults)
-    position = data_start
+    _check_positions(tensors, data_start, size, file)
+    return tensors
+
+
+def _tensor(entry: Any, file: Path, data_start: int) -> Tensor | None:
+    """The tensor of a header's entry; None if the entry is invalid."""
+    try:
+        shape, (begin, end) = entry["shape"], entry["data_offsets"]
+        if not isinstance(shape, list) or any(
+            type(number) is not int or not 0 <= number < 1 << 63 for number in [*shape, begin, end]
+        ):
+            return None
+        if end - begin != BYTES_OF[entry["dtype"]] * math.prod(shape):
+            return None
+    except (KeyError, TypeError, ValueError):
+        return None
+    return Tensor(file, entry["dtype"], tuple(shape), data_start + begin, data_start + end)
+
+
+def _check_positions(tensors: Mapping[str, Tensor], start: int, size: int, file: Path) -> None:
+    """Raise FrankenmergeError unless the tensors fill the file from `start` to its end."""
+    position = start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != position:
             raise fail(
@@ -151,7 +162,6 @@ def tensors_of(text: bytes, size: int, file: Path) -> dict[str, Tensor]:
         raise fail(
             str(file), f"{position:,} bytes, as its header says", found, "download the shard again"
         )
-    return tensors
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def cosine(x, y) -> float:
 
 
 def at_home(blocks, walks, states):
-    """The blocks' inputs in their own donors, weights of the donors' last states, and their mean."""
+    """The blocks' inputs in their donors, weights of the donors' last states, and their mean."""
     given = np.array([[states.first[block.model] + block.index for block in blocks]])
     ends, home = np.zeros((1, len(states.gram))), 0
     for name, _ in blocks:
