@@ -30,7 +30,7 @@ class Stop(Exception):
 
 
 def stop_in(monkeypatch, block: int) -> list[int]:
-    """Let the analysis stop in the midst of `block`; returns a list of the blocks that were begun."""
+    """Make the analysis stop in the middle of `block`; returns the list of started blocks."""
     begun = []
     original = Passage.through
 
@@ -118,7 +118,7 @@ def test_a_donor_is_streamed(donors, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [48, 2100, 3000])
 def test_two_processes_make_the_atlas_of_one(tmp_path, vocabulary):
-    """Batches of 1024: both processes have some of 2100 and of 3000 tokens, the second has none of 48."""
+    """Batches of 1024: of 2100 and 3000 tokens both processes have some, of 48 only the first."""
     donor = write_donor(tmp_path / "donor", vocab_size=vocabulary)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",

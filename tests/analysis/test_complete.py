@@ -12,7 +12,7 @@ from frankenmerge.analysis.complete import complete_search
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models.hooks import blocks_of
-from frankenmerge.models.loading import load_model
+from frankenmerge.models.loading import Placement, load_model
 
 FAMILIES = {
     "llama": "norm",
@@ -31,7 +31,7 @@ def loaded(path):
 
 @torch.no_grad()
 def activations_of(model, prefix=()) -> np.ndarray:
-    """The residual stream at the last position, `[l+1, v, d]`: each token by itself, through all of the model."""
+    """The residual stream at the last position, `[l+1, v, d]`, each token in its own full pass."""
     final = model.base_model.get_submodule(FAMILIES[model.config.model_type])
     last = []
     handle = final.register_forward_pre_hook(lambda _module, args: last.append(args[0]))
@@ -46,7 +46,7 @@ def activations_of(model, prefix=()) -> np.ndarray:
 
 
 def assert_best(found, activations, k) -> None:
-    """Hold `found` against a sort of all activations, allowing for the last bits of a batched product."""
+    """Compare `found` with a sort of all activations, up to the rounding of a batched product."""
     blocks, vocabulary, width = activations.shape
     assert found.tokens.shape == found.values.shape == (blocks, width, min(k, vocabulary))
     assert (found.tokens.dtype, found.values.dtype) == (np.int32, np.float32)
@@ -221,7 +221,7 @@ def test_the_model_is_free_of_hooks_afterwards(donors):
 
 
 def test_half_precision_is_searched_in_its_own_numbers(donors):
-    model = load_model(open_checkpoint(str(donors["a"])), dtype="bfloat16")
+    model = load_model(open_checkpoint(str(donors["a"])), Placement("bfloat16"))
     found = complete_search(model, k=1)
     top = model.get_input_embeddings().weight.float().max(dim=0)
     assert (found.values[0, :, 0] == top.values.detach().numpy()).all()
@@ -237,7 +237,7 @@ def test_the_command_line_shows_the_tokens_found(donors, run, tmp_path):
 
 @torch.no_grad()
 def outputs(model, site="block", isolated=False):
-    """`[l, v, d]`: every block's output for every token, from the modules themselves, one block at a time."""
+    """`[l, v, d]`: every block's output for every token, by calling the modules one by one."""
     caught = []
     inner, found = model.model, []
     tokens = torch.arange(48)[:, None]

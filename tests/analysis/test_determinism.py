@@ -20,7 +20,7 @@ from frankenmerge.analysis.ranking import top_tokens
 from frankenmerge.artefacts.atlas import save_atlas
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.models.hooks import embedding_of
-from frankenmerge.models.loading import load_model
+from frankenmerge.models.loading import Placement, load_model
 from frankenmerge.models.streaming import Passage, each_block, stream_model
 
 FEATURES = [Feature.of(block, neuron) for block in (0, 1, 3, 4) for neuron in (0, 5, 11)]
@@ -28,7 +28,7 @@ DEMO = Path(__file__).resolve().parents[2] / "frankenmerge" / "demo" / "donors"
 
 
 def loaded(path, dtype="float32"):
-    return load_model(open_checkpoint(str(path)), dtype=dtype)
+    return load_model(open_checkpoint(str(path)), Placement(dtype))
 
 
 def test_every_clause_has_a_test_of_its_name():
@@ -62,7 +62,7 @@ def test_ties_go_to_the_lowest_id(tmp_path, monkeypatch, family, batch):
 
 
 def test_type_of_the_comparison_is_float32(tmp_path):
-    """Two tokens apart by less than half precision tells: the greater one wins, though its id is the higher one."""
+    """Of two tokens that half precision cannot separate, the greater wins despite its higher id."""
     model = loaded(write_donor(tmp_path / "donor", seed=22))
     with torch.no_grad():
         embedding_of(model)[:] = embedding_of(model).clamp(-1, 1)
@@ -118,7 +118,7 @@ def test_batches_of_the_gradient_search_change_no_more_than_rounding(donors):
 
 @pytest.mark.parametrize("prefix", [(), (0,), (0, 9, 9)])
 def test_positions_are_counted_behind_the_prefix(tmp_path, prefix):
-    """What enters GPT-2's first block is the token's embedding and the position's: closed form, for every token."""
+    """The input of GPT-2's first block is token plus position embedding, in closed form."""
     model = loaded(write_donor(tmp_path / "donor", "gpt2", seed=24))
     embedding, learned = (
         model.transformer.wte.weight.detach(),
@@ -155,7 +155,7 @@ def test_positions_are_those_of_the_librarys_own_pass(tmp_path, family):
 
 
 def test_positions_are_added_behind_the_embeddings_of_a_gradient_search(tmp_path):
-    """The loss before the first step is that of the start's tokens at positions 0, 1 and 2, in closed form at block 0."""
+    """The initial loss is that of the start's tokens at positions 0, 1, 2, in closed form."""
     model = loaded(write_donor(tmp_path / "donor", "gpt2", seed=26))
     result = gradient_search(model, [Feature.of(0, 4)], start=[5, 6, 7], steps=1, target=100.0)
     entering = model.transformer.wte.weight[[5, 6, 7]] + model.transformer.wpe.weight[:3]
@@ -170,7 +170,7 @@ def test_bos_is_kept_apart_and_told(donors, run, tmp_path):
             atlas.top[context].tokens, complete_search(model, prefix=prefix).tokens
         )
     assert not np.array_equal(atlas.top["plain"].tokens, atlas.top["bos"].tokens)
-    for option, context, words in (((), "plain", "plain"), (("--bos",), "bos", "behind BOS")):
+    for option, context, words in (((), "plain", "plain"), (("--bos",), "bos", "after BOS")):
         for method in ("complete", "greedy"):
             arguments = ("features", donors["a"], "--method", method, "--layers", "2", *option)
             assert words in run(*arguments)[1]
@@ -187,7 +187,7 @@ def test_bos_is_kept_apart_and_told(donors, run, tmp_path):
             *option,
         )
         assert json.loads(run(*arguments, "--json")[1])["context"] == context
-        assert ("behind BOS" in " ".join(run(*arguments)[1].split())) == (context == "bos")
+        assert ("after BOS" in " ".join(run(*arguments)[1].split())) == (context == "bos")
 
 
 def test_chance_comes_from_seeds(donors, tmp_path):

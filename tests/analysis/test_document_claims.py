@@ -1,4 +1,4 @@
-"""What the document says of language models' features, held against models that need no hub: random ones and the package's own.
+"""The document's claims about features, tested on random models and the package's own.
 
 Its tables of trained GPT-2 and Llama need those weights; `evals/document_tables.py` prints them.
 Held elsewhere: greedy search by the last position and by all finds the same (`test_greedy.py`), the
@@ -40,7 +40,7 @@ def random_gpt2(shape: str, seed: int):
 
 @torch.no_grad()
 def activations(model, tokens) -> np.ndarray:
-    """`[l, n, d]` without the last block, whose output the library gives behind the final norm: each token alone."""
+    """Each token alone, `[l, n, d]`, without the last block, which the library returns normed."""
     parts = [
         model(input_ids=part[:, None], output_hidden_states=True).hidden_states[:-1]
         for part in tokens.split(500)
@@ -58,7 +58,7 @@ def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def shared_argmax(correlation: np.ndarray, vocabulary: int, samples: int = 16) -> float:
-    """How often the largest of `vocabulary` normal numbers is in the same place as that of others so correlated, `[d]`, on average."""
+    """Mean probability that correlated samples of `vocabulary` normal numbers share the argmax."""
     generator, rho = np.random.default_rng(0), correlation[:, None]
     same = []
     for _ in range(samples):
@@ -81,7 +81,7 @@ def assert_residual_law(outputs: np.ndarray, pairs) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_untrained_models_blocks_correlate_as_its_residual_stream_grows(seed):
-    """Blocks add to the stream what is independent of it: `corr(O^i_f, O^j_f) = sqrt(var_i / var_j)`, where the document has none."""
+    """Blocks write independently: `corr(O^i_f, O^j_f) = sqrt(var_i / var_j)`, and not 0."""
     outputs = activations(random_gpt2("small", seed), torch.arange(2000))
     assert_residual_law(outputs, [pair for pair in PAIRS if pair[1] < 12] + [(1, 11)])
     assert correlations(outputs[1], outputs[11]).mean() > 0.4
@@ -97,10 +97,11 @@ def test_the_residual_law_in_the_shape_of_gpt2_small():
 
 
 def test_an_untrained_models_best_tokens_agree_as_far_as_that_correlation_takes_them():
-    """The document finds "no correlation between layers" in an untrained model. Complete search agrees far above chance.
+    """The document finds "no correlation between layers" in an untrained model; we find some.
 
-    In the shape of GPT-2 small the same reckoning gives one feature in twenty for blocks 1 and 2,
-    one in a hundred for 1 and 4: the four features of the page's table cannot show it.
+    The complete search agrees far above chance. In the shape of GPT-2 small, the same calculation
+    gives one feature in twenty for blocks 1 and 2, one in a hundred for 1 and 4: too few to see in
+    the four features of the page's table.
     """
     agreed, expected, by_chance = {}, {}, {}
     for seed in range(3):
@@ -126,7 +127,7 @@ def test_an_untrained_models_best_tokens_agree_as_far_as_that_correlation_takes_
 
 
 def test_training_is_not_what_aligns_neighbouring_blocks():
-    """The untrained control beside the trained donor: both align, so that a trained model's alignment needs this null beside it."""
+    """Both the trained donor and the untrained control align: the control is a necessary null."""
     checkpoint = open_checkpoint(str(DEMO / "donors" / "gpt2"))
     for model in (load_model(checkpoint), untrained_model(checkpoint, 0)):
         best = complete_search(model, k=1).tokens[:, :, 0]
@@ -136,7 +137,7 @@ def test_training_is_not_what_aligns_neighbouring_blocks():
 
 @pytest.mark.parametrize(("donor", "least"), [("base", 1.0), ("stranger", 1.0), ("wide", 0.95)])
 def test_the_llama_gradient_tables_are_a_decoding_artefact(donor, least):
-    """Over the hidden axis, neuron `f` is "the token `f`" in trained, untrained, and differently sized models; over the vocabulary not."""
+    """Over the hidden axis, neuron `f` is "token `f`" in any model; over the vocabulary not."""
     checkpoint = open_checkpoint(str(DEMO / "donors" / donor))
     for model, share in ((load_model(checkpoint), least), (untrained_model(checkpoint, 0), 1.0)):
         features = parse_features("[:, :, 0-15]", 1, 16)
@@ -150,7 +151,7 @@ def test_the_llama_gradient_tables_are_a_decoding_artefact(donor, least):
 @pytest.mark.parametrize("untrained", [False, True])
 @pytest.mark.parametrize("donor", ["base", "gpt2", "wide"])
 def test_the_embeddings_pseudo_inverse_gives_the_right_argmax_and_no_one_hot(donor, untrained):
-    """The document: "a* is approximately a one-hot vector". The diagonal of `E E^+` averages d / V, and is largest in its row."""
+    """Not "a one-hot vector": the diagonal of `E E^+` averages d / V, yet is largest in its row."""
     checkpoint = open_checkpoint(str(DEMO / "donors" / donor))
     table = embedding_table(
         untrained_model(checkpoint, 0) if untrained else load_model(checkpoint)
@@ -165,7 +166,7 @@ def test_the_embeddings_pseudo_inverse_gives_the_right_argmax_and_no_one_hot(don
 
 @pytest.mark.parametrize("seed", range(3))
 def test_gpt2s_learned_positions_change_the_best_tokens(seed):
-    """They enter before the first block, the same for every single token: the embedding's order stays, every block's changes."""
+    """Added before the first block for all tokens: only the embedding's order is unchanged."""
     model = random_gpt2("small", seed)
     first = model.transformer.wpe.weight[0].detach().clone()
     with_positions = complete_search(model, k=1).tokens[:, :, 0]

@@ -1,4 +1,4 @@
-"""Inputs of several tokens in atlases, and the alignments by greedy and gradient search that are made of them."""
+"""Inputs of several tokens in atlases, and alignments by greedy and gradient search."""
 
 import json
 from dataclasses import replace

@@ -96,7 +96,7 @@ def test_donors_of_one_vocabulary_are_shown_the_same(donors):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_probes_that_give_no_numbers_are_refused(donors, tmp_path, value):
-    """Single tokens stand at positions 0 and 1 at most, so that only the probes reach the broken one."""
+    """Single tokens are at positions 0 and 1 at most, so that only probes reach the broken one."""
 
     def broken(tensors):
         tensors["transformer.wpe.weight"][6, 2] = value
