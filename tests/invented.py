@@ -212,7 +212,7 @@ def alignment(
 def evidence(
     donors=("x/one", "y/two"), tokens=(" a", " b"), seams=((3, 2), (4, 4))
 ) -> dict[str, Any]:
-    """The evidence of a plan; each seam leads from block `i` of a donor to block `j` of the other."""
+    """The evidence of a plan; seams lead from block `i` of one donor to block `j` of the other."""
     told = [
         {
             "after": {"model": donors[n % 2], "block": i},

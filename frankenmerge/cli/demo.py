@@ -138,7 +138,7 @@ def _plan(console, donors: list, output: Path):
     )
     console.print(made)
     try:
-        from frankenmerge.reporting.plots import plot_alignment
+        from frankenmerge.reporting.figures import plot_alignment
 
         plot_alignment(alignment, output / "alignment.png")
         console.print(f"The whole matrix is drawn in {output / 'alignment.png'}.\n", markup=False)
@@ -174,9 +174,9 @@ def _merge(console, recipe, output: Path) -> bool:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from frankenmerge.artefacts.recipe import open_donors
     from frankenmerge.merging.writer import merge
     from frankenmerge.models.loading import load_model, virtual_splice
+    from frankenmerge.splicing.opening import open_donors
 
     console.rule("4. The checkpoint")
     logging.disable_progress_bar()

@@ -43,9 +43,9 @@ def report(run: Path, output: Path | None, figures: Path | None, as_json: bool) 
         write_file(output, page(found).encode())
         written.append(output)
     if figures:
-        from frankenmerge.reporting.figures import draw
+        from frankenmerge.reporting.figures import write_figures
 
-        written += draw(found, figures)
+        written += write_figures(found, figures)
     if as_json:
         told = {"written": [str(path) for path in written], "refused": found.refused}
         print_json({"run": str(run), **told})

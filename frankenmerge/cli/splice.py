@@ -119,7 +119,7 @@ def align(
         alignment = replace(alignment, exchange=_exchanged(alignment, models))
     save_alignment(alignment, output)
     if plot:
-        from frankenmerge.reporting.plots import plot_alignment
+        from frankenmerge.reporting.figures import plot_alignment
 
         plot_alignment(alignment, plot)
     if as_json:

@@ -1,4 +1,4 @@
-"""Tables of features, as far as a page can show them: the first neurons of some blocks, with their tokens."""
+"""Tables of features: the first neurons of some blocks, with their top-activating tokens."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,26 +13,26 @@ NEURONS, BLOCKS, TOKENS = 16, 9, 5
 
 
 class Features(NamedTuple):
-    """What excites a donor's neurons, from an atlas or an alignment."""
+    """The top-activating tokens of a donor's neurons, from an atlas or an alignment."""
 
     donor: str
     fingerprint: str
     tokens: np.ndarray
     """Ids `[l+1, d, k]`, the best first."""
     vocabulary: list[str]
-    told: dict[str, str]
-    """What it was made with, for the provenance."""
+    provenance: dict[str, str]
+    """What produced them."""
 
 
 class Chip(NamedTuple):
-    """A token, and whether another donor has it for the same neuron of the same block."""
+    """A token, and whether another donor has it for the same neuron after the same block."""
 
     text: str
     shared: bool
 
 
 class Table(NamedTuple):
-    """The features of one block, neuron by neuron."""
+    """The features after one block, by neuron."""
 
     block: int
     rows: list[tuple[int, list[list[Chip]]]]
@@ -40,17 +40,17 @@ class Table(NamedTuple):
 
 
 def features_of(atlas: Atlas) -> Features:
-    """Take from an atlas what a page shows of it."""
+    """Return the features that a page shows of an atlas."""
     tokens = next(iter(atlas.top.values())).tokens[:, :NEURONS]
-    told = {"fingerprint": atlas.fingerprint} | {
+    provenance = {"fingerprint": atlas.fingerprint} | {
         str(key): str(value) for key, value in atlas.provenance.items()
     }
     control = "" if atlas.provenance.get("untrained") is None else " (untrained)"
-    return Features(atlas.donor + control, atlas.fingerprint, tokens, atlas.vocabulary, told)
+    return Features(atlas.donor + control, atlas.fingerprint, tokens, atlas.vocabulary, provenance)
 
 
 def aligned_features(alignment: Alignment) -> list[Features]:
-    """The same of both donors of an alignment, for runs that keep no atlas."""
+    """Return the features of both donors of an alignment, for runs without an atlas."""
     parts = zip(alignment.donors, alignment.fingerprints, alignment.tokens, strict=True)
     return [
         Features(donor, fingerprint, tokens[:, :NEURONS], alignment.vocabulary, {})
@@ -59,7 +59,10 @@ def aligned_features(alignment: Alignment) -> list[Features]:
 
 
 def feature_tables(donors: Sequence[Features]) -> list[Table]:
-    """Set the donors side by side, block by block; of deep donors evenly spaced blocks, the first and the last among them."""
+    """Compare the donors' features block by block.
+
+    Of deep donors, `BLOCKS` evenly spaced blocks are shown, the first and the last included.
+    """
     deepest = max(len(donor.tokens) for donor in donors)
     blocks = np.unique(
         np.linspace(0, deepest - 1, min(deepest, BLOCKS)).round().astype(int)
@@ -75,14 +78,14 @@ def _width(donors: Sequence[Features]) -> int:
 
 
 def _row(donors: Sequence[Features], block: int, neuron: int) -> list[list[Chip]]:
-    found = [_texts(donor, block, neuron) for donor in donors]
+    lists = [_texts(donor, block, neuron) for donor in donors]
     others = [
-        {text for n, texts in enumerate(found) if n != number for text in texts}
-        for number in range(len(found))
+        {text for n, texts in enumerate(lists) if n != number for text in texts}
+        for number in range(len(lists))
     ]
     return [
         [Chip(text, text in other) for text in texts[:TOKENS]]
-        for texts, other in zip(found, others, strict=True)
+        for texts, other in zip(lists, others, strict=True)
     ]
 
 

@@ -1,258 +1,210 @@
-"""The page's figures as PNG and SVG files, drawn with matplotlib (the extra `plots`), for papers and model cards."""
+"""The figures of a run: each is described here once, for the page and for files."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
-from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch, Rectangle
-from matplotlib.path import Path as Outline
-
-from frankenmerge.artefacts.alignment import SUFFIX
-from frankenmerge.artefacts.evaluation import PredictionCheck, SeamsRecord
+from frankenmerge.artefacts.alignment import SUFFIX, Alignment
+from frankenmerge.artefacts.evaluation import (
+    Evaluation,
+    PredictionCheck,
+    RetentionRecord,
+    SeamsRecord,
+)
 from frankenmerge.errors import fail
-from frankenmerge.reporting.heatmaps import shortened
-from frankenmerge.reporting.plots import plot_alignment, save
+from frankenmerge.reporting import svg
+from frankenmerge.reporting.charts import Bar, Line, bars, lines
+from frankenmerge.reporting.heatmaps import Mark, alignment_figure
+from frankenmerge.reporting.labels import recipe_name, shortened
 from frankenmerge.reporting.run import Run
-from frankenmerge.reporting.sections import chosen_plan, marks_of, plans, promises, splices
-from frankenmerge.reporting.sections import seams as seams_of
+from frankenmerge.reporting.sections import (
+    chosen_plan,
+    marks_of,
+    plans,
+    prediction_checks,
+    seams_of,
+    splices,
+    verdict,
+)
+from frankenmerge.reporting.svg import Drawing
 from frankenmerge.splicing import diagram
 
-_INK, _SOFT, _REST = "#1d2330", "#5b6372", "#e3e6ec"
-_MARKERS = "osD^xP"
+
+class BlockChart(NamedTuple):
+    """A chart of a merged model by block, and how to read it."""
+
+    explanation: str
+    drawing: Drawing
 
 
-def draw(run: Run, folder: Path) -> list[Path]:
-    """Draw what the run holds, each figure as PNG and as SVG; returns the files written.
+def prediction(checks: Sequence[PredictionCheck]) -> Drawing:
+    """Predicted damage with its interval, and what was measured."""
+    rows = [
+        Bar(
+            recipe_name(check.recipe),
+            check.predicted,
+            check.low,
+            check.high,
+            check.measured,
+            "in the interval" if check.held else "outside the interval",
+        )
+        for check in checks
+    ]
+    return bars(
+        rows,
+        "Predicted and measured damage",
+        "nats per token above the donors",
+        value="predicted, 90 % interval",
+        other="measured",
+    )
 
-    Raises FrankenmergeError for a run with nothing to draw, and for files that may not be written.
+
+def differences(evaluation: Evaluation) -> Drawing:
+    """Paired differences between models and donors, with their intervals."""
+    rows = [
+        Bar(
+            f"{shortened(entry.model)} vs. {shortened(entry.donor)}",
+            entry.bits_per_byte,
+            *(entry.interval or (None, None)),
+            verdict=verdict(entry.interval),
+        )
+        for entry in evaluation.differences
+    ]
+    axis = "bits per byte; left of the line the merge is better"
+    return bars(rows, "Difference from each donor", axis)
+
+
+def block_charts(record: SeamsRecord) -> list[BlockChart]:
+    """The hidden states of a merged model by block: norm, direction, and prediction."""
+    blocks = record.blocks
+    numbered = enumerate((entry for entry in blocks if entry.seam), 1)
+    seams = [(entry.block - 0.5, str(number)) for number, entry in numbered]
+    donors = list(dict.fromkeys(donor for entry in blocks for donor in [*entry.cosine, *entry.kl]))
+    cosine, kl = (
+        [
+            Line(
+                shortened(donor),
+                [(entry.block, getattr(entry, key).get(donor)) for entry in blocks],
+                number,
+            )
+            for number, donor in enumerate(donors)
+        ]
+        for key in ("cosine", "kl")
+    )
+    norm = [Line("this model", [(entry.block, entry.norm_ratio) for entry in blocks], 5)]
+    alone = [(entry.block, entry.kl_alone) for entry in blocks]
+    kl.append(Line("the donor alone", alone, 5, broken=True))
+    charts = (
+        (
+            "Norm of the hidden state",
+            "The norm of the hidden state relative to the donor's after the same block; 1 means "
+            "that it is unchanged.",
+            norm,
+            "ratio",
+        ),
+        (
+            "Direction of the hidden state",
+            "Cosine similarity with the donor's hidden state after the same block, or with another "
+            "donor's after the block of that number; 1 is the same direction.",
+            cosine,
+            "cosine",
+        ),
+        (
+            "Prediction at this depth",
+            "KL divergence of the prediction that the final norm and the head make from the hidden "
+            "state here, from each donor's own prediction; 0 is the same. The broken line is the "
+            "unmodified donor, whose first blocks are far from its prediction too.",
+            kl,
+            "nats",
+        ),
+    )
+    return [
+        BlockChart(explanation, lines(series, title, axis, seams=seams))
+        for title, explanation, series, axis in charts
+        if any(value is not None for line in series if not line.broken for _, value in line.points)
+    ]
+
+
+def retention(records: Sequence[RetentionRecord]) -> Drawing:
+    """The share of each donor's features that every block preserves, and chance."""
+    series = []
+    blocks = sorted({block.block for record in records for block in record.blocks})
+    several = len({record.model for record in records}) > 1
+    for number, record in enumerate(records):
+        kept = {block.block: block.kept for block in record.blocks}
+        label = shortened(record.donor)
+        label += f" in {shortened(record.model)}" if several else ""
+        series.append(Line(label, [(block, kept.get(block)) for block in blocks], number))
+        if record.chance is not None:
+            chance = [(block, record.chance) for block in blocks]
+            series.append(Line(f"{label}, by chance", chance, number, broken=True))
+    return lines(series, "Features preserved", "share of features preserved")
+
+
+def plot_alignment(alignment: Alignment, path: Path, marks: Sequence[Mark] = ()) -> None:
+    """Draw the scores of an alignment to a PNG or SVG file.
+
+    Raises:
+        FrankenmergeError: for another kind of file, for one that cannot be written, and for PNG
+            without the extra `plots`.
     """
-    found = splices(run)
-    places = seams_of(run, found, chosen_plan(found, plans(run)))
+    svg.save(svg.standalone(alignment_figure(alignment, marks)), path)
+
+
+def write_figures(run: Run, folder: Path) -> list[Path]:
+    """Write every figure of a run as PNG and as SVG; returns the paths.
+
+    Raises:
+        FrankenmergeError: for a run without figures, for files that cannot be written, and without
+            the extra `plots`.
+    """
+    figures = list(_figures(run))
+    if not figures:
+        expected = "alignments, recipes, evaluations, or measured predictions"
+        raise fail(str(run.folder), f"results to draw: {expected}", "none", "omit --figures")
+    texts: dict[str, str] = {}
+    for name, text in figures:
+        file = re.sub(r"[^\w.-]", "-", name)
+        numbered = (f"{file}-{number}" if number > 1 else file for number in count(1))
+        texts[next(each for each in numbered if each not in texts)] = text
     written = []
     for ending in (".png", ".svg"):
-        for name, alignment in run.alignments.items():
-            path = folder / f"alignment-{name.removesuffix(SUFFIX)}{ending}"
-            plot_alignment(alignment, path, marks_of(alignment, places))
-            written.append(path)
-        figures = {"splice": _splice(run)} if run.recipes else {}
-        if told := promises(run):
-            figures["prediction"] = prediction(told)
-        for evaluation in run.evaluations.values():
-            figures |= {
-                f"seams-{Path(entry.model).stem}": seams(entry) for entry in evaluation.seams
-            }
-        for name, figure in figures.items():
-            if figure:
-                path = folder / (re.sub(r"[^\w.-]", "-", name) + ending)
-                save(figure, path)
-                written.append(path)
-    if not written:
-        expected = "alignments, recipes, evaluations with seams, or measured predictions"
-        raise fail(str(run.folder), f"something to draw: {expected}", "none", "leave --figures out")
+        for file, text in texts.items():
+            svg.save(text, folder / (file + ending))
+            written.append(folder / (file + ending))
     return written
 
 
-def _splice(run: Run) -> Figure | None:
-    recipe = run.recipes[splices(run)[0].files[0]]
-    slices = diagram.pieces_of(recipe, run.depths)
-    return splice(diagram.layout(slices, run.depths)) if slices else None
+def _figures(run: Run) -> Iterator[tuple[str, str]]:
+    """Name and SVG of every figure."""
+    shown = splices(run)
+    places = seams_of(run, shown, chosen_plan(shown, plans(run)))
+    for file, alignment in run.alignments.items():
+        drawing = alignment_figure(alignment, marks_of(alignment, places))
+        yield f"alignment-{file.removesuffix(SUFFIX)}", svg.standalone(drawing)
+    if shown:
+        pieces = diagram.pieces_of(run.recipes[shown[0].files[0]], run.depths)
+        if pieces:
+            splice = diagram.svg(pieces, run.depths, "splice")
+            yield "splice", svg.with_light_colours(splice)
+    if checks := prediction_checks(run):
+        yield "prediction", svg.standalone(prediction(checks))
+    for file, evaluation in run.evaluations.items():
+        stem = Path(file).stem
+        if evaluation.differences:
+            yield f"differences-{stem}", svg.standalone(differences(evaluation))
+        for record in evaluation.seams:
+            name = f"seams-{Path(record.model).stem}"
+            if charts := [chart.drawing for chart in block_charts(record)]:
+                title = f"Hidden states of {shortened(record.model)} by block"
+                yield name, svg.standalone(_row(charts, title))
+        if evaluation.retention:
+            yield f"retention-{stem}", svg.standalone(retention(evaluation.retention))
 
 
-def splice(found: diagram.Layout) -> Figure:
-    """Which block comes from where."""
-    figure = Figure(figsize=(found.width / 72, found.height / 72))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, found.width), ylim=(found.height, 0))
-    axes.axis("off")
-    for ribbon in found.ribbons:
-        axes.add_patch(
-            PathPatch(_band(ribbon), facecolor=_colour(ribbon.donor), alpha=0.22, linewidth=0)
-        )
-    for cell in [*found.columns, *found.slices]:
-        face = _colour(cell.donor) if cell.used else _REST
-        axes.add_patch(
-            Rectangle(
-                (cell.x, cell.y),
-                cell.width,
-                cell.height,
-                facecolor=face,
-                edgecolor="white",
-                linewidth=0.7,
-            )
-        )
-    every = 1 if found.block_height >= 12 else 10
-    for cell in (cell for cell in found.columns if int(cell.label) % every == 0):
-        shade = "white" if cell.used else _SOFT
-        axes.text(
-            cell.x + cell.width / 2,
-            cell.y + cell.height / 2,
-            cell.label,
-            ha="center",
-            va="center",
-            color=shade,
-            fontsize=7,
-        )
-    for cell in found.slices:
-        if cell.height >= 12 and cell.width >= 45:
-            axes.text(
-                cell.x + cell.width / 2,
-                cell.y + cell.height / 2,
-                cell.label,
-                ha="center",
-                va="center",
-                color="white",
-                fontsize=9,
-            )
-    width = found.slices[0].width * len(
-        [cell for cell in found.slices if cell.y == found.slices[0].y]
-    )
-    for y in found.seams:
-        axes.plot(
-            [found.middle - width / 2 - 6, found.middle + width / 2 + 6],
-            [y, y],
-            color=_INK,
-            linewidth=1.5,
-        )
-    for number, y in enumerate(found.seams if diagram.numbered(found) else [], 1):
-        where = {"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": _INK}
-        axes.text(
-            found.middle + width / 2 + 6,
-            y,
-            str(number),
-            ha="center",
-            va="center",
-            color=_INK,
-            fontsize=7,
-            bbox=where,
-        )
-    for n, (name, x) in enumerate(zip(found.donors, found.heads, strict=True)):
-        blocks = sum(cell.donor == n for cell in found.columns)
-        axes.text(
-            x,
-            18,
-            diagram.LETTERS[n % 26],
-            ha="center",
-            color=_colour(n),
-            fontsize=12,
-            fontweight="bold",
-        )
-        axes.text(x, 34, _plain(shortened(name)), ha="center", color=_INK, fontsize=8.5)
-        axes.text(x, 48, f"{blocks} blocks", ha="center", color=_SOFT, fontsize=7.5)
-    axes.text(found.middle, 34, "result", ha="center", color=_INK, fontsize=8.5)
-    axes.text(found.middle, 48, f"{found.blocks} blocks", ha="center", color=_SOFT, fontsize=7.5)
-    return figure
-
-
-def _band(ribbon: diagram.Ribbon) -> Outline:
-    (x, up, down), (to, upper, lower) = ribbon.source, ribbon.target
-    bend = (x + to) / 2
-    points = [
-        (x, up),
-        (bend, up),
-        (bend, upper),
-        (to, upper),
-        (to, lower),
-        (bend, lower),
-        (bend, down),
-        (x, down),
-        (x, up),
-    ]
-    codes = [
-        Outline.MOVETO,
-        *[Outline.CURVE4] * 3,
-        Outline.LINETO,
-        *[Outline.CURVE4] * 3,
-        Outline.CLOSEPOLY,
-    ]
-    return Outline(points, codes)
-
-
-def prediction(told: Sequence[PredictionCheck]) -> Figure:
-    """Predicted damage with its interval, and what was measured."""
-    figure = Figure(figsize=(6.4, 1.4 + 0.42 * len(told)), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(told))
-    spans = [
-        [entry.predicted - entry.low for entry in told],
-        [entry.high - entry.predicted for entry in told],
-    ]
-    predicted, measured = (
-        [getattr(entry, key) for entry in told] for key in ("predicted", "measured")
-    )
-    axes.errorbar(
-        predicted,
-        places,
-        xerr=spans,
-        fmt="o",
-        color=diagram.COLOURS[0],
-        capsize=4,
-        label="predicted, 9 of 10",
-    )
-    axes.plot(measured, places, "D", color=diagram.COLOURS[1], label="measured")
-    axes.set_yticks(places, [_plain(shortened(entry.recipe)) for entry in told])
-    axes.set(
-        xlabel="nats per token above the donors",
-        ylim=(len(told) - 0.5, -0.5),
-        xlim=(min(0, axes.get_xlim()[0]), None),
-    )
-    axes.grid(axis="x", color=_REST)
-    axes.set_axisbelow(True)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-    return figure
-
-
-def seams(told: SeamsRecord) -> Figure:
-    """What flows through a merged model, block by block: length, direction, and what it would say."""
-    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
-    blocks = [entry.block for entry in told.blocks]
-    donors = list(
-        dict.fromkeys(donor for entry in told.blocks for donor in [*entry.cosine, *entry.kl])
-    )
-    shown = (
-        (
-            "length, against the donor's",
-            {"this model": [entry.norm_ratio for entry in told.blocks]},
-        ),
-        (
-            "cosine to each donor",
-            {
-                shortened(donor): [entry.cosine.get(donor) for entry in told.blocks]
-                for donor in donors
-            },
-        ),
-        (
-            "KL to each donor, nats",
-            {shortened(donor): [entry.kl.get(donor) for entry in told.blocks] for donor in donors},
-        ),
-    )
-    for axes, (title, lines) in zip(figure.subplots(1, 3), shown, strict=True):
-        for number, (label, values) in enumerate(lines.items()):
-            style = {
-                "color": _SOFT if len(lines) == 1 else _colour(number),
-                "marker": _MARKERS[number % 6],
-                "markersize": 3.5,
-            }
-            axes.plot(
-                blocks,
-                [float("nan") if value is None else value for value in values],
-                label=_plain(label),
-                **style,
-            )
-        for entry in told.blocks:
-            if entry.seam:
-                axes.axvline(entry.block - 0.5, color=_SOFT, linestyle="--", linewidth=1)
-        axes.set(title=title, xlabel="block of the result")
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-        axes.grid(axis="y", color=_REST)
-        axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def _colour(donor: int) -> str:
-    return diagram.COLOURS[donor % len(diagram.COLOURS)]
-
-
-def _plain(text: str) -> str:
-    """Text in which matplotlib sees no formulas."""
-    return text.replace("$", r"\$")
+def _row(charts: Sequence[Drawing], title: str) -> Drawing:
+    """Charts side by side, each under its title."""
+    described = "; ".join(f"{chart.title}: {chart.description}" for chart in charts)
+    return svg.combined([[svg.titled(chart) for chart in charts]], title, described)

@@ -1,47 +1,67 @@
-"""Alignment heatmaps for a page: the picture as SVG around a small PNG, and the numbers behind it as JSON of bounded size."""
+"""Alignments as heatmaps: drawings around a small PNG, and their numbers as JSON for the page."""
 
 import base64
-import re
+import math
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
-from html import escape
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from frankenmerge.artefacts.alignment import Alignment, Score
-from frankenmerge.splicing.diagram import visible
+from frankenmerge.artefacts.scores import NULLS, SCORES, score_info
+from frankenmerge.reporting.labels import shortened, token
+from frankenmerge.reporting.svg import Drawing, combined, text, titled
 
 VIRIDIS = tuple(
     tuple(bytes.fromhex(shade))
     for shade in (
-        "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1f9f88 27ad81 3dbc74 5cc863 81d34d aadc32 d5e21a fde725"
+        "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c "
+        "1f9f88 27ad81 3dbc74 5cc863 81d34d aadc32 d5e21a fde725"
     ).split()
 )
 """Seventeen even steps of the colour map viridis: perceptually uniform, legible without red and
 green.
 """
-WRITTEN = 12
-"""Up to so many rows and columns the values stand in the cells."""
+VALUES_UP_TO = 12
+"""Rows and columns up to which the values are written in the cells."""
 CELLS = 900
-"""Cells whose neurons are told, at most."""
+"""Maximum number of cells whose neurons a page has."""
 SHOWN, TOKENS = 3, 3
 """Neurons that agree most and that agree least, and tokens of each."""
 _PEAK, _ABSENT = 32_000, -32_768
+_PER_ROW = 4
+"""Heatmaps in a row of a figure."""
 
 
 class Mark(NamedTuple):
-    """Where a seam lies in the matrix."""
+    """The cell of a seam."""
 
     row: int
     column: int
     label: str
 
 
+class _Grid(NamedTuple):
+    """Where the cells of a heatmap are in its drawing."""
+
+    rows: int
+    columns: int
+    side: float
+    left: float
+    top: float
+    small: bool
+
+    def x(self, column: float) -> float:
+        return self.left + column * self.side
+
+    def y(self, row: float) -> float:
+        return self.top + row * self.side
+
+
 def colour(value: float) -> tuple[int, int, int]:
-    """The colour of a value between 0 and 1; what lies outside gets the nearest end's."""
+    """The colour of a value between 0 and 1; values outside get the colour of the nearest end."""
     place = min(max(value, 0.0), 1.0) * (len(VIRIDIS) - 1)
     index = min(int(place), len(VIRIDIS) - 2)
     low, high = VIRIDIS[index], VIRIDIS[index + 1]
@@ -52,7 +72,7 @@ def colour(value: float) -> tuple[int, int, int]:
 
 
 def png(matrix: np.ndarray) -> bytes:
-    """Values `[rows, columns]` as a PNG of one pixel each, the palette viridis from 0 to 1; not a number is grey."""
+    """Values `[rows, columns]` as a PNG of one pixel each, in viridis from 0 to 1; NaN is grey."""
     shades = np.where(np.isnan(matrix), 255, np.round(np.clip(matrix, 0, 1) * 254)).astype(np.uint8)
     rows = b"".join(b"\0" + row.tobytes() for row in shades)
     palette = b"".join(bytes(colour(index / 254)) for index in range(255)) + b"\x80\x80\x80"
@@ -70,86 +90,119 @@ def png(matrix: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def svg(
+def _image(matrix: np.ndarray, x: float, y: float, width: float, height: float) -> str:
+    place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
+    data = base64.b64encode(png(matrix)).decode()
+    return (
+        f'<image {place} preserveAspectRatio="none" class="cells" '
+        f'href="data:image/png;base64,{data}"/>'
+    )
+
+
+def heatmap(
     matrix: np.ndarray,
     donors: tuple[str, str],
-    marks: Iterable[Mark],
+    marks: Sequence[Mark],
     title: str,
     *,
     small: bool = False,
-) -> str:
-    """A heatmap: rows are A after so many blocks, columns B. The picture alone; its numbers are told elsewhere."""
+) -> Drawing:
+    """Draw a matrix: row `i` is the first donor after `i` blocks, column `j` the second after `j`.
+
+    Small heatmaps have no axis labels, values and labels of marks.
+    """
     rows, columns = matrix.shape
     side = (150 if small else 340) / max(rows, columns)
-    left, top = (26, 18) if small else (44, 34)
-    width, height = left + columns * side + 10, top + rows * side + 8
-    place = f'x="{left}" y="{top}" width="{columns * side:g}" height="{rows * side:g}"'
-    data = base64.b64encode(png(matrix)).decode()
-    parts = [
-        f'<svg class="heat" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" '
-        f'data-left="{left}" data-top="{top}" data-side="{side:g}" aria-hidden="true"><title>{escape(title)}</title>',
-        f'<image {place} preserveAspectRatio="none" class="cells" href="data:image/png;base64,{data}"/>',
-        *_ticks(rows, columns, side, left, top, small),
-        *([] if small else _axes(donors, left, top, columns * side, rows * side)),
-        *(_values(matrix, side, left, top) if not small and max(rows, columns) <= WRITTEN else []),
-        ""
-        if small
-        else f'<rect class="cursor" width="{side:g}" height="{side:g}" x="{left}" y="{top}"/>',
-        *(part for mark in marks for part in _mark(mark, side, left, top, small)),
+    grid = _Grid(rows, columns, side, *((26, 18) if small else (44, 34)), small)
+    width, height = grid.x(columns) + 10, grid.y(rows) + 8
+    elements = [_image(matrix, grid.left, grid.top, columns * side, rows * side), *_ticks(grid)]
+    if not small:
+        elements += _axes(donors, grid)
+        elements += _values(matrix, grid) if max(rows, columns) <= VALUES_UP_TO else []
+    elements += [part for mark in marks for part in _mark(mark, grid)]
+    return Drawing("heat", title, "", width, height, "".join(elements))
+
+
+def scale() -> Drawing:
+    """The colour scale of all heatmaps."""
+    elements = [
+        _image(np.linspace(0, 1, 250)[None], 5, 0, 250, 12),
+        text(5, 28, "0 no agreement", ""),
+        text(255, 28, "1 full agreement", "finish"),
     ]
-    return "".join(parts) + "</svg>"
+    title = "Colours range from dark violet at 0 to yellow at 1"
+    return Drawing("scale", title, "", 260, 34, "".join(elements))
 
 
-def _ticks(
-    rows: int, columns: int, side: float, left: float, top: float, small: bool
-) -> Iterable[str]:
+def alignment_figure(alignment: Alignment, marks: Sequence[Mark]) -> Drawing:
+    """Draw every score that is known neuron by neuron, with the means of its nulls in its title."""
+    a, b = (shortened(donor) for donor in alignment.donors)
+    panels = []
+    for name, score in alignment.scores.items():
+        if score.detail.shape[2]:
+            drawing = heatmap(score.matrix, alignment.donors, marks, score_info(name).short_title)
+            panels.append(titled(drawing, _chance(score))._replace(description=_chance(score)))
+    per_row = math.ceil(len(panels) / math.ceil(len(panels) / _PER_ROW)) if panels else 1
+    rows = [panels[start : start + per_row] for start in range(0, len(panels), per_row)]
+    described = "; ".join(f"{panel.title}: {panel.description}" for panel in panels)
+    title = f"Agreement of the neurons of {a} and {b}"
+    return combined([*rows, [scale()]], title, described)
+
+
+def _chance(score: Score) -> str:
+    """The means of the nulls that a figure states."""
+    means = (
+        f"{NULLS[null].short_title}: {round(float(score.nulls[null].mean()), 2) + 0:.2f}"
+        for null in ("permuted_neurons", "residual_law")
+        if null in score.nulls
+    )
+    return ", ".join(means)
+
+
+def _ticks(grid: _Grid) -> Iterator[str]:
     every = next(
         step
         for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, 1000)
-        if step * side >= (24 if small else 16)
+        if step * grid.side >= (24 if grid.small else 16)
     )
-    for row in range(0, rows, every):
-        yield f'<text class="tick end" x="{left - 4}" y="{top + (row + 0.5) * side + 4:g}">{row}</text>'
-    for column in range(0, columns, every):
-        yield f'<text class="tick" x="{left + (column + 0.5) * side:g}" y="{top - 4}">{column}</text>'
+    for row in range(0, grid.rows, every):
+        yield text(grid.left - 4, grid.y(row + 0.5) + 4, str(row), "tick end")
+    for column in range(0, grid.columns, every):
+        yield text(grid.x(column + 0.5), grid.top - 4, str(column), "tick")
 
 
-def _axes(
-    donors: tuple[str, str], left: float, top: float, width: float, height: float
-) -> Iterable[str]:
-    a, b = (escape(f"{shortened(name)}, after so many blocks") for name in donors)
-    x, y = left + width / 2, top + height / 2
-    yield f'<text class="axis" x="{x:g}" y="12">{b}</text>'
-    yield f'<text class="axis" x="12" y="{y:g}" transform="rotate(-90 12 {y:g})">{a}</text>'
+def _axes(donors: tuple[str, str], grid: _Grid) -> Iterator[str]:
+    a, b = (f"blocks of {shortened(name)}" for name in donors)
+    y = grid.y(grid.rows / 2)
+    yield text(grid.x(grid.columns / 2), 12, b, "axis")
+    yield f'<g transform="rotate(-90 12 {y:g})">{text(12, y, a, "axis")}</g>'
 
 
-def _values(matrix: np.ndarray, side: float, left: float, top: float) -> Iterable[str]:
+def _values(matrix: np.ndarray, grid: _Grid) -> Iterator[str]:
     for (row, column), value in np.ndenumerate(matrix):
-        shade = (
-            "dark"
-            if contrast(colour(float(value)), (0, 0, 0))
-            > contrast(colour(float(value)), (255, 255, 255))
-            else "light"
-        )
-        x, y = left + (column + 0.5) * side, top + (row + 0.5) * side + 4
-        yield f'<text class="value {shade}" x="{x:g}" y="{y:g}">{short_number(float(value))}</text>'
+        shade = colour(float(value)) if np.isfinite(value) else (128, 128, 128)
+        dark = contrast(shade, (0, 0, 0)) > contrast(shade, (255, 255, 255))
+        style = f"value {'dark' if dark else 'light'}"
+        yield text(grid.x(column + 0.5), grid.y(row + 0.5) + 4, short_number(float(value)), style)
 
 
-def _mark(mark: Mark, side: float, left: float, top: float, small: bool) -> Iterable[str]:
-    x, y = left + mark.column * side, top + mark.row * side
+def _mark(mark: Mark, grid: _Grid) -> Iterator[str]:
+    x, y = grid.x(mark.column), grid.y(mark.row)
     for style in ("halo", "ring"):
-        yield f'<rect class="mark {style}" x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}"/>'
-    if not small:
-        x += side
-        yield f'<circle class="knob" cx="{x:g}" cy="{y:g}" r="8"/><text class="tick" x="{x:g}" y="{y + 3.5:g}">{escape(mark.label)}</text>'
+        place = f'x="{x:g}" y="{y:g}" width="{grid.side:g}" height="{grid.side:g}"'
+        yield f'<rect class="mark {style}" {place}/>'
+    if not grid.small:
+        x += grid.side
+        yield f'<circle class="knob" cx="{x:g}" cy="{y:g}" r="8"/>'
+        yield text(x, y + 3.5, mark.label, "number")
 
 
 def short_number(value: float) -> str:
-    """Two places, without the zero in front; nothing for what is no number."""
+    """Two decimals without the leading zero; empty for NaN."""
     if np.isnan(value):
         return ""
-    text = f"{round(value, 2) + 0:.2f}"
-    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+    number = f"{round(value, 2) + 0:.2f}"
+    return number.replace("0.", ".", 1) if number.startswith(("0.", "-0.")) else number
 
 
 def luminance(shade: tuple[int, int, int]) -> float:
@@ -167,28 +220,9 @@ def contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def shortened(name: str) -> str:
-    """A donor's name as far as a label has room for it."""
-    text = visible(Path(name).name)
-    return text if len(text) <= 24 else f"{text[:11]}…{text[-12:]}"
-
-
-def token(text: str) -> str:
-    """A token as it is shown: blanks (many as ␣×24), line ends and everything hidden made visible, the very long cut."""
-    shown = (
-        re.sub(" {4,}", lambda run: f"␣×{len(run[0])}", text)
-        .replace("\r\n", "↵")
-        .translate({10: "↵", 9: "⇥", 32: "␣"})
-    )
-    return visible(shown if len(shown) <= 32 else f"{shown[:31]}…") or "(empty)"
-
-
 def scores_with_nulls(alignment: Alignment) -> dict[str, Score]:
-    """The scores that can be held against chance, the one that plans rest on first."""
-    order = {
-        name: place
-        for place, name in enumerate(("jaccard", "argmax", "correlation", "rank_correlation"))
-    }
+    """The scores that can be compared with chance, in the order of `SCORES`, then by name."""
+    order = {name: place for place, name in enumerate(SCORES)}
     named = sorted(
         alignment.scores.items(), key=lambda entry: (order.get(entry[0], len(order)), entry[0])
     )
@@ -196,7 +230,7 @@ def scores_with_nulls(alignment: Alignment) -> dict[str, Score]:
 
 
 def numbers(alignment: Alignment, marks: Sequence[Mark]) -> dict[str, Any]:
-    """What the page tells of a cell, as JSON: every score with nulls and interval, and some cells' neurons with their tokens."""
+    """The numbers of a page's heatmaps: scores, nulls and intervals, and some cells' neurons."""
     scores = {
         name: {
             "score": _packed(score.matrix),
@@ -210,7 +244,7 @@ def numbers(alignment: Alignment, marks: Sequence[Mark]) -> dict[str, Any]:
     words: dict[int, int] = {}
     cells = {
         f"{row},{column}": _cell(alignment, row, column, words)
-        for row, column in _told(alignment, marks)
+        for row, column in _detailed_cells(alignment, marks)
     }
     texts = [
         token(alignment.vocabulary[index]) if index < len(alignment.vocabulary) else f"#{index}"
@@ -229,7 +263,7 @@ def numbers(alignment: Alignment, marks: Sequence[Mark]) -> dict[str, Any]:
 
 
 def _packed(matrix: np.ndarray) -> list:
-    """Numbers as [largest, base64 of little-endian int16]: four significant places, three characters each."""
+    """Numbers as [largest, base64 of little-endian int16]: four significant digits each."""
     finite = np.isfinite(matrix)
     peak = float(np.abs(matrix[finite]).max(initial=0)) or 1.0
     scaled = np.where(
@@ -238,8 +272,8 @@ def _packed(matrix: np.ndarray) -> list:
     return [round(peak, 6), base64.b64encode(scaled.tobytes()).decode()]
 
 
-def _told(alignment: Alignment, marks: Sequence[Mark]) -> list[tuple[int, int]]:
-    """The cells whose neurons are told: the seams', then those nearest to equal depth."""
+def _detailed_cells(alignment: Alignment, marks: Sequence[Mark]) -> list[tuple[int, int]]:
+    """The cells whose neurons a page has: those of seams, then those nearest to equal depth."""
     rows, columns = (blocks + 1 for blocks in alignment.blocks)
     near = sorted(
         np.ndindex(rows, columns), key=lambda cell: (abs(cell[0] / rows - cell[1] / columns), cell)
@@ -248,10 +282,10 @@ def _told(alignment: Alignment, marks: Sequence[Mark]) -> list[tuple[int, int]]:
 
 
 def _cell(alignment: Alignment, row: int, column: int, words: dict[int, int]) -> list[list]:
-    """Neurons that agree most, then those that agree least: `[neuron, Jaccard in thousandths, A's tokens, B's tokens]`.
+    """The neurons that agree most, then those that agree least.
 
-    Tokens are places in `words`; the complement `~place` says that the other donor's list of best
-    tokens has it too.
+    Each is `[neuron, Jaccard in thousandths, A's tokens, B's tokens]`. Tokens are places in
+    `words`; the complement `~place` says that the other donor's list has the token too.
     """
     detail = {
         name: score.detail[row, column].astype(np.float32)
@@ -261,20 +295,16 @@ def _cell(alignment: Alignment, row: int, column: int, words: dict[int, int]) ->
     keys = [np.nan_to_num(detail[name]) for name in ("correlation", "jaccard") if name in detail]
     if not keys:
         return []
-    # Many neurons tie on the tokens; among those the correlation tells which agree most.
+    # Many neurons tie on the tokens; the correlation ranks those.
     ranked = np.lexsort(keys)
     pair = [table[block] for table, block in zip(alignment.tokens, (row, column), strict=True)]
 
-    def told(neuron: int) -> list:
+    def entry(neuron: int) -> list:
         a, b = (tokens[neuron].tolist() for tokens in pair)
-        return [
-            int(neuron),
-            round(float(keys[-1][neuron]) * 1000),
-            _places(a, b, words),
-            _places(b, a, words),
-        ]
+        share = round(float(keys[-1][neuron]) * 1000)
+        return [int(neuron), share, _places(a, b, words), _places(b, a, words)]
 
-    return [told(neuron) for neuron in [*ranked[::-1][:SHOWN], *ranked[:SHOWN]]]
+    return [entry(neuron) for neuron in [*ranked[::-1][:SHOWN], *ranked[:SHOWN]]]
 
 
 def _places(tokens: list[int], others: list[int], words: dict[int, int]) -> list[int]:

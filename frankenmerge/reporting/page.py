@@ -1,4 +1,4 @@
-"""One page for a run: self-contained, the same bytes for the same artefacts, nothing asked of any network."""
+"""The report on a run as one HTML page: self-contained, same bytes for the same artefacts."""
 
 import base64
 import hashlib
@@ -11,15 +11,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import frankenmerge
-from frankenmerge.reporting import charts, labels, sections
-from frankenmerge.reporting.heatmaps import VIRIDIS, shortened, token
+from frankenmerge.artefacts.scores import NULLS
+from frankenmerge.reporting import figures, labels, sections, svg
+from frankenmerge.reporting.heatmaps import scale
 from frankenmerge.reporting.run import Run
 from frankenmerge.splicing import diagram
 
 
 def page(run: Run) -> str:
     """Return the report on a run as HTML."""
-    css, script = _file("report.css") + diagram.STYLE, _file("report.js")
+    css = svg.stylesheet() + _file("report.css") + diagram.STYLE
+    script = _file("report.js")
     environment = Environment(
         loader=PackageLoader("frankenmerge.reporting", "files"),
         autoescape=True,
@@ -31,18 +33,23 @@ def page(run: Run) -> str:
     environment.filters |= {
         "number": number,
         "interval": interval,
-        "short": shortened,
-        "token": token,
+        "short": labels.shortened,
+        "token": labels.token,
         "data": _data,
+        "drawing": _drawing,
     }
     template = environment.get_template("report.html")
-    policy = f"default-src 'none'; img-src data:; style-src {_hash(css)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(css)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
     return template.render(policy=policy, css=Markup(css), script=Markup(script), **_content(run))
 
 
 def _content(run: Run) -> dict[str, Any]:
-    found, known, told = sections.splices(run), sections.plans(run), sections.promises(run)
-    plan = sections.chosen_plan(found, known)
+    splices, plans = sections.splices(run), sections.plans(run)
+    checks = sections.prediction_checks(run)
+    plan = sections.chosen_plan(splices, plans)
     donors, tables = sections.features(run)
     present = {
         "recipes": run.recipes,
@@ -54,20 +61,21 @@ def _content(run: Run) -> dict[str, Any]:
     }
     return {
         "run": run,
-        "title": sections.title(run, found, plan),
-        "facts": sections.facts(found, plan, told, run),
-        "splices": found,
+        "title": sections.title(run, splices, plan),
+        "facts": sections.facts(splices, plan, checks, run),
+        "splices": splices,
         "plan": plan,
-        "plans": known,
-        "maps": sections.maps(run, sections.seams(run, found, plan)),
-        "scale": ["#" + bytes(colour).hex() for colour in VIRIDIS],
+        "plans": plans,
+        "alignments": sections.alignment_views(run, sections.seams_of(run, splices, plan)),
+        "scale": scale(),
         "feature_donors": donors,
         "tables": tables,
-        "promises": told,
+        "checks": checks,
         "missing": [labels.MISSING[part] for part, value in present.items() if not value],
         "version": frankenmerge.__version__,
+        "nulls": list(NULLS.values()),
         "sections": sections,
-        "charts": charts,
+        "figures": figures,
         "labels": labels,
     }
 
@@ -80,8 +88,13 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
+def _drawing(drawing: svg.Drawing, name: str = "") -> Markup:
+    """A drawing within the page; see `svg.inline`."""
+    return Markup(svg.inline(drawing, name))
+
+
 def _shown(value: Any) -> Any:
-    """Make what is hidden in texts visible, line ends and tabs apart."""
+    """Make hidden characters in texts visible, except line ends and tabs."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return "\n".join(
@@ -90,7 +103,7 @@ def _shown(value: Any) -> Any:
 
 
 def number(value: float | None, places: int = 3) -> str:
-    """A number for people; a dash where there is none."""
+    """A number for readers; a dash for None and NaN."""
     if value is None or math.isnan(value):
         return "–"
     return (
@@ -101,11 +114,11 @@ def number(value: float | None, places: int = 3) -> str:
 
 
 def interval(ends: tuple[float, float] | None, places: int = 3) -> str:
-    """Both ends of an interval, or nothing."""
+    """The ends of an interval; empty for None."""
     return "" if ends is None else f"{number(ends[0], places)} to {number(ends[1], places)}"
 
 
 def _data(value: Any) -> Markup:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot end the script element around it."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))

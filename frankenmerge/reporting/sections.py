@@ -1,4 +1,4 @@
-"""From artefacts to what the page's template shows: plain values and finished SVG, section by section."""
+"""From artefacts to what the page's template shows: values and drawings, section by section."""
 
 import re
 from collections import Counter
@@ -10,53 +10,56 @@ import numpy as np
 from markupsafe import Markup
 
 from frankenmerge.artefacts.alignment import Alignment
-from frankenmerge.artefacts.evaluation import (
-    Evaluation,
-    PredictionCheck,
-    RetentionRecord,
-    SeamsRecord,
-)
+from frankenmerge.artefacts.evaluation import Evaluation, PredictionCheck
 from frankenmerge.artefacts.evidence import PlanRecord, SeamRecord
 from frankenmerge.artefacts.provenance import TensorRecord
-from frankenmerge.artefacts.recipe import Block, Seam
-from frankenmerge.reporting import charts, heatmaps
+from frankenmerge.artefacts.recipe import Block, Recipe, Seam
+from frankenmerge.artefacts.scores import NULLS, SCORES, ScoreInfo, null_info, score_info
+from frankenmerge.reporting import heatmaps
 from frankenmerge.reporting.features import Table, aligned_features, feature_tables
-from frankenmerge.reporting.heatmaps import Mark, shortened
-from frankenmerge.reporting.labels import NULLS, SCORES, Named, null_named, score_named
+from frankenmerge.reporting.heatmaps import Mark
+from frankenmerge.reporting.labels import VERIFIED, shortened
 from frankenmerge.reporting.run import Run
+from frankenmerge.reporting.svg import Drawing
 from frankenmerge.splicing import diagram
 
 TABLED = 17
-"""Up to so many rows and columns a heatmap's values are also given as a table."""
-VERIFIED = " (plan --verify)"
-"""BlockComparison the name of a recipe that `plan` measured itself."""
+"""Rows and columns up to which a heatmap's values are also given as a table."""
 
 
-class Splice(NamedTuple):
+class RecipeView(NamedTuple):
     """A recipe to show."""
 
     files: list[str]
-    """Those that hold it."""
+    """The files that contain it."""
     summary: str
     text: str
     svg: Markup
     method: str
 
 
+class NullMap(NamedTuple):
+    """A score under a null model."""
+
+    info: ScoreInfo
+    drawing: Drawing
+    mean: float
+
+
 class Panel(NamedTuple):
     """One score of an alignment."""
 
     name: str
-    words: Named
-    svg: Markup
-    nulls: list[tuple[Named, Markup, float]]
-    """(words, heatmap, mean)."""
+    info: ScoreInfo
+    drawing: Drawing
+    nulls: list[NullMap]
     mean: float
     rows: list[list[float]]
+    """The values, where there are few enough for a table."""
 
 
-class Map(NamedTuple):
-    """An alignment."""
+class AlignmentView(NamedTuple):
+    """An alignment to show."""
 
     file: str
     donors: tuple[str, str]
@@ -65,87 +68,81 @@ class Map(NamedTuple):
     numbers: dict[str, Any]
 
 
-def splices(run: Run) -> list[Splice]:
-    """The recipes, each once; what was merged or else what was planned best stands first."""
+def splices(run: Run) -> list[RecipeView]:
+    """The recipes without duplicates: merged ones first, then the best plan, then the others."""
     planned = [plan.summary for evidence in run.evidence.values() for plan in evidence.plans[:1]]
     order = sorted(
         run.recipes,
         key=lambda name: (Path(name).parent == Path(), str(run.recipes[name]) not in planned, name),
     )
-    found: dict[str, Splice] = {}
+    views: dict[str, RecipeView] = {}
     for name in order:
         recipe = run.recipes[name]
-        if recipe.dump() in found:
-            found[recipe.dump()].files.append(name)
+        if recipe.dump() in views:
+            views[recipe.dump()].files.append(name)
             continue
-        slices = diagram.pieces_of(recipe, run.depths)
-        drawn = (
-            diagram.svg(slices, run.depths, f"splice{len(found)}", alone=False) if slices else ""
+        pieces = diagram.pieces_of(recipe, run.depths)
+        svg = diagram.svg(pieces, run.depths, f"splice{len(views)}", alone=False) if pieces else ""
+        views[recipe.dump()] = RecipeView(
+            [name], str(recipe), run.texts[name], Markup(svg), recipe.merge_method
         )
-        found[recipe.dump()] = Splice(
-            [name], str(recipe), run.texts[name], Markup(drawn), recipe.merge_method
-        )
-    return list(found.values())
+    return list(views.values())
 
 
 def plans(run: Run) -> list[PlanRecord]:
-    """Every plan of every file of evidence."""
+    """The plans of all evidence files."""
     return [plan for evidence in run.evidence.values() for plan in evidence.plans]
 
 
-def chosen_plan(found: Sequence[Splice], known: Sequence[PlanRecord]) -> PlanRecord | None:
-    """The plan of the recipe that is shown first; without a recipe the best one."""
-    if not found:
+def chosen_plan(views: Sequence[RecipeView], known: Sequence[PlanRecord]) -> PlanRecord | None:
+    """The plan of the recipe that is shown first; without a recipe the best plan."""
+    if not views:
         return known[0] if known else None
-    return next((plan for plan in known if plan.summary == found[0].summary), None)
+    return next((plan for plan in known if plan.summary == views[0].summary), None)
 
 
-def seam_said(seam: SeamRecord) -> str:
-    """Where a seam lies, in words."""
-    kind = (
-        f"{seam.skipped_blocks} skipped"
-        if seam.skipped_blocks > 0
-        else f"{-seam.skipped_blocks} gone through again"
-    )
+def seam_in_words(seam: SeamRecord) -> str:
+    """The blocks that meet at a seam, and how many are skipped or repeated."""
+    skipped = seam.skipped_blocks
+    kind = f"{skipped} skipped" if skipped > 0 else f"{-skipped} repeated"
     after, before = (
         f"{shortened(place.model)} block {place.block}" for place in (seam.after, seam.before)
     )
-    return f"{after} to {before}, {kind if seam.skipped_blocks else 'same depth'}"
+    return f"{after} to {before}, {kind if skipped else 'same depth'}"
 
 
-def seam_scores(seam: SeamRecord) -> list[tuple[Named, float, list[float | None]]]:
-    """The scores at a seam that have nulls: (words, value, its nulls in the order of `NULLS`)."""
+def seam_scores(seam: SeamRecord) -> list[tuple[ScoreInfo, float, list[float | None]]]:
+    """The scores at a seam that have nulls: (info, value, its nulls in the order of `NULLS`)."""
     order = [*SCORES, *seam.scores]
     named = sorted((name for name in seam.scores if seam.nulls.get(name)), key=order.index)
     return [
-        (score_named(name), seam.scores[name], [seam.nulls[name].get(null) for null in NULLS])
+        (score_info(name), seam.scores[name], [seam.nulls[name].get(null) for null in NULLS])
         for name in named
     ]
 
 
-def seams(run: Run, found: Sequence[Splice], plan: PlanRecord | None) -> list[Seam]:
-    """The seams of the recipe that is shown first, or else of the plan."""
-    if found and (recipe := run.recipes[found[0].files[0]]).stack.slices:
+def seams_of(run: Run, views: Sequence[RecipeView], plan: PlanRecord | None) -> list[Seam]:
+    """The seams of the recipe that is shown first; without a recipe those of the plan."""
+    if views and (recipe := run.recipes[views[0].files[0]]).stack.slices:
         return recipe.seams
-    told = plan.seams if plan else []
     return [
         Seam(*(Block(place.model, place.block) for place in (seam.after, seam.before)))
-        for seam in told
+        for seam in (plan.seams if plan else [])
     ]
 
 
-def maps(run: Run, seams: Sequence[Seam]) -> list[Map]:
-    """The alignments, seams marked where they lie."""
+def alignment_views(run: Run, seams: Sequence[Seam]) -> list[AlignmentView]:
+    """The alignments, with marks at the seams."""
     return [
-        _map(name, alignment, marks_of(alignment, seams))
+        _alignment_view(name, alignment, marks_of(alignment, seams))
         for name, alignment in run.alignments.items()
     ]
 
 
 def marks_of(alignment: Alignment, seams: Sequence[Seam]) -> list[Mark]:
-    """Where seams lie in the matrix of an alignment; those between other donors are left out."""
+    """The cells of seams in an alignment's matrix; seams between other donors are left out."""
     rows, columns = alignment.blocks
-    found = []
+    marks = []
     for number, seam in enumerate(seams, 1):
         left, entered = (
             (seam.after.model, seam.after.index + 1),
@@ -153,37 +150,29 @@ def marks_of(alignment: Alignment, seams: Sequence[Seam]) -> list[Mark]:
         )
         for (a, row), (b, column) in ((left, entered), (entered, left)):
             if (a, b) == alignment.donors and row <= rows and column <= columns:
-                found.append(Mark(row, column, str(number)))
+                marks.append(Mark(row, column, str(number)))
                 break
-    return found
+    return marks
 
 
-def _map(name: str, alignment: Alignment, marks: list[Mark]) -> Map:
-    panels, a, b = [], *(shortened(donor) for donor in alignment.donors)
+def _alignment_view(name: str, alignment: Alignment, marks: list[Mark]) -> AlignmentView:
+    donors, panels = alignment.donors, []
+    a, b = (shortened(donor) for donor in donors)
     for score_name, score in heatmaps.scores_with_nulls(alignment).items():
-        words = score_named(score_name)
-        drawn = heatmaps.svg(
-            score.matrix, alignment.donors, marks, f"{words.title}, {a} against {b}"
-        )
-        nulls = [
-            (
-                null_named(null),
-                Markup(
-                    heatmaps.svg(
-                        matrix, alignment.donors, marks, null_named(null).title, small=True
-                    )
-                ),
-                _mean(matrix),
-            )
-            for null, matrix in sorted(score.nulls.items())
-        ]
+        info = score_info(score_name)
+        nulls = []
+        for null, matrix in sorted(score.nulls.items()):
+            title = null_info(null).title
+            drawing = heatmaps.heatmap(matrix, donors, marks, title, small=True)
+            nulls.append(NullMap(null_info(null), drawing, _mean(matrix)))
+        drawing = heatmaps.heatmap(score.matrix, donors, marks, f"{info.title}, {a} and {b}")
         rows = score.matrix.tolist() if max(score.matrix.shape) <= TABLED else []
-        panels.append(Panel(score_name, words, Markup(drawn), nulls, _mean(score.matrix), rows))
-    return Map(name, (a, b), panels, marks, heatmaps.numbers(alignment, marks))
+        panels.append(Panel(score_name, info, drawing, nulls, _mean(score.matrix), rows))
+    return AlignmentView(name, (a, b), panels, marks, heatmaps.numbers(alignment, marks))
 
 
 def _mean(matrix: np.ndarray) -> float:
-    """The mean over cells of equal depth, the embedding left out."""
+    """The mean of the cells of equal depth, without the embedding."""
     depth = min(matrix.shape)
     return (
         float(np.nanmean(matrix.diagonal()[min(1, depth - 1) : depth]))
@@ -193,7 +182,7 @@ def _mean(matrix: np.ndarray) -> float:
 
 
 def features(run: Run) -> tuple[list[str], list[Table]]:
-    """Donors and their tables of features: from atlases, and from alignments where a donor's atlas is not there."""
+    """Donors and their tables of features, from atlases or else from alignments."""
     donors = list(run.features)
     for alignment in run.alignments.values():
         known = {donor.fingerprint for donor in donors}
@@ -201,166 +190,34 @@ def features(run: Run) -> tuple[list[str], list[Table]]:
     return [shortened(donor.donor) for donor in donors], feature_tables(donors) if donors else []
 
 
-def promises(run: Run) -> list[PredictionCheck]:
-    """What was predicted and then measured: by `evaluate` on its texts, and by `plan --verify` on its own."""
-    told = [
-        promise for evaluation in run.evaluations.values() for promise in evaluation.predictions
-    ]
+def prediction_checks(run: Run) -> list[PredictionCheck]:
+    """Predictions that were measured: by `evaluate`, and by `plan --verify`."""
+    checks = [check for evaluation in run.evaluations.values() for check in evaluation.predictions]
     for plan in plans(run):
         if plan.measured_damage is not None:
             low, high = plan.interval
-            held = low <= plan.measured_damage <= high
-            told.append(
+            checks.append(
                 PredictionCheck(
                     recipe=plan.summary + VERIFIED,
                     predicted=plan.predicted_damage,
                     low=low,
                     high=high,
                     measured=plan.measured_damage,
-                    held=held,
+                    held=low <= plan.measured_damage <= high,
                 )
             )
-    return told
-
-
-def promise_chart(told: Sequence[PredictionCheck]) -> Markup:
-    """Predictions with their intervals, and what was measured."""
-    rows = [
-        charts.Bar(
-            recipe_name(entry.recipe),
-            entry.predicted,
-            entry.low,
-            entry.high,
-            entry.measured,
-            "held" if entry.held else "did not hold",
-        )
-        for entry in told
-    ]
-    return Markup(
-        charts.bars(
-            rows,
-            "promises",
-            "Predicted and measured damage",
-            "nats per token above the donors",
-            value="predicted, 9 of 10",
-            other="measured",
-        )
-    )
-
-
-def recipe_name(name: str) -> str:
-    """What a promise was made of, as far as a label has room."""
-    return diagram.visible(name) if name.endswith(VERIFIED) else shortened(name)
-
-
-def difference_chart(evaluation: Evaluation, name: str) -> Markup:
-    """Paired differences between models and donors, with their intervals."""
-    rows = [
-        charts.Bar(
-            f"{shortened(entry.model)} against {shortened(entry.donor)}",
-            entry.bits_per_byte,
-            *(entry.interval or (None, None)),
-            said=verdict(entry.interval),
-        )
-        for entry in evaluation.differences
-    ]
-    return Markup(
-        charts.bars(
-            rows,
-            name,
-            "Difference to each donor",
-            "bits per byte; left of the line the merge is better",
-        )
-    )
+    return checks
 
 
 def verdict(interval: tuple[float, float] | None) -> str:
-    """A paired difference in a word; nothing is said without an interval."""
+    """A paired difference in a word; empty without an interval."""
     if interval is None:
         return ""
     return "better" if interval[1] < 0 else "worse" if interval[0] > 0 else "no clear difference"
 
 
-def diagnostics(told: SeamsRecord, name: str) -> list[tuple[str, str, Markup]]:
-    """Charts of what flows through a merged model: (title, how to read it, chart)."""
-    blocks = told.blocks
-    seams = [
-        (entry.block - 0.5, str(number))
-        for number, entry in enumerate((entry for entry in blocks if entry.seam), 1)
-    ]
-    donors = list(dict.fromkeys(donor for entry in blocks for donor in [*entry.cosine, *entry.kl]))
-    norm = [charts.Line("this model", [(entry.block, entry.norm_ratio) for entry in blocks], 5)]
-    cosine, kl = (
-        [
-            charts.Line(
-                shortened(donor),
-                [(entry.block, getattr(entry, key).get(donor)) for entry in blocks],
-                n,
-            )
-            for n, donor in enumerate(donors)
-        ]
-        for key in ("cosine", "kl")
-    )
-    kl.append(
-        charts.Line(
-            "the donor alone", [(entry.block, entry.kl_alone) for entry in blocks], 5, broken=True
-        )
-    )
-    shown = (
-        (
-            "Length of the stream",
-            "The hidden state's length over that of the donor behind the same block; 1 is as at home.",
-            norm,
-            "ratio",
-        ),
-        (
-            "Direction of the stream",
-            "Cosine to the donor's hidden state behind the same block, to another donor's behind the "
-            "block of that number; 1 is the same direction.",
-            cosine,
-            "cosine",
-        ),
-        (
-            "What it would say here",
-            "How far what final norm and head would read here is from each donor's own prediction (KL "
-            "divergence); 0 is the same. The broken line is the donor alone, which is far off in its first blocks too.",
-            kl,
-            "nats",
-        ),
-    )
-    return [
-        (title, how, Markup(charts.lines(series, f"{name}-{number}", title, axis, seams=seams)))
-        for number, (title, how, series, axis) in enumerate(shown)
-        if any(value is not None for line in series for _, value in line.points if not line.broken)
-    ]
-
-
-def retention_chart(told: Sequence[RetentionRecord], name: str) -> Markup:
-    """The share of each donor's features that every block kept, beside chance."""
-    series = []
-    blocks = sorted({block.block for entry in told for block in entry.blocks})
-    for number, entry in enumerate(told):
-        kept = {block.block: block.kept for block in entry.blocks}
-        whose = (
-            f"{shortened(entry.donor)} in {shortened(entry.model)}"
-            if len({e.model for e in told}) > 1
-            else shortened(entry.donor)
-        )
-        series.append(charts.Line(whose, [(block, kept.get(block)) for block in blocks], number))
-        if entry.chance is not None:
-            series.append(
-                charts.Line(
-                    f"{whose}, by chance",
-                    [(block, entry.chance) for block in blocks],
-                    number,
-                    broken=True,
-                )
-            )
-    return Markup(charts.lines(series, name, "Features kept", "share of features kept"))
-
-
 class Passage(NamedTuple):
-    """A piece of a sample."""
+    """A part of a sample."""
 
     text: str
     invalid: bool
@@ -368,17 +225,17 @@ class Passage(NamedTuple):
 
 def sample_rows(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, list[Passage]]]]]:
     """Samples by prompt: (prompt, [(model, passages)])."""
-    found: dict[str, list] = {}
+    by_prompt: dict[str, list] = {}
     for model in evaluation.models:
         for sample in model.samples or []:
-            found.setdefault(sample.prompt, []).append(
+            by_prompt.setdefault(sample.prompt, []).append(
                 (shortened(model.name), list(passages(sample.text, sample.invalid)))
             )
-    return list(found.items())
+    return list(by_prompt.items())
 
 
 def passages(text: str, invalid: Iterable[str]) -> Iterator[Passage]:
-    """Cut a text into invalid words and what lies between them."""
+    """Split a text into invalid words and the text between them."""
     words = sorted({word for word in invalid if word}, key=lambda word: (-len(word), word))
     if not words:
         yield Passage(text, False)
@@ -391,16 +248,16 @@ def passages(text: str, invalid: Iterable[str]) -> Iterator[Passage]:
 
 
 def text_names(evaluation: Evaluation) -> list[str]:
-    """The texts of the first model, where there are several."""
+    """The names of the texts, where there are several."""
     names = list(evaluation.models[0].texts) if evaluation.models else []
     return names if len(names) > 1 else []
 
 
-def title(run: Run, found: Sequence[Splice], plan: PlanRecord | None) -> str:
-    """What the page is called."""
-    if not found:
+def title(run: Run, views: Sequence[RecipeView], plan: PlanRecord | None) -> str:
+    """The title of the page."""
+    if not views:
         return plan.summary if plan else run.folder.resolve().name
-    recipe = run.recipes[found[0].files[0]]
+    recipe = run.recipes[views[0].files[0]]
     donors = list(dict.fromkeys(shortened(source.model) for source in recipe.sources))
     names = " and ".join(filter(None, [", ".join(donors[:-1]), donors[-1]]))
     blocks = _blocks(recipe)
@@ -408,48 +265,52 @@ def title(run: Run, found: Sequence[Splice], plan: PlanRecord | None) -> str:
 
 
 def facts(
-    found: Sequence[Splice], plan: PlanRecord | None, told: Sequence[PredictionCheck], run: Run
+    views: Sequence[RecipeView],
+    plan: PlanRecord | None,
+    checks: Sequence[PredictionCheck],
+    run: Run,
 ) -> list[tuple[str, str]]:
-    """The figures on top of the page."""
-    shown: list[tuple[str, str]] = []
-    if plan:
-        shown += [("Blocks", str(plan.depth)), ("Seams", str(len(plan.seams)))]
-        low, high = plan.interval
-        if chance := sum(seam.by_chance for seam in plan.seams):
-            shown.append(
-                ("Seams no better than chance", f"{chance}: these donors share no basis there")
-            )
-        shown.append(
-            ("Predicted damage", f"{plan.predicted_damage:z.2f} nats ({low:z.2f} to {high:z.2f})")
-        )
-    elif found:
-        blocks = _blocks(run.recipes[found[0].files[0]])
-        shown += (
-            [("Blocks", blocks), ("Seams", str(len(run.recipes[found[0].files[0]].seams)))]
-            if blocks
-            else []
-        )
-    paths = [Path(file) for file in found[0].files] if found else []
+    """The figures at the top of the page: (name, value)."""
+    rows = _plan_facts(plan) if plan else _recipe_facts(run, views)
+    paths = [Path(file) for file in views[0].files] if views else []
     names = {
-        found[0].summary + VERIFIED if found else "",
+        views[0].summary + VERIFIED if views else "",
         *(path.name for path in paths),
         *(path.parent.name for path in paths),
     }
-    if ours := next(
-        (entry for entry in told if names & {entry.recipe, Path(entry.recipe).name}), None
-    ):
-        held = "the prediction held" if ours.held else "the prediction did not hold"
-        shown.append(("Measured damage", f"{ours.measured:.2f} nats: {held}"))
-    for evaluation in run.evaluations.values():
-        if ours := next((model for model in evaluation.models if model.role != "donor"), None):
-            shown.append(("Bits per byte", f"{ours.bits_per_byte:.3f}"))
-            donors = [model.bits_per_byte for model in evaluation.models if model.role == "donor"]
-            shown += [("Best donor", f"{min(donors):.3f}")] if donors else []
+    for check in checks:
+        if names & {check.recipe, Path(check.recipe).name}:
+            place = "in" if check.held else "outside"
+            measured = f"{check.measured:.2f} nats, {place} the predicted interval"
+            rows.append(("Measured damage", measured))
             break
-    return shown
+    for evaluation in run.evaluations.values():
+        merges = [model.bits_per_byte for model in evaluation.models if model.role != "donor"]
+        donors = [model.bits_per_byte for model in evaluation.models if model.role == "donor"]
+        if merges:
+            rows.append(("Bits per byte", f"{merges[0]:.3f}"))
+            rows += [("Best donor", f"{min(donors):.3f}")] if donors else []
+            break
+    return rows
 
 
-def _blocks(recipe: Any) -> str:
+def _plan_facts(plan: PlanRecord) -> list[tuple[str, str]]:
+    rows = [("Blocks", str(plan.depth)), ("Seams", str(len(plan.seams)))]
+    if chance := sum(seam.by_chance for seam in plan.seams):
+        rows.append(("Seams at chance level", f"{chance}: these donors share no basis there"))
+    low, high = plan.interval
+    damage = f"{plan.predicted_damage:z.2f} nats ({low:z.2f} to {high:z.2f})"
+    return [*rows, ("Predicted damage", damage)]
+
+
+def _recipe_facts(run: Run, views: Sequence[RecipeView]) -> list[tuple[str, str]]:
+    recipe = run.recipes[views[0].files[0]] if views else None
+    if recipe is None or not recipe.stack.slices:
+        return []
+    return [("Blocks", _blocks(recipe)), ("Seams", str(len(recipe.seams)))]
+
+
+def _blocks(recipe: Recipe) -> str:
     return str(len(recipe.blocks)) if recipe.stack.slices else ""
 
 

@@ -6,8 +6,8 @@ import invented
 import pytest
 
 from frankenmerge.artefacts.alignment import load_alignment
+from frankenmerge.artefacts.scores import SCORES
 from frankenmerge.reporting.heatmaps import contrast
-from frankenmerge.reporting.labels import SCORES
 from frankenmerge.reporting.page import page as written
 from frankenmerge.reporting.run import read_run
 
@@ -23,7 +23,7 @@ def site(browser, tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, site):
-    """Open the report; at the end nothing may have gone wrong or been asked for but the page itself."""
+    """Open the report; by the end, nothing failed and only the page itself was requested."""
     pages, told, asked = [], [], []
 
     def call(**settings):
@@ -54,7 +54,7 @@ def test_pointing_at_a_cell_tells_scores_nulls_interval_and_neurons(opened, site
     page.mouse.move(*cell(page, 2, 3))
     told = page.locator(".detail").inner_text()
     low, high = score.interval[:, 2, 3]
-    assert "one after 2 blocks against two after 3 blocks" in told
+    assert "one after 2 blocks and two after 3 blocks" in told
     assert f"{score.matrix[2, 3]:.3f} ({low:.3f} to {high:.3f})" in told
     assert f"other neurons {score.nulls['permuted_neurons'][2, 3]:.3f}" in told
     best = int(score.detail[2, 3].argmax())
@@ -65,7 +65,7 @@ def test_pointing_at_a_cell_tells_scores_nulls_interval_and_neurons(opened, site
         vocabulary[token].replace(" ", "␣") for token in tokens[:3]
     ]
     page.mouse.move(*cell(page, 6, 0))
-    assert "one after 6 blocks against two's embedding" in page.locator(".detail").inner_text()
+    assert "one after 6 blocks and two's embedding" in page.locator(".detail").inner_text()
 
 
 def test_the_keyboard_reaches_every_cell_and_the_reader_is_told(opened, site):
@@ -74,7 +74,7 @@ def test_the_keyboard_reaches_every_cell_and_the_reader_is_told(opened, site):
     for key in ("Home", *["ArrowUp"] * 7, "ArrowDown", "ArrowRight", "ArrowRight"):
         page.keyboard.press(key)
     assert (
-        f"one after 1 block against two after 2 blocks: {matrix[1, 2]:.3f}"
+        f"one after 1 block and two after 2 blocks: {matrix[1, 2]:.3f}"
         in page.locator(".live").inner_text()
     )
     assert f"{matrix[1, 2]:.3f}" in page.locator(".detail").inner_text()
@@ -95,10 +95,12 @@ def test_tab_goes_first_to_the_report_and_focus_can_be_seen(opened):
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     assert page.evaluate("document.activeElement.getBoundingClientRect().left >= 0")
-    told = """(() => { const part = document.activeElement, style = getComputedStyle(part);
-        return part === document.body ? null : [part.outerHTML.slice(0, 80), style.outlineStyle, parseFloat(style.outlineWidth)]; })()"""
+    focused = """(() => { const part = document.activeElement, style = getComputedStyle(part);
+        const width = parseFloat(style.outlineWidth);
+        return part === document.body ? null
+            : [part.outerHTML.slice(0, 80), style.outlineStyle, width]; })()"""
     reached = []
-    while len(reached) < 300 and (found := page.evaluate(told)):
+    while len(reached) < 300 and (found := page.evaluate(focused)):
         reached.append(found)
         page.keyboard.press("Tab")
     assert 20 < len(reached) < 300
@@ -122,7 +124,7 @@ def test_seams_of_the_plan_are_marked_and_lead_to_their_cells(opened):
     # row 4.
     assert page.locator(".panel.current .heatbox .mark.ring").count() == 2
     page.get_by_role("button", name="Seam 2").click()
-    assert "one after 4 blocks against two after 5 blocks" in page.locator(".detail").inner_text()
+    assert "one after 4 blocks and two after 5 blocks" in page.locator(".detail").inner_text()
 
 
 def test_searching_leaves_the_neurons_with_that_token(opened):
@@ -140,8 +142,10 @@ def test_nothing_hangs_over_the_edge_of_a_phone(opened, width):
     page = opened(viewport={"width": width, "height": 740})
     page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    outside = """[...document.querySelectorAll('main *')].filter((part) => !part.closest('.box, pre, .live, svg')
-        && part.getBoundingClientRect().right > innerWidth + 1).map((part) => part.outerHTML.slice(0, 120))"""
+    outside = """[...document.querySelectorAll('main *')]
+        .filter((part) => !part.closest('.box, pre, .live, svg')
+            && part.getBoundingClientRect().right > innerWidth + 1)
+        .map((part) => part.outerHTML.slice(0, 120))"""
     assert page.evaluate(outside) == []
 
 
@@ -182,7 +186,8 @@ def test_nothing_is_cut_off_on_paper(opened):
     page = opened(viewport={"width": 703, "height": 1000})  # A4 between the margins, in CSS pixels
     page.emulate_media(media="print")
     beyond = page.evaluate(
-        "[...document.querySelectorAll('table, svg, pre, p, .chip')].filter((part) => part.getBoundingClientRect().right > 704)"
+        "[...document.querySelectorAll('table, svg, pre, p, .chip')]"
+        ".filter((part) => part.getBoundingClientRect().right > 704)"
         ".map((part) => part.outerHTML.slice(0, 80))"
     )
     assert beyond == []
@@ -220,25 +225,24 @@ def test_landmarks_headings_and_names(opened):
     assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False)), (
         levels
     )
-    unnamed = """[...document.querySelectorAll('svg, [role=img], [tabindex], input, nav, section, article')]
-        .filter((part) => part.getAttribute('aria-hidden') !== 'true' && !part.getAttribute('aria-label') && !part.labels?.length
+    unnamed = """
+        [...document.querySelectorAll('svg, [role=img], [tabindex], input, nav, section, article')]
+        .filter((part) => part.getAttribute('aria-hidden') !== 'true'
+          && !part.getAttribute('aria-label') && !part.labels?.length
           && !document.getElementById((part.getAttribute('aria-labelledby') ?? '').split(' ')[0]))
         .map((part) => part.outerHTML.slice(0, 120))"""
     assert page.evaluate(unnamed) == []
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map((part) => part.id)")
     assert len(ids) == len(set(ids))
-    assert (
-        page.evaluate(
-            "[...document.querySelectorAll('a')].filter((a) => !document.querySelector(a.hash)).length"
-        )
-        == 0
-    )
+    dead = "[...document.querySelectorAll('a')].filter((a) => !document.querySelector(a.hash))"
+    assert page.evaluate(f"{dead}.length") == 0
 
 
 def test_every_table_has_a_caption_and_headers_with_a_scope(opened):
     page = opened()
     assert page.evaluate(
-        "[...document.querySelectorAll('table')].every((table) => table.caption && table.caption.textContent.trim())"
+        "[...document.querySelectorAll('table')]"
+        ".every((table) => table.caption && table.caption.textContent.trim())"
     )
     assert page.evaluate(
         "[...document.querySelectorAll('th')].every((th) => ['row', 'col'].includes(th.scope))"
@@ -248,7 +252,8 @@ def test_every_table_has_a_caption_and_headers_with_a_scope(opened):
 CONTRAST = """
 () => {
   const parse = (text) => text.match(/[\\d.]+/g).map(Number);
-  const linear = (part) => (part /= 255) <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+  const linear = (part) =>
+    (part /= 255) <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
   const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
   function ground(part) {
     for (; part; part = part.parentElement) {
@@ -261,7 +266,8 @@ CONTRAST = """
   for (const part of document.querySelectorAll('body *')) {
     const own = [...part.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
     if (!own || part.closest('script, style, svg, .live, desc, title')) continue;
-    const [low, high] = [light(parse(getComputedStyle(part).color)), light(ground(part))].sort((a, b) => a - b);
+    const shades = [light(parse(getComputedStyle(part).color)), light(ground(part))];
+    const [low, high] = shades.sort((a, b) => a - b);
     if ((high + 0.05) / (low + 0.05) < 4.5) faint.push(part.outerHTML.slice(0, 120));
   }
   return faint;
@@ -275,7 +281,8 @@ def test_text_stands_out_from_its_ground(opened, scheme):
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark == (scheme == "dark")
     assert page.evaluate(CONTRAST) == []
-    charts = """[...document.querySelectorAll('.chart text, .heat .tick, .heat .axis, .splice text.soft')]
+    charts = """
+        [...document.querySelectorAll('.chart text, .heat .tick, .heat .axis, .splice text.soft')]
         .map((part) => getComputedStyle(part).fill)"""
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
 
@@ -302,5 +309,5 @@ def test_a_page_of_deep_donors_answers(browser, tmp_path):
     )
     page.keyboard.press("End")
     assert f"{matrix[0, 80]:.3f}" in page.locator(".detail").inner_text()
-    assert "to keep this page small" in page.locator(".detail").inner_text()
+    assert "To keep this page small" in page.locator(".detail").inner_text()
     page.close()

@@ -9,7 +9,7 @@ import invented
 import numpy as np
 import pytest
 
-from frankenmerge.reporting import heatmaps
+from frankenmerge.reporting import heatmaps, labels
 from frankenmerge.reporting.heatmaps import Mark
 
 
@@ -103,12 +103,12 @@ def test_a_deep_alignment_tells_the_neurons_of_seams_and_of_cells_near_equal_dep
     ],
 )
 def test_tokens_show_what_is_in_them(text, shown):
-    assert heatmaps.token(text) == shown
+    assert labels.token(text) == shown
 
 
 def test_values_stand_in_dark_letters_on_light_cells_and_in_light_ones_on_dark():
-    text = heatmaps.svg(np.array([[0.1, 0.95]], np.float32), ("a", "b"), [], "t")
-    assert re.findall(r'class="value (\w+)"[^>]*>([.\d]+)<', text) == [
+    drawing = heatmaps.heatmap(np.array([[0.1, 0.95]], np.float32), ("a", "b"), [], "t")
+    assert re.findall(r'class="value (\w+)"[^>]*>([.\d]+)<', drawing.elements) == [
         ("light", ".10"),
         ("dark", ".95"),
     ]

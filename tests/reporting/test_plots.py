@@ -1,4 +1,4 @@
-"""Figures: files that open, the same bytes for the same alignment."""
+"""The figure of an alignment: files that open, the same bytes for the same alignment."""
 
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -8,7 +8,7 @@ import pytest
 
 from frankenmerge.artefacts.alignment import Alignment, Score
 
-pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+pytest.importorskip("resvg_py", reason="the extra `plots` is not installed")
 
 
 def invented(blocks=(3, 5), value: float | None = None) -> Alignment:
@@ -29,7 +29,7 @@ def invented(blocks=(3, 5), value: float | None = None) -> Alignment:
 
 
 def drawn(alignment: Alignment, path):
-    from frankenmerge.reporting.plots import plot_alignment
+    from frankenmerge.reporting.figures import plot_alignment
 
     plot_alignment(alignment, path)
     return path
@@ -67,7 +67,7 @@ def test_another_alignment_gives_another_picture(tmp_path):
 
 
 def test_colours_run_from_no_agreement_to_full_agreement(tmp_path):
-    """Viridis runs from dark violet to yellow: full agreement paints all of the matrix yellow, none all of it violet."""
+    """Viridis ranges from dark violet to yellow: ones are yellow, zeros violet."""
     from PIL import Image
 
     shares = {}
@@ -76,7 +76,7 @@ def test_colours_run_from_no_agreement_to_full_agreement(tmp_path):
             pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
         shares[value] = {
             name: (pixels == colour).all(axis=1).mean()
-            for name, colour in (("violet", (68, 1, 84)), ("yellow", (253, 231, 36)))
+            for name, colour in (("violet", (68, 1, 84)), ("yellow", (253, 231, 37)))
         }
     assert shares[1.0]["yellow"] > 0.3 > 0.05 > shares[1.0]["violet"]
     assert shares[0.0]["violet"] > 0.3 > 0.05 > shares[0.0]["yellow"]

@@ -65,7 +65,7 @@ def test_everything_in_a_folder_is_shown(report, folder):
         "seams",
         "agreement",
         "features",
-        "promise",
+        "prediction",
         "evaluation",
         "provenance",
     ]
@@ -73,13 +73,13 @@ def test_everything_in_a_folder_is_shown(report, folder):
         "one[0:4] two[2:5] one[4:6]",
         "0.200",
         "0.100 to 0.400",
-        "one block 3 to two block 2, 2 gone through again",
+        "one block 3 to two block 2, 2 repeated",
         "No better than chance",
-        "Seams no better than chance 1",
+        "Seams at chance level 1",
         "1.772 to 1.832",
         "no clear difference",
         "invented_task",
-        "the prediction held",
+        "in the predicted interval",
         "2.13.0+cpu",
         "f" * 64,
         "max seams 4",
@@ -99,7 +99,7 @@ def test_everything_in_a_folder_is_shown(report, folder):
         (["ab.alignment.safetensors"], "agreement", "frankenmerge align A B"),
         (["recipe.evidence.json"], "seams", "frankenmerge plan ALIGNMENT"),
         (["evaluation.json"], "evaluation", "frankenmerge evaluate"),
-        (["evaluation.json"], "promise", "frankenmerge evaluate"),
+        (["evaluation.json"], "prediction", "frankenmerge evaluate"),
         (["ab.alignment.safetensors"], "features", "frankenmerge analyze A"),
         (["recipe.yaml", "recipe.evidence.json"], "merged", "frankenmerge plan ALIGNMENT"),
     ],
@@ -248,10 +248,7 @@ def test_an_artefact_that_cannot_be_read_is_told_and_the_others_are_shown(run, f
     code, _, err = run("report", folder, "-o", folder / "report.html")
     page = Reader((folder / "report.html").read_text())
     assert code == 0 and "evaluation.json" in err and "Traceback" not in err
-    assert (
-        "evaluation.json" in page.text.split("Could not be read")[1]
-        and "What was merged" in page.text
-    )
+    assert "evaluation.json" in page.text.split("Could not be read")[1] and "The merge" in page.text
 
 
 def test_an_alignment_whose_parts_do_not_fit_is_told(run, folder):
@@ -267,9 +264,9 @@ def test_an_alignment_whose_parts_do_not_fit_is_told(run, folder):
 
 
 def test_every_stage_of_a_recipe_is_shown(report, folder):
-    stage = "name: first\nmerge_method: linear\nmodels: [{model: p/q}, {model: r/s}]\nparameters: {weight: 1}\n---\n"
     (folder / "stages.yaml").write_text(
-        stage
+        "name: first\nmerge_method: linear\nmodels: [{model: p/q}, {model: r/s}]\n"
+        "parameters: {weight: 1}\n---\n"
         + "merge_method: passthrough\nslices: [{sources: [{model: first, layer_range: [0, 3]}]}]\n"
     )
     page = report(folder)

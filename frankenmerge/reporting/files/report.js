@@ -1,35 +1,45 @@
 "use strict";
 document.documentElement.classList.add("js");
 
-// Numbers travel as [largest, base64 of int16]; -32768 stands for none.
+// Numbers are packed as [largest, base64 of int16]; -32768 is a missing value.
 function unpack([peak, packed]) {
   const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
   const view = new DataView(bytes.buffer);
   return (place) => {
-    const found = view.getInt16(2 * place, true);
-    return found === -32768 ? NaN : (found / 32000) * peak;
+    const packedValue = view.getInt16(2 * place, true);
+    return packedValue === -32768 ? NaN : (packedValue / 32000) * peak;
   };
 }
 
 function element(name, kind, ...inner) {
-  const made = document.createElement(name);
-  if (kind) made.className = kind;
-  made.append(...inner);
-  return made;
+  const created = document.createElement(name);
+  if (kind) created.className = kind;
+  created.append(...inner);
+  return created;
 }
 
 const shown = (value) => (Number.isNaN(value) ? "–" : value.toFixed(3));
 
+// The frame around the current cell of a heatmap.
+function cursorOf(heat) {
+  const cursor = heat.querySelector(".cursor") ?? document.createElementNS(heat.namespaceURI, "rect");
+  if (!cursor.parentNode) {
+    cursor.setAttribute("class", "cursor");
+    heat.querySelector(".cells").after(cursor);
+  }
+  return cursor;
+}
+
 function explore(map) {
-  const told = JSON.parse(map.querySelector(".numbers").textContent);
+  const data = JSON.parse(map.querySelector(".numbers").textContent);
   const panels = new Map([...map.querySelectorAll(".panel")].map((panel) => [panel.dataset.score, panel]));
   const scores = new Map();
   let score = panels.keys().next().value;
-  let cell = [Math.min(1, told.rows - 1), Math.min(1, told.columns - 1)];
+  let cell = [Math.min(1, data.rows - 1), Math.min(1, data.columns - 1)];
 
   function numbers(name) {
     if (!scores.has(name)) {
-      const { score: packed, nulls, interval } = told.scores[name];
+      const { score: packed, nulls, interval } = data.scores[name];
       scores.set(name, {
         at: unpack(packed),
         nulls: Object.entries(nulls).map(([null_, value]) => [null_, unpack(value)]),
@@ -39,13 +49,19 @@ function explore(map) {
     return scores.get(name);
   }
 
+  function geometry(heat) {
+    const cells = heat.querySelector(".cells");
+    const [left, top, width] = ["x", "y", "width"].map((name) => Number(cells.getAttribute(name)));
+    return { left, top, side: width / data.columns };
+  }
+
   function titles(panel) {
     return [...panel.querySelectorAll(".nulls b")].map((title) => title.textContent);
   }
 
-  // A shared token stands there as its complement.
+  // A token that both donors have is given as its complement.
   function chips(tokens) {
-    return tokens.flatMap((word) => [element("bdi", word < 0 ? "chip shared" : "chip", told.words[word < 0 ? ~word : word]), " "]);
+    return tokens.flatMap((word) => [element("bdi", word < 0 ? "chip shared" : "chip", data.words[word < 0 ? ~word : word]), " "]);
   }
 
   function neurons(title, entries) {
@@ -56,46 +72,45 @@ function explore(map) {
 
   function where() {
     const after = (name, count) => (count ? `${name} after ${count} block${count > 1 ? "s" : ""}` : `${name}'s embedding`);
-    return `${after(told.donors[0], cell[0])} against ${after(told.donors[1], cell[1])}`;
+    return `${after(data.donors[0], cell[0])} and ${after(data.donors[1], cell[1])}`;
   }
 
   function show(aloud) {
-    const panel = panels.get(score), found = numbers(score), place = cell[0] * told.columns + cell[1];
-    const value = shown(found.at(place)), named = titles(panel);
-    const ends = found.interval && found.interval.map((end) => shown(end(place)));
-    const nulls = found.nulls.map(([, at], number) => `${named[number].toLowerCase()} ${shown(at(place))}`);
+    const panel = panels.get(score), values = numbers(score), place = cell[0] * data.columns + cell[1];
+    const value = shown(values.at(place)), named = titles(panel);
+    const ends = values.interval && values.interval.map((end) => shown(end(place)));
+    const nulls = values.nulls.map(([, at], number) => `${named[number].toLowerCase()} ${shown(at(place))}`);
     const chance = nulls.length ? `By chance: ${nulls.join(", ")}.` : "";
     const parts = [element("p", "where", where()), element("p", "", element("span", "big", value), ends ? ` (${ends[0]} to ${ends[1]})` : "")];
     parts.push(element("p", "soft", chance));
-    const known = told.cells[cell.join()];
+    const known = data.cells[cell.join()];
     if (known && known.length) {
       const half = known.length / 2;
-      parts.push(element("p", "soft", `Neuron (top tokens shared), then the best tokens of ${told.donors[0]} | ${told.donors[1]}.`));
+      parts.push(element("p", "soft", `Neuron (top tokens shared), then the top-activating tokens of ${data.donors[0]} | ${data.donors[1]}.`));
       parts.push(...neurons("Agree most", known.slice(0, half)), ...neurons("Agree least", known.slice(half)));
     } else {
-      parts.push(element("p", "soft", "Neurons are told for cells near equal depth and for seams, to keep this page small."));
+      parts.push(element("p", "soft", "To keep this page small, it has neurons only for cells near equal depth and for seams."));
     }
     map.querySelector(".detail").replaceChildren(...parts);
     panel.querySelector(".brief").textContent = `${where()}: ${value}`;
     if (aloud) map.querySelector(".live").textContent = `${where()}: ${value}. ${chance}`;
     for (const heat of map.querySelectorAll(".heatbox .heat")) {
-      const { left, top, side } = heat.dataset, cursor = heat.querySelector(".cursor");
-      heat.classList.add("on");
-      cursor.setAttribute("x", Number(left) + cell[1] * side);
-      cursor.setAttribute("y", Number(top) + cell[0] * side);
+      const { left, top, side } = geometry(heat), cursor = cursorOf(heat);
+      const place = { x: left + cell[1] * side, y: top + cell[0] * side, width: side, height: side };
+      for (const [name, value] of Object.entries(place)) cursor.setAttribute(name, value);
     }
   }
 
   function go(row, column, aloud) {
-    cell = [Math.max(0, Math.min(told.rows - 1, row)), Math.max(0, Math.min(told.columns - 1, column))];
+    cell = [Math.max(0, Math.min(data.rows - 1, row)), Math.max(0, Math.min(data.columns - 1, column))];
     show(aloud);
   }
 
   function point(event) {
-    const heat = event.currentTarget.querySelector(".heat"), { left, top, side } = heat.dataset;
+    const heat = event.currentTarget.querySelector(".heat"), { left, top, side } = geometry(heat);
     const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(heat.getScreenCTM().inverse());
     const row = Math.floor((at.y - top) / side), column = Math.floor((at.x - left) / side);
-    if (row >= 0 && column >= 0 && row < told.rows && column < told.columns) go(row, column, false);
+    if (row >= 0 && column >= 0 && row < data.rows && column < data.columns) go(row, column, false);
   }
 
   const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
@@ -104,7 +119,7 @@ function explore(map) {
     if (!step && event.key !== "Home" && event.key !== "End") return;
     event.preventDefault();
     if (step) go(cell[0] + step[0], cell[1] + step[1], true);
-    else go(cell[0], event.key === "Home" ? 0 : told.columns - 1, true);
+    else go(cell[0], event.key === "Home" ? 0 : data.columns - 1, true);
   }
 
   for (const box of map.querySelectorAll(".heatbox")) {
