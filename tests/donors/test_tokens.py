@@ -15,6 +15,7 @@ from frankenmerge.donors.tokens import ID_LIMIT
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.tokenizer import tokenizer_files
+from frankenmerge.splicing.vocabulary import result_vocabulary
 from frankenmerge.storage import safetensors_header
 
 
@@ -137,9 +138,10 @@ def test_a_union_reads_each_file_of_its_donors_once_and_changes_none_of_them(
         "r.yaml",
     )
     opened = open_donors(recipe)
-    first = tokenizer_files(recipe, opened)
+    vocabulary = result_vocabulary(recipe, opened)
+    first = tokenizer_files(recipe, opened, vocabulary)
     assert "é" in json.loads(first["tokenizer.json"])["model"]["vocab"]
-    assert tokenizer_files(recipe, opened) == first
+    assert tokenizer_files(recipe, opened, vocabulary) == first
     read = {path: count for path, count in reads.items() if path.name != "r.yaml"}
     assert {path.name for path in read} >= {"config.json", "tokenizer.json"}
     assert set(read.values()) == {1}
