@@ -1,4 +1,4 @@
-"""Results that nobody measured, in the shape that commands write: for tests of what shows them."""
+"""Invented results in the format that commands write, for tests of what reads them."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def evaluation(
     donors: tuple[str, ...] = ("donors/code", "donors/prose"),
     blocks: int = 12,
 ) -> dict[str, Any]:
-    """An evaluation of one recipe beside its donors, every number made up."""
+    """An evaluation of one recipe and its donors, every number invented."""
     return {
         "kind": "frankenmerge.evaluation/1",
         "models": [
@@ -45,24 +45,7 @@ def evaluation(
         "seams": [
             {"model": recipe, "blocks": [_block(number, donors) for number in range(1, blocks + 1)]}
         ],
-        "retention": [
-            {
-                "model": recipe,
-                "donor": name,
-                "blocks": [
-                    {
-                        "block": number,
-                        "donor_block": _donor_block(number),
-                        "kept": round(0.6 * math.exp(-number / 9), 3),
-                    }
-                    for number in range(1, blocks + 1)
-                    if (number in (8, 9)) == n
-                ],
-                "kept": 0.3 - 0.1 * n,
-                "chance": 0.01,
-            }
-            for n, name in enumerate(donors)
-        ],
+        "retention": [_retention(recipe, donors, n, blocks) for n in range(len(donors))],
         "tasks": [
             {"model": name, "task": "invented_task", "metric": "acc", "value": 0.4, "stderr": 0.02}
             for name in (recipe, *donors)
@@ -84,16 +67,36 @@ def evaluation(
             {"path": text, "sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": 12_000}
             for text in TEXTS
         ],
-        "provenance": {
-            "arguments": {"models": [recipe], "text": list(TEXTS)},
-            "seed": 0,
-            "reference_words": 812,
-            "versions": {"frankenmerge": "0.1.0", "torch": "2.13.0+cpu"},
-            "models": {
-                name: {"fingerprint": "0123456789abcdef", "revision": None} for name in donors
-            },
-            "recipes": {recipe: "f" * 64},
-        },
+        "provenance": _origin(recipe, donors),
+    }
+
+
+def _retention(recipe: str, donors: tuple[str, ...], n: int, blocks: int) -> dict[str, Any]:
+    return {
+        "model": recipe,
+        "donor": donors[n],
+        "blocks": [
+            {
+                "block": number,
+                "donor_block": _donor_block(number),
+                "kept": round(0.6 * math.exp(-number / 9), 3),
+            }
+            for number in range(1, blocks + 1)
+            if (number in (8, 9)) == n
+        ],
+        "kept": 0.3 - 0.1 * n,
+        "chance": 0.01,
+    }
+
+
+def _origin(recipe: str, donors: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "arguments": {"models": [recipe], "text": list(TEXTS)},
+        "seed": 0,
+        "reference_words": 812,
+        "versions": {"frankenmerge": "0.1.0", "torch": "2.13.0+cpu"},
+        "models": {name: {"fingerprint": "0123456789abcdef", "revision": None} for name in donors},
+        "recipes": {recipe: "f" * 64},
     }
 
 
@@ -166,7 +169,7 @@ def alignment(
     vocabulary: list[str] | None = None,
     donors=("x/one", "y/two"),
 ) -> Alignment:
-    """An alignment of two donors of any depth, its scores drawn at random."""
+    """An alignment of two donors of any depth, with random scores."""
     generator = np.random.default_rng(0)
     shape = blocks[0] + 1, blocks[1] + 1
     vocabulary = vocabulary or [f"token{number}" for number in range(50)]
@@ -213,7 +216,7 @@ def evidence(
     donors=("x/one", "y/two"), tokens=(" a", " b"), seams=((3, 2), (4, 4))
 ) -> dict[str, Any]:
     """The evidence of a plan; seams lead from block `i` of one donor to block `j` of the other."""
-    told = [
+    seam_records = [
         {
             "after": {"model": donors[n % 2], "block": i},
             "before": {"model": donors[1 - n % 2], "block": j},
@@ -247,7 +250,7 @@ def evidence(
         "predicted_damage": 0.2,
         "interval": [0.1, 0.4],
         "basis": "scores",
-        "seams": told,
+        "seams": seam_records,
     }
     return {
         "plans": [plan],

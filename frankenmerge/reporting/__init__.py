@@ -1,1 +1,1 @@
-"""Pictures of what the other stages found."""
+"""Pages and figures of the results of the other stages."""

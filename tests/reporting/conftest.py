@@ -18,13 +18,13 @@ def folder(tmp_path) -> Path:
 def browser():
     """Chromium without a window. Debian's package is `chromium`."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(
+    executable = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
     )
-    if not found:
+    if not executable:
         pytest.skip("no Chromium is installed")
     with playwright.sync_playwright() as running:
         as_root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        opened = running.chromium.launch(executable_path=found, args=as_root)
+        opened = running.chromium.launch(executable_path=executable, args=as_root)
         yield opened
         opened.close()

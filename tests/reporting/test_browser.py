@@ -24,22 +24,24 @@ def site(browser, tmp_path_factory):
 @pytest.fixture
 def opened(browser, site):
     """Open the report; by the end, nothing failed and only the page itself was requested."""
-    pages, told, asked = [], [], []
+    pages, messages, requests = [], [], []
 
     def call(**settings):
         page = browser.new_page(**settings)
         pages.append(page)
-        page.on("console", lambda message: told.append(message.text))
-        page.on("pageerror", lambda error: told.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(site[0].as_uri())
         return page
 
     yield call
     for page in pages:
         page.close()
-    assert told == [] and pages
-    assert [url for url in asked if not url.startswith("data:")] == [site[0].as_uri()] * len(pages)
+    assert messages == [] and pages
+    assert [url for url in requests if not url.startswith("data:")] == [site[0].as_uri()] * len(
+        pages
+    )
 
 
 def cell(page, row: int, column: int) -> tuple[float, float]:
@@ -48,17 +50,17 @@ def cell(page, row: int, column: int) -> tuple[float, float]:
     return box["x"] + (column + 0.5) * box["width"] / 7, box["y"] + (row + 0.5) * box["height"] / 7
 
 
-def test_pointing_at_a_cell_tells_scores_nulls_interval_and_neurons(opened, site):
+def test_pointing_at_a_cell_shows_scores_nulls_interval_and_neurons(opened, site):
     page, score = opened(), site[1].scores["jaccard"]
     page.locator(".panel.current .heatbox").scroll_into_view_if_needed()
     page.mouse.move(*cell(page, 2, 3))
-    told = page.locator(".detail").inner_text()
+    detail = page.locator(".detail").inner_text()
     low, high = score.interval[:, 2, 3]
-    assert "one after 2 blocks and two after 3 blocks" in told
-    assert f"{score.matrix[2, 3]:.3f} ({low:.3f} to {high:.3f})" in told
-    assert f"other neurons {score.nulls['permuted_neurons'][2, 3]:.3f}" in told
+    assert "one after 2 blocks and two after 3 blocks" in detail
+    assert f"{score.matrix[2, 3]:.3f} ({low:.3f} to {high:.3f})" in detail
+    assert f"other neurons {score.nulls['permuted_neurons'][2, 3]:.3f}" in detail
     best = int(score.detail[2, 3].argmax())
-    assert re.search(rf"Agree most\s+{best} \({float(score.detail[2, 3, best]):.2f}\)", told)
+    assert re.search(rf"Agree most\s+{best} \({float(score.detail[2, 3, best]):.2f}\)", detail)
     vocabulary, tokens = site[1].vocabulary, site[1].tokens[0][2, best]
     chips = page.locator(".detail li").first.locator(".chip").all_inner_texts()
     assert [chip.removeprefix("•") for chip in chips[:3]] == [
@@ -68,7 +70,7 @@ def test_pointing_at_a_cell_tells_scores_nulls_interval_and_neurons(opened, site
     assert "one after 6 blocks and two's embedding" in page.locator(".detail").inner_text()
 
 
-def test_the_keyboard_reaches_every_cell_and_the_reader_is_told(opened, site):
+def test_the_keyboard_reaches_every_cell_and_screen_readers_announce_it(opened, site):
     page, matrix = opened(), site[1].scores["jaccard"].matrix
     page.locator(".panel.current .heatbox").focus()
     for key in ("Home", *["ArrowUp"] * 7, "ArrowDown", "ArrowRight", "ArrowRight"):
@@ -100,8 +102,8 @@ def test_tab_goes_first_to_the_report_and_focus_can_be_seen(opened):
         return part === document.body ? null
             : [part.outerHTML.slice(0, 80), style.outlineStyle, width]; })()"""
     reached = []
-    while len(reached) < 300 and (found := page.evaluate(focused)):
-        reached.append(found)
+    while len(reached) < 300 and (focus := page.evaluate(focused)):
+        reached.append(focus)
         page.keyboard.press("Tab")
     assert 20 < len(reached) < 300
     assert [part for part, style, width in reached if style == "none" or width < 2] == []
@@ -138,7 +140,7 @@ def test_searching_leaves_the_neurons_with_that_token(opened):
 
 
 @pytest.mark.parametrize("width", [320, 360, 768])
-def test_nothing_hangs_over_the_edge_of_a_phone(opened, width):
+def test_nothing_is_wider_than_a_phone(opened, width):
     page = opened(viewport={"width": width, "height": 740})
     page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -149,7 +151,7 @@ def test_nothing_hangs_over_the_edge_of_a_phone(opened, width):
     assert page.evaluate(outside) == []
 
 
-def test_a_tap_tells_the_value_below_the_map_of_a_phone(opened, site):
+def test_a_tap_shows_the_value_below_the_map_of_a_phone(opened, site):
     page = opened(viewport={"width": 360, "height": 740}, has_touch=True)
     page.locator(".panel.current .heatbox").scroll_into_view_if_needed()
     page.touchscreen.tap(*cell(page, 3, 4))
@@ -276,7 +278,7 @@ CONTRAST = """
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_its_ground(opened, scheme):
+def test_text_has_enough_contrast(opened, scheme):
     page = opened(color_scheme=scheme)
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark == (scheme == "dark")

@@ -30,7 +30,7 @@ def dots(root: ElementTree.Element, style: str) -> list[tuple[float, float]]:
     ]
 
 
-def test_bars_stand_in_the_order_of_their_values_and_intervals():
+def test_bars_are_in_the_order_of_their_values_and_intervals():
     root = read(
         bars(
             [Bar("one", 1.0, 0.5, 2.0), Bar("two", 3.0, 2.0, 3.5, other=2.5)],
@@ -58,14 +58,14 @@ def test_a_line_breaks_where_a_value_is_missing_and_seams_are_marked():
         Line("chance", [(1, 0.5), (4, 0.5)], 0, broken=True),
     ]
     root = read(lines(series, "T", "share", seams=[(2.5, "1")]))
-    drawn = [part.get("class") for part in root.iter("path")]
-    assert drawn.count("line l0") == 1 and drawn.count("seamline") == 1
-    assert drawn.count("line broken l0") == 2  # one in the key
+    classes = [part.get("class") for part in root.iter("path")]
+    assert classes.count("line l0") == 1 and classes.count("seamline") == 1
+    assert classes.count("line broken l0") == 2  # one in the legend
     assert "a: lowest 1 at block 1, highest 4 at block 4" in str(root.findtext("desc"))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-12, 1e9, -3.0, math.inf, math.nan])
-def test_any_number_leaves_a_sound_picture(value):
+def test_any_number_gives_a_valid_chart(value):
     for drawing in (
         bars([Bar("a", value, value, value, value)], "T", "x"),
         lines([Line("a", [(1, value), (2, 1.0)], 0)], "T", "x"),
@@ -74,7 +74,7 @@ def test_any_number_leaves_a_sound_picture(value):
         assert "nan" not in drawing.elements and "inf" not in drawing.elements
 
 
-def test_nothing_to_draw_is_an_empty_chart():
+def test_no_data_gives_an_empty_chart():
     read(bars([], "T", "x"))
     read(lines([], "T", "x"))
 

@@ -35,7 +35,7 @@ def test_colours_grow_lighter_all_the_way():
     assert all(a < b for a, b in zip(light, light[1:], strict=False))
 
 
-def test_a_png_holds_one_pixel_for_each_value():
+def test_a_png_has_one_pixel_for_each_value():
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     matrix = np.array([[0.0, 0.5, 1.0], [-2.0, np.nan, 7.0]], np.float32)
     pixels = np.asarray(image.open(io.BytesIO(heatmaps.png(matrix))).convert("RGB"))
@@ -49,9 +49,9 @@ def test_a_png_holds_one_pixel_for_each_value():
 def test_numbers_reach_the_page_as_they_are():
     alignment = invented.alignment((3, 5))
     alignment.scores["cka"].matrix[1, 2] = np.nan
-    told = json.loads(json.dumps(heatmaps.numbers(alignment, []), allow_nan=False))
-    assert (told["rows"], told["columns"]) == (4, 6) and "distance" not in told["scores"]
-    for name, packed in told["scores"].items():
+    numbers = json.loads(json.dumps(heatmaps.numbers(alignment, []), allow_nan=False))
+    assert (numbers["rows"], numbers["columns"]) == (4, 6) and "distance" not in numbers["scores"]
+    for name, packed in numbers["scores"].items():
         score = alignment.scores[name]
         np.testing.assert_allclose(unpacked(packed["score"], (4, 6)), score.matrix, atol=1e-4)
         for null, matrix in score.nulls.items():
@@ -60,12 +60,12 @@ def test_numbers_reach_the_page_as_they_are():
             np.testing.assert_allclose(unpacked(end, (4, 6)), there, atol=1e-4)
 
 
-def test_neurons_are_ranked_by_shared_tokens_and_shared_tokens_are_told():
+def test_neurons_are_ranked_by_shared_tokens_and_shared_tokens_are_marked():
     alignment = invented.alignment((3, 5))
-    told = heatmaps.numbers(alignment, [])
-    assert len(told["cells"]) == 4 * 6
+    numbers = heatmaps.numbers(alignment, [])
+    assert len(numbers["cells"]) == 4 * 6
     jaccard = alignment.scores["jaccard"].detail[2, 3].astype(float)
-    entries = told["cells"]["2,3"]
+    entries = numbers["cells"]["2,3"]
     assert [entry[0] for entry in entries[:3]] == np.argsort(-jaccard)[:3].tolist()
     assert [entry[0] for entry in entries[3:]] == np.argsort(jaccard)[:3].tolist()
     for neuron, share, a, b in entries:
@@ -75,19 +75,19 @@ def test_neurons_are_ranked_by_shared_tokens_and_shared_tokens_are_told():
             for table, block in zip(alignment.tokens, (2, 3), strict=True)
         ]
         for places, own, other in ((a, *lists), (b, *lists[::-1])):
-            assert [told["words"][~place if place < 0 else place] for place in places] == [
+            assert [numbers["words"][~place if place < 0 else place] for place in places] == [
                 f"token{index}" for index in own[:3]
             ]
             assert [place < 0 for place in places] == [index in other for index in own[:3]]
 
 
-def test_a_deep_alignment_tells_the_neurons_of_seams_and_of_cells_near_equal_depth():
-    told = heatmaps.numbers(invented.alignment((80, 80)), [Mark(80, 0, "1")])
+def test_a_deep_alignment_has_the_neurons_of_seams_and_of_cells_near_equal_depth():
+    numbers = heatmaps.numbers(invented.alignment((80, 80)), [Mark(80, 0, "1")])
     assert (
-        len(told["cells"]) == heatmaps.CELLS
-        and {"80,0", "0,0", "40,40", "80,80"} <= told["cells"].keys()
+        len(numbers["cells"]) == heatmaps.CELLS
+        and {"80,0", "0,0", "40,40", "80,80"} <= numbers["cells"].keys()
     )
-    assert len(json.dumps(told)) < 1_500_000
+    assert len(json.dumps(numbers)) < 1_500_000
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_tokens_show_what_is_in_them(text, shown):
     assert labels.token(text) == shown
 
 
-def test_values_stand_in_dark_letters_on_light_cells_and_in_light_ones_on_dark():
+def test_values_are_in_dark_letters_on_light_cells_and_in_light_ones_on_dark():
     drawing = heatmaps.heatmap(np.array([[0.1, 0.95]], np.float32), ("a", "b"), [], "t")
     assert re.findall(r'class="value (\w+)"[^>]*>([.\d]+)<', drawing.elements) == [
         ("light", ".10"),

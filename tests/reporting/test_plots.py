@@ -28,7 +28,7 @@ def invented(blocks=(3, 5), value: float | None = None) -> Alignment:
     return Alignment(("some/where/one", "two"), ("f", "g"), (4, 4), scores, tokens, ["<s>"], {})
 
 
-def drawn(alignment: Alignment, path):
+def plotted(alignment: Alignment, path):
     from frankenmerge.reporting.figures import plot_alignment
 
     plot_alignment(alignment, path)
@@ -39,29 +39,29 @@ def drawn(alignment: Alignment, path):
 def test_a_png_opens_and_is_not_blank(tmp_path, blocks):
     from PIL import Image
 
-    with Image.open(drawn(invented(blocks), tmp_path / "plot.png")) as image:
+    with Image.open(plotted(invented(blocks), tmp_path / "plot.png")) as image:
         image.load()
         assert image.format == "PNG" and image.width > image.height > 200
         assert len(image.convert("RGB").getcolors(10**6)) > 50
 
 
 def test_an_svg_opens(tmp_path):
-    root = ElementTree.parse(drawn(invented(), tmp_path / "plot.svg")).getroot()
+    root = ElementTree.parse(plotted(invented(), tmp_path / "plot.svg")).getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert len(list(root.iter("{http://www.w3.org/2000/svg}image"))) >= 3
 
 
 def test_one_alignment_gives_the_same_bytes_twice(tmp_path):
     assert (
-        drawn(invented(), tmp_path / "one.png").read_bytes()
-        == drawn(invented(), tmp_path / "two.png").read_bytes()
+        plotted(invented(), tmp_path / "one.png").read_bytes()
+        == plotted(invented(), tmp_path / "two.png").read_bytes()
     )
 
 
 def test_another_alignment_gives_another_picture(tmp_path):
     one, other = (
-        drawn(invented(), tmp_path / "one.png"),
-        drawn(invented(value=0.5), tmp_path / "other.png"),
+        plotted(invented(), tmp_path / "one.png"),
+        plotted(invented(value=0.5), tmp_path / "other.png"),
     )
     assert one.read_bytes() != other.read_bytes()
 
@@ -72,7 +72,7 @@ def test_colours_run_from_no_agreement_to_full_agreement(tmp_path):
 
     shares = {}
     for value in (0.0, 1.0):
-        with Image.open(drawn(invented((20, 20), value), tmp_path / f"{value}.png")) as image:
+        with Image.open(plotted(invented((20, 20), value), tmp_path / f"{value}.png")) as image:
             pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
         shares[value] = {
             name: (pixels == colour).all(axis=1).mean()
@@ -85,7 +85,7 @@ def test_colours_run_from_no_agreement_to_full_agreement(tmp_path):
 def test_a_single_score_is_drawn_too(tmp_path):
     alignment = invented()
     assert (
-        drawn(
+        plotted(
             replace(alignment, scores={"jaccard": alignment.scores["jaccard"]}),
             tmp_path / "plot.png",
         )
@@ -101,11 +101,11 @@ def test_the_command_line_draws_what_it_aligned(donors, run, tmp_path):
     output, plot = tmp_path / "ab.alignment.safetensors", tmp_path / "ab.png"
     code, _, _ = run("align", donors["a"], donors["b"], "-o", output, "--plot", plot)
     assert code == 0
-    assert plot.read_bytes() == drawn(load_alignment(output), tmp_path / "again.png").read_bytes()
+    assert plot.read_bytes() == plotted(load_alignment(output), tmp_path / "again.png").read_bytes()
 
 
 @pytest.mark.parametrize("plot", ["no/such/folder/ab.png", "ab.txt"])
-def test_a_picture_that_cannot_be_drawn_is_a_mistake_told_without_a_traceback(
+def test_a_picture_that_cannot_be_drawn_is_a_mistake_reported_without_a_traceback(
     donors, run, tmp_path, plot
 ):
     code, _, err = run(

@@ -16,7 +16,7 @@ VOID = {"meta", "link", "input", "br", "img"}
 
 
 class Reader(HTMLParser):
-    """Checks that tags close, and gathers what a page holds."""
+    """Checks that tags close, and collects the text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_everything_in_a_folder_is_shown(report, folder):
         "evaluation",
         "provenance",
     ]
-    for told in (
+    for text in (
         "one[0:4] two[2:5] one[4:6]",
         "0.200",
         "0.100 to 0.400",
@@ -84,7 +84,7 @@ def test_everything_in_a_folder_is_shown(report, folder):
         "f" * 64,
         "max seams 4",
     ):
-        assert told in page.text, told
+        assert text in page.text, text
     marked = re.findall(r"<mark>(.*?)</mark>", (folder.parent / "report.html").read_text())
     assert {"raed", "impotred"} <= set(marked)
     assert (
@@ -94,7 +94,7 @@ def test_everything_in_a_folder_is_shown(report, folder):
 
 
 @pytest.mark.parametrize(
-    ("gone", "heading", "command"),
+    ("removed", "heading", "command"),
     [
         (["ab.alignment.safetensors"], "agreement", "frankenmerge align A B"),
         (["recipe.evidence.json"], "seams", "frankenmerge plan ALIGNMENT"),
@@ -104,8 +104,10 @@ def test_everything_in_a_folder_is_shown(report, folder):
         (["recipe.yaml", "recipe.evidence.json"], "merged", "frankenmerge plan ALIGNMENT"),
     ],
 )
-def test_what_is_missing_is_left_out_and_its_command_told(report, folder, gone, heading, command):
-    for name in gone:
+def test_missing_parts_are_omitted_and_their_commands_shown(
+    report, folder, removed, heading, command
+):
+    for name in removed:
         (folder / name).unlink()
     page = report(folder)
     assert heading not in [
@@ -114,7 +116,7 @@ def test_what_is_missing_is_left_out_and_its_command_told(report, folder, gone, 
     assert command in page.text.split("Not in this folder")[1]
 
 
-def test_files_are_known_by_what_they_hold(report, folder):
+def test_files_are_identified_by_their_content(report, folder):
     for old, new in (
         ("ab.alignment.safetensors", "x.safetensors"),
         ("evaluation.json", "y.json"),
@@ -127,7 +129,7 @@ def test_files_are_known_by_what_they_hold(report, folder):
     assert {"merged", "agreement", "evaluation"} <= set(headings)
 
 
-def test_a_checkpoint_tells_its_recipe_and_origin(report, donors, run, tmp_path):
+def test_a_checkpoint_shows_its_recipe_and_origin(report, donors, run, tmp_path):
     from frankenmerge.artefacts.recipe import Block, recipe_of
 
     (tmp_path / "run").mkdir()
@@ -137,11 +139,11 @@ def test_a_checkpoint_tells_its_recipe_and_origin(report, donors, run, tmp_path)
     )
     assert run("merge", tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "merged")[0] == 0
     page = report(tmp_path / "run")
-    told = json.loads((tmp_path / "run" / "merged" / "frankenmerge.json").read_text())
-    assert told["recipe_sha256"] in page.text and all(
-        donor["fingerprint"] in page.text for donor in told["donors"].values()
+    provenance = json.loads((tmp_path / "run" / "merged" / "frankenmerge.json").read_text())
+    assert provenance["recipe_sha256"] in page.text and all(
+        donor["fingerprint"] in page.text for donor in provenance["donors"].values()
     )
-    assert f"{len(told['tensors'])}; {len(told['tensors'])} by copy" in page.text
+    assert f"{len(provenance['tensors'])}; {len(provenance['tensors'])} by copy" in page.text
     assert "merged/recipe.yaml, recipe.yaml" in page.text  # the same recipe, shown once
 
 
@@ -164,7 +166,7 @@ def test_a_donor_s_features_come_from_its_atlas(report, tmp_path):
         replace(atlas, provenance={"untrained": 7}), tmp_path / "run" / "y.atlas.safetensors"
     )
     page = report(tmp_path / "run")
-    assert "neuron donor donor (untrained)" in page.text  # the control of the same donor beside it
+    assert "neuron donor donor (untrained)" in page.text  # the control of the same donor
     assert (
         "After block 2" in page.text
         and "t80 t81 t82 t83 t84" in page.text
@@ -182,7 +184,7 @@ HOSTILE = (
 )
 
 
-def test_what_artefacts_say_does_nothing(report, tmp_path):
+def test_the_content_of_artefacts_does_nothing(report, tmp_path):
     from invented import write_run
 
     folder = write_run(tmp_path / "run", HOSTILE)
@@ -203,7 +205,9 @@ def test_what_artefacts_say_does_nothing(report, tmp_path):
     assert "\u202e" not in text and "\x1b" not in text and "\x00" not in text and "{{7*7}}" in text
 
 
-def test_nothing_is_asked_of_the_network_and_only_the_page_s_own_script_may_run(report, folder):
+def test_nothing_is_requested_from_the_network_and_only_the_page_s_own_script_may_run(
+    report, folder
+):
     page = report(folder)
     links = [
         value
@@ -243,7 +247,7 @@ BROKEN = (
 
 
 @pytest.mark.parametrize("content", BROKEN)
-def test_an_artefact_that_cannot_be_read_is_told_and_the_others_are_shown(run, folder, content):
+def test_an_unreadable_artefact_is_reported_and_the_others_are_shown(run, folder, content):
     (folder / "evaluation.json").write_text(content)
     code, _, err = run("report", folder, "-o", folder / "report.html")
     page = Reader((folder / "report.html").read_text())
@@ -251,7 +255,7 @@ def test_an_artefact_that_cannot_be_read_is_told_and_the_others_are_shown(run, f
     assert "evaluation.json" in page.text.split("Could not be read")[1] and "The merge" in page.text
 
 
-def test_an_alignment_whose_parts_do_not_fit_is_told(run, folder):
+def test_an_alignment_whose_parts_do_not_fit_is_reported(run, folder):
     from frankenmerge.artefacts.alignment import load_alignment, save_alignment
 
     whole = load_alignment(folder / "ab.alignment.safetensors")
@@ -274,7 +278,7 @@ def test_every_stage_of_a_recipe_is_shown(report, folder):
 
 
 @pytest.mark.parametrize("what", ["nothing", "file", "empty", "foreign", "broken"])
-def test_a_folder_without_artefacts_is_a_mistake_told_without_a_traceback(run, tmp_path, what):
+def test_a_folder_without_artefacts_is_a_mistake_reported_without_a_traceback(run, tmp_path, what):
     place = tmp_path / "run"
     if what == "file":
         place.write_text("")
@@ -296,7 +300,7 @@ def test_it_says_where_the_page_is_to_go(run, folder):
     assert code == 1 and "-o report.html" in err
 
 
-def test_json_tells_what_was_written(run, folder, tmp_path):
+def test_json_lists_what_was_written(run, folder, tmp_path):
     code, out, _ = run("report", folder, "-o", tmp_path / "r.html", "--json")
     assert code == 0 and json.loads(out) == {
         "run": str(folder),
