@@ -43,8 +43,8 @@ def test_donors_of_different_widths_are_compared_on_the_indices_both_have(
         out.split()
     )
     code, out, _ = run("align", donors["a"], donors["wide"], "-o", output, "--json")
-    told = json.loads(out)
-    assert (code, told["widths"], told["shared_neurons"]) == (0, [16, 32], 16)
+    record = json.loads(out)
+    assert (code, record["widths"], record["shared_neurons"]) == (0, [16, 32], 16)
 
 
 def test_as_many_tokens_are_compared_as_both_atlases_have(atlases):
@@ -72,9 +72,9 @@ def test_vocabularies_of_one_size_and_other_texts_are_refused(atlases):
 
 
 def test_atlases_of_other_probes_are_refused(atlases):
-    told = atlases["b"].provenance | {"probes": {"shape": [64, 17], "sha256": "0", "seed": 1}}
+    provenance = atlases["b"].provenance | {"probes": {"shape": [64, 17], "sha256": "0", "seed": 1}}
     with pytest.raises(FrankenmergeError, match="the same probes"):
-        align(atlases["a"], replace(atlases["b"], provenance=told))
+        align(atlases["a"], replace(atlases["b"], provenance=provenance))
 
 
 def test_a_context_that_an_atlas_lacks_is_refused(atlases, donors, run, tmp_path):
@@ -92,25 +92,25 @@ def test_a_context_that_an_atlas_lacks_is_refused(atlases, donors, run, tmp_path
 
 def test_every_fault_is_told_at_once(atlases):
     a = atlases["a"]
-    told = a.provenance | {"probes": None}
+    provenance = a.provenance | {"probes": None}
     with pytest.raises(FrankenmergeError) as refused:
-        align(a, replace(a, vocabulary=["x"], top={}, provenance=told))
+        align(a, replace(a, vocabulary=["x"], top={}, provenance=provenance))
     assert len(refused.value.faults) == 3
 
 
 def test_the_command_line_writes_what_it_tells(donors, atlases, run, tmp_path):
     path = tmp_path / "ab.alignment.safetensors"
     code, out, _ = run("align", donors["a"], donors["b"], "-o", path, "--bos", "--json")
-    told, written, expected = (
+    record, written, expected = (
         json.loads(out),
         load_alignment(path),
         align(atlases["a"], atlases["b"], context="bos"),
     )
-    assert code == 0 and list(told["scores"]) == list(written.scores) == list(expected.scores)
-    assert told["donors"] == [str(donors["a"]), str(donors["b"])] and told["blocks"] == [4, 4]
+    assert code == 0 and list(record["scores"]) == list(written.scores) == list(expected.scores)
+    assert record["donors"] == [str(donors["a"]), str(donors["b"])] and record["blocks"] == [4, 4]
     assert written.provenance["context"] == "bos"
     for name, score in expected.scores.items():
         np.testing.assert_array_equal(written.scores[name].matrix, score.matrix)
-        np.testing.assert_array_equal(np.float32(told["scores"][name]["matrix"]), score.matrix)
+        np.testing.assert_array_equal(np.float32(record["scores"][name]["matrix"]), score.matrix)
         for null, matrix in score.nulls.items():
-            np.testing.assert_array_equal(np.float32(told["scores"][name]["nulls"][null]), matrix)
+            np.testing.assert_array_equal(np.float32(record["scores"][name]["nulls"][null]), matrix)

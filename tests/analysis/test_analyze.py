@@ -62,10 +62,10 @@ def test_an_interrupted_analysis_goes_on_behind_the_last_finished_block(
     ] == []
     with monkeypatch.context() as patched:
         begun = stop_in(patched, 0)
-        told = []
-        assert_same(cached_analyze(checkpoint, cache=tmp_path, advance=told.append), expected)
+        done = []
+        assert_same(cached_analyze(checkpoint, cache=tmp_path, advance=done.append), expected)
     assert begun == list(range(block, 7))
-    assert sum(told) == module.work(checkpoint)
+    assert sum(done) == module.work(checkpoint)
     assert len(list(tmp_path.iterdir())) == 1  # the atlas
 
 

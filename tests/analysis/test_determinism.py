@@ -174,10 +174,10 @@ def test_bos_is_kept_apart_and_told(donors, run, tmp_path):
         for method in ("complete", "greedy"):
             arguments = ("features", donors["a"], "--method", method, "--layers", "2", *option)
             assert words in run(*arguments)[1]
-            told = json.loads(run(*arguments, "--json")[1])
-            assert told["context"] == context
+            record = json.loads(run(*arguments, "--json")[1])
+            assert record["context"] == context
             firsts = atlas.top[context].tokens[2, :4, 0].tolist()
-            assert [row["tokens"][0] for row in told["features"]] == firsts
+            assert [row["tokens"][0] for row in record["features"]] == firsts
         arguments = (
             "align",
             donors["a"],

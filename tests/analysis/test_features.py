@@ -89,8 +89,8 @@ def test_what_is_not_one_neuron_at_all_positions_is_told_with_the_reason():
     check_single(features[:1], "because")
     with pytest.raises(FrankenmergeError) as caught:
         check_single(features, "because")
-    told = [(fault.place, fault.found, fault.remedy) for fault in caught.value.faults]
-    assert told == [
+    faults = [(fault.place, fault.found, fault.remedy) for fault in caught.value.faults]
+    assert faults == [
         ("[:, :, 2:4]", "several neurons", "because"),
         ("[:, 1, 5]", "chosen positions", "because"),
     ]

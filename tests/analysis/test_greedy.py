@@ -206,7 +206,7 @@ def test_the_model_is_left_as_it_was(model):
 
 
 @pytest.mark.parametrize(
-    ("features", "options", "told"),
+    ("features", "options", "words"),
     [
         ([], {}, "at least one"),
         ([Feature.of(5, 0)], {}, "features: block"),
@@ -221,8 +221,8 @@ def test_the_model_is_left_as_it_was(model):
         (FEATURES, {"n": 60, "start": (0,) * 5}, "at most 64 tokens"),
     ],
 )
-def test_mistakes_are_told(model, features, options, told):
-    with pytest.raises(FrankenmergeError, match=told):
+def test_mistakes_are_reported(model, features, options, words):
+    with pytest.raises(FrankenmergeError, match=words):
         greedy_search(model, features, **options)
 
 

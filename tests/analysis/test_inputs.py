@@ -213,9 +213,11 @@ def test_align_searches_both_donors_alike_and_prints_that_method(donors, run, tm
     assert [cell.strip() for cell in row.split("│")[2:-1]] == [
         f"{value:.2f}" for value in score.matrix[3]
     ]
-    told = json.loads(run("align", donors["a"], donors["b"], *options, "--json")[1])
-    assert told["searched"] == {"neurons": [0, 5, 9, 10], "tokens": 2} and told["method"] == method
-    np.testing.assert_array_equal(np.float32(told["scores"][method]["matrix"]), score.matrix)
+    record = json.loads(run("align", donors["a"], donors["b"], *options, "--json")[1])
+    assert (
+        record["searched"] == {"neurons": [0, 5, 9, 10], "tokens": 2} and record["method"] == method
+    )
+    np.testing.assert_array_equal(np.float32(record["scores"][method]["matrix"]), score.matrix)
     assert run("plan", path, "-o", tmp_path / "recipe.yaml", "--depth", 6)[0] == 0
     evidence = (tmp_path / "recipe.evidence.json").read_text()
     assert (

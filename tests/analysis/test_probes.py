@@ -85,8 +85,8 @@ def test_rows_stand_in_the_order_of_the_probes(donors):
 
 
 def test_an_atlas_tells_its_probes(donors):
-    told = analyze(open_checkpoint(str(donors["a"]))).provenance["probes"]
-    assert told == {"shape": [64, 17], "sha256": probe_hash(random_probes(48)), "seed": 0}
+    record = analyze(open_checkpoint(str(donors["a"]))).provenance["probes"]
+    assert record == {"shape": [64, 17], "sha256": probe_hash(random_probes(48)), "seed": 0}
 
 
 def test_donors_of_one_vocabulary_are_shown_the_same(donors):

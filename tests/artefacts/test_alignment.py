@@ -141,8 +141,10 @@ def test_transposing_twice_gives_the_same(alignment):
 
 
 def test_transposing_exchanges_what_is_told_of_the_atlases(alignment):
-    told = replace(alignment, provenance={"atlases": [{"dtype": "float32"}, {"dtype": "bfloat16"}]})
-    assert told.transposed.provenance["atlases"] == [{"dtype": "bfloat16"}, {"dtype": "float32"}]
+    mixed = replace(
+        alignment, provenance={"atlases": [{"dtype": "float32"}, {"dtype": "bfloat16"}]}
+    )
+    assert mixed.transposed.provenance["atlases"] == [{"dtype": "bfloat16"}, {"dtype": "float32"}]
 
 
 def absent(path):
@@ -171,10 +173,15 @@ def a_later_kind(path):
 
 
 def a_score_without_detail(path):
-    told = {"donors": ["a", "b"], "fingerprints": ["f", "f"], "widths": [6, 8], "provenance": {}}
+    metadata = {
+        "donors": ["a", "b"],
+        "fingerprints": ["f", "f"],
+        "widths": [6, 8],
+        "provenance": {},
+    }
     arrays = load_file(path)
     del arrays["detail.jaccard"]
-    save_file(arrays, path, {"frankenmerge.alignment/1": json.dumps(told)})
+    save_file(arrays, path, {"frankenmerge.alignment/1": json.dumps(metadata)})
 
 
 def nothing_told(path):
@@ -182,8 +189,8 @@ def nothing_told(path):
 
 
 def one_donor(path):
-    told = {"donors": ["a"], "fingerprints": ["f", "f"], "widths": [6, 8], "provenance": {}}
-    save_file(load_file(path), path, {"frankenmerge.alignment/1": json.dumps(told)})
+    metadata = {"donors": ["a"], "fingerprints": ["f", "f"], "widths": [6, 8], "provenance": {}}
+    save_file(load_file(path), path, {"frankenmerge.alignment/1": json.dumps(metadata)})
 
 
 BROKEN = [

@@ -156,10 +156,10 @@ def broken_metadata(path):
 
 
 def a_part_missing(path):
-    told = {"donor": "a", "fingerprint": "f", "provenance": {}}
+    metadata = {"donor": "a", "fingerprint": "f", "provenance": {}}
     arrays = load_file(path)
     del arrays["bos.values"]
-    save_file(arrays, path, {"frankenmerge.atlas/1": json.dumps(told)})
+    save_file(arrays, path, {"frankenmerge.atlas/1": json.dumps(metadata)})
 
 
 BROKEN = [
@@ -314,14 +314,19 @@ def test_the_command_line_writes_the_atlas_and_takes_it_for_a_donor(donors, atla
     path = tmp_path / "a.atlas.safetensors"
     code, out, _ = run("analyze", donors["a"], "-o", path, "--json")
     assert code == 0
-    told = json.loads(out)
-    assert (told["blocks"], told["width"], told["vocabulary"], told["contexts"]) == (
+    metadata = json.loads(out)
+    assert (
+        metadata["blocks"],
+        metadata["width"],
+        metadata["vocabulary"],
+        metadata["contexts"],
+    ) == (
         4,
         16,
         48,
         ["plain", "bos"],
     )
-    assert told["fingerprint"] == atlas.fingerprint
+    assert metadata["fingerprint"] == atlas.fingerprint
     assert_equal(load_atlas(path), atlas)
     code, _, _ = run("align", path, path, "-o", tmp_path / "aa.alignment.safetensors")
     assert code == 0

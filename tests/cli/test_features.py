@@ -23,7 +23,7 @@ def loaded(path):
     return load_model(open_checkpoint(str(path)))
 
 
-def told(run, *arguments) -> dict:
+def record_of(run, *arguments) -> dict:
     code, out, err = run("features", *arguments, "--json")
     assert code == 0, err
     return json.loads(out)
@@ -31,7 +31,8 @@ def told(run, *arguments) -> dict:
 
 def by_feature(run, *arguments) -> dict[tuple[int, str], list[int]]:
     return {
-        (row["block"], row["feature"]): row["tokens"] for row in told(run, *arguments)["features"]
+        (row["block"], row["feature"]): row["tokens"]
+        for row in record_of(run, *arguments)["features"]
     }
 
 
@@ -127,10 +128,10 @@ def test_what_the_donor_does_not_have_is_a_mistake(donors, run, options):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_notation_and_its_short_form_find_the_same(donors, run, method):
-    short = told(
+    short = record_of(
         run, donors["a"], "--method", method, "--layers", "1,3", "--neurons", "2-4", "--tokens", 2
     )
-    long = told(
+    long = record_of(
         run,
         donors["a"],
         "--method",
@@ -171,7 +172,7 @@ def test_ranges_of_positions_and_neurons_reach_the_gradient_and_prior_searches(d
             (f.block, f"[:, {f.positions.start}, 3:7]"): row
             for f, row in zip(features, expected, strict=True)
         }
-    rows = told(
+    rows = record_of(
         run,
         donors["a"],
         "--method",
@@ -260,7 +261,7 @@ def test_both_forms_at_once_are_refused(donors, run):
 
 def test_the_hidden_decode_is_flagged_as_an_artefact(donors, run):
     options = (donors["a"], "--method", "gradient", "--layers", "1", "--neurons", "0-15")
-    hidden, real = told(run, *options, "--decode", "hidden"), told(run, *options)
+    hidden, real = record_of(run, *options, "--decode", "hidden"), record_of(run, *options)
     same = [token == row["neuron"] for row in hidden["features"] for token in row["tokens"]]
     assert hidden["artefact"] is True and "artefact" not in real
     assert hidden["token_id_equals_neuron"] == sum(same) / len(same) > 0.5  # 1 / 16 by chance
@@ -281,12 +282,12 @@ def test_masked_tokens_are_not_shown_and_the_others_keep_their_order(tmp_path, r
         write_donor(tmp_path / "plain", seed=31, vocab_size=50), tmp_path / "donor", doubled
     )
     masked = [0, 5, 9, 30, 48, 49]
-    found = told(run, donor, "--mask-special", "--layers", "2", "--tokens", 44)
+    found = record_of(run, donor, "--mask-special", "--layers", "2", "--tokens", 44)
     assert found["masked_tokens"] == masked
     every = rows(run, donor, "--layers", "2", "--tokens", 50)
     for row in found["features"]:
         assert row["tokens"] == [token for token in every[2, row["neuron"]] if token not in masked]
-    assert "masked_tokens" not in told(run, donor, "--layers", "2")
+    assert "masked_tokens" not in record_of(run, donor, "--layers", "2")
 
 
 def pairs(tokens, i, j):
@@ -302,7 +303,7 @@ def pairs(tokens, i, j):
 @pytest.mark.parametrize("untrained", [(), ("--untrained", "3")])
 @pytest.mark.parametrize("method", METHODS)
 def test_agreement_between_blocks_stands_beside_permuted_features(donors, run, method, untrained):
-    found = told(
+    found = record_of(
         run,
         donors["a"],
         "--method",
@@ -329,7 +330,7 @@ def test_agreement_between_blocks_stands_beside_permuted_features(donors, run, m
 
 def test_the_printed_agreement_is_above_the_diagonal_and_chance_below(donors, run):
     options = (donors["a"], "--layers", "1,2", "--neurons", "0-15")
-    agreement = told(run, *options)["agreement"]
+    agreement = record_of(run, *options)["agreement"]
     _, out, _ = run("features", *options)
     table = out[out.index("Same tokens in two blocks") :].splitlines()
     first, second = (
@@ -340,7 +341,9 @@ def test_the_printed_agreement_is_above_the_diagonal_and_chance_below(donors, ru
 
 
 def test_a_single_feature_has_no_null_and_a_single_block_no_agreement(donors, run):
-    assert told(run, donors["a"], "--layers", "1,2", "--neurons", "5")["agreement"]["permuted"] == [
+    assert record_of(run, donors["a"], "--layers", "1,2", "--neurons", "5")["agreement"][
+        "permuted"
+    ] == [
         [None, None],
         [None, None],
     ]

@@ -16,7 +16,7 @@ def loaded(path):
     return load_model(open_checkpoint(str(path)))
 
 
-def told(run, *arguments) -> dict:
+def record_of(run, *arguments) -> dict:
     code, out, err = run("features", *arguments, "--json")
     assert code == 0, err
     return json.loads(out)
@@ -32,7 +32,7 @@ def refused(run, *arguments) -> str:
 @pytest.mark.parametrize("name", ["a", "g"])
 def test_inversion_tells_what_it_recovers_beside_chance(donors, run, name, distance):
     text = "the quick fox"
-    found = told(
+    found = record_of(
         run,
         donors[name],
         "--method",
@@ -65,7 +65,7 @@ def test_inversion_tells_what_it_recovers_beside_chance(donors, run, name, dista
 
 
 def test_inversion_of_random_weights_is_its_control(donors, run):
-    found = told(
+    found = record_of(
         run,
         donors["a"],
         "--method",
