@@ -16,6 +16,8 @@ WIDTH = 420
 SHAPES = ("circle", "square", "diamond", "triangle", "cross", "ring")
 _HOLLOW = ("cross", "ring")
 _LEFT, _RIGHT, _PLOT_HEIGHT = 44, 12, 170
+_LETTERS = 54
+"""Letters of the text size that fit in a line."""
 
 
 class Bar(NamedTuple):
@@ -67,7 +69,8 @@ def bars(
     elements.append(f'<path class="base" d="M{x(0):.1f} {top}V{bottom}"/>')
     for number, row in enumerate(rows):
         y = top + number * step
-        label = row.label if len(row.label) <= 44 else f"{row.label[:43]}…"
+        room = min(44, _LETTERS - len(row.verdict))
+        label = row.label if len(row.label) <= room else f"{row.label[: room - 1]}…"
         elements.append(text(margin, y + 14, label, "start"))
         elements.append(text(WIDTH - margin, y + 14, row.verdict, "finish soft"))
         if _finite(row.low) and _finite(row.high):

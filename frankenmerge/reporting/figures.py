@@ -22,7 +22,6 @@ from frankenmerge.reporting.run import Run
 from frankenmerge.reporting.sections import (
     chosen_plan,
     marks_of,
-    plans,
     prediction_checks,
     seams_of,
     splices,
@@ -180,7 +179,7 @@ def write_figures(run: Run, folder: Path) -> list[Path]:
 def _figures(run: Run) -> Iterator[tuple[str, str]]:
     """Name and SVG of every figure."""
     shown = splices(run)
-    places = seams_of(run, shown, chosen_plan(shown, plans(run)))
+    places = seams_of(run, shown, chosen_plan(run, shown))
     for file, alignment in run.alignments.items():
         drawing = alignment_figure(alignment, marks_of(alignment, places))
         yield f"alignment-{file.removesuffix(SUFFIX)}", svg.standalone(drawing)

@@ -49,7 +49,7 @@ def page(run: Run) -> str:
 def _content(run: Run) -> dict[str, Any]:
     splices, plans = sections.splices(run), sections.plans(run)
     checks = sections.prediction_checks(run)
-    plan = sections.chosen_plan(splices, plans)
+    plan = sections.chosen_plan(run, splices)
     donors, tables = sections.features(run)
     present = {
         "recipes": run.recipes,

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.evaluation import Evaluation, PredictionCheck
 from frankenmerge.artefacts.evidence import PlanRecord, SeamRecord
-from frankenmerge.artefacts.provenance import TensorRecord
+from frankenmerge.artefacts.provenance import PROVENANCE, TensorRecord
 from frankenmerge.artefacts.recipe import Block, Recipe, Seam
 from frankenmerge.artefacts.scores import NULLS, SCORES, ScoreInfo, null_info, score_info
 from frankenmerge.reporting import heatmaps
@@ -94,11 +94,23 @@ def plans(run: Run) -> list[PlanRecord]:
     return [plan for evidence in run.evidence.values() for plan in evidence.plans]
 
 
-def chosen_plan(views: Sequence[RecipeView], known: Sequence[PlanRecord]) -> PlanRecord | None:
-    """The plan of the recipe that is shown first; without a recipe the best plan."""
+def chosen_plan(run: Run, views: Sequence[RecipeView]) -> PlanRecord | None:
+    """The plan of the recipe that is shown first; without a recipe the best plan.
+
+    Plans are identified by their keys, where the recipe was merged; else by their summaries.
+    """
+    known = plans(run)
     if not views:
         return known[0] if known else None
-    return next((plan for plan in known if plan.summary == views[0].summary), None)
+    origins = ((Path(file).parent / PROVENANCE).as_posix() for file in views[0].files)
+    keys = {run.merges[name].key for name in origins if name in run.merges} - {None}
+    matches = [plan for plan in known if plan.key in keys]
+    matches += [
+        plan
+        for plan in known
+        if plan.summary == views[0].summary and (plan.key is None or not keys)
+    ]
+    return matches[0] if matches else None
 
 
 def seam_in_words(seam: SeamRecord) -> str:

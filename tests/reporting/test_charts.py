@@ -85,6 +85,13 @@ def test_labels_are_escaped():
     assert not list(read(lines([Line(label, [(1, 1.0)], 0)], "T", "x")).iter("script"))
 
 
+def test_long_labels_leave_room_for_the_verdict():
+    verdict = "outside the interval"
+    root = read(bars([Bar("x" * 300, 1.0, verdict=verdict)], "T", "x"))
+    texts = [part.text or "" for part in root.iter("text")]
+    assert verdict in texts and max(map(len, texts)) == 54 - len(verdict)
+
+
 def test_long_labels_stay_within_the_picture():
     root = read(bars([Bar("x" * 300, 1.0, verdict="held")], "T", "x"))
     assert max(len(part.text or "") for part in root.iter("text")) <= 44

@@ -11,6 +11,8 @@ import pytest
 
 from frankenmerge.artefacts.atlas import Atlas, TopTokens, save_atlas
 from frankenmerge.reporting.page import number
+from frankenmerge.reporting.run import read_run
+from frankenmerge.reporting.sections import chosen_plan, splices
 
 VOID = {"meta", "link", "input", "br", "img"}
 
@@ -145,6 +147,32 @@ def test_a_checkpoint_shows_its_recipe_and_origin(report, donors, run, tmp_path)
     )
     assert f"{len(provenance['tensors'])}; {len(provenance['tensors'])} by copy" in page.text
     assert "merged/recipe.yaml, recipe.yaml" in page.text  # the same recipe, shown once
+
+
+@pytest.mark.parametrize(
+    ("keys", "merged", "chosen"),
+    [
+        (("k1", "k2"), "k2", 2.0),
+        (("k1", None), "k2", 2.0),
+        (("k1", "k2"), "k3", None),
+        (("k1", "k2"), None, 1.0),
+        ((None, None), "k2", 1.0),
+    ],
+)
+def test_the_plan_of_a_merge_is_found_by_its_key(folder, keys, merged, chosen):
+    (plan,) = invented.evidence()["plans"]
+    plans = [
+        plan | {"predicted_damage": n + 1.0} | ({"key": key} if key else {})
+        for n, key in enumerate(keys)
+    ]
+    invented.write(folder / "recipe.evidence.json", invented.evidence() | {"plans": plans})
+    (folder / "merged").mkdir()
+    (folder / "merged" / "recipe.yaml").write_text(invented.RECIPE)
+    origin = invented.provenance() | ({"key": merged} if merged else {})
+    invented.write(folder / "merged" / "frankenmerge.json", origin)
+    run = read_run(folder)
+    shown = chosen_plan(run, splices(run))
+    assert (shown and shown.predicted_damage) == chosen
 
 
 def test_a_donor_s_features_come_from_its_atlas(report, tmp_path):
