@@ -32,7 +32,7 @@ from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.compare import read_text, shared_context
 from frankenmerge.evaluation.language import encode
 from frankenmerge.models.loading import load_model, load_tokenizer
-from frankenmerge.models.sampling import drawn
+from frankenmerge.models.sampling import sample_tokens
 from frankenmerge.splicing.gauge_fitting import SAMPLED_LENGTH
 from frankenmerge.splicing.methods.combine import combine
 from frankenmerge.splicing.methods.inputs import Operand
@@ -101,7 +101,7 @@ def main(
         [_last_windows(ids, start, length, windows // len(texts)) for ids in contents]
     )
     shown = torch.cat(
-        [drawn(model, ROWS, length, start, seed) for seed, model in enumerate((a, b))]
+        [sample_tokens(model, ROWS, length, start, seed) for seed, model in enumerate((a, b))]
     )
     result: dict[str, Any] = {"donor_a_nats": _loss(a, tested), "donor_b_nats": _loss(b, tested)}
     of_a, of_b = activations(a, shown), activations(b, shown)

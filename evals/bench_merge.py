@@ -31,8 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 import frankenmerge
-from frankenmerge.artefacts.recipe import load_recipes, open_donors
+from frankenmerge.artefacts.recipe_file import load_recipes
 from frankenmerge.merging.shards import readings
+from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.operations import schedule
 
 WIDTH, INNER, HEADS, VOCABULARY = 2048, 5632, 16, 32_000

@@ -36,14 +36,8 @@ from frankenmerge.analysis.greedy import Tokens, greedy_search
 from frankenmerge.artefacts.atlas import TopTokens
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models.loading import (
-    backbone,
-    block_outputs,
-    blocks_of,
-    embedding_of,
-    forward,
-    load_model,
-)
+from frankenmerge.models.hooks import backbone, block_outputs, blocks_of, embedding_of, forward
+from frankenmerge.models.loading import load_model
 
 K, SCREEN_K, LENGTH, CANDIDATES, STEPS, SEED = 10, 32, 4, 64, 10, 0
 LISTING_BATCH = 1000

@@ -48,7 +48,8 @@ from frankenmerge.artefacts.atlas import TopTokens
 from frankenmerge.cli import console
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models.loading import blocks_of, embedding_of, load_model, untrained_model
+from frankenmerge.models.hooks import blocks_of, embedding_of
+from frankenmerge.models.loading import Placement, load_model, untrained_model
 
 GREEDY_TOKENS, GRADIENT_TOKENS = 4, 5
 DECODED, FLAGGED = "E^+", "hidden axis"
@@ -275,9 +276,9 @@ def measured(
             continue
         own = trained and not untrained
         donor = Donor(
-            load_model(checkpoint, dtype=dtype, device=device)
+            load_model(checkpoint, Placement(dtype, device))
             if own
-            else untrained_model(checkpoint, seed + untrained, device=drawn_on)
+            else untrained_model(checkpoint, seed + untrained, Placement(device=drawn_on))
         )
         for table in chosen:
             click.echo(f"{checkpoint.name}: {table.name}", err=True)

@@ -18,7 +18,8 @@ from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.prior import prior_search
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.models.loading import embedding_of, load_model
+from frankenmerge.models.hooks import embedding_of
+from frankenmerge.models.loading import load_model
 
 PRIORS = {
     (1.0, 1.0): (0.01, 0.1, 1.0),

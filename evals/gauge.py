@@ -28,14 +28,9 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.compare import read_text, shared_context
 from frankenmerge.evaluation.language import encode
-from frankenmerge.models.loading import (
-    block_outputs,
-    forward,
-    load_model,
-    load_tokenizer,
-    virtual_splice,
-)
-from frankenmerge.models.sampling import drawn
+from frankenmerge.models.hooks import block_outputs, forward
+from frankenmerge.models.loading import load_model, load_tokenizer, virtual_splice
+from frankenmerge.models.sampling import sample_tokens
 from frankenmerge.splicing.gauge_fitting import SAMPLED_LENGTH, SAMPLED_ROWS, Fit
 from frankenmerge.splicing.gauge_refining import Shown, refined
 from frankenmerge.splicing.rotation import Rotation, procrustes, random_rotation
@@ -124,7 +119,7 @@ def main(
     ]
     fitted, tested = (torch.cat(parts) for parts in zip(*halves, strict=True))
     donor_text = torch.cat(
-        [drawn(model, SAMPLED_ROWS // 2, length, start, seed) for seed, model in enumerate((a, b))]
+        [sample_tokens(model, SAMPLED_ROWS // 2, length, start, seed) for seed, model in enumerate((a, b))]
     )
     seen = {"text": _seen(a, b, torch.cat([donor_text, fitted])), "probes": _seen(a, b, donor_text)}
     centred = checkpoints[donor_a].architecture.norm == "layer"

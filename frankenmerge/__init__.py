@@ -8,22 +8,27 @@ __version__ = "0.1.0"
 _OFFERED = (
     "align",
     "analyze",
+    "check",
+    "compare_donors",
     "evaluate",
     "load_alignment",
     "load_atlas",
     "load_recipe",
+    "load_recipes",
     "merge",
     "open_donor",
     "plan",
+    "report",
     "save_alignment",
     "save_atlas",
+    "verify",
+    "write_plans",
 )
-"""What of `frankenmerge.api` is found here. Listed, so that no other name makes Python import it.
-"""
+"""Names of `frankenmerge.api`. Listed, so that no other name makes Python import it."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import a function of the package when it is first asked for: importing the package alone stays instant."""
+    """Import a function when it is first used: importing the package alone is instant."""
     if name in _OFFERED:
         return getattr(import_module("frankenmerge.api"), name)
     raise AttributeError(

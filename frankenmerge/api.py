@@ -1,143 +1,294 @@
-"""The stages as functions, for scripts and notebooks: `import frankenmerge as fm`. Each is imported when it is first used."""
+"""The stages and workflows as functions: `import frankenmerge as fm`.
 
-from collections.abc import Iterable, Mapping
+Everything that the command line does can be called here. Donors may be given by name, or open, as
+`open_donor` returns them: those are not opened again. Each module is imported when it is first
+used.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from frankenmerge.artefacts.alignment import Alignment, load_alignment, save_alignment  # noqa: F401 - offered by the package
-from frankenmerge.artefacts.atlas import Atlas, load_atlas, save_atlas  # noqa: F401
-from frankenmerge.artefacts.recipe import Recipe, load_recipe, open_donor, open_donors
+from frankenmerge.artefacts.alignment import Alignment, load_alignment, save_alignment
+from frankenmerge.artefacts.atlas import Atlas, load_atlas, save_atlas
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe_file import load_recipe, load_recipes
 from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.progress import Progress, silent
+from frankenmerge.splicing.opening import open_donor
 
 if TYPE_CHECKING:
-    from frankenmerge.evaluation.compare import Result
+    from frankenmerge.evaluation.bench import Text
+    from frankenmerge.merging.verify import Verified
+    from frankenmerge.merging.write_plan import MergeOptions
     from frankenmerge.merging.writer import Merged
-    from frankenmerge.planning.plan import Plan
+    from frankenmerge.models.loading import Placement
+    from frankenmerge.planning.search import Constraints
+    from frankenmerge.splicing.compatibility import Compatibility
+    from frankenmerge.workflows.aligning import AlignOptions
+    from frankenmerge.workflows.evaluating import Evaluated, EvaluateOptions
+    from frankenmerge.workflows.planning import Planned
+
+__all__ = [
+    "align",
+    "analyze",
+    "check",
+    "compare_donors",
+    "evaluate",
+    "load_alignment",
+    "load_atlas",
+    "load_recipe",
+    "load_recipes",
+    "merge",
+    "open_donor",
+    "plan",
+    "report",
+    "save_alignment",
+    "save_atlas",
+    "verify",
+    "write_plans",
+]
 
 Donor = str | Path | Checkpoint
+"""A folder, a hub id that is in the local cache, or a checkpoint that is open."""
+On = Literal["sampled"] | Mapping[str, str] | Iterable[str | Path]
+"""What recipes are measured on: tokens that the donors generate, texts by name, or files."""
 
 
-def analyze(donor: Donor, **options: Any) -> Atlas:
-    """Ask every neuron of every block which tokens excite it most.
-
-    Args:
-        donor: a folder, a hub id that is in the local cache, or what `open_donor` returned.
-        options: those of `frankenmerge.analysis.analyze.analyze`: `k`, `untrained`, `dtype`,
-            `device`, `advance`.
+def compare_donors(*donors: Donor) -> "Compatibility":
+    """Whether donors can be spliced, and why not, from configs and headers alone.
 
     Raises:
-        FrankenmergeError: for a donor that is not there, is broken, or has no tokenizer.
+        FrankenmergeError: for a donor that is not found or is broken.
     """
-    from frankenmerge.analysis.analyze import analyze as analyzed
+    from frankenmerge.splicing.compatibility import compatibility
 
-    return analyzed(donor if isinstance(donor, Checkpoint) else open_donor(str(donor)), **options)
+    return compatibility([_opened(donor) for donor in donors])
+
+
+def analyze(
+    donor: Donor,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    untrained: int | None = None,
+    progress: Progress = silent,
+) -> Atlas:
+    """Find the top-activating tokens of every neuron of every block; cached.
+
+    Args:
+        donor: what to analyze.
+        dtype: the type to compute in: `float32`, `bfloat16` or `float16`.
+        device: a torch device.
+        untrained: analyze random weights of this seed in the donor's shape, as a control.
+        progress: reports inputs times blocks.
+
+    Raises:
+        FrankenmergeError: for a donor that is not found, is broken, or has no tokenizer.
+    """
+    from frankenmerge.workflows.atlases import atlas_of
+
+    return atlas_of(
+        _opened(donor), dtype=dtype, device=device, untrained=untrained, progress=progress
+    )
 
 
 def align(
-    a: Donor | Atlas, b: Donor | Atlas, *, context: str = "plain", **options: Any
+    a: Donor | Atlas,
+    b: Donor | Atlas,
+    options: "AlignOptions | None" = None,
+    *,
+    progress: Progress = silent,
 ) -> Alignment:
-    """Score how A after `i` blocks and B after `j` agree, for every `i` and `j`, beside the nulls.
+    """Score how A after `i` blocks and B after `j` agree, for every `i` and `j`, with the nulls.
 
     Args:
         a: a donor, or its atlas.
         b: another one's.
-        context: which complete search to compare, `plain` or `bos`.
-        options: those of `analyze`, for what is not an atlas yet.
+        options: `frankenmerge.workflows.aligning.AlignOptions`; the complete search by default.
+        progress: of searches and measurements.
 
     Raises:
         FrankenmergeError: for donors that cannot be compared.
     """
-    from frankenmerge.analysis.align import align as aligned
+    from frankenmerge.workflows.aligning import AlignOptions, align_donors
 
-    first, second = (
-        given if isinstance(given, Atlas) else analyze(given, **options) for given in (a, b)
-    )
-    return aligned(first, second, context=context)
+    first, second = (str(donor) if isinstance(donor, Path) else donor for donor in (a, b))
+    return align_donors(first, second, options or AlignOptions(), progress=progress)
 
 
 def plan(
     alignments: Alignment | Iterable[Alignment],
-    depth: int,
+    constraints: "Constraints | int",
     *,
     top: int = 1,
     differ: int = 0,
-    **constraints: Any,
-) -> "list[Plan]":
-    """The `top` recipes of `depth` blocks that are predicted to do the least damage, the best first.
+    calibrate: On | None = None,
+    verify: On | None = None,
+    damp: On | None = None,
+    placement: "Placement | None" = None,
+    donors: Sequence[Checkpoint] = (),
+    progress: Progress = silent,
+) -> "Planned":
+    """The recipes that are predicted, or measured, to do the least damage, the best first.
 
     Args:
         alignments: of pairs of donors; all donors are used.
-        depth: blocks of the result.
-        top: how many to return.
+        constraints: `frankenmerge.planning.search.Constraints`, or the depth in blocks.
+        top: how many plans to return.
         differ: in how many blocks each must differ from all that are better.
-        constraints: the other fields of `frankenmerge.planning.search.Constraints`.
+        calibrate: measure a few splices on this, and predict by them.
+        verify: measure the plans on this, and rank them by it.
+        damp: scale what repeated blocks write, where that loses less on this.
+        placement: `frankenmerge.models.loading.Placement`: in which type models compute, and where.
+        donors: checkpoints that are open already; others are opened when they are measured.
+        progress: of everything that is measured.
+
+    Returns:
+        `plans`, each with its `recipe`, and the `evidence` that `write_plans` writes with them.
 
     Raises:
-        FrankenmergeError: when no recipe keeps to the constraints.
+        FrankenmergeError: when no recipe satisfies the constraints.
     """
-    from frankenmerge.planning.plan import plan as planned
     from frankenmerge.planning.search import Constraints
+    from frankenmerge.workflows.planning import PlanOptions, plan_recipes
 
     given = [alignments] if isinstance(alignments, Alignment) else list(alignments)
-    return planned(given, Constraints(depth, **constraints), top=top, differ=differ)
+    options = PlanOptions(
+        Constraints(constraints) if isinstance(constraints, int) else constraints,
+        top=top,
+        differ=differ,
+        calibrate=_on(calibrate),
+        verify=_on(verify),
+        damp=_on(damp),
+        placement=placement,
+    )
+    opened = {donor.name: donor for donor in donors}
+    return plan_recipes(given, options, opened=opened, progress=progress)
 
 
-def merge(recipe: Recipe | str | Path, output: str | Path, **options: Any) -> "Merged":
-    """Write the checkpoint that a recipe of one stage describes to the new folder `output`, complete or not at all.
+def write_plans(planned: "Planned", output: str | Path) -> list[Path]:
+    """Write the best recipe to `output`, the others and the evidence next to it; their paths."""
+    from frankenmerge.workflows.planning import write_plans as written
+
+    return written(planned, Path(output))
+
+
+def check(recipe: Recipe | str | Path) -> None:
+    """Validate a recipe, or a file of several stages, from configs and headers alone.
+
+    Raises:
+        FrankenmergeError: with everything that is wrong with it.
+    """
+    from frankenmerge.workflows.merging import resolved
+
+    with resolved(_recipes(recipe)):
+        pass
+
+
+def merge(
+    recipe: Recipe | str | Path,
+    output: str | Path,
+    options: "MergeOptions | None" = None,
+    *,
+    donors: Sequence[Checkpoint] = (),
+    progress: Progress = silent,
+) -> "Merged":
+    """Write the checkpoint of a recipe to the new folder `output`, complete or not at all.
 
     Args:
-        recipe: a recipe, or its file.
+        recipe: a recipe, or its file, which may have several stages.
         output: a folder that does not exist yet.
-        options: the fields of `frankenmerge.merging.plan.Options`, and `advance`.
+        options: `frankenmerge.merging.write_plan.MergeOptions`.
+        donors: checkpoints that are open already; others are opened.
+        progress: in bytes written.
 
     Raises:
         FrankenmergeError: for a recipe that cannot become a model, or an output that exists or has
             no room.
     """
-    from frankenmerge.merging.writer import merge as merged
+    from frankenmerge.merging.write_plan import MergeOptions
+    from frankenmerge.workflows.merging import merge_stages, resolved
 
-    made = _recipe(recipe)
-    return merged(made, open_donors(made), Path(output), **options)
+    opened = {donor.name: donor for donor in donors}
+    with resolved(_recipes(recipe), opened=opened) as stages:
+        return merge_stages(stages, Path(output), options or MergeOptions(), progress=progress)
+
+
+def verify(folder: str | Path, *, progress: Progress = silent) -> "Verified":
+    """Compare a merged checkpoint with its `frankenmerge.json`, and with its donors.
+
+    Raises:
+        FrankenmergeError: with all that differs.
+    """
+    from frankenmerge.merging.verify import verify as verified
+
+    return verified(Path(folder), progress=progress)
 
 
 def evaluate(
-    *models: Donor | Recipe, texts: Mapping[str, str] | Iterable[str | Path], **options: Any
-) -> "list[Result]":
-    """Measure checkpoints and recipes on texts; a recipe is run as a virtual splice, and nothing is written.
+    *models: Donor | Recipe,
+    texts: Mapping[str, str] | Iterable[str | Path],
+    options: "EvaluateOptions | None" = None,
+    donors: Sequence[Checkpoint] = (),
+    progress: Progress = silent,
+) -> "Evaluated":
+    """Measure checkpoints and recipes on texts; recipes are run in memory, nothing is written.
 
     Args:
-        models: folders, hub ids in the local cache, recipes or their files.
+        models: folders, hub ids in the local cache, checkpoints, recipes or their files.
         texts: texts by name, or files.
-        options: those of `frankenmerge.evaluation.compare.Bench`: `context`, `dtype`, `device`, ...
+        options: `frankenmerge.workflows.evaluating.EvaluateOptions`.
+        donors: checkpoints that are open already; others are opened.
+        progress: in every model.
 
     Returns:
-        One result for each of `models`, then one for every donor of the recipes that was not named.
+        `results`: one for each of `models`, then one for every donor of the recipes that was not
+        named; of equal models one. `record` is what `evaluate -o` writes.
+
+    Raises:
+        FrankenmergeError: for models that cannot be opened, and recipes that cannot be resolved.
     """
-    from frankenmerge.evaluation.compare import Bench, Text, is_recipe, read_text
+    from frankenmerge.workflows.evaluating import EvaluateOptions
+    from frankenmerge.workflows.evaluating import evaluate as evaluated
+
+    opened = {donor.name: donor for donor in donors}
+    return evaluated(
+        models, _texts(texts), options or EvaluateOptions(), opened=opened, progress=progress
+    )
+
+
+def report(run: str | Path, output: str | Path) -> Path:
+    """Write one HTML page of everything that is in a run's folder.
+
+    Raises:
+        FrankenmergeError: for a folder that holds nothing to show.
+    """
+    from frankenmerge.reporting.page import page
+    from frankenmerge.reporting.run import read_run
+    from frankenmerge.storage.atomic import write_file
+
+    write_file(Path(output), page(read_run(Path(run))).encode())
+    return Path(output)
+
+
+def _opened(donor: Donor) -> Checkpoint:
+    return donor if isinstance(donor, Checkpoint) else open_donor(str(donor))
+
+
+def _recipes(given: Recipe | str | Path) -> list[Recipe]:
+    return [given] if isinstance(given, Recipe) else load_recipes(Path(given))
+
+
+def _texts(texts: Mapping[str, str] | Iterable[str | Path]) -> "list[Text]":
+    from frankenmerge.evaluation.bench import Text, read_text
 
     if isinstance(texts, Mapping):
-        shown = [Text(str(name), content) for name, content in texts.items()]
-    else:
-        shown = [read_text(Path(text)) for text in texts]
-    names = [model.name if isinstance(model, Checkpoint) else str(model) for model in models]
-    recipes = {
-        name: _recipe(model)
-        for name, model in zip(names, models, strict=True)
-        if isinstance(model, Recipe) or (not isinstance(model, Checkpoint) and is_recipe(name))
-    }
-    used = dict.fromkeys(donor for recipe in recipes.values() for donor in recipe.donors)
-    checkpoints = dict.fromkeys(name for name in names if name not in recipes)
-    bench = Bench(
-        shown, [*checkpoints, *(donor for donor in used if donor not in checkpoints)], **options
-    )
-    measured = [
-        bench.recipe(name, recipes[name]) if name in recipes else bench.checkpoint(name)
-        for name in names
-    ]
-    return measured + [
-        bench.checkpoint(name, role="donor") for name in used if name not in checkpoints
-    ]
+        return [Text(str(name), content) for name, content in texts.items()]
+    return [read_text(Path(text)) for text in texts]
 
 
-def _recipe(given: Recipe | str | Path) -> Recipe:
-    return given if isinstance(given, Recipe) else load_recipe(Path(given))
+def _on(on: On | None) -> "Literal['sampled'] | list[Text] | None":
+    if on is None:
+        return None
+    return "sampled" if isinstance(on, str) else _texts(on)

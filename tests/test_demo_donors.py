@@ -4,11 +4,12 @@ import pytest
 import torch
 from conftest import DEMO
 
-from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.compare import Bench, Text
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.loading import load_model, virtual_splice
+from frankenmerge.splicing.opening import open_donors
 
 NAMES = ("base", "code", "prose", "stranger", "wide", "gpt2")
 

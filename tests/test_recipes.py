@@ -10,7 +10,7 @@ import torch
 from conftest import write_stand_in
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from frankenmerge.artefacts.recipe import load_recipes
+from frankenmerge.artefacts.recipe_file import load_recipes
 from frankenmerge.splicing.compatibility import result_config
 from frankenmerge.splicing.stages import checked
 from frankenmerge.splicing.summary import summary

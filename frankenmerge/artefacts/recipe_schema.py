@@ -1,6 +1,7 @@
 """The parts of a recipe as YAML writes them, each with what makes it unsound by itself."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
@@ -94,15 +95,40 @@ Parameters = dict[str, Setting]
 Dtype = Annotated[Literal["float32", "float16", "bfloat16"], BeforeValidator(_without_torch)]
 
 
+def _listed(value: Any) -> Any:
+    """One filter is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 class Source(Part):
-    """A run of blocks of one donor."""
+    """A run of blocks of one donor, or those of their tensors that a filter selects."""
 
     model: Model
     layer_range: Annotated[
         list[StrictInt], Field(min_length=2, max_length=2), AfterValidator(_ordered)
     ]
     """`[start, stop]`: 0-based, half-open."""
+    filter: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1)]],
+            Field(min_length=1),
+            BeforeValidator(_listed),
+        ]
+        | None
+    ) = None
+    """Parts of tensor names. In a passthrough the tensors whose names contain one of them come
+    from this source instead of the slice's first.
+    """
     parameters: Parameters | None = None
+
+    def selects(self, tensor: str) -> bool:
+        """Whether the filter names a tensor; a source without a filter names all."""
+        return self.filter is None or any(part in tensor for part in self.filter)
+
+    def __str__(self) -> str:
+        start, stop = self.layer_range
+        chosen = f"({', '.join(self.filter)})" if self.filter else ""
+        return f"{Path(self.model).name}[{start}:{stop}]{chosen}"
 
 
 def _as_rotations(value: Any) -> Any:
@@ -145,6 +171,18 @@ class Slice(Part):
         """How many blocks it gives."""
         start, stop = self.sources[0].layer_range
         return stop - start
+
+    @property
+    def by_filter(self) -> bool:
+        """Whether filters say which source gives a tensor."""
+        return any(source.filter for source in self.sources)
+
+    @model_validator(mode="after")
+    def _one_without_filter(self) -> Self:
+        filtered = [source.filter is not None for source in self.sources]
+        if any(filtered) and filtered != [False] + [True] * (len(filtered) - 1):
+            raise ValueError("the first source without a filter, and every other one with a filter")
+        return self
 
     @model_validator(mode="after")
     def _of_one_length(self) -> Self:

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 import click
 
 from frankenmerge import __version__
+from frankenmerge.cli.align import align
 from frankenmerge.cli.console import quiet_option
 from frankenmerge.cli.demo import demo
 from frankenmerge.cli.donors import analyze, inspect
 from frankenmerge.cli.evaluate import evaluate
 from frankenmerge.cli.features import features
+from frankenmerge.cli.merge import check, merge, widen
 from frankenmerge.cli.plan import plan
 from frankenmerge.cli.report import report
-from frankenmerge.cli.splice import align, check, merge, widen
 from frankenmerge.errors import FrankenmergeError
 
 WAY = """\

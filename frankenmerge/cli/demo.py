@@ -1,29 +1,41 @@
-"""`demo`: all of it, on the donors in the package."""
+"""`demo`: the whole pipeline on the donors in the package."""
 
-import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
+from rich.console import Console
 
 from frankenmerge.cli.console import json_option, out, print_json, progress, table
+from frankenmerge.cli.evaluate import print_prediction_check
+from frankenmerge.cli.plan import SAMPLED, print_damping, print_seams
+from frankenmerge.cli.tables import results_table
 from frankenmerge.errors import fail
 
+if TYPE_CHECKING:
+    from frankenmerge.artefacts.alignment import Alignment
+    from frankenmerge.artefacts.evaluation import PredictionCheck
+    from frankenmerge.donors.checkpoint import Checkpoint
+    from frankenmerge.evaluation.bench import Result
+    from frankenmerge.planning.plan import Plan
+    from frankenmerge.splicing.resolve import Splice
+
 DEPTH, RANDOM_RECIPES, CHARACTERS, PROMPTS = 12, 20, 12_000, 4
+_MARK = ".frankenmerge-demo"
+_DATA = Path(__file__).parent.parent / "demo"
 
 
-class DemoResult(NamedTuple):
-    """What the demo measured, for its last table and for JSON."""
+class Measured(NamedTuple):
+    """What the demo measured."""
 
-    plan: Any
-    logits_equal: bool
-    results: list
+    results: "list[Result]"
+    """Donors, the merge, the controls, the median of the random recipes."""
     randoms: list[float]
-    promise: Any
-    """What the plan predicted, held against what was measured."""
-    seconds: float
+    """Bits per byte of random recipes."""
+    check: "PredictionCheck"
+    """Of the plan."""
 
 
 @click.command()
@@ -33,14 +45,14 @@ class DemoResult(NamedTuple):
     type=click.Path(path_type=Path),
     default="demo-run",
     show_default=True,
-    help="Where everything made goes.",
+    help="Folder for all results.",
 )
 @json_option
 def demo(output: Path, as_json: bool) -> None:
     """Inspect, analyze, align, plan, merge, evaluate and report on the two demo donors.
 
     `code` and `prose` were fine-tuned from one small model, one on source code, one on
-    documentation. An earlier demo's folder is replaced; any other folder is left alone.
+    documentation. The folder of an earlier demo is replaced; any other folder is left alone.
     """
     started = time.perf_counter()
     _make_room(output)
@@ -48,229 +60,214 @@ def demo(output: Path, as_json: bool) -> None:
     if as_json:
         console.quiet = True
     donors = _donors(output)
-    _inspect(console, donors)
+    _inspect(console, list(donors.values()))
     alignment, plan = _plan(console, donors, output)
-    equal = _merge(console, plan.recipe, output)
-    results, randoms, promise = _evaluate(plan, alignment, donors, output)
+    splice, equal = _merge(console, plan, donors, output)
+    measured = _evaluate(splice, plan, alignment, donors, output)
     _report(output)
-    found = DemoResult(plan, equal, results, randoms, promise, time.perf_counter() - started)
-    _tell(console, found, output)
+    seconds = time.perf_counter() - started
+    _print(console, measured, seconds, output)
     if as_json:
-        print_json(_as_json(found, output))
-
-
-_MARK = ".frankenmerge-demo"
+        models = [
+            {"name": result.name, "role": result.role, **result.total.as_json()}
+            for result in measured.results
+        ]
+        print_json(
+            {
+                "output": str(output),
+                "plan": plan.as_json(),
+                "logits_equal": equal,
+                "models": models,
+                "random_bits_per_byte": measured.randoms,
+                "seconds": seconds,
+            }
+        )
 
 
 def _make_room(output: Path) -> None:
-    if (
-        output.exists()
-        and not (output / _MARK).exists()
-        and (not output.is_dir() or any(output.iterdir()))
-    ):
-        raise fail(
-            str(output),
-            "a new folder, or an earlier demo's",
-            "something else",
-            "choose another folder with --out",
-        )
+    occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if occupied and not (output / _MARK).exists():
+        expected, remedy = "a new folder, or an earlier demo's", "choose another folder with --out"
+        raise fail(str(output), expected, "something else", remedy)
     if (output / _MARK).exists():
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / _MARK).touch()
 
 
-def _donors(output: Path) -> list:
-    """Open the donors through short relative names that stay valid from where the command was run."""
+def _donors(output: Path) -> "dict[str, Checkpoint]":
+    """The donors, by names relative to where the command runs."""
     from frankenmerge.donors.checkpoint import open_checkpoint
 
-    source = Path(__file__).parent.parent / "demo" / "donors"
     for name in ("code", "prose"):
-        shutil.copytree(source / name, output / "donors" / name)
-    return [open_checkpoint(str(output / "donors" / name)) for name in ("code", "prose")]
+        shutil.copytree(_DATA / "donors" / name, output / "donors" / name)
+    paths = [str(output / "donors" / name) for name in ("code", "prose")]
+    return {path: open_checkpoint(path) for path in paths}
 
 
-def _inspect(console, donors: list) -> None:
+def _inspect(console: Console, donors: "list[Checkpoint]") -> None:
     from frankenmerge.splicing.compatibility import compatibility
 
     console.rule("1. Can they be spliced?")
     code = donors[0]
     console.print(
-        f"Two donors of {code.blocks} blocks and {code.parameters / 1e6:.1f} million parameters, fine-tuned from one model: "
-        "'code' on Python source, 'prose' on its documentation."
+        f"Two donors of {code.blocks} blocks and {code.parameters / 1e6:.1f} million parameters, "
+        "fine-tuned from one model: 'code' on Python source, 'prose' on its documentation."
     )
     reasons = compatibility(donors).reasons
-    console.print(
-        "Their shapes agree: blocks of both fit into one model.\n"
-        if not reasons
-        else "\n".join(reasons)
-    )
+    same = "They have the same shape: one model can hold blocks of both.\n"
+    console.print("\n".join(reasons) or same)
 
 
-def _plan(console, donors: list, output: Path):
+def _plan(
+    console: Console, donors: "dict[str, Checkpoint]", output: Path
+) -> "tuple[Alignment, Plan]":
     from frankenmerge.analysis.align import align
     from frankenmerge.analysis.analyze import analyze, work
     from frankenmerge.artefacts.alignment import save_alignment
     from frankenmerge.artefacts.atlas import save_atlas
-    from frankenmerge.cli.plan import print_damping, print_seams, write_plans
-    from frankenmerge.planning.plan import plan
-    from frankenmerge.planning.prediction import default_model
     from frankenmerge.planning.search import Constraints
-    from frankenmerge.workflows.measuring import SAMPLED, Bench, damped
+    from frankenmerge.reporting.figures import plot_alignment
+    from frankenmerge.workflows.planning import PlanOptions, plan_recipes, write_plans
 
     atlases = []
-    for donor in donors:
+    for donor in donors.values():
         with progress(f"analyzing {donor.path.name}", work(donor), "inputs") as advance:
             atlases.append(analyze(donor, advance=advance))
         save_atlas(atlases[-1], output / f"{donor.path.name}.atlas.safetensors")
-    console.rule("2. Do they mean the same by the same neuron?")
+    console.rule("2. Does the same neuron mean the same in both?")
     alignment = align(*atlases)
     save_alignment(alignment, output / "code-prose.alignment.safetensors")
     score = alignment.scores["jaccard"]
-    made = table(
-        "Overlap of the tokens that excite each neuron most",
-        "after blocks",
-        *map(str, range(len(score.matrix))),
-    )
+    columns = map(str, range(len(score.matrix)))
+    made = table("Overlap of each neuron's top-activating tokens", "after blocks", *columns)
     made.add_row("code and prose", *(f"{value:.2f}" for value in score.matrix.diagonal()))
-    made.add_row(
-        "by chance", *(f"{value:.2f}" for value in score.nulls["permuted_neurons"].diagonal())
-    )
+    chance = score.nulls["permuted_neurons"].diagonal()
+    made.add_row("by chance", *(f"{value:.2f}" for value in chance))
     console.print(made)
-    try:
-        from frankenmerge.reporting.figures import plot_alignment
-
-        plot_alignment(alignment, output / "alignment.png")
-        console.print(f"The whole matrix is drawn in {output / 'alignment.png'}.\n", markup=False)
-    except ImportError:
-        console.print("Install matplotlib to have the whole matrix drawn.\n")
-    console.rule(f"3. The plan: {DEPTH} blocks out of {donors[0].blocks} + {donors[1].blocks}")
-    model = default_model()
-    plans = plan([alignment], Constraints(DEPTH), top=3)
-    plans, tried = damped(
-        plans, [alignment], Bench([donor.name for donor in donors], (SAMPLED,), {}), model
-    )
-    write_plans(plans, output / "recipe.yaml", Constraints(DEPTH), model)
-    low, high = plans[0].interval
-    console.print(f"{plans[0].recipe}", markup=False)
+    plot_alignment(alignment, output / "alignment.svg")
+    console.print(f"All pairs of blocks: {output / 'alignment.svg'}\n", markup=False)
+    blocks = " + ".join(str(donor.blocks) for donor in donors.values())
+    console.rule(f"3. The plan: {DEPTH} blocks out of {blocks}")
+    options = PlanOptions(Constraints(DEPTH), top=3, damp=SAMPLED)
+    planned = plan_recipes([alignment], options, opened=donors, progress=progress)
+    write_plans(planned, output / "recipe.yaml")
+    best = planned.plans[0]
+    low, high = best.interval
+    console.print(f"{best.recipe}", markup=False)
     console.print(
-        "The best of three, run on tokens that the donors drew themselves: no text was needed."
+        "The best of three, measured on tokens that the donors generated: no text is needed."
     )
     console.print(
-        f"Predicted damage {plans[0].predicted_damage:z.2f} nats per token, nine times of ten from {low:z.2f} to {high:z.2f}.\n"
+        f"Predicted damage {best.predicted_damage:z.2f} nats per token "
+        f"(90 % interval {low:z.2f} to {high:z.2f}).\n"
     )
-    print_seams(console, plans[0].seams)
-    print_damping(console, tried)
-    console.print(
-        f"All scores, and the neurons that agree and disagree most: {output / 'recipe.evidence.json'}\n",
-        markup=False,
-    )
-    return alignment, plans[0]
+    print_seams(console, best.seams)
+    if planned.damped:
+        print_damping(console, planned.damped)
+    evidence = output / "recipe.evidence.json"
+    console.print(f"All scores, and the neurons behind them: {evidence}\n", markup=False)
+    return alignment, best
 
 
-def _merge(console, recipe, output: Path) -> bool:
-    """Write and load the checkpoint; returns whether its logits equal the virtual splice's."""
+def _merge(
+    console: Console, plan: "Plan", donors: "dict[str, Checkpoint]", output: Path
+) -> "tuple[Splice, bool]":
+    """Write and load the checkpoint; whether its logits equal those of the splice in memory."""
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
+    from frankenmerge.donors.checkpoint import open_checkpoint
+    from frankenmerge.evaluation.bench import Bench
     from frankenmerge.merging.writer import merge
-    from frankenmerge.models.loading import load_model, virtual_splice
-    from frankenmerge.splicing.opening import open_donors
+    from frankenmerge.models.loading import load_model
+    from frankenmerge.splicing.resolve import resolve
 
     console.rule("4. The checkpoint")
-    logging.disable_progress_bar()
-    donors = open_donors(recipe)
-    with progress("merging", None, "bytes") as advance:
-        merged = merge(recipe, donors, output / "merged", advance=advance)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        merged.output, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
-    model, info = loaded
-    virtual = virtual_splice(
-        recipe, donors, {name: load_model(donor) for name, donor in donors.items()}
-    )
+    splice = resolve(plan.recipe, donors)
+    merged = merge(splice, output / "merged", progress=progress)
+    # Loading refuses missing and unexpected tensors.
+    written = load_model(open_checkpoint(str(merged.output)))
+    in_memory = Bench((), donors).assemble(splice)
     ids = torch.arange(64)[None]
     with torch.no_grad():
-        equal = torch.equal(model.eval()(input_ids=ids).logits, virtual(input_ids=ids).logits)
-    wrong = len(info["missing_keys"]) + len(info["unexpected_keys"])
+        equal = torch.equal(written(input_ids=ids).logits, in_memory(input_ids=ids).logits)
+    size = f"{merged.tensors} tensors, {merged.bytes / 1e6:.1f} MB"
+    console.print(f"{size} in {merged.output}.", markup=False)
     console.print(
-        f"{merged.tensors} tensors, {merged.bytes / 1e6:.1f} MB in {merged.output}.", markup=False
-    )
-    console.print(
-        f"transformers loads it with {wrong} missing or unexpected keys; "
+        "transformers loads it with no missing or unexpected key; "
         f"its logits {'equal' if equal else 'DIFFER from'} those of the splice in memory.\n"
     )
-    return equal
+    return splice, equal
 
 
-def _evaluate(plan, alignment, donors: list, output: Path) -> tuple[list, list[float], Any]:
-    from frankenmerge.cli.evaluate import check_prediction
-    from frankenmerge.evaluation.compare import Bench, Text
-    from frankenmerge.evaluation.record import Looks, evaluation_json
+def _evaluate(
+    splice: "Splice",
+    plan: "Plan",
+    alignment: "Alignment",
+    donors: "dict[str, Checkpoint]",
+    output: Path,
+) -> Measured:
+    from frankenmerge.artefacts.evaluation import save
+    from frankenmerge.donors.checkpoint import open_checkpoint
+    from frankenmerge.evaluation.bench import Bench, Subject, Text
+    from frankenmerge.evaluation.checks import Checks, Findings, examine
+    from frankenmerge.evaluation.record import evaluation_record
     from frankenmerge.evaluation.samples import sample_prompts, words_of
     from frankenmerge.planning.controls import goliath, naive_interleave, random_recipe
     from frankenmerge.planning.damping import dampings
-    from frankenmerge.storage.atomic import write_file
+    from frankenmerge.splicing.resolve import resolve
+    from frankenmerge.workflows.predictions import check_prediction
 
-    folder = Path(__file__).parent.parent / "demo" / "text"
     texts = [
-        Text(name, (folder / f"{name}.txt").read_text(encoding="utf-8")[:CHARACTERS])
+        Text(name, (_DATA / "text" / f"{name}.txt").read_text(encoding="utf-8")[:CHARACTERS])
         for name in ("code", "prose")
     ]
-    blocks = {donor.name: donor.blocks for donor in donors}
-    bench = Bench(texts, [*blocks, str(output / "merged")])
-    words = frozenset().union(*(words_of(text.content) for text in texts))
-    looks = Looks(
-        sample_prompts([text.content for text in texts], PROMPTS, 0), words, with_seams=True
-    )
-    pattern, writes = goliath(blocks, DEPTH), donors[0].architecture.stream.writes
-    by_passes = {way.name: way.recipe for way in dampings(pattern, [alignment], writes)}["1/n"]
+    blocks = {name: donor.blocks for name, donor in donors.items()}
+    merged = str(output / "merged")
+    bench = Bench(texts, {**donors, merged: open_checkpoint(merged)})
+    contents = [text.content for text in texts]
+    words = frozenset().union(*map(words_of, contents))
+    checks = Checks(sample_prompts(contents, PROMPTS, 0), words, seams=True)
+    findings = Findings()
+
+    def visit(subject: Subject) -> None:
+        examine(subject, bench, checks, findings)
+
+    pattern = goliath(blocks, DEPTH)
+    stream = splice.base.architecture.stream
+    assert stream
+    ways = {way.name: way.recipe for way in dampings(pattern, [alignment], stream.writes)}
     controls = {
         "naive interleave": naive_interleave(blocks, DEPTH),
         "Goliath's pattern": pattern,
-        "the same, damped": by_passes,
+        "the same, damped": ways["1/n"],
     }
     results = []
-    with progress(
-        "evaluating", len(donors) + 2 + len(controls) + RANDOM_RECIPES, "models"
-    ) as advance:
-        for donor in donors:
-            results.append(
-                bench.checkpoint(
-                    donor.name, role="donor", visit=lambda subject: looks.visit(subject, bench)
-                )
-            )
+    count = len(donors) + 1 + len(controls) + RANDOM_RECIPES
+    with progress("evaluating", count, "models") as advance:
+        for name in donors:
+            results.append(bench.checkpoint(name, role="donor", visit=visit))
             advance(1)
-        results.append(
-            bench.checkpoint(
-                str(output / "merged"), visit=lambda subject: looks.visit(subject, bench)
-            )
-        )
+        results.append(bench.checkpoint(merged, visit=visit))
         advance(1)
         for name, control in controls.items():
-            results.append(bench.recipe(name, control))
+            results.append(bench.splice(name, resolve(control, donors)))
             advance(1)
         randoms = []
         for seed in range(RANDOM_RECIPES):
-            randoms.append(bench.recipe(f"random {seed}", random_recipe(blocks, DEPTH, seed)))
+            recipe = random_recipe(blocks, DEPTH, seed)
+            randoms.append(bench.splice(f"random {seed}", resolve(recipe, donors)))
             advance(1)
     own = {result.name: result.total.nats_per_token for result in results[: len(donors)]}
-    promise = check_prediction(
-        results[len(donors)], plan.recipe, plan.predicted_damage, plan.interval, own
+    check = check_prediction(
+        results[len(donors)], splice, plan.predicted_damage, plan.interval, own
     )
-    told = (
-        json.dumps(
-            evaluation_json(results, bench, looks, predictions=[promise._asdict()]),
-            indent=2,
-            ensure_ascii=False,
-        )
-        + "\n"
-    )
-    write_file(output / "evaluation.json", told.encode())
-    middle = sorted(randoms, key=lambda result: result.total.bits_per_byte)[RANDOM_RECIPES // 2]
-    results.append(middle._replace(name=f"median of {RANDOM_RECIPES} random"))
-    return results, [result.total.bits_per_byte for result in randoms], promise
+    record = evaluation_record(results, bench, checks, findings, predictions=[check])
+    save(record, output / "evaluation.json")
+    randoms.sort(key=lambda result: result.total.bits_per_byte)
+    middle = randoms[RANDOM_RECIPES // 2]._replace(name=f"median of {RANDOM_RECIPES} random")
+    bits = [result.total.bits_per_byte for result in randoms]
+    return Measured([*results, middle], bits, check)
 
 
 def _report(output: Path) -> None:
@@ -281,39 +278,17 @@ def _report(output: Path) -> None:
     write_file(output / "report.html", page(read_run(output)).encode())
 
 
-def _tell(console, found: DemoResult, output: Path) -> None:
-    from frankenmerge.cli.evaluate import print_prediction_check, results_table
-
-    console.rule("5. Did the plan keep its word?")
+def _print(console: Console, measured: Measured, seconds: float, output: Path) -> None:
+    console.rule("5. Was the prediction right?")
+    title = "On held-out code and prose (bits per byte; lower is better)"
+    console.print(results_table(measured.results, title))
+    ours = measured.results[2].total.bits_per_byte
+    beaten = sum(random > ours for random in measured.randoms)
+    print_prediction_check(console, measured.check)
     console.print(
-        results_table(found.results, "On held-out code and prose (bits per byte; lower is better)")
+        f"The plan is better than {beaten} of {len(measured.randoms)} random recipes of its depth, "
+        f"which are not damped ({seconds:.0f} s in all)."
     )
-    ours = found.results[2].total.bits_per_byte
-    beaten = sum(random > ours for random in found.randoms)
-    print_prediction_check(console, found.promise)
-    console.print(
-        f"The planned recipe beats {beaten} of {len(found.randoms)} random recipes of its depth, undamped ({found.seconds:.0f} s in all)."
-    )
-    console.print(
-        f"\nEverything is in {output}: atlases, alignment, recipe, evidence, evaluation, and the checkpoint in {output / 'merged'}.",
-        markup=False,
-    )
-    console.print(
-        f"To look at: {output / 'report.html'}, a page of all that was found.", markup=False
-    )
+    console.print(f"\nAll results are in {output}; the checkpoint is in {output / 'merged'}.")
+    console.print(f"Open {output / 'report.html'} to look at them.")
     console.print("Next: `frankenmerge inspect YOUR-DONOR-A YOUR-DONOR-B`")
-
-
-def _as_json(found: DemoResult, output: Path) -> dict[str, Any]:
-    models = [
-        {"name": result.name, "role": result.role, **result.total.as_json()}
-        for result in found.results
-    ]
-    return {
-        "output": str(output),
-        "plan": found.plan.as_json(),
-        "logits_equal": found.logits_equal,
-        "models": models,
-        "random_bits_per_byte": found.randoms,
-        "seconds": found.seconds,
-    }

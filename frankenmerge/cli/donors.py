@@ -1,6 +1,5 @@
 """`inspect` and `analyze`: describe one donor, and compare several."""
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,14 +167,22 @@ def analyze(
     searches its share of the vocabulary.
     """
     from frankenmerge.artefacts.atlas import save_atlas
+    from frankenmerge.workflows.atlases import add_inputs, atlas_of
 
     refuse_others(context, method, MEANT_FOR)
-    options = RunOptions(device, dtype, download, allow_pickle, untrained)
-    atlas = atlas_of(donor, options)
+    run: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "download": download,
+        "allow_pickle": allow_pickle,
+        "untrained": untrained,
+        "progress": progress,
+    }
+    atlas = atlas_of(donor, **run)
     if not own_rank().first:
         return
     if method != "complete":
-        atlas = add_inputs(donor, atlas, options, method, neurons, tokens)
+        atlas = add_inputs(donor, atlas, method, neurons, tokens, **run)
     save_atlas(atlas, output)
     if as_json:
         print_json(_atlas_as_json(atlas, output, untrained))
@@ -221,38 +228,3 @@ def _best_tokens(atlas: "Atlas"):
         )
         rows.add_row(str(neuron), *(" ".join(map(repr, cell)) for cell in cells))
     return rows
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to open and run a donor: common options of the commands."""
-
-    device: str = "cpu"
-    dtype: str = "float32"
-    download: bool = False
-    allow_pickle: bool = False
-    untrained: int | None = None
-    """A seed for random weights instead of the donor's."""
-
-
-def atlas_of(name: str, options: RunOptions) -> "Atlas":
-    """`workflows.atlases.atlas_of` with a progress bar."""
-    from frankenmerge.workflows import atlases
-
-    return atlases.atlas_of(name, **asdict(options), progress=progress)
-
-
-def add_inputs(
-    name: str,
-    atlas: "Atlas",
-    options: RunOptions,
-    method: str,
-    neurons: list[int] | None,
-    tokens: int | None,
-) -> "Atlas":
-    """`workflows.atlases.add_inputs` with a progress bar."""
-    from frankenmerge.workflows import atlases
-
-    return atlases.add_inputs(
-        name, atlas, method, neurons, tokens, **asdict(options), progress=progress
-    )

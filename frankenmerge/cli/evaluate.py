@@ -1,12 +1,12 @@
-"""`evaluate`: checkpoints and recipes on text, beside their donors."""
+"""`evaluate`: checkpoints and recipes on text, with their donors."""
 
-import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 from rich.text import Text
 
 from frankenmerge.cli.console import (
@@ -22,7 +22,6 @@ from frankenmerge.cli.console import (
     print_json,
     progress,
 )
-from frankenmerge.cli.donors import RunOptions, atlas_of
 from frankenmerge.cli.tables import (
     differences_table,
     further_tables,
@@ -33,6 +32,13 @@ from frankenmerge.cli.tables import (
 )
 from frankenmerge.errors import fail
 
+if TYPE_CHECKING:
+    from frankenmerge.artefacts.evaluation import PredictionCheck
+    from frankenmerge.workflows.evaluating import Evaluated, EvaluateOptions
+
+WORSE = 3
+"""Exit status where `--compare` found a merge to be worse."""
+
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL|RECIPE...")
@@ -42,7 +48,7 @@ from frankenmerge.errors import fail
     multiple=True,
     required=True,
     type=click.Path(path_type=Path),
-    help="A UTF-8 text file; may be repeated.",
+    help="A UTF-8 text file. May be repeated.",
 )
 @click.option(
     "--context",
@@ -54,52 +60,53 @@ from frankenmerge.errors import fail
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Let every model go on from so many prompts, drawn from the texts. Costs up to 64 passes each.",
+    help="Generate continuations of N prompts taken from the texts (up to 64 passes each).",
+    metavar="N",
 )
-@click.option("--prompt", "prompts", multiple=True, help="A prompt to go on from; may be repeated.")
+@click.option("--prompt", "prompts", multiple=True, help="A prompt to continue. May be repeated.")
 @click.option(
     "--words",
-    "lists",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A list of words that are no inventions, beside those of the texts; may be repeated.",
+    help="A list of valid words, in addition to those of the texts. May be repeated.",
 )
 @click.option(
     "--seams",
     is_flag=True,
-    help="Tell block by block where a merge leaves its donors. Costs a pass over four windows a text, and two read-outs a block.",
+    help="Report block by block how far the merge diverges from its donors.",
 )
 @click.option(
     "--retention",
     is_flag=True,
-    help="Tell how many of the donors' features a merge keeps. Costs a pass of the vocabulary, and of each donor's, which is kept.",
+    help="Report the share of donor features that the merge preserves "
+    "(a pass of the vocabulary, and of each donor's, which is cached).",
 )
 @click.option(
     "--tasks",
     multiple=True,
     metavar="NAME|YAML",
-    help="Run a task of lm-evaluation-harness on every model; may be repeated.",
+    help="Run a task of lm-evaluation-harness on every model. May be repeated.",
 )
 @click.option(
     "--compare",
-    "threshold",
     type=float,
     metavar="BITS",
-    help="Leave with exit code 1 when a merge takes more bits per byte than its best donor by more than this; see docs/evaluate.md.",
+    help="Exit with status 3 if a merge is worse than its best donor by more than BITS bits per "
+    "byte.",
 )
 @click.option(
     "--against",
     metavar="MODEL",
-    help="Hold merges against this model, instead of against their best donor.",
+    help="Compare merges with this model instead of their best donor.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Draws resamples, prompts, and what the harness draws.",
+    help="Random seed for bootstrap resamples, prompts and lm-evaluation-harness.",
 )
-@output_option("Where to write everything found, as NAME.evaluation.json.", required=False)
+@output_option("Where to write all results, as NAME.evaluation.json.", required=False)
 @device_option
 @max_memory_option
 @offload_option
@@ -109,229 +116,120 @@ from frankenmerge.errors import fail
 @json_option
 @click.pass_context
 def evaluate(
-    context_of_command: click.Context,
+    context: click.Context,
     models: tuple[str, ...],
     texts: tuple[Path, ...],
-    context: int | None,
-    samples: int,
-    prompts: tuple[str, ...],
-    lists: tuple[Path, ...],
-    seams: bool,
-    retention: bool,
-    tasks: tuple[str, ...],
-    threshold: float | None,
-    against: str | None,
-    seed: int,
     output: Path | None,
-    device: str,
-    max_memory: dict | None,
-    offload: Path | None,
-    dtype: str,
-    download: bool,
-    allow_pickle: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Measure how well MODELS predict text. A recipe is run as a virtual splice: nothing is written.
+    """Measure how well MODELS predict text. A recipe is run in memory: nothing is written.
 
-    Every donor of a recipe is measured beside it; with --seams, --retention or --compare those of a
-    merged checkpoint too.
+    Every donor of a recipe is measured, too; with --seams, --retention or --compare also those of a
+    merged checkpoint.
     """
-    if lists and not (samples or prompts):
-        raise fail("--words", "samples to be judged", "none", "give --samples or --prompt as well")
+    if options["words"] and not (options["samples"] or options["prompts"]):
+        raise fail("--words", "samples to be judged", "none", "add --samples or --prompt")
+    threshold = options["compare"]
     if threshold is not None and not math.isfinite(threshold):
         raise fail("--compare", "a number of bits per byte", str(threshold), "give one such as 0.1")
-    if tasks:
+    if options["tasks"]:
         from frankenmerge.evaluation.harness import check_tasks, stay_offline
 
-        if not download:
+        if not options["download"]:
             stay_offline()
-        check_tasks(tasks)
-    from frankenmerge.evaluation.compare import compare, read_text
-    from frankenmerge.evaluation.non_inferiority import held_against
-    from frankenmerge.evaluation.record import evaluation_json
+        check_tasks(options["tasks"])
+    from frankenmerge.artefacts.evaluation import save
+    from frankenmerge.evaluation.bench import read_text
+    from frankenmerge.workflows.evaluating import evaluate as evaluated
 
-    shown = [read_text(text) for text in texts]
-    looks = _looks(shown, samples, prompts, lists, seams, retention, tasks, seed)
-    results, bench = compare(
+    found = evaluated(
         models,
-        shown,
-        context=context,
-        dtype=dtype,
-        device=device,
-        max_memory=max_memory,
-        offload=offload,
-        download=download,
-        allow_pickle=allow_pickle,
-        beside=seams or retention or (threshold is not None and not against),
-        hold=seams,
-        against=against,
+        [read_text(text) for text in texts],
+        _options(options),
+        arguments=_arguments(context),
         progress=progress,
-        visit=looks.visit,
-    )
-    looks.retention = _retained(looks.features, RunOptions(device, dtype, download, allow_pickle))
-    comparison = None if threshold is None else held_against(results, threshold, seed, against)
-    promises = check_predictions(results)
-    told = evaluation_json(
-        results,
-        bench,
-        looks,
-        dtype=dtype,
-        predictions=[promise._asdict() for promise in promises],
-        comparison=comparison,
-        against=against,
-        arguments=_given(context_of_command),
     )
     if output:
-        from frankenmerge.storage.atomic import write_file
-
-        write_file(output, (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode())
+        save(found.record, output)
     if as_json:
-        print_json(told)
+        print_json(found.record.as_json())
     else:
-        _print(results, looks, told, promises, comparison)
+        _print(found)
         if output:
             out().print(f"Written to {output}", markup=False)
-    if comparison and not comparison.passed:
-        sys.exit(1)
+    if found.comparison and not found.comparison.passed:
+        sys.exit(WORSE)
 
 
-def _given(context: click.Context) -> dict[str, Any]:
-    """The command's arguments, as JSON can hold them."""
-    return {
-        name: [str(part) for part in value]
-        if isinstance(value, tuple)
-        else str(value)
-        if isinstance(value, Path)
-        else value
-        for name, value in sorted(context.params.items())
-    }
+def _options(options: dict[str, Any]) -> "EvaluateOptions":
+    from frankenmerge.models.loading import Placement
+    from frankenmerge.workflows.evaluating import EvaluateOptions
 
-
-def _looks(
-    shown: list,
-    samples: int,
-    prompts: tuple[str, ...],
-    lists: tuple[Path, ...],
-    seams: bool,
-    retention: bool,
-    tasks: tuple[str, ...],
-    seed: int,
-) -> Any:
-    from frankenmerge.analysis.complete import complete_search
-    from frankenmerge.evaluation.record import Looks
-    from frankenmerge.evaluation.samples import read_words, sample_prompts, words_of
-
-    return Looks(
-        prompts=[*prompts, *sample_prompts([text.content for text in shown], samples, seed)],
-        vocabulary=frozenset().union(
-            *(words_of(text.content) for text in shown), *map(read_words, lists)
-        ),
-        with_seams=seams,
-        with_tasks=tasks,
-        search=(lambda model, advance: complete_search(model, k=1, advance=advance))
-        if retention
-        else None,
-        seed=seed,
-        progress=progress,
+    placement = Placement(
+        options.pop("dtype"),
+        options.pop("device"),
+        options.pop("max_memory") or {},
+        options.pop("offload"),
     )
+    return EvaluateOptions(placement=placement, **options)
 
 
-def _retained(features: dict, how: RunOptions) -> dict[str, list]:
-    """What of each donor's features every model keeps; the donors' atlases come from the cache, or are made now."""
-    from frankenmerge.evaluation.retention import retained
+def _arguments(context: click.Context) -> dict[str, Any]:
+    """The command's arguments, as JSON can hold them."""
 
-    names = dict.fromkeys(block.model for blocks, _ in features.values() for block in blocks)
-    tops = {name: atlas_of(name, how).top["plain"] for name in names}
-    return {name: retained(top, tops, blocks) for name, (blocks, top) in features.items()}
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [str(part) for part in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in sorted(context.params.items())}
 
 
-def _print(results: list, looks: Any, told: dict, promises: list, comparison: Any) -> None:
-    console = out()
-    console.print(results_table(results, "On text (bits per byte; lower is better)", looks.seed))
-    for made in further_tables(results, looks):
+def _print(found: "Evaluated") -> None:
+    console, findings, record = out(), found.findings, found.record
+    results = found.results
+    title = "On text (bits per byte; lower is better)"
+    console.print(results_table(results, title, found.checks.seed))
+    for made in further_tables(results, findings):
         console.print(made)
     tokens = sorted({result.total.tokens for result in results})
     counted = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
     console.print(
-        f"Windows of {told['context']} tokens, {told['dtype']}; {counted} tokens of {results[0].total.bytes:,} bytes."
+        f"Windows of {record.context} tokens, {record.dtype}; {counted} tokens of "
+        f"{results[0].total.bytes:,} bytes."
     )
-    if told["differences"]:
-        console.print(differences_table(told["differences"]))
-    for name, blocks in looks.seams.items():
+    if record.differences:
+        console.print(differences_table(record.differences))
+    for name, blocks in findings.seams.items():
         console.print(seams_table(name, blocks))
-    for name, entries in looks.retention.items():
+    for name, entries in findings.retention.items():
         console.print(retention_table(name, entries))
-    if looks.samples:
-        print_samples(console, looks.samples)
-    for promise in promises:
-        print_prediction_check(console, promise)
+    if findings.samples:
+        print_samples(console, findings.samples)
+    for check in found.predictions:
+        print_prediction_check(console, check)
+    _print_comparison(console, found)
+
+
+def print_prediction_check(console: Console, check: "PredictionCheck") -> None:
+    """Show what was predicted, what was measured, and whether it lies in the interval."""
+    verdict = "within the interval" if check.held else "outside the interval"
+    interval = f"90 % interval {check.low:z.3f} to {check.high:z.3f}"
+    console.print(
+        f"{Path(check.recipe).name}: predicted damage {check.predicted:z.3f} nats per token "
+        f"({interval}), measured {check.measured:z.3f}: {verdict}."
+    )
+
+
+def _print_comparison(console: Console, found: "Evaluated") -> None:
+    comparison = found.comparison
     for entry in comparison.verdicts if comparison else ():
         low, high = entry.interval
-        told_of = f"{entry.bits_per_byte:+.3f} ({low:+.3f} to {high:+.3f}) bits per byte, {comparison.threshold:+.3f} allowed"
+        value = f"{entry.bits_per_byte:+.3f} ({low:+.3f} to {high:+.3f}) bits per byte"
+        limit = f"{comparison.threshold:+.3f} allowed" if comparison else ""
+        names = f"{Path(entry.model).name} compared with {Path(entry.donor).name}"
         style = {"worse": "bold red", "undecided": "bold"}.get(entry.verdict, "green")
         more = "; more text would decide" if entry.verdict == "undecided" else ""
-        console.print(
-            Text.assemble(
-                f"{Path(entry.model).name} against {Path(entry.donor).name}: {told_of}: ",
-                (entry.verdict, style),
-                f"{more}.",
-            )
-        )
-
-
-class PredictionCheck(NamedTuple):
-    """What a plan predicted of a recipe, and what was measured."""
-
-    recipe: str
-    predicted: float
-    low: float
-    high: float
-    measured: float
-    held: bool
-
-
-def check_predictions(results) -> list[PredictionCheck]:
-    """Hold recipes against the evidence files in their folders, where one tells of them."""
-    from frankenmerge.artefacts.recipe import load_recipe
-
-    losses = {
-        result.name: result.total.nats_per_token for result in results if result.role != "recipe"
-    }
-    promises = []
-    for result in (result for result in results if result.role == "recipe"):
-        recipe = load_recipe(Path(result.name))
-        if told := _foretold(Path(result.name).parent, str(recipe)):
-            promises.append(
-                check_prediction(result, recipe, told["predicted_damage"], told["interval"], losses)
-            )
-    return promises
-
-
-def print_prediction_check(console, promise: PredictionCheck) -> None:
-    """Show what was predicted, what was measured, and whether the one was in the other's interval."""
-    verdict = "the prediction held" if promise.held else "the prediction did not hold"
-    around = f"{promise.predicted:z.3f} ({promise.low:z.3f} to {promise.high:z.3f}) nats per token above its donors"
-    console.print(
-        f"{Path(promise.recipe).name}: predicted {around}, measured {promise.measured:z.3f}: {verdict}."
-    )
-
-
-def check_prediction(result, recipe, predicted: float, interval, losses) -> PredictionCheck:
-    """Hold what was predicted of a recipe against its result; `losses` are the donors' own, nats per token by name."""
-    from frankenmerge.planning.prediction import donor_loss
-
-    measured = result.total.nats_per_token - donor_loss(recipe.blocks, losses)
-    low, high = interval
-    return PredictionCheck(result.name, predicted, low, high, measured, low <= measured <= high)
-
-
-def _foretold(folder: Path, summary: str) -> dict | None:
-    for path in sorted(folder.glob("*.evidence.json")):
-        try:
-            plans = json.loads(path.read_text(encoding="utf-8"))["plans"]
-            return next(
-                entry for entry in plans if entry["summary"] == summary and "interval" in entry
-            )
-        except (OSError, ValueError, LookupError, TypeError, StopIteration):
-            continue  # another program's file, or another recipe's evidence: nothing is foretold there
-    return None
+        verdict = (entry.verdict, style)
+        console.print(Text.assemble(f"{names}: {value}, {limit}: ", verdict, f"{more}."))

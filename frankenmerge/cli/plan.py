@@ -1,10 +1,12 @@
 """`plan`: from alignments to recipes."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+from rich.console import Console
 
 from frankenmerge.cli.console import (
     device_option,
@@ -13,10 +15,20 @@ from frankenmerge.cli.console import (
     out,
     output_option,
     print_json,
+    progress,
     table,
 )
 from frankenmerge.errors import fail
-from frankenmerge.workflows.measuring import HANDFUL, SAMPLED, Bench, calibrated, damped, verified
+
+if TYPE_CHECKING:
+    from frankenmerge.planning.plan import Plan
+    from frankenmerge.planning.seams import SeamEvidence
+    from frankenmerge.planning.search import Constraints
+    from frankenmerge.workflows.measuring import On
+    from frankenmerge.workflows.planning import Damped, Planned
+
+SAMPLED = "sampled"
+"""Given instead of a text: tokens that the donors generate."""
 
 
 class _Named(NamedTuple):
@@ -55,76 +67,84 @@ def _count(_context, _parameter, value: str | None) -> int | None:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _texts(_context, _parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+def _texts(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
     if SAMPLED in values and len(values) > 1:
-        raise click.BadParameter(
-            f"{SAMPLED!r} stands alone: either tokens that the donors draw, or texts"
-        )
+        raise click.BadParameter(f"give either {SAMPLED!r} or texts, not both")
     return values
 
 
-def _measuring(option: str, what: str):
+def _measuring(option: str, description: str) -> Any:
     return click.option(
-        option, multiple=True, metavar=f"TEXT|{SAMPLED}", callback=_texts, help=what
+        option,
+        multiple=True,
+        metavar=f"TEXT|{SAMPLED}",
+        callback=_texts,
+        help=f"{description} May be repeated.",
     )
 
 
 @click.command()
 @click.argument("alignments", nargs=-1, required=True, type=click.Path(path_type=Path))
-@output_option("Where the best recipe goes; its evidence goes beside it.")
+@output_option("Where to write the best recipe; its evidence is written next to it.")
 @click.option(
     "--depth",
     type=click.IntRange(1),
-    help="Blocks of the result. [default: half as many again as the deepest donor has]",
+    help="Blocks of the result. [default: 1.5 times the deepest donor's]",
 )
 @click.option(
     "--parameters",
     callback=_count,
     metavar="N",
-    help="In the place of a depth: as many blocks as N parameters hold, as 11B.",
+    help="Parameter budget instead of --depth, e.g. 11B.",
 )
 @click.option(
-    "--max-seams", type=click.IntRange(1), default=4, show_default=True, help="Most seams."
+    "--max-seams",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Maximum number of seams.",
 )
 @click.option(
     "--min-slice",
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="Fewest blocks of a slice.",
+    help="Minimum number of blocks in a slice.",
 )
 @click.option(
     "--protect-first",
     type=click.IntRange(0),
     default=1,
     show_default=True,
-    help="Blocks at a donor's beginning that only begin.",
+    help="Keep a donor's first N blocks together at the start of the result.",
 )
 @click.option(
     "--protect-last",
     type=click.IntRange(0),
     default=1,
     show_default=True,
-    help="Blocks at a donor's end that only end.",
+    help="Keep a donor's last N blocks together at the end of the result.",
 )
 @click.option(
     "--max-back",
     type=click.IntRange(0),
-    help="Most blocks that are gone through again at one seam.",
+    help="Maximum number of blocks that a seam may repeat.",
 )
 @click.option(
     "--use",
     multiple=True,
     metavar="DONOR:BLOCKS",
     callback=_named,
-    help="Blocks that must be used, as A:3 or A:3-5; may be repeated.",
+    help="Blocks that must be used, such as A:3 or A:3-5. May be repeated.",
 )
 @click.option(
     "--avoid",
     multiple=True,
     metavar="DONOR:BLOCKS",
     callback=_named,
-    help="Blocks that must not be used; may be repeated.",
+    help="Blocks that must not be used. May be repeated.",
 )
 @click.option(
     "--share",
@@ -132,168 +152,129 @@ def _measuring(option: str, what: str):
     multiple=True,
     metavar="DONOR:LOW-HIGH",
     callback=_named,
-    help="A donor's part of the blocks, as A:0.4-0.6; may be repeated.",
+    help="A donor's share of the blocks, such as A:0.4-0.6. May be repeated.",
 )
 @click.option(
-    "--top", type=click.IntRange(1), default=1, show_default=True, help="How many recipes to write."
+    "--top",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of recipes to write.",
 )
 @click.option(
     "--differ",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="In how many blocks they must differ.",
+    help="Number of blocks in which they must differ.",
 )
 @click.option(
     "--front",
-    "whole_front",
     is_flag=True,
-    help="Show the least damage of every depth up to --depth as well.",
+    help="Also show the least predicted damage of every depth up to --depth.",
 )
 @_measuring(
     "--calibrate",
-    f"Measure {HANDFUL} splices on this text to predict by; '{SAMPLED}': on tokens that the donors draw.",
+    f"Measure 16 splices on this text, or with '{SAMPLED}' on tokens that the donors generate, "
+    "and predict by them.",
 )
-@_measuring("--verify", "Measure the plans on this, and rank them by that.")
-@_measuring(
-    "--damp",
-    "Scale down what repeated blocks write, where that loses less on this, and rank the plans by it.",
-)
+@_measuring("--verify", "Measure the plans on this, and rank them by the result.")
+@_measuring("--damp", "Scale what repeated blocks write where that loses less on this.")
 @device_option
 @dtype_option
 @json_option
 def plan(
     alignments: tuple[Path, ...],
     output: Path,
-    depth: int | None,
-    parameters: int | None,
-    max_seams: int,
-    min_slice: int,
-    protect_first: int,
-    protect_last: int,
-    max_back: int | None,
-    use: list[_Named],
-    avoid: list[_Named],
-    shares: list[_Named],
-    top: int,
-    differ: int,
-    whole_front: bool,
-    calibrate: tuple[str, ...],
-    verify: tuple[str, ...],
-    damp: tuple[str, ...],
     device: str,
     dtype: str,
     as_json: bool,
+    front: bool,
+    **options: Any,
 ) -> None:
     """Choose the splices that ALIGNMENTS predict to do the least damage, and write them as recipes.
 
-    Every donor of the alignments is used. The evidence for every seam is written beside the recipe,
-    as NAME.evidence.json.
+    Every donor of the alignments is used. The evidence for every seam is written next to the
+    recipe, as NAME.evidence.json.
     """
     from frankenmerge.artefacts.alignment import load_alignment
-    from frankenmerge.planning.plan import front
-    from frankenmerge.planning.plan import plan as planned
-    from frankenmerge.planning.prediction import default_model
-    from frankenmerge.planning.search import Constraints
+    from frankenmerge.workflows.planning import (
+        PlanOptions,
+        least_damage_by_depth,
+        plan_recipes,
+        write_plans,
+    )
 
     loaded = [load_alignment(path) for path in alignments]
-    donors = list(dict.fromkeys(name for alignment in loaded for name in alignment.donors))
-    deepest = max(blocks for alignment in loaded for blocks in alignment.blocks)
+    constraints = _constraints(options, loaded)
+    calibrate, verify = _on(options["calibrate"]), _on(options["verify"])
+    damp = _on(options["damp"])
+    placement = None
+    if calibrate or verify or damp:
+        from frankenmerge.models.loading import Placement
+
+        placement = Placement(dtype, device)
+    chosen = PlanOptions(
+        constraints,
+        top=options["top"],
+        differ=options["differ"],
+        calibrate=calibrate,
+        verify=verify,
+        damp=damp,
+        placement=placement,
+    )
+    planned = plan_recipes(loaded, chosen, progress=progress)
+    paths = write_plans(planned, output)
+    depths = least_damage_by_depth(loaded, constraints, planned.model) if front else []
+    if as_json:
+        print_json(_as_json(planned, paths, depths))
+    else:
+        _print(planned, paths, depths, constraints.depth)
+
+
+def _on(values: tuple[str, ...]) -> "On | None":
+    """What to measure on: None for nothing, `sampled`, or texts."""
+    if not values:
+        return None
+    if values == (SAMPLED,):
+        return "sampled"
+    from frankenmerge.evaluation.bench import read_text
+
+    return [read_text(Path(value)) for value in values]
+
+
+def _constraints(options: dict[str, Any], alignments: list) -> "Constraints":
+    from frankenmerge.planning.search import Constraints
+    from frankenmerge.workflows.planning import depth_for
+
+    donors = list(dict.fromkeys(name for alignment in alignments for name in alignment.donors))
+    deepest = max(blocks for alignment in alignments for blocks in alignment.blocks)
+    depth, parameters = options["depth"], options["parameters"]
     if depth and parameters:
         raise fail("plan", "either --depth or --parameters", "both", "leave one out")
-    constraints = Constraints(
-        depth or (_depth_within(parameters, donors) if parameters else deepest * 3 // 2),
-        max_seams,
-        min_slice,
-        protect_first,
-        protect_last,
-        max_back,
-        _blocks(use, donors),
-        _blocks(avoid, donors),
-        {_donor(share.donor, donors): (share.low, share.high) for share in shares},
-    )
-    placed = {"device": device, "dtype": dtype}
-    model = calibrated(loaded, Bench(donors, calibrate, placed)) if calibrate else default_model()
-    plans = planned(loaded, constraints, top=top, differ=differ, model=model)
-    if verify:
-        plans = verified(plans, Bench(donors, verify, placed), model)
-    tried = None
-    if damp:
-        plans, tried = damped(plans, loaded, Bench(donors, damp, placed), model)
-    paths = write_plans(plans, output, constraints, model)
-    depths = front(loaded, constraints, model=model) if whole_front else []
-    if as_json:
-        told = (
-            {
-                "front": [
-                    {
-                        "depth": len(entry.recipe.blocks),
-                        "predicted_damage": entry.predicted_damage,
-                        "summary": str(entry.recipe),
-                    }
-                    for entry in depths
-                ]
-            }
-            if depths
-            else {}
-        )
-        told |= {} if tried is None else {"damping": tried._asdict()}
-        print_json(
-            _plans_as_json(plans, constraints, model)
-            | {"written": [str(path) for path in paths]}
-            | told
-        )
-        return
-    console = out()
-    for title, entries, names in (
-        (
-            "The least damage of every depth",
-            depths,
-            [str(len(entry.recipe.blocks)) for entry in depths],
-        ),
-        (f"Plans of {constraints.depth} blocks", plans, [path.name for path in paths]),
-    ):
-        if not entries:
-            continue
-        made = table(
-            title,
-            "recipe",
-            "seams",
-            "damage",
-            "9 of 10 in",
-            *(["measured"] if entries[0].measured is not None else []),
-            "depth" if entries is depths else "file",
-        )
-        for name, entry in zip(names, entries, strict=True):
-            low, high = entry.interval
-            measured = [] if entry.measured is None else [f"{entry.measured:.3f}"]
-            made.add_row(
-                str(entry.recipe),
-                str(len(entry.seams)),
-                f"{entry.predicted_damage:z.3f}",
-                f"{low:z.2f} to {high:z.2f}",
-                *measured,
-                name,
-            )
-        console.print(made)
-    print_seams(console, plans[0].seams)
-    if tried is not None:
-        print_damping(console, tried)
-    console.print(
-        "Damage is predicted in nats per token above the donors' own loss, each donor's by its share of the blocks."
+    if parameters:
+        depth = depth_for(parameters, alignments)
+    return Constraints(
+        depth=depth or deepest * 3 // 2,
+        max_seams=options["max_seams"],
+        min_slice=options["min_slice"],
+        protect_first=options["protect_first"],
+        protect_last=options["protect_last"],
+        max_back=options["max_back"],
+        required=_blocks(options["use"], donors),
+        avoided=_blocks(options["avoid"], donors),
+        shares={
+            _donor(share.donor, donors): (share.low, share.high) for share in options["shares"]
+        },
     )
 
 
 def _donor(name: str, donors: list[str]) -> str:
-    """The donor's name in the alignments: as it stands there, or the last part of that."""
+    """The donor's name in the alignments: the same, or the one whose last part it is."""
     found = [donor for donor in donors if name in (donor, Path(donor).name)]
     if len(found) != 1:
-        raise fail(
-            "plan",
-            f"a donor of the alignments: {', '.join(donors)}",
-            name,
-            "name it as it stands there",
-        )
+        expected, remedy = f"a donor of the alignments: {', '.join(donors)}", "use its full name"
+        raise fail("plan", expected, name, remedy)
     return found[0]
 
 
@@ -305,72 +286,80 @@ def _blocks(named: list[_Named], donors: list[str]) -> frozenset[tuple[str, int]
     )
 
 
-def _depth_within(parameters: int, donors: list[str]) -> int:
-    """The most blocks that a budget holds besides embedding, final norm and head."""
-    from frankenmerge.artefacts.recipe import open_donor
-    from frankenmerge.splicing.compatibility import depth_within
-
-    return depth_within(parameters, [open_donor(name) for name in donors])
-
-
-def write_plans(plans, output: Path, constraints, model) -> list[Path]:
-    """Write the best recipe to `output`, the others to NAME.2.yaml and on, the evidence of all to NAME.evidence.json."""
-    import json
-
-    from frankenmerge.storage.atomic import write_file
-
-    paths = [
-        output,
-        *(
-            output.with_name(f"{output.stem}.{rank}{output.suffix}")
-            for rank in range(2, len(plans) + 1)
-        ),
-    ]
-    for path, entry in zip(paths, plans, strict=True):
-        write_file(path, entry.recipe.dump().encode())
-    told = (
-        json.dumps(_plans_as_json(plans, constraints, model), indent=1, ensure_ascii=False) + "\n"
-    )
-    write_file(output.with_suffix(".evidence.json"), told.encode())
-    return paths
+def _as_json(planned: "Planned", paths: list[Path], depths: "list[Plan]") -> dict[str, Any]:
+    found = planned.evidence.as_json() | {"written": [str(path) for path in paths]}
+    if depths:
+        found["front"] = [
+            {
+                "depth": len(entry.recipe.blocks),
+                "predicted_damage": entry.predicted_damage,
+                "summary": str(entry.recipe),
+            }
+            for entry in depths
+        ]
+    if planned.damped is not None:
+        found["damping"] = planned.damped._asdict()
+    return found
 
 
-def _plans_as_json(plans, constraints, model) -> dict:
-    return {
-        "plans": [entry.as_json() for entry in plans],
-        "constraints": constraints.as_json(),
-        "model": model.as_json(),
-    }
-
-
-def print_damping(console, tried) -> None:
-    """Show what damping the best plan's repeated blocks gained."""
-    ways = ", ".join(f"{name} {value:z.3f}" for name, value in tried.damage.items())
+def _print(planned: "Planned", paths: list[Path], depths: "list[Plan]", depth: int) -> None:
+    console = out()
+    if depths:
+        names = [str(len(entry.recipe.blocks)) for entry in depths]
+        _print_plans(console, "Least damage of every depth", depths, "depth", names)
+    names = [path.name for path in paths]
+    _print_plans(console, f"Plans of {depth} blocks", planned.plans, "file", names)
+    print_seams(console, planned.plans[0].seams)
+    if planned.damped is not None:
+        print_damping(console, planned.damped)
     console.print(
-        f"Writes of repeated blocks scaled, nats per token lost: {ways}. Kept: {tried.kept or 'none'}."
+        "Damage is in nats per token above the donors' own loss, each by its share of the blocks."
     )
 
 
-def print_seams(console, seams) -> None:
-    """Show every seam in a line: what it joins, what it would cost alone, and how far the donors' tokens agree there."""
+def _print_plans(
+    console: Console, title: str, plans: "list[Plan]", column: str, names: list[str]
+) -> None:
+    measured = ["measured"] if plans[0].measured is not None else []
+    made = table(title, "recipe", "seams", "damage", "90 % in", *measured, column)
+    for name, entry in zip(names, plans, strict=True):
+        low, high = entry.interval
+        made.add_row(
+            str(entry.recipe),
+            str(len(entry.seams)),
+            f"{entry.predicted_damage:z.3f}",
+            f"{low:z.2f} to {high:z.2f}",
+            *([] if entry.measured is None else [f"{entry.measured:.3f}"]),
+            name,
+        )
+    console.print(made)
+
+
+def print_damping(console: Console, damped: "Damped") -> None:
+    """Show what damping the best plan's repeated blocks gained."""
+    ways = ", ".join(f"{name} {value:z.3f}" for name, value in damped.damage.items())
+    used = f"Using {damped.kept}." if damped.kept else "Not damped."
+    console.print(f"Damping of repeated blocks (loss in nats/token): {ways}. {used}")
+
+
+def print_seams(console: Console, seams: "Sequence[SeamEvidence]") -> None:
+    """Show every seam: what it joins, its cost alone, and the donors' token overlap there."""
     for number, seam in enumerate(seams, 1):
         after, before = (f"{Path(block.model).name} block {block.index}" for block in seam.seam)
-        kind = (
-            f"{seam.skipped} skipped"
-            if seam.skipped > 0
-            else f"{-seam.skipped} again"
-            if seam.skipped
-            else "same depth"
-        )
-        agree, chance = seam.scores["jaccard"], seam.nulls["jaccard"]["permuted_neurons"]
-        told = f"alone {seam.cost:.3f}; tokens agree {agree:.3f}, by chance {chance:.3f}"
-        console.print(f"Seam {number}: {after} -> {before} ({kind}): {told}", markup=False)
+        kind = "same depth"
+        if seam.skipped:
+            kind = f"{abs(seam.skipped)} {'skipped' if seam.skipped > 0 else 'repeated'}"
+        overlap, chance = seam.scores["jaccard"], seam.nulls["jaccard"]["permuted_neurons"]
+        values = f"alone {seam.cost:.3f}; token overlap {overlap:.3f}, by chance {chance:.3f}"
+        console.print(f"Seam {number}: {after} -> {before} ({kind}): {values}", markup=False)
         if seam.gauged:
             console.print(
-                "  As they are no better than chance, but rotated into one basis: the recipe has a gauge here."
+                "  Agreement is at chance level in the donors' own bases; "
+                "the recipe rotates this slice (gauge)."
             )
         elif seam.by_chance:
             console.print(
-                "  [bold red]No better than chance:[/] these donors share no basis here; expect noise behind this seam.",
+                "  [bold red]Agreement is at chance level:[/] these donors share no basis here; "
+                "expect noise after this seam.",
                 markup=True,
             )

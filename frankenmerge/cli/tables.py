@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from frankenmerge.cli.console import table
+
+if TYPE_CHECKING:
+    from frankenmerge.artefacts.evaluation import DifferenceRecord
 
 FEW = 2
 """Texts that have a column each in the first table."""
@@ -95,23 +98,14 @@ def _with_error(figure: Any) -> str:
     return f"{figure.value:.3f}" + ("" if figure.stderr is None else f" ±{figure.stderr:.3f}")
 
 
-def differences_table(differences: Sequence[dict[str, Any]]) -> Table:
-    """How much more bits per byte models take than donors."""
-    made = table(
-        "Beside each donor, on the same text (bits per byte; above 0 is worse)",
-        "model",
-        "donor",
-        "difference",
-        "95 % in",
-    )
+def differences_table(differences: "Sequence[DifferenceRecord]") -> Table:
+    """How many more bits per byte models take than donors."""
+    title = "Compared with each donor, on the same text (bits per byte; above 0 is worse)"
+    made = table(title, "model", "donor", "difference", "95 % in")
     for entry in differences:
-        low, high = entry["interval"]
-        made.add_row(
-            Path(entry["model"]).name,
-            Path(entry["donor"]).name,
-            f"{entry['bits_per_byte']:+.3f}",
-            f"{low:+.3f} to {high:+.3f}",
-        )
+        low, high = entry.interval or (float("nan"), float("nan"))
+        names = Path(entry.model).name, Path(entry.donor).name
+        made.add_row(*names, f"{entry.bits_per_byte:+.3f}", f"{low:+.3f} to {high:+.3f}")
     return made
 
 

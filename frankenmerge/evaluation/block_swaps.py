@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from frankenmerge.artefacts.alignment import Exchange
 from frankenmerge.artefacts.recipe import Block
 from frankenmerge.evaluation.prefix_sharing import logits_together
-from frankenmerge.models.loading import embedding_of
+from frankenmerge.models.hooks import embedding_of
 from frankenmerge.progress import Advance, ignore
 
 ROWS, LENGTH, SEED = 16, 32, 0

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frankenmerge.errors import fail
-from frankenmerge.models.loading import embedding_of
+from frankenmerge.models.hooks import embedding_of
 from frankenmerge.progress import Advance, ignore
 
 POSITIONS = 4096

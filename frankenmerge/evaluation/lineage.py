@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from frankenmerge.artefacts.provenance import PROVENANCE, TensorRecord, load_provenance
-from frankenmerge.artefacts.recipe import Block, Recipe
+from frankenmerge.artefacts.recipe import Block
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import FrankenmergeError, fail
-from frankenmerge.splicing.compatibility import spelled_out
+from frankenmerge.splicing.resolve import Splice
 
 
 class Lineage(NamedTuple):
@@ -19,9 +19,9 @@ class Lineage(NamedTuple):
     """Every donor of tensors, in order of appearance."""
 
 
-def recipe_lineage(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Lineage:
+def splice_lineage(splice: Splice) -> Lineage:
     """What the result of a recipe is made of."""
-    return Lineage(tuple(spelled_out(recipe, donors).blocks), tuple(recipe.tensor_donors))
+    return Lineage(splice.blocks, tuple(splice.recipe.tensor_donors))
 
 
 def checkpoint_lineage(checkpoint: Checkpoint, known: Mapping[str, Checkpoint]) -> Lineage | None:
@@ -70,9 +70,9 @@ def _source_block(
     )
 
 
-def same_tokens(one: Checkpoint, other: Checkpoint) -> bool:
+def same_tokens(one: Checkpoint | Splice, other: Checkpoint) -> bool:
     """Whether both read the same token under every id."""
-    if one.tokenizer_hash == other.tokenizer_hash:
+    if one.tokenizer_hash is not None and one.tokenizer_hash == other.tokenizer_hash:
         return True
     try:
         return one.tokens == other.tokens

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from frankenmerge.artefacts.evaluation import ComparisonRecord, VerdictRecord
 from frankenmerge.errors import fail
-from frankenmerge.evaluation.compare import Result
+from frankenmerge.evaluation.bench import Result
 from frankenmerge.evaluation.intervals import Interval, difference
 
 RULE = (
@@ -76,7 +76,7 @@ def merges(results: Sequence[Result], against: str | None = None) -> dict[str, l
     }
 
 
-def held_against(
+def judge(
     results: Sequence[Result], threshold: float, seed: int, against: str | None = None
 ) -> Comparison:
     """Hold every merge against the best of its donors on all texts together, or against the one named.

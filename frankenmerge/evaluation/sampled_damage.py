@@ -1,86 +1,75 @@
-"""What a splice costs on tokens that its donors drew: measured on the model itself, and no text is needed."""
+"""The damage of splices on tokens that their donors generated: no text is needed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.evaluation.prefix_sharing import logits_together
-from frankenmerge.models.loading import virtual_splice
-from frankenmerge.models.sampling import draw
+from frankenmerge.models.sampling import sample_unprompted
 from frankenmerge.progress import Advance, ignore
+from frankenmerge.splicing.resolve import Splice
+
+Assemble = Callable[[Splice], PreTrainedModel]
 
 
 @torch.no_grad()
 def damage_on_sampled(
-    recipes: Sequence[Recipe],
-    donors: Mapping[str, Checkpoint],
+    splices: Sequence[Splice],
     models: Mapping[str, PreTrainedModel],
+    assemble: Assemble,
     *,
     advance: Advance = ignore,
 ) -> np.ndarray:
-    """Nats per token that every recipe loses above its donors, each donor's loss by its share of the blocks, `[r]`.
+    """Nats per token that every splice loses above its donors, each by its share, `[r]`.
 
-    The text is what all donors drew, of each as much; a donor's loss is on the whole of it, as on
-    any text: what two fine-tunes lose on each other's tokens is no damage. Losses are expected
-    ones, cross-entropies with the predictions of the donor that drew, summed over the vocabulary,
-    where the token that was drawn would only sample them. Of a recipe of one donor that is the
-    Kullback-Leibler divergence.
+    The text is what all donors generated, of each as much; a donor's loss is on the whole of it, as
+    on any text: what two fine-tunes lose on each other's tokens is no damage. Losses are expected
+    ones, cross-entropies with the predictions of the donor that generated, summed over the
+    vocabulary, where the token that was sampled would only estimate them. Of a splice of one donor
+    that is the Kullback-Leibler divergence.
 
     Args:
-        recipes: what to run as virtual splices.
-        donors: their donors by name; they read the same tokens.
-        models: the same, loaded.
-        advance: called for every recipe on every donor's tokens.
+        splices: what to run; their donors read the same tokens.
+        models: the donors in memory, by name.
+        assemble: gives the model of a splice that does more than stack whole blocks.
+        advance: called for every splice on every donor's tokens.
     """
     shares = np.array(
-        [
-            [np.mean([block.model == name for block in recipe.blocks]) for name in models]
-            for recipe in recipes
-        ]
-    )
-    damage = np.zeros(len(recipes))
+        [[splice.shares.get(name, 0.0) for name in models] for splice in splices]
+    ).reshape(len(splices), len(models))
+    damage = np.zeros(len(splices))
     for model in models.values():
-        ids = draw(model).to(model.device)
+        ids = sample_unprompted(model).to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits
-        said = logits.float().softmax(-1)
-        own = [
-            _loss(said, logits if other is model else other(input_ids=ids, use_cache=False).logits)
-            for other in models.values()
-        ]
-        for index, logits in _logits(recipes, donors, models, ids):
-            damage[index] += (_loss(said, logits) - shares[index] @ own) / len(models)
+        target = logits.float().softmax(-1)
+        own = []
+        for other in models.values():
+            again = logits if other is model else other(input_ids=ids, use_cache=False).logits
+            own.append(_loss(target, again))
+        for index, predicted in _logits(splices, models, assemble, ids):
+            damage[index] += (_loss(target, predicted) - shares[index] @ own) / len(models)
             advance(1)
     return damage
 
 
-def _loss(said: Tensor, logits: Tensor) -> float:
-    """Mean cross-entropy of the probabilities `said` `[n, s, v]` with what logits predict."""
-    return -float((said * logits.float().log_softmax(-1)).sum(-1).double().mean())
+def _loss(target: Tensor, logits: Tensor) -> float:
+    """Mean cross-entropy of the probabilities `target` `[n, s, v]` with what logits predict."""
+    return -float((target * logits.float().log_softmax(-1)).sum(-1).double().mean())
 
 
 def _logits(
-    recipes: Sequence[Recipe],
-    donors: Mapping[str, Checkpoint],
+    splices: Sequence[Splice],
     models: Mapping[str, PreTrainedModel],
+    assemble: Assemble,
     ids: Tensor,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Every recipe's number and its logits; plain ones share what they begin with."""
-    plain = [index for index, recipe in enumerate(recipes) if recipe.plain]
-    for place, logits in logits_together(
-        [recipes[index].blocks for index in plain], models, ids, ids.shape[1]
-    ):
-        yield plain[place], logits
-    for index in sorted(set(range(len(recipes))) - set(plain)):
-        recipe = recipes[index]
-        parts = {name: donors[name] for name in recipe.donors}
-        yield (
-            index,
-            virtual_splice(recipe, parts, {name: models[name] for name in parts})(
-                input_ids=ids, use_cache=False
-            ).logits,
-        )
+    """Every splice's number and its logits; stacks of whole blocks share what they begin with."""
+    whole = [index for index, splice in enumerate(splices) if splice.stacks_whole_blocks]
+    stacks = [splices[index].blocks for index in whole]
+    for place, logits in logits_together(stacks, models, ids, ids.shape[1]):
+        yield whole[place], logits
+    for index in sorted(set(range(len(splices))) - set(whole)):
+        yield index, assemble(splices[index])(input_ids=ids, use_cache=False).logits

@@ -1,6 +1,5 @@
-"""What a merged checkpoint carries for people: the README.md that the hub shows, and the picture in it."""
+"""What a merged checkpoint carries for people: README.md, which the hub shows, and a diagram."""
 
-import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,55 +7,47 @@ from typing import Any
 import yaml
 
 import frankenmerge
-from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import quantity
 from frankenmerge.splicing import diagram
-from frankenmerge.splicing.compatibility import spelled_out
+from frankenmerge.splicing.resolve import Splice
 from frankenmerge.storage.hub import hub_ids
 
-PICTURE = "splice.svg"
+DIAGRAM = "splice.svg"
 
 
-def model_card(recipe: Recipe, donors: Mapping[str, Checkpoint], config: Mapping[str, Any]) -> str:
-    """Return the card: front matter for the hub, the picture, the slices as a table, how to load it, the recipe, its origin."""
-    spelled = spelled_out(recipe, donors)
+def model_card(splice: Splice) -> str:
+    """Return the card: front matter for the hub, diagram, slices, loading, recipe, origin."""
+    recipe, spelled = splice.recipe, splice.spelled
     rows, position = [], 0
-    for part in spelled.parts:
+    for part in splice.slices:
         ranges = [f"{source.layer_range[0]}-{source.layer_range[1] - 1}" for source in part.sources]
-        names = " + ".join(source.model for source in part.sources)
+        names = " + ".join(
+            source.model + (f" ({', '.join(source.filter)})" if source.filter else "")
+            for source in part.sources
+        )
         rows.append(f"| {position}-{position + part.length - 1} | {names} | {' + '.join(ranges)} |")
         position += part.length
-    touched = (
-        recipe.dtype
-        or recipe.out_dtype
-        or any(
-            level.parameters for level in (recipe, recipe.stack, *spelled.parts, *spelled.sources)
-        )
-    )
-    plain = recipe.merge_method == "passthrough" and not touched
-    weights = "some rotated to another basis" if spelled.has_gauges else "their weights unchanged"
-    made = (
-        f"by stacking blocks of other models, {weights}" if plain else "from blocks of other models"
-    )
     ends = {
         "Embedding": spelled.embedding_donors,
         "Final norm": spelled.final_donors,
         "Head": spelled.head_donors,
+        "Tokenizer": [recipe.tokenizer_donor],
     }
-    ends["Tokenizer"] = (
-        ["union of all"] if recipe.vocabulary == "union" else [recipe.tokenizer_donor]
+    if recipe.vocabulary == "union":
+        ends["Tokenizer"] = ["union of all"]
+    fingerprints = "\n".join(
+        f"| {name} | `{donor.fingerprint}` |" for name, donor in splice.donors.items()
     )
-    prints = "\n".join(f"| {name} | `{donor.fingerprint}` |" for name, donor in donors.items())
     return f"""---
-{yaml.safe_dump(front_matter(donors), sort_keys=False).strip()}
+{yaml.safe_dump(front_matter(splice.donors), sort_keys=False).strip()}
 ---
 
-# A frankenmodel of {quantity(config, "blocks")} blocks
+# A frankenmodel of {len(splice.blocks)} blocks
 
-Made {made}, by the method {recipe.merge_method}. It has not been trained since; measure it before you use it.
+Made {_how(splice)}, by the method {recipe.merge_method}. It has not been trained since;
+measure it before you use it.
 
-![Which block comes from where; the table below says the same]({PICTURE})
+![Which block comes from where; the table below says the same]({DIAGRAM})
 
 | blocks here | donor | its blocks |
 |---|---|---|
@@ -82,13 +73,22 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 ## Origin
 
-Merged by frankenmerge {frankenmerge.__version__} from the recipe with SHA-256 `{hashlib.sha256(recipe.dump().encode()).hexdigest()}`.
+Merged by frankenmerge {frankenmerge.__version__} from the recipe with SHA-256 `{recipe.key}`.
 `frankenmerge.json` names the origin of every tensor.
 
 | donor | fingerprint |
 |---|---|
-{prints}
+{fingerprints}
 """
+
+
+def _how(splice: Splice) -> str:
+    recipe = splice.recipe
+    changed = recipe.dtype or recipe.out_dtype or splice.parameters
+    if recipe.merge_method != "passthrough" or changed:
+        return "from blocks of other models"
+    weights = "some rotated to another basis" if splice.has_gauges else "their weights unchanged"
+    return f"by stacking blocks of other models, {weights}"
 
 
 def front_matter(donors: Mapping[str, Checkpoint]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _licence(donor: Checkpoint) -> str | None:
     return licence if isinstance(licence, str) and licence != "other" else None
 
 
-def card_picture(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> str:
-    """Return the picture of the splice, as a file of SVG."""
-    depths = {name: donor.blocks for name, donor in donors.items()}
-    return diagram.svg(diagram.pieces_of(spelled_out(recipe, donors), depths), depths, "splice")
+def card_diagram(splice: Splice) -> str:
+    """Return the diagram of the splice, as a file of SVG."""
+    depths = {name: donor.blocks for name, donor in splice.donors.items()}
+    return diagram.svg(diagram.pieces_of(splice.spelled, depths), depths, "splice")

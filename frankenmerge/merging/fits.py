@@ -1,7 +1,7 @@
-"""The fits of a merge's gauges: made once by its first process, kept beside the journal for the others and for whoever resumes.
+"""The fits of a merge's gauges, kept next to its journal for other processes and for resuming.
 
-A fit may differ in its last bits with the number of threads, or from one machine to another: all
-shards of a merge are of one.
+A fit may differ in its last bits with the number of threads, or from one machine to another: the
+first process makes it, and all shards of a merge use the same one.
 """
 
 import time
@@ -9,42 +9,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.merging.journal import PAUSE, is_held
 from frankenmerge.progress import Progress, silent
+from frankenmerge.splicing.resolve import Splice
+from frankenmerge.splicing.rotation import Fit, Rotation
 from frankenmerge.storage.arrays import read_arrays, write_arrays
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from frankenmerge.splicing.gauge_fitting import Fit
-    from frankenmerge.splicing.rotation import Rotation
-
 FITS = "fits.safetensors"
 _KIND = "frankenmerge.fits/1"
 
 
-def fits_in(
-    folder: Path, recipe: Recipe, donors: Mapping[str, Checkpoint], progress: Progress = silent
-) -> "dict[int, Fit]":
-    """The fits of a merge that grows in `folder`: those of an earlier run, or new ones, which are kept there."""
-    if not recipe.has_gauges:
+def fits_in(folder: Path, splice: Splice, progress: Progress = silent) -> dict[int, Fit]:
+    """The fits of the merge in the work folder `folder`: those of an earlier run, or new ones."""
+    if not splice.has_gauges:
         return {}
     from frankenmerge.splicing.gauge_fitting import fitted_rotations
 
     if not (folder / FITS).is_file():
-        save_fits(fitted_rotations(recipe, donors, progress), folder / FITS)
+        save_fits(fitted_rotations(splice, progress), folder / FITS)
     return load_fits(folder / FITS)
 
 
-def awaited_fits(folder: Path, output: Path, recipe: Recipe) -> "dict[int, Fit] | None":
-    """The fits that the first process makes in `folder`, waited for as long as it is there; None where it has finished already.
+def awaited_fits(folder: Path, output: Path, splice: Splice) -> dict[int, Fit] | None:
+    """Wait for the fits that the first process makes; None where it has finished already.
 
     Raises FrankenmergeError where it ended before.
     """
-    if not recipe.has_gauges:
+    if not splice.has_gauges:
         return {}
     while not (folder / FITS).is_file():
         if not is_held(folder):
@@ -60,7 +55,7 @@ def awaited_fits(folder: Path, output: Path, recipe: Recipe) -> "dict[int, Fit] 
     return load_fits(folder / FITS)
 
 
-def save_fits(fits: "Mapping[int, Fit]", path: Path) -> None:
+def save_fits(fits: Mapping[int, Fit], path: Path) -> None:
     """Write fits, complete or not at all."""
     arrays, told = {}, {}
     for number, fit in fits.items():
@@ -79,10 +74,8 @@ def save_fits(fits: "Mapping[int, Fit]", path: Path) -> None:
     write_arrays(path, _KIND, arrays, told)
 
 
-def load_fits(path: Path) -> "dict[int, Fit]":
+def load_fits(path: Path) -> dict[int, Fit]:
     """Read fits. Raises FrankenmergeError for a file that holds none."""
-    from frankenmerge.splicing.gauge_fitting import Fit
-
     arrays, told = read_arrays(path, _KIND, "the fits of a merge")
     try:
         fits = {}
@@ -102,10 +95,8 @@ def load_fits(path: Path) -> "dict[int, Fit]":
         ) from error
 
 
-def _rotation(arrays: "Mapping[str, np.ndarray]", name: str, scale: float) -> "Rotation":
+def _rotation(arrays: "Mapping[str, np.ndarray]", name: str, scale: float) -> Rotation:
     import torch
-
-    from frankenmerge.splicing.rotation import Rotation
 
     writing = arrays.get(f"{name}.writing")
     return Rotation(

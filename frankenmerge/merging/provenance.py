@@ -1,112 +1,104 @@
-"""`frankenmerge.json`: where every tensor of a checkpoint comes from, and how to tell whether it is still the same."""
+"""The provenance of a merge: where every tensor of the checkpoint comes from."""
 
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import frankenmerge
-from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.artefacts.provenance import (
+    DonorRecord,
+    GaugeRecord,
+    InputRecord,
+    Provenance,
+    ShardRecord,
+    TensorRecord,
+)
 from frankenmerge.merging.shards import Shard
+from frankenmerge.merging.write_plan import WritePlan
 from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate
-
-if TYPE_CHECKING:
-    from frankenmerge.merging.plan import Plan
-    from frankenmerge.splicing.gauge_fitting import Fit
+from frankenmerge.splicing.rotation import Fit
 
 
-def provenance(
-    recipe: Recipe,
-    donors: Mapping[str, Checkpoint],
-    plan: "Plan",
-    fits: "Mapping[int, Fit]",
+def provenance_of(
+    plan: WritePlan,
+    fits: Mapping[int, Fit],
     checksums: Mapping[str, str],
     files: Mapping[str, bytes],
-) -> dict[str, Any]:
-    """Return what `frankenmerge.json` holds.
+) -> Provenance:
+    """Describe a merge.
 
-    A shard is told by its size and the hash of its header, which cost nothing; `checksums`, hashes
-    of whole shards by name, cost a read of every byte and are there when they were asked for.
-    `files` are the small files beside them.
+    A shard is identified by its size and the hash of its header, which cost nothing; `checksums`,
+    hashes of whole shards by name, cost a read of every byte and are there when they were asked
+    for. `files` are the small files besides them.
     """
-    operations = [operation for shard in plan.shards for operation in shard.operations]
+    splice = plan.splice
     versions = {"python": platform.python_version()}
     if plan.arithmetics:
         from importlib.metadata import version
 
-        versions |= {
-            name: version(name)
-            for name in ("numpy", *(("torch",) if "torch" in plan.arithmetics else ()))
-        }
+        used = ("numpy", *(("torch",) if "torch" in plan.arithmetics else ()))
+        versions |= {name: version(name) for name in used}
     gauges = {str(number): _gauge(fit) for number, fit in fits.items()}
-    texts = texts_of(recipe)
-    return {
-        "frankenmerge": frankenmerge.__version__,
-        "versions": versions,
-        **({"arithmetic": sorted(plan.arithmetics)} if plan.arithmetics else {}),
-        "recipe_sha256": hashlib.sha256(recipe.dump().encode()).hexdigest(),
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-        "donors": {name: {"fingerprint": donor.fingerprint} for name, donor in donors.items()},
-        "shards": {
-            shard.name: {
-                "bytes": shard.bytes,
-                "header_sha256": hashlib.sha256(shard.header).hexdigest(),
-            }
-            | ({"sha256": checksums[shard.name]} if shard.name in checksums else {})
-            for shard in plan.shards
+    operations = [operation for shard in plan.shards for operation in shard.operations]
+    return Provenance.of(
+        frankenmerge=frankenmerge.__version__,
+        versions=versions,
+        arithmetic=sorted(plan.arithmetics) or None,
+        recipe_sha256=splice.recipe.key,
+        key=splice.key,
+        files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        donors={
+            name: DonorRecord.of(fingerprint=donor.fingerprint)
+            for name, donor in splice.donors.items()
         },
-        "tensors": {operation.name: origin(operation) for operation in operations},
-        **({"gauges": gauges} if gauges else {}),
-        **({"texts": texts} if texts else {}),
-    }
+        shards={shard.name: _shard(shard, checksums.get(shard.name)) for shard in plan.shards},
+        tensors={operation.name: origin(operation) for operation in operations},
+        gauges=gauges or None,
+        texts=splice.texts or None,
+    )
 
 
-def texts_of(recipe: Recipe) -> dict[str, str]:
-    """The texts that a recipe's gauges are fitted to, each with its hash."""
-    gauges = (part.gauge for part in recipe.stack.slices or [])
-    return {
-        gauge.fit: file_hash(Path(gauge.fit)) for gauge in gauges if gauge and gauge.fit != "probes"
-    }
+def _shard(shard: Shard, checksum: str | None) -> ShardRecord:
+    header = hashlib.sha256(shard.header).hexdigest()
+    return ShardRecord.of(bytes=shard.bytes, header_sha256=header, sha256=checksum)
 
 
-def _gauge(fit: "Fit") -> dict[str, Any]:
-    refined = {"refined": [rotation.hash for rotation in fit.refined]} if fit.refined else {}
-    return {
-        "rotation": fit.rotation.hash,
-        "scale": fit.rotation.scale,
-        "held_out_r2": 1 - fit.residual,
-        **refined,
-    }
+def _gauge(fit: Fit) -> GaugeRecord:
+    return GaugeRecord.of(
+        rotation=fit.rotation.hash,
+        scale=fit.rotation.scale,
+        held_out_r2=1 - fit.residual,
+        refined=[rotation.hash for rotation in fit.refined] or None,
+    )
 
 
-def origin(operation: Operation) -> dict[str, Any]:
+def origin(operation: Operation) -> TensorRecord:
     """Where one tensor comes from."""
     if isinstance(operation, Copy):
-        return {"donor": operation.donor, "tensor": operation.source, "method": "copy"}
+        return TensorRecord.of(donor=operation.donor, tensor=operation.source, method="copy")
     if isinstance(operation, Rotate):
-        gain = {"gain": operation.gain.source} if operation.gain else {}
-        place = {"slice": operation.part, "place": operation.place}
-        return {
-            "donor": operation.given.donor,
-            "tensor": operation.given.source,
-            "method": "rotate",
-            **place,
-            **gain,
-        }
-    return {
-        "method": operation.method,
-        "parameters": operation.parameters,
-        "seed": operation.seed,
-        "inputs": [_part(part) for part in operation.inputs],
-        **({"base": _part(operation.base)} if operation.base else {}),
-    }
+        return TensorRecord.of(
+            donor=operation.given.donor,
+            tensor=operation.given.source,
+            method="rotate",
+            slice=operation.part,
+            place=operation.place,
+            gain=operation.gain.source if operation.gain else None,
+        )
+    return TensorRecord.of(
+        method=operation.method,
+        parameters=operation.parameters,
+        seed=operation.seed,
+        inputs=[_input(given) for given in operation.inputs],
+        base=_input(operation.base) if operation.base else None,
+    )
 
 
-def _part(part: Input) -> dict[str, Any]:
-    rows = {"rows_of": list(part.rows.donors)} if part.rows else {}
-    return {"donor": part.donor, "tensor": part.source, "parameters": part.parameters, **rows}
+def _input(given: Input) -> InputRecord:
+    rows = list(given.rows.donors) if given.rows else None
+    return InputRecord.of(
+        donor=given.donor, tensor=given.source, parameters=given.parameters, rows_of=rows
+    )
 
 
 def plan_hash(shards: Sequence[Shard]) -> str:
@@ -116,15 +108,7 @@ def plan_hash(shards: Sequence[Shard]) -> str:
         digest.update(f"{shard.name} {len(shard.header)} ".encode() + shard.header)
         for operation in shard.operations:
             digest.update(f"{operation.name} {origin(operation)}\n".encode())
-            for part in (
-                [*operation.inputs, operation.base] if isinstance(operation, Combine) else []
-            ):
-                if part and part.rows:
+            for part in operation.read if isinstance(operation, Combine) else ():
+                if part.rows:
                     digest.update(part.rows.origin.tobytes() + part.rows.row.tobytes())
     return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a whole file, as the hub names the files of a repository."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from frankenmerge.donors.shards import SINGLE_NAME
 from frankenmerge.errors import Fault
-from frankenmerge.splicing.compatibility import DTYPE_NAMES
-from frankenmerge.splicing.operations import Combine, Copy, Operation, Rotate
-from frankenmerge.storage.safetensors_header import BYTES_OF, Tensor
+from frankenmerge.splicing.operations import Combine, Copy, Operation, Rotate, readings
+from frankenmerge.storage.dtypes import BYTES_OF, COMPUTED
 
 BLOCK = 4096
 """File systems clone whole blocks of this many bytes."""
@@ -67,31 +66,6 @@ class Range(NamedTuple):
     bytes: int
 
 
-class Reading(NamedTuple):
-    """A donor's tensor that is read."""
-
-    donor: str
-    source: str
-    """The tensor's name in the donor."""
-    tensor: Tensor
-
-
-def readings(operation: Operation) -> list[Reading]:
-    """What an operation reads; of a matrix put together from rows of several donors, each one's."""
-    if isinstance(operation, Copy):
-        return [Reading(operation.donor, operation.source, operation.tensor)]
-    found = []
-    for part in operation.read:
-        if part.rows is None:
-            found.append(Reading(part.donor, part.source, part.tensor))
-        else:
-            found += [
-                Reading(donor, part.source, tensor)
-                for donor, tensor in zip(part.rows.donors, part.rows.tensors, strict=True)
-            ]
-    return found
-
-
 def operation_faults(operations: Sequence[Operation], files: Collection[Path]) -> Iterator[Fault]:
     """Hold every operation against itself, names, types, shapes, bytes, and against those of the donors' `files` it reads from."""
     names: set[str] = set()
@@ -126,18 +100,18 @@ def operation_faults(operations: Sequence[Operation], files: Collection[Path]) -
 
 
 def _computed_faults(operation: Combine | Rotate) -> Iterator[Fault]:
-    if operation.dtype not in DTYPE_NAMES:
+    if operation.dtype not in COMPUTED:
         yield Fault(
             operation.name,
-            f"one of the types {', '.join(DTYPE_NAMES)}",
+            f"one of the types {', '.join(COMPUTED)}",
             operation.dtype,
             "choose another dtype",
         )
     for donor, source, tensor in readings(operation):
-        if tensor.dtype not in DTYPE_NAMES:
+        if tensor.dtype not in COMPUTED:
             yield Fault(
                 f"{donor}: {source}",
-                f"one of the types {', '.join(DTYPE_NAMES)}",
+                f"one of the types {', '.join(COMPUTED)}",
                 tensor.dtype,
                 "use an unquantised donor",
             )

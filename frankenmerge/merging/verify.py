@@ -1,38 +1,40 @@
 """Whether a finished checkpoint still is what its provenance says."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from frankenmerge.artefacts.provenance import PROVENANCE
-from frankenmerge.artefacts.recipe import open_donor, parse_recipe
+from frankenmerge.artefacts import provenance as artefact
+from frankenmerge.artefacts.provenance import PROVENANCE, Provenance
+from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
-from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.errors import Fault, FrankenmergeError, raise_all
 from frankenmerge.merging.copying import CHUNK
-from frankenmerge.merging.provenance import file_hash, origin
-from frankenmerge.progress import Advance, ignore
-from frankenmerge.splicing.operations import schedule
+from frankenmerge.merging.provenance import origin
+from frankenmerge.progress import Advance, Progress, silent
+from frankenmerge.splicing.opening import open_donor
 from frankenmerge.splicing.reading import read_fully
-from frankenmerge.storage.safetensors_header import HEADER_LIMIT, Tensor, read_json
+from frankenmerge.splicing.resolve import resolve
+from frankenmerge.storage.hashing import file_hash
+from frankenmerge.storage.safetensors_header import HEADER_LIMIT, Tensor
 
 _REMEDY = "merge again"
 
 
 class Verified(NamedTuple):
-    """What was found right."""
+    """What was found to be right."""
 
     output: Path
     shards: int
     tensors: int
     hashed: int
-    """Shards whose every byte was held against a checksum."""
+    """Shards whose every byte was compared with a checksum."""
     compared: int
-    """Tensors whose every byte was held against their donor's."""
+    """Tensors whose every byte was compared with their donor's."""
     absent: list[str]
-    """Donors that are not at hand, or are not what they were: their tensors were not compared."""
+    """Donors that were not found, or have changed: their tensors were not compared."""
 
 
 def verify(
@@ -40,67 +42,63 @@ def verify(
     *,
     download: bool = False,
     allow_pickle: bool = False,
-    advance: Advance = ignore,
+    progress: Progress = silent,
 ) -> Verified:
-    """Hold the checkpoint in `folder` against its `frankenmerge.json`.
+    """Compare the checkpoint in `folder` with its `frankenmerge.json`.
 
-    Files, sizes, headers and names always; what every tensor is said to be made of where all donors
-    are at hand, unchanged, and the bytes of copied tensors where their own donors are; whole shards
-    where they have checksums. `advance` is called with bytes compared. Raises FrankenmergeError
-    with all that differs.
+    Always: files, sizes, headers and names. Where all donors are available and unchanged: what
+    every tensor is made of. Where its own donor is: the bytes of each copied tensor. Where there
+    are checksums: whole shards.
+
+    Args:
+        folder: of a merged checkpoint.
+        download: whether donors may be fetched.
+        allow_pickle: whether donors that have only pickles are converted.
+        progress: in bytes compared.
+
+    Raises:
+        FrankenmergeError: with all that differs.
     """
-    path = folder / PROVENANCE
-    told = read_json(path, "the provenance that a merge writes")
-    try:
-        checkpoint = open_checkpoint(str(folder))
-        raise_all([*_file_faults(folder, told), *_name_faults(checkpoint, told)])
-        opened = {
-            name: _donor(name, given["fingerprint"], download, allow_pickle)
-            for name, given in told["donors"].items()
-        }
-        at_hand = {name: donor for name, donor in opened.items() if donor}
-        if at_hand.keys() == opened.keys():
-            raise_all(_origin_faults(folder, told, at_hand))
-        pairs = [
-            (name, checkpoint.tensors[name], at_hand[given["donor"]], given["tensor"])
-            for name, given in told["tensors"].items()
-            if given["method"] == "copy" and given["donor"] in at_hand
-        ]
-        hashed = sum("sha256" in shard for shard in told["shards"].values())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise fail(
-            str(path),
-            "the provenance that this version's merge writes",
-            f"something else: {error!r}",
-            _REMEDY,
-        ) from error
-    with ThreadPoolExecutor(2) as pool:
+    record = artefact.load(folder / PROVENANCE)
+    checkpoint = open_checkpoint(str(folder))
+    raise_all([*_file_faults(folder, record), *_name_faults(checkpoint, record)])
+    opened = {
+        name: _donor(name, donor.fingerprint, download, allow_pickle)
+        for name, donor in record.donors.items()
+    }
+    available = {name: donor for name, donor in opened.items() if donor}
+    if available.keys() == opened.keys():
+        raise_all(_origin_faults(folder, record, available))
+    pairs = [
+        (name, checkpoint.tensors[name], available[donor], tensor)
+        for name, each in record.tensors.items()
+        if each.method == "copy" and (donor := each.donor) in available and (tensor := each.tensor)
+    ]
+    total = sum(tensor.bytes for _, tensor, _, _ in pairs)
+    with (
+        progress(f"comparing {folder.name}", total, "bytes") as advance,
+        ThreadPoolExecutor(2) as pool,
+    ):
         differences = [pool.submit(_difference, *pair, advance) for pair in pairs]
-    raise_all(filter(None, (difference.result() for difference in differences)))
-    absent = [name for name in told["donors"] if name not in at_hand]
-    return Verified(
-        folder, len(told["shards"]), len(checkpoint.tensors), hashed, len(pairs), absent
-    )
+        raise_all(filter(None, (difference.result() for difference in differences)))
+    absent = [name for name in record.donors if name not in available]
+    hashed = sum(shard.sha256 is not None for shard in record.shards.values())
+    tensors = len(checkpoint.tensors)
+    return Verified(folder, len(record.shards), tensors, hashed, len(pairs), absent)
 
 
-def _file_faults(folder: Path, told: dict[str, Any]) -> Iterator[Fault]:
-    for name, expected in told["files"].items():
+def _file_faults(folder: Path, record: Provenance) -> Iterator[Fault]:
+    for name, expected in record.files.items():
         if not (folder / name).is_file() or file_hash(folder / name) != expected:
-            yield Fault(
-                str(folder / name), "the file that the merge wrote", "another one, or none", _REMEDY
-            )
+            place, found = str(folder / name), "another one, or none"
+            yield Fault(place, "the file that the merge wrote", found, _REMEDY)
+    known = {*record.shards, *record.files, PROVENANCE, "README.md"}
     for file in sorted(folder.iterdir()):
-        # The card is there to be written on, and hidden files are no part of a model.
-        if not file.name.startswith(".") and file.name not in {
-            *told["shards"],
-            *told["files"],
-            PROVENANCE,
-            "README.md",
-        }:
-            yield Fault(
-                str(file), "only files of the merge", "one that it did not write", "remove it"
-            )
-    for name, shard in told["shards"].items():
+        # The card may be edited, and hidden files are no part of a model.
+        if not file.name.startswith(".") and file.name not in known:
+            expected, found = "only files of the merge", "one that it did not write"
+            yield Fault(str(file), expected, found, "remove it")
+    for name, shard in record.shards.items():
         file = folder / name
         if not file.is_file():
             yield Fault(str(file), "a file that the merge wrote", "no such file", _REMEDY)
@@ -108,41 +106,32 @@ def _file_faults(folder: Path, told: dict[str, Any]) -> Iterator[Fault]:
         with file.open("rb") as handle:
             length = handle.read(8)
             header = length + handle.read(min(int.from_bytes(length, "little"), HEADER_LIMIT))
-        if file.stat().st_size != shard["bytes"]:
-            yield Fault(str(file), f"{shard['bytes']:,} bytes", f"{file.stat().st_size:,}", _REMEDY)
-        elif hashlib.sha256(header).hexdigest() != shard["header_sha256"]:
+        if file.stat().st_size != shard.bytes:
+            yield Fault(str(file), f"{shard.bytes:,} bytes", f"{file.stat().st_size:,}", _REMEDY)
+        elif hashlib.sha256(header).hexdigest() != shard.header_sha256:
             yield Fault(str(file), "the header that the merge wrote", "another one", _REMEDY)
-        elif "sha256" in shard and file_hash(file) != shard["sha256"]:
-            yield Fault(str(file), f"SHA-256 {shard['sha256']}", "other bytes", _REMEDY)
+        elif shard.sha256 is not None and file_hash(file) != shard.sha256:
+            yield Fault(str(file), f"SHA-256 {shard.sha256}", "other bytes", _REMEDY)
 
 
-def _name_faults(checkpoint: Checkpoint, told: dict[str, Any]) -> Iterator[Fault]:
-    for name in sorted(checkpoint.tensors.keys() ^ told["tensors"].keys()):
-        there = name in checkpoint.tensors
-        yield Fault(
-            f"{checkpoint.path}: {name}",
-            "the tensors of the provenance",
-            "one more" if there else "not there",
-            _REMEDY,
-        )
+def _name_faults(checkpoint: Checkpoint, record: Provenance) -> Iterator[Fault]:
+    for name in sorted(checkpoint.tensors.keys() ^ record.tensors.keys()):
+        found = "one more" if name in checkpoint.tensors else "not there"
+        yield Fault(f"{checkpoint.path}: {name}", "the tensors of the provenance", found, _REMEDY)
 
 
 def _origin_faults(
-    folder: Path, told: dict[str, Any], donors: dict[str, Checkpoint]
+    folder: Path, record: Provenance, donors: dict[str, Checkpoint]
 ) -> Iterator[Fault]:
-    """Hold what the provenance says of every tensor against what the recipe makes of the donors."""
-    recipe = parse_recipe(
-        (folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml")
-    )
-    made = {operation.name: origin(operation) for operation in schedule(recipe, donors)}
-    for name, expected in json.loads(json.dumps(made)).items():
-        if (found := told["tensors"].get(name)) != expected:
-            yield Fault(
-                f"{folder / PROVENANCE}: {name}",
-                f"{expected}, as recipe.yaml has it"[:400],
-                str(found)[:400],
-                _REMEDY,
-            )
+    """Compare the recorded origin of every tensor with what the recipe makes of the donors."""
+    path = folder / "recipe.yaml"
+    splice = resolve(parse_recipe(path.read_text(encoding="utf-8"), str(path)), donors, str(path))
+    for operation in splice.operations:
+        expected, found = origin(operation).as_json(), record.tensors.get(operation.name)
+        if found is None or found.as_json() != expected:
+            wanted = f"{expected}, from recipe.yaml"[:400]
+            given = str(found.as_json() if found else None)[:400]
+            yield Fault(f"{folder / PROVENANCE}: {operation.name}", wanted, given, _REMEDY)
 
 
 def _donor(name: str, fingerprint: str, download: bool, allow_pickle: bool) -> Checkpoint | None:

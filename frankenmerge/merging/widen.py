@@ -20,11 +20,10 @@ from frankenmerge.donors.checkpoint import TOKENIZER_FILES, Checkpoint
 from frankenmerge.donors.config import differences, head_width, quantity
 from frankenmerge.donors.shards import INDEX_NAME
 from frankenmerge.errors import Fault, raise_all
-from frankenmerge.merging.plan import check_output
-from frankenmerge.splicing.compatibility import DTYPE_NAMES
+from frankenmerge.merging.output import check_output
 from frankenmerge.splicing.rotation import meeting
 from frankenmerge.storage.atomic import new_folder
-from frankenmerge.storage.safetensors_header import BYTES_OF
+from frankenmerge.storage.dtypes import BYTES_OF, COMPUTED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +101,7 @@ def widening_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
                 found,
                 "use other donors",
             )
-    for dtype in sorted(set(narrow.dtypes) - set(DTYPE_NAMES)):
+    for dtype in sorted(set(narrow.dtypes) - set(COMPUTED)):
         yield Fault(narrow.name, "tensors of floating types", dtype, "use an unquantised donor")
 
 

@@ -1,30 +1,21 @@
-"""Write a checkpoint: complete or absent, and able to be gone on with after a kill.
+"""Execute a splice onto disk: a checkpoint that is complete or absent, resumable after a kill.
 
 The floor is one read and one write of every byte; nothing larger than a few chunks is ever held
 here, but for tensors that are rotated, one in each thread.
 """
 
-import hashlib
-import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import frankenmerge
-from frankenmerge.artefacts.provenance import PROVENANCE
-from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.distributed import Rank
-from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.shards import INDEX_NAME
 from frankenmerge.errors import fail
-from frankenmerge.merging.card import PICTURE, card_picture, model_card
-from frankenmerge.merging.copying import copy_range, pieces, write_fully
+from frankenmerge.merging.copying import CHUNK, copy_range, flush, pieces, write_fully
 from frankenmerge.merging.fits import awaited_fits, fits_in
 from frankenmerge.merging.journal import (
     GROWING,
@@ -37,17 +28,16 @@ from frankenmerge.merging.journal import (
     write_shards,
     write_synced,
 )
-from frankenmerge.merging.plan import Options, Plan, planned
-from frankenmerge.merging.provenance import file_hash, plan_hash, provenance, texts_of
+from frankenmerge.merging.provenance import plan_hash
 from frankenmerge.merging.shards import Shard, ranges_of
-from frankenmerge.progress import Advance, Progress, ignore, silent
-from frankenmerge.splicing.compatibility import result_config
-from frankenmerge.splicing.computing import compute, one_thread, rotate
-from frankenmerge.splicing.operations import Combine, Rotate
-from frankenmerge.splicing.tokenizer import tokenizer_files
-
-if TYPE_CHECKING:
-    from frankenmerge.splicing.gauge_fitting import Fit
+from frankenmerge.merging.small_files import small_files
+from frankenmerge.merging.write_plan import MergeOptions, WritePlan, planned
+from frankenmerge.progress import Advance, Progress, silent
+from frankenmerge.splicing.computing import Computation, computed, open_files, workers
+from frankenmerge.splicing.operations import Combine, Copy, Rotate
+from frankenmerge.splicing.resolve import Splice
+from frankenmerge.splicing.rotation import Fit
+from frankenmerge.storage.hashing import file_hash
 
 
 class Merged(NamedTuple):
@@ -58,96 +48,95 @@ class Merged(NamedTuple):
     bytes: int
     seconds: float
     computed: int = 0
-    """Tensors that were computed; the others are their donor's bytes."""
+    """Tensors that were computed; the others are copied from a donor."""
     kept: int = 0
     """Shards that an earlier run had finished."""
 
 
 def merge(
-    recipe: Recipe,
-    donors: Mapping[str, Checkpoint],
+    splice: Splice,
     output: Path,
+    options: MergeOptions = MergeOptions(),  # noqa: B008 - it is immutable
     *,
     rank: Rank = Rank(),  # noqa: B008 - it is immutable
-    advance: Advance = ignore,
     progress: Progress = silent,
-    **options: Any,
 ) -> Merged:
-    """Write the checkpoint that `recipe` describes to the folder `output`.
+    """Write the checkpoint of a splice to the folder `output`.
 
-    `options` are the fields of `Options`. Everything is written to a work folder beside the output,
-    synced, and renamed at the end. `advance` is called, from several threads but one at a time,
-    with the bytes written since its last call; `progress` shows how far the fits of gauges are. Raises
-    FrankenmergeError before writing for a recipe that cannot become a model, an output that exists,
-    lies inside a donor or has no room; nothing is left behind when writing fails, unless it was to
-    be resumed.
+    Everything is written to a work folder alongside the output, synced, and renamed at the end.
+
+    Args:
+        splice: what to write.
+        output: a folder that does not exist yet, or is empty.
+        options: how to write it.
+        rank: of this process; several share the shards.
+        progress: in bytes written, and of the fits of gauges.
+
+    Raises:
+        FrankenmergeError: before writing for an output that exists, is inside a donor or has no
+            room; no files are left when writing fails, unless it was to be resumed.
     """
-    started, chosen = time.perf_counter(), Options(**options)
-    plan = planned(recipe, donors, output, chosen, rank)
-    inputs = {
-        "recipe": hashlib.sha256(recipe.dump().encode()).hexdigest(),
-        "plan of shards": plan_hash(plan.shards),
-    }
-    inputs |= {f"donor {name}": donor.fingerprint for name, donor in donors.items()}
-    inputs["version of frankenmerge"] = frankenmerge.__version__
-    if plan.computed:
-        inputs |= {
-            "device": chosen.device.partition(":")[0],
-            "arithmetic": " and ".join(sorted(plan.arithmetics)),
-        }
-    inputs |= {f"text {name}": digest for name, digest in texts_of(recipe).items()}
+    started = time.perf_counter()
+    plan = planned(splice, output, options, rank)
+    inputs = _inputs(plan, options)
     kept = 0
     try:
-        if not rank.first:
-            if (folder := joined(output, inputs)) and (
-                fits := awaited_fits(folder, output, recipe)
-            ) is not None:
-                _write(plan, fits, folder, chosen, rank, advance)
-        else:
-            with workplace(output, resume=chosen.resume) as folder:
-                begin(folder, inputs, plan.shards)
-                fits = fits_in(folder, recipe, donors, progress)
-                kept = sum(is_finished(folder, shard) for shard in plan.shards)
-                _write(plan, fits, folder, chosen, rank, advance)
-                grown = folder / GROWING
-                checksums = (
-                    {shard.name: file_hash(grown / shard.name) for shard in plan.shards}
-                    if chosen.checksums
-                    else {}
-                )
-                for name, content in small_files(recipe, donors, plan, fits, checksums).items():
-                    write_synced(grown / name, content)
-                sync(grown)
-                grown.rename(output)
-                sync(output.absolute().parent)
+        with progress(f"merging into {output.name}", plan.bytes, "bytes") as advance:
+            if not rank.first:
+                folder = joined(output, inputs)
+                fits = awaited_fits(folder, output, splice) if folder else None
+                if folder and fits is not None:
+                    _write(plan, fits, folder, options, rank, advance)
+            else:
+                with workplace(output, resume=options.resume) as folder:
+                    begin(folder, inputs, plan.shards)
+                    fits = fits_in(folder, splice, progress)
+                    kept = sum(is_finished(folder, shard) for shard in plan.shards)
+                    _write(plan, fits, folder, options, rank, advance)
+                    _finish(plan, fits, folder, output, options)
     except OSError as error:
-        if not rank.first and output.is_dir():  # the first process has finished meanwhile
-            return Merged(
-                output,
-                len(plan.operations),
-                plan.bytes,
-                time.perf_counter() - started,
-                plan.computed,
-            )
-        left = (
-            f"the finished shards are kept in {work_folder(output)}"
-            if chosen.resume
-            else "nothing was left"
-        )
-        remedy = f"mend that and merge again; {left}"
-        raise fail(
-            str(output), "room and leave to write the checkpoint", str(error), remedy
-        ) from error
-    return Merged(
-        output, len(plan.operations), plan.bytes, time.perf_counter() - started, plan.computed, kept
-    )
+        finished = not rank.first and output.is_dir()  # the first process has finished meanwhile
+        if not finished:
+            left = "no files were left"
+            left = f"finished shards are kept in {work_folder(output)}" if options.resume else left
+            expected = "disk space and permission to write the checkpoint"
+            remedy = f"fix this and merge again; {left}"
+            raise fail(str(output), expected, str(error), remedy) from error
+    seconds, tensors = time.perf_counter() - started, len(splice.operations)
+    return Merged(output, tensors, plan.bytes, seconds, splice.computed, kept)
+
+
+def _inputs(plan: WritePlan, options: MergeOptions) -> dict[str, str]:
+    """Everything that the bytes depend on, each with a hash or a name."""
+    splice = plan.splice
+    inputs = {"recipe": splice.recipe.key, "plan of shards": plan_hash(plan.shards)}
+    inputs |= {f"donor {name}": donor.fingerprint for name, donor in splice.donors.items()}
+    inputs["version of frankenmerge"] = frankenmerge.__version__
+    if plan.arithmetics:
+        inputs["device"] = options.device.partition(":")[0]
+        inputs["arithmetic"] = " and ".join(sorted(plan.arithmetics))
+    return inputs | {f"text {name}": digest for name, digest in splice.texts.items()}
+
+
+def _finish(
+    plan: WritePlan, fits: Mapping[int, Fit], folder: Path, output: Path, options: MergeOptions
+) -> None:
+    """Write the small files, and move the finished checkpoint to its place."""
+    grown, checksums = folder / GROWING, {}
+    if options.checksums:
+        checksums = {shard.name: file_hash(grown / shard.name) for shard in plan.shards}
+    for name, content in small_files(plan, fits, checksums).items():
+        write_synced(grown / name, content)
+    sync(grown)
+    grown.rename(output)
+    sync(output.absolute().parent)
 
 
 def _write(
-    plan: Plan,
-    fits: "Mapping[int, Fit]",
+    plan: WritePlan,
+    fits: Mapping[int, Fit],
     folder: Path,
-    options: Options,
+    options: MergeOptions,
     rank: Rank,
     advance: Advance,
 ) -> None:
@@ -160,12 +149,13 @@ def _write(
         with lock:
             advance(count)
 
-    with _open(plan.files) as handles, _crew(plan) as pool:
+    with open_files(plan.files) as handles, workers(plan.arithmetics) as pool:
+        how = Computation(handles, fits, options.device, options.allow_nan)
 
         def fill(shard: Shard, target: int) -> None:
             made.add(shard.name)
             write_fully(target, shard.header, 0)
-            _run(_jobs(shard, fits, handles, target, options, moved), pool, stop)
+            _run(_jobs(shard, how, target, moved), pool, stop)
 
         for shard in write_shards(folder, plan.shards, fill, rank):
             if shard.name not in made:
@@ -177,43 +167,34 @@ class _Stopped(Exception):
 
 
 def _jobs(
-    shard: Shard,
-    fits: "Mapping[int, Fit]",
-    handles: Mapping[Path, int],
-    target: int,
-    options: Options,
-    moved: Advance,
+    shard: Shard, how: Computation, target: int, moved: Advance
 ) -> Iterator[Callable[[], None]]:
     for whole in ranges_of(shard):
         for piece in pieces(whole):
-            yield partial(
-                copy_range, piece, handles[piece.file], target, moved, cloning=shard.cloned
-            )
+            source = how.handles[piece.file]
+            yield partial(copy_range, piece, source, target, moved, cloning=shard.cloned)
     # The largest first, so that no thread is left alone with one at the end.
     for operation, position in sorted(shard.places, key=lambda place: -place.operation.bytes):
-        if isinstance(operation, Combine):
-            yield partial(
-                compute,
-                operation,
-                handles,
-                target,
-                position,
-                moved,
-                device=options.device,
-                allow_nan=options.allow_nan,
-            )
-        elif isinstance(operation, Rotate):
-            rotation = fits[operation.part].at(operation.place)
-            yield partial(
-                rotate,
-                operation,
-                rotation,
-                handles,
-                target,
-                position,
-                moved,
-                allow_nan=options.allow_nan,
-            )
+        if not isinstance(operation, Copy):
+            yield partial(write_computed, operation, how, target, position, moved)
+
+
+def write_computed(
+    operation: Combine | Rotate, how: Computation, target: int, position: int, moved: Advance
+) -> None:
+    """Compute one tensor and write it to the open file `target` from byte `position` on.
+
+    `moved` is called with the bytes written since its last call. Raises as `computed` does.
+    """
+    written, flushed = position, position
+    for content in computed(operation, how):
+        write_fully(target, content, written)
+        written += len(content)
+        moved(len(content))
+        if written - flushed >= CHUNK:
+            flush(target, flushed, written - flushed)
+            flushed = written
+    flush(target, flushed, written - flushed)
 
 
 def _run(
@@ -229,67 +210,3 @@ def _run(
             future.cancel()
         wait(futures)
         raise
-
-
-@contextmanager
-def _crew(plan: Plan) -> Iterator[ThreadPoolExecutor]:
-    """The threads that work: as many as cores for arithmetic, two for copies, which wait for the disk."""
-    count = cores() if plan.computed else 2
-    if "torch" not in plan.arithmetics:
-        with ThreadPoolExecutor(count) as pool:
-            yield pool
-        return
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(count, initializer=one_thread) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _open(files: set[Path]) -> Iterator[dict[Path, int]]:
-    with ExitStack() as stack:
-        yield {
-            file: stack.enter_context(file.open("rb", buffering=0)).fileno()
-            for file in sorted(files)
-        }
-
-
-def small_files(
-    recipe: Recipe,
-    donors: Mapping[str, Checkpoint],
-    plan: Plan,
-    fits: "Mapping[int, Fit]",
-    checksums: Mapping[str, str],
-) -> dict[str, bytes]:
-    """Everything beside the weights, by name: config, index, tokenizer, recipe, card with its picture, provenance."""
-    base = donors[recipe.base]
-    config = result_config(recipe, donors)
-    files = {"config.json": _json(config)}
-    if len(plan.shards) > 1:
-        weight_map = {
-            operation.name: shard.name for shard in plan.shards for operation in shard.operations
-        }
-        files[INDEX_NAME] = _json(
-            {"metadata": {"total_size": plan.bytes}, "weight_map": weight_map}
-        )
-    files |= tokenizer_files(recipe, donors)
-    if base.generation_config is not None:
-        files["generation_config.json"] = base.generation_config
-    files["recipe.yaml"] = recipe.dump().encode()
-    files[PICTURE] = card_picture(recipe, donors).encode()
-    files[PROVENANCE] = _json(provenance(recipe, donors, plan, fits, checksums, files))
-    files["README.md"] = model_card(recipe, donors, config).encode()
-    return files
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Tokens drawn from donors: text that nobody has to bring, and what a donor's blocks are used to."""
+"""Tokens sampled from donors: text that nobody has to bring, of the kind a donor predicts."""
 
 from collections.abc import Mapping
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from frankenmerge.donors.config import quantity
-from frankenmerge.models.loading import block_outputs
+from frankenmerge.models.hooks import block_outputs
 
 ROWS, LENGTH, SEED = 16, 64, 0
-"""What a donor draws where nothing else is asked for."""
+"""How many rows and tokens are sampled by default, and their seed."""
 
 
 @torch.no_grad()
-def drawn(model: PreTrainedModel, rows: int, length: int, start: int, seed: int) -> Tensor:
-    """Tokens drawn from a model's own predictions behind `start`, `[rows, length]`, on the CPU."""
+def sample_tokens(model: PreTrainedModel, rows: int, length: int, start: int, seed: int) -> Tensor:
+    """Sample tokens from a model, `[rows, length]`, each row after the token `start`; on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     ids, cache = torch.full((rows, 1), start), DynamicCache()
     while ids.shape[1] < length:
@@ -29,8 +29,8 @@ def drawn(model: PreTrainedModel, rows: int, length: int, start: int, seed: int)
     return ids
 
 
-def draw(model: PreTrainedModel) -> Tensor:
-    """What a donor says when nothing was said: `[ROWS, LENGTH]` tokens behind its BOS, or its EOS, or token 0."""
+def sample_unprompted(model: PreTrainedModel) -> Tensor:
+    """Sample text from the BOS token (or EOS, or token 0): `[ROWS, LENGTH]` tokens."""
     config = model.config.to_dict()
     named = [config.get(key) for key in ("bos_token_id", "eos_token_id")]
     flat = [token[0] if isinstance(token, list) else token for token in named]
@@ -42,16 +42,19 @@ def draw(model: PreTrainedModel) -> Tensor:
         ),
         0,
     )
-    return drawn(model, ROWS, min(LENGTH, quantity(config, "positions") or LENGTH), start, SEED)
+    return sample_tokens(
+        model, ROWS, min(LENGTH, quantity(config, "positions") or LENGTH), start, SEED
+    )
 
 
 @torch.no_grad()
 def states_on_sampled(models: Mapping[str, PreTrainedModel]) -> dict[str, np.ndarray]:
-    """Every donor's states `[l+1, n, d]`, float32, on the tokens that all of them drew, the first position of each row left out.
+    """Every donor's states `[l+1, n, d]`, float32, on the tokens that all of them generated.
 
-    Trained models put activations at the first position that are no token's own.
+    The first position of each row is left out: trained models put activations there that are no
+    token's own.
     """
-    shown = [draw(model) for model in models.values()]
+    shown = [sample_unprompted(model) for model in models.values()]
     found: dict[str, np.ndarray] = {}
     for name, model in models.items():
         parts = []

@@ -1,27 +1,32 @@
-"""Computed tensors: read, combined, rounded once, written. Nothing larger than a few chunks is held, but for what is rotated."""
+"""Computed tensors: inputs read, combined, rounded once, and given out in chunks of bytes.
+
+Both executors use it, so that a tensor in memory has the same bits as on disk. Nothing larger than
+a few chunks is held, but for tensors that are rotated.
+"""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from frankenmerge.errors import Fault, FrankenmergeError, fail
-from frankenmerge.merging.copying import CHUNK, flush, write_fully
-from frankenmerge.merging.shards import readings
-from frankenmerge.progress import Advance
-from frankenmerge.splicing.compatibility import DTYPE_NAMES
+from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.splicing.methods.inputs import Operand, inputs_of
-from frankenmerge.splicing.operations import Combine, Input, Operation, Rotate
+from frankenmerge.splicing.operations import Combine, Input, Rotate
 from frankenmerge.splicing.reading import (
     Handles,
     all_finite,
-    broken,
     elements,
+    not_finite,
     raw_reader,
-    read_fully,
     tensor_reader,
 )
-from frankenmerge.splicing.rotation import Rotation, rotated
+from frankenmerge.splicing.rotation import Fit, Rotation, rotated
+from frankenmerge.storage.dtypes import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -30,24 +35,28 @@ if TYPE_CHECKING:
     from frankenmerge.splicing.methods.sparse import Thinned
 
 Chunks = Iterator[tuple[memoryview, bool]]
-"""The bytes of a tensor's elements, in order, and whether these are finite; each good until the
-next is asked for.
+"""The bytes of a tensor's elements, in order, and whether they are finite; each chunk is valid
+until the next is asked for.
 """
 
 Reader = Callable[[Input], Callable[[int, int], Any]]
-"""From what is given to how it is read: `Operand.read`."""
+"""From an input to the function that reads its elements: `Operand.read`."""
 
 Arithmetic = Literal["C", "torch"]
 
-_EXPONENTS = {
-    "F16": ("<u2", 0x7C00),
-    "BF16": ("<u2", 0x7F80),
-    "F32": ("<u4", 0x7F800000),
-    "F64": ("<u8", 0x7FF << 52),
-}
-"""Per type: the unsigned integer of its width, and the bits of the exponent, all set in NaN and Inf
-alone.
-"""
+
+@dataclass(frozen=True)
+class Computation:
+    """How tensors are computed."""
+
+    handles: Handles
+    """The donors' files, open."""
+    fits: Mapping[int, Fit]
+    """Rotations of slices that have a gauge, by slice."""
+    device: str = "cpu"
+    """The torch device that computes."""
+    allow_nan: bool = False
+    """Whether NaN and Inf may be in inputs and results."""
 
 
 def check_device(device: str) -> None:
@@ -57,23 +66,19 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # builds of torch without CUDA assert
-        raise fail(
-            f"device {device}",
-            "a torch device that is there",
-            str(error),
-            "choose another --device",
-        ) from error
+        place, expected = f"device {device}", "an available torch device"
+        raise fail(place, expected, str(error), "choose another --device") from error
 
 
 def one_thread() -> None:
-    """Keep torch from starting threads of its own in the thread that calls this: here every thread has its own tensor."""
+    """Keep torch to the calling thread: every thread computes a tensor of its own."""
     import torch
 
     torch.set_num_threads(1)
 
 
 def arithmetic(operation: Combine | Rotate, device: str) -> Arithmetic:
-    """What computes a tensor: C where it can, which is the quickest and needs no torch; torch otherwise."""
+    """What computes a tensor: C where it can, which is fastest and needs no torch; else torch."""
     from frankenmerge.splicing.methods import native
 
     if device != "cpu" or not isinstance(operation, Combine):
@@ -86,63 +91,60 @@ def _unread(start: int, stop: int) -> NoReturn:
     raise AssertionError("how a tensor is computed does not depend on its elements")
 
 
-def compute(
-    operation: Combine,
-    handles: Handles,
-    target: int,
-    position: int,
-    moved: Advance,
-    *,
-    device: str,
-    allow_nan: bool,
-) -> None:
-    """Compute one tensor and write it to the file `target` at `position`.
+def computed(operation: Combine | Rotate, how: Computation) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in order; each chunk is valid until the next is asked for.
 
-    `handles` are the open donors' files; `moved` is called with the bytes written since its last
-    call. The arithmetic is in float32, and each element is rounded once. Raises FrankenmergeError,
-    unless `allow_nan`, for NaN and Inf in an input, named, or in the result.
+    Methods compute in float32, rotations in float64, and each element is rounded once to the
+    operation's type.
+
+    Raises:
+        FrankenmergeError: for NaN and Inf in an input or in the result, named, unless allowed.
     """
-    by = _by_c if arithmetic(operation, device) == "C" else partial(_by_torch, device=device)
-    _write(
-        by(operation, handles, allow_nan=allow_nan),
-        operation,
-        operation.method,
-        target,
-        position,
-        moved,
-        allow_nan=allow_nan,
-    )
+    if isinstance(operation, Rotate):
+        chunks, maker = _rotation_chunks(operation, how), "a rotation"
+    else:
+        native = arithmetic(operation, how.device) == "C"
+        chunks = (_native_chunks if native else _torch_chunks)(operation, how)
+        maker = operation.method
+    for content, finite in chunks:
+        if not how.allow_nan and not finite:
+            wider = f"choose a dtype wider than {operation.dtype}, "
+            wider = wider if operation.dtype in ("F16", "BF16") else ""
+            remedy = f"check the method's parameters, {wider}or allow it with --allow-nan"
+            raise fail(operation.name, f"finite numbers from {maker}", "NaN or Inf", remedy)
+        yield content
 
 
-def _by_c(operation: Combine, handles: Handles, *, allow_nan: bool) -> Chunks:
+def _native_chunks(operation: Combine, how: Computation) -> Chunks:
     from frankenmerge.splicing.methods import native
 
-    method = _method(operation, partial(raw_reader, handles=handles, allow_nan=allow_nan))
+    reader = partial(raw_reader, handles=how.handles, allow_nan=how.allow_nan)
+    method = _method(operation, reader)
     assert method
-    return native.rounded(method, operation.dtype, allow_nan=allow_nan)
+    return native.rounded(method, operation.dtype, allow_nan=how.allow_nan)
 
 
-def _by_torch(operation: Combine, handles: Handles, *, device: str, allow_nan: bool) -> Chunks:
+def _torch_chunks(operation: Combine, how: Computation) -> Chunks:
     from frankenmerge.splicing.methods.combine import combine
 
-    parts, base = _parts(
-        operation, partial(tensor_reader, handles=handles, device=device, allow_nan=allow_nan)
-    )
-    return _rounded(combine(operation.method, parts, base, **_whole(operation)), operation.dtype)
+    reader = partial(tensor_reader, handles=how.handles, device=how.device, allow_nan=how.allow_nan)
+    operands, base = _operands(operation, reader)
+    made = combine(operation.method, operands, base, **_whole(operation))
+    return _rounded(made, operation.dtype)
 
 
 def _method(operation: Combine, reader: Reader) -> "Combination | Thinned | None":
-    """What the method makes of its inputs, with no tensor read; None for one that torch alone knows."""
+    """The method on its inputs, with no tensor read; None for one that torch alone computes."""
     from frankenmerge.splicing.methods import span, sparse
 
     rule = span.RULES.get(operation.method) or sparse.RULES.get(operation.method)
-    parts, base = _parts(operation, reader)
-    return rule and rule(inputs_of(operation.method, parts, base, **_whole(operation)))
+    operands, base = _operands(operation, reader)
+    return rule and rule(inputs_of(operation.method, operands, base, **_whole(operation)))
 
 
-def _parts(operation: Combine, reader: Reader) -> tuple[list[Operand], Operand | None]:
-    parts = [Operand(reader(given), given.parameters) for given in operation.inputs]
-    return parts, Operand(reader(operation.base)) if operation.base else None
+def _operands(operation: Combine, reader: Reader) -> tuple[list[Operand], Operand | None]:
+    operands = [Operand(reader(given), given.parameters) for given in operation.inputs]
+    return operands, Operand(reader(operation.base)) if operation.base else None
 
 
 def _whole(operation: Combine) -> dict[str, Any]:
@@ -154,101 +156,67 @@ def _whole(operation: Combine) -> dict[str, Any]:
     }
 
 
-def rotate(
-    operation: Rotate,
-    rotation: Rotation,
-    handles: Handles,
-    target: int,
-    position: int,
-    moved: Advance,
-    *,
-    allow_nan: bool,
-) -> None:
-    """Rotation one tensor, held whole, and write it as `compute` does; the arithmetic is in float64, on the CPU."""
+def _rotation_chunks(operation: Rotate, how: Computation) -> Chunks:
+    """Rotate one tensor, held whole, in float64 on the CPU."""
     import torch
 
+    rotation: Rotation = how.fits[operation.part].at(operation.place)
+
     def read(given: Input) -> "torch.Tensor":
-        values = elements(given.tensor, handles, 0, math.prod(given.tensor.shape), torch.float64)
-        if not allow_nan and not all_finite(values):
-            raise FrankenmergeError(broken(given.donor, given.source))
+        count = math.prod(given.tensor.shape)
+        values = elements(given.tensor, how.handles, 0, count, torch.float64)
+        if not how.allow_nan and not all_finite(values):
+            raise FrankenmergeError(not_finite(given.donor, given.source))
         return values.view(given.tensor.shape)
 
-    made = rotated(
-        read(operation.given),
-        operation.met,
-        rotation,
-        read(operation.gain) if operation.gain else None,
-    )
-    _write(
-        _rounded([made.flatten()], operation.dtype),
-        operation,
-        "a rotation",
-        target,
-        position,
-        moved,
-        allow_nan=allow_nan,
-    )
+    gain = read(operation.gain) if operation.gain else None
+    made = rotated(read(operation.given), operation.met, rotation, gain)
+    return _rounded([made.flatten()], operation.dtype)
 
 
 def _rounded(chunks: "Iterable[torch.Tensor]", dtype: str) -> Chunks:
     import torch
 
     for chunk in chunks:
-        made = chunk.to(getattr(torch, DTYPE_NAMES[dtype])).cpu().contiguous()
+        made = chunk.to(torch_dtype(dtype)).cpu().contiguous()
         if not (finite := all_finite(made)):
-            made.masked_fill_(
-                made.isnan(), math.nan
-            )  # every NaN the same one: which one an operation makes is up to the processor
+            # Every NaN the same one: which one an operation makes is up to the processor.
+            made.masked_fill_(made.isnan(), math.nan)
         yield made.view(torch.uint8).numpy().data, finite
 
 
-def _write(
-    chunks: Chunks,
-    operation: Combine | Rotate,
-    by: str,
-    target: int,
-    position: int,
-    moved: Advance,
-    *,
-    allow_nan: bool,
-) -> None:
-    """Write a tensor's chunks one behind the other; `by` is what made them."""
-    written, flushed = position, position
-    for content, finite in chunks:
-        if not allow_nan and not finite:
-            wider = (
-                f"choose a dtype wider than {operation.dtype}, "
-                if operation.dtype in ("F16", "BF16")
-                else ""
-            )
-            remedy = f"look at the method's parameters, {wider}or go on with --allow-nan"
-            raise fail(operation.name, f"finite numbers from {by}", "NaN or Inf", remedy)
-        write_fully(target, content, written)
-        written += len(content)
-        moved(len(content))
-        if written - flushed >= CHUNK:
-            flush(target, flushed, written - flushed)
-            flushed = written
-    flush(target, flushed, written - flushed)
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def not_finite(operations: Sequence[Operation]) -> list[Fault]:
-    """Read every tensor that `operations` use and return a fault for each that holds NaN or Inf. Imports no torch."""
-    import numpy as np
+@contextmanager
+def workers(arithmetics: Collection[Arithmetic]) -> Iterator[ThreadPoolExecutor]:
+    """Threads that compute a tensor each: as many as cores, or two for copies, bound by the disk.
 
-    faults = []
-    for donor, source, tensor in dict.fromkeys(
-        reading for operation in operations for reading in readings(operation)
-    ):
-        if tensor.dtype not in _EXPONENTS:
-            continue
-        unsigned, mask = _EXPONENTS[tensor.dtype]
-        with tensor.file.open("rb", buffering=0) as handle:
-            for start in range(0, tensor.bytes, CHUNK):
-                content = read_fully(
-                    handle.fileno(), tensor, start, min(start + CHUNK, tensor.bytes)
-                )
-                if ((np.frombuffer(content, unsigned) & mask) == mask).any():
-                    faults.append(broken(donor, source))
-                    break
-    return faults
+    Torch keeps to one thread in each, so that results do not depend on the number of cores; its
+    own setting is restored.
+    """
+    count = cores() if arithmetics else 2
+    if "torch" not in arithmetics:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=one_thread) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def open_files(files: Iterable[Path]) -> Iterator[dict[Path, int]]:
+    """Open files to be read by several threads; their descriptors by path."""
+    with ExitStack() as stack:
+        opened = (
+            (file, stack.enter_context(file.open("rb", buffering=0))) for file in sorted(files)
+        )
+        yield {file: handle.fileno() for file, handle in opened}

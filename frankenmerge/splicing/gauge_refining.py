@@ -1,10 +1,10 @@
-"""Turns of single blocks: a fitted gauge refined by descent until the splice predicts what its donors predict.
+"""Refine fitted gauges by descent until the splice predicts what its donors predict.
 
-A rotation fitted by least squares treats every direction of the stream alike; the blocks behind the
-seam do not. `refined` descends on the rotations themselves, on the Kullback-Leibler divergence from the
-mean of the donors' predictions. That needs no text: tokens drawn from the donors do. Every block of
-a slice gets a rotation of its own, and so do final norm and head: all read and write the one stream
-that the slice before has left, so that the result is a plain checkpoint still.
+A rotation fitted by least squares treats every direction of the stream alike; the blocks after the
+seam do not. `refined` descends on the rotations themselves, on the Kullback-Leibler divergence from
+the mean of the donors' predictions. That needs no text: tokens sampled from the donors suffice.
+Every block of a slice gets a rotation of its own, and so do final norm and head: all read and write
+the one stream that the slice before has left, so that the result is still a plain checkpoint.
 """
 
 import math
@@ -17,12 +17,13 @@ from torch.func import functional_call
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.models.loading import assembled, block_outputs, forward
+from frankenmerge.donors.architecture import Architecture
+from frankenmerge.models.hooks import block_outputs, forward
 from frankenmerge.models.streaming import leave
 from frankenmerge.progress import Progress, silent
-from frankenmerge.splicing.rotation import Rotation
+from frankenmerge.splicing.assemble import assemble, names_as_stored
+from frankenmerge.splicing.resolve import Splice
+from frankenmerge.splicing.rotation import Rotation, rotate_all
 
 ROWS = 4
 """Rows of tokens to a step."""
@@ -124,10 +125,54 @@ class _Descent:
         return result
 
 
+class _Unrotated(NamedTuple):
+    """A splice in memory whose slices are still in their donors' bases."""
+
+    model: PreTrainedModel
+    tensors: dict[str, Tensor]
+    """By their names in the model."""
+    places: dict[tuple[int, int], dict[str, str]]
+    """By slice and block in it (as `Fit.at` counts): names in the model by canonical names."""
+    architecture: Architecture
+
+    def rotated(self, rotations: Mapping[tuple[int, int], Rotation]) -> dict[str, Tensor]:
+        """The tensors of some places, rotated, in the rotations' type."""
+        made: dict[str, Tensor] = {}
+        for place, rotation in rotations.items():
+            names = self.places[place]
+            values = {canonical: self.tensors[name] for canonical, name in names.items()}
+            result = rotate_all(values, self.architecture, rotation)
+            made |= {name: result[canonical] for canonical, name in names.items()}
+        return made
+
+
+def _unrotated(splice: Splice, models: Mapping[str, PreTrainedModel]) -> _Unrotated:
+    model = assemble(splice.without_gauges, models)
+    tensors = dict(model.state_dict())
+    return _Unrotated(model, tensors, _places(splice, model), splice.base.architecture)
+
+
+def _places(splice: Splice, model: PreTrainedModel) -> dict[tuple[int, int], dict[str, str]]:
+    architecture, last = splice.base.architecture, len(splice.slices) - 1
+    at = [
+        (number, offset)
+        for number, part in enumerate(splice.slices)
+        for offset in range(part.length)
+    ]
+    # The head absorbs the final norm's gain: they are rotated together.
+    ends = {"embedding": (0, 0), "final": (last, -1), "head": (last, -1)}
+    places: dict[tuple[int, int], dict[str, str]] = {}
+    for name, stored in names_as_stored(model, architecture).items():
+        role, position, canonical = architecture.role(stored)
+        place = at[position] if position is not None else ends[role]
+        if splice.slices[place[0]].gauge:
+            places.setdefault(place, {})[canonical] = name
+    return places
+
+
 @torch.enable_grad()
 def refined(
-    recipe: Recipe,
-    donors: Mapping[str, Checkpoint],
+    splice: Splice,
     models: Mapping[str, PreTrainedModel],
     rotations: Mapping[int, Rotation],
     shown: Shown,
@@ -135,65 +180,60 @@ def refined(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[int, tuple[Rotation, ...]]:
-    """Descend until the splice predicts what its donors predict in the mean.
+    """Descend until the splice predicts what its donors predict on average.
 
     All slices whose gauge asks for it are refined together, for the largest number of steps that
     any asks for; the rates rise over the first tenth and fall to zero by the last.
 
     Args:
-        recipe: spelled out, with a gauge to be refined.
-        donors: the donors' headers, by name.
+        splice: of a recipe with a gauge to be refined.
         models: the donors' models, by name, in float32.
-        rotations: by slice, the fitted rotations: where the descent begins, and what slices that are not
-            refined keep.
-        shown: what the donors made of the tokens to descend on.
-        seed: draws the rows.
-        progress: shows how many steps are made.
+        rotations: the fitted rotation of each slice: where the descent begins, and what slices that
+            are not refined keep.
+        shown: the donors' states on the tokens to descend on.
+        seed: of the choice of rows.
+        progress: of the steps.
 
     Returns:
-        By refined slice, a rotation for each of its blocks, and of the last slice one for final norm
-        and head.
+        By refined slice, a rotation for each of its blocks, and of the last slice one for final
+        norm and head.
     """
-    assembly = assembled(recipe, donors, models)
-    gauges = {number: part.gauge for number, part in enumerate(recipe.parts) if part.gauge}
-    places = [place for place in assembly.places if gauges[place[0]].refine]
-    kept = {place: rotations[place[0]] for place in assembly.places if not gauges[place[0]].refine}
+    plain = _unrotated(splice, models)
+    gauges = {number: part.gauge for number, part in enumerate(splice.slices) if part.gauge}
+    places = [place for place in plain.places if gauges[place[0]].refine]
+    kept = {place: rotations[place[0]] for place in plain.places if not gauges[place[0]].refine}
     descent = _Descent(
         [rotations[number] for number, _ in places],
         linear=[gauges[number].maps == "linear" for number, _ in places],
-        centred=donors[recipe.base].architecture.norm == "layer",
+        centred=splice.base.architecture.norm == "layer",
     )
-    fixed = assembly.tensors | {
-        name: value.float() for name, value in assembly.rotated(kept).items()
-    }
+    fixed = plain.tensors | {name: value.float() for name, value in plain.rotated(kept).items()}
     steps = max(gauge.refine or 0 for gauge in gauges.values())
     generator = torch.Generator().manual_seed(seed)
     with progress("refining gauges", steps, "steps") as advance:
         for step in range(steps):
             share = min(1, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
             rows = torch.randint(len(shown.ids), (ROWS,), generator=generator)
-            made = fixed | assembly.rotated(dict(zip(places, descent.rotations(), strict=True)))
-            inputs: dict[str, Any] = {"input_ids": shown.ids[rows], "use_cache": False}
-            said = functional_call(
-                assembly.model, made, (), inputs, tie_weights=False
-            ).logits.log_softmax(-1)
-            loss = (
-                functional.kl_div(
-                    said, _mean(models, shown, rows), log_target=True, reduction="none"
-                )
-                .sum(-1)
-                .mean()
-            )
+            made = fixed | plain.rotated(dict(zip(places, descent.rotations(), strict=True)))
+            loss = _divergence(plain.model, made, shown.ids[rows], _mean(models, shown, rows))
             descent.step(loss, share)
             advance(1)
     found = dict(zip(places, descent.found(), strict=True))
     result = {}
     for number in dict.fromkeys(number for number, _ in places):
-        ends = [-1] if (number, -1) in found else []
-        result[number] = tuple(
-            found[number, place] for place in [*range(recipe.parts[number].length), *ends]
-        )
+        blocks = [*range(splice.slices[number].length), *([-1] if (number, -1) in found else [])]
+        result[number] = tuple(found[number, block] for block in blocks)
     return result
+
+
+def _divergence(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], ids: Tensor, target: Tensor
+) -> Tensor:
+    """Mean KL divergence of the model with these tensors from log-probabilities `[b, s, v]`."""
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    logits = functional_call(model, dict(tensors), (), inputs, tie_weights=False).logits
+    terms = functional.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="none")
+    return terms.sum(-1).mean()
 
 
 @torch.no_grad()

@@ -80,6 +80,11 @@ def _resolved(
     return found
 
 
+def module_prefix(recipe: Recipe) -> str:
+    """How places in the recipe's stack begin: with `modules.NAME.` where it has modules."""
+    return f"modules.{next(iter(recipe.modules))}." if recipe.modules else ""
+
+
 class _Level(NamedTuple):
     """One place of a recipe where parameters may stand."""
 
@@ -89,7 +94,7 @@ class _Level(NamedTuple):
 
 
 def _levels(recipe: Recipe) -> Iterator[_Level]:
-    prefix = f"modules.{next(iter(recipe.modules))}." if recipe.modules else ""
+    prefix = module_prefix(recipe)
     stack = recipe.stack
     slices = [
         (f"{prefix}slices[{number}].", part) for number, part in enumerate(stack.slices or [])
@@ -129,63 +134,59 @@ def method_faults(recipe: Recipe, place: str = "recipe") -> list[Fault]:
     ]
 
 
+class _Group(NamedTuple):
+    """Models that are merged with each other."""
+
+    place: str
+    sources: Sequence[Source | Whole]
+    base: str | None
+
+
 def _model_faults(recipe: Recipe, method: Method, place: str) -> Iterator[Fault]:
-    prefix = f"{place}: modules.{next(iter(recipe.modules))}." if recipe.modules else f"{place}: "
-    if models := recipe.stack.models:
-        groups = [(f"{prefix}models", models, recipe.base_model)]
-    else:
-        groups = [
-            (
-                f"{prefix}slices[{number}].sources",
-                part.sources,
-                part.base_model or recipe.base_model,
-            )
-            for number, part in enumerate(recipe.parts)
-            if not _lone(method, part.sources)
-        ]
+    prefix = f"{place}: {module_prefix(recipe)}"
     for number, part in enumerate(recipe.stack.slices or []):
-        if _lone(method, part.sources) and (part.parameters or part.sources[0].parameters):
-            yield Fault(
-                f"{prefix}slices[{number}]",
-                f"no parameters, since {recipe.merge_method} leaves a single source as it is",
-                "some",
-                "remove them, or list what it is merged with (the base model too)",
-            )
-    fewest, most = method.models
-    for where, sources, base in groups:
-        if method.base == "required" and base is None:
-            yield Fault(
-                where,
-                f"a base_model, which {recipe.merge_method} starts from",
-                "none",
-                "say base_model",
-            )
-            continue
-        listed = method.base != "none" and any(source.model == base for source in sources)
-        count = len(sources) - listed
-        if count < fewest or (most is not None and count > most):
-            wanted = (
-                f"{fewest} or more"
-                if most is None
-                else str(fewest)
-                if fewest == most
-                else f"{fewest} to {most}"
-            )
-            beside = " beside the base model" if method.base != "none" and base else ""
-            yield Fault(
-                where,
-                f"{wanted} to merge by {recipe.merge_method}{beside}",
-                str(count),
-                "add or remove models, or change the method",
-            )
-        ranges = {tuple(source.layer_range) for source in sources if isinstance(source, Source)}
-        if method.base != "none" and base and not listed and len(ranges) > 1:
-            yield Fault(
-                where,
-                f"a range of the base model {base}",
-                f"sources of {len(ranges)} ranges, the base none of them",
-                "list the base model among the sources",
-            )
+        where = f"{prefix}slices[{number}]"
+        if part.by_filter and recipe.merge_method != PLAIN:
+            expected, remedy = f"sources without a filter for {recipe.merge_method}", "remove it"
+            yield Fault(where, expected, "a filter", f"{remedy}, or use passthrough")
+        elif _lone(method, part.sources) and (part.parameters or part.sources[0].parameters):
+            expected = f"no parameters, since {recipe.merge_method} keeps a single source as it is"
+            remedy = "remove them, or list what it is merged with (the base model too)"
+            yield Fault(where, expected, "some", remedy)
+    for group in _groups(recipe, method, prefix):
+        yield from _group_faults(recipe, method, group)
+
+
+def _groups(recipe: Recipe, method: Method, prefix: str) -> Iterator[_Group]:
+    if models := recipe.stack.models:
+        yield _Group(f"{prefix}models", models, recipe.base_model)
+        return
+    for number, part in enumerate(recipe.parts):
+        if not part.by_filter and not _lone(method, part.sources):
+            where = f"{prefix}slices[{number}].sources"
+            yield _Group(where, part.sources, part.base_model or recipe.base_model)
+
+
+def _group_faults(recipe: Recipe, method: Method, group: _Group) -> Iterator[Fault]:
+    where, sources, base = group
+    if method.base == "required" and base is None:
+        expected = f"a base_model, which {recipe.merge_method} starts from"
+        yield Fault(where, expected, "none", "say base_model")
+        return
+    listed = method.base != "none" and any(source.model == base for source in sources)
+    (fewest, most), count = method.models, len(sources) - listed
+    if count < fewest or (most is not None and count > most):
+        wanted = f"{fewest} to {most}"
+        if most is None or fewest == most:
+            wanted = f"{fewest} or more" if most is None else str(fewest)
+        also = " beside the base model" if method.base != "none" and base else ""
+        expected = f"{wanted} to merge by {recipe.merge_method}{also}"
+        yield Fault(where, expected, str(count), "add or remove models, or change the method")
+    ranges = {tuple(source.layer_range) for source in sources if isinstance(source, Source)}
+    if method.base != "none" and base and not listed and len(ranges) > 1:
+        found = f"sources of {len(ranges)} ranges, the base none of them"
+        remedy = "list the base model among the sources"
+        yield Fault(where, f"a range of the base model {base}", found, remedy)
 
 
 def _level_faults(recipe: Recipe, method: Method, level: _Level, place: str) -> Iterator[Fault]:
@@ -211,16 +212,20 @@ def _level_faults(recipe: Recipe, method: Method, level: _Level, place: str) -> 
 
 
 def filter_faults(recipe: Recipe, tensors: Sequence[str], place: str = "recipe") -> Iterator[Fault]:
-    """Tell the filters that are part of none of the names of `tensors`."""
+    """Filters, of parameters and of sources, that are part of none of the names of `tensors`."""
     joined = "\n".join(tensors)
-    for level in _levels(recipe):
-        for name, written in level.parameters.items():
-            for part in filters(written):
-                if part not in joined:
-                    where = f"{place}: {level.place}parameters.{name}"
-                    yield Fault(
-                        where,
-                        "filters that are part of a tensor's name",
-                        part,
-                        f"correct it; names are like {tensors[len(tensors) // 2]}",
-                    )
+    asked = [
+        (f"{level.place}parameters.{name}", part)
+        for level in _levels(recipe)
+        for name, written in level.parameters.items()
+        for part in filters(written)
+    ]
+    for number, each in enumerate(recipe.stack.slices or []):
+        for entry, source in enumerate(each.sources):
+            where = f"{module_prefix(recipe)}slices[{number}].sources[{entry}].filter"
+            asked += [(where, part) for part in source.filter or []]
+    for where, part in asked:
+        if part not in joined:
+            expected = "filters that are part of a tensor's name"
+            remedy = f"correct it; names are like {tensors[len(tensors) // 2]}"
+            yield Fault(f"{place}: {where}", expected, part, remedy)

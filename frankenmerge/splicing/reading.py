@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frankenmerge.donors.checkpoint import BYTES_OF, Tensor
 from frankenmerge.errors import Fault, FrankenmergeError
-from frankenmerge.splicing.compatibility import DTYPE_NAMES
 from frankenmerge.splicing.methods.inputs import Raw
 from frankenmerge.splicing.operations import Input
 from frankenmerge.splicing.vocabulary import Rows
+from frankenmerge.storage.dtypes import BYTES_OF, torch_dtype
+from frankenmerge.storage.safetensors_header import Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -38,13 +38,13 @@ def read_fully(handle: int, tensor: Tensor, start: int, stop: int) -> bytearray:
     return content
 
 
-def broken(donor: str, source: str) -> Fault:
-    """What is told of a tensor that holds NaN or Inf."""
+def not_finite(donor: str, source: str) -> Fault:
+    """The fault of a tensor that holds NaN or Inf."""
     return Fault(
         f"{donor}: {source}",
         "finite numbers",
         "NaN or Inf",
-        "repair or replace the donor, or go on with --allow-nan",
+        "repair or replace the donor, or allow it with --allow-nan",
     )
 
 
@@ -64,7 +64,7 @@ def _read(
 ) -> "torch.Tensor":
     made = elements(given.tensor, handles, start, stop).to(device)
     if not allow_nan and not all_finite(made):
-        raise FrankenmergeError(broken(given.donor, given.source))
+        raise FrankenmergeError(not_finite(given.donor, given.source))
     return made
 
 
@@ -81,7 +81,7 @@ def _read_rows(
     ):
         taken = elements(given.rows.tensors[donor], handles, first, first + count)
         if not allow_nan and not all_finite(taken):
-            raise FrankenmergeError(broken(given.rows.donors[donor], given.source))
+            raise FrankenmergeError(not_finite(given.rows.donors[donor], given.source))
         made[place : place + count] = taken
     return made.to(device)
 
@@ -94,9 +94,7 @@ def elements(
 
     width = BYTES_OF[tensor.dtype]
     content = read_fully(handles[tensor.file], tensor, start * width, stop * width)
-    return torch.frombuffer(content, dtype=getattr(torch, DTYPE_NAMES[tensor.dtype])).to(
-        dtype or torch.float32
-    )
+    return torch.frombuffer(content, dtype=torch_dtype(tensor.dtype)).to(dtype or torch.float32)
 
 
 def all_finite(values: "torch.Tensor") -> bool:
@@ -115,7 +113,7 @@ def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[
     Where rows come from several donors' matrices they are read as float32, and it raises
     FrankenmergeError, unless `allow_nan`, for NaN and Inf in them; otherwise nothing is looked at.
     """
-    told = broken(given.donor, given.source)
+    told = not_finite(given.donor, given.source)
     content = bytearray()
 
     def view_of(size: int) -> memoryview:
@@ -143,7 +141,7 @@ def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[
             width = BYTES_OF[tensor.dtype]
             taken = read_fully(handles[tensor.file], tensor, first * width, (first + count) * width)
             raw = Raw(
-                memoryview(taken), tensor.dtype, broken(given.rows.donors[donor], given.source)
+                memoryview(taken), tensor.dtype, not_finite(given.rows.donors[donor], given.source)
             )
             converted(raw, view[place * 4 : (place + count) * 4], allow_nan=allow_nan)
         return Raw(view, "F32", told)

@@ -50,6 +50,24 @@ class Rotation(NamedTuple):
         ).hexdigest()[:16]
 
 
+class Fit(NamedTuple):
+    """A fitted rotation, and how well it fits."""
+
+    rotation: Rotation
+    residual: float
+    """Share of the target's squared length that is left over on tokens not used in the fit: 1 minus
+    R^2.
+    """
+    refined: tuple[Rotation, ...] = ()
+    """After descent: a rotation for every block of the slice, and of the last slice one for final
+    norm and head.
+    """
+
+    def at(self, place: int) -> Rotation:
+        """The rotation of block `place` of the slice; 0 is the embedding's, -1 that of the head."""
+        return self.refined[place] if self.refined else self.rotation
+
+
 class Meeting(NamedTuple):
     """How a tensor meets the stream."""
 

@@ -1,62 +1,63 @@
-"""The recipes of one file: brought in order, held against their donors before anything is written, merged one after the other."""
+"""The recipes of one file: ordered, and resolved together before anything is read or written."""
 
-import hashlib
-import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from frankenmerge.artefacts.provenance import PROVENANCE
-from frankenmerge.artefacts.recipe import Recipe, renamed
-from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
-from frankenmerge.donors.shards import SINGLE_NAME
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.donors.checkpoint import SINGLE_NAME, Checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
-from frankenmerge.merging.provenance import texts_of
-from frankenmerge.splicing.compatibility import recipe_faults, result_config
 from frankenmerge.splicing.opening import open_donors
-from frankenmerge.splicing.operations import Operation, schedule
 from frankenmerge.splicing.parameters import method_faults
-from frankenmerge.splicing.tokenizer import tokenizer_files
+from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.storage.safetensors_header import Tensor
 
 
-class Stage(NamedTuple):
-    """One recipe that was found sound."""
+class Stages(NamedTuple):
+    """The recipes of one file, resolved."""
 
-    recipe: Recipe
-    donors: dict[str, Checkpoint]
-    operations: list[Operation]
-    """What makes its tensors, in layer order."""
+    before: tuple[Splice, ...]
+    """Stages that others use, each after those that it uses; each has a name."""
+    result: Splice
+
+    @property
+    def all(self) -> tuple[Splice, ...]:
+        """Every stage, the result last."""
+        return (*self.before, self.result)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the stages that others use."""
+        return frozenset(str(stage.recipe.name) for stage in self.before)
+
+    @property
+    def opened(self) -> dict[str, Checkpoint]:
+        """Every donor that is not a stage, by name."""
+        return {
+            name: donor
+            for splice in self.all
+            for name, donor in splice.donors.items()
+            if name not in self.names
+        }
 
 
 def in_order(recipes: Sequence[Recipe], place: str = "recipe") -> list[Recipe]:
-    """Bring stages in an order in which each comes behind those it uses, the result last.
+    """Order stages so that each comes after those that it uses, the result last.
 
-    The result is the stage without a name, or else the last one. Raises FrankenmergeError for names
-    that stand twice, stages that use each other, and stages that none uses.
+    The result is the stage without a name, or else the last one. Raises FrankenmergeError for
+    names given twice, stages that use each other, and stages that none uses.
     """
     names = [recipe.name for recipe in recipes]
     faults = []
     if names.count(None) > 1 and len(recipes) > 1:
-        faults.append(
-            Fault(
-                place,
-                "one stage without a name, the result",
-                f"{names.count(None)}",
-                "name the others",
-            )
-        )
+        expected, remedy = "one stage without a name, the result", "name the others"
+        faults.append(Fault(place, expected, f"{names.count(None)}", remedy))
     for name in dict.fromkeys(name for name in names if name and names.count(name) > 1):
-        faults.append(
-            Fault(
-                f"{place}: stage {name}",
-                "one stage of this name",
-                f"{names.count(name)}",
-                "rename one of them",
-            )
-        )
+        where, expected = f"{place}: stage {name}", "one stage of this name"
+        faults.append(Fault(where, expected, f"{names.count(name)}", "rename one of them"))
     raise_all(faults)
     result = names.index(None) if None in names else len(names) - 1
     uses = {
@@ -67,155 +68,141 @@ def in_order(recipes: Sequence[Recipe], place: str = "recipe") -> list[Recipe]:
         order = list(TopologicalSorter(uses).static_order())
     except CycleError as error:
         found = " uses ".join(str(names[number] or "the result") for number in error.args[1])
-        raise fail(place, "stages that use only others", found, "break the circle") from error
+        raise fail(place, "stages that use only others", found, "break the cycle") from error
     for number in order:
         if number != result and not any(number in used for used in uses.values()):
-            where = f"{place}: stage {names[number]}"
-            faults.append(
-                Fault(
-                    where,
-                    "a stage that another one uses",
-                    "used by none",
-                    "remove it, or leave the name of the result out",
-                )
-            )
+            where, expected = f"{place}: stage {names[number]}", "a stage that another one uses"
+            remedy = "remove it, or leave the name of the result out"
+            faults.append(Fault(where, expected, "used by none", remedy))
     raise_all(faults)
     return [recipes[number] for number in order if number != result] + [recipes[result]]
 
 
-def checked(
+def resolve_stages(
     recipes: Sequence[Recipe],
     scratch: Path,
     *,
     download: bool = False,
     allow_pickle: bool = False,
+    weights: bool = True,
+    opened: Mapping[str, Checkpoint] | None = None,
     place: str = "recipe",
-) -> list[Stage]:
-    """Hold every stage against its donors' configs and headers.
+) -> Stages:
+    """Open the donors of every recipe of one file, and resolve it.
 
     Args:
         recipes: the stages of one file.
         scratch: an empty folder for the small files of stages that later ones use.
         download: whether donors may be fetched.
-        allow_pickle: whether donors that are pickles alone are converted.
-        place: what faults are told to be in.
+        allow_pickle: whether donors that have only pickles are converted.
+        weights: whether the donors' weights will be read; headers are enough otherwise.
+        opened: donors that are open already, by name.
+        place: where faults are.
 
     Raises:
         FrankenmergeError: with everything that is wrong with any stage.
     """
-    stages: list[Stage] = []
-    planned: dict[str, Checkpoint] = {}
+    splices: list[Splice] = []
+    known = dict(opened or {})
     faults: list[Fault] = []
     failed: set[str] = set()
-    for recipe in in_order(recipes, place):
+    ordered = in_order(recipes, place)
+    for recipe in ordered:
         where = f"{place}: stage {recipe.name}" if recipe.name else place
         if failed & set(recipe.donors):
             faults += method_faults(recipe, where)
             continue
         try:
-            stages.append(_checked(recipe, planned, where, download, allow_pickle))
-            if recipe.name:
-                planned[recipe.name] = _planned(stages[-1], scratch / recipe.name)
+            splice = _resolved(recipe, known, where, download, allow_pickle, weights)
+            splices.append(splice)
+            known |= splice.donors
+            if recipe.name and recipe is not ordered[-1]:
+                known[recipe.name] = planned(splice, scratch / recipe.name)
         except FrankenmergeError as error:
             faults += error.faults
             failed |= {recipe.name} if recipe.name else set()
     raise_all(faults)
-    return stages
+    return Stages(tuple(splices[:-1]), splices[-1])
 
 
-def _checked(
+def _resolved(
     recipe: Recipe,
-    planned: Mapping[str, Checkpoint],
+    known: Mapping[str, Checkpoint],
     place: str,
     download: bool,
     allow_pickle: bool,
-) -> Stage:
-    faults = method_faults(recipe, place)
+    weights: bool,
+) -> Splice:
     try:
         donors = open_donors(
-            recipe, download=download, allow_pickle=allow_pickle, weights=False, opened=planned
+            recipe, download=download, allow_pickle=allow_pickle, weights=weights, opened=known
         )
     except FrankenmergeError as error:
-        raise FrankenmergeError(*faults, *error.faults) from error
-    raise_all([*faults, *recipe_faults(recipe, donors, place)])
-    tokenizer_files(recipe, donors)
-    return Stage(recipe, donors, schedule(recipe, donors, place))
+        raise FrankenmergeError(*method_faults(recipe, place), *error.faults) from error
+    return resolve(recipe, donors, place)
 
 
-def _planned(stage: Stage, folder: Path) -> Checkpoint:
-    """A stage as a donor of later ones, before it is there: its small files in `folder`, its tensors nowhere."""
-    folder.mkdir()
-    config = result_config(stage.recipe, stage.donors)
-    for name, content in tokenizer_files(stage.recipe, stage.donors).items():
-        (folder / name).write_bytes(content)
-    tensors = {
-        made.name: Tensor(folder / SINGLE_NAME, made.dtype, tuple(made.shape), 0, made.bytes)
-        for made in stage.operations
-    }
-    return Checkpoint(stage.recipe.name or "", folder, config, tensors, whole=False)
+def planned(splice: Splice, folder: Path) -> Checkpoint:
+    """A stage as a donor of later ones, before it is made: its tensors' bytes are nowhere yet.
 
-
-def merge_stages(
-    recipes: Sequence[Recipe],
-    output: Path,
-    merge: Callable[[Recipe, Mapping[str, Checkpoint], Path], Any],
-    *,
-    download: bool = False,
-    allow_pickle: bool = False,
-    skipped: Callable[[str], None] = lambda _: None,
-) -> Any:
-    """Merge stages in order, the result into `output`, the others into folders of their names in `OUTPUT.stages`.
-
-    A stage that is there already and was made by the same recipe from the same donors is left as it
-    is; any other is made again.
-
-    Args:
-        recipes: the stages of one file, found sound.
-        output: where the result goes.
-        merge: writes one recipe's checkpoint to a folder.
-        download: whether donors may be fetched.
-        allow_pickle: whether donors that are pickles alone are converted.
-        skipped: called with the names of the stages that need not be made again.
-
-    Returns:
-        What `merge` returned for the result.
+    Its tokenizer's files are written to the new folder `folder`.
     """
-    *stages, result = in_order(recipes)
-    folders = {
-        stage.name: output.with_name(f"{output.name}.stages") / str(stage.name) for stage in stages
+    folder.mkdir()
+    for name, content in splice.tokenizer.items():
+        (folder / name).write_bytes(content)
+    if splice.base.generation_config is not None:
+        (folder / "generation_config.json").write_bytes(splice.base.generation_config)
+    file = folder / SINGLE_NAME
+    tensors = {
+        made.name: Tensor(file, made.dtype, tuple(made.shape), 0, made.bytes)
+        for made in splice.operations
     }
-
-    def placed(recipe: Recipe) -> Recipe:
-        return renamed(recipe, lambda name: str(folders.get(name, name)))
-
-    for stage in stages:
-        recipe, folder = placed(stage), folders[stage.name]
-        donors = open_donors(recipe, download=download, allow_pickle=allow_pickle)
-        if _made_already(recipe, donors, folder):
-            skipped(str(stage.name))
-            continue
-        _remove(folder)
-        merge(recipe, donors, folder)
-    recipe = placed(result)
-    return merge(recipe, open_donors(recipe, download=download, allow_pickle=allow_pickle), output)
+    return Checkpoint(
+        splice.recipe.name or "",
+        folder,
+        splice.config,
+        tensors,
+        whole=False,
+        identity=_key_of(splice),
+    )
 
 
-def _remove(folder: Path) -> None:
-    """Remove a stage that is no longer right, under another name, so that a kill leaves nothing that would be in the way."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if (folder / PROVENANCE).is_file():
-        folder.rename(old)
-        shutil.rmtree(old)
+Make = Callable[[Splice, ExitStack], Checkpoint]
+"""Makes a stage and opens it; what must be closed in the end goes onto the stack."""
 
 
-def _made_already(recipe: Recipe, donors: Mapping[str, Checkpoint], folder: Path) -> bool:
-    """Whether `folder` holds what `recipe` makes of `donors`, by the provenance in it."""
-    try:
-        told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        open_checkpoint(str(folder))
-    except (OSError, ValueError, FrankenmergeError):
-        return False
-    fingerprints = {name: {"fingerprint": donor.fingerprint} for name, donor in donors.items()}
-    made_of = hashlib.sha256(recipe.dump().encode()).hexdigest(), fingerprints, texts_of(recipe)
-    return (told.get("recipe_sha256"), told.get("donors"), told.get("texts", {})) == made_of
+def execute(stages: Stages, make: Make, closing: ExitStack) -> Splice:
+    """Make every stage that others use, in order, and return the result, bound to what was made.
+
+    Keys stay those of the plans: it does not matter where a stage was made.
+    """
+    made: dict[str, Checkpoint] = {}
+
+    def bound(splice: Splice) -> Splice:
+        used = {name: made[name] for name in splice.donors if name in made}
+        return replace(splice.rebound(used), planned=splice) if used else splice
+
+    for stage in stages.before:
+        made[str(stage.recipe.name)] = make(bound(stage), closing)
+    return bound(stages.result)
+
+
+def with_donors(stages: Stages, opened: Mapping[str, Checkpoint]) -> Stages:
+    """The same stages with some donors opened anew, by name: those that only had headers."""
+    planned_again: dict[str, Checkpoint] = {}
+    splices = []
+    for splice in stages.all:
+        known = {**opened, **planned_again}
+        used = {name: known[name] for name in splice.donors if name in known}
+        bound = splice.rebound(used)
+        splices.append(bound)
+        for other in stages.all:
+            name = str(splice.recipe.name)
+            if name in stages.names and name in other.donors:
+                again = replace(other.donors[name], identity=_key_of(bound))
+                planned_again[name] = again
+    return Stages(tuple(splices[:-1]), splices[-1])
+
+
+def _key_of(splice: Splice) -> Callable[[], str]:
+    return lambda: splice.key

@@ -1,18 +1,11 @@
-"""What a recipe makes, told before it is made."""
+"""How large the result of a recipe is, before it is made."""
 
 from math import prod
 from typing import NamedTuple
 
 from frankenmerge.donors.config import head_width, quantity
-from frankenmerge.splicing.compatibility import (
-    DTYPE_NAMES,
-    result_config,
-    result_dtype,
-    spelled_out,
-)
-from frankenmerge.splicing.operations import Copy
-from frankenmerge.splicing.stages import Stage
-from frankenmerge.storage.safetensors_header import BYTES_OF
+from frankenmerge.splicing.resolve import Splice
+from frankenmerge.storage.dtypes import DTYPES
 
 
 class Summary(NamedTuple):
@@ -36,30 +29,19 @@ class Summary(NamedTuple):
     """
 
 
-def summary(stage: Stage) -> Summary:
-    """Count what the stage's operations make."""
-    recipe = spelled_out(stage.recipe, stage.donors)
-    config = result_config(recipe, stage.donors)
-    dtype = result_dtype(recipe, stage.donors)
-    parameters = sum(prod(made.shape) for made in stage.operations)
-    computed = sum(not isinstance(made, Copy) for made in stage.operations)
-    total = sum(made.bytes for made in stage.operations)
-    memory = {DTYPE_NAMES[dtype]: total, "float32": 4 * parameters}
-    cache = (
-        2
-        * len(recipe.blocks)
-        * (quantity(config, "kv_heads") or 0)
-        * (head_width(config) or 0)
-        * BYTES_OF[dtype]
-    )
+def summary(splice: Splice) -> Summary:
+    """Count what a splice's operations make."""
+    parameters = sum(prod(made.shape) for made in splice.operations)
+    dtype = DTYPES[splice.dtype]
+    heads, width = quantity(splice.config, "kv_heads") or 0, head_width(splice.config) or 0
     return Summary(
-        len(recipe.blocks),
-        len(recipe.seams),
-        len(stage.operations),
-        computed,
-        parameters,
-        total,
-        DTYPE_NAMES[dtype],
-        memory,
-        cache,
+        depth=len(splice.blocks),
+        seams=len(splice.seams),
+        tensors=len(splice.operations),
+        computed=splice.computed,
+        parameters=parameters,
+        bytes=splice.bytes,
+        dtype=dtype.torch_name,
+        memory={dtype.torch_name: splice.bytes, "float32": 4 * parameters},
+        kv_cache_per_token=2 * len(splice.blocks) * heads * width * dtype.bytes,
     )

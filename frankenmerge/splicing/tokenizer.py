@@ -11,7 +11,7 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.tokens import Tokens, read_settings
 from frankenmerge.errors import fail
-from frankenmerge.splicing.vocabulary import result_vocabulary
+from frankenmerge.splicing.vocabulary import Vocabulary
 
 TEMPLATES = {
     path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
@@ -27,7 +27,9 @@ _ADDED = {
 }
 
 
-def tokenizer_files(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str, bytes]:
+def tokenizer_files(
+    recipe: Recipe, donors: Mapping[str, Checkpoint], vocabulary: Vocabulary | None
+) -> dict[str, bytes]:
     """The files of the result's tokenizer by name.
 
     Raises:
@@ -37,7 +39,6 @@ def tokenizer_files(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[st
     donor = donors[recipe.tokenizer_donor]
     files = {path.name: path.read_bytes() for path in donor.tokenizer_files}
     settings = dict(donor.tokenizer_settings)
-    vocabulary = result_vocabulary(recipe, donors)
     if vocabulary and vocabulary.tokens != donor.tokens:
         # The other files tell of the donor's own tokens alone.
         kept = (SETTINGS_FILE, "special_tokens_map.json", TEMPLATE_FILE, "chat_template.json")
@@ -87,6 +88,7 @@ def _extended(
     """
     path = donor.path / "tokenizer.json"
     data = dict(donor.tokenizer_json)
+    data["model"] = dict(data["model"])
     if data["model"].get("type", "BPE") != "BPE" or not isinstance(data["model"]["vocab"], dict):
         remedy = "say tokenizer_source: base, or the donor whose tokenizer the result gets"
         raise fail(

@@ -6,13 +6,14 @@ from pathlib import Path
 from frankenmerge.analysis.analyze import cached_analyze, work
 from frankenmerge.analysis.inputs import TOKENS, even_neurons, with_inputs
 from frankenmerge.artefacts.atlas import Atlas, load_atlas
+from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.opening import open_donor
 from frankenmerge.storage.atomic import cache_folder
 
 
 def atlas_of(
-    name: str,
+    donor: str | Checkpoint,
     *,
     device: str = "cpu",
     dtype: str = "float32",
@@ -25,7 +26,7 @@ def atlas_of(
     """The atlas in a file, or that of a donor: from the cache, or analyzed now.
 
     Args:
-        name: an atlas file, or a donor as recipes name it.
+        donor: an atlas file, a donor as recipes name it, or a donor that is open.
         device: a torch device.
         dtype: the type to compute in.
         download: whether the donor may be fetched from the hub.
@@ -37,12 +38,13 @@ def atlas_of(
     Raises:
         FrankenmergeError: if the file is not an atlas, or the donor cannot be opened or analyzed.
     """
-    if Path(name).is_file():
-        return load_atlas(Path(name))
-    checkpoint = open_donor(name, download=download, allow_pickle=allow_pickle)
-    with progress(f"analyzing {Path(name).name}", work(checkpoint), "inputs x blocks") as advance:
+    if not isinstance(donor, Checkpoint):
+        if Path(donor).is_file():
+            return load_atlas(Path(donor))
+        donor = open_donor(donor, download=download, allow_pickle=allow_pickle)
+    with progress(f"analyzing {Path(donor.name).name}", work(donor), "inputs x blocks") as advance:
         return cached_analyze(
-            checkpoint,
+            donor,
             cache=cache or cache_folder(),
             untrained=untrained,
             device=device,
@@ -52,7 +54,7 @@ def atlas_of(
 
 
 def add_inputs(
-    name: str,
+    donor: str | Checkpoint,
     atlas: Atlas,
     method: str,
     neurons: Sequence[int] | None = None,
@@ -69,7 +71,7 @@ def add_inputs(
     """A donor's atlas with inputs of several tokens: from the cache, or searched now.
 
     Args:
-        name: the donor.
+        donor: the donor, by name or open.
         atlas: its atlas.
         method: `greedy` or `gradient`.
         neurons: which neurons, the same in every block; by default 16, evenly spaced.
@@ -85,15 +87,16 @@ def add_inputs(
     Raises:
         FrankenmergeError: if the donor cannot be opened, or lacks the neurons or positions.
     """
-    checkpoint = open_donor(name, download=download, allow_pickle=allow_pickle)
+    if not isinstance(donor, Checkpoint):
+        donor = open_donor(donor, download=download, allow_pickle=allow_pickle)
     neurons = neurons or even_neurons(atlas.width)
     total, unit = (
         (None, "inputs") if method == "greedy" else ((atlas.blocks + 1) * len(neurons), "features")
     )
-    with progress(f"{method} search in {Path(name).name}", total, unit) as advance:
+    with progress(f"{method} search in {Path(donor.name).name}", total, unit) as advance:
         return with_inputs(
             atlas,
-            checkpoint,
+            donor,
             method,
             neurons,
             cache=cache or cache_folder(),

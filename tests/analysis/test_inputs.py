@@ -15,6 +15,7 @@ from frankenmerge.analysis.greedy import greedy_search
 from frankenmerge.analysis.inputs import even_neurons, search_inputs, with_inputs
 from frankenmerge.artefacts.alignment import load_alignment
 from frankenmerge.artefacts.atlas import Atlas, Inputs, load_atlas, save_atlas
+from frankenmerge.artefacts.scores import SCORES
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models.loading import load_model, untrained_model
@@ -206,7 +207,7 @@ def test_align_searches_both_donors_alike_and_prints_that_method(donors, run, tm
     )
     flat = " ".join(out.split())
     assert (
-        f"tokens of {method} search" in flat
+        f"{SCORES[method].title} (rows A, columns B" in flat
         and f"{method}: 4 of 16 neurons, 2 tokens each." in flat
     )
     row = next(line for line in out.splitlines() if line.startswith("│ 3 "))

@@ -7,19 +7,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frankenmerge.artefacts.recipe import (
-    Block,
-    Recipe,
-    Seam,
+from frankenmerge.artefacts.recipe import Block, Recipe, Seam, recipe_of, reference
+from frankenmerge.artefacts.recipe_file import (
     load_recipe,
     load_recipes,
-    open_donors,
     parse_recipe,
     parse_recipes,
-    recipe_of,
-    reference,
 )
 from frankenmerge.errors import FrankenmergeError
+from frankenmerge.splicing.opening import open_donors
 
 GOOD = """\
 slices:

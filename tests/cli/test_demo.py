@@ -27,7 +27,7 @@ def demo(run, tmp_path, monkeypatch):
 def test_the_demo_s_plan_keeps_its_word_twice_over(demo, tmp_path):
     from frankenmerge.artefacts.alignment import load_alignment
     from frankenmerge.artefacts.atlas import load_atlas
-    from frankenmerge.artefacts.recipe import load_recipe
+    from frankenmerge.artefacts.recipe_file import load_recipe
 
     if missing := [
         name

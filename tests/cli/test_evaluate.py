@@ -207,7 +207,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
     for stage in (
         "evaluation.compare.open_donor",
         "reporting.run.read_run",
-        "artefacts.recipe.open_donor",
+        "splicing.opening.open_donor",
     ):  # imported unpatched
         monkeypatch.setattr(f"frankenmerge.{stage}", opened)
     words = {

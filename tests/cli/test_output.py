@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from frankenmerge.artefacts.recipe import Block, load_recipe, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
+from frankenmerge.artefacts.recipe_file import load_recipe
 
 HEAVY = ("torch", "transformers", "accelerate")
 ALONE = """

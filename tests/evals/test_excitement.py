@@ -10,7 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.models.loading import block_outputs, forward, load_model
+from frankenmerge.models.hooks import block_outputs, forward
+from frankenmerge.models.loading import load_model
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "evals" / "excitement.py"))
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.evaluation.language import encode
 from frankenmerge.models.loading import load_model, load_tokenizer, virtual_splice
+from frankenmerge.splicing.opening import open_donors
 
 SCRIPT = Path(__file__).resolve().parents[2] / "evals" / "gauge.py"
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import write_donor
 
 from frankenmerge.analysis.complete import complete_search
-from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.compare import (
@@ -28,6 +28,7 @@ from frankenmerge.evaluation.language import encode, measure
 from frankenmerge.evaluation.record import Looks
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.loading import load_model, load_tokenizer
+from frankenmerge.splicing.opening import open_donors
 
 SPLICES = {
     "first untied, last tied": (["a", "b"], [(0, 0), (0, 1), (1, 1), (1, 2), (1, 3)]),

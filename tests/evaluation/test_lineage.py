@@ -6,11 +6,13 @@ import shutil
 import pytest
 from conftest import write_donor
 
-from frankenmerge.artefacts.recipe import Block, open_donors, parse_recipe, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
+from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.lineage import checkpoint_lineage, recipe_lineage, same_tokens
 from frankenmerge.merging.writer import merge
+from frankenmerge.splicing.opening import open_donors
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("g", "h"), ("a", "deep")])

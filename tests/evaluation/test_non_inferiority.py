@@ -11,7 +11,7 @@ from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.compare import Result
 from frankenmerge.evaluation.language import Loss
 from frankenmerge.evaluation.lineage import Lineage
-from frankenmerge.evaluation.non_inferiority import RULE, held_against, merges
+from frankenmerge.evaluation.non_inferiority import RULE, judge, merges
 
 DONOR = np.random.default_rng(0).gamma(2, 1.5, 20_000)
 BITS = 1 / np.log(2) / 4
@@ -47,7 +47,7 @@ def results(added: float, noise: float = 0) -> list[Result]:
     ],
 )
 def test_the_rule(added, noise, verdict):
-    comparison = held_against(results(added, noise), 0.1, seed=0)
+    comparison = judge(results(added, noise), 0.1, seed=0)
     (entry,) = comparison.verdicts
     assert (entry.model, entry.donor, entry.verdict) == ("merge", "one", verdict)
     assert entry.bits_per_byte == pytest.approx(added, abs=0.02)
@@ -57,8 +57,8 @@ def test_the_rule(added, noise, verdict):
 
 
 def test_the_best_donor_is_the_measure_unless_another_is_named():
-    assert held_against(results(0.2), 0.1, 0).verdicts[0].verdict == "worse"
-    (entry,) = held_against(results(0.2), 0.1, 0, against="two").verdicts
+    assert judge(results(0.2), 0.1, 0).verdicts[0].verdict == "worse"
+    (entry,) = judge(results(0.2), 0.1, 0, against="two").verdicts
     assert (entry.donor, entry.verdict) == (
         "two",
         "not worse",
@@ -67,7 +67,7 @@ def test_the_best_donor_is_the_measure_unless_another_is_named():
 
 def test_one_merge_that_is_worse_is_enough():
     both = [*results(0), result("bad", 1, lineage=LINEAGE)]
-    comparison = held_against(both, 0.1, 0)
+    comparison = judge(both, 0.1, 0)
     assert [(entry.model, entry.verdict) for entry in comparison.verdicts] == [
         ("merge", "not worse"),
         ("bad", "worse"),
@@ -84,8 +84,8 @@ def test_one_merge_that_is_worse_is_enough():
 def test_where_no_origin_is_known_a_donor_has_to_be_named():
     plain = [result("merge", 0.3), result("one", 0)]
     with pytest.raises(FrankenmergeError, match="--against"):
-        held_against(plain, 0.1, 0)
-    assert [entry.verdict for entry in held_against(plain, 0.1, 0, against="one").verdicts] == [
+        judge(plain, 0.1, 0)
+    assert [entry.verdict for entry in judge(plain, 0.1, 0, against="one").verdicts] == [
         "worse"
     ]
     assert merges(plain) == {} and merges(plain, "one") == {"merge": ["one"]}

@@ -10,10 +10,12 @@ from conftest import VOCABULARY, write_donor
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.analysis.complete import complete_search
 from frankenmerge.artefacts.atlas import TopTokens
-from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.retention import retained
-from frankenmerge.models.loading import block_outputs, load_model, virtual_splice
+from frankenmerge.models.hooks import block_outputs
+from frankenmerge.models.loading import load_model, virtual_splice
+from frankenmerge.splicing.opening import open_donors
 
 
 @torch.no_grad()

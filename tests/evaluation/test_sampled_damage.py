@@ -8,8 +8,9 @@ from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.block_swaps import exchange
 from frankenmerge.evaluation.sampled_damage import damage_on_sampled
-from frankenmerge.models.loading import block_outputs, load_model, virtual_splice
-from frankenmerge.models.sampling import LENGTH, ROWS, draw, states_on_sampled
+from frankenmerge.models.hooks import block_outputs
+from frankenmerge.models.loading import load_model, virtual_splice
+from frankenmerge.models.sampling import LENGTH, ROWS, sample_unprompted, states_on_sampled
 from frankenmerge.planning.damping import damped
 
 
@@ -44,7 +45,7 @@ def test_damage_is_the_loss_above_the_donors_on_what_all_of_them_drew(donors, pa
     ]
     recipes.append(damped(recipes[1], [1, 0.5, 0.5, 1, 1], ("o_proj", "down_proj")))
     found = damage_on_sampled(recipes, opened, models)
-    texts = {name: draw(model) for name, model in models.items()}
+    texts = {name: sample_unprompted(model) for name, model in models.items()}
 
     def loss(model) -> float:
         return float(
@@ -67,16 +68,16 @@ def test_the_damage_of_one_donor_s_recipe_is_its_divergence(donors, pair):
     recipe = recipe_of(stack(donors, "a0 a1 a1 a2 a3"))
     (found,) = damage_on_sampled([recipe], {name: pair[0][name]}, {name: model})
     splice = virtual_splice(recipe, {name: pair[0][name]}, {name: model})
-    assert found == pytest.approx(divergence(model, splice, draw(model)), rel=1e-4)
+    assert found == pytest.approx(divergence(model, splice, sample_unprompted(model)), rel=1e-4)
 
 
 def test_drawn_tokens_follow_the_model_s_predictions(pair):
     """Of many draws behind BOS, each token comes as often as it is predicted, within four standard deviations."""
-    from frankenmerge.models.sampling import drawn
+    from frankenmerge.models.sampling import sample_tokens
 
     model = next(iter(pair[1].values()))
     count = 4000
-    ids = drawn(model, count, 2, 0, 0)
+    ids = sample_tokens(model, count, 2, 0, 0)
     expected = (
         model(input_ids=torch.zeros(1, 1, dtype=torch.long))
         .logits[0, -1]
@@ -86,13 +87,13 @@ def test_drawn_tokens_follow_the_model_s_predictions(pair):
     )
     seen = np.bincount(ids[:, 1], minlength=len(expected)) / count
     assert (np.abs(seen - expected) <= 4 * np.sqrt(expected * (1 - expected) / count) + 1e-9).all()
-    assert draw(model).shape == (ROWS, LENGTH) and torch.equal(draw(model), draw(model))
+    assert sample_unprompted(model).shape == (ROWS, LENGTH) and torch.equal(sample_unprompted(model), sample_unprompted(model))
 
 
 def test_the_states_are_both_donors_on_both_draws(pair):
     models = pair[1]
     found = states_on_sampled(models)
-    ids = torch.cat([draw(model) for model in models.values()])
+    ids = torch.cat([sample_unprompted(model) for model in models.values()])
     for name, model in models.items():
         with block_outputs(model) as states, torch.no_grad():
             model(input_ids=ids)

@@ -4,13 +4,14 @@ import pytest
 import torch
 from conftest import write_donor
 
-from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.evaluation.compare import Bench, Text, compare
 from frankenmerge.evaluation.language import encode
 from frankenmerge.evaluation.record import Looks
 from frankenmerge.evaluation.seams import WIDTH, WINDOWS, compared_blocks, windows_of
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.loading import load_tokenizer, virtual_splice
+from frankenmerge.splicing.opening import open_donors
 
 WORDS = "the quick brown fox jumps over the lazy dog and The Cat sat on a mat "
 

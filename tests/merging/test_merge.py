@@ -16,12 +16,14 @@ from conftest import changed, write_donor
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from frankenmerge.artefacts.recipe import Block, Recipe, load_recipe, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
+from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.families import FAMILIES
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.loading import load_model, virtual_splice
+from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.operations import schedule
 from frankenmerge.storage.safetensors_header import read_header
 

@@ -10,12 +10,13 @@ import pytest
 from conftest import write_donor
 from safetensors.numpy import load_file
 
-from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.merging import copying, shards
 from frankenmerge.merging.copying import clonable
 from frankenmerge.merging.shards import BLOCK
 from frankenmerge.merging.writer import merge
+from frankenmerge.splicing.opening import open_donors
 
 MAKERS = {"xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}
 SIZE = 400 << 20

@@ -13,18 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from frankenmerge.artefacts.recipe import Block, Recipe, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.distributed import Rank
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging import journal, writer
 from frankenmerge.merging.journal import work_folder
 from frankenmerge.merging.writer import merge
+from frankenmerge.splicing.opening import open_donors
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from frankenmerge.merging.writer import merge
-from frankenmerge.artefacts.recipe import load_recipe, open_donors
+from frankenmerge.artefacts.recipe_file import load_recipe
+from frankenmerge.splicing.opening import open_donors
 
 left = int(sys.argv[3])
 def counted(real):

@@ -9,10 +9,11 @@ import pytest
 from conftest import changed
 from safetensors.numpy import load_file, save_file
 
-from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging.verify import verify
 from frankenmerge.merging.writer import merge
+from frankenmerge.splicing.opening import open_donors
 
 
 @pytest.fixture

@@ -6,19 +6,12 @@ import torch
 from conftest import changed, write_donor
 from safetensors.torch import load_file
 
-from frankenmerge.artefacts.recipe import Block, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models.loading import (
-    block_outputs,
-    blocks_of,
-    embedding_of,
-    forward,
-    load_model,
-    load_tokenizer,
-    untrained_model,
-    virtual_splice,
-)
+from frankenmerge.models.hooks import block_outputs, blocks_of, embedding_of, forward
+from frankenmerge.models.loading import load_model, load_tokenizer, untrained_model, virtual_splice
+from frankenmerge.splicing.opening import open_donors
 
 FAMILIES = {
     "llama": "norm",

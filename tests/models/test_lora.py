@@ -10,10 +10,11 @@ import pytest
 from conftest import changed, write_donor
 from safetensors.numpy import load_file, save_file
 
-from frankenmerge.artefacts.recipe import Block, open_donor, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging.writer import merge
+from frankenmerge.splicing.opening import open_donor, open_donors
 
 RANK = 3
 PROJECTIONS = ("self_attn.q_proj", "mlp.down_proj")

@@ -10,7 +10,8 @@ from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.families import FAMILIES
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models import streaming as blockwise
-from frankenmerge.models.loading import attention_of, block_outputs, blocks_of, forward, load_model
+from frankenmerge.models.hooks import attention_of, block_outputs, blocks_of, forward
+from frankenmerge.models.loading import Placement, load_model
 from frankenmerge.models.streaming import Passage, each_block, stream_model, streamable
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41], [5, 5, 2, 47, 19, 1], [9, 8, 7, 6, 5, 4]])
@@ -82,7 +83,7 @@ def test_a_streamed_donor_gives_the_same_bits_as_one_in_memory(family_donors, fa
     checkpoint = family_donors[family]
     if not streamable(checkpoint):
         pytest.skip("its blocks are stored otherwise than they are run")
-    streamed, resident = stream_model(checkpoint, dtype=dtype), load_model(checkpoint, dtype=dtype)
+    streamed, resident = stream_model(checkpoint, dtype=dtype), load_model(checkpoint, Placement(dtype))
     for value in (
         resident.parameters()
     ):  # mapped from the file they stand at odd addresses, on which kernels' last bits depend

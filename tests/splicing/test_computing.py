@@ -15,7 +15,7 @@ import yaml
 from conftest import changed, write_donor
 from safetensors.torch import load_file, save_file
 
-from frankenmerge.artefacts.recipe import Block, Recipe, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.donors.checkpoint import Checkpoint, Tensor, open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging import plan, writer
@@ -24,6 +24,7 @@ from frankenmerge.merging.writer import merge
 from frankenmerge.splicing import computing
 from frankenmerge.splicing.computing import not_finite
 from frankenmerge.splicing.methods import native_chunks
+from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.operations import Combine, Copy, Input, schedule
 from frankenmerge.splicing.vocabulary import Rows
 
@@ -383,7 +384,8 @@ from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.merging import plan
 from frankenmerge.merging.writer import merge
 from frankenmerge.distributed import own_rank
-from frankenmerge.artefacts.recipe import Block, Recipe, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
+from frankenmerge.splicing.opening import open_donors
 first, second, output = sys.argv[2:5]
 recipe = recipe_of([Block(first, index) for index in range(4)])
 other, real = open_checkpoint(second), plan.schedule
@@ -541,7 +543,8 @@ PEAK = """
 import sys
 from pathlib import Path
 from frankenmerge.merging.writer import merge
-from frankenmerge.artefacts.recipe import Block, Recipe, open_donors, recipe_of
+from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
+from frankenmerge.splicing.opening import open_donors
 recipe = recipe_of([Block(sys.argv[1], index) for index in (0, 1, 0, 1)])
 result = merge(recipe, open_donors(recipe), Path(sys.argv[2]))
 heavy = sum(name in sys.modules for name in ("torch", "transformers", "numpy"))

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from frankenmerge.artefacts.recipe import parse_recipe
+from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.reporting.heatmaps import contrast
 from frankenmerge.splicing.diagram import (
     COLOURS,

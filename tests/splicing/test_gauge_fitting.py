@@ -7,13 +7,15 @@ import torch
 from conftest import DEMO, changed, rotated_donor, write_donor
 from safetensors.torch import load_file
 
-from frankenmerge.artefacts.recipe import Recipe, load_recipe, open_donors
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.families import FAMILIES
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.loading import load_model, virtual_splice
 from frankenmerge.splicing.gauge_fitting import fitted_rotations
+from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.rotation import random_rotation
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41, 3, 3], [5, 5, 2, 47, 19, 1, 8, 0]])
@@ -265,7 +267,7 @@ def test_donors_that_read_tokens_differently_cannot_be_fitted(donors, tmp_path):
 
 
 def test_an_unknown_key_of_a_gauge_is_refused():
-    from frankenmerge.artefacts.recipe import parse_recipe
+    from frankenmerge.artefacts.recipe_file import parse_recipe
 
     text = "{merge_method: passthrough, slices: [{sources: [{model: a, layer_range: [0, 1]}], gauge: {to: base, with: text}}]}"
     with pytest.raises(FrankenmergeError, match=r"(?s)gauge\.with.*to, fit"):

@@ -9,17 +9,18 @@ from conftest import rotated_donor, write_donor
 from safetensors.torch import load_file
 from splicing.test_gauge_fitting import in_memory, on_disk, recipe_of
 
-from frankenmerge.artefacts.recipe import open_donors, parse_recipe
+from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.families import FAMILIES
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging.fits import awaited_fits, load_fits, save_fits
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.loading import load_model, virtual_splice
-from frankenmerge.models.sampling import drawn
+from frankenmerge.models.sampling import sample_tokens
 from frankenmerge.splicing import gauge_fitting as fitting
 from frankenmerge.splicing.gauge_fitting import Fit, fitted_rotations
 from frankenmerge.splicing.gauge_refining import refined, show
+from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.rotation import Rotation, random_rotation
 
 SHOWN = torch.randint(48, (12, 8), generator=torch.Generator().manual_seed(0))
@@ -94,13 +95,13 @@ def test_what_is_shown_is_what_transformers_gives(donors):
 
 def test_tokens_are_drawn_as_the_model_says(donors):
     model = load_model(open_checkpoint(str(donors["a"])))
-    ids = drawn(model, 4000, 2, 7, seed=0)
+    ids = sample_tokens(model, 4000, 2, 7, seed=0)
     assert ids.shape == (4000, 2) and set(ids[:, 0].tolist()) == {7}
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([[7]])).logits[0, -1].softmax(-1)
     assert (ids[:, 1].bincount(minlength=48) / 4000 - expected).abs().max() < 0.03
-    assert torch.equal(ids, drawn(model, 4000, 2, 7, seed=0))
-    assert not torch.equal(ids, drawn(model, 4000, 2, 7, seed=1))
+    assert torch.equal(ids, sample_tokens(model, 4000, 2, 7, seed=0))
+    assert not torch.equal(ids, sample_tokens(model, 4000, 2, 7, seed=1))
 
 
 def strangers(donors, maps, **gauge):

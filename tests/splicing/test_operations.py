@@ -9,11 +9,12 @@ import torch
 from conftest import write_donor, write_stand_in
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from frankenmerge.artefacts.recipe import open_donors, parse_recipe
+from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.donors.config import is_tied
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.splicing.compatibility import recipe_faults, result_config
 from frankenmerge.splicing.methods import METHODS
+from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.operations import Combine, Copy
 from frankenmerge.splicing.stages import checked
 

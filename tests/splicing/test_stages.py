@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import write_donor
 
-from frankenmerge.artefacts.recipe import parse_recipes
+from frankenmerge.artefacts.recipe_file import parse_recipes
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging.writer import merge
 from frankenmerge.splicing.stages import checked, in_order, merge_stages

@@ -8,8 +8,9 @@ import pytest
 from conftest import write_donor
 from transformers import AutoTokenizer
 
-from frankenmerge.artefacts.recipe import open_donors, parse_recipe
+from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.errors import FrankenmergeError
+from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.tokenizer import TEMPLATES, tokenizer_files
 from frankenmerge.splicing.vocabulary import result_vocabulary
 

@@ -1,0 +1,260 @@
+"""`check`, `merge` and `widen`: from recipes to checkpoints."""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from frankenmerge.cli.console import (
+    download_option,
+    json_option,
+    out,
+    pickle_option,
+    print_json,
+    progress,
+    size,
+    table,
+)
+from frankenmerge.distributed import own_rank
+from frankenmerge.errors import fail
+
+if TYPE_CHECKING:
+    from frankenmerge.merging.writer import Merged
+    from frankenmerge.splicing.stages import Stages
+
+
+@click.command()
+@click.argument("target", metavar="RECIPE|MERGED", type=click.Path(path_type=Path))
+@download_option
+@pickle_option
+@json_option
+def check(target: Path, download: bool, allow_pickle: bool, as_json: bool) -> None:
+    """Validate a recipe against its donors, or verify a finished merge.
+
+    For a RECIPE only configs and headers are read, and the size of its result is reported. For the
+    folder MERGED every file is compared with its frankenmerge.json, and copied tensors with their
+    donors' bytes, where these donors are available.
+    """
+    if target.is_dir():
+        _verify(target, download, allow_pickle, as_json)
+        return
+    from frankenmerge.artefacts.recipe_file import load_recipes
+    from frankenmerge.workflows.merging import resolved
+
+    with resolved(
+        load_recipes(target), download=download, allow_pickle=allow_pickle, place=str(target)
+    ) as stages:
+        _print_stages(stages, as_json)
+
+
+def _verify(folder: Path, download: bool, allow_pickle: bool, as_json: bool) -> None:
+    from frankenmerge.merging.verify import verify
+
+    found = verify(folder, download=download, allow_pickle=allow_pickle, progress=progress)
+    if as_json:
+        print_json(found._asdict() | {"output": str(folder)})
+        return
+    console = out()
+    console.print(
+        f"{folder}: {found.shards} files and {found.tensors} tensors match "
+        f"{folder / 'frankenmerge.json'}; {found.compared} tensors match their donor's bytes, "
+        f"{found.hashed} files match their checksum.",
+        markup=False,
+    )
+    for name in found.absent:
+        reason = "not found, or changed since the merge"
+        console.print(f"Not compared: tensors from {name} ({reason}).", markup=False)
+
+
+def _print_stages(stages: "Stages", as_json: bool) -> None:
+    from frankenmerge.splicing.summary import summary
+
+    found = [(splice.recipe, summary(splice)) for splice in stages.all]
+    if as_json:
+        (recipe, result), before = found[-1], found[:-1]
+        named = {each.name: {"recipe": str(each), **size._asdict()} for each, size in before}
+        also = {"stages": named} if named else {}
+        print_json({"recipe": str(recipe), **result._asdict()} | also)
+        return
+    console = out()
+    for recipe, result in found:
+        last = recipe is stages.result.recipe
+        title = "The recipe is valid. Its result:" if last else f"Result of stage {recipe.name}"
+        made = table(title, "", "")
+        memory = result.memory.items()
+        rows = {
+            "blocks": result.depth,
+            "seams": result.seams,
+            "tensors": f"{result.tensors:,}",
+            "of these computed": f"{result.computed:,}",
+            "parameters": f"{result.parameters:,}",
+            "weights": f"{size(result.bytes)}, {result.dtype}",
+            "memory to load": ", ".join(f"{size(count)} in {dtype}" for dtype, count in memory),
+            "KV cache per token": size(result.kv_cache_per_token),
+        }
+        for name, value in rows.items():
+            made.add_row(name, str(value))
+        console.print(made)
+        console.print(str(recipe), markup=False)
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _bytes(_context: click.Context, _parameter: click.Parameter, value: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B)?\s*", value.upper())
+    count = float(match[1]) * _UNITS[match[2] or "B"] if match else 0
+    if not 1 <= count < 1 << 63:
+        raise click.BadParameter(f"{value!r} is not a size; write for example 5GB or 500MB")
+    return int(count)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Check everything and report what would be written.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue an interrupted merge, and keep finished shards if this one fails.",
+)
+@click.option(
+    "--shard-size",
+    default="5GB",
+    show_default=True,
+    callback=_bytes,
+    help="Largest file of weights.",
+)
+@click.option(
+    "--reflink/--no-reflink",
+    default=True,
+    help="Share blocks with the donors where the file system can (XFS, btrfs).",
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Torch device that computes tensors; copies need none.",
+)
+@click.option("--allow-nan", is_flag=True, help="Allow NaN and Inf in inputs and computed tensors.")
+@click.option(
+    "--check-finite",
+    is_flag=True,
+    help="Read all of the donors first, and refuse NaN and Inf in copied tensors too.",
+)
+@click.option(
+    "--checksums",
+    is_flag=True,
+    help="Record the SHA-256 of every file of weights in frankenmerge.json.",
+)
+@click.option(
+    "--push-to-hub",
+    metavar="REPOSITORY",
+    help="Upload the finished merge to a new repository of the hub, org/name.",
+)
+@click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
+@download_option
+@pickle_option
+@json_option
+def merge(
+    recipe: Path,
+    output: Path,
+    dry_run: bool,
+    push_to_hub: str | None,
+    private: bool,
+    download: bool,
+    allow_pickle: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all.
+
+    Stages that it uses are written to OUTPUT.stages, and made again only if their inputs have
+    changed. Under `accelerate launch` the processes share the work of a recipe without stages,
+    shard by shard.
+    """
+    from frankenmerge.artefacts.recipe_file import load_recipes
+    from frankenmerge.merging.write_plan import MergeOptions
+    from frankenmerge.storage.hub import check_push, push
+    from frankenmerge.workflows.merging import check_merge, merge_stages, resolved
+
+    rank = own_rank()
+    if options["device"] == "cuda" and "LOCAL_RANK" in os.environ:
+        options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    chosen = MergeOptions(**options)
+    with resolved(
+        load_recipes(recipe), download=download, allow_pickle=allow_pickle, place=str(recipe)
+    ) as stages:
+        if len(stages.all) > 1 and not rank.first:
+            return
+        if dry_run or len(stages.all) > 1:
+            check_merge(stages, output, chosen, rank)
+        if private and not push_to_hub:
+            remedy = "name the repository, or leave --private out"
+            raise fail("--private", "--push-to-hub", "none", remedy)
+        if push_to_hub and rank.first:
+            check_push(push_to_hub)
+        if dry_run:
+            _print_stages(stages, as_json)
+            return
+        result = merge_stages(
+            stages,
+            output,
+            chosen,
+            rank=rank,
+            download=download,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    if not rank.first:
+        return
+    address = push(result.output, push_to_hub, private=private) if push_to_hub else None
+    if as_json:
+        also = {"repository": address} if address else {}
+        print_json(result._asdict() | {"output": str(result.output)} | also)
+        return
+    _print_merged(result)
+    if address:
+        out().print(f"Uploaded to {address}", markup=False)
+
+
+def _print_merged(result: "Merged") -> None:
+    copied = result.tensors - result.computed
+    made = f"all {'computed' if result.computed else 'copied unchanged from their donors'}"
+    if copied and result.computed:
+        made = f"{result.computed} computed, {copied} copied unchanged from their donors"
+    kept = f"; {result.kept} files of weights kept from an earlier run" if result.kept else ""
+    rate = f"{size(result.bytes)} in {result.seconds:.1f} s"
+    out().print(f"{result.output}: {result.tensors} tensors, {made}{kept} ({rate})", markup=False)
+
+
+@click.command()
+@click.argument("narrow")
+@click.argument("wide")
+@click.argument("output", type=click.Path(path_type=Path))
+@download_option
+@pickle_option
+@json_option
+def widen(
+    narrow: str, wide: str, output: Path, download: bool, allow_pickle: bool, as_json: bool
+) -> None:
+    """Write the donor NARROW in the shape of the donor WIDE to the new folder OUTPUT.
+
+    It computes the same as before: everything that WIDE has more of is zeros. Then the two can be
+    spliced, and a gauge can rotate either into the other's basis.
+    """
+    from frankenmerge.merging.widen import widen as widened
+    from frankenmerge.splicing.opening import open_donor
+
+    opening = {"download": download, "allow_pickle": allow_pickle}
+    widened(open_donor(narrow, **opening), open_donor(wide, **opening), output)
+    made = open_donor(str(output))
+    count, total = made.parameters, made.bytes
+    if as_json:
+        found = {"output": str(output), "tensors": len(made.tensors)}
+        print_json(found | {"bytes": total, "parameters": count})
+        return
+    shape = f"{narrow} in the shape of {wide}"
+    out().print(f"{output}: {shape}, {count:,} parameters, {size(total)}", markup=False)

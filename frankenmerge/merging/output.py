@@ -1,0 +1,81 @@
+"""Whether an output can be written: nothing overwritten, no donor touched, enough room."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.errors import Fault, raise_all
+from frankenmerge.merging.journal import work_folder
+
+SPARE = 64 << 20
+"""Bytes of the disk that are left free."""
+
+
+def output_faults(output: Path, donors: Mapping[str, Checkpoint]) -> Iterator[Fault]:
+    """Tell why an output would overwrite something, touch a donor or cannot be made."""
+    place = str(output)
+    try:
+        os.lstat(output)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        yield Fault(place, "a folder that may be made", str(error), "choose another output")
+        return
+    if output.is_symlink() or (
+        output.exists() and not (output.is_dir() and not any(output.iterdir()))
+    ):
+        remedy = "choose another output or move it away"
+        yield Fault(
+            place, "a folder that does not exist yet, or an empty one", "something is there", remedy
+        )
+    elif output.exists() and (found := _immovable(output)):
+        yield Fault(
+            place,
+            "a folder whose place a checkpoint can take",
+            found,
+            f"choose a folder in it, such as {output / 'merged'}",
+        )
+    for donor in donors.values():
+        if donor.path.resolve() in (output.resolve(), *output.resolve().parents):
+            yield Fault(
+                place,
+                "a folder outside the donors",
+                f"it lies in {donor.path}",
+                "choose another output",
+            )
+    existing = existing_parent(output)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        yield Fault(
+            place, "a folder that may be written to", f"{existing} may not", "choose another output"
+        )
+
+
+def _immovable(folder: Path) -> str | None:
+    """What keeps a folder from being replaced by another, if anything; the working directory would be gone for who stands in it."""
+    if os.path.ismount(folder):
+        return "a mount point"
+    return "the working directory" if folder.samefile(".") else None
+
+
+def check_output(output: Path, donors: Mapping[str, Checkpoint], size: int) -> None:
+    """Raise FrankenmergeError for an output that would overwrite something, touch a donor or not fit."""
+    raise_all([*output_faults(output, donors), *room_faults(output, size)])
+
+
+def room_faults(output: Path, needed: int) -> Iterator[Fault]:
+    """Tell why so many bytes do not fit on the output's disk; those of an unfinished merge that are there need no room."""
+    there = sum(
+        path.stat().st_blocks * 512 for path in work_folder(output).rglob("*") if path.is_file()
+    )
+    free = shutil.disk_usage(existing_parent(output)).free
+    if free < needed - there + SPARE:
+        expected = (
+            f"{max(needed - there, 0):,} bytes of free disk space, and {SPARE >> 20} MiB to spare"
+        )
+        yield Fault(str(output), expected, f"{free:,}", "free some space or choose another disk")
+
+
+def existing_parent(output: Path) -> Path:
+    return next(parent for parent in output.resolve().parents if parent.exists())

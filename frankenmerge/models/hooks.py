@@ -1,0 +1,126 @@
+"""The parts of a model in memory, and what its blocks compute, by hooks on a forward pass."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from frankenmerge.errors import fail
+
+Site = Literal["block", "attention"]
+"""Where activations are read: after a block, or at the output of its attention."""
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's blocks: the one module list as long as its config says there are blocks.
+
+    Lists within another candidate (the experts of a block, say) do not count. Raises
+    FrankenmergeError for a family that has none, or several.
+    """
+    count = model.config.num_hidden_layers
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not inner:
+            found[name] = module
+    if len(found) != 1:
+        place, expected = f"family {model.config.model_type}", f"one list of {count} blocks"
+        remedy = "use a donor of another family"
+        raise fail(place, expected, ", ".join(found) or "none", remedy)
+    return next(iter(found.values()))
+
+
+def attention_of(block: nn.Module) -> nn.Module:
+    """A block's attention, under any of the names that families use.
+
+    Raises FrankenmergeError for a block that has none, or several.
+    """
+    found = {name: module for name, module in block.named_children() if name in _ATTENTION}
+    if len(found) != 1:
+        place, expected = type(block).__name__, f"one of {', '.join(_ATTENTION)} in every block"
+        remedy = "leave --site attention out, or use a donor of another family"
+        raise fail(place, expected, ", ".join(found) or "none", remedy)
+    return next(iter(found.values()))
+
+
+def embedding_of(model: PreTrainedModel) -> Tensor:
+    """The embedding matrix `[v, d]`."""
+    return model.get_input_embeddings().weight  # pyright: ignore[reportReturnType]
+
+
+class _Enough(Exception):
+    """Ends a forward pass when the last block that is needed has run."""
+
+
+@contextmanager
+def block_outputs(
+    model: PreTrainedModel, *, site: Site = "block", isolated: bool = False, last: int | None = None
+) -> Iterator[list[Tensor]]:
+    """Collect, while the context lasts, what each block makes of the latest forward pass, `[b, s, d]` each.
+
+    The list holds `l + 1` entries: what enters the first block, then every block's output before
+    any final norm. (The library's own `hidden_states[-1]` is taken behind the final norm.)
+
+    Args:
+        model: any causal language model; its blocks are hooked, and freed when the context ends.
+        site: `block` for the residual stream behind each block, `attention` for the output of its
+            attention.
+        isolated: whether every block is fed what enters the first one, instead of its predecessor's
+            output.
+        last: the deepest block wanted, 1-based; the pass ends behind it. Run the pass through
+            `forward`.
+    """
+    states: list[Tensor] = []
+    blocks = list(blocks_of(model))[:last]
+
+    def entering(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        states.clear()
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    def refeeding(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (
+            ((states[0], *args[1:]), kwargs)
+            if args
+            else (args, kwargs | {"hidden_states": states[0]})
+        )
+
+    def leaving(_module: nn.Module, _args: tuple, output: Any) -> None:
+        states.append(output if isinstance(output, Tensor) else output[0])
+
+    def stopping(_module: nn.Module, _args: tuple, _output: Any) -> None:
+        raise _Enough
+
+    handles = [blocks[0].register_forward_pre_hook(entering, with_kwargs=True)]
+    if isolated:
+        handles += [
+            block.register_forward_pre_hook(refeeding, with_kwargs=True) for block in blocks[1:]
+        ]
+    sites = blocks if site == "block" else [attention_of(block) for block in blocks]
+    handles += [module.register_forward_hook(leaving) for module in sites]
+    if last is not None:
+        handles.append(blocks[-1].register_forward_hook(stopping))
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forward(model: PreTrainedModel, **inputs: Any) -> None:
+    """Run the model without its head, for what `block_outputs` collects; ends early where that asks for it.
+
+    Keys and values are cached only in a cache that is given, `past_key_values=DynamicCache()`: the
+    pass appends to it, for the blocks it reaches, and goes on behind what it holds.
+    """
+    try:
+        backbone(model)(**inputs, use_cache="past_key_values" in inputs)
+    except _Enough:
+        pass
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model without its head, for passes that need no logits."""
+    return getattr(model, model.base_model_prefix)

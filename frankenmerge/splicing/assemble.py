@@ -1,0 +1,259 @@
+"""Execute a splice in memory: the model that a merge of it would write, without writing it."""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from frankenmerge.donors.architecture import Architecture
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.models.hooks import blocks_of
+from frankenmerge.models.loading import (
+    CPU,
+    Placement,
+    from_pretrained,
+    load_tokenizer,
+    quiet,
+    tokenizer_in,
+)
+from frankenmerge.models.streaming import read_tensor
+from frankenmerge.progress import Progress, silent
+from frankenmerge.splicing.computing import (
+    Arithmetic,
+    Computation,
+    arithmetic,
+    computed,
+    open_files,
+    workers,
+)
+from frankenmerge.splicing.methods import METHODS
+from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate, readings
+from frankenmerge.splicing.resolve import Splice
+from frankenmerge.splicing.rotation import Fit
+from frankenmerge.storage.dtypes import torch_dtype
+from frankenmerge.storage.scratch import scratch_folder
+
+Models = Mapping[str, PreTrainedModel]
+"""Donors in memory, by the names in the recipe."""
+
+
+class ComputedTensors:
+    """Computed tensors, shared among splices that compute the same from the same.
+
+    The least recently used are dropped when all take more than `limit` bytes.
+    """
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.limit, self.bytes = limit, 0
+        self._tensors: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def get(self, key: Hashable) -> Tensor | None:
+        """A tensor that was computed before."""
+        if key in self._tensors:
+            self._tensors.move_to_end(key)
+        return self._tensors.get(key)
+
+    def add(self, key: Hashable, tensor: Tensor) -> None:
+        """Keep a tensor, at the cost of those not used for longest."""
+        if key in self._tensors:
+            return
+        self._tensors[key] = tensor
+        self.bytes += tensor.nbytes
+        while self.bytes > self.limit:
+            self.bytes -= self._tensors.popitem(last=False)[1].nbytes
+
+
+@torch.no_grad()
+def assemble(
+    splice: Splice,
+    models: Models,
+    placement: Placement = CPU,
+    *,
+    fits: Mapping[int, Fit] | None = None,
+    shared: ComputedTensors | None = None,
+    progress: Progress = silent,
+) -> PreTrainedModel:
+    """Build the model of a splice: bit by bit what loading its merged checkpoint would give.
+
+    Tensors that are copied share the memory of `models`; of donors that are not among them, or are
+    offloaded, they are read from disk. What is computed is computed from the donors' files.
+
+    Args:
+        splice: what to build.
+        models: donors in memory, loaded with the same placement.
+        placement: type and devices.
+        fits: rotations of all slices that have a gauge, see `gauge_fitting.fitted_rotations`.
+        shared: computed tensors to reuse, and to add to.
+        progress: of computing.
+
+    Raises:
+        FrankenmergeError: for NaN and Inf in computed tensors, or too little memory.
+    """
+    tensors = _tensors(splice, models, placement, fits or {}, shared, progress)
+    config = AutoConfig.for_model(**splice.config)
+    with torch.device("meta"):
+        model_class = type(AutoModelForCausalLM.from_config(config))
+    model = from_pretrained(model_class, None, placement, config=config, state_dict=tensors)
+    _share_blocks(splice, models, model)
+    if splice.base.generation_config is not None:
+        with quiet():
+            model.generation_config = GenerationConfig.from_pretrained(
+                splice.base.path, local_files_only=True
+            )
+    return model
+
+
+def splice_tokenizer(splice: Splice) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that a merge of the splice would write."""
+    donor = splice.tokenizer_donor
+    if splice.tokenizer == {path.name: path.read_bytes() for path in donor.tokenizer_files}:
+        return load_tokenizer(donor)
+    with scratch_folder() as folder:
+        for name, content in splice.tokenizer.items():
+            (folder / name).write_bytes(content)
+        # Some tokenizers are chosen by the model's type.
+        (folder / "config.json").write_bytes((donor.path / "config.json").read_bytes())
+        return tokenizer_in(folder)
+
+
+def _tensors(
+    splice: Splice,
+    models: Models,
+    placement: Placement,
+    fits: Mapping[int, Fit],
+    shared: ComputedTensors | None,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """The result's tensors by name: copied ones shared with `models`, the others computed."""
+    dtype = placement.torch_dtype
+    loaded = {name: dict(_by_file_name(splice.donors[name], models[name])) for name in models}
+    tensors: dict[str, Tensor] = {}
+    missing: dict[str, tuple[Hashable, Combine | Rotate]] = {}
+    for operation in splice.operations:
+        if isinstance(operation, Copy):
+            found = loaded.get(operation.donor, {}).get(operation.source)
+            if found is None:
+                found = read_tensor(operation.tensor).to(dtype)
+            tensors[operation.name] = found
+            continue
+        key = (_identity(operation, splice, fits), dtype)
+        if shared is not None and (found := shared.get(key)) is not None:
+            tensors[operation.name] = found
+        else:
+            missing[operation.name] = key, operation
+    for name, made in _computed([each for _, each in missing.values()], fits, progress):
+        tensors[name] = made.to(dtype)
+        if shared is not None:
+            shared.add(missing[name][0], tensors[name])
+    return tensors
+
+
+def _by_file_name(donor: Checkpoint, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a loaded donor by their names in its file.
+
+    Left out is what has no counterpart there (packed experts), or is offloaded.
+    """
+    state = model.state_dict()
+    for name, named in names_as_stored(model, donor.architecture).items():
+        role, index, canonical = donor.architecture.role(named)
+        stored = donor.by_role.get((role, index), {}).get(canonical)
+        if stored and not state[name].is_meta:
+            yield stored, state[name]
+
+
+def names_as_stored(model: PreTrainedModel, architecture: Architecture) -> dict[str, str]:
+    """Names in files by names in memory: the head may have another (GPT-NeoX: `embed_out`)."""
+    output = model.get_output_embeddings()
+    head = next(name for name, module in model.named_modules() if module is output)
+    return {
+        name: architecture.head + name.removeprefix(f"{head}.")
+        if name.startswith(f"{head}.")
+        else name
+        for name in model.state_dict()
+    }
+
+
+def _computed(
+    operations: list[Combine | Rotate], fits: Mapping[int, Fit], progress: Progress
+) -> Iterator[tuple[str, Tensor]]:
+    """Compute tensors, several at a time, in the type in which a merge would store them."""
+    if not operations:
+        return
+    files = {reading.tensor.file for operation in operations for reading in readings(operation)}
+    total = sum(operation.bytes for operation in operations)
+    arithmetics: set[Arithmetic] = {arithmetic(operation, "cpu") for operation in operations}
+    with (
+        open_files(files) as handles,
+        workers(arithmetics) as pool,
+        progress("computing tensors", total, "bytes") as advance,
+    ):
+        how = Computation(handles, fits)
+        futures = [pool.submit(_computed_tensor, operation, how) for operation in operations]
+        try:
+            for operation, future in zip(operations, futures, strict=True):
+                yield operation.name, future.result()
+                advance(operation.bytes)
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _computed_tensor(operation: Combine | Rotate, how: Computation) -> Tensor:
+    content = torch.empty(operation.bytes, dtype=torch.uint8)
+    view, position = content.numpy().data, 0
+    for chunk in computed(operation, how):
+        view[position : position + len(chunk)] = chunk
+        position += len(chunk)
+    return content.view(torch_dtype(operation.dtype)).view(operation.shape)
+
+
+def _identity(operation: Combine | Rotate, splice: Splice, fits: Mapping[int, Fit]) -> Hashable:
+    """Equal for operations that compute the same from the same tensors, whatever they are named."""
+
+    def part(given: Input | None) -> Hashable:
+        if given is None:
+            return None
+        origin = (given.tensor, splice.donors[given.donor].fingerprint)
+        rows = given.rows and (
+            given.rows.tensors,
+            given.rows.origin.tobytes(),
+            given.rows.row.tobytes(),
+        )
+        return origin, tuple(sorted(given.parameters.items())), rows
+
+    if isinstance(operation, Rotate):
+        rotation = fits[operation.part].at(operation.place).hash
+        return part(operation.given), part(operation.gain), operation.met, rotation, operation.dtype
+    seed = (operation.seed, operation.name) if METHODS[operation.method].random else None
+    parameters = tuple(sorted(operation.parameters.items()))
+    inputs = tuple(part(given) for given in operation.inputs)
+    return operation.method, operation.dtype, inputs, part(operation.base), parameters, seed
+
+
+def _share_blocks(splice: Splice, models: Models, model: PreTrainedModel) -> None:
+    """Give blocks that are copied whole the very tensors of their donor.
+
+    Most have them already; those whose experts are packed in memory were packed anew.
+    """
+    blocks: dict[int, list[Operation]] = {}
+    for operation in splice.operations:
+        role, position, _ = splice.base.architecture.role(operation.name)
+        if role == "block" and position is not None:
+            blocks.setdefault(position, []).append(operation)
+    for position, operations in blocks.items():
+        origin = splice.blocks[position]
+        copied = all(isinstance(each, Copy) and each.donor == origin.model for each in operations)
+        if not copied or origin.model not in models:
+            continue
+        state: dict[str, Any] = blocks_of(models[origin.model])[origin.index].state_dict()
+        if not any(tensor.is_meta for tensor in state.values()):
+            blocks_of(model)[position].load_state_dict(state, assign=True)

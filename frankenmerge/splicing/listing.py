@@ -1,0 +1,247 @@
+"""From a validated recipe to its operations: one for every tensor, in layer order."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe_schema import Slice, Source
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.errors import Fault, fail, raise_all
+from frankenmerge.splicing.compatibility import tensor_names
+from frankenmerge.splicing.methods import faults, resolved
+from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate
+from frankenmerge.splicing.parameters import (
+    PLAIN,
+    common_parameters,
+    filter_faults,
+    model_parameters,
+    taken,
+)
+from frankenmerge.splicing.result import Donors
+from frankenmerge.splicing.rotation import meeting
+from frankenmerge.splicing.vocabulary import Rows, Vocabulary, rows_of
+
+_ALIKE = "name donors with the same tensors; for other vocabularies say tokenizer_source"
+_UNCHANGED = resolved(PLAIN, {}, per_model=True)
+
+
+class Draft(NamedTuple):
+    """A validated recipe on the way to its operations."""
+
+    recipe: Recipe
+    """Spelled out."""
+    donors: Donors
+    vocabulary: Vocabulary | None
+    dtype: str
+    tied: bool
+
+
+class _Place(NamedTuple):
+    """Which tensors of a slice are listed."""
+
+    number: int
+    """Of the slice."""
+    role: str
+    """`block`, `embedding`, `final` or `head`."""
+    t: float
+    """Depth within the slice, 0 to 1."""
+    offset: int = 0
+    """The block within the slice."""
+    position: int | None = None
+    """The block of the result."""
+
+
+def operations_of(draft: Draft, place: str) -> tuple[Operation, ...]:
+    """List the result's tensors in layer order: embedding, blocks, final norm, head.
+
+    The embedding is merged from the first slice's sources, final norm and head from the last one's,
+    all at depth 0 as mergekit 0.1 has them, unless the recipe names their donors. A tied head that
+    must part from its embedding is written out.
+
+    Raises:
+        FrankenmergeError: for parameters that a method cannot take, filters that select nothing,
+            tensors of other shapes than those they are merged with.
+    """
+    operations = tuple(_operations(draft))
+    raise_all(_operation_faults(draft, operations, place))
+    return operations
+
+
+def _operations(draft: Draft) -> Iterator[Operation]:
+    recipe, last = draft.recipe, len(draft.recipe.parts) - 1
+    yield from _end(draft, _Place(0, "embedding", 0.0), recipe.embedding)
+    position = 0
+    for number, part in enumerate(recipe.parts):
+        for offset in range(part.length):
+            t = offset / (part.length - 1) if part.length > 1 else 1.0
+            place = _Place(number, "block", t, offset, position)
+            yield from _rotated(_tensors(draft, part, place), draft, place)
+            position += 1
+    yield from _end(draft, _Place(last, "final", 0.0, offset=-1), recipe.final_norm)
+    if not draft.tied:
+        yield from _end(draft, _Place(last, "head", 0.0, offset=-1), recipe.head)
+
+
+def _end(draft: Draft, place: _Place, donor: str | None) -> Iterator[Operation]:
+    """Embedding, final norm or head: merged as their slice is, or copied from `donor`."""
+    part = draft.recipe.parts[place.number]
+    if donor:
+        plain = {
+            "merge_method": PLAIN,
+            "parameters": None,
+            "modules": None,
+            "slices": draft.recipe.parts,
+        }
+        draft = draft._replace(recipe=draft.recipe.model_copy(update=plain))
+        part = Slice(sources=[Source(model=donor, layer_range=[0, 1])])
+    elif part.by_filter:
+        part = Slice(sources=part.sources[:1], parameters=part.parameters)
+    yield from _rotated(_tensors(draft, part, place), draft, place)
+
+
+def _rotated(
+    operations: Iterable[Copy | Combine], draft: Draft, place: _Place
+) -> Iterator[Operation]:
+    """The operations of one place, as rotations where their slice has a gauge."""
+    if draft.recipe.parts[place.number].gauge is None:
+        yield from operations
+        return
+    for operation in operations:
+        if isinstance(operation, Copy):
+            given = Input(operation.donor, operation.source, operation.tensor, {})
+        else:
+            given = operation.inputs[0]
+        donor = draft.donors[given.donor]
+        # A tied head is stored under the embedding's name: the name it gets says what it does.
+        met = meeting(donor.architecture, donor.architecture.role(operation.name)[2])
+        if met.kind == "inside":
+            yield operation
+            continue
+        gain = _gain(donor, given, met.gain) if met.gain else None
+        number, offset = place.number, place.offset
+        yield Rotate(operation.name, operation.dtype, given, gain, met, number, offset)
+
+
+def _gain(donor: Checkpoint, given: Input, canonical: str) -> Input:
+    """The gain of the norm before the map `given`."""
+    role, index, _ = donor.architecture.role(given.source)
+    name = donor.by_role[("block", index) if role == "block" else ("final", None)][canonical]
+    return Input(given.donor, name, donor.tensors[name], {})
+
+
+class _Entry(NamedTuple):
+    """A source of a slice, with the names of its tensors of one place by canonical name."""
+
+    source: Source
+    names: Mapping[str, str]
+
+
+def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combine]:
+    """The tensors of one role, or of one block of a slice."""
+    recipe, donors = draft.recipe, draft.donors
+    method, sources, base = taken(recipe, part)
+    entries = [_Entry(source, _names(donors, source, place)) for source in sources]
+    start = _Entry(base, _names(donors, base, place)) if base else None
+    own = method == recipe.merge_method
+    for canonical, name_in_first in entries[0].names.items():
+        shape = donors[sources[0].model].tensors[name_in_first].shape
+
+        def given(entry: _Entry, canonical: str = canonical, shape: tuple = shape) -> Input:
+            asked = canonical.format(entry.source.layer_range[0] + place.offset)
+            name = _checked_name(draft, entry, canonical, asked, shape)
+            parameters = (
+                model_parameters(recipe, part, entry.source, asked, place.t) if own else _UNCHANGED
+            )
+            rows = _rows(draft, entry.source, base, place.role, canonical)
+            tensor = donors[entry.source.model].tensors[name]
+            return Input(entry.source.model, name, tensor, parameters, rows)
+
+        name = canonical.format(place.position)
+        chosen = [_selected(entries, canonical)] if part.by_filter else entries
+        inputs = tuple(given(entry) for entry in chosen)
+        first = inputs[0]
+        unscaled = method == PLAIN and first.parameters.get("scale", 1) == 1
+        if unscaled and first.tensor.dtype == draft.dtype and first.rows is None:
+            yield Copy(name, first.donor, first.source, first.tensor)
+            continue
+        if draft.vocabulary and first.rows:
+            shape = (draft.vocabulary.rows, *shape[1:])
+        parameters = common_parameters(recipe, part, name, place.t) if own else {}
+        base_input, seed = given(start) if start else None, _seed(recipe, name)
+        yield Combine(name, draft.dtype, shape, method, inputs, base_input, parameters, seed)
+
+
+def _names(donors: Donors, source: Source, place: _Place) -> dict[str, str]:
+    index = source.layer_range[0] + place.offset if place.role == "block" else None
+    return tensor_names(donors[source.model], place.role, index)
+
+
+def _selected(entries: Sequence[_Entry], canonical: str) -> _Entry:
+    """The source that gives a tensor: the first whose filter names it, else the unfiltered one."""
+    return next((each for each in entries[1:] if each.source.selects(canonical)), entries[0])
+
+
+def _checked_name(
+    draft: Draft, entry: _Entry, canonical: str, asked: str, shape: tuple[int, ...]
+) -> str:
+    """A tensor's name in a source. Raises FrankenmergeError where it is absent or of another shape."""
+    name, tensors = entry.names.get(canonical), draft.donors[entry.source.model].tensors
+    if name is None or (draft.vocabulary is None and tensors[name].shape != shape):
+        found = f"shape {list(tensors[name].shape)}" if name else "no such tensor"
+        expected = f"shape {list(shape)}, to be merged"
+        raise fail(f"{entry.source.model}: {asked}", expected, found, _ALIKE)
+    return name
+
+
+def _rows(
+    draft: Draft, source: Source, base: Source | None, role: str, canonical: str
+) -> Rows | None:
+    """Where the rows of embedding and head come from when they are matched by their tokens."""
+    donors = draft.donors
+    if draft.vocabulary is None or not _has_row_per_token(donors[source.model], role, canonical):
+        return None
+    stand_ins: list[str] = [*([base.model] if base else []), *draft.recipe.tensor_donors]
+    matrices = {
+        name: donors[name].tensors[tensor_names(donors[name], role)[canonical]]
+        for name in stand_ins
+    }
+    return rows_of(source.model, matrices, draft.vocabulary, draft.recipe)
+
+
+def _has_row_per_token(donor: Checkpoint, role: str, canonical: str) -> bool:
+    architecture = donor.architecture
+    embedding = architecture.root + architecture.embedding[0]
+    return role == "head" or (role == "embedding" and canonical.startswith(embedding))
+
+
+def _seed(recipe: Recipe, name: str) -> int:
+    digest = hashlib.sha256(f"{recipe.seed or 0} {name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _operation_faults(draft: Draft, operations: Sequence[Operation], place: str) -> Iterator[Fault]:
+    """Parameters that are missing, weights that cannot be normalised, filters for no tensor."""
+    reported: dict[tuple[str, ...], Fault] = {}
+    for operation in operations:
+        if isinstance(operation, Combine):
+            models = [given.parameters for given in operation.inputs]
+            where, base = f"{place}: {operation.name}", operation.base is not None
+            for fault in faults(
+                operation.method, models, operation.parameters, base=base, place=where
+            ):
+                # What is wrong with one tensor is wrong with many: the first stands for all.
+                reported.setdefault(fault[1:], fault)
+    yield from reported.values()
+    heads = [name for donor in draft.donors.values() for name in tensor_names(donor, "head")]
+    names = [operation.name for operation in operations]
+    sources = [source for operation in operations for source in _sources(operation)]
+    yield from filter_faults(draft.recipe, [*names, *sources, *heads], place)
+
+
+def _sources(operation: Operation) -> list[str]:
+    """Names that parameters of single models may be filtered by: all inputs' but the base's."""
+    if isinstance(operation, Copy):
+        return [operation.source]
+    inputs = operation.inputs if isinstance(operation, Combine) else [operation.given]
+    return [given.source for given in inputs]

@@ -1,0 +1,132 @@
+"""What a recipe's result is as a whole: its slices, its head, its type, its config."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe_schema import Slice, Source
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.config import is_tied, quantity, spliced_config
+from frankenmerge.errors import fail
+from frankenmerge.splicing.methods import METHODS
+from frankenmerge.splicing.vocabulary import Vocabulary
+from frankenmerge.storage.dtypes import DTYPES, STORED_NAMES
+
+Donors = Mapping[str, Checkpoint]
+"""Donors by the names that the recipe gives them."""
+
+
+def spelled_out(recipe: Recipe, donors: Donors, place: str = "recipe") -> Recipe:
+    """The same recipe with slices instead of whole models.
+
+    Args:
+        recipe: any; one of slices is returned as it is.
+        donors: from which whole models' depths are read.
+        place: where faults are.
+
+    Raises:
+        FrankenmergeError: for models, the base model among them, of different depth.
+    """
+    if not (wholes := recipe.stack.models):
+        return recipe
+    names = [whole.model for whole in wholes]
+    uses_base = METHODS[recipe.merge_method].base != "none"
+    names += [recipe.base_model] if recipe.base_model and uses_base else []
+    depths = {name: donors[name].blocks for name in names}
+    if len(set(depths.values())) > 1:
+        found = ", ".join(f"{name} has {blocks}" for name, blocks in depths.items())
+        remedy = "write slices that take as many blocks of each"
+        raise fail(f"{place}: models", "models of as many blocks each", found, remedy)
+    sources = [
+        Source(model=whole.model, layer_range=[0, depths[whole.model]], parameters=whole.parameters)
+        for whole in wholes
+    ]
+    slices = {"models": None, "slices": [Slice(sources=sources)]}
+    if not recipe.modules:
+        return recipe.model_copy(update=slices)
+    modules = {name: module.model_copy(update=slices) for name, module in recipe.modules.items()}
+    return recipe.model_copy(update={"modules": modules})
+
+
+def is_result_tied(recipe: Recipe, donors: Donors) -> bool:
+    """Whether the result of a spelled-out recipe uses its embedding as its head.
+
+    It does where embedding and head come from the same donors and all of these do: then the merged
+    embedding is the merged head. A rotated head has absorbed the final norm's gain, which no
+    embedding has.
+    """
+    if recipe.parts[0].gauge or recipe.parts[-1].gauge:
+        return False
+    ends = []
+    for explicit, names, part in (
+        (recipe.embedding, recipe.embedding_donors, recipe.parts[0]),
+        (recipe.head, recipe.head_donors, recipe.parts[-1]),
+    ):
+        merged = not explicit and recipe.merge_method != "passthrough"
+        ends.append([*names, part.base_model or recipe.base_model] if merged else names)
+    return ends[0] == ends[1] and all(is_tied(donors[name].config) for name in ends[0] if name)
+
+
+def result_dtype(recipe: Recipe, donors: Donors) -> str:
+    """The type of all tensors of the result, by its name in safetensors."""
+    if written := recipe.out_dtype or recipe.dtype:
+        return STORED_NAMES[written]
+    return next(iter(donors[recipe.base].dtypes))
+
+
+def result_config(
+    recipe: Recipe, donors: Donors, vocabulary: Vocabulary | None, *, dtype: str, tied: bool
+) -> dict[str, Any]:
+    """The config.json of the result of a spelled-out recipe."""
+    base = donors[recipe.base]
+    config = spliced_config(base.config, blocks_with_configs(recipe, donors, 0), tied=tied)
+    embedding, architecture = donors[recipe.embedding_donors[0]], base.architecture
+    size = vocabulary.rows if vocabulary else quantity(embedding.config, "vocabulary")
+    config[architecture.keys.vocabulary] = size
+    if architecture.learned_positions:
+        config[architecture.keys.positions] = quantity(embedding.config, "positions")
+    config.pop("_name_or_path", None)
+    # Loaders from before transformers 5 know the older key alone: keep what the base donor uses.
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[dtype].torch_name
+    return config
+
+
+def blocks_with_configs(
+    recipe: Recipe, donors: Donors, number: int
+) -> list[tuple[Mapping[str, Any], int]]:
+    """The config and index of each block that the slices' sources `number` contribute.
+
+    Of a slice with fewer sources, its last source is used.
+    """
+    chosen = [part.sources[min(number, len(part.sources) - 1)] for part in recipe.parts]
+    return [
+        (donors[source.model].config, index)
+        for source in chosen
+        for index in range(*source.layer_range)
+    ]
+
+
+def depth_within(parameters: int, donors: Iterable[Checkpoint]) -> int:
+    """The most blocks of a model of so many parameters, whichever of the donors' blocks they are.
+
+    Raises FrankenmergeError where not even one fits.
+    """
+    ends, block = 0, 1
+    for donor in donors:
+        sizes = {
+            place: sum(math.prod(donor.tensors[name].shape) for name in names.values())
+            for place, names in donor.by_role.items()
+        }
+        own = {
+            role: size
+            for (role, index), size in sizes.items()
+            if index is None and role != "ignored"
+        }
+        head = own.get("head", 0) if is_tied(donor.config) else 0
+        ends = max(ends, sum(own.values()) - head)
+        block = max(block, *(size for (role, _), size in sizes.items() if role == "block"))
+    if parameters < ends + block:
+        expected = f"at least {ends + block:,}: embedding, final norm, head and one block"
+        raise fail("parameters", expected, f"{parameters:,}", "give a larger budget")
+    return (parameters - ends) // block

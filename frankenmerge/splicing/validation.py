@@ -1,0 +1,170 @@
+"""Everything that keeps donors from being put together as a recipe says, whatever the method."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.donors.config import quantity
+from frankenmerge.errors import Fault
+from frankenmerge.splicing.compatibility import compatibility, shape_differences, shapes_of
+from frankenmerge.splicing.parameters import module_prefix
+from frankenmerge.splicing.result import Donors, blocks_with_configs
+from frankenmerge.splicing.rotation import gauge_faults
+from frankenmerge.splicing.vocabulary import Vocabulary
+from frankenmerge.storage.dtypes import COMPUTED, DTYPES
+
+_MATCH_TOKENS = (
+    "begin and end with slices of the same donor, or say tokenizer_source: base or union "
+    "to match rows by their tokens"
+)
+
+
+def compatibility_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
+    """Donors whose blocks one config cannot describe."""
+    opened = {id(donors[name]): donors[name] for name in recipe.tensor_donors}
+    expected, remedy = "donors whose blocks one config can describe", "splice donors of one family"
+    for reason in compatibility(list(opened.values())).reasons:
+        yield Fault(place, expected, reason, f"{remedy} and shape")
+
+
+def donor_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
+    """A missing tokenizer, and types that differ or cannot be computed with."""
+    if not donors[recipe.tokenizer_donor].has_tokenizer:
+        remedy = "put tokenizer.json there, or name another donor in tokenizer_source"
+        yield Fault(str(donors[recipe.tokenizer_donor].path), "a tokenizer", "none", remedy)
+    yield from _type_faults(recipe, donors, place)
+
+
+def _type_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
+    types = {name: donors[name].dtypes for name in recipe.tensor_donors}
+    for name, stored in types.items():
+        if unfit := [dtype for dtype in stored if dtype not in COMPUTED]:
+            remedy = "use an unquantised donor"
+            yield Fault(name, "tensors of floating types", ", ".join(unfit), remedy)
+    floating = {dtype for stored in types.values() for dtype in stored if dtype in COMPUTED}
+    if not recipe.dtype and not recipe.out_dtype and len(floating) > 1:
+        found = "; ".join(
+            f"{name}: {', '.join(DTYPES[dtype].torch_name for dtype in stored)}"
+            for name, stored in types.items()
+        )
+        remedy = "say dtype: it is the type of the result's tensors"
+        yield Fault(f"{place}: dtype", "donors of one floating type, or dtype", found, remedy)
+
+
+def range_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
+    """Ranges of a spelled-out recipe that reach beyond their donor."""
+    prefix = f"{place}: {module_prefix(recipe)}slices"
+    for number, part in enumerate(recipe.parts):
+        for entry, source in enumerate(part.sources):
+            blocks = donors[source.model].blocks
+            if source.layer_range[1] > blocks:
+                where = f"{prefix}[{number}].sources[{entry}].layer_range"
+                expected = f"a range within [0, {blocks}], the blocks of {source.model}"
+                yield Fault(where, expected, str(source.layer_range), "shorten the range")
+
+
+def gauge_recipe_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
+    """Gauges where none can be: beside merging, parameters or named ends, and of other families."""
+    parts = recipe.stack.slices or []
+    for number, part in enumerate(parts):
+        if part.gauge is None:
+            continue
+        where = f"{place}: {module_prefix(recipe)}slices[{number}].gauge"
+        source = part.sources[0]
+        if recipe.merge_method != "passthrough" or len(part.sources) > 1:
+            expected, found = "a slice of one source, in a passthrough", recipe.merge_method
+            yield Fault(where, expected, f"one of {found}", "merge first, then rotate the stage")
+            continue
+        if any(level.parameters for level in (recipe, recipe.stack, part, source)):
+            remedy = "remove the parameters, or the gauge"
+            yield Fault(where, "a slice without parameters", "some", remedy)
+        ends = {
+            "embedding": (0, recipe.embedding),
+            "final_norm": (-1, recipe.final_norm),
+            "head": (-1, recipe.head),
+        }
+        for key in (key for key, (end, named) in ends.items() if named and part is parts[end]):
+            expected = "none together with a gauge, which rotates it with its slice"
+            yield Fault(f"{place}: {key}", expected, "one", f"remove {key}, or the gauge")
+        if part.gauge.to == "previous" and number == 0:
+            expected = "base, for the first slice"
+            yield Fault(f"{where}.to", expected, "previous", "correct the recipe")
+        if part.gauge.fit != "probes" and not Path(part.gauge.fit).is_file():
+            expected = "probes, or a text file"
+            yield Fault(f"{where}.fit", expected, part.gauge.fit, "correct the path")
+        yield from _gauge_donor_faults(recipe, donors, number, where)
+
+
+def _gauge_donor_faults(recipe: Recipe, donors: Donors, number: int, where: str) -> Iterator[Fault]:
+    part = recipe.parts[number]
+    donor = donors[part.sources[0].model]
+    before = recipe.parts[max(0, number - 1)].sources[0].model
+    other = donors[recipe.base if part.gauge and part.gauge.to == "base" else before]
+    if donor.tokenizer_hash != other.tokenizer_hash:
+        expected = f"the tokenizer of {other.name}, so that both see the same tokens"
+        yield Fault(where, expected, "another one", "use donors that share a tokenizer")
+    indices = range(*part.sources[0].layer_range)
+    roles = [*(("block", index) for index in indices)]
+    roles += [("embedding", None), ("final", None), ("head", None)]
+    names = {name: None for role in roles for name in donor.by_role.get(role, {})}
+    yield from gauge_faults(donor.architecture, names, where)
+
+
+def pairing_faults(
+    recipe: Recipe, donors: Donors, vocabulary: Vocabulary | None, place: str
+) -> Iterator[Fault]:
+    """What has to be alike to be merged and is not: tensors, per-block settings, vocabularies."""
+    yield from _block_faults(recipe, donors, place)
+    numbers = range(max(len(part.sources) for part in recipe.parts))
+    runs = [blocks_with_configs(recipe, donors, number) for number in numbers]
+    for setting in donors[recipe.base].architecture.per_block:
+        first, *others = ([setting.of(config, index) for config, index in run] for run in runs)
+        for other in (other for other in others if other != first):
+            expected = "the same setting in all blocks that are merged into one"
+            found = f"{first} and {other}"[:400]
+            yield Fault(f"{place}: {setting.key}", expected, found, "shift the ranges")
+    yield from _end_faults(recipe, donors, vocabulary, place)
+
+
+def _block_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
+    for part in recipe.parts:
+        first = part.sources[0]
+        for other in part.sources[1:]:
+            pairs = zip(range(*first.layer_range), range(*other.layer_range), strict=True)
+            for left, right in pairs:
+                places = (first.model, left), (other.model, right)
+                shapes = [shapes_of(donors[name], "block", index) for name, index in places]
+                names = f"{first.model} block {left}", f"{other.model} block {right}"
+                for line in shape_differences(shapes, names):
+                    expected = "blocks of the same tensors to merge"
+                    remedy = "merge blocks that have the same tensors"
+                    yield Fault(place, expected, line.format("*"), remedy)
+
+
+def _end_faults(
+    recipe: Recipe, donors: Donors, vocabulary: Vocabulary | None, place: str
+) -> Iterator[Fault]:
+    ends = {
+        "embedding": recipe.embedding_donors,
+        "final": recipe.final_donors,
+        "head": recipe.head_donors,
+    }
+    for role, names in ends.items():
+        if role != "final" and recipe.vocabulary is not None:
+            continue
+        for name in names[1:]:
+            shapes = [shapes_of(donors[donor], role) for donor in (names[0], name)]
+            for line in shape_differences(shapes, (names[0], name)):
+                expected = "tensors of the same names and shapes to merge"
+                yield Fault(f"{place}: {role}", expected, line, _MATCH_TOKENS)
+    if vocabulary is not None and (recipe.parts[0].gauge or recipe.parts[-1].gauge):
+        expected = "rows as they are, together with a gauge of the first or last slice"
+        remedy = "leave the tokenizer to the base, or remove the gauge"
+        yield Fault(f"{place}: tokenizer", expected, "rows matched by their tokens", remedy)
+    sizes = [
+        quantity(donors[names[0]].config, "vocabulary")
+        for names in (ends["embedding"], ends["head"])
+    ]
+    if vocabulary is None and sizes[0] != sizes[1]:
+        expected = "first and last slice of donors with one vocabulary"
+        yield Fault(place, expected, f"{sizes[0]} and {sizes[1]} tokens", _MATCH_TOKENS)

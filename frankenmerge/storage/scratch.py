@@ -1,0 +1,32 @@
+"""Folders that exist as long as they are needed, and files that exist in memory alone."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """An empty folder, removed at the end with all that is in it."""
+    with TemporaryDirectory(prefix="frankenmerge-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def file_in_memory(path: Path) -> Iterator[int]:
+    """A file at `path` whose content is in memory, where the system can (Linux); open for writing.
+
+    Elsewhere its content is on disk.
+    """
+    if not hasattr(os, "memfd_create"):
+        with path.open("w+b") as file:
+            yield file.fileno()
+        return
+    handle = os.memfd_create(path.name)
+    try:
+        path.symlink_to(f"/proc/{os.getpid()}/fd/{handle}")
+        yield handle
+    finally:
+        os.close(handle)

@@ -1,0 +1,236 @@
+"""Evaluate checkpoints and recipes on texts, side by side with every donor of the recipes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from frankenmerge.analysis.complete import complete_search
+from frankenmerge.artefacts.evaluation import Evaluation, PredictionCheck
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.errors import fail
+from frankenmerge.evaluation.bench import Bench, Result, Text
+from frankenmerge.evaluation.checks import Checks, Findings, examine
+from frankenmerge.evaluation.lineage import checkpoint_lineage
+from frankenmerge.evaluation.non_inferiority import Comparison, judge
+from frankenmerge.evaluation.record import evaluation_record
+from frankenmerge.evaluation.retention import retained
+from frankenmerge.evaluation.samples import read_words, sample_prompts, words_of
+from frankenmerge.models.loading import CPU, Placement, load_tokenizer
+from frankenmerge.progress import Progress, silent
+from frankenmerge.splicing.assemble import splice_tokenizer
+from frankenmerge.splicing.opening import open_donor
+from frankenmerge.storage.hashing import file_hash
+from frankenmerge.workflows.atlases import atlas_of
+from frankenmerge.workflows.predictions import check_predictions
+from frankenmerge.workflows.subjects import Model, Subjects, opened_subjects
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is measured, and how."""
+
+    context: int | None = None
+    """Tokens in a window; by default what every model was made for, at most 2048."""
+    samples: int = 0
+    """Continuations of so many prompts taken from the texts."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to continue."""
+    words: tuple[Path, ...] = ()
+    """Lists of valid words, besides those of the texts."""
+    seams: bool = False
+    """Compare merges with their donors block by block."""
+    retention: bool = False
+    """Report the share of donor features that a merge preserves."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness."""
+    compare: float | None = None
+    """Bits per byte by which a merge may be worse than its best donor."""
+    against: str | None = None
+    """Compare merges with this model, instead of their best donor."""
+    seed: int = 0
+    """Of bootstrap resamples, prompts and lm-evaluation-harness."""
+    placement: Placement = CPU
+    download: bool = False
+    allow_pickle: bool = False
+
+
+class Evaluated(NamedTuple):
+    """Everything that was found."""
+
+    results: list[Result]
+    """In the order given, then the donors that were not named."""
+    findings: Findings
+    checks: Checks
+    predictions: list[PredictionCheck]
+    comparison: Comparison | None
+    record: Evaluation
+    """All of it, as `evaluate -o` writes it."""
+
+
+def evaluate(
+    models: Sequence[Model],
+    texts: Sequence[Text],
+    options: EvaluateOptions = EvaluateOptions(),  # noqa: B008 - it is immutable
+    *,
+    opened: Mapping[str, Checkpoint] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Evaluated:
+    """Measure checkpoints and recipes, and every donor of the recipes that was not named itself.
+
+    Recipes are run in memory, and nothing is written. Models are in memory one after another:
+    except for the donors of recipes that are still to come, each is released when it was measured.
+
+    Args:
+        models: what to measure.
+        texts: on what.
+        options: what else to examine, and how.
+        opened: donors that are open already, by name.
+        arguments: of the command, for the record.
+        progress: in every model; with several, it says which of how many it is.
+
+    Raises:
+        FrankenmergeError: for models that cannot be opened, and recipes that cannot be resolved.
+    """
+    with opened_subjects(
+        models, download=options.download, allow_pickle=options.allow_pickle, opened=opened
+    ) as subjects:
+        return _evaluated(subjects, texts, options, arguments or {}, progress)
+
+
+def _evaluated(
+    subjects: Subjects,
+    texts: Sequence[Text],
+    options: EvaluateOptions,
+    arguments: Mapping[str, Any],
+    progress: Progress,
+) -> Evaluated:
+    with_donors = options.seams or options.retention
+    with_donors |= options.compare is not None and not options.against
+    recorded = _recorded_donors(subjects) if with_donors else {}
+    if with_donors and not subjects.splices and not any(recorded.values()):
+        expected = "a recipe, or a checkpoint with a frankenmerge.json that names its donors"
+        raise fail("evaluate", expected, ", ".join(subjects.names), "name one")
+    donors = _donors(subjects, recorded, options)
+    checkpoints = {**subjects.checkpoints, **donors}
+    bench = Bench(
+        texts,
+        checkpoints,
+        context=options.context,
+        placement=options.placement,
+        stages=subjects.stages,
+    )
+    for checkpoint in checkpoints.values():
+        load_tokenizer(checkpoint)  # a missing one is reported before anything is measured
+    for splice in subjects.splices.values():
+        splice_tokenizer(splice)
+    checks, findings = _checks(texts, options), Findings()
+    results, order = [], [*subjects.names, *donors]
+    needed = {name: splice.copied_donors for name, splice in subjects.splices.items()}
+    if options.seams:
+        needed |= {
+            name: tuple(dict.fromkeys([*needed.get(name, ()), *splice.recipe.tensor_donors]))
+            for name, splice in subjects.splices.items()
+        }
+        needed |= recorded
+    for number, name in enumerate(order, 1):
+        shown = _numbered(progress, number, len(order))
+
+        def visit(subject: Any, shown: Progress = shown) -> None:
+            examine(subject, bench, checks, findings, shown)
+
+        if name in subjects.splices:
+            splice = subjects.splices[name]
+            results.append(bench.splice(name, splice, progress=shown, visit=visit))
+        else:
+            role = "donor" if name in donors else "model"
+            results.append(bench.checkpoint(name, role=role, progress=shown, visit=visit))
+        later = order[number:]
+        bench.keep({*later, *(donor for other in later for donor in needed.get(other, ()))})
+    findings.retention = _retention(findings, checkpoints, options, progress)
+    comparison = None
+    if options.compare is not None:
+        comparison = judge(results, options.compare, options.seed, options.against)
+    predictions = check_predictions(results, subjects.splices, subjects.files)
+    record = evaluation_record(
+        results,
+        bench,
+        checks,
+        findings,
+        predictions=predictions,
+        comparison=comparison,
+        against=options.against,
+        arguments=arguments,
+        recipes={name: file_hash(file) for name, file in subjects.files.items()},
+    )
+    return Evaluated(results, findings, checks, predictions, comparison, record)
+
+
+def _numbered(progress: Progress, number: int, models: int) -> Progress:
+    """Progress that says which of the models it is about."""
+    if models == 1:
+        return progress
+    return lambda what, total, unit: progress(f"{number} of {models}: {what}", total, unit)
+
+
+def _recorded_donors(subjects: Subjects) -> dict[str, tuple[str, ...]]:
+    """The donors of merged checkpoints, by the provenance in their folders."""
+    found = {}
+    for name, checkpoint in subjects.checkpoints.items():
+        others = {other: each for other, each in subjects.checkpoints.items() if other != name}
+        if lineage := checkpoint_lineage(checkpoint, others):
+            found[name] = lineage.donors
+    return found
+
+
+def _donors(
+    subjects: Subjects, recorded: Mapping[str, tuple[str, ...]], options: EvaluateOptions
+) -> dict[str, Checkpoint]:
+    """What is measured besides the models that were named."""
+    names = [*subjects.donors, *(name for donors in recorded.values() for name in donors)]
+    names += [options.against] if options.against else []
+    wanted = (name for name in dict.fromkeys(names) if name not in subjects.names)
+    return {
+        name: subjects.donors.get(name)
+        or open_donor(name, download=options.download, allow_pickle=options.allow_pickle)
+        for name in wanted
+    }
+
+
+def _checks(texts: Sequence[Text], options: EvaluateOptions) -> Checks:
+    contents = [text.content for text in texts]
+    prompts = [*options.prompts, *sample_prompts(contents, options.samples, options.seed)]
+    words = [*map(words_of, contents), *map(read_words, options.words)]
+    return Checks(
+        prompts=prompts,
+        vocabulary=frozenset().union(*words),
+        seams=options.seams,
+        tasks=options.tasks,
+        search=(lambda model, advance: complete_search(model, k=1, advance=advance))
+        if options.retention
+        else None,
+        seed=options.seed,
+    )
+
+
+def _retention(
+    findings: Findings,
+    checkpoints: Mapping[str, Checkpoint],
+    options: EvaluateOptions,
+    progress: Progress,
+) -> dict[str, list]:
+    """Which features of each donor every model preserves; donors' atlases may be in the cache."""
+    names = dict.fromkeys(
+        block.model for blocks, _ in findings.features.values() for block in blocks
+    )
+    tops = {
+        name: atlas_of(
+            checkpoints[name],
+            device=options.placement.device,
+            dtype=options.placement.dtype,
+            progress=progress,
+        ).top["plain"]
+        for name in names
+    }
+    return {name: retained(top, tops, blocks) for name, (blocks, top) in findings.features.items()}

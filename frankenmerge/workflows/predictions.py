@@ -1,0 +1,103 @@
+"""Predictions compared with measurements: what a plan said of a recipe, and what it measured."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from frankenmerge.artefacts import evidence
+from frankenmerge.artefacts.evaluation import PredictionCheck
+from frankenmerge.artefacts.evidence import PlanRecord
+from frankenmerge.artefacts.recipe import Recipe, key_of
+from frankenmerge.errors import FrankenmergeError
+from frankenmerge.evaluation.bench import Result
+from frankenmerge.splicing.resolve import Splice
+
+
+def check_predictions(
+    results: Iterable[Result], splices: Mapping[str, Splice], files: Mapping[str, Path]
+) -> list[PredictionCheck]:
+    """Compare recipes with the evidence in their folders, where some is about them.
+
+    Args:
+        results: of the recipes and of all their donors.
+        splices: the recipes, by the names of their results.
+        files: the recipes' files, by the same names.
+    """
+    results = list(results)
+    losses = {result.name: result.total.nats_per_token for result in results}
+    checks = []
+    for result in results:
+        splice, file = splices.get(result.name), files.get(result.name)
+        if splice and file and (plan := planned_for(splice, file)):
+            known = splice.shares.keys() <= losses.keys()
+            if known:
+                low, high = plan.interval
+                checks.append(
+                    check_prediction(result, splice, plan.predicted_damage, (low, high), losses)
+                )
+    return checks
+
+
+def check_prediction(
+    result: Result,
+    splice: Splice,
+    predicted: float,
+    interval: tuple[float, float],
+    losses: Mapping[str, float],
+) -> PredictionCheck:
+    """Compare what was predicted of a recipe with its result.
+
+    Args:
+        result: of the recipe.
+        splice: the recipe, resolved.
+        predicted: nats per token above the donors' own loss.
+        interval: 90 % interval of it.
+        losses: the donors' own, nats per token by name.
+    """
+    measured = result.total.nats_per_token - donors_loss(splice, losses)
+    low, high = interval
+    return PredictionCheck(
+        recipe=result.name,
+        predicted=predicted,
+        low=low,
+        high=high,
+        measured=measured,
+        held=low <= measured <= high,
+    )
+
+
+def donors_loss(splice: Splice, losses: Mapping[str, float]) -> float:
+    """What damage is measured from: the donors' own losses, each by its share of the blocks."""
+    return sum(losses[name] * share for name, share in splice.shares.items())
+
+
+def planned_for(splice: Splice, file: Path) -> PlanRecord | None:
+    """What was planned for a recipe, by the evidence files in its folder.
+
+    A plan is the recipe's when its key is. Of several such plans, that of the evidence file named
+    after the recipe's counts, or else the one written last. Plans of version 0.1 have no key: it
+    is computed from their recipe, where the donors have the names that they have here.
+    """
+    found: list[tuple[bool, float, PlanRecord]] = []
+    for path in sorted(file.parent.glob(f"*{evidence.SUFFIX}")):
+        try:
+            plans = evidence.load(path).plans
+        except FrankenmergeError:
+            continue  # another program's file
+        named = file.name.startswith(path.name.removesuffix(evidence.SUFFIX) + ".")
+        for plan in plans:
+            if (plan.key or _key_in_01(plan, splice, file.parent)) == splice.key:
+                found.append((named, path.stat().st_mtime, plan))
+    return max(found, key=lambda each: each[:2])[2] if found else None
+
+
+def _key_in_01(plan: PlanRecord, splice: Splice, folder: Path) -> str | None:
+    """The key of a plan without one; None where its donors are not the splice's."""
+    prints = {name: donor.fingerprint for name, donor in splice.donors.items()}
+    # A recipe's file may name donors relative to its folder.
+    prints |= {
+        str(Path(name).relative_to(folder)): each
+        for name, each in prints.items()
+        if Path(name).is_relative_to(folder)
+    }
+    recipe = Recipe.model_validate(plan.recipe)
+    return key_of(recipe, prints, splice.texts) if set(recipe.donors) <= prints.keys() else None

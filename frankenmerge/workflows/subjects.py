@@ -1,0 +1,129 @@
+"""Models to be evaluated: checkpoints and recipes, opened and resolved together."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe_file import load_recipes
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.errors import FrankenmergeError, raise_all
+from frankenmerge.splicing.opening import open_donor
+from frankenmerge.splicing.resolve import Splice
+from frankenmerge.splicing.stages import execute, resolve_stages
+from frankenmerge.storage.scratch import scratch_folder
+from frankenmerge.workflows.stages_in_memory import make_in_memory
+
+Model = str | Path | Checkpoint | Recipe
+"""A folder, a hub id, a recipe's file, a checkpoint that is open, a recipe."""
+
+
+class Subjects(NamedTuple):
+    """What is to be evaluated, by unique names."""
+
+    checkpoints: dict[str, Checkpoint]
+    """Those that were named."""
+    splices: dict[str, Splice]
+    """The recipes that were named, resolved, their stages made in memory."""
+    names: tuple[str, ...]
+    """All of these in the order given."""
+    donors: dict[str, Checkpoint]
+    """Donors of the splices."""
+    stages: dict[str, Checkpoint]
+    """Donors of the splices that were made in memory."""
+    files: dict[str, Path]
+    """Files of recipes, by the recipes' names."""
+
+
+def is_recipe(name: str) -> bool:
+    """Whether a name on the command line is a recipe's."""
+    return Path(name).suffix in (".yaml", ".yml") and not Path(name).is_dir()
+
+
+@contextmanager
+def opened_subjects(
+    models: Sequence[Model],
+    *,
+    download: bool = False,
+    allow_pickle: bool = False,
+    opened: Mapping[str, Checkpoint] | None = None,
+) -> Iterator[Subjects]:
+    """Open every checkpoint once, and resolve every recipe once.
+
+    Args:
+        models: what is to be evaluated; the same one given twice is evaluated once.
+        download: whether donors may be fetched.
+        allow_pickle: whether donors that have only pickles are converted.
+        opened: donors that are open already, by name.
+
+    Raises:
+        FrankenmergeError: with everything that is wrong with any model or recipe.
+    """
+    with ExitStack() as closing:
+        scratch = closing.enter_context(scratch_folder())
+        known = dict(opened or {})
+        known |= {model.name: model for model in models if isinstance(model, Checkpoint)}
+        checkpoints, splices, files = {}, {}, {}
+        donors: dict[str, Checkpoint] = {}
+        stages: dict[str, Checkpoint] = {}
+        names, faults = [], []
+        for number, model in enumerate(models):
+            try:
+                if (recipes := _recipes(model)) is None:
+                    checkpoint = _checkpoint(model, known, download, allow_pickle)
+                    name = checkpoint.name
+                    checkpoints[name] = known[name] = checkpoint
+                else:
+                    place = str(model) if isinstance(model, str | Path) else "recipe"
+                    folder = scratch / str(number)
+                    folder.mkdir()
+                    resolved = resolve_stages(
+                        recipes,
+                        folder,
+                        download=download,
+                        allow_pickle=allow_pickle,
+                        opened=known,
+                        place=place,
+                    )
+                    known |= resolved.opened
+                    donors |= resolved.opened
+                    splice = execute(resolved, make_in_memory, closing)
+                    made = splice.donors.keys() - resolved.opened.keys()
+                    stages |= {donor: splice.donors[donor] for donor in made}
+                    name = _unique(model, splice, splices)
+                    splices[name] = splice
+                    if isinstance(model, str | Path):
+                        files[name] = Path(model)
+                names.append(name)
+            except FrankenmergeError as error:
+                faults += error.faults
+        raise_all(faults)
+        order = tuple(dict.fromkeys(names))
+        yield Subjects(checkpoints, splices, order, donors, stages, files)
+
+
+def _recipes(model: Model) -> list[Recipe] | None:
+    if isinstance(model, Recipe):
+        return [model]
+    if not isinstance(model, Checkpoint) and is_recipe(str(model)):
+        return load_recipes(Path(model))
+    return None
+
+
+def _checkpoint(
+    model: Model, known: Mapping[str, Checkpoint], download: bool, allow_pickle: bool
+) -> Checkpoint:
+    if isinstance(model, Checkpoint):
+        return model
+    name = str(model)
+    return known.get(name) or open_donor(name, download=download, allow_pickle=allow_pickle)
+
+
+def _unique(model: Model, splice: Splice, others: Mapping[str, Splice]) -> str:
+    """A recipe's file, or its summary, with its key where another recipe has the same summary."""
+    if isinstance(model, str | Path):
+        return str(model)
+    name = str(splice.recipe)
+    same = name not in others or others[name].key == splice.key
+    return name if same else f"{name} #{splice.key[:8]}"
