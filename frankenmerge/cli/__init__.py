@@ -1,4 +1,4 @@
-"""The command line: thin commands around the stages."""
+"""The command line: parse, call, print."""
 
 import sys
 from collections.abc import Sequence
@@ -15,12 +15,16 @@ from frankenmerge.cli.features import features
 from frankenmerge.cli.merge import check, merge, widen
 from frankenmerge.cli.plan import plan
 from frankenmerge.cli.report import report
-from frankenmerge.errors import FrankenmergeError
+from frankenmerge.errors import Fault, FrankenmergeError
 
-WAY = """\
-The way from donors to a report:
+MISTAKE, INTERRUPTED = 2, 130
+"""Exit status of a mistake in the input, and of an interruption."""
+
+HELP = """\
+Find out which blocks of which models fit together, then splice them.
 
 \b
+From donors to a report:
   frankenmerge inspect A B                 can they be spliced?
   frankenmerge align A B -o RUN/ab.alignment.safetensors
   frankenmerge plan RUN/ab.alignment.safetensors -o RUN/recipe.yaml
@@ -28,11 +32,15 @@ The way from donors to a report:
   frankenmerge merge RUN/recipe.yaml RUN/merged
   frankenmerge report RUN -o report.html
 
-`frankenmerge demo` goes all of it with the donors in the package.
+`frankenmerge demo` runs the whole pipeline on the bundled donors.
+
+\b
+Exit status: 0 success, 1 unexpected error, 2 mistake in the input,
+3 a comparison failed (evaluate --compare), 130 interrupted.
 """
 
 
-@click.group(help=f"Find out which blocks of which models fit together, then splice them.\n\n{WAY}")
+@click.group(help=HELP)
 @click.version_option(__version__)
 def cli() -> None:
     """Hold the commands."""
@@ -56,22 +64,28 @@ for command in (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code: 0, 1 for a user's mistake, 130 when interrupted."""
+    """Run the command line and exit with its status, see `HELP`."""
+    given = None if arguments is None else list(arguments)
     try:
-        cli.main(
-            args=None if arguments is None else list(arguments),
-            prog_name="frankenmerge",
-            standalone_mode=False,
-        )
+        cli.main(args=given, prog_name="frankenmerge", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
     except click.ClickException as error:
-        error.show()
-        sys.exit(1)
+        click.echo(f"frankenmerge: {_fault(error)}", err=True)
+        sys.exit(MISTAKE)
     except FrankenmergeError as error:
         click.echo(f"frankenmerge: {error}", err=True)
-        sys.exit(1)
+        sys.exit(MISTAKE)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("frankenmerge: interrupted; nothing that looks finished was left", err=True)
-        sys.exit(130)
+        click.echo("frankenmerge: interrupted; no incomplete output was left behind", err=True)
+        sys.exit(INTERRUPTED)
     sys.exit(0)
+
+
+def _fault(error: click.ClickException) -> Fault:
+    """A mistake that click found, in the form of all others."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "frankenmerge"
+    hint = error.param.get_error_hint(context) if getattr(error, "param", None) else ""  # pyright: ignore[reportAttributeAccessIssue]
+    place = f"{path} {hint}".strip()
+    return Fault(place, "valid arguments", error.format_message(), f"see `{path} --help`")

@@ -1,4 +1,4 @@
-"""What the commands rank: tables on standard output, progress on standard error, common options."""
+"""What the commands share: tables on standard output, progress on standard error, common options."""
 
 import json
 import os
