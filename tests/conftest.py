@@ -128,6 +128,47 @@ def real() -> tuple[Path, Path]:
     return paths
 
 
+def resolved(recipe, donors=None):
+    """The splice of a recipe; its donors are opened where they are not given."""
+    from frankenmerge.splicing.opening import open_donors
+    from frankenmerge.splicing.resolve import resolve
+
+    return resolve(recipe, open_donors(recipe) if donors is None else donors)
+
+
+def written(recipe, output, *, donors=None, rank=None, progress=None, **options):
+    """Merge a recipe into `output`; `options` are those of a merge."""
+    from frankenmerge.distributed import Rank
+    from frankenmerge.merging.write_plan import MergeOptions
+    from frankenmerge.merging.writer import merge
+    from frankenmerge.progress import silent
+
+    splice, rank = resolved(recipe, donors), rank or Rank()
+    return merge(splice, output, MergeOptions(**options), rank=rank, progress=progress or silent)
+
+
+def in_memory(recipe, donors=None, fits=None):
+    """The model of a recipe, assembled in memory; gauges are fitted where fits are not given."""
+    from frankenmerge.models.loading import load_model
+    from frankenmerge.splicing.assemble import assemble
+    from frankenmerge.splicing.gauge_fitting import fitted_rotations
+
+    splice = resolved(recipe, donors)
+    models = {name: load_model(donor) for name, donor in splice.donors.items()}
+    return assemble(splice, models, fits=fitted_rotations(splice) if fits is None else fits)
+
+
+def meter(advance):
+    """A progress meter that calls `advance` with the number of units done."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def progress(_what, _total, _unit):
+        yield advance
+
+    return progress
+
+
 def changed(source: Path, folder: Path, tensors=None, config=None) -> Path:
     """Copy a donor of one file to the new `folder`, its tensors (numpy arrays by name) and its config each put through a function."""
     import json
