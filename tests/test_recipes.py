@@ -1,4 +1,4 @@
-"""Every recipe that is shipped is sound, makes the size its makers published, and makes what transformers would load.
+"""Every shipped recipe is valid, has its published size, and makes what transformers loads.
 
 Its donors are stand-ins of the real ones' shapes: headers over holes, which take no disk.
 """
@@ -11,8 +11,7 @@ from conftest import write_stand_in
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from frankenmerge.artefacts.recipe_file import load_recipes
-from frankenmerge.splicing.compatibility import result_config
-from frankenmerge.splicing.stages import checked
+from frankenmerge.splicing.stages import resolve_stages
 from frankenmerge.splicing.summary import summary
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -83,7 +82,7 @@ PUBLISHED = {
     "rys-xlarge": (87, 78e9),
     "pruneme-mistral-24": (24, 5.5e9),
 }
-"""Blocks, and parameters as far as the models' names and cards tell them."""
+"""Blocks, and parameters as far as the models' names and cards give them."""
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ def shelf(tmp_path_factory) -> Path:
 @pytest.fixture
 def stages(shelf, tmp_path, monkeypatch):
     monkeypatch.chdir(shelf)
-    return lambda path: checked(load_recipes(path), tmp_path, place=path.stem)
+    return lambda path: resolve_stages(load_recipes(path), tmp_path, place=path.stem).all
 
 
 def test_every_published_recipe_is_there():
@@ -123,14 +122,13 @@ def test_every_published_recipe_is_there():
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_shipped_recipe_makes_the_tensors_of_its_config(path, stages):
-    for recipe, donors, operations in stages(path):
-        config = result_config(recipe, donors)
+    for splice in stages(path):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**splice.config))
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        assert {operation.name: tuple(operation.shape) for operation in operations} == wanted
-        assert {operation.dtype for operation in operations} == {"BF16"}
-        assert AutoConfig.for_model(**config).dtype == torch.bfloat16
+        assert {operation.name: tuple(operation.shape) for operation in splice.operations} == wanted
+        assert {operation.dtype for operation in splice.operations} == {"BF16"}
+        assert AutoConfig.for_model(**splice.config).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

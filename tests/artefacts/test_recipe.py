@@ -7,13 +7,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frankenmerge.artefacts.recipe import Block, Recipe, Seam, recipe_of, reference
+from frankenmerge.artefacts.recipe import Block, Recipe, Seam, recipe_of
 from frankenmerge.artefacts.recipe_file import (
     load_recipe,
     load_recipes,
     parse_recipe,
     parse_recipes,
 )
+from frankenmerge.artefacts.recipe_schema import reference
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.splicing.opening import open_donors
 
@@ -208,7 +209,7 @@ speed: 3
         fault.place.rpartition(".")[2].rpartition(" ")[2]: fault.expected for fault in found
     }
     assert (
-        expected["wieght"] == expected["layer_ranges"] == "one of: model, layer_range, parameters"
+        expected["wieght"] == expected["layer_ranges"] == "one of: model, layer_range, filter, parameters"
     )
     assert expected["name"] == "one of: sources, base_model, parameters, gauge"
     assert expected["speed"].startswith("one of: name, slices, models, modules, merge_method")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import changed, write_donor
+from conftest import changed, resolved, write_donor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from frankenmerge.analysis.complete import complete_search
@@ -22,8 +22,8 @@ from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.families import FAMILIES
 from frankenmerge.merging.writer import merge
-from frankenmerge.models.loading import load_model, virtual_splice
-from frankenmerge.splicing.opening import open_donors
+from frankenmerge.models.loading import load_model
+from frankenmerge.splicing.assemble import assemble
 
 BLOCKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
 """Where a family keeps its blocks, if not in `model.layers`."""
@@ -179,18 +179,14 @@ def by_the_donors(order, models) -> torch.Tensor:
 
 def spliced(order, pair, output):
     """Merge, and splice in memory: the loaded checkpoint, and the logits of both."""
-    recipe = recipe_of([Block(str(pair.folders[name]), index) for name, index in order])
-    donors = open_donors(recipe)
-    merge(recipe, donors, output)
+    splice = resolved(recipe_of([Block(str(pair.folders[name]), index) for name, index in order]))
+    merge(splice, output)
     loaded, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
         info
     )
-    virtual = virtual_splice(
-        recipe,
-        donors,
-        {str(pair.folders[name]): pair.models[name] for name in {name for name, _ in order}},
-    )
+    models = {str(pair.folders[name]): pair.models[name] for name, _ in order}
+    virtual = assemble(splice, models)
     return loaded.eval(), passed(loaded)[1], passed(virtual)[1]
 
 

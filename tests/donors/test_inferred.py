@@ -3,15 +3,13 @@
 import re
 
 import pytest
-from conftest import write_donor
+from conftest import resolved, write_donor
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.families import FAMILIES, USUAL
 from frankenmerge.donors.inferred import architecture_of
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.splicing.compatibility import result_config
 from frankenmerge.splicing.opening import open_donors
-from frankenmerge.splicing.operations import schedule
 
 REFUSED = {
     "mistral": "sliding_window but no layer_types",
@@ -38,19 +36,15 @@ def test_a_family_taken_out_of_the_table_is_inferred_to_be_the_same_or_refused(
             for donor, index in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 3), (1, 3))
         ]
     )
-    donors = open_donors(recipe)
-    operations, config, listed = (
-        schedule(recipe, donors),
-        result_config(recipe, donors),
-        donors[recipe.base].architecture,
-    )
+    splice = resolved(recipe)
+    listed = splice.base.architecture
     monkeypatch.delitem(FAMILIES, family)
     if family in REFUSED and not changes:
         with pytest.raises(FrankenmergeError, match=REFUSED[family]):
             open_donors(recipe)
         return
-    donors = open_donors(recipe)
-    inferred = donors[recipe.base].architecture
+    again = resolved(recipe)
+    inferred = again.base.architecture
     for name in (
         "root",
         "block",
@@ -62,10 +56,10 @@ def test_a_family_taken_out_of_the_table_is_inferred_to_be_the_same_or_refused(
         "learned_positions",
     ):
         assert getattr(inferred, name) == getattr(listed, name)
-    assert schedule(recipe, donors) == operations
+    assert again.operations == splice.operations
     superseded = {number for part in USUAL.per_block for number in part.numbers}
-    assert result_config(recipe, donors) == {
-        key: value for key, value in config.items() if key not in superseded
+    assert again.config == {
+        key: value for key, value in splice.config.items() if key not in superseded
     }
 
 

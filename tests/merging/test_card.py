@@ -8,12 +8,13 @@ from huggingface_hub import ModelCard
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.merging.card import card_picture, model_card
+from conftest import resolved
+from frankenmerge.merging.card import card_diagram, model_card
 
 
 @pytest.fixture
 def splice(donors, tmp_path):
-    """A recipe of donors as if they had come from the hub, and those; each donor's own card may be given."""
+    """A splice of donors as if they had come from the hub, each with a card of its own if given."""
     import shutil
 
     def made(*cards: str | None, names=("org/one", "org/two@v1+org/lora")):
@@ -26,19 +27,17 @@ def splice(donors, tmp_path):
         recipe = recipe_of(
             [Block(names[0], 0), Block(names[0], 1), Block(names[1], 1), Block(names[1], 2)]
         )
-        return recipe, opened
+        return resolved(recipe, opened)
 
     return made
 
 
-def card(recipe, donors) -> ModelCard:
-    return ModelCard(
-        model_card(recipe, donors, next(iter(donors.values())).config), ignore_metadata_errors=False
-    )
+def card(splice) -> ModelCard:
+    return ModelCard(model_card(splice), ignore_metadata_errors=False)
 
 
 def test_the_hub_reads_donors_library_and_tags(splice):
-    data = card(*splice()).data.to_dict()
+    data = card(splice()).data.to_dict()
     assert data == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -49,8 +48,7 @@ def test_the_hub_reads_donors_library_and_tags(splice):
 
 
 def test_folders_are_not_named_as_models_of_the_hub(splice, tmp_path):
-    recipe, donors = splice(names=(str(tmp_path / "a"), str(tmp_path / "b")))
-    made = card(recipe, donors)
+    made = card(splice(names=(str(tmp_path / "a"), str(tmp_path / "b"))))
     assert "base_model" not in made.data.to_dict() and str(tmp_path / "a") in made.text
 
 
@@ -69,21 +67,21 @@ LICENSED = "---\nlicense: apache-2.0\n---\n# one\n"
         ("---\nlicense: [a, b]\n---\n",) * 2 + (None,),
     ],
 )
-def test_a_licence_is_told_only_where_all_donors_have_it(splice, one, two, licence):
-    assert card(*splice(one, two)).data.to_dict().get("license") == licence
+def test_a_licence_is_named_only_where_all_donors_have_it(splice, one, two, licence):
+    assert card(splice(one, two)).data.to_dict().get("license") == licence
 
 
-def test_the_card_tells_how_to_load_the_model_and_where_it_comes_from(splice):
-    recipe, donors = splice()
-    text = card(recipe, donors).text
+def test_the_card_says_how_to_load_the_model_and_where_it_comes_from(splice):
+    stacked = splice()
+    text = card(stacked).text
     loading = text.split("```python\n")[1].split("```")[0]
     compile(loading, "card", "exec")
     assert "AutoModelForCausalLM" in loading and "](splice.svg)" in text
-    assert all(donor.fingerprint in text for donor in donors.values())
+    assert all(donor.fingerprint in text for donor in stacked.donors.values())
 
 
-def test_the_picture_shows_every_donor(splice):
-    root = ElementTree.fromstring(card_picture(*splice()))
+def test_the_diagram_shows_every_donor(splice):
+    root = ElementTree.fromstring(card_diagram(splice()))
     assert "block" in str(root.findtext("{http://www.w3.org/2000/svg}desc"))
     assert {"4 blocks", "result", "A 0–1", "B 1–2"} <= {
         text.text for text in root.iter("{http://www.w3.org/2000/svg}text")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import changed, write_donor
+from conftest import changed, in_memory, meter, resolved, write_donor, written
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -21,10 +21,7 @@ from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.families import FAMILIES
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.merging.writer import merge
-from frankenmerge.models.loading import load_model, virtual_splice
 from frankenmerge.splicing.opening import open_donors
-from frankenmerge.splicing.operations import schedule
 from frankenmerge.storage.safetensors_header import read_header
 
 EMBEDDINGS = {
@@ -51,8 +48,7 @@ def recipe_for(order, **fields) -> Recipe:
 
 
 def merged(order, output, *, fields=(), **options):
-    recipe = recipe_for(order, **dict(fields))
-    return merge(recipe, open_donors(recipe), output, **options)
+    return written(recipe_for(order, **dict(fields)), output, **options)
 
 
 def block_of(name: str) -> tuple[int | None, str]:
@@ -120,11 +116,7 @@ def logits(model) -> torch.Tensor:
 
 
 def virtual(order) -> torch.nn.Module:
-    recipe = recipe_for(order)
-    donors = open_donors(recipe)
-    return virtual_splice(
-        recipe, donors, {name: load_model(donor) for name, donor in donors.items()}
-    )
+    return in_memory(recipe_for(order))
 
 
 # Donors whose tensors say whose they are
@@ -502,7 +494,7 @@ def test_the_recipe_of_the_result_parses_to_the_recipe(order, tmp_path):
     recipe = recipe_for(
         order, base_model=str(order[0][0]), tokenizer_source="base", dtype="float32"
     )
-    merge(recipe, open_donors(recipe), tmp_path / "out")
+    written(recipe, tmp_path / "out")
     assert load_recipe(tmp_path / "out" / "recipe.yaml") == recipe
 
 
@@ -564,7 +556,7 @@ def test_tokenizer_and_generation_config_are_those_of_the_donors_named(coded, tm
 
 def test_progress_counts_every_byte(order, tmp_path):
     moved = []
-    result = merged(order, tmp_path / "out", advance=moved.append)
+    result = merged(order, tmp_path / "out", progress=meter(moved.append))
     assert sum(moved) == result.bytes and all(count > 0 for count in moved)
 
 
@@ -593,7 +585,7 @@ def refused(recipe: Recipe, output: Path, room: Path, donors=None) -> tuple:
     """The faults of a merge that is refused, and leaves the folder `room` as it was."""
     before = tree(room)
     with pytest.raises(FrankenmergeError) as caught:
-        merge(recipe, donors or open_donors(recipe), output)
+        written(recipe, output, donors=donors)
     assert tree(room) == before
     for fault in caught.value.faults:
         assert all(isinstance(part, str) and part.strip() for part in fault), fault
@@ -824,7 +816,7 @@ def test_a_donor_that_shrinks_meanwhile_leaves_nothing(coded, tmp_path, room, mo
         merged(
             [(donor, 0), (donor, 3)],
             room / "out",
-            advance=lambda _: os.truncate(donor / "model.safetensors", 9000),
+            progress=meter(lambda _: os.truncate(donor / "model.safetensors", 9000)),
         )
     assert "model.safetensors ended at byte 9,000" in caught.value.faults[0].found
     assert tree(room) == before
@@ -837,7 +829,7 @@ def test_an_interrupted_merge_leaves_nothing(order, room, calls):
 
     before = tree(room)
     with pytest.raises(KeyboardInterrupt):
-        merged(order, room / "out", advance=after(calls, lambda _moved: None, interrupt))
+        merged(order, room / "out", progress=meter(after(calls, lambda _moved: None, interrupt)))
     assert tree(room) == before
 
 
@@ -870,19 +862,19 @@ def test_the_bytes_are_the_same_without_copies_in_the_kernel(order, tmp_path, mo
     assert tree(tmp_path / "other") == tree(tmp_path / "kernel")
 
 
-# The schedule
+# The operations
 
 
-def test_the_schedule_names_each_tensors_origin_in_layer_order(coded):
+def test_the_operations_name_each_tensors_origin_in_layer_order(coded):
     a, b = (str(coded[name]) for name in "ab")
     recipe = recipe_of([Block(a, 3), Block(b, 0)])
-    copies = schedule(recipe, open_donors(recipe))
-    told = [
+    copies = resolved(recipe).operations
+    origins = [
         (copy.name, copy.donor, copy.source)
         for copy in copies
         if "layers" not in copy.name or "norm" in copy.name
     ]
-    assert told == [
+    assert origins == [
         ("model.embed_tokens.weight", a, "model.embed_tokens.weight"),
         ("model.layers.0.input_layernorm.weight", a, "model.layers.3.input_layernorm.weight"),
         (

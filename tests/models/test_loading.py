@@ -1,17 +1,17 @@
-"""Models in memory, held against transformers' own forward pass."""
+"""Models in memory, compared with transformers' own forward pass."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import changed, write_donor
+from conftest import changed, resolved, write_donor
 from safetensors.torch import load_file
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models.hooks import block_outputs, blocks_of, embedding_of, forward
-from frankenmerge.models.loading import load_model, load_tokenizer, untrained_model, virtual_splice
-from frankenmerge.splicing.opening import open_donors
+from frankenmerge.models.loading import Placement, load_model, load_tokenizer, untrained_model
+from frankenmerge.splicing.assemble import assemble
 
 FAMILIES = {
     "llama": "norm",
@@ -33,10 +33,9 @@ def loaded(path):
 
 
 def splice(blocks):
-    recipe = recipe_of([Block(str(path), index) for path, index in blocks])
-    donors = open_donors(recipe)
-    models = {name: load_model(donor) for name, donor in donors.items()}
-    return virtual_splice(recipe, donors, models), models
+    splice = resolved(recipe_of([Block(str(path), index) for path, index in blocks]))
+    models = {name: load_model(donor) for name, donor in splice.donors.items()}
+    return assemble(splice, models), models
 
 
 @pytest.fixture(params=FAMILIES)
@@ -69,7 +68,7 @@ def test_forward_collects_the_same_as_a_pass_with_the_head(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("last", [1, 3, 4])
-def test_a_pass_ends_behind_the_last_block_wanted(donors, last):
+def test_a_pass_ends_after_the_last_block_wanted(donors, last):
     model = loaded(donors["a"])
     ran = []
     for number, block in enumerate(blocks_of(model), 1):
@@ -146,7 +145,7 @@ def test_an_unspliced_donor_gives_its_own_logits_exactly(family):
 @pytest.mark.parametrize(
     "first, last", [("a", "b"), ("b", "a"), ("a", "a"), ("b", "b"), ("g", "h"), ("g", "g")]
 )
-def test_a_splice_computes_its_blocks_in_turn(donors, first, last):
+def test_a_splice_computes_its_blocks_one_after_the_other(donors, first, last):
     order = [(first, 0), (first, 1), (last, 1), (last, 3)]
     model, models = splice([(donors[name], index) for name, index in order])
     head, tail = models[str(donors[first])], models[str(donors[last])]
@@ -197,15 +196,15 @@ def test_a_splice_leaves_its_donors_as_they_were(donors, first, last):
     recipe = recipe_of(
         [Block(str(donors[first]), 0), Block(str(donors[last]), 1), Block(str(donors[last]), 0)]
     )
-    opened = open_donors(recipe)
-    models = {name: load_model(donor) for name, donor in opened.items()}
+    spliced = resolved(recipe)
+    models = {name: load_model(donor) for name, donor in spliced.donors.items()}
     before = {
         name: {key: value.clone() for key, value in model.state_dict().items()}
         for name, model in models.items()
     }
     configs = {name: model.config.to_dict() for name, model in models.items()}
     logits = {name: model(input_ids=IDS).logits for name, model in models.items()}
-    virtual_splice(recipe, opened, models)(input_ids=IDS)
+    assemble(spliced, models)(input_ids=IDS)
     for name, model in models.items():
         now = model.state_dict()
         assert now.keys() == before[name].keys()
@@ -241,9 +240,9 @@ def test_generation_with_a_cache_equals_generation_without_where_blocks_repeat(
         "do_sample": False,
         "pad_token_id": 0,
     }
-    told = {"return_dict_in_generate": True, "output_logits": True}
+    details = {"return_dict_in_generate": True, "output_logits": True}
     cached, plain = (
-        model.generate(IDS, use_cache=use_cache, **options, **told) for use_cache in (True, False)
+        model.generate(IDS, use_cache=use_cache, **options, **details) for use_cache in (True, False)
     )
     assert cached.sequences.shape == (2, 22)
     assert torch.equal(cached.sequences, plain.sequences)
@@ -330,7 +329,7 @@ def test_a_donor_without_a_tokenizer_is_refused_when_one_is_needed(donors, tmp_p
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_model_computes_in_the_type_asked_for(donors, dtype):
-    model = load_model(open_checkpoint(str(donors["a"])), dtype=dtype)
+    model = load_model(open_checkpoint(str(donors["a"])), Placement(dtype))
     assert {value.dtype for value in model.parameters()} == {getattr(torch, dtype)}
     assert not model.training
 
@@ -341,7 +340,10 @@ def test_a_model_spread_over_memory_and_disk_gives_the_same(donors, tmp_path):
     whole, spread = (
         load_model(checkpoint),
         load_model(
-            checkpoint, device="auto", max_memory={"cpu": "25KB"}, offload=tmp_path / "offload"
+            checkpoint,
+            Placement(
+                device="auto", max_memory={"cpu": "25KB"}, offload=tmp_path / "offload"
+            ),
         ),
     )
     assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
@@ -358,17 +360,18 @@ def test_a_model_spread_over_memory_and_disk_gives_the_same(donors, tmp_path):
 @pytest.mark.parametrize("options", [{"max_memory": {"cpu": "1MB"}}, {"offload": "somewhere"}])
 def test_memory_is_shared_out_over_devices_chosen_automatically_alone(donors, options):
     with pytest.raises(FrankenmergeError, match="auto"):
-        load_model(open_checkpoint(str(donors["a"])), **options)
+        load_model(open_checkpoint(str(donors["a"])), Placement(**options))
 
 
 def test_memory_that_is_no_size_is_refused(donors):
     with pytest.raises(FrankenmergeError, match="parrots"):
         load_model(
-            open_checkpoint(str(donors["a"])), device="auto", max_memory={"cpu": "2 parrots"}
+            open_checkpoint(str(donors["a"])),
+            Placement(device="auto", max_memory={"cpu": "2 parrots"}),
         )
 
 
-def test_an_index_that_transformers_cannot_read_is_told(donors, tmp_path):
+def test_an_index_that_transformers_cannot_read_is_refused(donors, tmp_path):
     import json
     import shutil
 
