@@ -4,11 +4,11 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
+from conftest import resolved
 from huggingface_hub import ModelCard
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
-from conftest import resolved
 from frankenmerge.merging.card import card_diagram, model_card
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_donor
+from conftest import write_donor, written
 from safetensors.numpy import load_file
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
@@ -15,7 +15,6 @@ from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.merging import copying, shards
 from frankenmerge.merging.copying import clonable
 from frankenmerge.merging.shards import BLOCK
-from frankenmerge.merging.writer import merge
 from frankenmerge.splicing.opening import open_donors
 
 MAKERS = {"xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}
@@ -104,9 +103,9 @@ def donors(large, room):
 def test_a_merge_shares_its_donors_blocks_and_has_the_bytes_of_a_copy(donors, room, tmp_path):
     recipe = recipe_for(donors)
     opened = open_donors(recipe)
-    merge(recipe, opened, tmp_path / "copied", reflink=False)
+    written(recipe, tmp_path / "copied", donors=opened, reflink=False)
     before = used(room)
-    result = merge(recipe, opened, room / "out")
+    result = written(recipe, room / "out", donors=opened)
     grown = used(room) - before
     assert_same_tensors(room / "out", tmp_path / "copied")
     assert result.bytes > 30 << 20 and grown < result.bytes / 10
@@ -118,8 +117,8 @@ def test_the_model_computes_what_its_copy_does(donors, room, tmp_path):
 
     recipe = recipe_for(donors)
     opened = open_donors(recipe)
-    merge(recipe, opened, tmp_path / "copied", reflink=False)
-    merge(recipe, opened, room / "out")
+    written(recipe, tmp_path / "copied", donors=opened, reflink=False)
+    written(recipe, room / "out", donors=opened)
     ids = torch.tensor([[0, 7, 30, 7, 4000]])
     with torch.no_grad():
         ours, theirs = (
@@ -132,9 +131,9 @@ def test_the_model_computes_what_its_copy_does(donors, room, tmp_path):
 def test_no_reflink_makes_a_copy_in_the_usual_layout(donors, room, tmp_path):
     recipe = recipe_for(donors)
     opened = open_donors(recipe)
-    merge(recipe, opened, tmp_path / "copied")
+    written(recipe, tmp_path / "copied", donors=opened)
     before = used(room)
-    result = merge(recipe, opened, room / "out", reflink=False)
+    result = written(recipe, room / "out", donors=opened, reflink=False)
     assert used(room) - before > result.bytes * 0.9
     assert {path.name: path.read_bytes() for path in (room / "out").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "copied").iterdir()
@@ -143,7 +142,7 @@ def test_no_reflink_makes_a_copy_in_the_usual_layout(donors, room, tmp_path):
 
 def test_donors_are_not_changed_by_a_change_of_the_result(donors, room):
     recipe = recipe_for(donors)
-    merge(recipe, open_donors(recipe), room / "out")
+    written(recipe, room / "out")
     before = {path: path.read_bytes() for folder in donors.values() for path in folder.iterdir()}
     for file in (room / "out").glob("*.safetensors"):
         file.write_bytes(bytes(file.stat().st_size))
@@ -158,15 +157,15 @@ def test_only_donors_on_the_same_file_system_are_shared(donors, large, room, tmp
     opened = open_donors(recipe)
     files = {tensor.file for donor in opened.values() for tensor in donor.tensors.values()}
     assert clonable(files, room) == {donors["x"] / "model.safetensors"}
-    merge(recipe, opened, tmp_path / "copied", reflink=False)
-    merge(recipe, opened, room / "out")
+    written(recipe, tmp_path / "copied", donors=opened, reflink=False)
+    written(recipe, room / "out", donors=opened)
     assert_same_tensors(room / "out", tmp_path / "copied")
 
 
 def test_a_clone_that_fails_midway_is_copied(donors, room, tmp_path, monkeypatch):
     recipe = recipe_for(donors)
     opened = open_donors(recipe)
-    merge(recipe, opened, tmp_path / "copied", reflink=False)
+    written(recipe, tmp_path / "copied", donors=opened, reflink=False)
     real, left = copying.clone, iter(range(5))
 
     def tired(*arguments):
@@ -175,7 +174,7 @@ def test_a_clone_that_fails_midway_is_copied(donors, room, tmp_path, monkeypatch
         real(*arguments)
 
     monkeypatch.setattr(copying, "clone", tired)
-    merge(recipe, opened, room / "out")
+    written(recipe, room / "out", donors=opened)
     assert_same_tensors(room / "out", tmp_path / "copied")
 
 
@@ -184,10 +183,10 @@ def test_a_disk_without_room_for_a_copy_has_room_for_a_share(donors, room, monke
     opened = open_donors(recipe)
     usage = shutil.disk_usage(room)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=70 << 20))
-    monkeypatch.setattr("frankenmerge.merging.plan.SPARE", 60 << 20)
+    monkeypatch.setattr("frankenmerge.merging.output.SPARE", 60 << 20)
     with pytest.raises(Exception, match="free disk space"):
-        merge(recipe, opened, room / "copied", reflink=False)
-    merge(recipe, opened, room / "out")
+        written(recipe, room / "copied", donors=opened, reflink=False)
+    written(recipe, room / "out", donors=opened)
 
 
 def test_where_nothing_can_be_cloned_the_layout_is_the_usual_one(large, tmp_path, monkeypatch):
@@ -198,7 +197,7 @@ def test_where_nothing_can_be_cloned_the_layout_is_the_usual_one(large, tmp_path
     recipe = recipe_for(large)
     opened = open_donors(recipe)
     for name, reflink in (("tried", True), ("refused", False)):
-        merge(recipe, opened, tmp_path / name, reflink=reflink)
+        written(recipe, tmp_path / name, donors=opened, reflink=reflink)
     assert [path.read_bytes() for path in sorted((tmp_path / "tried").iterdir())] == [
         path.read_bytes() for path in sorted((tmp_path / "refused").iterdir())
     ]

@@ -1,4 +1,4 @@
-"""Merges that are killed, fail or meet: what is left, what is gone on with, and that the bytes are the same."""
+"""Merges that are killed, fail or coincide: what is left, what is resumed, and the same bytes."""
 
 import errno
 import fcntl
@@ -12,21 +12,22 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import meter, written
 
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.distributed import Rank
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging import journal, writer
 from frankenmerge.merging.journal import work_folder
-from frankenmerge.merging.writer import merge
-from frankenmerge.splicing.opening import open_donors
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from frankenmerge.merging.writer import merge
 from frankenmerge.artefacts.recipe_file import load_recipe
+from frankenmerge.merging.write_plan import MergeOptions
+from frankenmerge.merging.writer import merge
 from frankenmerge.splicing.opening import open_donors
+from frankenmerge.splicing.resolve import resolve
 
 left = int(sys.argv[3])
 def counted(real):
@@ -40,7 +41,8 @@ def counted(real):
 for name in ("fsync", "copy_file_range", "pwrite", "rename", "truncate"):
     setattr(os, name, counted(getattr(os, name)))
 recipe = load_recipe(Path(sys.argv[1]))
-merge(recipe, open_donors(recipe), Path(sys.argv[2]), shard_size=6000, resume=len(sys.argv) > 4)
+options = MergeOptions(shard_size=6000, resume=len(sys.argv) > 4)
+merge(resolve(recipe, open_donors(recipe)), Path(sys.argv[2]), options)
 print("left", left)
 """
 
@@ -68,7 +70,7 @@ def recipe(donors, tmp_path) -> Recipe:
 @pytest.fixture
 def whole(recipe, tmp_path) -> dict[str, bytes]:
     """The undisturbed result."""
-    merge(recipe, open_donors(recipe), tmp_path / "whole", shard_size=6000)
+    written(recipe, tmp_path / "whole", shard_size=6000)
     return tree(tmp_path / "whole")
 
 
@@ -109,7 +111,7 @@ def finished(folder: Path) -> dict[str, tuple[int, int]]:
 
 def refused(recipe: Recipe, output: Path, **options):
     with pytest.raises(FrankenmergeError) as caught:
-        merge(recipe, open_donors(recipe), output, **{"shard_size": 6000} | options)
+        written(recipe, output, **{"shard_size": 6000} | options)
     return caught.value.faults
 
 
@@ -127,7 +129,7 @@ def test_a_merge_killed_at_any_call_is_finished_by_resume_with_the_same_bytes(
             assert after >= calls - 2 and tree(output) == whole
             continue
         before = finished(work_folder(output) / "checkpoint")
-        result = merge(recipe, open_donors(recipe), output, shard_size=6000, resume=True)
+        result = written(recipe, output, shard_size=6000, resume=True)
         assert tree(output) == whole
         assert result.kept == len(before) and before.items() <= finished(output).items()
         assert not work_folder(output).exists()
@@ -154,7 +156,7 @@ def test_what_is_left_is_told_and_left_alone_without_resume(recipe, tmp_path, ro
 
 
 def test_resume_without_anything_left_begins_anew(recipe, whole, room):
-    assert merge(recipe, open_donors(recipe), room / "out", shard_size=6000, resume=True).kept == 0
+    assert written(recipe, room / "out", shard_size=6000, resume=True).kept == 0
     assert tree(room / "out") == whole
 
 
@@ -211,7 +213,7 @@ def test_a_work_folder_without_its_journal_is_begun_anew(recipe, whole, tmp_path
     for file in (work / "checkpoint").glob("*.safetensors"):
         file.write_bytes(bytes(file.stat().st_size))
     assert "--resume" in refused(recipe, room / "out")[0].remedy
-    assert merge(recipe, open_donors(recipe), room / "out", shard_size=6000, resume=True).kept == 0
+    assert written(recipe, room / "out", shard_size=6000, resume=True).kept == 0
     assert tree(room / "out") == whole
 
 
@@ -219,20 +221,19 @@ def test_a_finished_shard_of_another_size_is_written_again(recipe, whole, tmp_pa
     work = half_done(tmp_path, room / "out")
     file = min((work / "checkpoint").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
-    merge(recipe, open_donors(recipe), room / "out", shard_size=6000, resume=True)
+    written(recipe, room / "out", shard_size=6000, resume=True)
     assert tree(room / "out") == whole
 
 
 def test_progress_counts_what_was_kept_too(recipe, whole, tmp_path, room):
     half_done(tmp_path, room / "out")
     moved = []
-    result = merge(
+    result = written(
         recipe,
-        open_donors(recipe),
         room / "out",
         shard_size=6000,
         resume=True,
-        advance=moved.append,
+        progress=meter(moved.append),
     )
     assert sum(moved) == result.bytes
 
@@ -262,7 +263,7 @@ def test_what_is_finished_is_kept_when_a_merge_to_be_resumed_fails(
                 lambda handle, content, at: real_write(handle, content, at) if at == 0 else fails(),
             )
         with pytest.raises((FrankenmergeError, KeyboardInterrupt)) as caught:
-            merge(recipe, open_donors(recipe), room / "out", shard_size=6000, resume=True)
+            written(recipe, room / "out", shard_size=6000, resume=True)
     if kind == "disk full":
         assert "No space left" in str(caught.value) and str(work_folder(room / "out")) in str(
             caught.value
@@ -270,7 +271,7 @@ def test_what_is_finished_is_kept_when_a_merge_to_be_resumed_fails(
     assert not (room / "out").exists()
     kept = finished(work_folder(room / "out") / "checkpoint")
     assert kept
-    merge(recipe, open_donors(recipe), room / "out", shard_size=6000, resume=True)
+    written(recipe, room / "out", shard_size=6000, resume=True)
     assert kept.items() <= finished(room / "out").items() and tree(room / "out") == whole
 
 
@@ -308,7 +309,7 @@ def test_a_disk_that_is_really_full_is_told_and_left_as_it_was(donors, tmp_path)
     try:
         recipe = recipe_of([Block(str(donors["a"]), index) for index in (0, 1, 2, 3, 2, 1)])
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("frankenmerge.merging.plan.SPARE", -(1 << 30))
+            patched.setattr("frankenmerge.merging.output.SPARE", -(1 << 30))
             (fault,) = refused(recipe, room / "out")
         assert "No space left" in fault.found and not list(room.iterdir())
         (fault,) = refused(recipe, room / "out")
@@ -328,7 +329,7 @@ def test_a_second_merge_into_one_output_is_refused_while_the_first_runs(recipe, 
             for resume in (False, True):
                 refusals.extend(refused(recipe, room / "out", resume=resume))
 
-    merge(recipe, open_donors(recipe), room / "out", shard_size=6000, advance=meanwhile)
+    written(recipe, room / "out", shard_size=6000, progress=meter(meanwhile))
     assert [fault.found for fault in refusals] == ["one that is running"] * 2
     assert tree(room / "out") == whole and os.listdir(room) == ["out"]
 
@@ -342,11 +343,11 @@ def test_a_merge_whose_output_another_finished_meanwhile_is_refused_before_it_wr
     def overtaken(*arguments, **named):
         plan = real(*arguments, **named)
         monkeypatch.setattr(writer, "planned", real)
-        merge(recipe, open_donors(recipe), room / "out", shard_size=6000)
+        written(recipe, room / "out", shard_size=6000)
         return plan
 
     monkeypatch.setattr(writer, "planned", overtaken)
-    (fault,) = refused(recipe, room / "out", resume=resume, advance=moved.append)
+    (fault,) = refused(recipe, room / "out", resume=resume, progress=meter(moved.append))
     assert fault.found == "one that has finished meanwhile" and not moved
     assert tree(room / "out") == whole and os.listdir(room) == ["out"]
 
@@ -357,9 +358,9 @@ def test_outputs_of_other_names_are_merged_at_the_same_time(recipe, whole, room)
     def meanwhile(_moved):
         if not done:
             done.append(True)
-            merge(recipe, open_donors(recipe), room / "other", shard_size=6000)
+            written(recipe, room / "other", shard_size=6000)
 
-    merge(recipe, open_donors(recipe), room / "out", shard_size=6000, advance=meanwhile)
+    written(recipe, room / "out", shard_size=6000, progress=meter(meanwhile))
     assert tree(room / "out") == tree(room / "other") == whole
 
 
@@ -381,7 +382,7 @@ def test_a_folder_that_locks_cannot_be_had_of_is_still_made_once(
         return real(handle, operation)
 
     monkeypatch.setattr(fcntl, "flock", unable)
-    merge(recipe, open_donors(recipe), room / "out", shard_size=6000)
+    written(recipe, room / "out", shard_size=6000)
     assert tree(room / "out") == whole
     half_done(tmp_path, room / "again")
     assert "unfinished" in refused(recipe, room / "again")[0].found
@@ -459,12 +460,12 @@ def test_shards_of_a_process_that_ends_are_taken_over(recipe, whole, room):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("frankenmerge.merging.writer.write_shards", others_first)
-        merge(recipe, open_donors(recipe), room / "out", shard_size=6000)
+        written(recipe, room / "out", shard_size=6000)
     assert len(plan) > 3 and tree(room / "out") == whole
 
 
 def test_a_process_whose_first_one_does_not_begin_says_so(recipe, room, monkeypatch):
     monkeypatch.setattr(journal, "PATIENCE", 0.2)
     with pytest.raises(FrankenmergeError, match="RANK 0"):
-        merge(recipe, open_donors(recipe), room / "out", rank=Rank(1, 2))
+        written(recipe, room / "out", rank=Rank(1, 2))
     assert not list(room.iterdir())

@@ -1,4 +1,4 @@
-"""A finished merge held against its provenance: what is right passes, whatever is changed is named."""
+"""A finished merge compared with its provenance: a sound one passes, every change is named."""
 
 import json
 import shutil
@@ -6,14 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import changed
+from conftest import changed, meter, written
 from safetensors.numpy import load_file, save_file
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging.verify import verify
-from frankenmerge.merging.writer import merge
-from frankenmerge.splicing.opening import open_donors
 
 
 @pytest.fixture
@@ -35,9 +33,7 @@ def output(donor, tmp_path):
                 for name, index in (("a", 0), ("deep", 1), ("deep", 2), ("a", 3))
             ]
         )
-        return merge(
-            recipe, open_donors(recipe), tmp_path / "out", **{"shard_size": 12000} | options
-        ).output
+        return written(recipe, tmp_path / "out", **{"shard_size": 12000} | options).output
 
     return call
 
@@ -68,7 +64,7 @@ def provenance(folder: Path, change) -> None:
 def test_a_merge_is_what_it_says(output, checksums):
     folder = output(checksums=checksums)
     moved = []
-    found = verify(folder, advance=moved.append)
+    found = verify(folder, progress=meter(moved.append))
     files = len(list(folder.glob("*.safetensors")))
     assert files > 2
     assert found == (folder, files, 39, files if checksums else 0, 39, [])

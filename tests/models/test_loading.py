@@ -242,7 +242,8 @@ def test_generation_with_a_cache_equals_generation_without_where_blocks_repeat(
     }
     details = {"return_dict_in_generate": True, "output_logits": True}
     cached, plain = (
-        model.generate(IDS, use_cache=use_cache, **options, **details) for use_cache in (True, False)
+        model.generate(IDS, use_cache=use_cache, **options, **details)
+        for use_cache in (True, False)
     )
     assert cached.sequences.shape == (2, 22)
     assert torch.equal(cached.sequences, plain.sequences)
@@ -341,9 +342,7 @@ def test_a_model_spread_over_memory_and_disk_gives_the_same(donors, tmp_path):
         load_model(checkpoint),
         load_model(
             checkpoint,
-            Placement(
-                device="auto", max_memory={"cpu": "25KB"}, offload=tmp_path / "offload"
-            ),
+            Placement(device="auto", max_memory={"cpu": "25KB"}, offload=tmp_path / "offload"),
         ),
     )
     assert set(spread.hf_device_map.values()) == {"cpu", "disk"}

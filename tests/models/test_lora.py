@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import changed, write_donor
+from conftest import changed, write_donor, written
 from safetensors.numpy import load_file, save_file
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.merging.writer import merge
-from frankenmerge.splicing.opening import open_donor, open_donors
+from frankenmerge.splicing.opening import open_donor
 
 RANK = 3
 PROJECTIONS = ("self_attn.q_proj", "mlp.down_proj")
@@ -217,7 +216,7 @@ def test_a_merge_takes_the_folded_tensors_and_the_recipe_keeps_the_name(donors, 
     lora = write_lora(tmp_path / "lora", donors["a"])
     name = f"{donors['a']}+{lora}"
     recipe = recipe_of([Block(name, 0), Block(name, 1), Block(str(donors["b"]), 2)])
-    output = merge(recipe, open_donors(recipe), tmp_path / "out").output
+    output = written(recipe, tmp_path / "out").output
     made, expected = load_file(output / "model.safetensors"), by_hand(donors["a"], lora, 5 / RANK)
     for key in (
         "model.layers.1.mlp.down_proj.weight",
@@ -229,11 +228,9 @@ def test_a_merge_takes_the_folded_tensors_and_the_recipe_keeps_the_name(donors, 
     assert np.array_equal(
         made["model.layers.2.mlp.down_proj.weight"], other["model.layers.2.mlp.down_proj.weight"]
     )
-    told = json.loads((output / "frankenmerge.json").read_text())
-    assert (
-        set(told["donors"]) == {name, str(donors["b"])}
-        and name in (output / "recipe.yaml").read_text()
-    )
+    provenance = json.loads((output / "frankenmerge.json").read_text())
+    assert set(provenance["donors"]) == {name, str(donors["b"])}
+    assert name in (output / "recipe.yaml").read_text()
 
 
 def test_commands_take_a_lora(donors, tmp_path, run, text, cache):

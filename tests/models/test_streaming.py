@@ -83,7 +83,10 @@ def test_a_streamed_donor_gives_the_same_bits_as_one_in_memory(family_donors, fa
     checkpoint = family_donors[family]
     if not streamable(checkpoint):
         pytest.skip("its blocks are stored otherwise than they are run")
-    streamed, resident = stream_model(checkpoint, dtype=dtype), load_model(checkpoint, Placement(dtype))
+    streamed, resident = (
+        stream_model(checkpoint, dtype=dtype),
+        load_model(checkpoint, Placement(dtype)),
+    )
     for value in (
         resident.parameters()
     ):  # mapped from the file they stand at odd addresses, on which kernels' last bits depend

@@ -6,27 +6,32 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import changed, write_donor
+from conftest import changed, meter, resolved, write_donor, written
 from safetensors.torch import load_file, save_file
 
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
-from frankenmerge.donors.checkpoint import Checkpoint, Tensor, open_checkpoint
+from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.merging import plan, writer
-from frankenmerge.merging.shards import readings
-from frankenmerge.merging.writer import merge
+from frankenmerge.merging.finite import finite_faults
+from frankenmerge.merging.write_plan import MergeOptions
+from frankenmerge.merging.writer import merge, write_computed
+from frankenmerge.progress import silent
 from frankenmerge.splicing import computing
-from frankenmerge.splicing.computing import not_finite
+from frankenmerge.splicing.computing import Computation
 from frankenmerge.splicing.methods import native_chunks
 from frankenmerge.splicing.opening import open_donors
-from frankenmerge.splicing.operations import Combine, Copy, Input, schedule
+from frankenmerge.splicing.operations import Combine, Copy, Input, readings
+from frankenmerge.splicing.resolve import Splice
 from frankenmerge.splicing.vocabulary import Rows
+from frankenmerge.storage.safetensors_header import Tensor
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -48,14 +53,14 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def combined(
-    copies: list[Copy],
+    copies: Sequence[Copy],
     second: Checkpoint,
     *,
     dtype: str | None = None,
     weights=(0.25, 0.75),
     every: int = 1,
 ) -> list:
-    """Rotation every so many copies into weighted means with the tensors of the same names of another donor."""
+    """Make every so many copies weighted means with the same tensors of another donor."""
     made = []
     for number, copy in enumerate(copies):
         if number % every:
@@ -80,17 +85,20 @@ def combined(
     return made
 
 
-@pytest.fixture
-def linear(monkeypatch):
-    """Merge whole donors tensor by tensor, by way of the writer."""
+def linear_splice(first: Path, second: Path, **how) -> Splice:
+    """The splice of a whole donor, combined tensor by tensor with another one."""
+    splice = resolved(recipe_of([Block(str(first), index) for index in range(4)]))
+    operations = combined(splice.operations, open_checkpoint(str(second)), **how)
+    return replace(splice, operations=tuple(operations))
 
-    def call(first: Path, second: Path, output: Path, *, options=(), **how):
-        recipe = recipe_of([Block(str(first), index) for index in range(4)])
-        other = open_checkpoint(str(second))
-        monkeypatch.setattr(
-            plan, "schedule", lambda *given: combined(schedule(*given), other, **how)
-        )
-        return merge(recipe, open_donors(recipe), output, **dict(options))
+
+@pytest.fixture
+def linear():
+    """Merge whole donors tensor by tensor."""
+
+    def call(first: Path, second: Path, output: Path, *, options=(), progress=silent, **how):
+        options = MergeOptions(**dict(options))
+        return merge(linear_splice(first, second, **how), output, options, progress=progress)
 
     return call
 
@@ -148,7 +156,7 @@ def test_computed_and_copied_tensors_share_a_file(linear, pair, tmp_path):
     )
     found, a, b = tensors_of(tmp_path / "out"), tensors_of(first), tensors_of(second)
     recipe = recipe_of([Block(str(first), index) for index in range(4)])
-    names = [copy.name for copy in schedule(recipe, open_donors(recipe))]
+    names = [copy.name for copy in resolved(recipe).operations]
     computed = set(names[::3])
     assert result.computed == len(computed)
     for name, tensor in found.items():
@@ -246,9 +254,9 @@ def test_without_the_extension_the_bytes_of_nan_are_the_same(
     if method == "slerp":
         recipe |= {"models": recipe["models"][:2], "parameters": {"t": 0.3}}
     parsed = Recipe.model_validate(recipe)
-    merge(parsed, open_donors(parsed), tmp_path / "c", allow_nan=True)
+    written(parsed, tmp_path / "c", allow_nan=True)
     without_extension()
-    merge(parsed, open_donors(parsed), tmp_path / "torch", allow_nan=True)
+    written(parsed, tmp_path / "torch", allow_nan=True)
     one, other = (tmp_path / name / "model.safetensors" for name in ("c", "torch"))
     assert one.read_bytes() == other.read_bytes() and load_file(one)[NAME].isnan().any()
 
@@ -296,7 +304,7 @@ def test_what_one_arithmetic_began_the_other_does_not_resume(
 
     options = {"shard_size": 100_000, "resume": True}
     with pytest.raises(FrankenmergeError, match="the disk is gone"):
-        linear(*pair["BF16"], tmp_path / "out", options=options | {"progress": broken})
+        linear(*pair["BF16"], tmp_path / "out", options=options, progress=meter(broken))
     without_extension()
     with pytest.raises(FrankenmergeError, match="another arithmetic"):
         linear(*pair["BF16"], tmp_path / "out", options=options)
@@ -307,7 +315,7 @@ def test_what_one_arithmetic_began_the_other_does_not_resume(
 
 def test_progress_counts_computed_bytes(linear, pair, tmp_path):
     moved = []
-    result = linear(*pair["BF16"], tmp_path / "out", every=2, options={"progress": moved.append})
+    result = linear(*pair["BF16"], tmp_path / "out", every=2, progress=meter(moved.append))
     assert (
         sum(moved)
         == result.bytes
@@ -348,14 +356,12 @@ def test_rows_of_several_donors_are_put_together(pair, tmp_path, without_extensi
 
 
 def written_alone(operation: Combine, path: Path) -> torch.Tensor:
-    """What `compute` writes for one operation, as float32."""
+    """What `write_computed` writes for one operation, as float32."""
     files = {reading.tensor.file for reading in readings(operation)}
     handles = {file: os.open(file, os.O_RDONLY) for file in files}
     target = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        computing.compute(
-            operation, handles, target, 0, lambda _: None, device="cpu", allow_nan=False
-        )
+        write_computed(operation, Computation(handles, {}), target, 0, lambda _: None)
     finally:
         for handle in (*handles.values(), target):
             os.close(handle)
@@ -369,7 +375,7 @@ def written_alone(operation: Combine, path: Path) -> torch.Tensor:
 def test_any_number_of_threads_writes_the_same_bytes(linear, pair, tmp_path, monkeypatch, threads):
     before = torch.get_num_threads()
     for name, count in (("one", 1), ("many", threads)):
-        monkeypatch.setattr(writer, "cores", lambda count=count: count)
+        monkeypatch.setattr(computing, "cores", lambda count=count: count)
         linear(*pair["BF16"], tmp_path / name, options={"shard_size": 300_000})
     assert tree(tmp_path / "one") == tree(tmp_path / "many")
     assert torch.get_num_threads() == before
@@ -380,18 +386,12 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_computing
-from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.merging import plan
-from frankenmerge.merging.writer import merge
 from frankenmerge.distributed import own_rank
-from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
-from frankenmerge.splicing.opening import open_donors
+from frankenmerge.merging.write_plan import MergeOptions
+from frankenmerge.merging.writer import merge
 first, second, output = sys.argv[2:5]
-recipe = recipe_of([Block(first, index) for index in range(4)])
-other, real = open_checkpoint(second), plan.schedule
-plan.schedule = lambda *given: test_computing.combined(real(*given), other)
-moved = []
-merge(recipe, open_donors(recipe), Path(output), rank=own_rank(), shard_size=100_000, advance=moved.append)
+splice = test_computing.linear_splice(Path(first), Path(second))
+merge(splice, Path(output), MergeOptions(shard_size=100_000), rank=own_rank())
 """
 
 
@@ -491,22 +491,22 @@ def test_a_copied_tensor_is_read_for_nan_where_that_is_asked_for(pair, tmp_path,
     recipe = recipe_of([Block(str(donor), index) for index in (0, 2, 2)])
     opened = open_donors(recipe)
     with pytest.raises(FrankenmergeError) as caught:
-        merge(recipe, opened, tmp_path / "out", check_finite=True)
+        written(recipe, tmp_path / "out", donors=opened, check_finite=True)
     assert [fault.place for fault in caught.value.faults] == [f"{donor}: {NAME}"] and not (
         tmp_path / "out"
     ).exists()
-    merge(recipe, opened, tmp_path / "out")
+    written(recipe, tmp_path / "out", donors=opened)
     sound = recipe_of([Block(str(donor), index) for index in (0, 1, 3)])
-    merge(sound, opened, tmp_path / "sound", check_finite=True)
+    written(sound, tmp_path / "sound", donors=opened, check_finite=True)
 
 
 def test_whole_numbers_are_never_nan(tmp_path):
     (tmp_path / "x").write_bytes(b"\xff" * 16)
     operation = Copy("t", "d", "t", Tensor(tmp_path / "x", "I32", (4,), 0, 16))
-    assert not_finite([operation]) == []
+    assert finite_faults([operation]) == []
 
 
-# What stands in the way
+# What cannot be computed
 
 
 def test_a_device_that_is_not_there_is_told_before_anything_is_written(linear, pair, tmp_path):
@@ -518,7 +518,7 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_written(linear, p
 
 def test_an_unknown_device_is_no_matter_where_nothing_is_computed(pair, tmp_path):
     recipe = recipe_of([Block(str(pair["F32"][0]), 0)])
-    merge(recipe, open_donors(recipe), tmp_path / "out", device="toaster")
+    written(recipe, tmp_path / "out", device="toaster")
 
 
 def test_a_donor_that_shrinks_while_it_is_computed_with_is_told(linear, pair, tmp_path):
@@ -529,7 +529,7 @@ def test_a_donor_that_shrinks_while_it_is_computed_with_is_told(linear, pair, tm
             donor,
             pair["F32"][1],
             tmp_path / "room" / "out",
-            options={"progress": lambda _: os.truncate(donor / "model.safetensors", 9000)},
+            progress=meter(lambda _: os.truncate(donor / "model.safetensors", 9000)),
         )
     assert "ended at byte 9,000" in caught.value.faults[0].found and not list(
         (tmp_path / "room").iterdir()
@@ -543,10 +543,11 @@ PEAK = """
 import sys
 from pathlib import Path
 from frankenmerge.merging.writer import merge
-from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.splicing.opening import open_donors
+from frankenmerge.splicing.resolve import resolve
 recipe = recipe_of([Block(sys.argv[1], index) for index in (0, 1, 0, 1)])
-result = merge(recipe, open_donors(recipe), Path(sys.argv[2]))
+result = merge(resolve(recipe, open_donors(recipe)), Path(sys.argv[2]))
 heavy = sum(name in sys.modules for name in ("torch", "transformers", "numpy"))
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(result.bytes, int(peak) * 1024, heavy)

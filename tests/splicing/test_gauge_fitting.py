@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import DEMO, changed, rotated_donor, write_donor
+from conftest import DEMO, changed, resolved, rotated_donor, write_donor, written
+from conftest import in_memory as assembled
 from safetensors.torch import load_file
 
 from frankenmerge.artefacts.recipe import Recipe
@@ -12,10 +13,8 @@ from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.families import FAMILIES
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.merging.writer import merge
-from frankenmerge.models.loading import load_model, virtual_splice
+from frankenmerge.models.loading import load_model
 from frankenmerge.splicing.gauge_fitting import fitted_rotations
-from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.rotation import random_rotation
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41, 3, 3], [5, 5, 2, 47, 19, 1, 8, 0]])
@@ -44,16 +43,12 @@ def recipe_of(*parts, **fields) -> Recipe:
 
 @torch.no_grad()
 def in_memory(recipe):
-    donors = open_donors(recipe)
-    model = virtual_splice(
-        recipe, donors, {name: load_model(donor) for name, donor in donors.items()}
-    )
-    return model(input_ids=IDS).logits
+    return assembled(recipe)(input_ids=IDS).logits
 
 
 @torch.no_grad()
 def on_disk(recipe, output, **options):
-    merge(recipe, open_donors(recipe), output, **options)
+    written(recipe, output, **options)
     return load_model(open_checkpoint(str(output)))(input_ids=IDS).logits
 
 
@@ -97,7 +92,7 @@ def test_a_slice_in_the_middle_is_turned_and_the_rest_is_copied(twins, to, tmp_p
     assert rotated == {
         name for name in methods if name.startswith(("model.layers.1.", "model.layers.2."))
     }
-    fit = fitted_rotations(recipe, open_donors(recipe))[1]
+    fit = fitted_rotations(resolved(recipe))[1]
     assert told["gauges"] == {
         "1": {
             "rotation": fit.rotation.hash,
@@ -143,10 +138,8 @@ def test_a_turned_tensor_is_rounded_once_to_the_donors_type(dtype, tmp_path):
         for name, seed in (("a", 1), ("b", 2))
     )
     recipe = recipe_of((first, 0, 2, None), (second, 2, 4, {"to": "previous"}))
-    donors = open_donors(recipe)
-    merge(recipe, donors, tmp_path / "merged", shard_size=20_000)
-    written = alone(tmp_path / "merged")
-    torch.testing.assert_close(written, in_memory(recipe), atol=1e-5, rtol=1e-5)
+    written(recipe, tmp_path / "merged", shard_size=20_000)
+    torch.testing.assert_close(alone(tmp_path / "merged"), in_memory(recipe), atol=1e-5, rtol=1e-5)
     tensors = {
         name: value
         for file in (tmp_path / "merged").glob("*.safetensors")
@@ -157,7 +150,7 @@ def test_a_turned_tensor_is_rounded_once_to_the_donors_type(dtype, tmp_path):
         for file in second.glob("*.safetensors")
         for name, value in load_file(file).items()
     }
-    rotation = fitted_rotations(recipe, donors)[1].rotation
+    rotation = fitted_rotations(resolved(recipe))[1].rotation
     gain = source["model.layers.3.post_attention_layernorm.weight"].double()
     expected = torch.einsum(
         "oi,i,ij->oj", source["model.layers.3.mlp.up_proj.weight"].double(), gain, rotation.matrix
@@ -238,7 +231,7 @@ def test_a_turned_slice_is_rounded_to_the_recipes_type(twins, tmp_path):
     first, second = twins
     recipe = recipe_of((first, 0, 2, None), (second, 2, 4, {"to": "previous"}), dtype="bfloat16")
     assert (on_disk(recipe, tmp_path / "merged") - alone(first)).abs().max() < 0.2
-    rotation = fitted_rotations(recipe, open_donors(recipe))[1].rotation
+    rotation = fitted_rotations(resolved(recipe))[1].rotation
     made, source = (
         load_file(tmp_path / "merged" / "model.safetensors"),
         load_file(second / "model.safetensors"),

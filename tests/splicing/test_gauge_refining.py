@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import rotated_donor, write_donor
+from conftest import resolved, rotated_donor, write_donor, written
 from safetensors.torch import load_file
 from splicing.test_gauge_fitting import in_memory, on_disk, recipe_of
 
@@ -14,13 +14,12 @@ from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.families import FAMILIES
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.merging.fits import awaited_fits, load_fits, save_fits
-from frankenmerge.merging.writer import merge
-from frankenmerge.models.loading import load_model, virtual_splice
+from frankenmerge.models.loading import load_model
 from frankenmerge.models.sampling import sample_tokens
 from frankenmerge.splicing import gauge_fitting as fitting
+from frankenmerge.splicing.assemble import assemble
 from frankenmerge.splicing.gauge_fitting import Fit, fitted_rotations
 from frankenmerge.splicing.gauge_refining import refined, show
-from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.rotation import Rotation, random_rotation
 
 SHOWN = torch.randint(48, (12, 8), generator=torch.Generator().manual_seed(0))
@@ -56,18 +55,19 @@ def test_refining_leads_back_towards_the_right_turn(family, maps, tmp_path):
     recipe = recipe_of(
         (first, 0, 2, None), (second, 2, 4, {"to": "previous", "refine": 60, "maps": maps})
     )
-    donors = open_donors(recipe)
-    models = {name: load_model(donor).requires_grad_(False) for name, donor in donors.items()}
+    splice = resolved(recipe)
+    models = {
+        name: load_model(donor).requires_grad_(False) for name, donor in splice.donors.items()
+    }
     start = nudged(
         Rotation(away.matrix.T.contiguous()), 0.2 if family == "gpt2" else 0.05
     )  # this one hardly feels less
-    found = refined(recipe, donors, models, {1: start}, show(models, SHOWN))[1]
+    found = refined(splice, models, {1: start}, show(models, SHOWN))[1]
 
     @torch.no_grad()
     def divergence(fit):
-        said = virtual_splice(recipe, donors, models, {1: fit})(input_ids=SHOWN).logits.log_softmax(
-            -1
-        )
+        model = assemble(splice, models, fits={1: fit})
+        said = model(input_ids=SHOWN).logits.log_softmax(-1)
         right = models[str(first)](input_ids=SHOWN).logits.log_softmax(-1)
         return float((right.exp() * (right - said)).sum(-1).mean())
 
@@ -126,7 +126,7 @@ def test_what_is_written_is_what_is_run(donors, maps, tmp_path):
         parse_recipe(recipe.dump().replace("refine: 4", "").replace(f"maps: {maps}", ""), "plain")
     )
     assert (virtual - plain).abs().max() > 1e-3
-    fits = fitted_rotations(recipe, open_donors(recipe))
+    fits = fitted_rotations(resolved(recipe))
     told = json.loads((tmp_path / "merged" / "frankenmerge.json").read_text())["gauges"]
     assert (
         told["0"]["refined"] == [rotation.hash for rotation in fits[0].refined]
@@ -151,7 +151,7 @@ def test_fits_and_steps_are_told_as_they_are_made(donors, tmp_path):
         told.append((what, total, unit, sum(done)))
 
     recipe = strangers(donors, "rotations")
-    merge(recipe, open_donors(recipe), tmp_path / "merged", progress=progress)
+    written(recipe, tmp_path / "merged", progress=progress)
     assert told == [("fitting gauges", 3, "gauges", 3), ("refining gauges", 4, "steps", 4)]
 
 
@@ -178,7 +178,7 @@ def test_every_step_counts_and_a_text_is_shown_as_well(donors, text):
         strangers(donors, "rotations", fit=str(text)),
     )
     once, *others = (
-        fitted_rotations(recipe, open_donors(recipe))[0]
+        fitted_rotations(resolved(recipe))[0]
         for recipe in (strangers(donors, "rotations"), more, longer)
     )
     assert all(
@@ -215,7 +215,7 @@ def interrupt(*_):
 
 @pytest.mark.parametrize("maps", ["rotations", "linear"])
 def test_fits_are_read_as_they_were_written(donors, maps, tmp_path):
-    fits = fitted_rotations(recipe := strangers(donors, maps), open_donors(recipe))
+    fits = fitted_rotations(resolved(strangers(donors, maps)))
     save_fits(fits, tmp_path / "fits")
     again = load_fits(tmp_path / "fits")
     assert {number: (fit.rotation.hash, fit.residual) for number, fit in again.items()} == {
@@ -229,12 +229,12 @@ def test_fits_are_read_as_they_were_written(donors, maps, tmp_path):
 def test_further_processes_take_the_fits_of_the_first_and_miss_it_where_it_is_gone(
     donors, tmp_path
 ):
-    recipe, folder = strangers(donors, "rotations"), tmp_path / "work"
+    splice, folder = resolved(strangers(donors, "rotations")), tmp_path / "work"
     folder.mkdir()
     with pytest.raises(FrankenmergeError, match="RANK 0"):
-        awaited_fits(folder, tmp_path / "merged", recipe)
+        awaited_fits(folder, tmp_path / "merged", splice)
     save_fits({1: Fit(random_rotation(16, 9), 0.5)}, folder / "fits.safetensors")
-    found = awaited_fits(folder, tmp_path / "merged", recipe)
+    found = awaited_fits(folder, tmp_path / "merged", splice)
     assert found and found[1].rotation.hash == random_rotation(16, 9).hash
 
 
