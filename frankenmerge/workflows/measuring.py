@@ -12,7 +12,7 @@ from frankenmerge.evaluation.sampled_damage import damage_on_sampled
 from frankenmerge.models.loading import CPU, Placement
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.opening import open_donor
-from frankenmerge.splicing.resolve import resolve
+from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.workflows.predictions import donors_loss
 
 On = Literal["sampled"] | Sequence[Text]
@@ -49,6 +49,7 @@ class Measure:
         self._placement, self._opened = placement, dict(opened or {})
         self._open = {"download": download, "allow_pickle": allow_pickle}
         self._base: Bench | None = None
+        self._splices: dict[str, Splice] = {}
 
     @property
     def donors(self) -> dict[str, Checkpoint]:
@@ -61,7 +62,7 @@ class Measure:
     def damage(self, recipes: Sequence[Recipe], on: On) -> list[float]:
         """Nats per token of every recipe above its donors' own loss, each by its share."""
         bench = self._bench(on)
-        splices = [resolve(recipe, self.donors) for recipe in recipes]
+        splices = [self._resolved(recipe) for recipe in recipes]
         if isinstance(on, str):
             models = {name: bench.load(name).model for name in self.names}
             total = len(splices) * len(models)
@@ -72,7 +73,7 @@ class Measure:
             recipe_of([Block(name, index) for index in range(donor.blocks)])
             for name, donor in self.donors.items()
         ]
-        alone = [resolve(recipe, self.donors) for recipe in whole]
+        alone = [self._resolved(recipe) for recipe in whole]
         total = (len(splices) + len(alone)) * len(bench.texts)
         with self.progress("measuring splices", total, "splices") as advance:
             results = bench.splices([*alone, *splices], advance=advance)
@@ -80,6 +81,11 @@ class Measure:
         own = dict(zip(self.donors, losses, strict=False))
         measured = zip(splices, islice(losses, len(alone), None), strict=True)
         return [loss - donors_loss(splice, own) for splice, loss in measured]
+
+    def _resolved(self, recipe: Recipe) -> Splice:
+        if recipe.key not in self._splices:
+            self._splices[recipe.key] = resolve(recipe, self.donors)
+        return self._splices[recipe.key]
 
     def _bench(self, on: On) -> Bench:
         """All texts are measured with the same donors in memory."""
