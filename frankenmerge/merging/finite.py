@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from frankenmerge.errors import Fault
 from frankenmerge.splicing.operations import Operation, readings
 from frankenmerge.splicing.reading import not_finite, read_fully
@@ -15,6 +13,8 @@ CHUNK = 8 << 20
 
 def finite_faults(operations: Sequence[Operation]) -> list[Fault]:
     """Read every tensor that operations use; a fault for each that holds NaN or Inf."""
+    import numpy as np
+
     faults = []
     read = (reading for operation in operations for reading in readings(operation))
     for donor, source, tensor in dict.fromkeys(read):
