@@ -116,7 +116,7 @@ WORSE = 3
 @json_option
 @click.pass_context
 def evaluate(
-    context: click.Context,
+    invocation: click.Context,
     models: tuple[str, ...],
     texts: tuple[Path, ...],
     output: Path | None,
@@ -147,7 +147,7 @@ def evaluate(
         models,
         [read_text(text) for text in texts],
         _options(options),
-        arguments=_arguments(context),
+        arguments=_arguments(invocation),
         progress=progress,
     )
     if output:

@@ -30,7 +30,7 @@ class Draft(NamedTuple):
     """A validated recipe on the way to its operations."""
 
     recipe: Recipe
-    """Spelled out."""
+    """Spelled out, the base of whole models among the sources."""
     donors: Donors
     vocabulary: Vocabulary | None
     dtype: str

@@ -242,5 +242,6 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
     dtype, tied = result_dtype(recipe, donors), is_result_tied(spelled, donors)
     config = result_config(spelled, donors, vocabulary, dtype=dtype, tied=tied)
     tokenizer = tokenizer_files(recipe, donors, vocabulary)
-    operations = operations_of(Draft(spelled, donors, vocabulary, dtype, tied), place)
+    listed = spelled_out(recipe, donors, place, with_base=True)
+    operations = operations_of(Draft(listed, donors, vocabulary, dtype, tied), place)
     return Splice(recipe, spelled, donors, config, dtype, vocabulary, tied, operations, tokenizer)

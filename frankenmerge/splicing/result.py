@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.artefacts.recipe_schema import Slice, Source
+from frankenmerge.artefacts.recipe_schema import Slice, Source, Whole
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import is_tied, quantity, spliced_config
 from frankenmerge.errors import fail
@@ -17,30 +17,35 @@ Donors = Mapping[str, Checkpoint]
 """Donors by the names that the recipe gives them."""
 
 
-def spelled_out(recipe: Recipe, donors: Donors, place: str = "recipe") -> Recipe:
+def spelled_out(
+    recipe: Recipe, donors: Donors, place: str = "recipe", *, with_base: bool = False
+) -> Recipe:
     """The same recipe with slices instead of whole models.
 
     Args:
         recipe: any; one of slices is returned as it is.
         donors: from which whole models' depths are read.
         place: where faults are.
+        with_base: whether the base model that a method starts from becomes the last source where
+            it is none of the models. Whole models are merged with it however few they are.
 
     Raises:
         FrankenmergeError: for models, the base model among them, of different depth.
     """
     if not (wholes := recipe.stack.models):
         return recipe
-    names = [whole.model for whole in wholes]
-    uses_base = METHODS[recipe.merge_method].base != "none"
-    names += [recipe.base_model] if recipe.base_model and uses_base else []
-    depths = {name: donors[name].blocks for name in names}
+    listed = wholes
+    base = recipe.base_model if METHODS[recipe.merge_method].base != "none" else None
+    if base and all(whole.model != base for whole in wholes):
+        listed = [*wholes, Whole(model=base)]
+    depths = {whole.model: donors[whole.model].blocks for whole in listed}
     if len(set(depths.values())) > 1:
         found = ", ".join(f"{name} has {blocks}" for name, blocks in depths.items())
         remedy = "write slices that take as many blocks of each"
         raise fail(f"{place}: models", "models of as many blocks each", found, remedy)
     sources = [
         Source(model=whole.model, layer_range=[0, depths[whole.model]], parameters=whole.parameters)
-        for whole in wholes
+        for whole in (listed if with_base else wholes)
     ]
     slices = {"models": None, "slices": [Slice(sources=sources)]}
     if not recipe.modules:

@@ -13,7 +13,7 @@ from conftest import write_donor
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from frankenmerge.merging import writer
+from frankenmerge.splicing import computing
 from frankenmerge.splicing.methods import METHODS
 from frankenmerge.splicing.methods.combine import Operand, combine
 
@@ -178,7 +178,7 @@ def test_a_recipe_file_becomes_what_the_method_gives_on_whole_tensors(
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(recipe_of(method, base, slices, three), sort_keys=False))
     for threads in (1, 4):
-        monkeypatch.setattr(writer, "cores", lambda threads=threads: threads)
+        monkeypatch.setattr(computing, "cores", lambda threads=threads: threads)
         code, _, err = run("merge", path, tmp_path / f"out{threads}", "--shard-size", "20kB")
         assert code == 0, err
     files = sorted((tmp_path / "out1").iterdir())
