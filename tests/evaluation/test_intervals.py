@@ -1,4 +1,4 @@
-"""Intervals hold what they promise on losses that are correlated as those of text are, and differences are paired."""
+"""Intervals cover as often as they say on correlated losses; differences are paired."""
 
 import math
 
@@ -19,7 +19,7 @@ from frankenmerge.evaluation.language import Loss
 def text_like(
     generator: np.random.Generator, tokens: int, length: int = 4, correlation: float = 0.9
 ) -> Loss:
-    """Losses around 3 nats, each token of `length` bytes, neighbours correlated: an autoregressive process."""
+    """Losses around 3 nats of tokens of `length` bytes: a first-order autoregressive process."""
     noise = generator.standard_normal(tokens) * math.sqrt(1 - correlation**2)
     values = np.empty(tokens)
     values[0] = generator.standard_normal()
@@ -55,7 +55,7 @@ def test_segments_are_of_two_kibibytes_or_twenty(size, count):
 
 
 def test_intervals_hold_the_truth_nineteen_times_in_twenty():
-    """The long-run mean of correlated losses lies in 95 % of the intervals; intervals of single tokens would hold it far less often."""
+    """The true mean is in 95 % of the intervals; those of independent tokens cover far less."""
     generator = np.random.default_rng(0)
     truth, held, naive = 3 / math.log(2) / 4, 0, 0
     for seed in range(150):
@@ -93,7 +93,7 @@ def test_accuracy_that_was_not_asked_has_no_interval():
 
 
 def test_differences_are_paired():
-    """A model that is everywhere worse by the same is worse by just that, though each figure by itself is unsure."""
+    """A constant difference is found exactly, though each figure by itself is uncertain."""
     donor = {
         "one": text_like(np.random.default_rng(3), 20_000),
         "two": text_like(np.random.default_rng(4), 5_000),
@@ -116,7 +116,7 @@ def test_a_model_beside_itself_differs_by_nothing():
 
 
 def test_models_of_different_tokenizers_are_compared_on_the_same_bytes():
-    """The same nats a byte in tokens of four bytes and in tokens of two: no difference, whatever the number of tokens."""
+    """The same nats per byte in tokens of four bytes and of two: no difference."""
     long = text_like(np.random.default_rng(6), 10_000)
     half = Loss(np.repeat(long.nats / 2, 2), long.bytes, None, np.arange(1, 20_001) * 2)
     total, _ = difference({"text": half}, {"text": long}, 0)

@@ -12,7 +12,7 @@ from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation import language
 from frankenmerge.evaluation.language import Encoded, Loss, encode, measure
-from frankenmerge.models.loading import load_model, load_tokenizer
+from frankenmerge.models.loading import Placement, load_model, load_tokenizer
 
 
 def bytes_to_unicode() -> dict[int, str]:
@@ -52,7 +52,7 @@ def test_a_text_of_one_window_costs_what_transformers_says(model, length):
 
 @torch.no_grad()
 def one_by_one(model, ids: np.ndarray, context: int) -> tuple[list[float], list[bool]]:
-    """Every token predicted in a pass of its own, from what the first window that reaches it shows before it: nats and hits."""
+    """Nats and hits of every token, each from a pass over the first window that reaches it."""
     width = min(context, len(ids) - 1)
     starts = [
         start for start in range(0, len(ids), max(1, width // 2)) if start + width < len(ids) - 1
@@ -82,7 +82,7 @@ def test_longer_texts_cost_what_the_windows_say_token_by_token(model, context, l
 
 @pytest.mark.parametrize("context, length", [(8, 40), (16, 100), (64, 65), (64, 66)])
 def test_past_the_first_window_every_token_sees_half_a_window(donors, context, length):
-    """The loss of a token does not change with what stands further back than its window, and does with what stands nearer."""
+    """The loss of a token depends on tokens within its window, and on none before it."""
     model, ids = loaded(donors["a"]), line(length).ids
     before = measure(model, Encoded(ids, 1), context=context).nats
     for changed in range(0, length - 1, 7):
@@ -269,7 +269,7 @@ def test_tokens_of_another_vocabulary_are_refused(model):
 
 @torch.no_grad()
 def test_half_precision_logits_are_weighed_in_float32(donors):
-    model = load_model(open_checkpoint(str(donors["a"])), dtype="bfloat16")
+    model = load_model(open_checkpoint(str(donors["a"])), Placement("bfloat16"))
     encoded = line(16)
     ids = torch.from_numpy(encoded.ids)[None]
     logits = model(input_ids=ids[:, :-1]).logits[0].float()
@@ -280,9 +280,12 @@ def test_half_precision_logits_are_weighed_in_float32(donors):
 
 
 def test_real_models_predict_real_text(real):
-    """A trained model does better than guessing by far: less than half of log2(512) bits a token."""
+    """A trained model takes less than half of log2(512) bits per token."""
     checkpoint = open_checkpoint(str(real[0]))
-    text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big dog."
+    text = (
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the "
+        "park. One day, she saw a big dog."
+    )
     loss = measure(
         load_model(checkpoint), encode(load_tokenizer(checkpoint), text, "text"), context=256
     )

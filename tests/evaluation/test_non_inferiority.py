@@ -8,7 +8,7 @@ import pytest
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.evaluation.compare import Result
+from frankenmerge.evaluation.bench import Result
 from frankenmerge.evaluation.language import Loss
 from frankenmerge.evaluation.lineage import Lineage
 from frankenmerge.evaluation.non_inferiority import RULE, judge, merges
@@ -72,22 +72,16 @@ def test_one_merge_that_is_worse_is_enough():
         ("merge", "not worse"),
         ("bad", "worse"),
     ]
-    told = comparison.as_json()
-    assert (
-        not comparison.passed
-        and told["passed"] is False
-        and told["rule"] == RULE
-        and told["threshold"] == 0.1
-    )
+    record = comparison.record()
+    assert not comparison.passed and record.passed is False
+    assert record.rule == RULE and record.threshold == 0.1
 
 
 def test_where_no_origin_is_known_a_donor_has_to_be_named():
     plain = [result("merge", 0.3), result("one", 0)]
     with pytest.raises(FrankenmergeError, match="--against"):
         judge(plain, 0.1, 0)
-    assert [entry.verdict for entry in judge(plain, 0.1, 0, against="one").verdicts] == [
-        "worse"
-    ]
+    assert [entry.verdict for entry in judge(plain, 0.1, 0, against="one").verdicts] == ["worse"]
     assert merges(plain) == {} and merges(plain, "one") == {"merge": ["one"]}
 
 
@@ -98,41 +92,41 @@ def recipe(donors, tmp_path):
     return path
 
 
-def test_the_exit_code_is_one_when_a_merge_is_worse(run, recipe, donors, text, tmp_path):
+def test_the_exit_status_is_three_when_a_merge_is_worse(run, recipe, donors, text, tmp_path):
     code, out, _ = run("evaluate", recipe, "--text", text, "--compare", 10, "--json")
-    told = json.loads(out)["comparison"]
+    comparison = json.loads(out)["comparison"]
     assert (
         code == 0
-        and told["passed"]
-        and [entry["verdict"] for entry in told["models"]] == ["not worse"]
+        and comparison["passed"]
+        and [entry["verdict"] for entry in comparison["models"]] == ["not worse"]
     )
-    (entry,) = told["models"]
+    (entry,) = comparison["models"]
     output = tmp_path / "x.evaluation.json"
     code, shown, _ = run(
         "evaluate", recipe, "--text", text, "--compare", entry["interval"][0] - 0.01, "-o", output
     )
-    assert code == 1 and "worse" in shown
+    assert code == 3 and "worse" in shown
     assert json.loads(output.read_text())["comparison"]["passed"] is False
     code, shown, _ = run("evaluate", recipe, "--text", text, "--compare", entry["bits_per_byte"])
     assert code == 0 and "undecided; more text would decide" in " ".join(shown.split())
 
 
-def test_a_merged_checkpoint_is_held_against_the_donors_it_names(
+def test_a_merged_checkpoint_is_compared_with_the_donors_that_it_names(
     run, recipe, donors, text, tmp_path
 ):
     assert run("merge", recipe, tmp_path / "merged")[0] == 0
     code, out, _ = run("evaluate", tmp_path / "merged", "--text", text, "--compare", 10, "--json")
-    told = json.loads(out)
-    assert code == 0 and [model["role"] for model in told["models"]] == ["model", "donor"]
+    record = json.loads(out)
+    assert code == 0 and [model["role"] for model in record["models"]] == ["model", "donor"]
     assert (
-        told["comparison"]["models"][0]["donor"]
-        == told["differences"][0]["donor"]
+        record["comparison"]["models"][0]["donor"]
+        == record["differences"][0]["donor"]
         == str(donors["a"])
     )
     unknown = shutil.copytree(tmp_path / "merged", tmp_path / "unknown")
     (unknown / "frankenmerge.json").unlink()
     code, _, err = run("evaluate", unknown, "--text", text, "--compare", 10)
-    assert code == 1 and "frankenmerge.json" in err and "Traceback" not in err
+    assert code == 2 and "frankenmerge.json" in err and "Traceback" not in err
     code, out, _ = run(
         "evaluate", unknown, "--text", text, "--compare", 10, "--against", donors["b"], "--json"
     )

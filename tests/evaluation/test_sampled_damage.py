@@ -1,17 +1,19 @@
-"""Damage on drawn tokens and exchanged blocks, against models run one by one."""
+"""Damage on sampled tokens and exchanged blocks, compared with models run one by one."""
 
 import numpy as np
 import pytest
 import torch
+from conftest import resolved
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.block_swaps import exchange
 from frankenmerge.evaluation.sampled_damage import damage_on_sampled
 from frankenmerge.models.hooks import block_outputs
-from frankenmerge.models.loading import load_model, virtual_splice
+from frankenmerge.models.loading import load_model
 from frankenmerge.models.sampling import LENGTH, ROWS, sample_unprompted, states_on_sampled
 from frankenmerge.planning.damping import damped
+from frankenmerge.splicing.assemble import assemble
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +21,12 @@ def pair(donors) -> tuple[dict, dict]:
     """Checkpoints and models by name."""
     opened = {str(donors[name]): open_checkpoint(str(donors[name])) for name in ("a", "b")}
     return opened, {name: load_model(donor) for name, donor in opened.items()}
+
+
+def assembled(recipe, pair):
+    opened, models = pair
+    splice = resolved(recipe, {name: opened[name] for name in recipe.donors})
+    return assemble(splice, {name: models[name] for name in recipe.donors})
 
 
 def stack(donors, text: str) -> list[Block]:
@@ -37,14 +45,24 @@ def expected_loss(source, model, ids) -> float:
     return float(-(said.exp() * found).sum(-1).mean())
 
 
-def test_damage_is_the_loss_above_the_donors_on_what_all_of_them_drew(donors, pair):
+def test_damage_is_the_loss_above_the_donors_on_what_all_of_them_sampled(donors, pair):
     opened, models = pair
     recipes = [
         recipe_of(stack(donors, text))
         for text in ("a0 a1 b2 b3", "a0 a1 b1 b2 b3", "a0 a1 a2 a3", "b0 b1 b1 b2 b3")
     ]
     recipes.append(damped(recipes[1], [1, 0.5, 0.5, 1, 1], ("o_proj", "down_proj")))
-    found = damage_on_sampled(recipes, opened, models)
+    splices = [resolved(each, {name: opened[name] for name in each.donors}) for each in recipes]
+    asked = []
+
+    def counted(splice):
+        asked.append(splice)
+        return assemble(splice, models)
+
+    done = []
+    found = damage_on_sampled(splices, models, counted, advance=done.append)
+    assert set(map(id, asked)) == {id(splices[4])}  # the others are stacks of the donors' blocks
+    assert sum(done) == len(splices) * len(models)
     texts = {name: sample_unprompted(model) for name, model in models.items()}
 
     def loss(model) -> float:
@@ -53,26 +71,21 @@ def test_damage_is_the_loss_above_the_donors_on_what_all_of_them_drew(donors, pa
         )
 
     for recipe, damage in zip(recipes, found, strict=True):
-        splice = virtual_splice(
-            recipe,
-            {name: opened[name] for name in recipe.donors},
-            {name: models[name] for name in recipe.donors},
-        )
         own = np.mean([loss(models[block.model]) for block in recipe.blocks])
-        assert damage == pytest.approx(loss(splice) - own, rel=1e-4, abs=1e-6)
+        assert damage == pytest.approx(loss(assembled(recipe, pair)) - own, rel=1e-4, abs=1e-6)
     assert found[2] == pytest.approx(0, abs=1e-6) and found[1] != pytest.approx(found[4])
 
 
 def test_the_damage_of_one_donor_s_recipe_is_its_divergence(donors, pair):
     name, model = next(iter(pair[1].items()))
     recipe = recipe_of(stack(donors, "a0 a1 a1 a2 a3"))
-    (found,) = damage_on_sampled([recipe], {name: pair[0][name]}, {name: model})
-    splice = virtual_splice(recipe, {name: pair[0][name]}, {name: model})
-    assert found == pytest.approx(divergence(model, splice, sample_unprompted(model)), rel=1e-4)
+    (found,) = damage_on_sampled([resolved(recipe)], {name: model}, assemble)
+    expected = divergence(model, assembled(recipe, pair), sample_unprompted(model))
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_drawn_tokens_follow_the_model_s_predictions(pair):
-    """Of many draws behind BOS, each token comes as often as it is predicted, within four standard deviations."""
+def test_sampled_tokens_follow_the_model_s_predictions(pair):
+    """Of many samples after BOS, each token's share is its probability, within four sigmas."""
     from frankenmerge.models.sampling import sample_tokens
 
     model = next(iter(pair[1].values()))
@@ -87,10 +100,11 @@ def test_drawn_tokens_follow_the_model_s_predictions(pair):
     )
     seen = np.bincount(ids[:, 1], minlength=len(expected)) / count
     assert (np.abs(seen - expected) <= 4 * np.sqrt(expected * (1 - expected) / count) + 1e-9).all()
-    assert sample_unprompted(model).shape == (ROWS, LENGTH) and torch.equal(sample_unprompted(model), sample_unprompted(model))
+    assert sample_unprompted(model).shape == (ROWS, LENGTH)
+    assert torch.equal(sample_unprompted(model), sample_unprompted(model))
 
 
-def test_the_states_are_both_donors_on_both_draws(pair):
+def test_the_states_are_both_donors_on_the_tokens_of_both(pair):
     models = pair[1]
     found = states_on_sampled(models)
     ids = torch.cat([sample_unprompted(model) for model in models.values()])
@@ -102,18 +116,13 @@ def test_the_states_are_both_donors_on_both_draws(pair):
 
 
 def test_both_tests_of_exchange_are_the_divergence_of_the_changed_donor(donors, pair):
-    opened, models = pair
+    models = pair[1]
     a, b = models
     found = exchange((a, 4), (b, 4), models)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 48, (16, 32)))
 
     def run(text: str):
-        recipe = recipe_of(stack(donors, text))
-        return virtual_splice(
-            recipe,
-            {name: opened[name] for name in recipe.donors},
-            {name: models[name] for name in recipe.donors},
-        )
+        return assembled(recipe_of(stack(donors, text)), pair)
 
     expected = {
         ("replacement", 0, 1, 2): "a0 b2 a2 a3",

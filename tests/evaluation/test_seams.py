@@ -1,24 +1,28 @@
-"""Seam diagnostics held against what transformers itself tells of hidden states and heads."""
+"""Seam diagnostics, compared with transformers' own hidden states and heads."""
 
 import pytest
 import torch
-from conftest import write_donor
+from conftest import resolved, write_donor, written
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
-from frankenmerge.evaluation.compare import Bench, Text, compare
+from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.checks import Checks, Findings, examine
 from frankenmerge.evaluation.language import encode
-from frankenmerge.evaluation.record import Looks
 from frankenmerge.evaluation.seams import WIDTH, WINDOWS, compared_blocks, windows_of
-from frankenmerge.merging.writer import merge
-from frankenmerge.models.loading import load_tokenizer, virtual_splice
-from frankenmerge.splicing.opening import open_donors
+from frankenmerge.models.loading import load_tokenizer
+from frankenmerge.splicing.assemble import assemble
+from frankenmerge.workflows.evaluating import EvaluateOptions, evaluate
 
 WORDS = "the quick brown fox jumps over the lazy dog and The Cat sat on a mat "
 
 
 @torch.no_grad()
 def outputs(model, ids):
-    """Hidden states behind every block before any final norm, and the logits: transformers' own but for the last block's."""
+    """Hidden states after every block, without the final norm, and the logits.
+
+    All are transformers' own but for the last block's states, which it returns normed.
+    """
     last = []
     blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
     handle = blocks[-1].register_forward_hook(
@@ -29,13 +33,28 @@ def outputs(model, ids):
     return [*found.hidden_states[:-1], last[0]], found.logits
 
 
+def bench_of(names, text=WORDS) -> Bench:
+    return Bench([Text("text", text)], {name: open_checkpoint(name) for name in names})
+
+
+def seams_of(bench: Bench, splice):
+    """The splice's comparison with its donors, as `evaluate --seams` makes it."""
+    findings = Findings()
+
+    def visit(subject):
+        examine(subject, bench, Checks(seams=True), findings)
+
+    bench.splice("splice", splice, visit=visit)
+    return findings.seams["splice"]
+
+
 def head(model, states):
     norm = model.model.norm if hasattr(model, "model") else model.transformer.ln_f
     return model.lm_head(norm(states))
 
 
 def divergence(truth, read):
-    """`sum p (log p - log q)`, the first position left out."""
+    """`sum p (log p - log q)`, without the first position."""
     p, q = (logits[:, 1:].double().softmax(-1) for logits in (truth, read))
     return float((p * (p.log() - q.log())).sum(-1).mean())
 
@@ -45,10 +64,10 @@ def divergence(truth, read):
 def test_every_figure_is_its_formula(donors, pair):
     a, b = (str(donors[name]) for name in pair)
     recipe = recipe_of([Block(a, 0), Block(a, 1), Block(b, 1), Block(b, 2), Block(a, 3)])
-    bench = Bench([Text("text", WORDS)], [a, b])
-    models = {name: bench.load(name)[1] for name in (a, b)}
-    model = virtual_splice(recipe, open_donors(recipe), models)
-    ids = torch.from_numpy(bench.load(a)[2]["text"].ids[:40])[None]
+    bench = bench_of([a, b])
+    models = {name: bench.load(name).model for name in (a, b)}
+    model = assemble(resolved(recipe), models)
+    ids = torch.from_numpy(bench.encoded(a)["text"].ids[:40])[None]
     found = compared_blocks(model, recipe.blocks, models, [ids])
     streams = {name: outputs(donor, ids) for name, donor in models.items()}
     here, logits = outputs(model, ids)
@@ -77,36 +96,36 @@ def test_every_figure_is_its_formula(donors, pair):
         assert found[-1].kl[name] == pytest.approx(divergence(streams[name][1], logits), rel=1e-3)
 
 
-def test_a_donor_put_together_from_its_own_blocks_breaks_nowhere(donors):
+def test_a_donor_assembled_from_its_own_blocks_diverges_nowhere(donors):
     a = str(donors["a"])
     recipe = recipe_of([Block(a, index) for index in range(4)])
-    looks = Looks(with_seams=True)
-    bench = Bench([Text("text", WORDS)], [a])
-    bench.recipe("whole", recipe, visit=lambda subject: looks.visit(subject, bench))
-    for entry in looks.seams["whole"]:
-        assert entry.norm_ratio == pytest.approx(1, abs=1e-6) and entry.cosine[a] == pytest.approx(
-            1, abs=1e-6
-        )
+    seams = seams_of(bench_of([a]), resolved(recipe))
+    assert len(seams) == 4
+    for entry in seams:
+        assert entry.norm_ratio == pytest.approx(1, abs=1e-6)
+        assert entry.cosine[a] == pytest.approx(1, abs=1e-6)
         assert entry.kl[a] == pytest.approx(entry.kl_alone, abs=1e-6) and not entry.seam
-    assert looks.seams["whole"][-1].kl[a] == pytest.approx(0, abs=1e-6)
-    assert looks.seams["whole"][0].kl[a] > 0.01
+    assert seams[-1].kl[a] == pytest.approx(0, abs=1e-6)
+    assert seams[0].kl[a] > 0.01
 
 
-def test_a_checkpoint_is_seen_as_its_recipe(donors, tmp_path):
+def test_a_checkpoint_is_compared_as_its_recipe(donors, tmp_path):
     recipe = recipe_of(
         [Block(str(donors["a"]), 0), Block(str(donors["b"]), 1), Block(str(donors["b"]), 2)]
     )
     (tmp_path / "recipe.yaml").write_text(recipe.dump())
-    merge(recipe, open_donors(recipe), tmp_path / "merged")
-    looks = Looks(with_seams=True)
+    written(recipe, tmp_path / "merged")
     names = [str(tmp_path / "recipe.yaml"), str(tmp_path / "merged")]
-    results, _ = compare(
-        names, [Text("text", WORDS * 3)], beside=True, hold=True, visit=looks.visit
-    )
-    assert [result.name for result in results] == [*names, str(donors["a"]), str(donors["b"])]
-    virtual, written = (looks.seams[name] for name in names)
-    assert set(looks.seams) == set(names) and len(virtual) == 3
-    for one, other in zip(virtual, written, strict=True):
+    evaluated = evaluate(names, [Text("text", WORDS * 3)], EvaluateOptions(seams=True))
+    assert [result.name for result in evaluated.results] == [
+        *names,
+        str(donors["a"]),
+        str(donors["b"]),
+    ]
+    seams = evaluated.findings.seams
+    virtual, merged = (seams[name] for name in names)
+    assert set(seams) == set(names) and len(virtual) == 3
+    for one, other in zip(virtual, merged, strict=True):
         assert one[:4] == other[:4]
         assert one.norm_ratio == pytest.approx(
             other.norm_ratio, rel=1e-5
@@ -119,25 +138,20 @@ def test_donors_whose_vocabularies_are_padded_otherwise_are_compared_on_their_to
 ):
     padded = write_donor(tmp_path / "padded", seed=2, vocab_size=64)
     a, b = str(donors["a"]), str(padded)
-    bench = Bench([Text("text", WORDS)], [a, b])
-    recipe = recipe_of([Block(a, 0), Block(b, 1), Block(a, 1)])
-    looks = Looks(with_seams=True)
-    bench.recipe("splice", recipe, visit=lambda subject: looks.visit(subject, bench))
-    ids = windows_of(bench.load(a)[2], bench.context)
-    model = virtual_splice(
-        recipe, open_donors(recipe), {name: bench.load(name)[1] for name in (a, b)}
-    )
+    bench = bench_of([a, b])
+    splice = resolved(recipe_of([Block(a, 0), Block(b, 1), Block(a, 1)]))
+    seams = seams_of(bench, splice)
+    ids = windows_of(bench.encoded(a), bench.context)
+    model = assemble(splice, {name: bench.load(name).model for name in (a, b)})
     truth, read = (
         torch.cat([each(input_ids=row).logits[..., :48] for row in ids])
-        for each in (bench.load(b)[1], model)
+        for each in (bench.load(b).model, model)
     )
-    assert looks.seams["splice"][-1].kl[b] == pytest.approx(divergence(truth, read), rel=1e-3)
+    assert seams[-1].kl[b] == pytest.approx(divergence(truth, read), rel=1e-3)
 
 
 def test_windows_are_spread_over_every_text(donors):
-    tokenizer = load_tokenizer(
-        open_donors(recipe_of([Block(str(donors["a"]), 0)]))[str(donors["a"])]
-    )
+    tokenizer = load_tokenizer(open_checkpoint(str(donors["a"])))
     texts = {
         name: encode(tokenizer, text, name)
         for name, text in (("long", WORDS * 40), ("short", "ab"))
