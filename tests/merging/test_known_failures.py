@@ -78,12 +78,12 @@ def merged(tmp_path, run):
 
 @pytest.fixture
 def refused(tmp_path, run):
-    """Merge a recipe that is refused, with an exit code and nothing written; returns what was said."""
+    """Merge a recipe that is refused with status 2 and nothing written; returns the messages."""
 
     def call(*options: str, text: str = "", **keys) -> str:
         (tmp_path / "r.yaml").write_text(text or yaml.safe_dump(keys, sort_keys=False))
         code, _, err = run("merge", tmp_path / "r.yaml", tmp_path / "refused", *options)
-        assert code == 1 and "Traceback" not in err and not list(tmp_path.glob("*refused*"))
+        assert code == 2 and "Traceback" not in err and not list(tmp_path.glob("*refused*"))
         return " ".join(err.split())
 
     return call

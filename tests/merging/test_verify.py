@@ -282,7 +282,7 @@ def test_a_result_that_was_moved_is_still_right(output, tmp_path):
     assert verify(tmp_path / "elsewhere").compared == 39
 
 
-def test_check_tells_of_a_folder(output, donor, run):
+def test_check_verifies_a_folder(output, donor, run):
     folder = output()
     code, out, err = run("check", folder, "--json")
     assert code == 0, err
@@ -300,4 +300,4 @@ def test_check_tells_of_a_folder(output, donor, run):
     assert code == 0 and "Not compared" in out
     shard(folder).unlink()
     code, out, err = run("check", folder)
-    assert (code, out) == (1, "") and str(shard(folder, 0).parent) in err and "remedy" in err
+    assert (code, out) == (2, "") and str(shard(folder, 0).parent) in err and "remedy" in err

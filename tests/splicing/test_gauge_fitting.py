@@ -170,20 +170,19 @@ def test_a_gauge_fitted_on_text_is_found_as_well(twins, text, tmp_path):
 
 @pytest.mark.slow
 def test_strangers_understand_each_other_in_one_basis():
-    from frankenmerge.evaluation.compare import Bench, Text
+    from frankenmerge.evaluation.bench import Bench, Text
 
     base, stranger = (DEMO / "donors" / name for name in ("base", "stranger"))
     prose = (DEMO / "text" / "prose.txt").read_text()[:6000]
-    bench = Bench([Text("prose", prose)], [str(base), str(stranger)])
-    alone, raw, rotated = (
-        bench.checkpoint(str(stranger)).total.nats_per_token,
-        bench.recipe(
-            "raw", recipe_of((base, 0, 6, None), (stranger, 6, 8, None))
-        ).total.nats_per_token,
-        bench.recipe(
-            "rotated", recipe_of((base, 0, 6, None), (stranger, 6, 8, {"to": "previous"}))
-        ).total.nats_per_token,
-    )
+    checkpoints = {str(path): open_checkpoint(str(path)) for path in (base, stranger)}
+    bench = Bench([Text("prose", prose)], checkpoints)
+
+    def measured(name: str, gauge: dict | None) -> float:
+        recipe = recipe_of((base, 0, 6, None), (stranger, 6, 8, gauge))
+        return bench.splice(name, resolved(recipe)).total.nats_per_token
+
+    alone = bench.checkpoint(str(stranger)).total.nats_per_token
+    raw, rotated = measured("raw", None), measured("rotated", {"to": "previous"})
     assert raw > 6.5  # guessing costs log(1024), 6.9
     assert (raw - rotated) / (raw - alone) > 0.8
 
@@ -213,13 +212,13 @@ def test_gauges_that_cannot_be_are_refused(donors, tmp_path):
     "fields, message",
     [
         ({"parameters": {"scale": 0.5}}, r"slices\[1\]\.gauge.*without parameters"),
-        ({"head": "b"}, "head.*none beside a gauge"),
-        ({"final_norm": "b"}, "final_norm.*none beside a gauge"),
+        ({"head": "b"}, "head.*none together with a gauge"),
+        ({"final_norm": "b"}, "final_norm.*none together with a gauge"),
         ({"merge_method": "linear"}, r"slices\[1\]\.gauge.*passthrough"),
         ({"tokenizer": {"pad_to_multiple_of": 64}}, "tokenizer.*rows as they are"),
     ],
 )
-def test_what_cannot_stand_beside_a_gauge_is_refused(fields, message, donors):
+def test_what_cannot_be_combined_with_a_gauge_is_refused(fields, message, donors):
     recipe = recipe_of(
         (donors["a"], 0, 2, None), (donors["b"], 2, 4, {"to": "previous"})
     ).model_dump(exclude_none=True)

@@ -141,18 +141,23 @@ def test_what_is_written_is_what_is_run(donors, maps, tmp_path):
     assert torch.equal(made["model.layers.6.mlp.down_proj.weight"], expected.float())
 
 
-def test_fits_and_steps_are_told_as_they_are_made(donors, tmp_path):
-    told = []
+def test_progress_of_fits_steps_and_bytes(donors, tmp_path):
+    meters = []
 
     @contextmanager
     def progress(what, total, unit):
         done = []
         yield done.append
-        told.append((what, total, unit, sum(done)))
+        meters.append((what, total, unit, sum(done)))
 
     recipe = strangers(donors, "rotations")
     written(recipe, tmp_path / "merged", progress=progress)
-    assert told == [("fitting gauges", 3, "gauges", 3), ("refining gauges", 4, "steps", 4)]
+    size = resolved(recipe).bytes
+    assert meters == [
+        ("fitting gauges", 3, "gauges", 3),
+        ("refining gauges", 4, "steps", 4),
+        ("merging into merged", size, "bytes", size),
+    ]
 
 
 def test_a_slice_between_tied_ends_is_refined_too(donors, tmp_path):

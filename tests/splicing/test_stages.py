@@ -1,4 +1,4 @@
-"""Stages: their order, what is checked before any is merged, and that only those are merged again whose inputs changed."""
+"""Stages: their order, what is checked before any merge, and which are merged again."""
 
 import json
 import shutil
@@ -8,8 +8,9 @@ from conftest import write_donor
 
 from frankenmerge.artefacts.recipe_file import parse_recipes
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.merging.writer import merge
-from frankenmerge.splicing.stages import checked, in_order, merge_stages
+from frankenmerge.splicing.stages import in_order, resolve_stages
+from frankenmerge.workflows import merging
+from frankenmerge.workflows.merging import merge_stages, resolved
 
 
 def recipes(text: str):
@@ -32,7 +33,21 @@ def test_a_single_recipe_is_its_own_result_named_or_not():
         assert [recipe.name for recipe in in_order(recipes(stage(name, "a")))] == [name]
 
 
-def test_stages_come_behind_those_they_use_wherever_they_stand():
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """The names of the folders into which a checkpoint was merged."""
+    names: list[str] = []
+    real = merging.merge
+
+    def noted(splice, output, *rest, **more):
+        names.append(output.name)
+        return real(splice, output, *rest, **more)
+
+    monkeypatch.setattr(merging, "merge", noted)
+    return names
+
+
+def test_stages_come_after_those_they_use_in_whatever_order_they_are_written():
     text = joined(
         stage("three", "two", "one"), stage(None, "three"), stage("two", "one"), stage("one", "a")
     )
@@ -69,17 +84,17 @@ def scratch(tmp_path):
     return tmp_path / "scratch"
 
 
-def test_later_stages_are_held_against_what_earlier_ones_will_be(donors, scratch):
+def test_later_stages_are_validated_against_what_earlier_ones_will_be(donors, scratch):
     a, b = donors["a"], donors["b"]
     text = joined(stage("one", a, b, a), stage(None, "one").replace("[0, 1]", "[0, STOP]"))
-    found = checked(recipes(text.replace("STOP", "3")), scratch)
+    stages = resolve_stages(recipes(text.replace("STOP", "3")), scratch)
     assert [
-        len([made for made in entry.operations if "q_proj" in made.name]) for entry in found
+        len([made for made in splice.operations if "q_proj" in made.name]) for splice in stages.all
     ] == [3, 3]
     shutil.rmtree(scratch)
     scratch.mkdir()
     with pytest.raises(FrankenmergeError) as caught:
-        checked(recipes(text.replace("STOP", "4")), scratch)
+        resolve_stages(recipes(text.replace("STOP", "4")), scratch)
     assert "[0, 3], the blocks of one" in str(caught.value)
 
 
@@ -90,7 +105,7 @@ def test_faults_of_all_stages_are_told_together(donors, scratch):
         stage(None, "one", "two").replace("passthrough", "anything"),
     )
     with pytest.raises(FrankenmergeError) as caught:
-        checked(recipes(text), scratch, place="r.yaml")
+        resolve_stages(recipes(text), scratch, place="r.yaml")
     found = [fault.place for fault in caught.value.faults]
     assert found == [
         "r.yaml: stage one: slices[0].sources[0].layer_range",
@@ -99,23 +114,19 @@ def test_faults_of_all_stages_are_told_together(donors, scratch):
     ]
 
 
-def test_a_stage_is_made_again_only_when_its_inputs_changed(donors, tmp_path):
+def test_a_stage_is_made_again_only_when_its_inputs_changed(donors, tmp_path, made):
     own = write_donor(tmp_path / "own", seed=11)
     text = joined(stage("one", donors["a"]), stage("two", own), stage(None, "one", "two"))
-    output, done = tmp_path / "out", []
+    output = tmp_path / "out"
 
     def run(changed: str = text) -> list[str]:
         shutil.rmtree(output, ignore_errors=True)
-        done.clear()
-
-        def noted(recipe, opened, folder):
-            done.append(folder.name)
-            return merge(recipe, opened, folder)
-
+        made.clear()
         kept: list[str] = []
-        result = merge_stages(recipes(changed), output, noted, skipped=kept.append)
-        assert result.output == output and sorted([*done, *kept]) == ["one", "out", "two"]
-        return done
+        with resolved(recipes(changed)) as stages:
+            result = merge_stages(stages, output, unchanged=kept.append)
+        assert result.output == output and sorted([*made, *kept]) == ["one", "out", "two"]
+        return made
 
     assert run() == ["one", "two", "out"]
     provenance = json.loads((output / "frankenmerge.json").read_text())["tensors"]
@@ -138,14 +149,14 @@ def test_a_stage_is_made_again_only_when_its_inputs_changed(donors, tmp_path):
     assert run(text.replace("[0, 1]", "[1, 2]", 1)) == ["two", "out"]
 
 
-def test_the_command_line_merges_stages_and_tells_of_each(donors, tmp_path, run):
+def test_the_command_line_merges_stages_and_reports_each(donors, tmp_path, run):
     path = tmp_path / "r.yaml"
     path.write_text(joined(stage("one", donors["a"], donors["b"]), stage(None, "one")))
     code, out, _ = run("check", path, "--json")
-    told = json.loads(out)
-    assert (code, told["depth"], told["stages"]["one"]["depth"]) == (0, 1, 2)
+    summary = json.loads(out)
+    assert (code, summary["depth"], summary["stages"]["one"]["depth"]) == (0, 1, 2)
     code, out, _ = run("check", path)
-    assert code == 0 and "Stage one makes" in out and "KV cache per token" in out
+    assert code == 0 and "Result of stage one" in out and "KV cache per token" in out
     assert (
         run("merge", path, tmp_path / "out", "--dry-run")[0] == 0
         and not (tmp_path / "out").exists()
@@ -159,22 +170,24 @@ def test_the_figures_of_a_check(donors, tmp_path, run):
     path = tmp_path / "r.yaml"
     path.write_text(stage(None, donors["a"], donors["a"]) + "dtype: float16\n")
     code, out, _ = run("check", path, "--json")
-    told = json.loads(out)
+    summary = json.loads(out)
     # Two blocks of width 16 with 24 inner, four heads and two for keys; 48 tokens, embedding and
     # head.
     parameters = 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16 + 2 * 16) + 2 * 48 * 16 + 16
-    assert (code, told["parameters"], told["bytes"], told["dtype"]) == (
+    assert (code, summary["parameters"], summary["bytes"], summary["dtype"]) == (
         0,
         parameters,
         2 * parameters,
         "float16",
     )
-    assert told["memory"] == {"float16": 2 * parameters, "float32": 4 * parameters}
-    assert told["kv_cache_per_token"] == 2 * 2 * 2 * 4 * 2
-    assert told["computed"] == told["tensors"] == 2 * 9 + 3
+    assert summary["memory"] == {"float16": 2 * parameters, "float32": 4 * parameters}
+    assert summary["kv_cache_per_token"] == 2 * 2 * 2 * 4 * 2
+    assert summary["computed"] == summary["tensors"] == 2 * 9 + 3
 
 
-def test_a_stage_is_made_again_when_the_text_of_its_gauge_changed_under_its_path(donors, tmp_path):
+def test_a_stage_is_made_again_when_the_text_of_its_gauge_changed_under_its_path(
+    donors, tmp_path, made
+):
     text = tmp_path / "fit.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 40)
     rotated = f"""\
@@ -188,17 +201,13 @@ slices:
     last = (
         "merge_method: passthrough\nslices: [{sources: [{model: rotated, layer_range: [0, 4]}]}]\n"
     )
-    done: list[str] = []
 
     def run() -> list[str]:
-        done.clear()
+        made.clear()
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        merge_stages(
-            recipes(f"{rotated}---\n{last}"),
-            tmp_path / "out",
-            lambda *given: (done.append(given[2].name), merge(*given)),
-        )
-        return list(done)
+        with resolved(recipes(f"{rotated}---\n{last}")) as stages:
+            merge_stages(stages, tmp_path / "out")
+        return list(made)
 
     assert run() == ["rotated", "out"]
     assert run() == ["out"]
