@@ -59,13 +59,18 @@ CPU = Placement()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' messages and progress bars; restore both at the end."""
+    """Silence transformers; at the end restore its settings, and torch's random state.
+
+    A model whose weights do not fit is filled with random ones before it is refused.
+    """
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    state = torch.get_rng_state()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
+        torch.set_rng_state(state)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
