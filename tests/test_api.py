@@ -15,7 +15,7 @@ TEXT = "a quick brown fox jumps over the lazy dog " * 20
 
 @pytest.fixture
 def best(donors):
-    return fm.plan(fm.align(donors["a"], donors["b"]), 6)[0]
+    return fm.plan(fm.align(donors["a"], donors["b"]), 6).plans[0]
 
 
 def test_align_takes_donors_and_atlases_alike(donors):
@@ -39,30 +39,30 @@ def test_a_plan_is_merged_and_evaluated_as_on_the_command_line(donors, best, run
     assert made.tensors == len(ours) and ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
-    virtual, *own = fm.evaluate(best.recipe, texts={"text": TEXT})
-    merged, *_ = fm.evaluate(tmp_path / "ours", texts=[tmp_path / "text.txt"])
+    virtual, *own = fm.evaluate(best.recipe, texts={"text": TEXT}).results
+    merged, *_ = fm.evaluate(tmp_path / "ours", texts=[tmp_path / "text.txt"]).results
     code, out, _ = run(
         "evaluate", tmp_path / "recipe.yaml", "--text", tmp_path / "text.txt", "--json"
     )
-    told = {model["name"]: model["nats_per_token"] for model in json.loads(out)["models"]}
-    assert code == 0 and told[str(tmp_path / "recipe.yaml")] == pytest.approx(
+    losses = {model["name"]: model["nats_per_token"] for model in json.loads(out)["models"]}
+    assert code == 0 and losses[str(tmp_path / "recipe.yaml")] == pytest.approx(
         virtual.total.nats_per_token, abs=1e-6
     )
     assert merged.total.nats_per_token == pytest.approx(virtual.total.nats_per_token, abs=1e-6)
     assert [result.role for result in own] == ["donor", "donor"]
     assert all(
-        told[result.name] == pytest.approx(result.total.nats_per_token, abs=1e-6) for result in own
+        losses[result.name] == pytest.approx(result.total.nats_per_token, abs=1e-6) for result in own
     )
 
 
 def test_a_recipe_may_be_its_file(best, tmp_path):
     (tmp_path / "recipe.yaml").write_text(best.recipe.dump())
-    from_file, *_ = fm.evaluate(tmp_path / "recipe.yaml", texts={"text": TEXT})
-    from_value, *_ = fm.evaluate(best.recipe, texts={"text": TEXT})
+    from_file, *_ = fm.evaluate(tmp_path / "recipe.yaml", texts={"text": TEXT}).results
+    from_value, *_ = fm.evaluate(best.recipe, texts={"text": TEXT}).results
     assert np.array_equal(from_file.total.nats, from_value.total.nats)
 
 
-def test_mistakes_are_told(tmp_path):
+def test_mistakes_are_raised(tmp_path):
     with pytest.raises(FrankenmergeError, match="neither"):
         fm.analyze(tmp_path / "nowhere")
 

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, in_memory, written
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.compare import Bench, Text
-from frankenmerge.merging.writer import merge
-from frankenmerge.models.loading import load_model, virtual_splice
-from frankenmerge.splicing.opening import open_donors
+from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.models.loading import load_model
 
 NAMES = ("base", "code", "prose", "stranger", "wide", "gpt2")
 
@@ -40,22 +38,19 @@ def test_a_donor_is_a_complete_bf16_checkpoint_with_a_card(name):
     ],
     ids=str,
 )
-def test_a_merged_checkpoint_has_exactly_the_virtual_splices_logits(pieces, tmp_path):
+def test_a_merged_checkpoint_has_exactly_the_logits_of_the_splice_in_memory(pieces, tmp_path):
     recipe = recipe_of(
         [Block(donor(name), index) for name, start, stop in pieces for index in range(start, stop)]
     )
-    donors = open_donors(recipe)
-    virtual = virtual_splice(
-        recipe, donors, {name: load_model(checkpoint) for name, checkpoint in donors.items()}
-    )
-    merged = load_model(open_checkpoint(str(merge(recipe, donors, tmp_path / "merged").output)))
+    virtual = in_memory(recipe)
+    merged = load_model(open_checkpoint(str(written(recipe, tmp_path / "merged").output)))
     ids = torch.randint(1024, (2, 100), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(merged(input_ids=ids).logits, virtual(input_ids=ids).logits)
 
 
 def held_out_texts(monkeypatch) -> list[Text]:
-    """All of the standard library that the donors were not trained on; the excerpts in the package are pieces of it."""
+    """All of the standard library that the donors were not trained on."""
     monkeypatch.syspath_prepend(str(DEMO.parents[1] / "evals" / "zoo"))
     from corpus import documents
 
@@ -68,7 +63,8 @@ def held_out_texts(monkeypatch) -> list[Text]:
 
 @pytest.mark.slow
 def test_a_fine_tune_gained_on_its_own_text_and_lost_on_the_others(monkeypatch):
-    bench = Bench(held_out_texts(monkeypatch), map(donor, ("base", "code", "prose")))
+    checkpoints = {donor(name): open_checkpoint(donor(name)) for name in ("base", "code", "prose")}
+    bench = Bench(held_out_texts(monkeypatch), checkpoints)
     base, code, prose = (bench.checkpoint(donor(name)).losses for name in ("base", "code", "prose"))
     assert base["code"].nats_per_token - code["code"].nats_per_token >= 0.1
     assert code["prose"].nats_per_token - base["prose"].nats_per_token >= 0.15

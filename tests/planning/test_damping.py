@@ -1,8 +1,9 @@
-"""Damped recipes: what is scaled and by how much, written as merged as run in memory."""
+"""Damped recipes: what is scaled and by how much, the same on disk and in memory."""
 
 import numpy as np
 import pytest
 import torch
+from conftest import in_memory, resolved, written
 from safetensors.torch import load_file
 
 from frankenmerge.analysis.align import align
@@ -10,8 +11,7 @@ from frankenmerge.analysis.analyze import analyze
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.merging.writer import merge
-from frankenmerge.models.loading import load_model, virtual_splice
+from frankenmerge.models.loading import load_model
 from frankenmerge.planning.damping import damped, dampings
 from frankenmerge.splicing.opening import open_donors
 
@@ -24,7 +24,7 @@ def recipe_from(donors, names=("a", "b")):
 
 
 @pytest.mark.parametrize("family, names", [("llama", ("a", "b")), ("gpt2", ("g", "h"))])
-def test_a_merge_and_a_splice_in_memory_scale_alike(donors, tmp_path, family, names):
+def test_a_merge_and_a_splice_in_memory_scale_equally(donors, tmp_path, family, names):
     factors = [1, 0.7, 0.3, 0.7071, 0.9, 1]
     recipe = parse_recipe(
         damped(recipe_from(donors, names), factors, WRITES[family]).dump(), "recipe"
@@ -33,8 +33,8 @@ def test_a_merge_and_a_splice_in_memory_scale_alike(donors, tmp_path, family, na
     assert {
         name: donor.architecture.stream.writes for name, donor in opened.items()
     } == dict.fromkeys(opened, WRITES[family])
-    merge(recipe, opened, tmp_path / "merged")
-    written = load_file(tmp_path / "merged" / "model.safetensors")
+    written(recipe, tmp_path / "merged", donors=opened)
+    scaled = load_file(tmp_path / "merged" / "model.safetensors")
     prefix = "model.layers.{}." if family == "llama" else "transformer.h.{}."
     for position, (block, factor) in enumerate(zip(recipe.blocks, factors, strict=True)):
         source = load_file(f"{block.model}/model.safetensors")
@@ -45,13 +45,11 @@ def test_a_merge_and_a_splice_in_memory_scale_alike(donors, tmp_path, family, na
                 factor if any(write in name for write in WRITES[family]) else 1
             )
             torch.testing.assert_close(
-                written[name.replace(prefix.format(block.index), prefix.format(position), 1)],
+                scaled[name.replace(prefix.format(block.index), prefix.format(position), 1)],
                 expected,
             )
     ids = torch.arange(40).view(2, 20)
-    virtual = virtual_splice(
-        recipe, opened, {name: load_model(donor) for name, donor in opened.items()}
-    )
+    virtual = in_memory(recipe, opened)
     merged = load_model(open_checkpoint(str(tmp_path / "merged")))
     assert torch.equal(virtual(input_ids=ids).logits, merged(input_ids=ids).logits)
 
@@ -101,10 +99,9 @@ def test_what_repeats_nothing_is_not_damped(donors):
     assert dampings(recipe, [], WRITES["llama"]) == []
 
 
-def test_other_parameters_than_scale_still_need_a_merge(donors):
+def test_a_parameter_that_the_method_lacks_is_refused(donors):
     from frankenmerge.errors import FrankenmergeError
-    from frankenmerge.splicing.compatibility import stacked
 
     recipe = recipe_from(donors).model_copy(update={"parameters": {"weight": 1.0}})
-    with pytest.raises(FrankenmergeError, match="scale alone"):
-        stacked(recipe, open_donors(recipe))
+    with pytest.raises(FrankenmergeError, match="scale"):
+        resolved(recipe)

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from conftest import rotated_donor, write_donor
+from conftest import resolved, rotated_donor, write_donor
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.compare import Bench, read_text
+from frankenmerge.evaluation.bench import Bench, read_text
 from frankenmerge.planning.gauges import needs_gauge, rotated_where_needed, with_gauges
 from frankenmerge.planning.plan import plan
 from frankenmerge.planning.search import Constraints
@@ -38,29 +38,29 @@ def test_twins_in_two_bases_need_a_gauge_and_relatives_in_one_do_not(atlases):
     assert given[0].gram is across.rotated_gram and given[1] is within
 
 
-def test_a_plan_of_twins_turns_one_into_the_others_basis(atlases, twins, text):
+def test_a_plan_of_twins_rotates_one_into_the_other_s_basis(atlases, twins, text):
     best = plan([align(*atlases)], Constraints(4, 1, 1, 0, 0, None))[0]
     assert [part.gauge and part.gauge.to for part in best.recipe.parts] == [None, "previous"]
     assert best.seams[0].gauged and best.seams[0].by_chance
     assert best.seams[0].scores["gauge"] > 0.99 > best.seams[0].nulls["gauge"]["permuted_probes"]
-    bench = Bench([read_text(text)], twins)
+    bench = Bench([read_text(text)], {name: open_checkpoint(name) for name in twins})
     alone = bench.checkpoint(twins[0]).total.nats_per_token
     bare = recipe_of(best.recipe.blocks)
     measured: list[int] = []
     rotated, raw = (
         result.total.nats_per_token
-        for result in bench.recipes([best.recipe, bare], advance=measured.append)
+        for result in bench.splices(
+            [resolved(best.recipe), resolved(bare)], advance=measured.append
+        )
     )
     assert sum(measured) == 2  # each recipe once on the one text: fitting a gauge is costly
-    assert best.predicted_damage < 0.05 and rotated == pytest.approx(
-        alone, abs=1e-3
-    )  # the default model says 0.03 of any seam
-    assert (
-        abs(raw - alone) > 0.05
-    )  # untrained donors say little either way; rotated it is fifty times less
+    assert best.predicted_damage < 0.05  # the default model predicts 0.03 for any seam
+    assert rotated == pytest.approx(alone, abs=1e-3)
+    # Untrained donors predict little either way; rotated, the loss is fifty times smaller.
+    assert abs(raw - alone) > 0.05
 
 
-def test_every_slice_in_another_basis_is_turned_and_no_other():
+def test_every_slice_in_another_basis_is_rotated_and_no_other():
     recipe = recipe_of(
         [
             Block("a", 0),

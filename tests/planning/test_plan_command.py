@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import resolved
 
 from frankenmerge.artefacts.alignment import load_alignment, save_alignment
 from frankenmerge.artefacts.recipe_file import load_recipe
@@ -40,13 +41,14 @@ def test_the_command_line_writes_recipes_that_pass_check(written, run, tmp_path)
         assert code == 0 and json.loads(out)["depth"] == 8
 
 
-def test_the_evidence_beside_the_recipes_is_what_was_printed(written, run, tmp_path):
+def test_the_evidence_next_to_the_recipes_is_what_was_printed(written, run, tmp_path):
     code, out, _ = run("plan", written, "-o", tmp_path / "recipe.yaml", "--top", 2, "--json")
     result, evidence = json.loads(out), json.loads((tmp_path / "recipe.evidence.json").read_text())
     assert code == 0
     assert {key: result[key] for key in evidence} == evidence
     assert evidence["plans"] == [
-        entry.as_json() for entry in plan([load_alignment(written)], Constraints(9), top=2)
+        entry.record(resolved(entry.recipe).key).as_json()
+        for entry in plan([load_alignment(written)], Constraints(9), top=2)
     ]
     assert evidence["constraints"] == {
         "depth": 9,
@@ -97,7 +99,7 @@ def test_options_reach_the_planner(written, run, tmp_path):
 
 def test_a_plan_that_cannot_be_is_one_message_and_no_file(written, run, tmp_path):
     code, out, err = run("plan", written, "-o", tmp_path / "recipe.yaml", "--depth", 100)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "depth 100" in err and "Traceback" not in err
     assert not (tmp_path / "recipe.yaml").exists()
 
@@ -138,13 +140,14 @@ def test_verified_plans_are_ranked_by_what_was_measured(written, run, tmp_path, 
     assert check["held"] == (check["low"] <= check["measured"] <= check["high"])
 
 
-def test_plans_are_predicted_from_what_they_do_on_drawn_tokens(donors, run, tmp_path, text):
+def test_plans_are_predicted_from_what_they_do_on_sampled_tokens(donors, run, tmp_path, text):
     from frankenmerge.evaluation.sampled_damage import damage_on_sampled
     from frankenmerge.models.loading import load_model
+    from frankenmerge.splicing.assemble import assemble
 
     alignment, recipe = tmp_path / "ad.alignment.safetensors", tmp_path / "recipe.yaml"
     code, out, _ = run(
-        "align", donors["a"], donors["deep"], "-o", alignment, "--drawn", "--exchange", "--json"
+        "align", donors["a"], donors["deep"], "-o", alignment, "--sampled", "--exchange", "--json"
     )
     exchanged = load_alignment(alignment).exchange
     assert code == 0 and load_alignment(alignment).provenance["predicted_from"] == "drawn tokens"
@@ -167,9 +170,9 @@ def test_plans_are_predicted_from_what_they_do_on_drawn_tokens(donors, run, tmp_
         "--top",
         4,
         "--verify",
-        "drawn",
+        "sampled",
         "--damp",
-        "drawn",
+        "sampled",
         "--json",
     )
     result = json.loads(out)
@@ -180,9 +183,10 @@ def test_plans_are_predicted_from_what_they_do_on_drawn_tokens(donors, run, tmp_
     predicted = [entry["predicted_damage"] for entry in result["plans"]]
     assert predicted == sorted(predicted) and predicted[0] == pytest.approx(damage[best], rel=1e-4)
     opened = {str(donors[name]): open_checkpoint(str(donors[name])) for name in ("a", "deep")}
-    found = damage_on_sampled(
-        [load_recipe(recipe)], opened, {name: load_model(donor) for name, donor in opened.items()}
-    )[0]
+    models = {name: load_model(donor) for name, donor in opened.items()}
+    (found,) = damage_on_sampled(
+        [resolved(load_recipe(recipe), opened)], models, lambda splice: assemble(splice, models)
+    )
     assert found == pytest.approx(damage[best], rel=1e-4)
     code, out, _ = run("evaluate", recipe, "--text", text, "--json")
     assert [check["predicted"] for check in json.loads(out)["predictions"]] == [
@@ -190,7 +194,7 @@ def test_plans_are_predicted_from_what_they_do_on_drawn_tokens(donors, run, tmp_
     ]
 
 
-def test_calibrated_on_drawn_tokens_the_model_says_so(written, run, tmp_path):
+def test_calibrated_on_sampled_tokens_the_model_says_so(written, run, tmp_path):
     code, out, _ = run(
         "plan",
         written,
@@ -199,10 +203,10 @@ def test_calibrated_on_drawn_tokens_the_model_says_so(written, run, tmp_path):
         "--depth",
         8,
         "--calibrate",
-        "drawn",
+        "sampled",
         "--json",
     )
-    assert code == 0 and json.loads(out)["model"]["origin"]["texts"] == ["drawn"]
+    assert code == 0 and json.loads(out)["model"]["origin"]["texts"] == ["sampled"]
 
 
 def test_a_parameter_budget_is_kept_to_and_used(written, donors, run, tmp_path):
@@ -225,7 +229,7 @@ def test_a_parameter_budget_is_kept_to_and_used(written, donors, run, tmp_path):
         (("--parameters", "2K"), "at least"),
         (("--parameters", "20K", "--depth", 8), "either --depth or --parameters"),
         (("--parameters", "many"), "11B"),
-        (("--verify", "drawn", "--verify", "other.txt"), "stands alone"),
+        (("--verify", "sampled", "--verify", "other.txt"), "either 'sampled' or texts"),
     ],
 )
 def test_budgets_and_texts_that_cannot_be_are_refused(written, run, tmp_path, options, message):
