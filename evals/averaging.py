@@ -1,8 +1,8 @@
-"""Do two donors' weights average better once both are in one gauge, their heads and neurons matched?
+"""Do two donors' weights average better in one basis, with their heads and neurons matched?
 
-B is brought to A on tokens that the two draw themselves; the averages are measured on windows from
-the end of a text: raw, with B's stream rotated, with its heads and neurons matched, and with both.
-Neither changes what B computes. Nothing is written.
+B is aligned with A on tokens that both generate; the averages are measured on windows from the end
+of a text: raw, with B's stream rotated, with its heads and neurons matched, and with both. Neither
+changes what B computes. Nothing is written.
 """
 
 import json
@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from frankenmerge.donors.architecture import Architecture
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.compare import read_text, shared_context
+from frankenmerge.evaluation.bench import read_text, shared_context
 from frankenmerge.evaluation.language import encode
 from frankenmerge.models.loading import load_model, load_tokenizer
 from frankenmerge.models.sampling import sample_tokens
@@ -39,16 +39,18 @@ from frankenmerge.splicing.methods.inputs import Operand
 from frankenmerge.splicing.rotation import Rotation
 
 ROWS = 64
-"""Rows of tokens that each donor draws."""
+"""Rows of tokens that each donor generates."""
 State = Mapping[str, Tensor]
 
 
 @click.command()
-@click.option("--donor-a", required=True, help="The donor whose basis and places are kept.")
+@click.option(
+    "--donor-a", required=True, help="The donor whose basis, heads and neurons stay in place."
+)
 @click.option(
     "--donor-b",
     required=True,
-    help="The donor that is brought to them: of the same shape, with the same tokens.",
+    help="The donor to align with it, of the same shape and with the same tokens.",
 )
 @click.option(
     "--text",
@@ -62,7 +64,7 @@ State = Mapping[str, Tensor]
     "--windows",
     default=16,
     show_default=True,
-    help="Windows that are measured, of all texts together.",
+    help="Number of windows to measure on, over all texts.",
 )
 @click.option(
     "--t",
@@ -70,7 +72,7 @@ State = Mapping[str, Tensor]
     default=[0.25, 0.5, 0.75],
     show_default=True,
     multiple=True,
-    help="B's share; may be repeated.",
+    help="B's share of the average; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
@@ -89,7 +91,7 @@ def main(
     ]
     if shapes[0] != shapes[1]:
         raise click.UsageError(
-            "donors of the same shape are averaged; these differ in their tensors' names or shapes"
+            "only donors of the same shape can be averaged; tensors' names or shapes differ"
         )
     tokenizer = load_tokenizer(checkpoints[0])
     start: Any = (
@@ -123,7 +125,7 @@ def _alignments(
     of_a: Activations,
     of_b: Activations,
 ) -> dict[str, tuple[State, State]]:
-    """A's and B's tensors as they are averaged, by how B was brought to A."""
+    """A's and B's tensors as they are averaged, by how B was aligned with A."""
     groups = a.config.num_key_value_heads
     found = [
         match(left, right, groups) for left, right in zip(of_a.inside, of_b.inside, strict=True)
@@ -144,7 +146,12 @@ def _alignments(
 
 
 def _likeness(of_a: Activations, of_b: Activations) -> dict[str, list[float]]:
-    """How much longer B's stream is, median over positions at every depth; a block's mean correlation of matched neurons, and by chance."""
+    """Compare what the donors compute on the same tokens.
+
+    `lengths` are ratios of the length of B's stream to A's, the median over positions at every
+    depth; `neurons` a block's mean correlation of matched neurons, and `shuffled` the same by
+    chance, over shuffled positions.
+    """
     lengths = [
         float((b.norm(dim=1) / a.norm(dim=1)).median())
         for a, b in zip(of_a.stream, of_b.stream, strict=True)
@@ -167,7 +174,7 @@ def _correlation(of_a: Tensor, of_b: Tensor) -> float:
 
 
 def _average(method: str, left: State, right: State, t: float) -> dict[str, Tensor]:
-    """Tensor by tensor, as a merge averages: `(1 - t)` of the left one, `t` of the right one."""
+    """Average tensors as a merge does: `(1 - t)` of the left one, `t` of the right one."""
     made = {}
     for name, tensor in left.items():
         weights, parameters = (
@@ -190,7 +197,7 @@ def _part(tensor: Tensor, weight: Mapping[str, float]) -> Operand:
 
 
 def _filled(like: PreTrainedModel, state: State) -> PreTrainedModel:
-    """A model of these tensors, its head parted from its embedding."""
+    """A model of these tensors, its head not tied to its embedding."""
     config = deepcopy(like.config)
     config.tie_word_embeddings = False
     model = AutoModelForCausalLM.from_config(config)
@@ -199,7 +206,7 @@ def _filled(like: PreTrainedModel, state: State) -> PreTrainedModel:
 
 
 def _last_windows(ids: Any, start: int, length: int, count: int) -> Tensor:
-    """Windows behind `start` from the end of a text, `[count, length]`."""
+    """Windows from the end of a text, each after the token `start`, `[count, length]`."""
     rows = torch.from_numpy(ids[1:]).unfold(0, length - 1, length - 1)[-count:]
     return torch.cat([torch.full((len(rows), 1), start), rows], 1)
 
@@ -213,9 +220,8 @@ def _loss(model: PreTrainedModel, ids: Tensor) -> float:
 
 
 def _print(result: dict[str, Any]) -> None:
-    click.echo(
-        f"nats per token; the donors {result.pop('donor_a_nats'):.3f} and {result.pop('donor_b_nats'):.3f}"
-    )
+    a, b = result.pop("donor_a_nats"), result.pop("donor_b_nats")
+    click.echo(f"Loss in nats per token (donor A: {a:.3f}, donor B: {b:.3f})")
     for name, values in result.pop("likeness").items():
         click.echo(f"{name:14} " + " ".join(f"{value:.2f}" for value in values))
     for name, methods in result.items():

@@ -1,4 +1,7 @@
-"""How many splices a second are measured together, against one model run for each: all single-seam splices of two donors."""
+"""How many splices per second are measured together, compared with one model run for each.
+
+The splices are all single-seam splices of two donors.
+"""
 
 import json
 import time
@@ -9,29 +12,35 @@ import click
 from splices import excerpts, single_seams
 
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.compare import Bench, read_text
+from frankenmerge.evaluation.bench import Bench, read_text
+from frankenmerge.splicing.resolve import resolve
 
 
 @click.command()
-@click.option("--donor-a", required=True)
-@click.option("--donor-b", required=True)
+@click.option("--donor-a", required=True, help="The donor of the first slice.")
+@click.option("--donor-b", required=True, help="The donor of the second slice.")
 @click.option(
     "--text",
     "texts",
     required=True,
     multiple=True,
     type=click.Path(path_type=Path),
-    help="May be repeated.",
+    help="A text; may be repeated.",
 )
 @click.option(
-    "--characters", default=2_500, show_default=True, help="Of each text, how much is used."
+    "--characters",
+    default=2_500,
+    show_default=True,
+    help="Number of characters to use of each text.",
 )
 @click.option(
     "--context",
     type=click.IntRange(2),
-    help="Tokens in a window. [default: what both donors were made for]",
+    help="Tokens in a window. [default: the longest that both donors support]",
 )
-@click.option("--rounds", default=3, show_default=True)
+@click.option(
+    "--rounds", default=3, show_default=True, help="How often each way is timed; the best counts."
+)
 def main(
     donor_a: str,
     donor_b: str,
@@ -40,16 +49,17 @@ def main(
     context: int | None,
     rounds: int,
 ) -> None:
-    """Print seconds of CPU time for both ways, and their ratio, the best of the rounds each."""
-    names = list(dict.fromkeys((donor_a, donor_b)))
-    bench = Bench(excerpts(map(read_text, texts), 0, characters), names, context=context)
-    blocks = [open_checkpoint(name).blocks for name in (donor_a, donor_b)]
-    recipes = list(single_seams(donor_a, donor_b, (blocks[0], blocks[1])).values())
+    """Print splices per second of CPU time for both ways, and the ratio of their times."""
+    donors = {name: open_checkpoint(name) for name in dict.fromkeys((donor_a, donor_b))}
+    bench = Bench(excerpts(map(read_text, texts), 0, characters), donors, context=context)
+    blocks = donors[donor_a].blocks, donors[donor_b].blocks
+    recipes = list(single_seams(donor_a, donor_b, blocks).values())
+    splices = [resolve(recipe, donors) for recipe in recipes]
     ways = {
-        "together": lambda: bench.recipes(recipes),
-        "alone": lambda: [bench.recipe(str(recipe), recipe) for recipe in recipes],
+        "together": lambda: bench.splices(splices),
+        "alone": lambda: [bench.splice(str(splice.recipe), splice) for splice in splices],
     }
-    for name in names:
+    for name in donors:
         bench.load(name)
     seconds = {name: min(_timed(way) for _ in range(rounds)) for name, way in ways.items()}
     rates = {name: len(recipes) / value for name, value in seconds.items()}

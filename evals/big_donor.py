@@ -1,6 +1,6 @@
-"""Does a donor larger than memory go through? Makes up a Llama, analyzes it under a limit, and tells what that took.
+"""Analyze a random Llama that is larger than memory, under a limit; report time and peak memory.
 
-The limit is of the address space (`ulimit -v`), so that what is mapped counts too. Weights are
+The limit is on the address space (`ulimit -v`), so that mapped memory counts too. Weights are
 random: time and memory do not depend on them.
 """
 
@@ -20,15 +20,14 @@ from rich.table import Table
 
 WIDTH, INNER, HEADS, KV_HEADS = 2048, 5632, 16, 4
 BLOCK = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH * KV_HEADS // HEADS + 3 * WIDTH * INNER + 2 * WIDTH
-"""Parameters of a block, two bytes each."""
+"""Parameters per block, of two bytes each."""
 
 
 def make_donor(folder: Path, blocks: int, vocabulary: int) -> int:
-    """Write a random bfloat16 Llama, a shard a block; returns its bytes."""
+    """Write a random bfloat16 Llama, one shard per block; return its size in bytes."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
-    # bfloat16 is the upper half of float32. One stock of numbers serves all: only sizes matter
-    # here.
+    # bfloat16 is the upper half of float32. All tensors share the same numbers: only sizes matter.
     stock = (generator.standard_normal(INNER * WIDTH, dtype=np.float32) * 0.02).view(
         np.uint32
     ) >> 16
@@ -74,6 +73,12 @@ def make_donor(folder: Path, blocks: int, vocabulary: int) -> int:
         total += position
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    _write_small_files(folder, blocks, vocabulary)
+    return total
+
+
+def _write_small_files(folder: Path, blocks: int, vocabulary: int) -> None:
+    """Write config and tokenizer; the tokenizer is that of a demo donor."""
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -96,7 +101,6 @@ def make_donor(folder: Path, blocks: int, vocabulary: int) -> int:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (tokenizer / name).exists():
             shutil.copy(tokenizer / name, folder / name)
-    return total
 
 
 @click.command()
@@ -104,22 +108,22 @@ def make_donor(folder: Path, blocks: int, vocabulary: int) -> int:
     "--folder",
     type=click.Path(path_type=Path),
     required=True,
-    help="Where the donor is made; removed at the end.",
+    help="Folder for the donor; removed at the end.",
 )
-@click.option("--gigabytes", default=8.0, show_default=True, help="The donor's size.")
-@click.option("--vocabulary", default=1024, show_default=True, help="Tokens to search.")
+@click.option("--gigabytes", default=8.0, show_default=True, help="Size of the donor.")
+@click.option("--vocabulary", default=1024, show_default=True, help="Vocabulary size of the donor.")
 @click.option(
     "--limit",
     default=3.0,
     show_default=True,
-    help="Gigabytes of address space the analysis may have.",
+    help="Limit on the address space of the analysis, in gigabytes.",
 )
-@click.option("--dtype", default="float32", show_default=True, help="The type to compute in.")
+@click.option("--dtype", default="float32", show_default=True, help="Type to compute in.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     folder: Path, gigabytes: float, vocabulary: int, limit: float, dtype: str, as_json: bool
 ) -> None:
-    """Analyze a made-up donor in less memory than it takes."""
+    """Analyze a random donor in less memory than its size."""
     blocks = max(1, round(gigabytes * 1e9 / (2 * BLOCK)))
     try:
         size = make_donor(folder / "donor", blocks, vocabulary)
@@ -133,13 +137,13 @@ def main(
             str(folder / "donor.atlas.safetensors"),
         ]
         environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
-        started = time.perf_counter()
+        allowed, started = int(limit * 1e9), time.perf_counter()
         done = subprocess.run(
             [*command, "--dtype", dtype, "--json"],
             capture_output=True,
             text=True,
             env=environment,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (int(limit * 1e9),) * 2),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed)),
         )
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
@@ -160,7 +164,9 @@ def main(
     if as_json:
         click.echo(json.dumps(result))
         return
-    table = Table("figure", "value", title="A donor larger than memory, analyzed block by block")
+    table = Table(
+        "figure", "value", title="Analysis, block by block, of a donor larger than memory"
+    )
     for name, value in result.items():
         table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
     Console().print(table)

@@ -1,17 +1,17 @@
 """Fit the planner's default weights on some of the package's donors: `python evals/fit_planner.py`.
 
-Writes `frankenmerge/planning/prediction.json`. Fitted on the donors `FITTED`, each with itself, and
-on the characters from `START` on of the demo's texts; `splice_prediction.py` tests on others and,
-as it is called by default, on the characters before. The spreads are what a donor of another family
-than those is expected to be off by.
+Writes `frankenmerge/planning/prediction.json`. The weights are fitted on the donors `FITTED`, each
+with itself, and on the demo's texts from character `START`; `splice_prediction.py` tests on others
+and, by default, on the characters before. The spreads are the expected errors for a donor of
+another family.
 """
 
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -22,8 +22,7 @@ from splices import Bank, excerpts, random_seams, single_seams
 import frankenmerge
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.evaluation.compare import read_text
-from frankenmerge.evaluation.sampled_damage import damage_on_sampled
+from frankenmerge.evaluation.bench import Text, read_text
 from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.prediction import (
     FLOOR,
@@ -44,7 +43,7 @@ reported.
 """
 START, CHARACTERS, CONTEXT, SEVERAL, SEED = 25_000, 2_500, 128, 100, 0
 MOST_SEVERAL = {"wide": 60}
-"""Donors of four blocks make fewer recipes."""
+"""There are fewer recipes of donors of four blocks."""
 
 
 class Measured(NamedTuple):
@@ -53,9 +52,9 @@ class Measured(NamedTuple):
     features: np.ndarray
     """`[r, FEATURES]`"""
     damage: np.ndarray
-    """On the text, `[r]`."""
-    drawn: np.ndarray
-    """On tokens that the donor drew, `[r]`."""
+    """On the text, nats per token, `[r]`."""
+    sampled: np.ndarray
+    """The same on tokens that the donor generated, `[r]`."""
     fingerprint: str
 
 
@@ -63,7 +62,7 @@ class Measured(NamedTuple):
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),
-    help="A folder for what was measured, to go on from after an interruption.",
+    help="A folder that keeps measurements, to continue from after an interruption.",
 )
 def main(cache: Path | None) -> None:
     """Measure the splices of the donors, fit, and write the weights with their origin."""
@@ -78,13 +77,30 @@ def main(cache: Path | None) -> None:
         intercept, weights = _fit([other for key, other in measured.items() if key != name])
         model = DamageModel(intercept, tuple(weights), (0, 0), (0, 0))
         off.append(_off(model.damage(own.features), own.damage))
+        mean, deviation = off[-1].mean(), off[-1].std()
         click.echo(
-            f"{name} left out: predicted off by {off[-1].mean():+.2f}, standard deviation {off[-1].std():.2f}",
+            f"Without {name}: mean error of its prediction {mean:+.2f} (log), "
+            f"standard deviation {deviation:.2f}",
             err=True,
         )
     intercept, weights = _fit(list(measured.values()))
-    drawn = [_off(own.drawn, own.damage, SAMPLED_FLOOR) for own in measured.values()]
-    origin = {
+    sampled = [_off(own.sampled, own.damage, SAMPLED_FLOOR) for own in measured.values()]
+    model = DamageModel(
+        intercept,
+        tuple(float(weight) for weight in weights),
+        new_family(off),
+        new_family(sampled),
+        _origin(measured, texts),
+    )
+    content = json.dumps(model.as_json(), indent=1) + "\n"
+    write_file(PACKAGE / "planning" / "prediction.json", content.encode())
+    click.echo(json.dumps(model.as_json()))
+
+
+def _origin(measured: Mapping[str, Measured], texts: Sequence[Text]) -> dict[str, Any]:
+    """What the weights were fitted on, and by which versions."""
+    content = "\0".join(text.content for text in texts)
+    return {
         "script": "evals/fit_planner.py",
         "donors": list(FITTED),
         "splices": sum(len(own.damage) for own in measured.values()),
@@ -94,9 +110,7 @@ def main(cache: Path | None) -> None:
             "start": START,
             "characters": CHARACTERS,
             "context": CONTEXT,
-            "sha256": hashlib.sha256(
-                "\0".join(text.content for text in texts).encode()
-            ).hexdigest(),
+            "sha256": hashlib.sha256(content.encode()).hexdigest(),
         },
         "seed": SEED,
         "fingerprints": {name: own.fingerprint for name, own in measured.items()},
@@ -107,25 +121,13 @@ def main(cache: Path | None) -> None:
             "python": platform.python_version(),
         },
     }
-    model = DamageModel(
-        intercept,
-        tuple(float(weight) for weight in weights),
-        new_family(off),
-        new_family(drawn),
-        origin,
-    )
-    write_file(
-        PACKAGE / "planning" / "prediction.json",
-        (json.dumps(model.as_json(), indent=1) + "\n").encode(),
-    )
-    click.echo(json.dumps(model.as_json()))
 
 
-def _measured(name: str, texts: list, cache: Path | None) -> Measured:
+def _measured(name: str, texts: Sequence[Text], cache: Path | None) -> Measured:
     """Features and damage of every splice of a donor with itself that has a seam."""
     path = str(PACKAGE / "demo" / "donors" / name)
     bank = Bank(texts, [path], cache and cache / f"{name}.json", context=CONTEXT)
-    donor, model, _ = bank.bench.load(path)
+    donor = bank.checkpoints[path]
     blocks = donor.blocks, donor.blocks
     recipes = [
         *single_seams(path, path, blocks).values(),
@@ -136,10 +138,10 @@ def _measured(name: str, texts: list, cache: Path | None) -> Measured:
         recipes[0].blocks, {path: bank.donor(path)}
     )
     atlas = analyze(donor)
-    states = states_of([align(atlas, atlas, states=states_on_sampled({path: model}))])
-    drawn = damage_on_sampled(recipes, {path: donor}, {path: model})
+    states = states_of([align(atlas, atlas, states=states_on_sampled(bank.models))])
+    sampled = bank.damage_on_sampled(recipes)
     return Measured(
-        features([recipe.blocks for recipe in recipes], states), damage, drawn, donor.fingerprint
+        features([recipe.blocks for recipe in recipes], states), damage, sampled, donor.fingerprint
     )
 
 

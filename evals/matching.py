@@ -1,11 +1,11 @@
-"""Matches: a donor's neurons, heads and stream brought to the places that another donor keeps them in, changing nothing it computes.
+"""Permute and rotate a donor's neurons, heads and stream to match another's; outputs do not change.
 
 A block computes the same with the neurons of its FFN in any order, each with its sign in `up` and
 `down` flipped or not, with its key-value heads in any order and the query heads of each in any, and
 with the values of a key-value head in any orthogonal basis (Ainsworth et al. 2023, Git Re-Basin,
-for the orders). Before two donors' weights are averaged, these are chosen so that both do the same
-things at the same places: by assignment on what they compute on the same tokens, the stream by one
-rotation for all depths.
+for the orders). Before two donors' weights are averaged, these are chosen so that both compute the
+same at the same places: neurons and heads by assignment on their activations on the same tokens,
+the stream by one rotation for all depths.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,23 +22,23 @@ from frankenmerge.models.hooks import block_outputs, blocks_of, forward
 from frankenmerge.splicing.rotation import Rotation, procrustes, rotate_all
 
 HEADS, NEURONS = "self_attn.o_proj", "mlp.down_proj"
-"""The maps that read what heads and neurons make."""
+"""The maps whose inputs are the outputs of heads and neurons."""
 
 
 class Inside(NamedTuple):
-    """What one block computes on the way to its two writes, at `n` positions."""
+    """Activations inside one block, at `n` positions."""
 
     neurons: Tensor
-    """What `down` reads, `[n, f]`."""
+    """The input of `down`, `[n, f]`."""
     heads: Tensor
-    """What every query head makes of the values, `[n, h, e]`."""
+    """The output of every query head, `[n, h, e]`."""
 
 
 class Activations(NamedTuple):
-    """What a donor made of some tokens, without every row's first position."""
+    """A donor's activations on some tokens, without every row's first position."""
 
     stream: list[Tensor]
-    """The residual stream before the first block and behind every block, `[n, d]` each."""
+    """The residual stream before the first block and after every block, `[n, d]` each."""
     inside: list[Inside]
     """By block."""
 
@@ -49,7 +49,7 @@ class Match(NamedTuple):
     neurons: Tensor
     """`[f]`, B's neuron for each of A's."""
     signs: Tensor
-    """`[f]`, 1 or -1: B's neuron may do the opposite."""
+    """`[f]`, 1 or -1: B's neuron may have the opposite sign."""
     groups: Tensor
     """`[g]`, B's key-value head for each of A's."""
     heads: Tensor
@@ -95,9 +95,9 @@ def _map(block: nn.Module, name: str) -> nn.Module:
         if needed not in modules:
             raise fail(
                 "blocks",
-                f"a map {needed}, as Llama's blocks have",
+                f"a map {needed}, as in Llama's blocks",
                 "none",
-                "average donors of Llama's build",
+                "average donors with Llama's architecture",
             )
     return modules[name]
 
@@ -114,9 +114,11 @@ def _flat(states: Tensor) -> Tensor:
 
 
 def joint_rotation(source: Sequence[Tensor], target: Sequence[Tensor]) -> Rotation:
-    """One rotation for all depths, every position with the same weight, and the median over all of the ratio of the streams' lengths.
+    """Fit one rotation for all depths, with the same weight for every position.
 
-    Norms see directions alone; by squares a few positions of enormous length would decide.
+    Its scale is the median over all positions of the ratio of the streams' lengths. Norm layers
+    depend on directions alone; in a fit by squares, a few positions of very large norm would
+    dominate.
 
     Args:
         source: the stream of the donor to be rotated, `[n, d]` for every depth.
@@ -128,15 +130,16 @@ def joint_rotation(source: Sequence[Tensor], target: Sequence[Tensor]) -> Rotati
 
 
 def match(of_a: Inside, of_b: Inside, groups: int) -> Match:
-    """Match one block of B to one of A by what they compute at the same positions.
+    """Match one block of B to one of A by their activations at the same positions.
 
-    Neurons by the size of their correlation. Heads by how much of one's output is a rotation of the
-    other's (the nuclear norm of their cross product over their lengths), which no basis of the
-    values changes; groups by their heads in the best order.
+    Neurons are matched by the absolute value of their correlation. Heads are matched by how far the
+    output of one is a rotation of the other's (the nuclear norm of their cross product over their
+    lengths), which does not depend on the basis of the values; groups by their heads in the best
+    order.
 
     Args:
-        of_a: what A's block computes.
-        of_b: what B's block computes.
+        of_a: the activations of A's block.
+        of_b: the activations of B's block.
         groups: how many key-value heads there are.
     """
     return Match(
@@ -181,7 +184,10 @@ def _assigned(gain: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def matched(tensors: Mapping[str, Tensor], found: Match) -> dict[str, Tensor]:
-    """The tensors of one of B's blocks, by any names that end as Llama's do, with its parts at A's places; in float64."""
+    """The tensors of one of B's blocks with its parts at A's places, in float64.
+
+    Names may be any that end as Llama's do.
+    """
     return {name: _placed(name, tensor.double(), found) for name, tensor in tensors.items()}
 
 
@@ -222,9 +228,10 @@ def matched_model(
 def rotated_model(
     state: Mapping[str, Tensor], architecture: Architecture, rotation: Rotation
 ) -> dict[str, Tensor]:
-    """All of a donor's tensors, by name, in another basis of the stream, the norms' gains moved into the maps; in float64.
+    """All of a donor's tensors, by name, in another basis of the stream, in float64.
 
-    The head must be among them, and is no longer the embedding's transpose.
+    The norms' gains are moved into the maps. The head must be among the tensors, and is no longer
+    tied to the embedding.
     """
     made: dict[str, Tensor] = {}
     for names in _blocks(state, architecture).values():
@@ -238,7 +245,7 @@ def rotated_model(
 def _blocks(
     state: Mapping[str, Tensor], architecture: Architecture
 ) -> dict[int | None, dict[str, str]]:
-    """Names by canonical names, by block; None for what lies outside the blocks."""
+    """Names by canonical names, by block; None for tensors outside the blocks."""
     blocks: dict[int | None, dict[str, str]] = {}
     for name in state:
         _, index, canonical = architecture.role(name)

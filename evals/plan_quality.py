@@ -1,16 +1,17 @@
-"""Is the planner's choice any good? Against exhaustive search, random recipes, rules of thumb and evolutionary search.
+"""Compare the planner's choice with exhaustive search, random recipes, rules and evolution.
 
-Plans are made without any text: `ours` from the donors' states on tokens that they drew;
+Plans are made without any text: `ours` from the donors' states on tokens that they generated;
 `ours_drawn` is the best of sixteen such plans by their damage on those tokens, and `ours_damped`
-the best of them with their repeated blocks damped, where that does less damage on them. Where a
-search measures on text (`verified`, `evolution`), it does so on the part of the texts behind the
-one that all are judged on, sixteen recipes each.
+the best of them with their repeated blocks damped, if that does less damage on them. Searches that
+measure on text (`verified`, `evolution`) measure sixteen recipes each, on the part of the texts
+that follows the part on which all are compared.
 """
 
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -20,10 +21,10 @@ from splices import Bank, excerpts, single_seams
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
+from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.evaluation.compare import read_text
-from frankenmerge.evaluation.sampled_damage import damage_on_sampled
+from frankenmerge.evaluation.bench import read_text
 from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.controls import (
     goliath,
@@ -40,8 +41,8 @@ EVALUATIONS, RANDOM = 16, 200
 
 
 @click.command()
-@click.option("--donor-a", required=True)
-@click.option("--donor-b", required=True)
+@click.option("--donor-a", required=True, help="A donor.")
+@click.option("--donor-b", required=True, help="Another donor.")
 @click.option(
     "--text",
     "texts",
@@ -50,22 +51,24 @@ EVALUATIONS, RANDOM = 16, 200
     type=click.Path(path_type=Path),
     help="A held-out text; may be repeated.",
 )
-@click.option("--depth", required=True, type=click.IntRange(2), help="Blocks of the recipes.")
+@click.option(
+    "--depth", required=True, type=click.IntRange(2), help="Number of blocks of the recipes."
+)
 @click.option(
     "--characters",
     default=20_000,
     show_default=True,
-    help="Of each text, how much is used; verification uses as much more.",
+    help="Number of characters to use of each text; verification uses the next ones, as many.",
 )
 @click.option(
     "--context",
     type=click.IntRange(2),
-    help="Tokens in a window. [default: what both donors were made for]",
+    help="Tokens in a window. [default: the longest that both donors support]",
 )
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),
-    help="A file for what was measured, to go on from after an interruption.",
+    help="A file that keeps measurements, to continue from after an interruption.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
@@ -78,22 +81,29 @@ def main(
     cache: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure the plan of a depth beside everything it has to beat. Losses are in nats per token."""
+    """Measure the plan of a depth and everything it has to beat, in nats per token."""
     names = [donor_a, donor_b]
     read = [read_text(text) for text in texts]
     judge = Bank(excerpts(read, 0, characters), names, cache, context=context)
     trial = Bank(excerpts(read, characters, characters), names, cache, context=context)
+    result = _result(judge, trial, names, depth)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        _print(result, depth)
+
+
+def _result(judge: Bank, trial: Bank, names: list[str], depth: int) -> dict[str, Any]:
+    """All figures: losses on `judge`; searches that need a text measure on `trial`."""
     donors = {name: judge.checkpoints[name].blocks for name in names}
-    shown = states_on_sampled({name: judge.bench.load(name)[1] for name in judge.names})
-    alignment = align(*(analyze(judge.checkpoints[name]) for name in names), states=shown)
+    states = states_on_sampled(judge.models)
+    alignment = align(*(analyze(judge.checkpoints[name]) for name in names), states=states)
     plans = [entry.recipe for entry in plan([alignment], Constraints(depth), top=EVALUATIONS)]
-    drawn = _best_on_drawn(judge, plans)
-    stream = judge.checkpoints[donor_a].architecture.stream
+    best_on_sampled = _best_on_sampled(judge, plans)
+    stream = judge.checkpoints[names[0]].architecture.stream
     writes = stream.writes if stream else ()
-    ours_damped = _best_on_drawn(
-        judge,
-        [*plans, *(way.recipe for entry in plans for way in dampings(entry, [alignment], writes))],
-    )
+    ways = [way.recipe for entry in plans for way in dampings(entry, [alignment], writes)]
+    best_damped = _best_on_sampled(judge, [*plans, *ways])
     verified = plans[int(np.argmin(trial.losses(plans)))]
     rules = {
         "naive interleave": naive_interleave(donors, depth),
@@ -103,11 +113,13 @@ def main(
         "evolution": _evolved(donors, depth, trial),
     }
     randoms = np.array(judge.losses([random_recipe(donors, depth, seed) for seed in range(RANDOM)]))
-    ours, on_drawn, best, *others = judge.losses([plans[0], drawn, verified, *rules.values()])
-    regret, regret_drawn = _regret(judge, names, alignment)
-    result = {
+    ours, on_sampled, best, *others = judge.losses(
+        [plans[0], best_on_sampled, verified, *rules.values()]
+    )
+    regret, regret_on_sampled = _regret(judge, names, alignment)
+    return {
         "regret": regret,
-        "regret_drawn": regret_drawn,
+        "regret_drawn": regret_on_sampled,
         "rank_among_random": int((randoms < ours).sum()) + 1,
         "random": {
             "count": RANDOM,
@@ -120,33 +132,35 @@ def main(
             name: _nats(judge, _damped(recipe, writes)) for name, recipe in rules.items()
         },
         "ours": ours,
-        "ours_drawn": _placed(on_drawn, randoms),
-        "ours_damped": _placed(_nats(judge, ours_damped), randoms),
-        "verified": _placed(best, randoms),
+        "ours_drawn": _ranked(on_sampled, randoms),
+        "ours_damped": _ranked(_nats(judge, best_damped), randoms),
+        "verified": _ranked(best, randoms),
         "recipes": {
             "ours": str(plans[0]),
-            "ours_drawn": str(drawn),
-            "ours_damped": ours_damped.dump(),
+            "ours_drawn": str(best_on_sampled),
+            "ours_damped": best_damped.dump(),
             "verified": str(verified),
             **{name: str(recipe) for name, recipe in rules.items()},
         },
         "donors": {name: judge.donor(name) for name in names},
     }
-    if as_json:
-        click.echo(json.dumps(result))
-        return
+
+
+def _print(result: dict[str, Any], depth: int) -> None:
+    rank, regret = result["rank_among_random"], result["regret"]
     table = Table(
-        title=f"{depth} blocks: rank {result['rank_among_random']} among {RANDOM} random; single-seam regret {result['regret']:.1%}"
+        title=f"{depth} blocks: rank {rank} among {RANDOM} random recipes; "
+        f"single-seam regret {regret:.1%}"
     )
     for column in ("recipe", "nats/token"):
         table.add_column(column, justify="left" if column == "recipe" else "right")
     rows = {
-        "ours": ours,
-        "ours, by drawn tokens": on_drawn,
+        "plan": result["ours"],
+        "plan, best on sampled tokens": result["ours_drawn"]["nats"],
         "the same, damped": result["ours_damped"]["nats"],
-        "ours, verified": best,
-        "best random": randoms.min(),
-        "median random": float(np.median(randoms)),
+        "plan, best on text": result["verified"]["nats"],
+        "best random": result["random"]["best"],
+        "median random": result["random"]["median"],
     } | result["rules"]
     for name, value in sorted(rows.items(), key=lambda item: item[1]):
         table.add_row(name, f"{value:.4f}")
@@ -154,28 +168,28 @@ def main(
 
 
 def _damped(recipe: Recipe, writes: Sequence[str]) -> Recipe:
-    """Every block damped by how often it is gone through."""
+    """Every block damped by how often it is repeated."""
     passes = Counter(block.index for block in recipe.blocks)
     return damped(recipe, [1 / passes[block.index] for block in recipe.blocks], writes)
 
 
 def _nats(bank: Bank, recipe: Recipe) -> float:
-    return bank.bench.recipe(str(recipe), recipe).total.nats_per_token
+    return bank.bench.splice(str(recipe), bank.splice(recipe)).total.nats_per_token
 
 
-def _placed(nats: float, randoms: np.ndarray) -> dict[str, float | int]:
+def _ranked(nats: float, randoms: np.ndarray) -> dict[str, float | int]:
     return {"nats": nats, "rank_among_random": int((randoms < nats).sum()) + 1}
 
 
-def _best_on_drawn(bank: Bank, recipes: list[Recipe]) -> Recipe:
-    models = {name: bank.bench.load(name)[1] for name in bank.names}
-    return recipes[int(np.argmin(damage_on_sampled(recipes, bank.checkpoints, models)))]
+def _best_on_sampled(bank: Bank, recipes: list[Recipe]) -> Recipe:
+    return recipes[int(np.argmin(bank.damage_on_sampled(recipes)))]
 
 
-def _regret(bank: Bank, names: list[str], alignment) -> tuple[float, float]:
-    """The single-seam choice's loss above the best of its depth, over the spread of that depth; mean over depths with a choice.
+def _regret(bank: Bank, names: list[str], alignment: Alignment) -> tuple[float, float]:
+    """The single-seam choice's loss above the best of its depth, over the spread of that depth.
 
-    Of the plan that is predicted to be the best, and of the best on drawn tokens.
+    The mean over depths with a choice, of the plan that is predicted to be the best, and of the
+    best on sampled tokens.
     """
     blocks, regrets = alignment.blocks, []
     both = {(names[0], names[1]): blocks, (names[1], names[0]): blocks[::-1]}
@@ -200,14 +214,17 @@ def _regret(bank: Bank, names: list[str], alignment) -> tuple[float, float]:
         except FrankenmergeError:
             continue
         if np.ptp(losses) > 0:
-            chosen = np.array(bank.losses([plans[0], _best_on_drawn(bank, plans)]))
+            chosen = np.array(bank.losses([plans[0], _best_on_sampled(bank, plans)]))
             regrets.append((chosen - losses.min()) / np.ptp(losses))
-    ours, drawn = np.mean(regrets, axis=0).tolist()
-    return ours, drawn
+    ours, on_sampled = np.mean(regrets, axis=0).tolist()
+    return ours, on_sampled
 
 
 def _evolved(donors: dict[str, int], depth: int, bank: Bank) -> Recipe:
-    """A (4 + 1) evolution of `EVALUATIONS` recipes in all: a seam of one of the best four is moved by a block or two."""
+    """The best of a (4 + 1) evolution of `EVALUATIONS` recipes in all.
+
+    A mutation moves a seam of one of the best four by a block or two.
+    """
     generator = np.random.default_rng(0)
     known = {
         str(recipe): recipe
@@ -221,7 +238,7 @@ def _evolved(donors: dict[str, int], depth: int, bank: Bank) -> Recipe:
 
 
 def _moved(recipe: Recipe, donors: dict[str, int], generator: np.random.Generator) -> Recipe:
-    """Take blocks from one side of a seam and add as many to the other, where there are any."""
+    """Take one or two blocks from one side of a seam and add as many to the other, if possible."""
     ranges = [[part.sources[0].model, *part.sources[0].layer_range] for part in recipe.parts]
     for _ in range(100):
         seam, step = int(generator.integers(len(ranges) - 1)), int(generator.choice([-2, -1, 1, 2]))

@@ -1,12 +1,12 @@
-"""Does the planner predict what a splice costs? All single-seam splices of two donors, and random ones of more seams, measured.
+"""Does the planner predict what a splice costs? Measures single-seam splices and random recipes.
 
 A splice is A's blocks `[0, i)` and B's blocks `[j, L)`, for every `i >= 1` and `j < L`; the truth
 is its loss on the texts. Prints Spearman's rho of every score at the seam with minus that loss:
-over the splices that skip no depth (`i >= j`), and over all. Beside them what is predicted of whole
-recipes, by the default weights, also for recipes of two and three seams: `predicted` from the
-donors' states on tokens that they drew, `from_probes` from their states on random tokens; and
-`drawn`, the damage that the splices themselves do on the drawn tokens. None of the three reads a
-text.
+over the splices that skip no depth (`i >= j`), and over all. The predictions for whole recipes by
+the default weights follow, also for recipes of two and three seams: `predicted` from the donors'
+states on tokens that they generated, `from_probes` from their states on random tokens; and `drawn`
+(in the table: sampled), the damage that the splices themselves do on the sampled tokens. None of
+the three reads a text.
 """
 
 import json
@@ -25,15 +25,15 @@ from frankenmerge.analysis.analyze import analyze
 from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.bootstrap import percentile_interval, resample_indices
 from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.evaluation.compare import read_text
-from frankenmerge.evaluation.sampled_damage import damage_on_sampled
+from frankenmerge.evaluation.bench import read_text
 from frankenmerge.models.hooks import blocks_of
 from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.prediction import FLOOR, default_model, donor_loss, features
 from frankenmerge.planning.states import states_of
 
 RESAMPLES = 1000
-KINDS = ("predicted", "from_probes", "drawn")
+KINDS = {"predicted": "predicted", "from_probes": "from probes", "drawn": "sampled"}
+"""Predictions of whole recipes, by their keys in the result, as the table names them."""
 
 
 @click.command()
@@ -48,20 +48,23 @@ KINDS = ("predicted", "from_probes", "drawn")
     help="A held-out text; may be repeated.",
 )
 @click.option(
-    "--characters", default=20_000, show_default=True, help="Of each text, how much is used."
+    "--characters", default=20_000, show_default=True, help="Number of characters of each text."
 )
 @click.option(
     "--context",
     type=click.IntRange(2),
-    help="Tokens in a window. [default: what both donors were made for]",
+    help="Tokens in a window. [default: the longest that both donors support]",
 )
 @click.option(
-    "--several", default=200, show_default=True, help="Random recipes of two or three seams."
+    "--several",
+    default=200,
+    show_default=True,
+    help="Number of random recipes of two or three seams.",
 )
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),
-    help="A file for what was measured, to go on from after an interruption.",
+    help="A file that keeps measurements, to continue from after an interruption.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
@@ -74,7 +77,7 @@ def main(
     cache: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure every single-seam splice and how well each score ranks them."""
+    """Measure every single-seam splice, and how well each score ranks them."""
     bank = Bank(
         excerpts(map(read_text, texts), 0, characters), [donor_a, donor_b], cache, context=context
     )
@@ -119,15 +122,20 @@ def main(
     }
     if as_json:
         click.echo(json.dumps(result))
-        return
+    else:
+        _print(result)
+
+
+def _print(result: dict[str, Any]) -> None:
     table = Table(
-        title=f"Spearman's rho with the measured loss, {len(pairs)} splices, {result['several']} of more seams"
+        title=f"Spearman's rho with the measured loss, {result['splices']} single-seam splices, "
+        f"{result['several']} of more seams"
     )
     for column in ("score", "i >= j", "95 %", "all", "more seams", "in the interval"):
         table.add_column(column, justify="left" if column == "score" else "right")
-    for kind in KINDS:
+    for kind, label in KINDS.items():
         table.add_row(
-            kind,
+            label,
             *_cells(result[kind]),
             f"{result[kind]['multi_seam']:.3f}",
             f"{result[kind]['within_interval']:.0%}",
@@ -143,27 +151,29 @@ def _cells(rho: dict) -> list[str]:
 
 
 def _predictions(bank: Bank, atlases: list, recipes: list[Recipe]) -> dict[str, np.ndarray]:
-    """What every recipe is foretold to lose, by kind."""
-    models = {name: bank.bench.load(name)[1] for name in bank.names}
+    """The predicted damage of every recipe, by kind."""
     found, seamed = {}, np.array([bool(recipe.seams) for recipe in recipes])
-    for kind, shown in (("predicted", states_on_sampled(models)), ("from_probes", None)):
+    for kind, shown in (("predicted", states_on_sampled(bank.models)), ("from_probes", None)):
         states = states_of([align(*atlases, states=shown)])
         found[kind] = (
             default_model().damage(features([recipe.blocks for recipe in recipes], states)) * seamed
         )
-    return found | {"drawn": damage_on_sampled(recipes, bank.checkpoints, models)}
+    return found | {"drawn": bank.damage_on_sampled(recipes)}
 
 
 def _judged(damage: np.ndarray, nats: np.ndarray, keeps: np.ndarray) -> dict[str, Any]:
-    """Rho of foretold damage with losses: all splices of one seam, those of them that skip nothing, and recipes of more seams."""
+    """Rho of predicted damage with losses, and its intervals.
+
+    Over the splices of one seam that skip no depth, all of them, and recipes of more seams.
+    """
     count = len(keeps)
     parts = {
         "non_skipping": np.flatnonzero(keeps),
         "all": np.arange(count),
         "multi_seam": np.arange(count, len(nats)),
     }
-    told: dict[str, Any] = {name: _rho(damage[part], nats[part]) for name, part in parts.items()}
-    return told | {
+    rhos: dict[str, Any] = {name: _rho(damage[part], nats[part]) for name, part in parts.items()}
+    return rhos | {
         "ci": {name: _interval(damage[part], nats[part]) for name, part in parts.items()}
     }
 
@@ -173,7 +183,8 @@ def _held(
 ) -> dict[str, float]:
     """The share of measured damages in the interval, and by how much their logarithm is off."""
     ends = [
-        default_model().interval(value, sampled=kind == "drawn") for value in damage[seamed].tolist()
+        default_model().interval(value, sampled=kind == "drawn")
+        for value in damage[seamed].tolist()
     ]
     held = [
         low <= value <= high
@@ -219,12 +230,16 @@ def _interval(one: np.ndarray, other: np.ndarray) -> list[float]:
 
 
 def _weights(bank: Bank, pairs: list[tuple[int, int]]) -> np.ndarray:
-    """Cosine of the weights of the block that is entered with those of the block that would have come next (at A's end: its last)."""
+    """Cosine of the weights of the blocks on both sides of the seam.
+
+    Those of the block that is entered, and of the block that would have been next (at A's end: its
+    last).
+    """
     vectors = []
     for name in (bank.names[0], bank.names[-1]):
         blocks = [
             np.concatenate([p.detach().float().flatten().numpy() for p in block.parameters()])
-            for block in blocks_of(bank.bench.load(name)[1])
+            for block in blocks_of(bank.models[name])
         ]
         vectors.append(np.stack([block / np.linalg.norm(block) for block in blocks]))
     table = vectors[0] @ vectors[1].T

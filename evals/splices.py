@@ -1,4 +1,4 @@
-"""Recipes whose loss is known: which to measure, and a file that keeps what was measured, so that a run may be interrupted."""
+"""Recipes to measure, and a bank of measured losses, so that a run may be interrupted."""
 
 import hashlib
 import json
@@ -8,17 +8,23 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import track
+from transformers import PreTrainedModel
 
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.compare import Bench, Text
+from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.sampled_damage import damage_on_sampled
+from frankenmerge.splicing.resolve import Splice, resolve
 
 CHUNK = 64
 """Recipes measured between two saves."""
 
 
 def single_seams(a: str, b: str, blocks: tuple[int, int]) -> dict[tuple[int, int], Recipe]:
-    """A's blocks `[0, i)` and B's `[j, L)`, for every `i >= 1` and `j < L`; a donor that merely goes on is among them."""
+    """A's blocks `[0, i)` and B's `[j, L)`, by `(i, j)`, for every `i >= 1` and `j < L`.
+
+    A whole donor, which has no seam, is among them.
+    """
     return {
         (i, j): recipe_of(
             [
@@ -34,10 +40,10 @@ def single_seams(a: str, b: str, blocks: tuple[int, int]) -> dict[tuple[int, int
 def random_seams(
     a: str, b: str, blocks: tuple[int, int], count: int, *, seed: int = 0
 ) -> list[Recipe]:
-    """`count` different recipes of two or three seams, donors in turn, from three quarters of the mean depth to nine quarters.
+    """`count` different recipes of two or three seams whose slices alternate between the donors.
 
-    They begin at a block 0 and end with a last block; the slices between are drawn uniformly, and
-    may begin at block 0 again.
+    They have three quarters to nine quarters of the mean depth. They begin at a block 0 and end
+    with a last block; the slices between are sampled uniformly, and may begin at block 0 again.
     """
     generator, found = np.random.default_rng(seed), {}
     mean = sum(blocks) / 2
@@ -68,7 +74,7 @@ def excerpts(texts: Iterable[Text], start: int, characters: int) -> list[Text]:
 
 
 class Bank:
-    """Measured losses in nats per token, by what was measured on what; kept in a file where one is given."""
+    """Measured losses in nats per token, by recipe and texts; kept in a file if one is given."""
 
     def __init__(
         self,
@@ -80,7 +86,7 @@ class Bank:
     ) -> None:
         self.names = list(dict.fromkeys(names))
         self.checkpoints = {name: open_checkpoint(name) for name in self.names}
-        self.bench = Bench(texts, self.names, context=context)
+        self.bench = Bench(texts, self.checkpoints, context=context)
         content = "\0".join(text.content for text in texts)
         self.place = hashlib.sha256(f"{self.bench.context} {content}".encode()).hexdigest()[:16]
         self.cache = cache
@@ -88,11 +94,25 @@ class Bank:
             json.loads(cache.read_text()) if cache and cache.exists() else {}
         )
 
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        """The donors in memory, by name."""
+        return {name: self.bench.load(name).model for name in self.names}
+
+    def splice(self, recipe: Recipe) -> Splice:
+        """A recipe of these donors, resolved."""
+        return resolve(recipe, self.checkpoints)
+
+    def damage_on_sampled(self, recipes: Iterable[Recipe]) -> np.ndarray:
+        """The damage of every recipe on tokens that the donors generate, nats per token `[r]`."""
+        splices = [self.splice(recipe) for recipe in recipes]
+        return damage_on_sampled(splices, self.models, self.bench.assemble)
+
     def _key(self, blocks: Sequence[Block]) -> str:
-        told = " ".join(
+        description = " ".join(
             f"{self.checkpoints[block.model].fingerprint[:16]}:{block.index}" for block in blocks
         )
-        return f"{self.place} {hashlib.sha256(told.encode()).hexdigest()[:32]}"
+        return f"{self.place} {hashlib.sha256(description.encode()).hexdigest()[:32]}"
 
     def donor(self, name: str) -> float:
         """A donor's own loss."""
@@ -101,7 +121,7 @@ class Bank:
         )[0]
 
     def losses(self, recipes: Sequence[Recipe]) -> list[float]:
-        """The loss of every recipe, measured where it is not known."""
+        """The loss of every recipe, measured unless it is known."""
         keys = [self._key(recipe.blocks) for recipe in recipes]
         missing = dict(
             sorted(
@@ -121,16 +141,15 @@ class Bank:
             disable=not waiting,
         ):
             part = waiting[start : start + CHUNK]
-            for key, result in zip(
-                part, self.bench.recipes([missing[key] for key in part]), strict=True
-            ):
+            results = self.bench.splices([self.splice(missing[key]) for key in part])
+            for key, result in zip(part, results, strict=True):
                 self.known[key] = result.total.nats_per_token
             self._save()
         return [self.known[key] for key in keys]
 
     def _save(self) -> None:
         if self.cache:
-            told = json.loads(self.cache.read_text()) if self.cache.exists() else {}
-            beside = self.cache.with_name(self.cache.name + ".partial")
-            beside.write_text(json.dumps(told | self.known))
-            beside.replace(self.cache)
+            saved = json.loads(self.cache.read_text()) if self.cache.exists() else {}
+            partial = self.cache.with_name(self.cache.name + ".partial")
+            partial.write_text(json.dumps(saved | self.known))
+            partial.replace(self.cache)

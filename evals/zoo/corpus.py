@@ -1,8 +1,8 @@
-"""The zoo's text: what every machine with Python already has on its disk.
+"""The text that the demo donors are trained on: the Python standard library.
 
 "code" is the standard library's source with docstrings removed; "prose" is those docstrings and the
-pydoc topics. A file belongs to the held-out part when the SHA-256 of its name says so, so that the
-split never moves.
+pydoc topics. Whether a file is held out depends on the SHA-256 of its name alone, so that the split
+never changes.
 """
 
 import ast
@@ -26,7 +26,7 @@ HELD_OUT_ONE_IN = 16
 
 
 class Document(NamedTuple):
-    """One file's worth of text of one kind."""
+    """The text of one kind in one file."""
 
     name: str
     kind: str
@@ -73,7 +73,7 @@ def _docstrings(
 
 
 def _without(source: str, docstrings: list) -> str:
-    """Drop the docstrings' lines, so that code and prose share no sentence."""
+    """Remove the docstrings' lines, so that code and prose share no sentence."""
     dropped = {
         line
         for _, statement in docstrings
@@ -92,5 +92,5 @@ def _topics() -> Iterator[Document]:
 
 
 def is_held_out(name: str) -> bool:
-    """Tell whether a document is kept from training: one in sixteen, by the hash of its name."""
+    """Whether a document is held out from training: one in sixteen, by the hash of its name."""
     return hashlib.sha256(name.encode()).digest()[0] % HELD_OUT_ONE_IN == 0

@@ -1,8 +1,8 @@
-"""Train the demo donors on the Python standard library: `python evals/zoo/train.py --out frankenmerge/demo/donors`.
+"""Train the demo donors on the Python standard library.
 
-Every donor is seeded; batch number `n` is a pure function of (seed, n), so a run that was
-interrupted resumes from its last saved state and ends with the same weights. The state is plain
-safetensors under `--state`.
+Usage: `python evals/zoo/train.py --out frankenmerge/demo/donors`. Every donor is seeded; batch
+number `n` is a pure function of (seed, n), so a run that was interrupted resumes from its last
+saved state and ends with the same weights. The state is plain safetensors under `--state`.
 """
 
 import json
@@ -19,7 +19,13 @@ from corpus import Document, documents
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 BOS, VOCABULARY, CONTEXT, BATCH = "<|endoftext|>", 1024, 128, 16
 SAVE_EVERY = 100
@@ -27,8 +33,8 @@ TEXT_SHOWN = 50_000
 
 
 @dataclass(frozen=True)
-class Donor:
-    """How one donor is made."""
+class Training:
+    """How one donor is trained."""
 
     family: str
     seed: int
@@ -37,11 +43,11 @@ class Donor:
     shape: dict = field(default_factory=dict)
     kinds: tuple[str, ...] = ("code", "prose")
     parent: str | None = None
-    """Fine-tuned from this donor; the run fails unless `kinds` gained and the other kind lost the
-    margins below.
+    """The donor to fine-tune; the run fails unless the losses on `kinds` fall and that on the other
+    kind rises by the margins below.
     """
     in_demo: bool = True
-    """Whether it is in the package; the others are trained where `--only` names them."""
+    """Whether it is in the package; the others are trained only if `--only` names them."""
 
 
 SMALL = {
@@ -52,11 +58,11 @@ SMALL = {
     "intermediate_size": 352,
 }
 DONORS = {
-    "base": Donor("llama", 0, 2000, 1e-3, SMALL),
-    "stranger": Donor("llama", 1, 2000, 1e-3, SMALL),
-    "code": Donor("llama", 2, 1000, 5e-4, SMALL, ("code",), "base"),
-    "prose": Donor("llama", 3, 1000, 4e-4, SMALL, ("prose",), "base"),
-    "wide": Donor(
+    "base": Training("llama", 0, 2000, 1e-3, SMALL),
+    "stranger": Training("llama", 1, 2000, 1e-3, SMALL),
+    "code": Training("llama", 2, 1000, 5e-4, SMALL, ("code",), "base"),
+    "prose": Training("llama", 3, 1000, 4e-4, SMALL, ("prose",), "base"),
+    "wide": Training(
         "llama",
         4,
         2000,
@@ -70,7 +76,7 @@ DONORS = {
             "tie_word_embeddings": True,
         },
     ),
-    "narrow": Donor(
+    "narrow": Training(
         "llama",
         6,
         1200,
@@ -84,16 +90,16 @@ DONORS = {
         },
         in_demo=False,
     ),
-    "gpt2": Donor("gpt2", 5, 2400, 2e-3, {"n_embd": 128, "n_layer": 6, "n_head": 4}),
+    "gpt2": Training("gpt2", 5, 2400, 2e-3, {"n_embd": 128, "n_layer": 6, "n_head": 4}),
 }
 GAIN, LOSS = 0.10, 0.15
-"""Nats per token by which a fine-tune must beat its parent on its own text, and trail it on the
-other.
+"""Nats per token by which a fine-tune must be better than its parent on its own text, and worse on
+the other.
 """
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of `VOCABULARY` tokens whose id 0 begins a document."""
+    """Train a byte-level BPE of `VOCABULARY` tokens; token 0 begins a document."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -110,14 +116,14 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[Document]) -> np.ndarray:
-    """Token ids of the documents, each begun by BOS, as one line `[tokens]`."""
+    """Token ids of the documents, each after BOS, as one line `[tokens]`."""
     encoded = tokenizer([document.text for document in texts])["input_ids"]
     return np.concatenate(
         [np.array([tokenizer.bos_token_id, *ids], dtype=np.int64) for ids in encoded]
     )
 
 
-def config_of(donor: Donor):
+def config_of(donor: Training) -> PretrainedConfig:
     """The donor's configuration."""
     ids = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16"}
     if donor.family == "gpt2":
@@ -154,14 +160,14 @@ def loss_on(model, line: np.ndarray) -> float:
     return sum(losses) / count
 
 
-def rate_at(donor: Donor, step: int) -> float:
-    """Linear warm-up over 100 steps, then a cosine down to a tenth."""
+def rate_at(donor: Training, step: int) -> float:
+    """Learning rate: linear warm-up over 100 steps, then a cosine down to a tenth."""
     warm = min(1.0, (step + 1) / 100)
     return donor.rate * warm * (0.55 + 0.45 * math.cos(math.pi * step / donor.steps))
 
 
 def save_state(path: Path, model, optimizer, step: int) -> None:
-    """Write weights and optimiser state beside the old ones, then rename."""
+    """Write weights and optimiser state to a new file, then rename it."""
     tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
     names = [name for name, _ in model.named_parameters()]
     for index, state in optimizer.state_dict()["state"].items():
@@ -201,7 +207,10 @@ def saved_step(path: Path) -> int:
 def train(
     name: str, lines: dict[str, np.ndarray], held_out: dict[str, np.ndarray], out: Path, state: Path
 ):
-    """Train one donor to its last step; return model, history, and for a fine-tune the losses of its parent."""
+    """Train one donor to its last step.
+
+    Returns the model, its held-out losses by step, and for a fine-tune the losses of its parent.
+    """
     donor = DONORS[name]
     torch.manual_seed(donor.seed)
     model = AutoModelForCausalLM.from_config(
@@ -222,14 +231,7 @@ def train(
         load_state(path, model, optimizer)
     history = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     history = [row for row in history if row["step"] <= begun]
-    columns = (
-        TextColumn(name),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
+    with _progress(name) as progress:
         bar = progress.add_task(name, total=donor.steps, completed=begun, loss="")
         for step in range(begun, donor.steps):
             for group in optimizer.param_groups:
@@ -250,13 +252,24 @@ def train(
                 save_state(path, model, optimizer, step + 1)
     if parent_losses and not _apart(history[-1], parent_losses, donor.kinds):
         raise click.ClickException(
-            f"{name} did not reach its margins in {donor.steps} steps: {history[-1]} against {parent_losses}"
+            f"{name} did not reach its margins in {donor.steps} steps: "
+            f"{history[-1]}, its parent {parent_losses}"
         )
     return model, history, parent_losses
 
 
+def _progress(name: str) -> Progress:
+    return Progress(
+        TextColumn(name),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+
+
 def _apart(losses: dict, parent: dict[str, float], own: tuple[str, ...]) -> bool:
-    """Whether a fine-tune has gained and lost the margins."""
+    """Whether the losses of a fine-tune differ from its parent's by the margins."""
     gained = all(parent[kind] - losses[kind] >= GAIN for kind in own)
     return gained and all(losses[kind] - parent[kind] >= LOSS for kind in parent if kind not in own)
 
@@ -266,6 +279,7 @@ def card(
 ) -> str:
     """The donor's README: data, steps, losses, versions."""
     donor, last = DONORS[name], history[-1]
+    counts = ", ".join(f"{tokens[kind]:,} {kind} tokens" for kind in donor.kinds)
     lines = [
         "---",
         "license: apache-2.0",
@@ -277,10 +291,12 @@ def card(
         "",
         f"A toy {donor.family} for the frankenmerge demo, trained by `evals/zoo/train.py`.",
         "",
-        f"- data: the standard library of Python {platform.python_version()}: {', '.join(donor.kinds)}"
-        f" ({', '.join(f'{tokens[kind]:,} {kind} tokens' for kind in donor.kinds)}); one file in 16 held out by the hash of its name",
+        f"- data: the standard library of Python {platform.python_version()}: "
+        f"{', '.join(donor.kinds)} ({counts}); "
+        "one file in 16 held out by the hash of its name",
         f"- parent: {donor.parent or 'none, from random weights'}",
-        f"- seed {donor.seed}; {last['step']:,} steps of {BATCH} x {CONTEXT} tokens; AdamW, peak rate {donor.rate}",
+        f"- seed {donor.seed}; {last['step']:,} steps of {BATCH} x {CONTEXT} tokens; "
+        f"AdamW, peak rate {donor.rate}",
         f"- shape: {json.dumps(donor.shape)}, vocabulary {VOCABULARY}",
         f"- torch {torch.__version__}, one thread",
         "",
@@ -295,7 +311,7 @@ def card(
 
 
 def write_text(held_out: list[Document], folder: Path) -> None:
-    """Write the demo's held-out text, one file a kind."""
+    """Write the demo's held-out text, one file for each kind."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("code", "prose"):
         pieces = [document.text[:6000] for document in held_out if document.kind == kind]
@@ -306,22 +322,22 @@ def write_text(held_out: list[Document], folder: Path) -> None:
 
 @click.command()
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Where the donors' folders go."
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for the donors."
 )
 @click.option(
     "--state",
     type=click.Path(path_type=Path),
     default=".zoo",
-    help="Where unfinished training is kept.",
+    help="Folder for the state of unfinished training.",
 )
 @click.option(
     "--only",
     multiple=True,
     type=click.Choice(list(DONORS)),
-    help="Train these donors alone; may be repeated.",
+    help="Train only this donor; may be repeated. [default: those of the demo]",
 )
 def main(out: Path, state: Path, only: tuple[str, ...]) -> None:
-    """Train the donors that are not there yet."""
+    """Train the donors that do not exist yet."""
     torch.set_num_threads(1)
     state.mkdir(parents=True, exist_ok=True)
     corpus = documents()
@@ -343,10 +359,10 @@ def main(out: Path, state: Path, only: tuple[str, ...]) -> None:
     write_text([document for document in corpus if document.held_out], out.parent / "text")
     for name in only or (name for name, donor in DONORS.items() if donor.in_demo):
         if (out / name / "model.safetensors").exists():
-            click.echo(f"{name}: already there", err=True)
+            click.echo(f"{name}: exists already", err=True)
             continue
         model, history, parent = train(name, lines, held_out, out, state)
-        model.to(torch.bfloat16).save_pretrained(out / name)
+        model.bfloat16().save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
         counts = {kind: len(line) for kind, line in lines.items()}
         (out / name / "README.md").write_text(card(name, history, parent, counts))

@@ -1,16 +1,19 @@
-"""How excited do the gradient searches leave a neuron? Each one's single token, against all tokens of the vocabulary.
+"""How close do gradient searches come to the top-activating token of a neuron?
 
-0 is the vocabulary's mean, what a random token gives, and 1 its best token, what complete search
-finds. Measure on neurons that no setting was chosen on.
+The activation for the single token of each search is compared with those of all tokens of the
+vocabulary: 0 is their mean, the expected result of a random token, and 1 their maximum, which
+complete search finds. Measure on neurons that no setting was chosen on.
 """
 
 import json
+from typing import Any
 
 import click
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from frankenmerge.analysis.complete import complete_search
@@ -32,8 +35,8 @@ PRIORS = {
 """Temperatures of the softmax at the first and the last step, each with the steps tried."""
 
 
-def excitement(model: PreTrainedModel) -> np.ndarray:
-    """`[l+1, d, v]`: 0 for the vocabulary's mean, 1 for its best token."""
+def relative_activations(model: PreTrainedModel) -> np.ndarray:
+    """Activations for single tokens, `[l+1, d, v]`: 0 is the vocabulary's mean, 1 its best."""
     every = complete_search(model, k=len(embedding_of(model)))
     values = np.empty_like(every.values)
     np.put_along_axis(values, every.tokens.astype(np.int64), every.values, axis=2)
@@ -56,22 +59,22 @@ def excitement(model: PreTrainedModel) -> np.ndarray:
     default=(1, 4, 8),
     show_default=True,
     multiple=True,
-    help="A block; may be repeated.",
+    help="A block, 1-based; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(donor: str, first: int, last: int, blocks: tuple[int, ...], as_json: bool) -> None:
-    """Measure the searches on some neurons of some blocks."""
+    """Measure the searches on a range of neurons of each block."""
     checkpoint = open_checkpoint(donor)
     model = load_model(checkpoint)
-    reached = excitement(model)
+    relative = relative_activations(model)
     features = [Feature.of(block, neuron) for block in blocks for neuron in range(first, last + 1)]
 
-    def by_block(values) -> list[float]:
+    def by_block(values: Any) -> list[float]:
         return np.asarray(values, dtype=np.float64).reshape(len(blocks), -1).mean(axis=1).tolist()
 
-    def told(search: str, tokens, gap=None) -> dict:
+    def row(search: str, tokens: Tensor, gap: Tensor | None = None) -> dict[str, Any]:
         values = [
-            reached[feature.block, feature.neuron, token]
+            relative[feature.block, feature.neuron, token]
             for feature, (token,) in zip(features, tokens.tolist(), strict=True)
         ]
         return {
@@ -81,7 +84,7 @@ def main(donor: str, first: int, last: int, blocks: tuple[int, ...], as_json: bo
         }
 
     rows = [
-        told(
+        row(
             f"embedding gradient, {name}",
             gradient_search(model, features, tokens=1, optimizer=name).tokens,
         )
@@ -91,25 +94,25 @@ def main(donor: str, first: int, last: int, blocks: tuple[int, ...], as_json: bo
     for temperatures, step in track(settings, "searching", console=Console(stderr=True)):
         found = prior_search(model, features, tokens=1, temperatures=temperatures, step=step)
         rows.append(
-            told(
+            row(
                 f"prior, temperature {temperatures[0]} to {temperatures[1]}, step {step}",
                 found.tokens,
                 found.gap,
             )
         )
-    made = {"donor": checkpoint.fingerprint, "neurons": [first, last], "blocks": blocks}
+    origin = {"donor": checkpoint.fingerprint, "neurons": [first, last], "blocks": blocks}
     if as_json:
-        click.echo(json.dumps({"searches": rows, "made": made}))
+        click.echo(json.dumps({"searches": rows, "made": origin}))
         return
     table = Table(
         "search",
         *(f"block {block}" for block in blocks),
         "1 - max(a)",
-        title=f"{donor}, neurons {first} to {last}",
+        title=f"Relative activation: {donor}, neurons {first} to {last}",
     )
-    for row in rows:
-        gaps = "" if row["gap"] is None else ", ".join(f"{gap:.3f}" for gap in row["gap"])
-        table.add_row(row["search"], *(f"{value:.2f}" for value in row["excitement"]), gaps)
+    for each in rows:
+        gaps = "" if each["gap"] is None else ", ".join(f"{gap:.3f}" for gap in each["gap"])
+        table.add_row(each["search"], *(f"{value:.2f}" for value in each["excitement"]), gaps)
     Console(width=120).print(table)
 
 

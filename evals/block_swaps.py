@@ -1,7 +1,7 @@
-"""Do the scores know which blocks can stand for one another? Both tests of exchangeability beside alignment.
+"""Do alignment scores predict which blocks can be exchanged? Both tests of exchangeability.
 
 Replacement: A with its block `i` replaced by B's block `j`, for every `i` and `j`. Interchange: A's
-blocks `i` and `j` change places. Prints Spearman's rho of every score, of what is given to the two
+blocks `i` and `j` swapped. Prints Spearman's rho of every score, between the inputs of the two
 blocks, with minus the divergence on random tokens.
 """
 
@@ -22,11 +22,11 @@ from frankenmerge.models.loading import load_model
 
 
 @click.command()
-@click.option("--donor-a", required=True)
-@click.option("--donor-b", required=True)
+@click.option("--donor-a", required=True, help="The donor whose blocks are exchanged.")
+@click.option("--donor-b", required=True, help="The donor of the replacements.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(donor_a: str, donor_b: str, as_json: bool) -> None:
-    """Run both tests on two donors, and tell how well each score ranks what they cost."""
+    """Run both tests on two donors, and print how well each score ranks the divergences."""
     donors = {name: open_checkpoint(name) for name in dict.fromkeys((donor_a, donor_b))}
     a, b = ((name, donors[name].blocks) for name in (donor_a, donor_b))
     found = exchange(a, b, {name: load_model(donor) for name, donor in donors.items()})
@@ -53,12 +53,12 @@ def main(donor_a: str, donor_b: str, as_json: bool) -> None:
         }
         click.echo(json.dumps({"spearman": result, "nats": tables}))
         return
-    made = Table(title="Spearman's rho with what exchanged blocks cost")
+    printed = Table(title="Spearman's rho with minus the divergence after exchanging blocks")
     for column in ("score", "replacement", "interchange"):
-        made.add_column(column, justify="left" if column == "score" else "right")
+        printed.add_column(column, justify="left" if column == "score" else "right")
     for name, rho in sorted(result.items(), key=lambda item: -item[1]["replacement"]):
-        made.add_row(name, f"{rho['replacement']:.3f}", f"{rho['interchange']:.3f}")
-    Console().print(made)
+        printed.add_row(name, f"{rho['replacement']:.3f}", f"{rho['interchange']:.3f}")
+    Console().print(printed)
 
 
 def _rho(one: np.ndarray, other: np.ndarray) -> float:
