@@ -92,7 +92,7 @@ def _how(splice: Splice) -> str:
 
 
 def front_matter(donors: Mapping[str, Checkpoint]) -> dict[str, Any]:
-    """What the hub reads: it refuses a card that names anything but models of its own, so folders are left out."""
+    """What the hub reads. Folders are left out: it accepts the names of its own models alone."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if named := hub_ids(donors):
         front |= {"base_model": named, "base_model_relation": "merge"}
@@ -103,15 +103,15 @@ def front_matter(donors: Mapping[str, Checkpoint]) -> dict[str, Any]:
 
 
 def _licence(donor: Checkpoint) -> str | None:
-    """The licence in the donor's own card, as a single word that the hub knows; nothing is inferred."""
+    """The licence in the donor's card, where it is one word that the hub knows."""
     try:
         head = re.match(
             r"---\n(.*?)\n---", (donor.path / "README.md").read_text(encoding="utf-8"), re.S
         )
-        told = yaml.safe_load(head[1]) if head else None
+        front = yaml.safe_load(head[1]) if head else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-    licence = told.get("license") if isinstance(told, Mapping) else None
+    licence = front.get("license") if isinstance(front, Mapping) else None
     return licence if isinstance(licence, str) and licence != "other" else None
 
 

@@ -1,4 +1,4 @@
-"""Bytes from file to file, inside the kernel where it can: cloned, else copied, else read and written."""
+"""Copy bytes from file to file: cloned or copied in the kernel, else read and written."""
 
 import fcntl
 import os
@@ -21,7 +21,10 @@ ioctl_ficlonerange(2).
 
 
 def clonable(files: Iterable[Path], folder: Path) -> frozenset[Path]:
-    """Those of `files` whose blocks can be shared with a file in `folder`: tried with the largest of every file system."""
+    """Those of `files` whose blocks a file in `folder` can share.
+
+    It is tried with the largest file of every file system.
+    """
     by_device: dict[int, list[Path]] = {}
     for file in files:
         by_device.setdefault(file.stat().st_dev, []).append(file)
@@ -44,12 +47,15 @@ def _clones(file: Path, folder: Path) -> bool:
 
 
 def clone(source: int, target: int, start: int, position: int, count: int) -> None:
-    """Let `target` share `count` bytes with `source`. Raises OSError where that cannot be done; all numbers are whole blocks."""
+    """Let `target` share `count` bytes with `source`; all numbers are whole blocks.
+
+    Raises OSError where that cannot be done.
+    """
     fcntl.ioctl(target, _FICLONERANGE, struct.pack("qQQQ", source, start, count, position))
 
 
 def pieces(whole: Range) -> Iterator[Range]:
-    """Cut a range into pieces for several threads; each but the last ends at a whole block of the donor."""
+    """Cut a range for several threads; all pieces but the last end at a block of the donor."""
     start, end = whole.start, whole.start + whole.bytes
     while start < end:
         stop = min(end, (start + PIECE) // BLOCK * BLOCK)
@@ -58,10 +64,10 @@ def pieces(whole: Range) -> Iterator[Range]:
 
 
 def copy_range(piece: Range, source: int, target: int, moved: Advance, *, cloning: bool) -> None:
-    """Bring a range from the file `source` to the file `target`; `moved` is called with the bytes done since its last call.
+    """Copy a range from the file `source` to the file `target`.
 
-    With `cloning` the whole blocks are shared and only the ends copied. Raises OSError when a file
-    does not do its part.
+    `moved` is called with the bytes done since its last call. With `cloning` the whole blocks
+    are shared and only the ends copied. Raises OSError when reading or writing fails.
     """
     start, position, left = piece.start, piece.position, piece.bytes
     if cloning and (start - position) % BLOCK == 0:
@@ -78,7 +84,7 @@ def copy_range(piece: Range, source: int, target: int, moved: Advance, *, clonin
 def _cloned(source: int, target: int, start: int, position: int, count: int) -> bool:
     try:
         clone(source, target, start, position, count)
-    except OSError:  # copied instead; what stands in the way of that too is told there
+    except OSError:  # copied instead, which reports what prevents that too
         return False
     return True
 
@@ -116,7 +122,7 @@ def write_fully(target: int, content: bytes | memoryview, position: int) -> None
 
 
 def flush(target: int, position: int, count: int) -> None:
-    """Have the kernel begin to write these bytes to the disk, so that the sync at the end finds little left to do.
+    """Let the kernel begin to write these bytes to disk, so that the final sync has little to do.
 
     The advice means that the pages are not needed soon: dirty ones are written, and stay in memory
     while they are.

@@ -57,10 +57,10 @@ def awaited_fits(folder: Path, output: Path, splice: Splice) -> dict[int, Fit] |
 
 def save_fits(fits: Mapping[int, Fit], path: Path) -> None:
     """Write fits, complete or not at all."""
-    arrays, told = {}, {}
+    arrays, records = {}, {}
     for number, fit in fits.items():
         rotations = [fit.rotation, *fit.refined]
-        told[str(number)] = {
+        records[str(number)] = {
             "residual": fit.residual,
             "scales": [rotation.scale for rotation in rotations],
         }
@@ -71,15 +71,15 @@ def save_fits(fits: Mapping[int, Fit], path: Path) -> None:
                 if rotation.writing is None
                 else {f"{number}.{place}.writing": rotation.writing.numpy()}
             )
-    write_arrays(path, _KIND, arrays, told)
+    write_arrays(path, _KIND, arrays, records)
 
 
 def load_fits(path: Path) -> dict[int, Fit]:
     """Read fits. Raises FrankenmergeError for a file that holds none."""
-    arrays, told = read_arrays(path, _KIND, "the fits of a merge")
+    arrays, records = read_arrays(path, _KIND, "the fits of a merge")
     try:
         fits = {}
-        for number, fit in told.items():
+        for number, fit in records.items():
             rotations = [
                 _rotation(arrays, f"{number}.{place}", scale)
                 for place, scale in enumerate(fit["scales"])

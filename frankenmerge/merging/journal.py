@@ -1,4 +1,4 @@
-"""The folder beside the output in which it grows: held by one merge, and able to be gone on with after a kill.
+"""The work folder in which an output grows: locked by one merge, and resumable after a kill.
 
 It holds `journal.json`, which says what the merge is made of, files `SHARD.writing`, and in
 `checkpoint/` what is finished: a shard is synced before it is moved there, so that being there
@@ -24,12 +24,12 @@ JOURNAL, GROWING = "journal.json", "checkpoint"
 PATIENCE = 60.0
 """Seconds that other processes of a merge wait for the first one to begin."""
 PAUSE = 0.05
-"""Seconds between two looks at what another process does."""
+"""Seconds between two checks of what another process does."""
 _LONGEST = 255
 
 
 def work_folder(output: Path) -> Path:
-    """Where the checkpoint `output` grows: beside it, under a name that follows from its own."""
+    """Where the checkpoint `output` grows: next to it, under a name that follows from its own."""
     name = f".{output.name}.partial"
     if len(os.fsencode(name)) > _LONGEST:
         name = f".{hashlib.sha256(os.fsencode(output.name)).hexdigest()}.partial"
@@ -38,11 +38,11 @@ def work_folder(output: Path) -> Path:
 
 @contextmanager
 def workplace(output: Path, *, resume: bool) -> Iterator[Path]:
-    """Hold the work folder of `output` for this merge alone.
+    """Lock the work folder of `output` for this merge alone.
 
-    When the merge fails the folder goes, unless `resume` says to keep what is finished. Raises
-    FrankenmergeError where another merge holds it or has finished, or an unfinished one lies there
-    that was not to be resumed.
+    When the merge fails the folder is removed, unless `resume` asks to keep what is finished.
+    Raises FrankenmergeError where another merge holds it or has finished, or where an unfinished
+    one is there that was not to be resumed.
     """
     made = [parent for parent in output.absolute().parents if not parent.exists()]
     folder = work_folder(output)
@@ -87,9 +87,9 @@ def _occupied(folder: Path, resume: bool) -> int:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if _locked(handle) and os.path.samestat(os.fstat(handle), folder.stat()):
-                    if not new and not resume and (told := _unfinished(folder)):
+                    if not new and not resume and (left := _unfinished(folder)):
                         remedy = f"finish it with --resume, or remove {folder}"
-                        raise fail(str(folder), "nothing left of an earlier merge", told, remedy)
+                        raise fail(str(folder), "nothing left of an earlier merge", left, remedy)
                     return handle
             except BaseException:
                 os.close(handle)
@@ -135,7 +135,7 @@ def _read(folder: Path) -> dict:
 
 
 def begin(folder: Path, inputs: Mapping[str, str], shards: Sequence[Shard]) -> None:
-    """Write the journal, or hold the one that is there against this merge.
+    """Write the journal, or compare the one that is there with this merge.
 
     `inputs` names everything that the bytes depend on, each with a hash. Raises FrankenmergeError
     where a merge of other inputs was left unfinished.
@@ -167,9 +167,10 @@ def _agree(folder: Path, journal: dict, inputs: Mapping[str, str]) -> None:
 
 
 def joined(output: Path, inputs: Mapping[str, str]) -> Path | None:
-    """The work folder that the first process of this merge holds, waited for; None where it has finished already.
+    """Wait for the work folder that the first process of this merge holds.
 
-    Raises FrankenmergeError where it does not begin, or merges something else.
+    Returns None where that has finished already. Raises FrankenmergeError where it does not begin,
+    or merges something else.
     """
     folder, deadline = work_folder(output), time.monotonic() + PATIENCE
     while time.monotonic() < deadline:

@@ -14,22 +14,21 @@ SPARE = 64 << 20
 
 
 def output_faults(output: Path, donors: Mapping[str, Checkpoint]) -> Iterator[Fault]:
-    """Tell why an output would overwrite something, touch a donor or cannot be made."""
+    """Why an output would overwrite something, change a donor, or cannot be made."""
     place = str(output)
     try:
         os.lstat(output)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        yield Fault(place, "a folder that may be made", str(error), "choose another output")
+        yield Fault(place, "a folder that can be created", str(error), "choose another output")
         return
     if output.is_symlink() or (
         output.exists() and not (output.is_dir() and not any(output.iterdir()))
     ):
         remedy = "choose another output or move it away"
-        yield Fault(
-            place, "a folder that does not exist yet, or an empty one", "something is there", remedy
-        )
+        expected = "a folder that does not exist yet, or an empty one"
+        yield Fault(place, expected, "something is there", remedy)
     elif output.exists() and (found := _immovable(output)):
         yield Fault(
             place,
@@ -42,30 +41,36 @@ def output_faults(output: Path, donors: Mapping[str, Checkpoint]) -> Iterator[Fa
             yield Fault(
                 place,
                 "a folder outside the donors",
-                f"it lies in {donor.path}",
+                f"it is inside {donor.path}",
                 "choose another output",
             )
     existing = existing_parent(output)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         yield Fault(
-            place, "a folder that may be written to", f"{existing} may not", "choose another output"
+            place, "a folder that is writable", f"{existing} is not", "choose another output"
         )
 
 
 def _immovable(folder: Path) -> str | None:
-    """What keeps a folder from being replaced by another, if anything; the working directory would be gone for who stands in it."""
+    """What keeps a folder from being replaced by another, if anything.
+
+    The working directory would vanish for the processes in it.
+    """
     if os.path.ismount(folder):
         return "a mount point"
     return "the working directory" if folder.samefile(".") else None
 
 
 def check_output(output: Path, donors: Mapping[str, Checkpoint], size: int) -> None:
-    """Raise FrankenmergeError for an output that would overwrite something, touch a donor or not fit."""
+    """Raise FrankenmergeError for an output that exists, is inside a donor, or does not fit."""
     raise_all([*output_faults(output, donors), *room_faults(output, size)])
 
 
 def room_faults(output: Path, needed: int) -> Iterator[Fault]:
-    """Tell why so many bytes do not fit on the output's disk; those of an unfinished merge that are there need no room."""
+    """Why so many bytes do not fit on the output's disk.
+
+    Those that an unfinished merge has written need no more space.
+    """
     there = sum(
         path.stat().st_blocks * 512 for path in work_folder(output).rglob("*") if path.is_file()
     )
@@ -78,4 +83,5 @@ def room_faults(output: Path, needed: int) -> Iterator[Fault]:
 
 
 def existing_parent(output: Path) -> Path:
+    """The nearest folder above the output that exists."""
     return next(parent for parent in output.resolve().parents if parent.exists())

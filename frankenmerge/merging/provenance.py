@@ -27,9 +27,13 @@ def provenance_of(
 ) -> Provenance:
     """Describe a merge.
 
-    A shard is identified by its size and the hash of its header, which cost nothing; `checksums`,
-    hashes of whole shards by name, cost a read of every byte and are there when they were asked
-    for. `files` are the small files besides them.
+    A shard is identified by its size and the hash of its header, which cost nothing.
+
+    Args:
+        plan: of the merge.
+        fits: rotations of slices that have a gauge.
+        checksums: hashes of whole shards by name, where requested: they cost a read of every byte.
+        files: the small files besides the shards.
     """
     splice = plan.splice
     versions = {"python": platform.python_version()}

@@ -1,4 +1,4 @@
-"""Which tensor goes into which file of the result, and where in it. Reads and writes nothing."""
+"""Which tensor goes into which file of the result, and where. Reads and writes nothing."""
 
 import json
 import math
@@ -56,7 +56,7 @@ class Shard(NamedTuple):
 
 
 class Range(NamedTuple):
-    """Bytes that lie side by side in a donor and in the result: of one tensor, or of several in a row."""
+    """Bytes that are contiguous in a donor and in the result: of one tensor or more."""
 
     file: Path
     start: int
@@ -67,7 +67,7 @@ class Range(NamedTuple):
 
 
 def operation_faults(operations: Sequence[Operation], files: Collection[Path]) -> Iterator[Fault]:
-    """Hold every operation against itself, names, types, shapes, bytes, and against those of the donors' `files` it reads from."""
+    """Check every operation's names, types, shapes and bytes, and the donors' `files` it reads."""
     names: set[str] = set()
     needed: dict[Path, int] = {}
     for operation in operations:
@@ -132,7 +132,7 @@ def _computed_faults(operation: Combine | Rotate) -> Iterator[Fault]:
 def plan_shards(
     operations: Sequence[Operation], limit: int, clonable: Collection[Path] = frozenset()
 ) -> list[Shard]:
-    """Share the operations out to files of at most `limit` bytes of tensors (one tensor may exceed it).
+    """Divide operations among files of at most `limit` bytes of tensors (one may exceed it).
 
     Without `clonable` files the tensors stay in their order. From `clonable` files blocks can be
     cloned where the tensor begins at the same byte of a block here as there: those tensors are
@@ -203,7 +203,7 @@ def _chained(
 
 
 def _header(operations: Sequence[Operation], residue: int | None) -> bytes:
-    """A safetensors header; with a `residue`, padded so that the data begin at that byte of a block."""
+    """A safetensors header, padded with a `residue` so that data begin at that byte of a block."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for operation in operations:
@@ -220,7 +220,7 @@ def _header(operations: Sequence[Operation], residue: int | None) -> bytes:
 
 
 def ranges_of(shard: Shard) -> Iterator[Range]:
-    """What is copied into a shard, neighbours that are neighbours in the donor too taken together."""
+    """What is copied into a shard; what is contiguous here and in the donor is one range."""
     last: Range | None = None
     for operation, position in shard.places:
         if not isinstance(operation, Copy):

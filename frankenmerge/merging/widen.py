@@ -1,9 +1,9 @@
-"""A narrow donor in the shape of a wider one, computing what it did: zeros wherever the wider one has more.
+"""Widen a donor to the shape of a wider one, padded with zeros: it computes what it did before.
 
-A head of zeros attends to all alike and sees nothing, a neuron of zeros adds nothing, and so the
-directions of the stream that the narrow donor lacks stay zero. A norm alone notices: it divides by
-the root of the mean square over all `D` directions instead of the donor's `d`, which gains times
-`sqrt(d / D)` and a small constant times `d / D` make good.
+A head of zeros attends to all positions alike and adds nothing, nor does a neuron of zeros, so the
+directions of the stream that the narrow donor lacks stay zero. Only norms change: they divide by
+the root of the mean square over all `D` directions instead of the donor's `d`. Gains times
+`sqrt(d / D)` and a small constant times `d / D` compensate for that.
 """
 
 import json
@@ -21,7 +21,7 @@ from frankenmerge.donors.config import differences, head_width, quantity
 from frankenmerge.donors.shards import INDEX_NAME
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.merging.output import check_output
-from frankenmerge.splicing.rotation import meeting
+from frankenmerge.splicing.rotation import stream_use
 from frankenmerge.storage.atomic import new_folder
 from frankenmerge.storage.dtypes import BYTES_OF, COMPUTED
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SIZES = ("width", "heads", "kv_heads", "inner")
-_BESIDE = (*TOKENIZER_FILES, "generation_config.json", "README.md")
+_SMALL_FILES = (*TOKENIZER_FILES, "generation_config.json", "README.md")
 
 
 def widened(tensor: "Tensor", shape: tuple[int, ...], factor: float = 1.0) -> "Tensor":
-    """The tensor, times `factor`, in the first corner of zeros of `shape`; computed in float64 and rounded once."""
+    """The tensor times `factor`, padded with zeros to `shape`; in float64 and rounded once."""
     made = tensor.new_zeros(shape)
     made[tuple(map(slice, tensor.shape))] = tensor if factor == 1 else tensor.double() * factor
     return made
 
 
 def widened_config(narrow: Checkpoint, wide: Checkpoint) -> dict[str, Any]:
-    """The narrow donor's config with the wide one's sizes, and the small constant of its norms made good."""
+    """The narrow donor's config with the wide one's sizes, its norms' small constant adjusted."""
     sizes = {getattr(narrow.architecture.keys, size): quantity(wide.config, size) for size in SIZES}
     heads = {"head_dim": wide.config["head_dim"]} if "head_dim" in wide.config else {}
     return (
@@ -58,7 +58,7 @@ def _share(narrow: Checkpoint, wide: Checkpoint) -> float:
 
 
 def widening_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
-    """Everything that keeps `narrow` from being written in the shape of `wide`, so that their blocks can stand in one model."""
+    """What prevents writing `narrow` in the shape of `wide`, for blocks of both in one model."""
     families = [donor.config["model_type"] for donor in (narrow, wide)]
     if families[0] != families[1]:
         yield Fault(
@@ -81,7 +81,9 @@ def widening_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
         yield from wrong
         return
     if not isinstance(constant := _constant(narrow), int | float):
-        yield Fault(f"{narrow.name}: rms_norm_eps", "a number", repr(constant), "mend config.json")
+        yield Fault(
+            f"{narrow.name}: rms_norm_eps", "a number", repr(constant), "correct config.json"
+        )
         return
     for reason in differences(widened_config(narrow, wide), wide.config)[0]:
         yield Fault(
@@ -106,7 +108,7 @@ def widening_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
 
 
 def _size_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
-    """What of the sizes in config.json forbids it."""
+    """Sizes in config.json that prevent it."""
     sizes = {
         size: (quantity(narrow.config, size) or 0, quantity(wide.config, size) or 0)
         for size in SIZES
@@ -118,7 +120,7 @@ def _size_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
                 place,
                 f"positive whole numbers, here and in {wide.name}",
                 f"{own!r} and {other!r}",
-                "mend config.json",
+                "correct config.json",
             )
             return
         if own > other:
@@ -133,14 +135,17 @@ def _size_faults(narrow: Checkpoint, wide: Checkpoint) -> Iterator[Fault]:
         [sizes["heads"][at] / sizes["kv_heads"][at] for at in (0, 1)],
     )
     if widths[0] != widths[1]:
-        remedy = "use donors whose heads are alike: rotary positions rotation heads of other widths by other angles"
+        remedy = (
+            "use donors with heads of one width: rotary positions rotate heads of other widths by "
+            "other angles"
+        )
         yield Fault(
             f"{narrow.name}: head_dim", f"{widths[1]}, as {wide.name} has", str(widths[0]), remedy
         )
     if ratios[0] != ratios[1]:
         expected = f"{ratios[1]:g} query heads for each key head, as {wide.name} has"
         yield Fault(
-            narrow.name, expected, f"{ratios[0]:g}", "use donors that share out their heads alike"
+            narrow.name, expected, f"{ratios[0]:g}", "use donors with the same ratio of heads"
         )
 
 
@@ -156,13 +161,13 @@ def _inexact(architecture: Architecture) -> str | None:
     """Why zeros would change what donors of a family compute, or are not known not to."""
     stream = architecture.stream
     if stream is None:
-        return "tensors that nobody has described"
+        return "tensors that are not described"
     if architecture.norm != "rms":
         return "norms that centre: the mean over more directions is another one"
     if stream.output_norms:
-        return "norms behind its maps"
+        return "norms after its maps"
     if stream.inside:
-        return "norms of single heads, which share the small constant of those that have to be made good"
+        return "norms of single heads, which share the small constant that has to be adjusted"
     if architecture.fused or any(
         "experts" in name for maps in stream.norms.values() for name in maps
     ):
@@ -179,7 +184,7 @@ def widen(narrow: Checkpoint, wide: Checkpoint, output: Path) -> Path:
 
     Raises:
         FrankenmergeError: naming everything that keeps it from being exact or from fitting `wide`,
-            and for an output that exists, lies in a donor or has no room.
+            and for an output that exists, is inside a donor or has no room.
     """
     from safetensors.torch import save_file
 
@@ -193,15 +198,15 @@ def widen(narrow: Checkpoint, wide: Checkpoint, output: Path) -> Path:
     for name in shapes:
         files[narrow.tensors[name].file].append(name)
     if output.is_dir():
-        output.rmdir()  # it is empty, and new_folder leaves alone what is there
-    with new_folder(output) as beside:
-        for name in (name for name in _BESIDE if (narrow.path / name).is_file()):
-            shutil.copyfile(narrow.path / name, beside / name)
-        _write_json(beside / "config.json", widened_config(narrow, wide))
+        output.rmdir()  # it is empty, and new_folder replaces nothing
+    with new_folder(output) as partial:
+        for name in (name for name in _SMALL_FILES if (narrow.path / name).is_file()):
+            shutil.copyfile(narrow.path / name, partial / name)
+        _write_json(partial / "config.json", widened_config(narrow, wide))
         if len(files) > 1:
             weight_map = {name: file.name for file, names in files.items() for name in names}
             _write_json(
-                beside / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map}
+                partial / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map}
             )
         for file, names in files.items():
             made = _widened_file(
@@ -210,12 +215,12 @@ def widen(narrow: Checkpoint, wide: Checkpoint, output: Path) -> Path:
                 narrow,
                 math.sqrt(_share(narrow, wide)),
             )
-            save_file(made, beside / file.name, {"format": "pt"})
+            save_file(made, partial / file.name, {"format": "pt"})
     return output
 
 
 def _shapes(narrow: Checkpoint, wide: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The shape that each tensor of the narrow donor gets, by its name there; constant buffers are left out."""
+    """The new shape of each tensor of the narrow donor, by its name; constant buffers left out."""
     width, blocks, shapes = wide.config[wide.architecture.keys.width], _block_shapes(wide), {}
     for (role, _), names in narrow.by_role.items():
         for canonical, name in names.items() if role != "ignored" else ():
@@ -233,7 +238,7 @@ def _widened_file(
     made = {}
     with safe_open(file, "pt") as handle:
         for name, shape in shapes.items():
-            kind = meeting(narrow.architecture, narrow.architecture.role(name)[2]).kind
+            kind = stream_use(narrow.architecture, narrow.architecture.role(name)[2]).kind
             made[name] = widened(handle.get_tensor(name), shape, factor if kind == "gain" else 1.0)
     return made
 

@@ -37,7 +37,7 @@ def compatibility(donors: list[Checkpoint]) -> Compatibility:
 def _remarks(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
     if set(first.dtypes) != set(other.dtypes):
         types = f"{', '.join(first.dtypes)} and {', '.join(other.dtypes)}"
-        yield f"types {types}; the recipe has to say dtype"
+        yield f"types {types}; the recipe has to set dtype"
     if first.tokenizer_hash != other.tokenizer_hash:
         yield "tokenizer: not the same; the result gets one of them"
     for key in ("vocabulary", "positions"):

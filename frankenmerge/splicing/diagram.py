@@ -1,4 +1,4 @@
-"""A picture of a splice: which block of which donor goes where. Geometry first, then SVG; no drawing library."""
+"""The diagram of a splice: which donor's block goes where. Geometry first, then SVG."""
 
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -50,7 +50,7 @@ class Ribbon(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where everything of the picture lies; y grows downwards, the input is on top."""
+    """Positions of everything in the diagram; y grows downwards, the input is on top."""
 
     width: float
     height: float
@@ -71,7 +71,10 @@ class Layout(NamedTuple):
 
 
 def pieces_of(recipe: Recipe, depths: Mapping[str, int]) -> list[list[Piece]]:
-    """Return the sources of every slice; whole models are one slice. Empty where a whole model's depth is not known."""
+    """Return the sources of every slice; whole models are one slice.
+
+    Empty where a whole model's depth is not known.
+    """
     if wholes := recipe.stack.models:
         known = all(whole.model in depths for whole in wholes)
         return [[Piece(whole.model, 0, depths[whole.model]) for whole in wholes]] if known else []
@@ -86,7 +89,7 @@ def layout(slices: list[list[Piece]], depths: Mapping[str, int]) -> Layout:
 
     Args:
         slices: the sources of every slice, as `pieces_of` gives them; at least one.
-        depths: blocks of donors by name; of others as many are shown as are used.
+        depths: blocks of donors by name; of others only as many are drawn as are used.
     """
     pieces = [piece for part in slices for piece in part]
     donors = list(dict.fromkeys(piece.donor for piece in pieces))
@@ -120,7 +123,7 @@ def layout(slices: list[list[Piece]], depths: Mapping[str, int]) -> Layout:
     made, ribbons, seams, y = [], [], [], _TOP + (tallest - blocks * high) / 2
     for number, part in enumerate(slices):
         height, share = (part[0].stop - part[0].start) * high, _RESULT / len(part)
-        if number and not _goes_on(slices[number - 1], part):
+        if number and not _continues(slices[number - 1], part):
             seams.append(y)
         for place, piece in enumerate(part):
             n = donors.index(piece.donor)
@@ -150,8 +153,8 @@ def layout(slices: list[list[Piece]], depths: Mapping[str, int]) -> Layout:
     )
 
 
-def _goes_on(before: list[Piece], after: list[Piece]) -> bool:
-    """Whether every source goes on where it stopped, so that nothing meets anything new."""
+def _continues(before: list[Piece], after: list[Piece]) -> bool:
+    """Whether every source continues where it stopped, so that there is no seam."""
     return [(piece.donor, piece.stop) for piece in before] == [
         (piece.donor, piece.start) for piece in after
     ]
@@ -162,21 +165,21 @@ def _span(piece: Piece) -> str:
 
 
 def described(slices: list[list[Piece]]) -> str:
-    """The picture in words."""
-    told, position = [], 0
+    """The diagram in words."""
+    parts, position = [], 0
     for part in slices:
         count = part[0].stop - part[0].start
         here = _span(Piece("", position, position + count))
         sources = " merged with ".join(
             f"{visible(Path(piece.donor).name)} {_span(piece)}" for piece in part
         )
-        told.append(f"{here} from {sources}")
+        parts.append(f"{here} from {sources}")
         position += count
-    return f"The result has {position} blocks: {'; '.join(told)}."
+    return f"The result has {position} blocks: {'; '.join(parts)}."
 
 
 def visible(text: str) -> str:
-    """Text in which nothing is hidden: control, format and bidirectional characters, and lone surrogates, become their code."""
+    """Escape control, format and bidirectional characters and lone surrogates by their codes."""
     return "".join(
         f"\\u{ord(c):04x}" if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" else c
         for c in text
@@ -184,36 +187,42 @@ def visible(text: str) -> str:
 
 
 STYLE = (
-    ".splice{--ink:#1d2330;--soft:#5b6372;--rest:#e3e6ec;--ground:#fff;font:12px system-ui,sans-serif}"
-    ".splice text{fill:var(--ink);text-anchor:middle}.splice .soft{fill:var(--soft)}.splice .rest{fill:var(--rest)}"
+    ".splice{--ink:#1d2330;--soft:#5b6372;--rest:#e3e6ec;--ground:#fff;"
+    "font:12px system-ui,sans-serif}"
+    ".splice text{fill:var(--ink);text-anchor:middle}"
+    ".splice .soft{fill:var(--soft)}.splice .rest{fill:var(--rest)}"
     ".splice .on{fill:var(--ground)}.splice .cut{stroke:var(--ground);stroke-width:.7}"
-    ".splice .seam{stroke:var(--ink);stroke-width:2}.splice .knob{fill:var(--ground);stroke:var(--ink);stroke-width:1.5}"
+    ".splice .seam{stroke:var(--ink);stroke-width:2}"
+    ".splice .knob{fill:var(--ground);stroke:var(--ink);stroke-width:1.5}"
     ".splice .letter{font-weight:700;font-size:15px}.splice .small{font-size:10px}"
     + "".join(f".splice .d{n}{{fill:{colour}}}" for n, colour in enumerate(COLOURS))
-    + "@media screen and (prefers-color-scheme:dark){.splice{--ink:#e8eaf0;--soft:#a3abba;--rest:#323948;--ground:#161a22}"
+    + "@media screen and (prefers-color-scheme:dark){"
+    ".splice{--ink:#e8eaf0;--soft:#a3abba;--rest:#323948;--ground:#161a22}"
     + "".join(f".splice .d{n}{{fill:{colour}}}" for n, colour in enumerate(DARK_COLOURS))
     + "}"
 )
-"""CSS of the picture, light and dark; where the SVG is a file, it stands within."""
+"""CSS of the diagram, light and dark; an SVG that is a file contains it."""
 
 
 def svg(
     slices: list[list[Piece]], depths: Mapping[str, int], name: str, *, alone: bool = True
 ) -> str:
-    """Return the picture as SVG, named and described for screen readers.
+    """Return the diagram as SVG, named and described for screen readers.
 
     Args:
         slices: what to draw, as `pieces_of` gives it.
         depths: blocks of donors by name, where they are known.
-        name: begins the ids in it, so that several may stand in one page.
+        name: begins the ids in it, so that one page can contain several.
         alone: whether the SVG is a file of its own, which carries `STYLE` and its namespace.
     """
     found = layout(slices, depths)
-    size = f'width="{found.width:g}" height="{found.height:g}" viewBox="0 0 {found.width:g} {found.height:g}"'
+    width, height = f"{found.width:g}", f"{found.height:g}"
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     head = f'<svg class="splice" {size} role="img" aria-labelledby="{name}-t {name}-d"'
     head += ' xmlns="http://www.w3.org/2000/svg">' if alone else ">"
     style = f"<style>{STYLE}</style>" if alone else ""
-    title = f'<title id="{name}-t">Which block comes from where</title><desc id="{name}-d">{escape(described(slices))}</desc>'
+    title = f'<title id="{name}-t">Which block comes from where</title>'
+    title += f'<desc id="{name}-d">{escape(described(slices))}</desc>'
     return head + title + style + "".join(_parts(found)) + "</svg>\n"
 
 
@@ -258,7 +267,7 @@ def _parts(found: Layout) -> Iterator[str]:
 
 
 def _seams(found: Layout) -> Iterator[str]:
-    """A line across the result at every seam, with its number where there is room beside it."""
+    """A line across the result at every seam, with its number where there is room for it."""
     for number, y in enumerate(found.seams, 1):
         yield f'<path class="seam" d="M{found.middle - _RESULT / 2 - 6:g} {y:g}h{_RESULT + 12}"/>'
         if numbered(found):
@@ -269,7 +278,7 @@ def _seams(found: Layout) -> Iterator[str]:
 
 
 def numbered(found: Layout) -> bool:
-    """Whether the seams' numbers have room beside each other."""
+    """Whether there is room for the seams' numbers."""
     return all(b - a >= 17 for a, b in pairwise(found.seams))
 
 
@@ -278,12 +287,13 @@ def _colour(donor: int) -> str:
 
 
 def _rectangle(cell: Cell, style: str) -> str:
-    return f'<rect class="cut {style}" x="{cell.x:g}" y="{cell.y:g}" width="{cell.width:g}" height="{cell.height:g}"/>'
+    place = f'x="{cell.x:g}" y="{cell.y:g}" width="{cell.width:g}" height="{cell.height:g}"'
+    return f'<rect class="cut {style}" {place}/>'
 
 
 def _text(x: float, y: float, text: str, style: str = "", title: str = "") -> str:
-    told = f"<title>{escape(visible(title))}</title>" if title else ""
-    return f'<text class="{style}" x="{x:g}" y="{y:g}">{told}{escape(text)}</text>'
+    tooltip = f"<title>{escape(visible(title))}</title>" if title else ""
+    return f'<text class="{style}" x="{x:g}" y="{y:g}">{tooltip}{escape(text)}</text>'
 
 
 def _short(name: str) -> str:

@@ -16,7 +16,7 @@ from frankenmerge.models.loading import load_model, load_tokenizer
 from frankenmerge.models.sampling import sample_tokens
 from frankenmerge.models.streaming import Passage, each_block, stream_model, streamable
 from frankenmerge.progress import Progress, silent
-from frankenmerge.splicing.gauge_refining import refined, show
+from frankenmerge.splicing.gauge_refining import donor_states, refined
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.splicing.rotation import Fit, Rotation, procrustes, residual
 
@@ -53,18 +53,18 @@ def fitted_rotations(splice: Splice, progress: Progress = silent) -> dict[int, F
     models = {
         name: load_model(donors[name]).requires_grad_(False) for name in splice.recipe.tensor_donors
     }
-    speakers = {part.sources[0].model: models[part.sources[0].model] for part in splice.slices}
-    ids = tokens_to_refine_on(splice, speakers)
+    samplers = {part.sources[0].model: models[part.sources[0].model] for part in splice.slices}
+    ids = tokens_to_refine_on(splice, samplers)
     fits = plain_fits(splice, ids, progress=progress)
     rotations = {number: fit.rotation for number, fit in fits.items()}
-    found = refined(splice, models, rotations, show(speakers, ids), progress=progress)
+    found = refined(splice, models, rotations, donor_states(samplers, ids), progress=progress)
     return {number: fit._replace(refined=found.get(number, ())) for number, fit in fits.items()}
 
 
 def plain_fits(
-    splice: Splice, shown: Tensor | None = None, *, progress: Progress = silent
+    splice: Splice, sampled: Tensor | None = None, *, progress: Progress = silent
 ) -> dict[int, Fit]:
-    """The fits without descent; those to be refined are made on the tokens `shown`, `[n, s]`."""
+    """The fits without descent; those to be refined use the tokens `sampled`, `[n, s]`."""
     fits: dict[int, Fit] = {}
     gauges = {number: part.gauge for number, part in enumerate(splice.slices) if part.gauge}
     with progress("fitting gauges", len(gauges), "gauges") as advance:
@@ -76,8 +76,8 @@ def plain_fits(
             else:
                 before = splice.slices[number - 1].sources[0]
                 other, reached = splice.donors[before.model], before.layer_range[1]
-            refines = shown is not None and gauge.refine
-            ids = shown if refines and shown is not None else _tokens(gauge.fit, donor)
+            refines = sampled is not None and gauge.refine
+            ids = sampled if refines and sampled is not None else _tokens(gauge.fit, donor)
             states = states_at(donor, ids, depth), states_at(other, ids, reached)
             fit = fit_rotation(*states, donor)
             if gauge.to == "previous" and (earlier := fits.get(number - 1)):
@@ -99,9 +99,9 @@ def fit_rotation(source: Tensor, target: Tensor, donor: Checkpoint) -> Fit:
 
 
 def states_at(donor: Checkpoint, ids: Tensor, depth: int) -> Tensor:
-    """The residual stream behind the donor's first `depth` blocks, `[n, d]`, in float32.
+    """The residual stream after the donor's first `depth` blocks, `[n, d]`, in float32.
 
-    The first position of every row is left out: what a trained model puts there is no token's own.
+    The first position of every row is left out: trained models use it as an attention sink.
     Raises FrankenmergeError for states that are not finite.
     """
     run = stream_model(donor) if streamable(donor) else load_model(donor)
@@ -115,7 +115,7 @@ def states_at(donor: Checkpoint, ids: Tensor, depth: int) -> Tensor:
     made = torch.cat(outputs)[:, 1:].flatten(0, 1).float()
     if not made.isfinite().all():
         where = (
-            f"{donor.name}, behind its first {depth} blocks"
+            f"{donor.name}, after its first {depth} blocks"
             if depth
             else f"{donor.name}, its embedding"
         )
@@ -184,7 +184,7 @@ def _text_tokens(text: str, donor: Checkpoint, length: int) -> Tensor:
     if len(ids) < least:
         raise fail(
             text,
-            f"a text of {least:,} tokens at least",
+            f"a text of at least {least:,} tokens",
             f"{len(ids):,}",
             "give a longer text, or fit: probes",
         )

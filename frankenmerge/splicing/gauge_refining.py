@@ -4,7 +4,7 @@ A rotation fitted by least squares treats every direction of the stream alike; t
 seam do not. `refined` descends on the rotations themselves, on the Kullback-Leibler divergence from
 the mean of the donors' predictions. That needs no text: tokens sampled from the donors suffice.
 Every block of a slice gets a rotation of its own, and so do final norm and head: all read and write
-the one stream that the slice before has left, so that the result is still a plain checkpoint.
+the one stream that the slice before has written, so that the result is still a plain checkpoint.
 """
 
 import math
@@ -31,17 +31,17 @@ RATE, SCALE_RATE, LINEAR_RATE = 0.01, 0.01, 0.003
 MOMENTUM = 0.9
 
 
-class Shown(NamedTuple):
-    """What the donors made of the same tokens."""
+class DonorStates(NamedTuple):
+    """Tokens, and the donors' states for them."""
 
     ids: Tensor
     """`[n, s]`"""
     last: Mapping[str, Tensor]
-    """By donor, what its last block left, `[n, s, d]`."""
+    """By donor, the output of its last block, `[n, s, d]`."""
 
 
 @torch.no_grad()
-def show(models: Mapping[str, PreTrainedModel], ids: Tensor) -> Shown:
+def donor_states(models: Mapping[str, PreTrainedModel], ids: Tensor) -> DonorStates:
     """Run donors on the same tokens `[n, s]`."""
     last = {}
     for name, model in models.items():
@@ -51,11 +51,14 @@ def show(models: Mapping[str, PreTrainedModel], ids: Tensor) -> Shown:
                 forward(model, input_ids=rows)
                 made.append(outputs[-1])
         last[name] = torch.cat(made)
-    return Shown(ids, last)
+    return DonorStates(ids, last)
 
 
 class _Descent:
-    """What descends: for every place a skew matrix and a scale, and where maps may be linear what is added to the rotations."""
+    """The parameters of the descent: for every place a skew matrix and a scale.
+
+    Where maps may be linear, also what is added to the rotations.
+    """
 
     def __init__(self, start: Sequence[Rotation], *, linear: Sequence[bool], centred: bool) -> None:
         self.start = torch.stack([rotation.matrix for rotation in start]).float()
@@ -75,7 +78,7 @@ class _Descent:
         )
 
     def rotations(self) -> list[Rotation]:
-        """The rotations as they are now, float32, with the graph that leads back to what descends."""
+        """The present rotations in float32, with the graph back to the parameters."""
         part = self.keep @ (self.skew - self.skew.mT) @ self.keep
         eye = torch.eye(len(self.keep))
         matrices = self.start @ torch.linalg.solve(eye + part, eye - part)
@@ -85,11 +88,11 @@ class _Descent:
         return [Rotation(read, 1.0, write) for read, write in zip(reads, writes, strict=True)]
 
     def step(self, loss: Tensor, share: float) -> None:
-        """Go down by `share` of the rates.
+        """Descend by `share` of the rates.
 
-        A rotation goes by a skew matrix of spectral norm `RATE` at most: the gradient's polar factor,
-        as Jordan et al. (2024, Muon) take it for hidden layers, applied through the Cayley map,
-        which keeps the rotation orthogonal. What is added goes by Adam's steps.
+        A rotation moves by a skew matrix of spectral norm `RATE` at most: the gradient's polar
+        factor, as Jordan et al. (2024, Muon) use it for hidden layers, applied through the Cayley
+        map, which keeps the rotation orthogonal. What is added moves by Adam's steps.
         """
         self.skew.grad = None
         self.adam.zero_grad()
@@ -175,7 +178,7 @@ def refined(
     splice: Splice,
     models: Mapping[str, PreTrainedModel],
     rotations: Mapping[int, Rotation],
-    shown: Shown,
+    states: DonorStates,
     *,
     seed: int = 0,
     progress: Progress = silent,
@@ -190,7 +193,7 @@ def refined(
         models: the donors' models, by name, in float32.
         rotations: the fitted rotation of each slice: where the descent begins, and what slices that
             are not refined keep.
-        shown: the donors' states on the tokens to descend on.
+        states: the donors' states on the tokens to descend on.
         seed: of the choice of rows.
         progress: of the steps.
 
@@ -213,9 +216,9 @@ def refined(
     with progress("refining gauges", steps, "steps") as advance:
         for step in range(steps):
             share = min(1, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
-            rows = torch.randint(len(shown.ids), (ROWS,), generator=generator)
+            rows = torch.randint(len(states.ids), (ROWS,), generator=generator)
             made = fixed | plain.rotated(dict(zip(places, descent.rotations(), strict=True)))
-            loss = _divergence(plain.model, made, shown.ids[rows], _mean(models, shown, rows))
+            loss = _divergence(plain.model, made, states.ids[rows], _mean(models, states, rows))
             descent.step(loss, share)
             advance(1)
     found = dict(zip(places, descent.found(), strict=True))
@@ -237,10 +240,10 @@ def _divergence(
 
 
 @torch.no_grad()
-def _mean(models: Mapping[str, PreTrainedModel], shown: Shown, rows: Tensor) -> Tensor:
+def _mean(models: Mapping[str, PreTrainedModel], states: DonorStates, rows: Tensor) -> Tensor:
     """Log of the mean of the donors' predictions, `[b, s, v]`."""
-    said = [
-        leave(models[name], shown.ids[rows], last[rows]).log_softmax(-1)
-        for name, last in shown.last.items()
+    predictions = [
+        leave(models[name], states.ids[rows], last[rows]).log_softmax(-1)
+        for name, last in states.last.items()
     ]
-    return torch.logsumexp(torch.stack(said), 0) - math.log(len(said))
+    return torch.logsumexp(torch.stack(predictions), 0) - math.log(len(predictions))

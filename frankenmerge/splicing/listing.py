@@ -19,10 +19,10 @@ from frankenmerge.splicing.parameters import (
     taken,
 )
 from frankenmerge.splicing.result import Donors
-from frankenmerge.splicing.rotation import meeting
+from frankenmerge.splicing.rotation import stream_use
 from frankenmerge.splicing.vocabulary import Rows, Vocabulary, rows_of
 
-_ALIKE = "name donors with the same tensors; for other vocabularies say tokenizer_source"
+_ALIKE = "name donors with the same tensors; for other vocabularies set tokenizer_source"
 _UNCHANGED = resolved(PLAIN, {}, per_model=True)
 
 
@@ -114,13 +114,13 @@ def _rotated(
             given = operation.inputs[0]
         donor = draft.donors[given.donor]
         # A tied head is stored under the embedding's name: the name it gets says what it does.
-        met = meeting(donor.architecture, donor.architecture.role(operation.name)[2])
-        if met.kind == "inside":
+        use = stream_use(donor.architecture, donor.architecture.role(operation.name)[2])
+        if use.kind == "inside":
             yield operation
             continue
-        gain = _gain(donor, given, met.gain) if met.gain else None
+        gain = _gain(donor, given, use.gain) if use.gain else None
         number, offset = place.number, place.offset
-        yield Rotate(operation.name, operation.dtype, given, gain, met, number, offset)
+        yield Rotate(operation.name, operation.dtype, given, gain, use, number, offset)
 
 
 def _gain(donor: Checkpoint, given: Input, canonical: str) -> Input:
@@ -185,7 +185,7 @@ def _selected(entries: Sequence[_Entry], canonical: str) -> _Entry:
 def _checked_name(
     draft: Draft, entry: _Entry, canonical: str, asked: str, shape: tuple[int, ...]
 ) -> str:
-    """A tensor's name in a source. Raises FrankenmergeError where it is absent or of another shape."""
+    """A tensor's name in a source. Raises FrankenmergeError for no or another shape's tensor."""
     name, tensors = entry.names.get(canonical), draft.donors[entry.source.model].tensors
     if name is None or (draft.vocabulary is None and tensors[name].shape != shape):
         found = f"shape {list(tensors[name].shape)}" if name else "no such tensor"
@@ -230,7 +230,7 @@ def _operation_faults(draft: Draft, operations: Sequence[Operation], place: str)
             for fault in faults(
                 operation.method, models, operation.parameters, base=base, place=where
             ):
-                # What is wrong with one tensor is wrong with many: the first stands for all.
+                # What is wrong with one tensor is wrong with many: only the first is reported.
                 reported.setdefault(fault[1:], fault)
     yield from reported.values()
     heads = [name for donor in draft.donors.values() for name in tensor_names(donor, "head")]

@@ -18,7 +18,10 @@ def open_donors(
     weights: bool = True,
     opened: Mapping[str, Checkpoint] | None = None,
 ) -> dict[str, Checkpoint]:
-    """Open every donor of a recipe, but for those that are `opened` already. Raises FrankenmergeError with the faults of all."""
+    """Open every donor of a recipe, except those that are `opened` already.
+
+    Raises FrankenmergeError with the faults of all.
+    """
     options = {"download": download, "allow_pickle": allow_pickle, "weights": weights}
     donors, faults = {}, []
     for name in recipe.donors:

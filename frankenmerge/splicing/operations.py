@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from frankenmerge.artefacts.recipe_parameters import Value
-from frankenmerge.splicing.rotation import Meeting
+from frankenmerge.splicing.rotation import StreamUse
 from frankenmerge.splicing.vocabulary import Rows
 from frankenmerge.storage.dtypes import BYTES_OF
 from frankenmerge.storage.safetensors_header import Tensor
@@ -90,7 +90,8 @@ class Rotate(NamedTuple):
     given: Input
     gain: Input | None
     """The gain of the norm that the tensor absorbs."""
-    met: Meeting
+    use: StreamUse
+    """How the tensor reads or writes the residual stream."""
     part: int
     """The number of the slice whose rotation it is."""
     place: int

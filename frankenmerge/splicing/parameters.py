@@ -1,4 +1,4 @@
-"""What a recipe tells its method: which models, which parameters, and whether it may."""
+"""What a recipe gives its method: models and parameters, and whether they are valid."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -27,7 +27,7 @@ class Taken(NamedTuple):
 
 
 def taken(recipe: Recipe, part: Slice) -> Taken:
-    """Tell a slice's models from its base, which is the first source of that name.
+    """Separate a slice's models from its base, which is the first source of that name.
 
     A base that is no source of the slice gives the blocks of the range that all sources share.
     """
@@ -51,7 +51,10 @@ def _lone(method: Method, sources: Sequence[Source | Whole]) -> bool:
 def model_parameters(
     recipe: Recipe, part: Slice, source: Source, tensor: str, t: float
 ) -> dict[str, Value]:
-    """A method's parameters of one model for one of its tensors; those that have to be given and are not are left out."""
+    """A method's parameters of one model for one of its tensors.
+
+    Required ones that are missing are left out.
+    """
     return _resolved(recipe, [source.parameters, part.parameters], tensor, t, per_model=True)
 
 
@@ -86,7 +89,7 @@ def module_prefix(recipe: Recipe) -> str:
 
 
 class _Level(NamedTuple):
-    """One place of a recipe where parameters may stand."""
+    """One place of a recipe where parameters are allowed."""
 
     place: str
     parameters: Mapping[str, Any]
@@ -111,7 +114,7 @@ def _levels(recipe: Recipe) -> Iterator[_Level]:
 
 
 def method_faults(recipe: Recipe, place: str = "recipe") -> list[Fault]:
-    """Everything that keeps the method from doing what the recipe says, as far as the recipe itself tells."""
+    """What keeps the method from doing what the recipe says, as far as the recipe alone shows."""
     method = METHODS.get(recipe.merge_method)
     if method is None:
         near = get_close_matches(recipe.merge_method, METHODS, 1)
@@ -171,7 +174,7 @@ def _group_faults(recipe: Recipe, method: Method, group: _Group) -> Iterator[Fau
     where, sources, base = group
     if method.base == "required" and base is None:
         expected = f"a base_model, which {recipe.merge_method} starts from"
-        yield Fault(where, expected, "none", "say base_model")
+        yield Fault(where, expected, "none", "add base_model")
         return
     listed = method.base != "none" and any(source.model == base for source in sources)
     (fewest, most), count = method.models, len(sources) - listed
@@ -179,7 +182,7 @@ def _group_faults(recipe: Recipe, method: Method, group: _Group) -> Iterator[Fau
         wanted = f"{fewest} to {most}"
         if most is None or fewest == most:
             wanted = f"{fewest} or more" if most is None else str(fewest)
-        also = " beside the base model" if method.base != "none" and base else ""
+        also = " in addition to the base model" if method.base != "none" and base else ""
         expected = f"{wanted} to merge by {recipe.merge_method}{also}"
         yield Fault(where, expected, str(count), "add or remove models, or change the method")
     ranges = {tuple(source.layer_range) for source in sources if isinstance(source, Source)}
@@ -194,7 +197,8 @@ def _level_faults(recipe: Recipe, method: Method, level: _Level, place: str) -> 
         where = f"{place}: {level.place}parameters.{name}"
         if name not in method.parameters:
             near = get_close_matches(name, method.parameters, 1)
-            expected = f"one of: {', '.join(method.parameters) or 'none'}, the parameters of {recipe.merge_method}"
+            names = ", ".join(method.parameters) or "none"
+            expected = f"one of: {names}, the parameters of {recipe.merge_method}"
             yield Fault(
                 where, expected, "another parameter", f"write {near[0]}" if near else "remove it"
             )
@@ -203,12 +207,12 @@ def _level_faults(recipe: Recipe, method: Method, level: _Level, place: str) -> 
                 where,
                 "a parameter of single models",
                 f"{name}, which is one of the whole merge",
-                "say it for the slice or the recipe",
+                "set it for the slice or the recipe",
             )
         else:
             for value in values(written):
-                if told := unfit(method.parameters[name], value):
-                    yield Fault(where, told, repr(value), "correct the value")
+                if expected := unfit(method.parameters[name], value):
+                    yield Fault(where, expected, repr(value), "correct the value")
 
 
 def filter_faults(recipe: Recipe, tensors: Sequence[str], place: str = "recipe") -> Iterator[Fault]:

@@ -1,4 +1,4 @@
-"""Elements of donors' tensors, as the two arithmetics take them: float32 tensors for torch, bytes as they are for C."""
+"""Read elements of donors' tensors: as float32 tensors for torch, as raw bytes for C."""
 
 import math
 import os
@@ -22,7 +22,10 @@ Handles = Mapping[Path, int]
 
 
 def read_into(handle: int, tensor: Tensor, start: int, view: memoryview) -> None:
-    """Fill `view` with the bytes of a tensor from byte `start` on. Raises OSError where the file ends before."""
+    """Fill `view` with the bytes of a tensor from byte `start` on.
+
+    Raises OSError where the file ends before.
+    """
     position = tensor.start + start
     while view:
         done = os.preadv(handle, [view], position)
@@ -54,7 +57,10 @@ def not_finite(donor: str, source: str) -> Fault:
 def tensor_reader(
     given: Input, handles: Handles, *, device: str, allow_nan: bool
 ) -> "Callable[[int, int], torch.Tensor]":
-    """Reads flat elements of an input in float32. It raises FrankenmergeError, unless `allow_nan`, for NaN and Inf in them."""
+    """Return a function that reads flat elements of an input in float32.
+
+    It raises FrankenmergeError for NaN and Inf in them, unless `allow_nan`.
+    """
     read = _read if given.rows is None else _read_rows
     return partial(read, given, handles, device=device, allow_nan=allow_nan)
 
@@ -98,7 +104,7 @@ def elements(
 
 
 def all_finite(values: "torch.Tensor") -> bool:
-    """Whether all are finite; a sum tells it in one pass, unless finite numbers overflow it."""
+    """Whether all are finite; a sum shows it in one pass, unless finite numbers overflow it."""
     import torch
 
     return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(values.isfinite().all())
@@ -108,12 +114,12 @@ def all_finite(values: "torch.Tensor") -> bool:
 
 
 def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[int, int], Raw]:
-    """Reads flat elements of an input into memory of its own, used again at every call.
+    """Return a function that reads flat elements of an input into a buffer that it reuses.
 
     Where rows come from several donors' matrices they are read as float32, and it raises
-    FrankenmergeError, unless `allow_nan`, for NaN and Inf in them; otherwise nothing is looked at.
+    FrankenmergeError, unless `allow_nan`, for NaN and Inf in them; otherwise nothing is checked.
     """
-    told = not_finite(given.donor, given.source)
+    fault = not_finite(given.donor, given.source)
     content = bytearray()
 
     def view_of(size: int) -> memoryview:
@@ -126,7 +132,7 @@ def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[
         width = BYTES_OF[given.tensor.dtype]
         view = view_of((stop - start) * width)
         read_into(handles[given.tensor.file], given.tensor, start * width, view)
-        return Raw(view, given.tensor.dtype, told)
+        return Raw(view, given.tensor.dtype, fault)
 
     def read_rows(start: int, stop: int) -> Raw:
         from frankenmerge.splicing.methods.native_chunks import converted
@@ -144,7 +150,7 @@ def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[
                 memoryview(taken), tensor.dtype, not_finite(given.rows.donors[donor], given.source)
             )
             converted(raw, view[place * 4 : (place + count) * 4], allow_nan=allow_nan)
-        return Raw(view, "F32", told)
+        return Raw(view, "F32", fault)
 
     return read if given.rows is None else read_rows
 
@@ -152,8 +158,9 @@ def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[
 def _stretches(
     rows: Rows, width: int, start: int, stop: int
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Elements [start, stop) of a matrix of rows as (donor, its first element, the place from `start`, how many follow); no zeros.
+    """Elements [start, stop) of a matrix of rows, as stretches of single donors; no zeros.
 
+    Each is (donor, its first element, the place counted from `start`, the number of elements).
     Neighbouring rows that are neighbours in the donor too are taken together.
     """
     place, last = start // width, -(-stop // width)

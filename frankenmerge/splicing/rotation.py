@@ -1,4 +1,4 @@
-"""Gauges: a slice rotated into another basis of the residual stream, exactly, and the rotation that brings two donors together.
+"""Gauges: rotate a slice into another basis of the residual stream, exactly.
 
 A norm without a gain treats all directions alike, so a model whose norms' gains have been moved
 into the maps that read them computes the same in any orthogonal basis of its residual stream
@@ -7,8 +7,7 @@ sees `scale * x @ matrix`: maps that read it become `W G matrix`, with `G` the g
 write it `scale * matrix.T W`. A LayerNorm centres as well, so there the all-ones direction has to
 stay where it is.
 
-Norms divide by the stream's length, so `scale` changes nothing but the weight of their small
-constant.
+Norms divide by the stream's length, so `scale` changes only the weight of their small constant.
 """
 
 import hashlib
@@ -68,30 +67,30 @@ class Fit(NamedTuple):
         return self.refined[place] if self.refined else self.rotation
 
 
-class Meeting(NamedTuple):
-    """How a tensor meets the stream."""
+class StreamUse(NamedTuple):
+    """How a tensor uses the residual stream."""
 
     kind: Kind
     """`gain` and `shift` of a norm, a map that does `read` or `write`, the bias `added` by one that
     writes, `rows` that enter the stream as they are, or `inside`, not at all.
     """
     gain: str | None = None
-    """The canonical name of the norm's gain that the tensor takes in."""
+    """The canonical name of the norm's gain that the tensor absorbs."""
     transposed: bool = False
     """Whether it is a map stored `[in, out]`."""
 
 
-def meeting(architecture: Architecture, canonical: str) -> Meeting:
-    """How the tensor of a canonical name meets the stream.
+def stream_use(architecture: Architecture, canonical: str) -> StreamUse:
+    """How the tensor of a canonical name uses the residual stream.
 
-    Raises FrankenmergeError for a family that cannot be rotated and for a tensor nobody has placed.
+    Raises FrankenmergeError for a family that cannot be rotated and for an unknown tensor.
     """
     stream = architecture.stream
     if stream is None or stream.output_norms:
         found = (
             f"gains of their own basis in {', '.join(stream.output_norms)}"
             if stream
-            else "one nobody has described so"
+            else "a family that is not described so"
         )
         raise fail(
             canonical,
@@ -105,20 +104,20 @@ def meeting(architecture: Architecture, canonical: str) -> Meeting:
     )
     final = (architecture.root + architecture.final).removesuffix(".")
     if canonical.startswith(architecture.head):
-        return Meeting("read", f"{final}.weight") if is_weight else Meeting("inside")
+        return StreamUse("read", f"{final}.weight") if is_weight else StreamUse("inside")
     block = architecture.root + architecture.block
     if module in {final, *(block + norm for norm in stream.norms)}:
-        return Meeting("gain") if is_weight else Meeting("shift", f"{module}.weight")
+        return StreamUse("gain") if is_weight else StreamUse("shift", f"{module}.weight")
     if not module.startswith(block):
-        return Meeting("rows")
+        return StreamUse("rows")
     inner = re.sub(r"(\.experts|\.norms)\.\d+", r"\1", module.removeprefix(block))
     norm = next((norm for norm, maps in stream.norms.items() if inner in maps), None)
     if norm is not None and is_weight:
-        return Meeting("read", f"{block}{norm}.weight", stream.transposed)
+        return StreamUse("read", f"{block}{norm}.weight", stream.transposed)
     if inner in stream.writes:
-        return Meeting("write", transposed=stream.transposed) if is_weight else Meeting("added")
+        return StreamUse("write", transposed=stream.transposed) if is_weight else StreamUse("added")
     if norm is not None or inner in stream.inside:
-        return Meeting("inside")
+        return StreamUse("inside")
     raise fail(
         canonical,
         "a tensor that reads or writes the residual stream in a known way",
@@ -128,38 +127,40 @@ def meeting(architecture: Architecture, canonical: str) -> Meeting:
 
 
 def rotated(
-    tensor: "Tensor", met: Meeting, rotation: Rotation, gain: "Tensor | None" = None
+    tensor: "Tensor", use: StreamUse, rotation: Rotation, gain: "Tensor | None" = None
 ) -> "Tensor":
-    """One tensor as the rotated slice has it, in the rotation's type, which is float64 but while a rotation is being refined.
+    """One tensor as the rotated slice has it.
+
+    It has the rotation's type, float64 except while a rotation is being refined.
 
     Args:
-        tensor: as the donor has it; maps `[out, in]` unless `met` says else, embeddings and heads
-            `[v, d]`.
-        met: how it meets the stream.
+        tensor: as the donor has it; maps `[out, in]` unless `use` says otherwise, embeddings and
+            heads `[v, d]`.
+        use: how it uses the residual stream.
         rotation: from the donor's basis to the new one.
-        gain: the norm's gain `[d]` that `met` names.
+        gain: the norm's gain `[d]` that `use` names.
 
     Raises:
-        FrankenmergeError: for a norm that adds a shift where its gain is zero: no map behind it
-            could take that in.
+        FrankenmergeError: for a norm that adds a shift where its gain is zero: no map after it
+            could absorb that.
     """
     tensor, matrix = tensor.to(rotation.matrix.dtype), rotation.matrix.to(tensor.device)
-    if met.kind == "inside":
+    if use.kind == "inside":
         return tensor
-    if met.kind == "gain":
+    if use.kind == "gain":
         return tensor.new_ones(tensor.shape)
-    if met.kind in ("added", "rows") or (met.kind == "write" and met.transposed):
+    if use.kind in ("added", "rows") or (use.kind == "write" and use.transposed):
         return tensor @ rotation.writes.to(tensor.device)
-    if met.kind == "write":
+    if use.kind == "write":
         return rotation.writes.T.to(tensor.device) @ tensor
-    assert gain is not None and met.gain is not None
+    assert gain is not None and use.gain is not None
     gain = gain.to(matrix.dtype)
-    if met.kind == "read":
-        return matrix.T @ (gain[:, None] * tensor) if met.transposed else (tensor * gain) @ matrix
+    if use.kind == "read":
+        return matrix.T @ (gain[:, None] * tensor) if use.transposed else (tensor * gain) @ matrix
     if not gain.all():
         raise fail(
-            met.gain,
-            "gains that are not zero, beside a bias",
+            use.gain,
+            "gains that are not zero, where the norm has a bias",
             "zeros",
             "use another donor, or splice without a gauge",
         )
@@ -169,22 +170,22 @@ def rotated(
 def rotate_all(
     tensors: Mapping[str, "Tensor"], architecture: Architecture, rotation: Rotation
 ) -> dict[str, "Tensor"]:
-    """Tensors of one block, or of what lies outside the blocks, as the rotated slice has them, in the rotation's type.
+    """Rotate the tensors of one block, or those outside the blocks; in the rotation's type.
 
     Args:
         tensors: by canonical name, the norms' gains among them.
         architecture: of their family.
         rotation: from the donor's basis to the new one.
     """
-    places = {name: meeting(architecture, name) for name in tensors}
+    places = {name: stream_use(architecture, name) for name in tensors}
     return {
-        name: rotated(tensors[name], met, rotation, tensors[met.gain] if met.gain else None)
-        for name, met in places.items()
+        name: rotated(tensors[name], use, rotation, tensors[use.gain] if use.gain else None)
+        for name, use in places.items()
     }
 
 
 def procrustes(source: "Tensor", target: "Tensor", *, centred: bool = False) -> Rotation:
-    """The rotation and scale that bring `source` closest to `target` in the sum of squares (Schoenemann 1966).
+    """The rotation and scale from `source` to `target` by least squares (Schoenemann 1966).
 
     Args:
         source: states of the donor to be rotated, `[n, d]`.
@@ -207,30 +208,30 @@ def procrustes(source: "Tensor", target: "Tensor", *, centred: bool = False) -> 
 
 
 def residual(rotation: Rotation, source: "Tensor", target: "Tensor") -> float:
-    """Share of the target's squared length that the rotation leaves over, for states `[n, d]`: 1 minus R^2 about the origin."""
+    """Share of the target's squared length left over, for states `[n, d]`: 1 minus R^2 about 0."""
     left = target.double() - rotation.scale * source.double() @ rotation.matrix
     return float(left.square().sum() / target.double().square().sum())
 
 
 def random_rotation(width: int, seed: int, *, centred: bool = False) -> Rotation:
-    """A rotation drawn uniformly, the null of any fit; `centred` keeps the all-ones direction."""
+    """A uniformly random rotation, the null of any fit; `centred` keeps the all-ones direction."""
     import torch
 
-    drawn = torch.randn(
+    samples = torch.randn(
         2, width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
-    return Rotation(procrustes(drawn[0], drawn[1], centred=centred).matrix)
+    return Rotation(procrustes(samples[0], samples[1], centred=centred).matrix)
 
 
 def gauge_faults(architecture: Architecture, names: Iterable[str], place: str) -> list[Fault]:
-    """What keeps the tensors of these canonical names from being rotated, told once for a family."""
+    """What keeps tensors of these canonical names from being rotated; once for a family."""
     names = list(names)
     try:
-        for gain in [gain for name in names if (gain := meeting(architecture, name).gain)]:
+        for gain in [gain for name in names if (gain := stream_use(architecture, name).gain)]:
             if gain not in names:
                 raise fail(
                     gain,
-                    "the norm that the maps behind it read, one for each",
+                    "the norm before the maps that read it, one for each",
                     "none",
                     "splice without a gauge",
                 )

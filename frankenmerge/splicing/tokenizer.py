@@ -1,4 +1,4 @@
-"""The result's tokenizer: a donor's files, with the tokens that a union adds and the chat template that the recipe names."""
+"""The result's tokenizer: a donor's files, with added tokens and the recipe's chat template."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def tokenizer_files(
     files = {path.name: path.read_bytes() for path in donor.tokenizer_files}
     settings = dict(donor.tokenizer_settings)
     if vocabulary and vocabulary.tokens != donor.tokens:
-        # The other files tell of the donor's own tokens alone.
+        # The other files describe the donor's own tokens alone.
         kept = (SETTINGS_FILE, "special_tokens_map.json", TEMPLATE_FILE, "chat_template.json")
         added = _added_tokens(recipe, donors)
         extended = _extended(donor, vocabulary.tokens, added)
@@ -67,7 +67,7 @@ def _json(value: Any) -> bytes:
 
 
 def _added_tokens(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str, dict[str, Any]]:
-    """How donors, the first that has it, and the recipe describe the tokens that stand beside a vocabulary."""
+    """How the recipe and donors (the first that has it) describe tokens added to a vocabulary."""
     described: dict[str, dict[str, Any]] = {
         token: {"content": token, **_ADDED}
         for token in (recipe.tokenizer and recipe.tokenizer.tokens) or {}
@@ -90,7 +90,7 @@ def _extended(
     data = dict(donor.tokenizer_json)
     data["model"] = dict(data["model"])
     if data["model"].get("type", "BPE") != "BPE" or not isinstance(data["model"]["vocab"], dict):
-        remedy = "say tokenizer_source: base, or the donor whose tokenizer the result gets"
+        remedy = "set tokenizer_source to base, or to the donor whose tokenizer the result gets"
         raise fail(
             str(path), "a BPE vocabulary, to add tokens to", str(data["model"].get("type")), remedy
         )
@@ -108,7 +108,9 @@ def _extended(
 
 
 def chat_template(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> str:
-    """The chat template that a recipe names: built in, written out, or (`auto`) what most donors have, the first of equals.
+    """The chat template that a recipe names: built in, written out, or `auto`.
+
+    `auto` is the one that most donors have, the first of equals.
 
     Raises:
         FrankenmergeError: for a name that is not built in, and for `auto` where no donor has a

@@ -14,7 +14,7 @@ from frankenmerge.splicing.vocabulary import Vocabulary
 from frankenmerge.storage.dtypes import COMPUTED, DTYPES
 
 _MATCH_TOKENS = (
-    "begin and end with slices of the same donor, or say tokenizer_source: base or union "
+    "begin and end with slices of the same donor, or set tokenizer_source to base or union "
     "to match rows by their tokens"
 )
 
@@ -47,7 +47,7 @@ def _type_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
             f"{name}: {', '.join(DTYPES[dtype].torch_name for dtype in stored)}"
             for name, stored in types.items()
         )
-        remedy = "say dtype: it is the type of the result's tensors"
+        remedy = "set dtype, the type of the result's tensors"
         yield Fault(f"{place}: dtype", "donors of one floating type, or dtype", found, remedy)
 
 
@@ -64,7 +64,7 @@ def range_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
 
 
 def gauge_recipe_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
-    """Gauges where none can be: beside merging, parameters or named ends, and of other families."""
+    """Gauges that are not possible: with merging, parameters or named ends, or in some families."""
     parts = recipe.stack.slices or []
     for number, part in enumerate(parts):
         if part.gauge is None:
@@ -113,7 +113,7 @@ def _gauge_donor_faults(recipe: Recipe, donors: Donors, number: int, where: str)
 def pairing_faults(
     recipe: Recipe, donors: Donors, vocabulary: Vocabulary | None, place: str
 ) -> Iterator[Fault]:
-    """What has to be alike to be merged and is not: tensors, per-block settings, vocabularies."""
+    """Differences between what is to be merged: tensors, per-block settings, vocabularies."""
     yield from _block_faults(recipe, donors, place)
     numbers = range(max(len(part.sources) for part in recipe.parts))
     runs = [blocks_with_configs(recipe, donors, number) for number in numbers]

@@ -1,4 +1,4 @@
-"""Which token has which row of the embedding, in the donors and in the result. Reads tokenizer.json alone."""
+"""Which row of the embedding each token has, in donors and result. Reads tokenizer.json alone."""
 
 from collections.abc import Mapping
 from itertools import count
@@ -90,7 +90,7 @@ def _read(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str, Tokens]
 
 
 class Rows(NamedTuple):
-    """A matrix with one row a token, in the result's order: each row one of a donor's rows, or zeros."""
+    """A matrix of one row for each token of the result: a donor's row, or zeros."""
 
     donors: tuple[str, ...]
     tensors: tuple[Tensor, ...]
@@ -112,10 +112,10 @@ def rows_of(
 
     Args:
         donor: whose matrix.
-        tensors: the matrices `[v, d]` of all donors, in the order in which they stand in for each
-            other.
+        tensors: the matrices `[v, d]` of all donors, in the order in which they substitute for
+            each other.
         vocabulary: the result's.
-        recipe: tells about single tokens.
+        recipe: has the settings of single tokens.
 
     Raises:
         FrankenmergeError: for a token's source that has no such row.

@@ -133,8 +133,8 @@ def test_narrow_types_keep_their_bytes_but_for_the_gains(tmp_path):
     "family, reason",
     [
         ("qwen3", "norms of single heads"),
-        ("gemma2", "norms behind its maps"),
-        ("olmo2", "norms behind its maps"),
+        ("gemma2", "norms after its maps"),
+        ("olmo2", "norms after its maps"),
         ("cohere2", "norms that centre"),
         ("phi3", "several maps in one tensor"),
         ("mixtral", "experts"),

@@ -1,4 +1,4 @@
-"""Refined gauges: donors that differ by a rotation alone, whose right rotation is known, and recipes that are written as they are run."""
+"""Refined gauges: the right rotation is known, and what is written is what is run."""
 
 import json
 from contextlib import contextmanager
@@ -19,10 +19,10 @@ from frankenmerge.models.sampling import sample_tokens
 from frankenmerge.splicing import gauge_fitting as fitting
 from frankenmerge.splicing.assemble import assemble
 from frankenmerge.splicing.gauge_fitting import Fit, fitted_rotations
-from frankenmerge.splicing.gauge_refining import refined, show
+from frankenmerge.splicing.gauge_refining import donor_states, refined
 from frankenmerge.splicing.rotation import Rotation, random_rotation
 
-SHOWN = torch.randint(48, (12, 8), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(48, (12, 8), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
@@ -62,13 +62,13 @@ def test_refining_leads_back_towards_the_right_turn(family, maps, tmp_path):
     start = nudged(
         Rotation(away.matrix.T.contiguous()), 0.2 if family == "gpt2" else 0.05
     )  # this one hardly feels less
-    found = refined(splice, models, {1: start}, show(models, SHOWN))[1]
+    found = refined(splice, models, {1: start}, donor_states(models, IDS))[1]
 
     @torch.no_grad()
     def divergence(fit):
         model = assemble(splice, models, fits={1: fit})
-        said = model(input_ids=SHOWN).logits.log_softmax(-1)
-        right = models[str(first)](input_ids=SHOWN).logits.log_softmax(-1)
+        said = model(input_ids=IDS).logits.log_softmax(-1)
+        right = models[str(first)](input_ids=IDS).logits.log_softmax(-1)
         return float((right.exp() * (right - said)).sum(-1).mean())
 
     assert len(found) == 3
@@ -86,14 +86,14 @@ def test_refining_leads_back_towards_the_right_turn(family, maps, tmp_path):
 
 
 @torch.no_grad()
-def test_what_is_shown_is_what_transformers_gives(donors):
+def test_states_of_donors_are_those_of_transformers(donors):
     model = load_model(open_checkpoint(str(donors["a"])))
-    shown = show({"a": model}, SHOWN)
-    expected = model.get_output_embeddings()(model.model.norm(shown.last["a"]))
-    torch.testing.assert_close(expected, model(input_ids=SHOWN).logits)
+    states = donor_states({"a": model}, IDS)
+    expected = model.get_output_embeddings()(model.model.norm(states.last["a"]))
+    torch.testing.assert_close(expected, model(input_ids=IDS).logits)
 
 
-def test_tokens_are_drawn_as_the_model_says(donors):
+def test_tokens_are_sampled_from_the_models_distribution(donors):
     model = load_model(open_checkpoint(str(donors["a"])))
     ids = sample_tokens(model, 4000, 2, 7, seed=0)
     assert ids.shape == (4000, 2) and set(ids[:, 0].tolist()) == {7}
@@ -177,7 +177,7 @@ def test_a_slice_between_tied_ends_is_refined_too(donors, tmp_path):
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
 
 
-def test_every_step_counts_and_a_text_is_shown_as_well(donors, text):
+def test_every_step_counts_and_a_text_is_used_as_well(donors, text):
     more, longer = (
         strangers(donors, "rotations", refine=5),
         strangers(donors, "rotations", fit=str(text)),
@@ -257,7 +257,10 @@ def test_a_changed_text_is_not_resumed(donors, text, tmp_path, monkeypatch):
 
 
 def test_linear_maps_are_for_refined_gauges_alone():
-    text = "slices: [{sources: [{model: a, layer_range: [0, 1]}], gauge: {to: base, maps: linear}}]\nmerge_method: passthrough"
+    text = """\
+slices: [{sources: [{model: a, layer_range: [0, 1]}], gauge: {to: base, maps: linear}}]
+merge_method: passthrough
+"""
     with pytest.raises(FrankenmergeError, match="refine"):
         parse_recipe(text, "recipe")
 

@@ -1,4 +1,4 @@
-"""Gauges: rotated donors held against transformers' own logits, fits against rotations that are known."""
+"""Gauges: rotated donors have transformers' own logits, and fits find known rotations."""
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ from frankenmerge.models.loading import load_model
 from frankenmerge.splicing.rotation import (
     Rotation,
     gauge_faults,
-    meeting,
     procrustes,
     random_rotation,
     residual,
     rotated,
+    stream_use,
 )
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41], [5, 5, 2, 47, 19, 1]])
@@ -99,7 +99,7 @@ def test_every_family_of_the_table_is_decided_on():
 
 def test_families_that_nobody_has_described_are_refused():
     with pytest.raises(FrankenmergeError, match="nobody has described"):
-        meeting(USUAL, "model.layers.{}.mlp.up_proj.weight")
+        stream_use(USUAL, "model.layers.{}.mlp.up_proj.weight")
 
 
 def test_a_family_whose_donor_lacks_a_norm_is_refused(tmp_path):
@@ -115,15 +115,15 @@ def test_a_family_whose_donor_lacks_a_norm_is_refused(tmp_path):
 
 def test_a_tensor_that_nobody_has_placed_is_refused():
     with pytest.raises(FrankenmergeError, match=r"self_attn\.other"):
-        meeting(FAMILIES["llama"], "model.layers.{}.self_attn.other.weight")
+        stream_use(FAMILIES["llama"], "model.layers.{}.self_attn.other.weight")
 
 
 def test_a_shift_beside_a_gain_of_zero_is_refused():
-    met = meeting(FAMILIES["gpt2"], "transformer.h.{}.ln_1.bias")
+    use = stream_use(FAMILIES["gpt2"], "transformer.h.{}.ln_1.bias")
     with pytest.raises(FrankenmergeError, match="ln_1"):
         rotated(
             torch.ones(4),
-            met,
+            use,
             random_rotation(4, 0, centred=True),
             torch.tensor([1.0, 0.0, 1.0, 1.0]),
         )
