@@ -233,10 +233,10 @@ def _identity(operation: Combine | Rotate, splice: Splice, fits: Mapping[int, Fi
     if isinstance(operation, Rotate):
         rotation = fits[operation.part].at(operation.place).hash
         return part(operation.given), part(operation.gain), operation.use, rotation, operation.dtype
-    seed = (operation.seed, operation.name) if METHODS[operation.usehod].random else None
+    seed = (operation.seed, operation.name) if METHODS[operation.method].random else None
     parameters = tuple(sorted(operation.parameters.items()))
     inputs = tuple(part(given) for given in operation.inputs)
-    return operation.usehod, operation.dtype, inputs, part(operation.base), parameters, seed
+    return operation.method, operation.dtype, inputs, part(operation.base), parameters, seed
 
 
 def _share_blocks(splice: Splice, models: Models, model: PreTrainedModel) -> None:

@@ -105,7 +105,7 @@ def computed(operation: Combine | Rotate, how: Computation) -> Iterator[memoryvi
     else:
         native = arithmetic(operation, how.device) == "C"
         chunks = (_native_chunks if native else _torch_chunks)(operation, how)
-        maker = operation.usehod
+        maker = operation.method
     for content, finite in chunks:
         if not how.allow_nan and not finite:
             wider = f"choose a dtype wider than {operation.dtype}, "
@@ -129,7 +129,7 @@ def _torch_chunks(operation: Combine, how: Computation) -> Chunks:
 
     reader = partial(tensor_reader, handles=how.handles, device=how.device, allow_nan=how.allow_nan)
     operands, base = _operands(operation, reader)
-    made = combine(operation.usehod, operands, base, **_whole(operation))
+    made = combine(operation.method, operands, base, **_whole(operation))
     return _rounded(made, operation.dtype)
 
 
@@ -137,9 +137,9 @@ def _method(operation: Combine, reader: Reader) -> "Combination | Thinned | None
     """The method on its inputs, with no tensor read; None for one that torch alone computes."""
     from frankenmerge.splicing.methods import span, sparse
 
-    rule = span.RULES.get(operation.usehod) or sparse.RULES.get(operation.usehod)
+    rule = span.RULES.get(operation.method) or sparse.RULES.get(operation.method)
     operands, base = _operands(operation, reader)
-    return rule and rule(inputs_of(operation.usehod, operands, base, **_whole(operation)))
+    return rule and rule(inputs_of(operation.method, operands, base, **_whole(operation)))
 
 
 def _operands(operation: Combine, reader: Reader) -> tuple[list[Operand], Operand | None]:
