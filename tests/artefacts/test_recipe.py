@@ -81,7 +81,7 @@ def test_a_repeat_a_jump_and_a_step_back_are_seams(blocks, seams):
     assert len(recipe_of([Block("a", index) for index in blocks]).seams) == seams
 
 
-def test_a_recipe_is_told_in_one_line():
+def test_a_recipe_is_printed_in_one_line():
     assert str(parse_recipe(GOOD, "r.yaml")) == "first[0:3] second[1:4]"
 
 
@@ -181,7 +181,7 @@ def test_the_recipe_of_blocks_survives_writing_and_reading(blocks):
 # What is refused
 
 
-def test_unknown_keys_of_every_level_are_told_together_with_their_paths():
+def test_unknown_keys_of_every_level_are_reported_together_with_their_paths():
     text = """\
 slices:
   - sources:
@@ -209,7 +209,9 @@ speed: 3
         fault.place.rpartition(".")[2].rpartition(" ")[2]: fault.expected for fault in found
     }
     assert (
-        expected["wieght"] == expected["layer_ranges"] == "one of: model, layer_range, filter, parameters"
+        expected["wieght"]
+        == expected["layer_ranges"]
+        == "one of: model, layer_range, filter, parameters"
     )
     assert expected["name"] == "one of: sources, base_model, parameters, gauge"
     assert expected["speed"].startswith("one of: name, slices, models, modules, merge_method")
@@ -220,12 +222,12 @@ speed: 3
     )
 
 
-def test_a_misplaced_key_is_told_the_keys_of_its_own_level():
+def test_a_misplaced_key_is_refused_with_the_keys_of_its_own_level():
     (fault,) = refused(one_slice("[0, 1]") + "sources: []\n")
     assert fault.place == "r.yaml: sources" and "slices" in fault.expected
 
 
-def test_unknown_keys_and_wrong_values_are_told_together():
+def test_unknown_keys_and_wrong_values_are_reported_together():
     text = (
         GOOD.replace("[0, 3]", "[3, 0]")
         .replace("passthrough", "[slerp]")
@@ -268,13 +270,13 @@ def test_a_range_that_is_none_is_refused(layer_range):
     )
 
 
-def test_a_missing_range_is_told():
+def test_a_missing_range_is_reported():
     (fault,) = refused("merge_method: passthrough\nslices: [{sources: [{model: a}]}]\n")
     assert (fault.place, fault.found) == ("r.yaml: slices[0].sources[0].layer_range", "nothing")
 
 
 @pytest.mark.parametrize("missing", ["slices", "merge_method"])
-def test_a_missing_part_is_told(missing):
+def test_a_missing_part_is_reported(missing):
     text = {
         "slices": "merge_method: passthrough\n",
         "merge_method": one_slice("[0, 1]").partition("\n")[2],
@@ -322,7 +324,7 @@ def test_a_dtype_of_no_known_name_is_refused(dtype):
         GOOD.replace("merge_method", "slices: []\nmerge_method"),
     ],
 )
-def test_a_key_that_stands_twice_is_refused(text):
+def test_a_key_that_occurs_twice_is_refused(text):
     (fault,) = refused(text)
     assert "stands twice" in fault.found and "line" in fault.found
 
@@ -590,7 +592,7 @@ def test_stages_are_documents_or_a_list():
     assert parse_recipes(STAGED + "---\n", "r.yaml") == documents
 
 
-def test_faults_of_all_stages_are_told_together():
+def test_faults_of_all_stages_are_reported_together():
     with pytest.raises(FrankenmergeError) as caught:
         parse_recipes(
             STAGED.replace("linear", "3").replace("models: [{model: one", "model: [{model: one"),
@@ -607,16 +609,16 @@ def test_stages_where_one_recipe_is_wanted_are_refused():
     assert "2 stages" in refused(STAGED)[0].found
 
 
-def test_a_stage_s_name_is_no_path(beside):
-    (beside / "recipes" / "one").mkdir()
-    (beside / "recipes" / "r.yaml").write_text(STAGED.replace("model: a", "model: first"))
-    stages = load_recipes(beside / "recipes" / "r.yaml")
-    assert stages[0].donors == [str(beside / "recipes" / "first"), "b"] and stages[1].donors == [
+def test_a_stage_s_name_is_no_path(folders):
+    (folders / "recipes" / "one").mkdir()
+    (folders / "recipes" / "r.yaml").write_text(STAGED.replace("model: a", "model: first"))
+    stages = load_recipes(folders / "recipes" / "r.yaml")
+    assert stages[0].donors == [str(folders / "recipes" / "first"), "b"] and stages[1].donors == [
         "one"
     ]
 
 
-def test_every_name_of_a_recipe_is_looked_for_beside_it(beside):
+def test_every_name_of_a_recipe_is_looked_for_next_to_it(folders):
     text = """\
 models: [{model: first}]
 merge_method: linear
@@ -626,9 +628,9 @@ final_norm: first@main
 head: first+org/second
 tokenizer: {source: first, tokens: {first: {source: first}, b: {source: {kind: model_token, model: first, token: first}}}}
 """
-    (beside / "recipes" / "r.yaml").write_text(text)
-    first, second = str(beside / "recipes" / "first"), str(beside / "recipes" / "org" / "second")
-    data = load_recipe(beside / "recipes" / "r.yaml").model_dump(exclude_none=True)
+    (folders / "recipes" / "r.yaml").write_text(text)
+    first, second = str(folders / "recipes" / "first"), str(folders / "recipes" / "org" / "second")
+    data = load_recipe(folders / "recipes" / "r.yaml").model_dump(exclude_none=True)
     assert (
         data["models"][0]["model"]
         == data["base_model"]
@@ -666,8 +668,8 @@ def test_a_folder_in_place_of_a_recipe_is_refused(tmp_path):
 
 
 @pytest.fixture
-def beside(tmp_path, monkeypatch):
-    """A recipe in a folder of its own with donors beside it, while the working directory is another."""
+def folders(tmp_path, monkeypatch):
+    """A recipe in a folder of its own with donors folders it, while the working directory is another."""
     (tmp_path / "recipes" / "first").mkdir(parents=True)
     (tmp_path / "recipes" / "org" / "second").mkdir(parents=True)
     (tmp_path / "work").mkdir()
@@ -676,28 +678,28 @@ def beside(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_relative_donors_are_found_beside_the_recipe(beside):
-    recipe = load_recipe(beside / "recipes" / "r.yaml")
-    second = str(beside / "recipes" / "org" / "second")
-    assert recipe.donors == [str(beside / "recipes" / "first"), second]
+def test_relative_donors_are_found_next_to_the_recipe(folders):
+    recipe = load_recipe(folders / "recipes" / "r.yaml")
+    second = str(folders / "recipes" / "org" / "second")
+    assert recipe.donors == [str(folders / "recipes" / "first"), second]
     assert (recipe.base, recipe.tokenizer_donor) == (second, second)
 
 
-def test_relative_donors_are_looked_for_in_the_working_directory_first(beside):
-    (beside / "work" / "first").mkdir()
-    assert load_recipe(beside / "recipes" / "r.yaml").donors == [
+def test_relative_donors_are_looked_for_in_the_working_directory_first(folders):
+    (folders / "work" / "first").mkdir()
+    assert load_recipe(folders / "recipes" / "r.yaml").donors == [
         "first",
-        str(beside / "recipes" / "org" / "second"),
+        str(folders / "recipes" / "org" / "second"),
     ]
 
 
-def test_donors_that_lie_nowhere_keep_their_names(beside):
-    (beside / "recipes" / "org" / "second").rmdir()
-    recipe = load_recipe(beside / "recipes" / "r.yaml")
+def test_donors_that_lie_nowhere_keep_their_names(folders):
+    (folders / "recipes" / "org" / "second").rmdir()
+    recipe = load_recipe(folders / "recipes" / "r.yaml")
     assert (recipe.donors[1], recipe.tokenizer_source) == ("org/second", "base")
 
 
-def test_donors_that_cannot_be_opened_are_told_together(donors, tmp_path):
+def test_donors_that_cannot_be_opened_are_reported_together(donors, tmp_path):
     recipe = recipe_of(
         [Block(str(tmp_path / "x"), 0), Block(str(donors["a"]), 0), Block(str(tmp_path / "y"), 0)]
     )

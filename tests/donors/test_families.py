@@ -320,7 +320,7 @@ def test_gradient_search_descends_on_the_loss_of_a_forward_pass(pair, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_inspect_tells_that_two_donors_of_a_family_can_be_spliced(pair, run, family):
+def test_inspect_says_that_two_donors_of_a_family_can_be_spliced(pair, run, family):
     result = json.loads(run("inspect", *pair(family).folders.values(), "--json")[1])
     assert result["spliceable"] and result["reasons"] == []
     parameters = {

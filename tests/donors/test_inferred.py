@@ -164,7 +164,7 @@ def test_fields_that_bind_no_block_are_no_reason(changes):
         ({"text_config": {}}, "language model in text_config"),
     ],
 )
-def test_what_config_tells_of_an_unknown_family_can_be_a_reason(changes, reason):
+def test_what_config_says_of_an_unknown_family_can_be_a_reason(changes, reason):
     config = {key: value for key, value in (CONFIG | changes).items() if value is not None}
     with pytest.raises(FrankenmergeError, match=re.escape(reason)):
         architecture_of(config, SHAPES, "config.json")

@@ -49,7 +49,7 @@ def test_an_index_that_leaves_its_folder_is_refused(donors, tmp_path, outside):
     assert str(folder) in refused(folder)[0].place
 
 
-def test_a_name_that_stands_twice_in_the_index_or_the_config_is_refused(donors, tmp_path):
+def test_a_name_that_occurs_twice_in_the_index_or_the_config_is_refused(donors, tmp_path):
     folder = copied(donors, "deep", tmp_path)
     text = (folder / INDEX).read_text()
     (folder / INDEX).write_text(
@@ -182,7 +182,7 @@ def test_an_index_of_another_form_is_refused(donors, tmp_path, index):
     assert str(folder / INDEX) in refused(folder)[0].place
 
 
-def test_the_single_file_is_read_where_an_index_lies_beside_it_as_transformers_does(
+def test_the_single_file_is_read_where_an_index_lies_next_to_it_as_transformers_does(
     donors, tmp_path
 ):
     folder = copied(donors, "a", tmp_path)

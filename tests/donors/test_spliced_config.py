@@ -104,7 +104,7 @@ def test_blocks_are_counted_in_the_familys_own_field():
         (MOE | {"num_experts": 0, "mlp_only_layers": []}, [3, 3], {"mlp_only_layers": [0, 1]}),
     ],
 )
-def test_what_config_tells_of_blocks_moves_with_them(base, order, changes):
+def test_what_config_says_of_blocks_moves_with_them(base, order, changes):
     expected = {key: value for key, value in (base | changes).items() if value is not None}
     config = spliced_config(base, [(base, index) for index in order], tied=False)
     assert config == expected | {"num_hidden_layers": len(order), "tie_word_embeddings": False}

@@ -27,7 +27,7 @@ def test_a_tensor_that_only_blocks_of_its_kind_have_is_missed(mixture, tmp_path)
     assert open_checkpoint(str(mixture)).blocks == 4
 
 
-def test_kinds_of_blocks_are_held_against_config(mixture, tmp_path):
+def test_kinds_of_blocks_are_compared_with_config(mixture, tmp_path):
     folder = changed(
         mixture, tmp_path / "odd", config=lambda config: config | {"mlp_only_layers": [2]}
     )

@@ -38,11 +38,11 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def loaded(folder: Path):
     """The model, which takes every tensor of the folder and lacks none."""
-    model, told = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, dtype="auto"
     )
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        told
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
     )
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
     return model
@@ -162,13 +162,13 @@ def test_one_nan_spread_over_a_tensor(donors, tmp_path, refused, method, value):
     spoiled = changed(donors["a"], tmp_path / "spoiled", spoil)
     base = {} if method == "karcher" else {"base_model": str(donors["b"])}
     several = models(donors["a"], spoiled) if method != "slerp" else models(spoiled)
-    told = refused(
+    report = refused(
         merge_method=method,
         models=several,
         parameters={"t": 0.5} if method == "slerp" else {},
         **base,
     )
-    assert f"{spoiled}: {UP}" in told and "NaN or Inf" in told and "--allow-nan" in told
+    assert f"{spoiled}: {UP}" in report and "NaN or Inf" in report and "--allow-nan" in report
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -199,8 +199,8 @@ def test_one_nan_that_is_allowed_spread_over_a_tensor(donors, tmp_path, merged, 
         if not tensor.isfinite().all()
     }
     assert list(bad) == [UP] and len(bad[UP]) == 1
-    code, told, _ = run("check", output)
-    assert code == 0, told
+    code, report, _ = run("check", output)
+    assert code == 0, report
 
 
 def test_parameters_that_make_no_finite_model_accepted(donors, refused):
@@ -316,7 +316,7 @@ def test_parameters_of_a_slice_that_is_not_merged_ignored(donors, refused, merge
 # With a failure
 
 
-def test_config_and_tokenizer_of_a_donor_drawn_by_hash_order(donors, tmp_path):
+def test_config_and_tokenizer_of_a_donor_chosen_by_hash_order(donors, tmp_path):
     (tmp_path / "r.yaml").write_text(
         yaml.safe_dump(
             {
@@ -374,7 +374,7 @@ def test_a_model_card_that_asks_the_hub_for_a_relative_donor(donors, tmp_path, r
         {"chat_template": "chatml"},
     ],
 )
-def test_the_generation_config_dropped_beside_a_tokenizer(donors, tmp_path, merged, keys):
+def test_the_generation_config_dropped_with_a_tokenizer(donors, tmp_path, merged, keys):
     donor = changed(donors["a"], tmp_path / "own")
     (donor / "generation_config.json").write_text('{"temperature": 0.25}')
     output = merged(
@@ -384,7 +384,7 @@ def test_the_generation_config_dropped_beside_a_tokenizer(donors, tmp_path, merg
     assert loaded(output).generation_config.temperature == 0.25
 
 
-def test_positions_of_other_lengths_beside_matched_tokens(tmp_path, merged, refused):
+def test_positions_of_other_lengths_with_matched_tokens(tmp_path, merged, refused):
     long = write_donor(tmp_path / "long", "gpt2", seed=1)
     short = write_donor(tmp_path / "short", "gpt2", seed=2, n_positions=32, vocab_size=40)
     recipe = {

@@ -500,18 +500,18 @@ def test_the_recipe_of_the_result_parses_to_the_recipe(order, tmp_path):
 
 def test_the_provenance_names_every_tensors_donor(order, tmp_path):
     merged(order, tmp_path / "out", shard_size=6000)
-    told = json.loads((tmp_path / "out" / "frankenmerge.json").read_text())
+    record = json.loads((tmp_path / "out" / "frankenmerge.json").read_text())
     found = arrays_of(tmp_path / "out")
-    assert told["tensors"].keys() == found.keys()
+    assert record["tensors"].keys() == found.keys()
     donors = {str(folder): arrays_of(folder) for folder, _ in order}
-    for name, origin in told["tensors"].items():
+    for name, origin in record["tensors"].items():
         assert np.array_equal(found[name], donors[origin["donor"]][origin["tensor"]])
         assert origin["method"] == "copy"
-    assert told["donors"] == {
+    assert record["donors"] == {
         name: {"fingerprint": open_checkpoint(name).fingerprint} for name in donors
     }
     assert (
-        told["recipe_sha256"]
+        record["recipe_sha256"]
         == hashlib.sha256((tmp_path / "out" / "recipe.yaml").read_bytes()).hexdigest()
     )
 
@@ -692,11 +692,11 @@ def test_a_range_past_the_end_is_refused(coded, room):
 
 
 @pytest.mark.parametrize(
-    "other, told", [("wide", "hidden_size: 16 and 32"), ("g", "family: llama and gpt2")]
+    "other, reason", [("wide", "hidden_size: 16 and 32"), ("g", "family: llama and gpt2")]
 )
-def test_donors_of_another_shape_or_family_are_refused(donors, room, other, told):
+def test_donors_of_another_shape_or_family_are_refused(donors, room, other, reason):
     found = refused(recipe_for([(donors["a"], 0), (donors[other], 1)]), room / "out", room)
-    assert any(told in fault.found for fault in found)
+    assert any(reason in fault.found for fault in found)
 
 
 def test_donors_of_another_type_are_refused(donors, tmp_path, room):
@@ -738,7 +738,7 @@ def test_first_and_last_donors_of_other_vocabularies_are_refused(donors, tmp_pat
     merged([(donors["a"], 0), (more, 1), (donors["a"], 2)], room / "out")
 
 
-def test_all_faults_are_told_together(donors, tmp_path, room):
+def test_all_faults_are_reported_together(donors, tmp_path, room):
     mute = Path(shutil.copytree(donors["a"], tmp_path / "mute"))
     (mute / "tokenizer.json").unlink()
     order = [(mute, 0), (mute, 1), (donors["wide"], 3), (donors["wide"], 4), (mute, 7)]
@@ -746,8 +746,8 @@ def test_all_faults_are_told_together(donors, tmp_path, room):
         f"{fault.place} {fault.found}" for fault in refused(recipe_for(order), room / "out", room)
     ]
     ranges = ["slices[1].sources[0].layer_range [3, 5]", "slices[2].sources[0].layer_range [7, 8]"]
-    for told in (*ranges, "hidden_size: 16 and 32", f"{mute} none"):
-        assert any(told in fault for fault in found), told
+    for part in (*ranges, "hidden_size: 16 and 32", f"{mute} none"):
+        assert any(part in fault for fault in found), part
 
 
 # Interruptions

@@ -145,7 +145,7 @@ def test_a_merge_killed_again_and_again_comes_to_its_end(recipe, whole, tmp_path
     assert tree(room / "out") == whole and os.listdir(room) == ["out"]
 
 
-def test_what_is_left_is_told_and_left_alone_without_resume(recipe, tmp_path, room):
+def test_what_is_left_is_reported_and_left_alone_without_resume(recipe, tmp_path, room):
     work = half_done(tmp_path, room / "out")
     count, before = len(finished(work / "checkpoint")), tree(room)
     (fault,) = refused(recipe, room / "out")
@@ -181,10 +181,10 @@ def other_size(recipe, donors, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other, told",
+    "other, reason",
     [(other_recipe, "recipe"), (other_donor, "donor"), (other_size, "plan of shards")],
 )
-def test_resume_with_other_inputs_is_refused_with_the_reason(donors, tmp_path, room, other, told):
+def test_resume_with_other_inputs_is_refused_with_the_reason(donors, tmp_path, room, other, reason):
     mine = {
         name: Path(shutil.copytree(donors[name], tmp_path / "mine" / name))
         for name in ("a", "deep")
@@ -200,7 +200,7 @@ def test_resume_with_other_inputs_is_refused_with_the_reason(donors, tmp_path, r
     before = tree(room)
     changed, options = other(recipe, mine, tmp_path)
     (fault,) = refused(changed, room / "out", resume=True, **options)
-    assert fault.place == str(work) and f"another {told}" in fault.found
+    assert fault.place == str(work) and f"another {reason}" in fault.found
     assert tree(room) == before
 
 
@@ -275,7 +275,7 @@ def test_what_is_finished_is_kept_when_a_merge_to_be_resumed_fails(
     assert kept.items() <= finished(room / "out").items() and tree(room / "out") == whole
 
 
-def test_a_limit_of_the_system_on_the_size_of_files_is_told(recipe, tmp_path, room):
+def test_a_limit_of_the_system_on_the_size_of_files_is_reported(recipe, tmp_path, room):
     import resource
 
     script = KILLED.replace(
@@ -296,7 +296,7 @@ def test_a_limit_of_the_system_on_the_size_of_files_is_told(recipe, tmp_path, ro
     assert not list(room.iterdir())
 
 
-def test_a_disk_that_is_really_full_is_told_and_left_as_it_was(donors, tmp_path):
+def test_a_disk_that_is_really_full_is_reported_and_left_as_it_was(donors, tmp_path):
     room = tmp_path / "small"
     room.mkdir()
     done = subprocess.run(
@@ -423,10 +423,10 @@ def together(
             )
         )
         time.sleep(delay)
-    told = [one.communicate(timeout=120) for one in running]
+    outputs = [one.communicate(timeout=120) for one in running]
     return [
         subprocess.CompletedProcess(one.args, one.returncode, *texts)
-        for one, texts in zip(running, told, strict=True)
+        for one, texts in zip(running, outputs, strict=True)
     ]
 
 

@@ -210,7 +210,7 @@ def test_neighbours_in_donor_and_result_are_one_range():
     ]
 
 
-def test_a_computed_tensor_parts_the_ranges_beside_it():
+def test_a_computed_tensor_separates_the_ranges_around_it():
     donor = copies(100, 100)
     computed = Combine("c", "U8", (50,), "linear", (), None, {}, 0)
     (shard,) = plan_shards([donor[0], computed, donor[1]], 10**9)
@@ -239,7 +239,7 @@ def test_pieces_are_the_range_and_end_at_blocks(start, size):
 # Checks
 
 
-def test_faults_of_operations_are_told_together(tmp_path):
+def test_faults_of_operations_are_reported_together(tmp_path):
     file = tmp_path / "x.safetensors"
     file.write_bytes(bytes(100))
     good = Tensor(file, "F32", (5,), 8, 28)

@@ -55,9 +55,9 @@ def flipped(file: Path, position: int) -> None:
 
 
 def provenance(folder: Path, change) -> None:
-    told = json.loads((folder / "frankenmerge.json").read_text())
-    change(told)
-    (folder / "frankenmerge.json").write_text(json.dumps(told))
+    record = json.loads((folder / "frankenmerge.json").read_text())
+    change(record)
+    (folder / "frankenmerge.json").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize("checksums", [False, True])
@@ -77,8 +77,8 @@ def test_a_checksum_is_the_sha256_of_the_file(output):
     import hashlib
 
     folder = output(checksums=True)
-    told = json.loads((folder / "frankenmerge.json").read_text())["shards"]
-    assert {name: entry["sha256"] for name, entry in told.items()} == {
+    record = json.loads((folder / "frankenmerge.json").read_text())["shards"]
+    assert {name: entry["sha256"] for name, entry in record.items()} == {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in folder.glob("*.safetensors")
     }
@@ -106,8 +106,8 @@ def test_without_its_donor_a_tensor_is_not_compared_and_a_checksum_still_notices
     shutil.rmtree(donor["deep"])
     found = verify(folder)
     assert found.absent == [str(donor["deep"])] and 0 < found.compared < found.tensors
-    told = json.loads((folder / "frankenmerge.json").read_text())["tensors"]
-    assert found.compared == sum(entry["donor"] == str(donor["a"]) for entry in told.values())
+    record = json.loads((folder / "frankenmerge.json").read_text())["tensors"]
+    assert found.compared == sum(entry["donor"] == str(donor["a"]) for entry in record.values())
     flipped(shard(folder), shard(folder).stat().st_size - 1)
     ((place, _),) = refused(folder)
     assert place == str(shard(folder))
@@ -146,7 +146,7 @@ def test_files_and_tensors_that_are_missing_or_too_many_are_named(output):
     folder = output()
     more = folder / "model-stale.safetensors"
     save_file({"x": np.ones(1, np.float32)}, more)
-    provenance(folder, lambda told: told["tensors"].pop("model.norm.weight"))
+    provenance(folder, lambda record: record["tensors"].pop("model.norm.weight"))
     (folder / "recipe.yaml").write_text("other")
     places = dict(refused(folder))
     assert places == {
@@ -218,11 +218,11 @@ def swapped(folder: Path) -> str:
         ),
         rewritten(
             "frankenmerge.json",
-            lambda told: told["tensors"]["model.norm.weight"].update(tensor="x"),
+            lambda record: record["tensors"]["model.norm.weight"].update(tensor="x"),
         ),
         rewritten(
             "frankenmerge.json",
-            lambda told: told["tensors"]["model.norm.weight"].update(method="linear"),
+            lambda record: record["tensors"]["model.norm.weight"].update(method="linear"),
         ),
         added("chat_template.jinja", "{{ evil }}"),
         added("adapter_config.json"),
@@ -239,7 +239,7 @@ def swapped(folder: Path) -> str:
 def test_whatever_is_changed_is_noticed(output, tamper):
     folder = output()
     place = tamper(folder)
-    assert any(told.startswith(place) for told, _ in refused(folder))
+    assert any(found.startswith(place) for found, _ in refused(folder))
 
 
 def test_the_card_may_be_written_on(output):
@@ -259,20 +259,20 @@ def test_a_missing_shard_is_named(output):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda told: told.pop("shards"),
-        lambda told: told.update(tensors=[1]),
-        lambda told: told.update(donors={"x": 1}),
-        lambda told: told["shards"].update({"model.safetensors": None}),
-        lambda told: told["tensors"].update({name: {} for name in told["tensors"]}),
+        lambda record: record.pop("shards"),
+        lambda record: record.update(tensors=[1]),
+        lambda record: record.update(donors={"x": 1}),
+        lambda record: record["shards"].update({"model.safetensors": None}),
+        lambda record: record["tensors"].update({name: {} for name in record["tensors"]}),
     ],
 )
-def test_a_provenance_of_another_form_is_told(output, change):
+def test_a_provenance_of_another_form_is_reported(output, change):
     folder = output()
     provenance(folder, change)
     assert any(place.startswith(str(folder)) for place, _ in refused(folder))
 
 
-def test_a_checkpoint_without_a_provenance_is_told(donor):
+def test_a_checkpoint_without_a_provenance_is_reported(donor):
     ((place, found),) = refused(donor["a"])
     assert place == str(donor["a"] / "frankenmerge.json") and found == "no such file"
 

@@ -37,7 +37,7 @@ def widened(narrow, wide, output):
     return widen(open_checkpoint(str(narrow)), open_checkpoint(str(wide)), output)
 
 
-def told(tmp_path, family="llama", wide=WIDE, **narrow) -> str:
+def message(tmp_path, family="llama", wide=WIDE, **narrow) -> str:
     donors = (
         write_donor(tmp_path / "narrow", family, seed=3, **narrow),
         write_donor(tmp_path / "wide", family, seed=4, **wide),
@@ -141,7 +141,7 @@ def test_narrow_types_keep_their_bytes_but_for_the_gains(tmp_path):
     ],
 )
 def test_families_that_zeros_would_change_are_refused(family, reason, tmp_path):
-    assert reason in told(tmp_path, family)
+    assert reason in message(tmp_path, family)
 
 
 def test_every_other_family_of_the_table_is_refused():
@@ -158,7 +158,7 @@ def test_every_other_family_of_the_table_is_refused():
     [
         ({"hidden_size": 12, "head_dim": 4}, {}, "12 or less"),
         (WIDE | {"num_key_value_heads": 2}, {}, "3 query heads for each key head"),
-        (WIDE | {"head_dim": 8}, {}, "rotary positions rotation heads"),
+        (WIDE | {"head_dim": 8}, {}, "rotary positions rotate heads"),
         (
             WIDE,
             {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
@@ -169,7 +169,7 @@ def test_every_other_family_of_the_table_is_refused():
     ],
 )
 def test_donors_that_do_not_go_together_are_refused(wide, narrow, expected, tmp_path):
-    assert expected in told(tmp_path, wide=wide, **narrow)
+    assert expected in message(tmp_path, wide=wide, **narrow)
 
 
 def test_the_command_line(run, tmp_path):
@@ -181,11 +181,11 @@ def test_the_command_line(run, tmp_path):
     code, out, _ = run("widen", narrow, wide, tmp_path / "out", "--json")
     assert code == 0 and json.loads(out)["parameters"] == open_checkpoint(str(wide)).parameters
     code, _, err = run("widen", narrow, wide, tmp_path / "out")
-    assert code == 1 and "something is there" in err
+    assert code == 2 and "something is there" in err
     code, _, err = run(
         "widen", DEMO / "donors" / "base", DEMO / "donors" / "wide", tmp_path / "other"
     )
-    assert code == 1 and "head_dim" in err and "Traceback" not in err
+    assert code == 2 and "head_dim" in err and "Traceback" not in err
 
 
 def test_a_widened_donor_and_the_wide_one_are_spliced_with_a_gauge(run, tmp_path):
@@ -204,7 +204,7 @@ def test_a_widened_donor_and_the_wide_one_are_spliced_with_a_gauge(run, tmp_path
     assert logits(tmp_path / "merged").isfinite().all()
 
 
-def test_a_constant_that_is_no_number_is_told(tmp_path):
+def test_a_constant_that_is_no_number_is_reported(tmp_path):
     narrow = changed(
         write_donor(tmp_path / "narrow", seed=3),
         tmp_path / "odd",

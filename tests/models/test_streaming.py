@@ -118,7 +118,7 @@ def test_a_streamed_donor_holds_one_block_at_a_time(donors):
     assert streamed.model.get_output_embeddings().weight.is_meta
 
 
-def test_blocks_are_read_from_where_the_work_stands(donors):
+def test_blocks_are_read_from_where_the_work_is(donors):
     streamed = stream_model(open_checkpoint(str(donors["deep"])))
     assert [index for index, _ in each_block(streamed, 5)] == [5, 6]
 
@@ -209,9 +209,9 @@ def test_a_block_that_lacks_a_tensor_is_refused(donors, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice on files")
 def test_a_block_is_announced_before_it_is_read(donors, monkeypatch):
-    told, read = [], []
+    advised, read = [], []
     monkeypatch.setattr(
-        os, "posix_fadvise", lambda _file, start, count, _advice: told.append((start, count))
+        os, "posix_fadvise", lambda _file, start, count, _advice: advised.append((start, count))
     )
     original = blockwise.read_tensor
     monkeypatch.setattr(
@@ -223,7 +223,7 @@ def test_a_block_is_announced_before_it_is_read(donors, monkeypatch):
     read.clear()
     blocks = each_block(streamed)
     next(blocks)
-    announced = set(told)
+    announced = set(advised)
     assert len(read) == len(announced) == 9 and not announced & set(read)
     read.clear()
     next(blocks)

@@ -166,8 +166,8 @@ def test_computed_and_copied_tensors_share_a_file(linear, pair, tmp_path):
 def test_the_provenance_names_the_parts_of_a_computed_tensor(linear, pair, tmp_path):
     first, second = pair["F32"]
     linear(first, second, tmp_path / "out")
-    told = json.loads((tmp_path / "out" / "frankenmerge.json").read_text())
-    assert told["tensors"]["model.norm.weight"] == {
+    record = json.loads((tmp_path / "out" / "frankenmerge.json").read_text())
+    assert record["tensors"]["model.norm.weight"] == {
         "method": "linear",
         "parameters": {"normalize": True},
         "seed": 0,
@@ -195,14 +195,14 @@ def without_extension(monkeypatch):
 
 @needs_extension
 def test_the_provenance_says_what_computed(linear, pair, tmp_path, without_extension):
-    def told(name):
+    def provenance(name):
         linear(*pair["F32"], tmp_path / name)
         return json.loads((tmp_path / name / "frankenmerge.json").read_text())
 
-    by_c = told("c")
+    by_c = provenance("c")
     assert by_c["arithmetic"] == ["C"] and by_c["versions"].keys() == {"python", "numpy"}
     without_extension()
-    by_torch = told("torch")
+    by_torch = provenance("torch")
     assert by_torch["arithmetic"] == ["torch"]
     assert by_torch["versions"].pop("torch").split("+")[0] == torch.__version__.split("+")[0]
     assert by_torch | {"arithmetic": ["C"]} == by_c
@@ -408,8 +408,8 @@ def test_two_processes_write_the_bytes_that_one_writes(linear, pair, tmp_path):
         )
         for rank in (0, 1)
     ]
-    told = [one.communicate(timeout=120)[1] for one in running]
-    assert [one.returncode for one in running] == [0, 0], told
+    errors = [one.communicate(timeout=120)[1] for one in running]
+    assert [one.returncode for one in running] == [0, 0], errors
     assert (
         tree(tmp_path / "two") == tree(tmp_path / "one")
         and len(list((tmp_path / "two").glob("*.safetensors"))) == 4
@@ -509,7 +509,7 @@ def test_whole_numbers_are_never_nan(tmp_path):
 # What cannot be computed
 
 
-def test_a_device_that_is_not_there_is_told_before_anything_is_written(linear, pair, tmp_path):
+def test_a_device_that_is_not_there_is_reported_before_anything_is_written(linear, pair, tmp_path):
     (tmp_path / "room").mkdir()
     with pytest.raises(FrankenmergeError) as caught:
         linear(*pair["F32"], tmp_path / "room" / "out", options={"device": "toaster"})
@@ -521,7 +521,7 @@ def test_an_unknown_device_is_no_matter_where_nothing_is_computed(pair, tmp_path
     written(recipe, tmp_path / "out", device="toaster")
 
 
-def test_a_donor_that_shrinks_while_it_is_computed_with_is_told(linear, pair, tmp_path):
+def test_a_donor_that_shrinks_while_it_is_computed_with_is_reported(linear, pair, tmp_path):
     donor = changed(pair["F32"][0], tmp_path / "donor")
     (tmp_path / "room").mkdir()
     with pytest.raises(FrankenmergeError) as caught:

@@ -66,13 +66,13 @@ def test_slices_that_go_on_where_the_last_one_stopped_have_no_seam():
     assert len(layout([[Piece("a", 0, 3)], [Piece("a", 2, 5)]], {}).seams) == 1
 
 
-def test_sources_of_one_slice_stand_side_by_side():
+def test_sources_of_one_slice_are_next_to_each_other():
     made = layout([[Piece("a", 0, 4), Piece("b", 0, 4)]], {})
     one, other = made.slices
     assert one.y == other.y and one.x + one.width == other.x and made.blocks == 4
 
 
-def test_whole_models_are_drawn_where_their_depth_is_known():
+def test_whole_models_are_included_where_their_depth_is_known():
     whole = parse_recipe(
         "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}", "r"
     )
@@ -81,15 +81,15 @@ def test_whole_models_are_drawn_where_their_depth_is_known():
 
 
 def test_the_picture_in_words():
-    told = described([[Piece("org/a", 0, 3)], [Piece("org/b", 5, 6), Piece("c", 1, 2)]])
-    assert told == "The result has 4 blocks: 0–2 from a 0–2; 3 from b 5 merged with c 1."
+    text = described([[Piece("org/a", 0, 3)], [Piece("org/b", 5, 6), Piece("c", 1, 2)]])
+    assert text == "The result has 4 blocks: 0–2 from a 0–2; 3 from b 5 merged with c 1."
 
 
 @pytest.mark.parametrize(
     "name",
     ["</title><script>alert(1)</script>", 'a"b', "a\x00b\x1b[31m", "\u202eevil", "\ud800", "a&b;<"],
 )
-def test_a_hostile_name_is_shown_and_does_nothing(name):
+def test_a_hostile_name_is_escaped_and_does_nothing(name):
     text = svg([[Piece(name, 0, 2)]], {}, "s")
     root = ElementTree.fromstring(text.encode("utf-8"))
     assert not list(root.iter(f"{SVG}script")) and "\u202e" not in text and "\x1b" not in text

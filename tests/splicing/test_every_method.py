@@ -101,11 +101,11 @@ def recipe_of(method: str, base: bool, slices: bool, donors: dict[str, Path]) ->
         for name, value in OF_ALL.items()
         if name in spec.parameters and not spec.parameters[name].per_model
     }
-    told = {
+    parameters = {
         name: [{"filter": "mlp", "value": value}, {"value": other(value)}]
         for name, value in common.items()
     }
-    recipe = {"merge_method": method, "parameters": told, "seed": 7}
+    recipe = {"merge_method": method, "parameters": parameters, "seed": 7}
     if base:
         recipe["base_model"] = str(donors["base"])
         if slices:
@@ -190,16 +190,16 @@ def test_a_recipe_file_becomes_what_the_method_gives_on_whole_tensors(
         for name, tensor in load_file(file).items()
     }
     seeds = {
-        name: told["seed"]
-        for name, told in json.loads((tmp_path / "out1" / "frankenmerge.json").read_text())[
+        name: entry["seed"]
+        for name, entry in json.loads((tmp_path / "out1" / "frankenmerge.json").read_text())[
             "tensors"
         ].items()
     }
     assert len(set(seeds.values())) == len(made)
     for name, tensor in made.items():
         assert torch.equal(tensor, expected(method, base, slices, name, tensors, seeds[name])), name
-    _, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out1", output_loading_info=True)
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out1", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert len(made) == 9 * (6 if slices else 4) + 3
 
 
@@ -230,8 +230,8 @@ def test_two_processes_write_a_random_method_s_bytes_as_one_does(three, tmp_path
         start("one"),
         *(start("two", RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in (0, 1)),
     ]
-    told = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0], told
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], outputs
     one, two = (
         {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
         for name in ("one", "two")

@@ -80,20 +80,20 @@ def test_a_donor_spliced_with_itself_in_another_basis_is_the_donor(twins, tmp_pa
 
 
 @pytest.mark.parametrize("to", ["base", "previous"])
-def test_a_slice_in_the_middle_is_turned_and_the_rest_is_copied(twins, to, tmp_path):
+def test_a_slice_in_the_middle_is_rotated_and_the_rest_is_copied(twins, to, tmp_path):
     first, second = twins
     recipe = recipe_of((first, 0, 1, None), (second, 1, 3, {"to": to}), (first, 3, 4, None))
     torch.testing.assert_close(
         on_disk(recipe, tmp_path / "merged"), alone(first), atol=1e-3, rtol=1e-3
     )
-    told = json.loads((tmp_path / "merged" / "frankenmerge.json").read_text())
-    methods = {name: entry["method"] for name, entry in told["tensors"].items()}
+    record = json.loads((tmp_path / "merged" / "frankenmerge.json").read_text())
+    methods = {name: entry["method"] for name, entry in record["tensors"].items()}
     rotated = {name for name, method in methods.items() if method == "rotate"}
     assert rotated == {
         name for name in methods if name.startswith(("model.layers.1.", "model.layers.2."))
     }
     fit = fitted_rotations(resolved(recipe))[1]
-    assert told["gauges"] == {
+    assert record["gauges"] == {
         "1": {
             "rotation": fit.rotation.hash,
             "scale": fit.rotation.scale,
@@ -107,7 +107,7 @@ def test_a_slice_in_the_middle_is_turned_and_the_rest_is_copied(twins, to, tmp_p
     assert all(torch.equal(before[name], after[name]) for name in after if methods[name] == "copy")
 
 
-def test_a_slice_behind_a_turned_one_is_turned_as_far(twins, tmp_path):
+def test_a_slice_after_a_rotated_one_is_rotated_as_far(twins, tmp_path):
     first, second = twins
     third = rotated_donor(first, tmp_path / "third", random_rotation(16, 2))
     recipe = recipe_of(
@@ -116,7 +116,7 @@ def test_a_slice_behind_a_turned_one_is_turned_as_far(twins, tmp_path):
     torch.testing.assert_close(in_memory(recipe), alone(first), atol=1e-3, rtol=1e-3)
 
 
-def test_embedding_and_a_tied_head_are_turned_with_a_first_and_last_slice(tmp_path):
+def test_embedding_and_a_tied_head_are_rotated_with_a_first_and_last_slice(tmp_path):
     first = write_donor(tmp_path / "first", seed=3, tie_word_embeddings=True)
     other = write_donor(tmp_path / "other", seed=4, tie_word_embeddings=True)
     recipe = recipe_of((first, 0, 4, {"to": "base"}), base_model=str(other))
@@ -132,7 +132,7 @@ def test_embedding_and_a_tied_head_are_turned_with_a_first_and_last_slice(tmp_pa
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_turned_tensor_is_rounded_once_to_the_donors_type(dtype, tmp_path):
+def test_a_rotated_tensor_is_rounded_once_to_the_donors_type(dtype, tmp_path):
     first, second = (
         write_donor(tmp_path / name, seed=seed, dtype=dtype, shard="20KB")
         for name, seed in (("a", 1), ("b", 2))
@@ -226,7 +226,7 @@ def test_what_cannot_be_combined_with_a_gauge_is_refused(fields, message, donors
     refused(Recipe.model_validate(recipe | fields), "(?s)" + message)
 
 
-def test_a_turned_slice_is_rounded_to_the_recipes_type(twins, tmp_path):
+def test_a_rotated_slice_is_rounded_to_the_recipes_type(twins, tmp_path):
     first, second = twins
     recipe = recipe_of((first, 0, 2, None), (second, 2, 4, {"to": "previous"}), dtype="bfloat16")
     assert (on_disk(recipe, tmp_path / "merged") - alone(first)).abs().max() < 0.2
@@ -242,7 +242,7 @@ def test_a_turned_slice_is_rounded_to_the_recipes_type(twins, tmp_path):
     assert torch.equal(made["model.layers.2.mlp.down_proj.weight"], expected.bfloat16())
 
 
-def test_a_text_beside_the_recipe_is_found(donors, text, tmp_path):
+def test_a_text_next_to_the_recipe_is_found(donors, text, tmp_path):
     recipe = recipe_of(
         (donors["a"], 0, 2, None), (donors["b"], 2, 4, {"to": "previous", "fit": text.name})
     )
@@ -269,7 +269,7 @@ def test_an_unknown_key_of_a_gauge_is_refused():
 @pytest.mark.parametrize(
     "name", ["model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"]
 )
-def test_a_donor_whose_states_are_not_finite_is_told(twins, tmp_path, name):
+def test_a_donor_whose_states_are_not_finite_is_reported(twins, tmp_path, name):
     first, second = twins
 
     def spoil(arrays):

@@ -127,12 +127,12 @@ def test_what_is_written_is_what_is_run(donors, maps, tmp_path):
     )
     assert (virtual - plain).abs().max() > 1e-3
     fits = fitted_rotations(resolved(recipe))
-    told = json.loads((tmp_path / "merged" / "frankenmerge.json").read_text())["gauges"]
+    record = json.loads((tmp_path / "merged" / "frankenmerge.json").read_text())["gauges"]
     assert (
-        told["0"]["refined"] == [rotation.hash for rotation in fits[0].refined]
-        and len(set(told["0"]["refined"])) == 2
+        record["0"]["refined"] == [rotation.hash for rotation in fits[0].refined]
+        and len(set(record["0"]["refined"])) == 2
     )
-    assert "refined" not in told["2"] and len(told["3"]["refined"]) == 2
+    assert "refined" not in record["2"] and len(record["3"]["refined"]) == 2
     source, made = (
         load_file(path)
         for path in (donors["a"] / "model.safetensors", tmp_path / "merged" / "model.safetensors")
@@ -210,8 +210,8 @@ def test_a_resumed_merge_keeps_the_fits_it_began_with(donors, tmp_path, monkeypa
     }
     save_fits(other, kept)
     on_disk(recipe, output, resume=True)
-    told = json.loads((output / "frankenmerge.json").read_text())["gauges"]
-    assert told["2"]["rotation"] == random_rotation(16, 9).hash
+    record = json.loads((output / "frankenmerge.json").read_text())["gauges"]
+    assert record["2"]["rotation"] == random_rotation(16, 9).hash
 
 
 def interrupt(*_):

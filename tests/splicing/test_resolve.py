@@ -118,7 +118,7 @@ from frankenmerge.models.loading import load_model
         ),
     ],
 )
-def test_a_fault_is_told_with_its_place(donors, tmp_path, text, place, said):
+def test_a_fault_is_reported_with_its_place(donors, tmp_path, text, place, said):
     if said is None:  # weights whose sum is 0 nowhere but between two blocks are sound
         whole(text, donors, tmp_path)
         return
@@ -137,7 +137,7 @@ def test_weights_whose_sum_is_0_in_one_block_alone_are_refused(donors, tmp_path)
     whole(text + "parameters: {normalize: false}\n", donors, tmp_path)
 
 
-def test_faults_of_recipe_donors_and_method_are_told_together(donors, tmp_path):
+def test_faults_of_recipe_donors_and_method_are_reported_together(donors, tmp_path):
     mute = Path(shutil.copytree(donors["a"], tmp_path / "mute"))
     (mute / "tokenizer.json").unlink()
     text = """\

@@ -20,12 +20,12 @@ from frankenmerge.splicing.rotation import (
 )
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41], [5, 5, 2, 47, 19, 1]])
-TURNED = [
+ROTATED = [
     name
     for name, architecture in FAMILIES.items()
     if architecture.stream and not architecture.stream.output_norms
 ]
-BEHIND = [
+NORMS_AFTER = [
     name
     for name, architecture in FAMILIES.items()
     if architecture.stream and architecture.stream.output_norms
@@ -47,8 +47,8 @@ def faults_of(donor):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", TURNED)
-def test_a_donor_turned_as_a_whole_gives_the_same_logits(family, tied, tmp_path):
+@pytest.mark.parametrize("family", ROTATED)
+def test_a_donor_rotated_as_a_whole_gives_the_same_logits(family, tied, tmp_path):
     source = write_donor(tmp_path / "donor", family, seed=3, tie_word_embeddings=tied)
     centred = FAMILIES[family].norm == "layer"
     rotation = Rotation(random_rotation(16, 1, centred=centred).matrix, 1.7)
@@ -62,8 +62,8 @@ def test_a_donor_turned_as_a_whole_gives_the_same_logits(family, tied, tmp_path)
     torch.testing.assert_close(logits(path), logits(source), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", [name for name in TURNED if FAMILIES[name].norm == "layer"])
-def test_a_turn_that_moves_the_all_ones_direction_changes_a_layer_norm_donor(family, tmp_path):
+@pytest.mark.parametrize("family", [name for name in ROTATED if FAMILIES[name].norm == "layer"])
+def test_a_rotation_that_moves_the_all_ones_direction_changes_a_layer_norm_donor(family, tmp_path):
     source = write_donor(tmp_path / "donor", family, seed=3)
     path = rotated_donor(source, tmp_path / "rotated", random_rotation(16, 1))
     assert (logits(path) - logits(source)).abs().max() > 0.1
@@ -78,15 +78,15 @@ def test_a_turn_that_moves_the_all_ones_direction_changes_a_layer_norm_donor(fam
         ("stablelm", {"qk_layernorm": True, "use_qkv_bias": True}),
     ],
 )
-def test_biases_and_blocks_of_other_kinds_are_turned_too(family, changes, tmp_path):
+def test_biases_and_blocks_of_other_kinds_are_rotated_too(family, changes, tmp_path):
     source = write_donor(tmp_path / "donor", family, seed=3, **changes)
     rotation = random_rotation(16, 1, centred=FAMILIES[family].norm == "layer")
     path = rotated_donor(source, tmp_path / "rotated", rotation)
     torch.testing.assert_close(logits(path), logits(source), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", BEHIND)
-def test_norms_behind_maps_are_refused_with_the_reason(family, tmp_path):
+@pytest.mark.parametrize("family", NORMS_AFTER)
+def test_norms_after_maps_are_refused_with_the_reason(family, tmp_path):
     source = write_donor(tmp_path / "donor", family, seed=3)
     assert any("post_feedforward_layernorm" in fault.found for fault in faults_of(source))
     with pytest.raises(FrankenmergeError, match="post_feedforward_layernorm"):
@@ -94,11 +94,11 @@ def test_norms_behind_maps_are_refused_with_the_reason(family, tmp_path):
 
 
 def test_every_family_of_the_table_is_decided_on():
-    assert set(FAMILIES) == set(TURNED) | set(BEHIND)
+    assert set(FAMILIES) == set(ROTATED) | set(NORMS_AFTER)
 
 
-def test_families_that_nobody_has_described_are_refused():
-    with pytest.raises(FrankenmergeError, match="nobody has described"):
+def test_families_that_are_not_described_are_refused():
+    with pytest.raises(FrankenmergeError, match="a family that is not described"):
         stream_use(USUAL, "model.layers.{}.mlp.up_proj.weight")
 
 
@@ -113,12 +113,12 @@ def test_a_family_whose_donor_lacks_a_norm_is_refused(tmp_path):
     ]
 
 
-def test_a_tensor_that_nobody_has_placed_is_refused():
+def test_an_unknown_tensor_is_refused():
     with pytest.raises(FrankenmergeError, match=r"self_attn\.other"):
         stream_use(FAMILIES["llama"], "model.layers.{}.self_attn.other.weight")
 
 
-def test_a_shift_beside_a_gain_of_zero_is_refused():
+def test_a_shift_with_a_gain_of_zero_is_refused():
     use = stream_use(FAMILIES["gpt2"], "transformer.h.{}.ln_1.bias")
     with pytest.raises(FrankenmergeError, match="ln_1"):
         rotated(
@@ -141,7 +141,7 @@ def test_a_known_turn_is_found_again(centred):
     assert residual(found, source, known.scale * source @ known.matrix) < 1e-20
 
 
-def test_no_turn_or_scale_beside_the_fit_comes_closer():
+def test_no_rotation_or_scale_next_to_the_fit_comes_closer():
     generator = torch.Generator().manual_seed(0)
     source, target = torch.randn(2, 60, 8, dtype=torch.float64, generator=generator)
     found = procrustes(source, target)

@@ -98,7 +98,7 @@ def test_later_stages_are_validated_against_what_earlier_ones_will_be(donors, sc
     assert "[0, 3], the blocks of one" in str(caught.value)
 
 
-def test_faults_of_all_stages_are_told_together(donors, scratch):
+def test_faults_of_all_stages_are_reported_together(donors, scratch):
     text = joined(
         stage("one", donors["a"]).replace("[0, 1]", "[0, 9]"),
         stage("two", donors["g"]).replace("passthrough", "nothing"),

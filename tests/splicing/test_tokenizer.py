@@ -230,7 +230,7 @@ def test_a_template_may_mark_what_the_model_generates(donors, tmp_path):
     "more", ["", "chat_template: chatml", "chat_template: auto", "tokenizer_source: union"]
 )
 @pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff\xfe\x00"])
-def test_settings_that_cannot_be_read_are_told(donors, tmp_path, run, content, more):
+def test_settings_that_cannot_be_read_are_reported(donors, tmp_path, run, content, more):
     broken = Path(shutil.copytree(donors["a"], tmp_path / "broken"))
     (broken / "tokenizer_config.json").write_bytes(content)
     (tmp_path / "r.yaml").write_text(linear(broken, donors["b"], more=more))
@@ -258,7 +258,7 @@ def test_settings_that_cannot_be_read_are_told(donors, tmp_path, run, content, m
         ("chat_template.json", b"[]", "a JSON object"),
     ],
 )
-def test_a_donor_s_template_that_is_none_is_told(donors, tmp_path, name, content, said):
+def test_a_donor_s_template_that_is_none_is_reported(donors, tmp_path, name, content, said):
     broken = Path(shutil.copytree(donors["a"], tmp_path / "broken"))
     (broken / name).write_bytes(content)
     with pytest.raises(FrankenmergeError) as caught:

@@ -123,7 +123,7 @@ def test_nothing_is_asked_without_consent(refused, hub, recipe):
     assert hub.asked == []
 
 
-def test_inspect_tells_of_a_donor_without_its_weights(call, hub, folders):
+def test_inspect_reports_a_donor_without_its_weights(call, hub, folders):
     code, out, err = call("inspect", "org/one", "--download", "--json")
     assert code == 0, err
     found, local_record = (
@@ -136,7 +136,7 @@ def test_inspect_tells_of_a_donor_without_its_weights(call, hub, folders):
     assert "weights not available" in call("inspect", "org/one")[1]
 
 
-def test_a_merge_behind_a_check_needs_the_weights_and_says_so(
+def test_a_merge_after_a_check_needs_the_weights_and_says_so(
     call, refused, hub, folders, recipe, tmp_path
 ):
     assert call("check", recipe, "--download")[0] == 0

@@ -83,7 +83,7 @@ def test_a_truncated_file_is_refused(donors, tmp_path, where):
 
 
 @pytest.mark.parametrize("more", [b"\0", b"\0" * 4096])
-def test_bytes_behind_the_last_tensor_are_refused(donors, tmp_path, more):
+def test_bytes_after_the_last_tensor_are_refused(donors, tmp_path, more):
     file = copied(donors, "a", tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes() + more)
     (fault,) = refused(file.parent)
@@ -182,7 +182,7 @@ def test_a_header_that_is_no_json_is_refused(tmp_path, header):
     assert str(path) in faults(read_header, path)[0].place
 
 
-def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path):
+def test_a_name_that_occurs_twice_in_a_header_is_refused(tmp_path):
     one = json.dumps(entry(0, 4, [1]))
     (fault,) = faults(
         read_header, path := written(tmp_path, raw(f'{{"a":{one},"a":{one}}}'.encode(), bytes(4)))
