@@ -1,24 +1,21 @@
-"""How fast the searches are, each beside what it is to be measured by, in turns within one run.
+"""Time the searches, each compared with its baseline, alternately in one run.
 
 Every section is a function of the options that returns its figures; `SECTIONS` names them. Times
-are medians over the rounds, ratios medians of the rounds' own ratios, so that a load that comes and
-goes falls on both sides. Complete search and dtypes are measured on a random GPT-2 of the
-`--shape`, gradient search on a random Llama (the time does not depend on the weights), greedy
-search on the `--donor`, whose weights say how many prefixes its features share.
+are medians over the rounds, ratios are medians of the ratios in each round, so that other load
+affects both alike. Complete search and dtypes are measured on a random GPT-2 of the `--shape`,
+gradient search on a random Llama (the time does not depend on the weights), greedy search on the
+`--donor`, because the number of prefixes that its features share depends on its weights.
 """
 
 import json
 import platform
-import random
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
@@ -26,7 +23,18 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from search_timing import (
+    LISTING_BATCH,
+    SEED,
+    SHAPES,
+    Options,
+    in_turns,
+    random_features,
+    random_model,
+    ratio,
+    seconds,
+)
+from transformers import PreTrainedModel
 
 from frankenmerge.analysis.complete import BATCH, complete_search
 from frankenmerge.analysis.decode import decoder_of, embedding_table
@@ -37,125 +45,17 @@ from frankenmerge.artefacts.atlas import TopTokens
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models.hooks import backbone, block_outputs, blocks_of, embedding_of, forward
-from frankenmerge.models.loading import load_model
+from frankenmerge.models.loading import Placement, load_model
 
-K, SCREEN_K, LENGTH, CANDIDATES, STEPS, SEED = 10, 32, 4, 64, 10, 0
-LISTING_BATCH = 1000
-"""The batch of the document's listing."""
-
-
-class Shape(NamedTuple):
-    """How large the random models and the searches are."""
-
-    gpt2: dict[str, Any]
-    llama: dict[str, Any]
-    features: int
-    """Of the greedy and the gradient search."""
-    listed: int
-    """How many tokens the document's listing is timed on."""
-
-
-SHAPES = {
-    "small": Shape(
-        gpt2={
-            "model_type": "gpt2"
-        },  # whose defaults are GPT-2 small: 12 blocks, 768 wide, 50,257 tokens
-        llama={
-            "model_type": "llama",
-            "hidden_size": 128,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 352,
-            "vocab_size": 1024,
-            "max_position_embeddings": 128,
-        },
-        features=64,
-        listed=4 * LISTING_BATCH,
-    ),
-    "tiny": Shape(
-        gpt2={
-            "model_type": "gpt2",
-            "n_layer": 3,
-            "n_embd": 16,
-            "n_head": 2,
-            "vocab_size": 300,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        },
-        llama={
-            "model_type": "llama",
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "intermediate_size": 24,
-            "vocab_size": 64,
-            "max_position_embeddings": 32,
-        },
-        features=8,
-        listed=100,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for."""
-
-    donor: str
-    shape: Shape
-    rounds: int
-    threads: int
-    device: str
-
-
-Run = dict[str, tuple[Any, float]]
-"""What each piece of work returned in one round, and its seconds."""
-
-
-def in_turns(work: Mapping[str, Callable[[], Any]], options: Options) -> list[Run]:
-    """Time every piece of work once a round, one after the other, in turns forwards and backwards."""
-    return [
-        {
-            name: timed(work[name], options.device)
-            for name in list(work)[:: 1 if number % 2 == 0 else -1]
-        }
-        for number in range(options.rounds)
-    ]
-
-
-def timed(work: Callable[[], Any], device: str) -> tuple[Any, float]:
-    started = time.perf_counter()
-    result = work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - started
-
-
-def seconds(runs: list[Run], name: str) -> float:
-    return statistics.median(run[name][1] for run in runs)
-
-
-def ratio(runs: list[Run], slow: str, fast: str) -> float:
-    return statistics.median(run[slow][1] / run[fast][1] for run in runs)
-
-
-def random_model(fields: Mapping[str, Any], device: str) -> PreTrainedModel:
-    torch.manual_seed(SEED)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(device).eval()
-
-
-def random_features(model: PreTrainedModel, count: int) -> list[Feature]:
-    generator = random.Random(SEED)
-    blocks, width = len(blocks_of(model)), embedding_of(model).shape[1]
-    return [
-        Feature.of(generator.randint(1, blocks), generator.randrange(width)) for _ in range(count)
-    ]
+K, SCREEN_K, LENGTH, CANDIDATES, STEPS = 10, 32, 4, 64, 10
 
 
 def complete(options: Options) -> dict[str, Any]:
-    """Every block and neuron, beside the bare forward pass over the same tokens and beside the document's own listing."""
+    """Complete search of all features.
+
+    Its baselines are the bare forward pass over the same tokens, and the listing of the source
+    document (see docs/method.md).
+    """
     model = random_model(options.shape.gpt2, options.device)
     blocks, (vocabulary, width) = len(blocks_of(model)), embedding_of(model).shape
     listed = min(options.shape.listed, vocabulary)
@@ -168,8 +68,8 @@ def complete(options: Options) -> dict[str, Any]:
     }
     bare_forward(model, min(BATCH, vocabulary))  # warms up
     runs = in_turns(work, options)
-    # A pass ends behind the feature's block, so that its time grows evenly with depth: the mean of
-    # both ends is that of all.
+    # A pass ends after the feature's block, so that its time is linear in depth: the mean over all
+    # blocks is that of the first and the last one.
     per_feature = [(run["first"][1] + run["last"][1]) / 2 * vocabulary / listed for run in runs]
     per_table = [
         each * blocks * width / run["ours"][1] for each, run in zip(per_feature, runs, strict=True)
@@ -191,14 +91,17 @@ def complete(options: Options) -> dict[str, Any]:
 
 @torch.no_grad()
 def bare_forward(model: PreTrainedModel, tokens: int) -> None:
-    """Run the model without its head over single tokens, in the search's batches, looking at nothing."""
+    """Run the model without its head over single tokens, in the search's batches."""
     for batch in torch.arange(tokens, device=embedding_of(model).device).split(BATCH):
         backbone(model)(input_ids=batch[:, None], use_cache=False)
 
 
 @torch.no_grad()
 def listing(model: PreTrainedModel, feature: Feature, tokens: int) -> int:
-    """Take one step of the document's listing for one feature: its activations are gathered one by one in a list."""
+    """Run one step of the source document's listing for one feature.
+
+    It collects activations one by one in a list.
+    """
     activations = []
     with block_outputs(model, last=feature.block) as states:
         for batch in torch.arange(tokens, device=embedding_of(model).device).split(LISTING_BATCH):
@@ -208,10 +111,10 @@ def listing(model: PreTrainedModel, feature: Feature, tokens: int) -> int:
 
 
 def peak_extra_mb(options: Options) -> float | None:
-    """The memory beyond the weights that a complete search takes at its peak, in a process of its own.
+    """The peak memory of a complete search beyond the weights, in a process of its own.
 
-    On the processor the resident set's high water mark, reset before the search; None where the
-    system keeps none.
+    On the CPU that is the peak of the resident set, reset before the search; None if the system
+    does not record it.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         extra = fresh.submit(extra_bytes, options).result()
@@ -219,6 +122,7 @@ def peak_extra_mb(options: Options) -> float | None:
 
 
 def extra_bytes(options: Options) -> int | None:
+    """The same in bytes, in this process."""
     torch.set_num_threads(options.threads)
     model = random_model(options.shape.gpt2, options.device)
     if options.device.startswith("cuda"):
@@ -227,9 +131,7 @@ def extra_bytes(options: Options) -> int | None:
         complete_search(model, k=K)
         return torch.cuda.max_memory_allocated(options.device) - before
     try:
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # sets the high water mark to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present size
     except OSError:
         return None
     before = resident("VmRSS")
@@ -238,14 +140,14 @@ def extra_bytes(options: Options) -> int | None:
 
 
 def resident(field: str) -> int:
-    """Bytes, of a line such as `VmHWM:  1234 kB`."""
+    """Bytes from a line such as `VmHWM:  1234 kB`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def greedy(options: Options) -> dict[str, Any]:
-    """Four tokens for many features, beside running every input from its first token on."""
-    model = load_model(open_checkpoint(options.donor), device=options.device)
+    """Greedy search of four tokens for many features, with and without caching prefixes."""
+    model = load_model(open_checkpoint(options.donor), Placement(device=options.device))
     features = random_features(model, options.shape.features)
     work: dict[str, Callable[[], Any]] = {
         "exact": lambda: greedy_search(model, features, n=LENGTH),
@@ -273,10 +175,10 @@ def greedy(options: Options) -> dict[str, Any]:
 
 @torch.no_grad()
 def uncached_greedy(model: PreTrainedModel, features: Sequence[Feature]) -> list[Tokens]:
-    """Greedy search that runs every input from its first token on.
+    """Greedy search that runs every input from its first token.
 
-    All else is the same: features whose inputs begin alike share their passes, which end at the
-    deepest block needed.
+    All else is the same: features whose inputs have the same prefix share their passes, which end
+    at the deepest block needed.
     """
     found: list[Tokens] = [()] * len(features)
     device = embedding_of(model).device
@@ -307,7 +209,10 @@ def uncached_greedy(model: PreTrainedModel, features: Sequence[Feature]) -> list
 
 
 def gradient(options: Options) -> dict[str, Any]:
-    """Neurons of the last block, five tokens each, all in one batch beside one at a time, and how far the results lie apart."""
+    """Gradient search for neurons of the last block, five tokens each: in one batch and one by one.
+
+    The results of both are compared.
+    """
     model = random_model(options.shape.llama, options.device)
     features = [
         Feature(len(blocks_of(model)), range(neuron, neuron + 1))
@@ -333,16 +238,19 @@ def gradient(options: Options) -> dict[str, Any]:
 
 
 def dtype(options: Options) -> dict[str, Any]:
-    """Complete search in bfloat16, its candidates scored again in float32, beside float32 alone; random weights and a donor's."""
+    """Complete search in bfloat16, with candidates scored again in float32, and in float32 alone.
+
+    Measured on random weights and on the donor's.
+    """
     models = {
         "random": random_model(options.shape.gpt2, options.device),
-        "donor": load_model(open_checkpoint(options.donor), device=options.device),
+        "donor": load_model(open_checkpoint(options.donor), Placement(device=options.device)),
     }
     return {name: rescored(model, options) for name, model in models.items()}
 
 
 def rescored(model: PreTrainedModel, options: Options) -> dict[str, Any]:
-    """The share of all features of all blocks whose best token differs from float32's, after the screen and after rescoring."""
+    """The share of features whose best token differs from float32's, before and after rescoring."""
     half = deepcopy(model).bfloat16()
     vocabulary = embedding_of(model).shape[0]
 
@@ -392,24 +300,24 @@ SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
     type=click.Choice(list(SHAPES)),
     default="small",
     show_default=True,
-    help="Of the random models; tiny is a quick try.",
+    help="Size of the random models; tiny is for a quick test.",
 )
 @click.option(
     "--section",
     "sections",
     multiple=True,
     type=click.Choice(list(SECTIONS)),
-    help="What to measure; may be repeated; all by default.",
+    help="What to measure; may be repeated. [default: all]",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(1),
     default=3,
     show_default=True,
-    help="How often everything is timed.",
+    help="Number of times that everything is timed.",
 )
 @click.option(
-    "--threads", type=click.IntRange(1), default=2, show_default=True, help="Of the processor."
+    "--threads", type=click.IntRange(1), default=2, show_default=True, help="Number of CPU threads."
 )
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -462,7 +370,7 @@ def main(
 
 
 def flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float | None]]:
-    """Figures by name, those of a part behind its own."""
+    """Figures by name; those of a part have its name as a prefix."""
     return [
         pair
         for name, value in figures.items()

@@ -105,7 +105,7 @@ def main(
             for name, value in scores.items()
         },
         **{
-            kind: _judged(damage[kind], nats, keeps) | _held(kind, damage[kind], measured, seamed)
+            kind: _judged(damage[kind], nats, keeps) | _errors(kind, damage[kind], measured, seamed)
             for kind in KINDS
         },
         "splices": len(pairs),
@@ -178,7 +178,7 @@ def _judged(damage: np.ndarray, nats: np.ndarray, keeps: np.ndarray) -> dict[str
     }
 
 
-def _held(
+def _errors(
     kind: str, damage: np.ndarray, measured: np.ndarray, seamed: np.ndarray
 ) -> dict[str, float]:
     """The share of measured damages in the interval, and by how much their logarithm is off."""

@@ -151,7 +151,7 @@ def batch(lines: list[np.ndarray], seed: int, step: int) -> torch.Tensor:
 
 @torch.no_grad()
 def loss_on(model, line: np.ndarray) -> float:
-    """Mean nats per token over at most 64 rows of a held-out line."""
+    """Mean nats per token over at most 256 rows of a held-out line."""
     count = min(256, len(line) // CONTEXT)
     rows = torch.from_numpy(line[: count * CONTEXT].reshape(count, CONTEXT))
     model.eval()

@@ -1,4 +1,4 @@
-"""The script that averages donors: nothing it does to B changes B, and raw averages are those of the tensors."""
+"""The script that averages donors: aligning B does not change its outputs, and raw averages."""
 
 import json
 import subprocess

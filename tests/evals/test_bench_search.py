@@ -1,4 +1,4 @@
-"""The speed measurements, on models so small that only the figures' presence and what they count can be held."""
+"""Timing the searches, on models so small that only counts and the figures' names are checked."""
 
 import json
 import math
@@ -90,7 +90,7 @@ def test_what_is_timed_finds_the_same(measured):
     )
 
 
-def test_rescoring_mends_the_screen(measured):
+def test_rescoring_corrects_the_screen(measured):
     for figures in measured["dtype"].values():
         assert figures["differ_after_rescoring"] <= figures["differ_before_rescoring"] <= 1
         assert 0 < figures["candidates_rescored"] <= figures["of_tokens"]
@@ -118,11 +118,11 @@ def test_the_documents_listing_finds_the_best_token(bench, monkeypatch, listing_
     ].tolist()
 
 
-def test_the_peak_is_seen_although_it_is_freed_again(bench, monkeypatch):
+def test_the_peak_is_measured_after_it_is_freed(bench, monkeypatch):
     monkeypatch.setattr(bench, "complete_search", lambda _model, **_: torch.ones(16 * 2**20).sum())
     extra = bench.extra_bytes(
         bench.Options("", bench.SHAPES["tiny"], 1, torch.get_num_threads(), "cpu")
     )
     if extra is None:
-        pytest.skip("this system keeps no high water mark that can be reset")
+        pytest.skip("this system has no peak of the resident set that can be reset")
     assert 60 * 2**20 <= extra < 96 * 2**20  # pages that were resident before are taken again

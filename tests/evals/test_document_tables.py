@@ -1,13 +1,15 @@
-"""The document's tables: how a cell is scored, and the cells themselves against the searches and other parts of the page."""
+"""The source document's tables: how cells are scored, and the cells compared with the searches."""
 
 import json
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from click.testing import CliRunner
 from conftest import DATA, VOCABULARY
+from document_cells import TABLES
 
 from frankenmerge.analysis.analyze import token_texts
 from frankenmerge.analysis.features import parse_features
@@ -100,7 +102,7 @@ def test_a_string_is_split_into_as_many_tokens(document, cell, count, expected):
     assert document.split(cell, WORDS, count) == expected
 
 
-def test_models_are_told_by_their_shape(document):
+def test_models_are_identified_by_their_shape(document):
     from transformers import AutoConfig
 
     for name, shape in document.MODELS.items():
@@ -115,8 +117,8 @@ def test_models_are_told_by_their_shape(document):
     assert document.model_of(AutoConfig.for_model("gpt2", n_layer=6)) is None
 
 
-def test_every_row_of_the_page_has_a_block_of_its_table_and_a_cell_a_feature(document):
-    for table in document.TABLES:
+def test_every_row_has_a_block_of_its_table_and_a_cell_for_each_feature():
+    for table in TABLES:
         specs = parse_features(table.features.format(*range(2000, 2005)), 1, 4096)
         for rows in table.pages.values():
             assert set(rows) <= set(table.blocks)
@@ -125,20 +127,20 @@ def test_every_row_of_the_page_has_a_block_of_its_table_and_a_cell_a_feature(doc
 
 
 def test_gpt2_cells_are_tokens_of_gpt2(document):
-    """Against the tokenizer: one token for a complete search, four for a greedy one; a slip of the pen would be none."""
+    """One token for a complete search, four for a greedy one; a mistyped cell would have none."""
     from transformers import AutoTokenizer
 
     folder = DATA / "tokenizers" / "gpt2"
     if not folder.is_dir():
         pytest.skip(f"GPT-2's tokenizer is not in {folder}")
-    import document_tables
+    from document_searches import GREEDY_TOKENS, ids_by_text
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = document_tables.ids_by_text(tokenizer.batch_decode([[token] for token in range(50257)]))
-    counts = {"greedy": document_tables.GREEDY_TOKENS}
+    ids = ids_by_text(tokenizer.batch_decode([[token] for token in range(50257)]))
+    counts = {"greedy": GREEDY_TOKENS}
     strings = [
         (cell, counts.get(table.method, 1))
-        for table in document.TABLES
+        for table in TABLES
         for model, rows in table.pages.items()
         for cells in rows.values()
         for cell in cells
@@ -147,7 +149,7 @@ def test_gpt2_cells_are_tokens_of_gpt2(document):
     assert len(strings) == 95
     assert [string for string, count in strings if document.split(string, ids, count) is None] == [
         "distruptions"
-    ]  # so the page
+    ]  # as in the document
     known = {
         "Pwr": 49267,
         "Claud": 36303,
@@ -160,22 +162,22 @@ def test_gpt2_cells_are_tokens_of_gpt2(document):
     assert all(token in ids[text] for text, token in known.items())
 
 
-def test_a_donor_fills_every_table_and_its_limits_are_told(document, printed, donors):
-    (told,) = printed("--model", donors["a"])["models"]
-    assert [table["table"] for table in told["tables"]] == [table.name for table in document.TABLES]
-    assert (told["document_model"], told["trained"], told["tokenizer"]) == (None, True, True)
+def test_a_donor_fills_every_table_and_its_limits_are_reported(printed, donors):
+    (result,) = printed("--model", donors["a"])["models"]
+    assert [table["table"] for table in result["tables"]] == [table.name for table in TABLES]
+    assert (result["document_model"], result["trained"], result["tokenizer"]) == (None, True, True)
     model = load_model(open_checkpoint(str(donors["a"])))
     texts = token_texts(open_checkpoint(str(donors["a"])))
-    for table in told["tables"]:
+    for table in result["tables"]:
         assert {cell["block"] for cell in table["cells"]} == {1, 2, 4} & set(
-            next(t.blocks for t in document.TABLES if t.name == table["table"])
+            next(t.blocks for t in TABLES if t.name == table["table"])
         )
         for cell in table["cells"]:
             assert cell["texts"] == [texts[token] for token in cell["tokens"]]
             assert (cell["page"], cell["verdict"]) == (None, "not comparable")
-    by_name = {table["table"]: table for table in told["tables"]}
+    by_name = {table["table"]: table for table in result["tables"]}
     assert by_name["greedy search"]["notes"] == [
-        "Skipped, as the model has 4 blocks: 8, 12, 16, 20, 24."
+        "Skipped, because the model has 4 blocks: 8, 12, 16, 20, 24."
     ]
     assert by_name["gradient, single neurons"]["features"] == "[:, :, 8-12]"
     assert [cell["tokens"] for cell in by_name["complete search"]["cells"]] == [
@@ -187,7 +189,10 @@ def test_a_donor_fills_every_table_and_its_limits_are_told(document, printed, do
 
 @torch.no_grad()
 def best(model, block: int, neuron: int, prefix: tuple[int, ...] = ()) -> int:
-    """The token that excites a neuron most behind a prefix, through the library's own hidden states (not for the last block)."""
+    """The top-activating token of a neuron after a prefix, from the library's own hidden states.
+
+    Not for the last block.
+    """
     inputs = torch.tensor([[*prefix, token] for token in range(VOCABULARY)])
     caught = []
     handle = model.base_model.layers[block - 1].register_forward_hook(
@@ -201,64 +206,77 @@ def best(model, block: int, neuron: int, prefix: tuple[int, ...] = ()) -> int:
 TINY = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 16, "vocab_size": VOCABULARY}
 
 
-def test_cells_of_the_documents_own_model_are_scored(document, printed, donors, monkeypatch):
-    import document_tables
+class Expected(NamedTuple):
+    """What the searches find in a model, from its own hidden states."""
 
-    checkpoint = open_checkpoint(str(donors["a"]))
+    texts: list[str]
+    first: list[int]
+    """The top-activating tokens of the first neurons of block 2."""
+    built: list[int]
+    """Greedy search for the first of them, of four tokens."""
+    hidden: list[list[str]]
+    """Gradient search for two neurons of block 1 at all positions, then for one at three positions.
+    """
+
+    def changed(self, words: list[str], positions: set[int]) -> str:
+        """Words joined, with another token, also of an id below the width, at some positions."""
+        return "".join(
+            self.texts[(self.texts.index(word) + 1) % 16] if place in positions else word
+            for place, word in enumerate(words)
+        )
+
+
+def expected_of(donor: Path) -> Expected:
+    checkpoint = open_checkpoint(str(donor))
     model, texts = load_model(checkpoint), token_texts(checkpoint)
     first = [best(model, 2, neuron) for neuron in range(4)]
     built = [first[0]]
     for _ in range(3):
         built.append(best(model, 2, 0, tuple(built)))
-    wrong = texts[(first[1] + 1) % VOCABULARY]
     specs = parse_features("[:, :, 9-10]", 1, 16) + parse_features("[:, 0-2, 9]", 1, 16)
     hidden = [
         [texts[token] for token in row]
         for row in gradient_search(model, specs, decode="hidden").tokens.tolist()
     ]
+    return Expected(texts, first, built, hidden)
 
-    def rotated(words: list[str], positions: set[int]) -> str:
-        """The same with another token, also of an id below the width, at some positions."""
-        return "".join(
-            texts[(texts.index(word) + 1) % 16] if place in positions else word
-            for place, word in enumerate(words)
-        )
 
-    monkeypatch.setitem(document.MODELS, "ours", TINY)
-    rows = {
-        "complete": (f" {texts[first[0]]}", wrong, None, texts[first[3]]),
-        "greedy": ("".join(texts[token] for token in built),),
-        "gradient": ("".join(hidden[0]), "".join(hidden[1][:4]) + wrong),
-        "position": (rotated(hidden[2], {1, 2, 3, 4}), rotated(hidden[3], {1}), "XYZ??"),
-        "short": (texts[first[0]], wrong),
-        "control": (wrong,) * 4,
-    }
-    tables = (
-        document.Table(
-            "complete", "complete", "[:, :, 0-3]", (2, 4), {"ours": {2: rows["complete"]}}
-        ),
-        document.Table("greedy", "greedy", "[:, :, 0-0]", (2,), {"ours": {2: rows["greedy"]}}),
-        document.Table(
-            "gradient", "gradient", "[:, :, {1}-{2}]", (1,), {"ours": {1: rows["gradient"]}}
-        ),
-        document.Table(
-            "position", "gradient", "[:, 0-2, {1}]", (1,), {"ours": {1: rows["position"]}}
-        ),
-        document.Table("short", "complete", "[:, :, 0-3]", (2,), {"ours": {2: rows["short"]}}),
-        document.Table(
-            "control",
-            "complete",
-            "[:, :, 0-3]",
-            (2,),
-            {"ours": {2: rows["control"]}},
-            untrained=True,
-            excuse="random",
-        ),
+def tables_like(document, expected: Expected) -> tuple:
+    """Tables for the model `ours`: cells that agree, that differ and that cannot be compared."""
+    texts, first, hidden = expected.texts, expected.first, expected.hidden
+    wrong = texts[(first[1] + 1) % VOCABULARY]
+    complete = (f" {texts[first[0]]}", wrong, None, texts[first[3]])
+    greedy = ("".join(texts[token] for token in expected.built),)
+    gradient = ("".join(hidden[0]), "".join(hidden[1][:4]) + wrong)
+    position = (
+        expected.changed(hidden[2], {1, 2, 3, 4}),
+        expected.changed(hidden[3], {1}),
+        "XYZ??",
     )
-    monkeypatch.setattr(document_tables, "TABLES", tables)
-    (told,) = printed("--model", donors["a"])["models"]
-    assert told["document_model"] == "ours"
-    found = {table["table"]: table["cells"] for table in told["tables"]}
+
+    def table(name: str, method: str, features: str, blocks: tuple, cells: tuple, **more):
+        return document.Table(name, method, features, blocks, {"ours": {blocks[0]: cells}}, **more)
+
+    control = {"untrained": True, "excuse": "random"}
+    return (
+        table("complete", "complete", "[:, :, 0-3]", (2, 4), complete),
+        table("greedy", "greedy", "[:, :, 0-0]", (2,), greedy),
+        table("gradient", "gradient", "[:, :, {1}-{2}]", (1,), gradient),
+        table("position", "gradient", "[:, 0-2, {1}]", (1,), position),
+        table("short", "complete", "[:, :, 0-3]", (2,), (texts[first[0]], wrong)),
+        table("control", "complete", "[:, :, 0-3]", (2,), (wrong,) * 4, **control),
+    )
+
+
+def test_cells_of_the_documents_own_model_are_scored(document, printed, donors, monkeypatch):
+    import document_tables
+
+    expected = expected_of(donors["a"])
+    monkeypatch.setitem(document.MODELS, "ours", TINY)
+    monkeypatch.setattr(document_tables, "TABLES", tables_like(document, expected))
+    (result,) = printed("--model", donors["a"])["models"]
+    assert result["document_model"] == "ours"
+    found = {table["table"]: table["cells"] for table in result["tables"]}
     verdicts = {
         name: [cell["verdict"] for cell in cells if cell["way"] != "E^+"]
         for name, cells in found.items()
@@ -273,8 +291,8 @@ def test_cells_of_the_documents_own_model_are_scored(document, printed, donors, 
     assert verdicts["greedy"] == ["agrees", "agrees"]
     assert [cell["way"] for cell in found["greedy"]] == ["last position", "all positions"]
     assert (found["greedy"][0]["page_ids"], found["greedy"][0]["tokens"]) == (
-        [[token] for token in built],
-        built,
+        [[token] for token in expected.built],
+        expected.built,
     )
     assert verdicts["gradient"] == ["agrees", "differs"]
     assert verdicts["position"] == ["agrees", "differs", "not comparable"]
@@ -282,9 +300,9 @@ def test_cells_of_the_documents_own_model_are_scored(document, printed, donors, 
         "not comparable"
     }
     assert verdicts["short"] == ["not comparable"] * 4
-    assert "has 2 cells for 4 features" in told["tables"][4]["notes"][0]
+    assert "has 2 cells for 4 features" in result["tables"][4]["notes"][0]
     assert "differs" not in verdicts["control"]
-    assert told["verdicts"] == Counter(
+    assert result["verdicts"] == Counter(
         cell["verdict"] for cells in found.values() for cell in cells
     )
 
@@ -298,9 +316,9 @@ def test_random_weights_in_a_shape_of_the_document(document, printed, donors, mo
 
     def shown(*arguments: object) -> list[dict]:
         asked = ("--table", "complete search", "--table", "untrained, complete search")
-        (told,) = printed("--random", "gpt2", *asked, *arguments)["models"]
-        assert not told["trained"] and set(told["verdicts"]) == {"not comparable"}
-        return [cell for table in told["tables"] for cell in table["cells"]]
+        (result,) = printed("--random", "gpt2", *asked, *arguments)["models"]
+        assert not result["trained"] and set(result["verdicts"]) == {"not comparable"}
+        return [cell for table in result["tables"] for cell in table["cells"]]
 
     ids, again, named, other = (
         shown(),
@@ -317,7 +335,7 @@ def test_random_weights_in_a_shape_of_the_document(document, printed, donors, mo
     assert [cell["texts"] for cell in named] == [
         [texts[token] for token in cell["tokens"]] for cell in named
     ]
-    assert len(ids) == 12  # blocks 1 and 2, and block 1 of the control, which the next seed draws
+    assert len(ids) == 12  # blocks 1 and 2, and block 1 of the control, which has the next seed
     assert (
         [cell["tokens"] for cell in ids[8:]]
         == [cell["tokens"] for cell in other[:4]]
@@ -326,12 +344,11 @@ def test_random_weights_in_a_shape_of_the_document(document, printed, donors, mo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"), [((), "--model"), (("--model", "/nowhere"), "/nowhere")]
+    ("arguments", "reported"), [((), "--model"), (("--model", "/nowhere"), "/nowhere")]
 )
-def test_mistakes_are_told(document, arguments, told):
+def test_mistakes_are_reported(document, arguments, reported):
     import document_tables
 
     done = CliRunner().invoke(document_tables.main, arguments)
-    assert (
-        done.exit_code in (1, 2) and told in done.output and isinstance(done.exception, SystemExit)
-    )
+    assert done.exit_code in (1, 2) and reported in done.output
+    assert isinstance(done.exception, SystemExit)

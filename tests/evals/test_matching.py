@@ -1,4 +1,4 @@
-"""Matches: a donor whose parts were moved about and whose stream was rotated is recovered, and computes what it did."""
+"""Matching: a permuted and rotated copy of a donor is recovered, with the same outputs."""
 
 import pytest
 import torch
@@ -21,13 +21,15 @@ FAMILIES = [
 
 
 def shuffle(seed, neurons, heads, groups, width):
-    """A match drawn at random: any order of everything, signs, and bases of the values."""
-    drawn, each = torch.Generator().manual_seed(seed), heads // groups
-    order = torch.randperm(groups, generator=drawn)
-    within = [group * each + torch.randperm(each, generator=drawn) for group in order.tolist()]
-    signs = torch.randint(2, (neurons,), generator=drawn) * 2 - 1
+    """A random match: any order of everything, signs, and bases of the values."""
+    generator, each = torch.Generator().manual_seed(seed), heads // groups
+    order = torch.randperm(groups, generator=generator)
+    within = [group * each + torch.randperm(each, generator=generator) for group in order.tolist()]
+    signs = torch.randint(2, (neurons,), generator=generator) * 2 - 1
     values = torch.stack([random_rotation(width, seed + group).matrix for group in range(groups)])
-    return Match(torch.randperm(neurons, generator=drawn), signs, order, torch.cat(within), values)
+    return Match(
+        torch.randperm(neurons, generator=generator), signs, order, torch.cat(within), values
+    )
 
 
 def opened(folder, family, changes):
@@ -66,7 +68,7 @@ def test_a_donor_with_its_parts_moved_gives_the_same_logits(family, changes, tmp
 
 
 @pytest.mark.parametrize("family, changes", FAMILIES)
-def test_a_moved_and_turned_copy_of_a_donor_is_recovered(family, changes, tmp_path):
+def test_a_permuted_and_rotated_copy_of_a_donor_is_recovered(family, changes, tmp_path):
     model, architecture = opened(tmp_path / "donor", family, changes)
     moved = matched_model(model.state_dict(), architecture, shuffles(model))
     copy = filled(model, rotated_model(moved, architecture, random_rotation(16, 1)))
@@ -88,7 +90,7 @@ def test_a_moved_and_turned_copy_of_a_donor_is_recovered(family, changes, tmp_pa
             value,
             atol=1e-3,
             rtol=1e-3,
-            msg=lambda told, name=name: f"{name}: {told}",
+            msg=lambda message, name=name: f"{name}: {message}",
         )
 
 
