@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice", key_node.start_mark
+                    None, None, f"key {key!r} occurs twice", key_node.start_mark
                 )
             seen |= (
                 {key} if isinstance(key, Hashable) else set()
@@ -89,7 +89,7 @@ def parse_recipes(text: str, place: str) -> list[Recipe]:
         AttributeError,
         RecursionError,
     ) as error:  # PyYAML lets scalars' own errors out
-        raise fail(place, "YAML", " ".join(str(error).split()), "mend the file") from error
+        raise fail(place, "YAML", " ".join(str(error).split()), "correct the file") from error
     if (
         len(documents) == 1
         and isinstance(documents[0], list)
