@@ -1,4 +1,4 @@
-"""Puts every command's help, as the terminal shows it, into the page of commands. A hook of mkdocs."""
+"""A hook of mkdocs that puts every command's help into the page of commands."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ HERE = "<!-- every command -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the mark in a page by the help of all commands."""
+    """Replace the marker in a page by the help of all commands."""
     return markdown.replace(HERE, "\n\n".join(sections()))
 
 
@@ -25,7 +25,6 @@ def sections() -> Iterator[str]:
         with click.Context(
             command, info_name=name, parent=parent, terminal_width=80, max_content_width=80
         ) as context:
-            told = command.get_help(context)
-        # The terminal's copy says what may be repeated or is a default; nothing of it is to be read
-        # as markup.
-        yield f"## {name}\n\n```text\n{re.sub(r'[ ]+$', '', told, flags=re.MULTILINE)}\n```"
+            text = command.get_help(context)
+        # As text: nothing in it is markup.
+        yield f"## {name}\n\n```text\n{re.sub(r'[ ]+$', '', text, flags=re.MULTILINE)}\n```"
