@@ -8,11 +8,11 @@ from rich.table import Table
 
 from frankenmerge.artefacts.scores import SCORES
 from frankenmerge.cli.console import (
+    check_plot,
     device_option,
     download_option,
     dtype_option,
     json_option,
-    need_matplotlib,
     out,
     output_option,
     pickle_option,
@@ -62,7 +62,7 @@ WIDEST = 12
 @click.option(
     "--plot",
     type=click.Path(path_type=Path),
-    help="Plot the scores to this PNG or SVG file (needs matplotlib).",
+    help="Plot the scores to this SVG or PNG file (PNG needs frankenmerge[plots]).",
 )
 @device_option
 @dtype_option
@@ -82,7 +82,7 @@ def align(
     """Score how donors A and B agree, block by block. Each is a donor or an atlas."""
     refuse_others(context, options["method"], {**MEANT_FOR, "bos": ("complete",)})
     if plot:
-        need_matplotlib("--plot")
+        check_plot("--plot", plot)
     from frankenmerge.artefacts.alignment import save_alignment
     from frankenmerge.workflows.aligning import AlignOptions, align_donors
 

@@ -1,4 +1,4 @@
-"""What the commands share: tables on standard output, progress on standard error, common options."""
+"""What the commands share: tables on standard output, progress on standard error, options."""
 
 import json
 import os
@@ -29,14 +29,16 @@ download_option = click.option(
 pickle_option = click.option(
     "--allow-pickle",
     is_flag=True,
-    help="Convert donors that have no safetensors, once, running nothing that their pickles hold.",
+    help="Convert donors without safetensors once (weights only; pickled code is never executed).",
 )
 _QUIET = "frankenmerge.quiet"
+_PNG_PACKAGES = ("resvg_py", "matplotlib")
+"""The renderer, and the package with its font. SVG needs neither."""
 
 
-def _hush(context: click.Context, _parameter: click.Parameter, quiet: bool) -> None:
+def _set_quiet(context: click.Context, _parameter: click.Parameter, quiet: bool) -> None:
     context.meta[_QUIET] = quiet
-    if quiet:  # the bars of the libraries beneath
+    if quiet:  # progress bars of libraries
         os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -45,29 +47,29 @@ quiet_option = click.Option(
     is_flag=True,
     expose_value=False,
     is_eager=True,
-    callback=_hush,
-    help="Show no progress, only results.",
+    callback=_set_quiet,
+    help="Show results only, without progress bars.",
 )
-"""Every command has it."""
+"""Added to every command."""
 device_option = click.option(
     "--device",
     default="cpu",
     show_default=True,
-    help="A torch device, or `auto`: whatever there is, several where they are needed.",
+    help="Torch device, or `auto` to use all that are available.",
 )
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
     show_default=True,
-    help="The type to compute in.",
+    help="Data type to compute in.",
 )
 
 
 def _sizes(
     _context: Any, parameter: click.Parameter, values: tuple[str, ...]
 ) -> dict[int | str, str] | None:
-    """Read an option's `0=20GiB`, given for several devices."""
+    """Read `0=20GiB`, which may be repeated for several devices."""
     pairs = [value.partition("=") for value in values]
     if unclear := [
         value
@@ -88,24 +90,25 @@ max_memory_option = click.option(
     multiple=True,
     callback=_sizes,
     metavar="DEVICE=SIZE",
-    help="With --device auto, how much of a device (0, 1, ..., cpu) may be used, such as 0=20GiB; may be repeated.",
+    help="With --device auto, the memory to use on a device (0, 1, ..., cpu), such as 0=20GiB. "
+    "May be repeated.",
 )
 offload_option = click.option(
     "--offload",
     type=click.Path(path_type=Path, file_okay=False),
-    help="With --device auto, a folder for weights that fit nowhere else.",
+    help="With --device auto, a folder for weights that fit into no memory.",
 )
 
 
 def _writable(_context: Any, _parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse a file that could not be written, before anything is computed."""
+    """Refuse a file that cannot be written before anything is computed."""
     if path:
         check_place(path)
     return path
 
 
 def output_option(what: str, *, required: bool = True) -> Callable:
-    """`-o FILE`, refused at once where it could not be written; `what` is its help."""
+    """`-o FILE`, refused at once if it cannot be written; `what` is its help."""
     return click.option(
         "-o",
         "--output",
@@ -116,19 +119,29 @@ def output_option(what: str, *, required: bool = True) -> Callable:
     )
 
 
-def need_matplotlib(option: str) -> None:
-    """Raise FrankenmergeError where an option is given that draws and the extra for that is not installed."""
-    if find_spec("matplotlib") is None:
+def need_png(option: str) -> None:
+    """Raise FrankenmergeError if the packages that write PNG are not installed."""
+    missing = [name for name in _PNG_PACKAGES if find_spec(name) is None]
+    if missing:
         raise fail(
             option,
-            "matplotlib, to draw with",
-            "it is not installed",
-            "pip install 'frankenmerge[plots]', or leave the option out",
+            "the packages of the extra `plots`, which write PNG",
+            f"not installed: {', '.join(missing)}",
+            "pip install 'frankenmerge[plots]', or omit the option",
         )
 
 
+def check_plot(option: str, path: Path) -> None:
+    """Raise FrankenmergeError for a figure that cannot be written, before anything is computed."""
+    if path.suffix not in (".png", ".svg"):
+        expected, remedy = "a file name that ends in .png or .svg", "choose another name"
+        raise fail(option, expected, str(path), remedy)
+    if path.suffix == ".png":
+        need_png(option)
+
+
 def numbers(_context: Any, parameter: click.Parameter, value: str | None) -> list[int] | None:
-    """Read an option's `1,4,8` and `0-3`, ends included."""
+    """Read `1,4,8` and `0-3`; both ends of a range are included."""
     if value is None:
         return None
     found: list[int] = []
@@ -141,20 +154,28 @@ def numbers(_context: Any, parameter: click.Parameter, value: str | None) -> lis
             f"{value!r}: write numbers and ranges, such as 1,4,8 or 0-3", param=parameter
         ) from error
     if not found or min(found) < 0:
-        raise click.BadParameter(f"{value!r} names nothing", param=parameter)
+        raise click.BadParameter(
+            f"{value!r}: write numbers from 0, such as 1,4,8 or 0-3", param=parameter
+        )
     return list(dict.fromkeys(found))
 
 
 def refuse_others(
     context: click.Context, method: str, meant_for: dict[str, tuple[str, ...]]
 ) -> None:
-    """Raise FrankenmergeError for options that were given and mean nothing to a method; `meant_for` tells the methods of each."""
+    """Raise FrankenmergeError for options that were set and do not apply to a method.
+
+    Args:
+        context: of the command.
+        method: the value of its --method.
+        meant_for: the methods that an option applies to; those that are missing apply to all.
+    """
     raise_all(
         Fault(
             option.opts[0],
             f"--method {' or '.join(methods)}",
             f"--method {method}",
-            "leave the option out, or choose another method",
+            "omit the option, or choose another method",
         )
         for option in context.command.params
         if method not in (methods := meant_for.get(option.name or "", (method,)))
@@ -163,15 +184,15 @@ def refuse_others(
 
 
 class _Console(Console):
-    """A console that shows what a donor's names and values hold, and obeys none of it."""
+    """A console that shows control characters in names and values instead of obeying them."""
 
     def render_str(self, text: str, **how: Any) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Lines are text; whatever else a terminal would obey is written out."""
+        """Render text; control characters other than line ends are escaped."""
         return super().render_str("\n".join(map(visible, text.split("\n"))), **how)
 
 
 def out() -> Console:
-    """Standard output, in which no markup is read unless asked; plain and 80 columns wide where it is no terminal."""
+    """Standard output: no markup unless asked for; 80 columns and no colour without a terminal."""
     console = _Console(highlight=False, markup=False)
     return console if console.is_terminal else _Console(highlight=False, markup=False, width=80)
 
@@ -188,17 +209,17 @@ def print_json(value: Any) -> None:
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table: the first column to the left, the others to the right; long cells fold."""
-    made = Table(
+    """An empty table: first column left-aligned, the others right-aligned; long cells fold."""
+    empty = Table(
         title=title, title_justify="left", title_style="bold", min_width=min(len(title) + 1, 79)
     )
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
-    return made
+        empty.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    return empty
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """A number of bytes with its unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -207,7 +228,7 @@ def size(count: float) -> str:
 
 
 class _Rate(ProgressColumn):
-    """Units done per second."""
+    """Units per second."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -216,19 +237,16 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Show the rate."""
         rate = task.finished_speed or task.speed
-        told = (
-            ""
-            if not rate
-            else f"{size(rate)}/s"
-            if self.unit == "bytes"
-            else f"{rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s"
-        )
-        return Text(told, style="dim")
+        if not rate:
+            return Text("")
+        digits = 0 if rate >= 10 else 2
+        text = size(rate) if self.unit == "bytes" else f"{rate:,.{digits}f} {self.unit}"
+        return Text(f"{text}/s", style="dim")
 
 
 @contextmanager
 def progress(description: str, total: float | None, unit: str) -> Iterator[Advance]:
-    """Show a bar on standard error, with rate and time left; yields what to call with the units done."""
+    """Show a bar on standard error, with rate and time left; yields a function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), _Rate(unit), TimeRemainingColumn())
     console = Console(stderr=True)
     context = click.get_current_context(silent=True)

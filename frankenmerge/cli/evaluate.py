@@ -66,6 +66,7 @@ WORSE = 3
 @click.option("--prompt", "prompts", multiple=True, help="A prompt to continue. May be repeated.")
 @click.option(
     "--words",
+    "lists",
     multiple=True,
     type=click.Path(path_type=Path),
     help="A list of valid words, in addition to those of the texts. May be repeated.",
@@ -89,6 +90,7 @@ WORSE = 3
 )
 @click.option(
     "--compare",
+    "threshold",
     type=float,
     metavar="BITS",
     help="Exit with status 3 if a merge is worse than its best donor by more than BITS bits per "
@@ -128,9 +130,9 @@ def evaluate(
     Every donor of a recipe is measured, too; with --seams, --retention or --compare also those of a
     merged checkpoint.
     """
-    if options["words"] and not (options["samples"] or options["prompts"]):
+    if options["lists"] and not (options["samples"] or options["prompts"]):
         raise fail("--words", "samples to be judged", "none", "add --samples or --prompt")
-    threshold = options["compare"]
+    threshold = options["threshold"]
     if threshold is not None and not math.isfinite(threshold):
         raise fail("--compare", "a number of bits per byte", str(threshold), "give one such as 0.1")
     if options["tasks"]:
@@ -172,7 +174,8 @@ def _options(options: dict[str, Any]) -> "EvaluateOptions":
         options.pop("max_memory") or {},
         options.pop("offload"),
     )
-    return EvaluateOptions(placement=placement, **options)
+    words, compare = options.pop("lists"), options.pop("threshold")
+    return EvaluateOptions(placement=placement, words=words, compare=compare, **options)
 
 
 def _arguments(context: click.Context) -> dict[str, Any]:

@@ -45,9 +45,8 @@ def _named(_context, parameter, values: tuple[str, ...]) -> list[_Named]:
     for value in values:
         match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?", value)
         if not match:
-            raise click.BadParameter(
-                f"{value!r}; write {parameter.metavar}, for example {'A:0.4-0.6' if parameter.name == 'shares' else 'A:3-5'}"
-            )
+            example = "A:0.4-0.6" if parameter.name == "shares" else "A:3-5"
+            raise click.BadParameter(f"{value!r}; write {parameter.metavar}, such as {example}")
         found.append(_Named(match[1], float(match[2]), float(match[3] or match[2])))
     return found
 
@@ -62,7 +61,7 @@ def _count(_context, _parameter, value: str | None) -> int | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", value.strip().upper())
     if not match:
         raise click.BadParameter(
-            f"{value!r} is no number of parameters; write for example 11B or 1.5M"
+            f"{value!r} is not a number of parameters; write for example 11B or 1.5M"
         )
     return int(float(match[1]) * _UNITS[match[2]])
 

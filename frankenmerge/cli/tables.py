@@ -1,8 +1,8 @@
-"""What an evaluation found, as tables of at most 80 columns."""
+"""Results of an evaluation as tables of at most 80 columns."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -12,17 +12,21 @@ from frankenmerge.cli.console import table
 
 if TYPE_CHECKING:
     from frankenmerge.artefacts.evaluation import DifferenceRecord
+    from frankenmerge.evaluation.bench import Result
+    from frankenmerge.evaluation.checks import Findings
+    from frankenmerge.evaluation.harness import TaskFigure
+    from frankenmerge.evaluation.retention import Retention
+    from frankenmerge.evaluation.samples import Sample
+    from frankenmerge.evaluation.seams import BlockComparison
 
 FEW = 2
-"""Texts that have a column each in the first table."""
+"""Up to this many texts have a column each in the first table."""
 COLUMNS = 5
-"""Columns of a table whose number the user decides, besides the first; what is beyond goes into
-another table.
-"""
+"""Most columns of further figures in one table; more are split over several tables."""
 
 
-def results_table(results: Sequence[Any], title: str, seed: int = 0) -> Table:
-    """Results on all texts together, and on each where they are `FEW`."""
+def results_table(results: "Sequence[Result]", title: str, seed: int = 0) -> Table:
+    """Results on all texts together, and on each text where there are at most `FEW`."""
     from frankenmerge.evaluation.intervals import drawn, intervals, together
 
     texts = list(results[0].losses)
@@ -42,7 +46,7 @@ def results_table(results: Sequence[Any], title: str, seed: int = 0) -> Table:
         low, high = intervals(together(drawn(result.losses, seed)))["bits_per_byte"]
         accuracy = "" if total.accuracy is None else f"{total.accuracy:.1%}"
         made.add_row(
-            _called(result),
+            _label(result),
             *(f"{result.losses[text].bits_per_byte:.3f}" for text in each),
             f"{total.bits_per_byte:.3f}",
             f"{low:.3f}-{high:.3f}",
@@ -53,13 +57,13 @@ def results_table(results: Sequence[Any], title: str, seed: int = 0) -> Table:
     return made
 
 
-def _called(result: Any) -> str:
+def _label(result: "Result") -> str:
     name = Path(result.name).name
     return f"{name} (donor)" if result.role == "donor" else name
 
 
-def further_tables(results: Sequence[Any], looks: Any) -> Iterable[Table]:
-    """Each text's bits per byte where they are more than `FEW`, what samples are like, and the harness's figures."""
+def further_tables(results: "Sequence[Result]", findings: "Findings") -> Iterable[Table]:
+    """Bits per byte of each of more than `FEW` texts, rates of samples, figures of tasks."""
     from frankenmerge.evaluation.samples import invalid_rate, repetition
 
     columns: list[tuple[str, list[str]]] = []
@@ -72,17 +76,17 @@ def further_tables(results: Sequence[Any], looks: Any) -> Iterable[Table]:
             )
         )
     for name, rate in (("invalid words", invalid_rate), ("repeated", repetition)):
-        if looks.samples:
-            rates = [rate(looks.samples[result.name]) for result in results]
+        if findings.samples:
+            rates = [rate(findings.samples[result.name]) for result in results]
             columns.append((name, ["" if value is None else f"{value:.1%}" for value in rates]))
-    told = {
+    by_model = {
         result.name: {
-            (figure.task, figure.metric): figure for figure in looks.tasks.get(result.name, [])
+            (figure.task, figure.metric): figure for figure in findings.tasks.get(result.name, [])
         }
         for result in results
     }
-    for key in dict.fromkeys(key for figures in told.values() for key in figures):
-        cells = [told[result.name].get(key) for result in results]
+    for key in dict.fromkeys(key for figures in by_model.values() for key in figures):
+        cells = [by_model[result.name].get(key) for result in results]
         columns.append(
             (" ".join(key), ["" if cell is None else _with_error(cell) for cell in cells])
         )
@@ -90,16 +94,16 @@ def further_tables(results: Sequence[Any], looks: Any) -> Iterable[Table]:
         group = columns[first : first + COLUMNS]
         made = table("Further figures", "model", *(name for name, _ in group))
         for number, result in enumerate(results):
-            made.add_row(_called(result), *(cells[number] for _, cells in group))
+            made.add_row(_label(result), *(cells[number] for _, cells in group))
         yield made
 
 
-def _with_error(figure: Any) -> str:
+def _with_error(figure: "TaskFigure") -> str:
     return f"{figure.value:.3f}" + ("" if figure.stderr is None else f" ±{figure.stderr:.3f}")
 
 
 def differences_table(differences: "Sequence[DifferenceRecord]") -> Table:
-    """How many more bits per byte models take than donors."""
+    """Differences in bits per byte between models and donors."""
     title = "Compared with each donor, on the same text (bits per byte; above 0 is worse)"
     made = table(title, "model", "donor", "difference", "95 % in")
     for entry in differences:
@@ -109,12 +113,12 @@ def differences_table(differences: "Sequence[DifferenceRecord]") -> Table:
     return made
 
 
-def seams_table(name: str, blocks: Sequence[Any]) -> Table:
-    """A merged model block by block, beside its donors."""
+def seams_table(name: str, blocks: "Sequence[BlockComparison]") -> Table:
+    """A merged model block by block, compared with its donors."""
     donors = list(blocks[0].cosine)
     short = {donor: Path(donor).name for donor in donors}
     made = table(
-        f"{Path(name).name}: behind each block",
+        f"{Path(name).name}: after each block",
         "block",
         "from",
         "norm",
@@ -141,21 +145,20 @@ def seams_table(name: str, blocks: Sequence[Any]) -> Table:
     return made
 
 
-def retention_table(name: str, entries: Sequence[Any]) -> Table:
-    """How many of each donor's features a merged model keeps."""
-    made = table(
-        f"{Path(name).name}: features kept", "donor", "kept", "by chance", "from block to block"
-    )
+def retention_table(name: str, entries: "Sequence[Retention]") -> Table:
+    """The share of each donor's features that a merged model preserves."""
+    title = f"{Path(name).name}: preserved features"
+    made = table(title, "donor", "share", "by chance", "by block")
     for entry in entries:
         blocks = " ".join(f"{block.block}:{block.kept:.0%}" for block in entry.blocks)
         made.add_row(Path(entry.donor).name, f"{entry.kept:.1%}", f"{entry.chance:.1%}", blocks)
     return made
 
 
-def print_samples(console: Console, samples: dict[str, list[Any]]) -> None:
-    """Samples side by side, prompt after prompt; words that the reference lacks stand out."""
+def print_samples(console: Console, samples: "Mapping[str, list[Sample]]") -> None:
+    """Show every model's continuation of each prompt, invalid words highlighted."""
     for number, first in enumerate(next(iter(samples.values()))):
-        console.print(Text(f"\nBehind {first.prompt!r}:", style="bold"))
+        console.print(Text(f"\nAfter {first.prompt!r}:", style="bold"))
         for name, entries in samples.items():
             sample = entries[number]
             shown = Text(f"{sample.text!r}")
@@ -165,6 +168,6 @@ def print_samples(console: Console, samples: dict[str, list[Any]]) -> None:
             console.print(Text(f"  {Path(name).name}: ", style="bold") + shown)
             if sample.invalid:
                 console.print(
-                    f"    not in the reference: {', '.join(dict.fromkeys(sample.invalid))}",
+                    f"    not in the reference words: {', '.join(dict.fromkeys(sample.invalid))}",
                     markup=False,
                 )

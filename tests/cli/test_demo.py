@@ -77,18 +77,18 @@ def test_the_demo_leaves_a_folder_alone_that_is_not_its_own(demo, tmp_path):
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
     code, out, err = demo("--out", folder)
-    assert (code, out) == (1, "") and str(folder) in err and "--out" in err
+    assert (code, out) == (2, "") and str(folder) in err and "--out" in err
     assert files(folder) == {"thesis.txt": b"years of work"}
 
 
 def test_the_demo_leaves_a_file_alone(demo, tmp_path):
     (tmp_path / "mine").write_text("years of work")
     code, _, err = demo("--out", tmp_path / "mine")
-    assert code == 1 and str(tmp_path / "mine") in err
+    assert code == 2 and str(tmp_path / "mine") in err
     assert (tmp_path / "mine").read_text() == "years of work"
 
 
 def test_an_unknown_option_is_told_and_nothing_is_made(demo, tmp_path):
     code, _, err = demo("--depth", 3)
-    assert code == 1 and "--depth" in err
+    assert code == 2 and "--depth" in err
     assert list((tmp_path / "here").iterdir()) == []

@@ -38,7 +38,7 @@ def by_feature(run, *arguments) -> dict[tuple[int, str], list[int]]:
 
 def refused(run, *arguments) -> str:
     code, out, err = run("features", *arguments)
-    assert code == 1 and not out and "Traceback" not in err
+    assert code == 2 and not out and "Traceback" not in err
     return err
 
 
@@ -120,7 +120,7 @@ def test_every_method_prints_a_table_of_80_columns(donors, run, method):
 )
 def test_what_the_donor_does_not_have_is_a_mistake(donors, run, options):
     code, out, err = run("features", donors["a"], *options)
-    assert code == 1 and not out and err and "Traceback" not in err
+    assert code == 2 and not out and err and "Traceback" not in err
 
 
 # The document's notation

@@ -24,7 +24,7 @@ def record_of(run, *arguments) -> dict:
 
 def refused(run, *arguments) -> str:
     code, out, err = run("features", *arguments)
-    assert code == 1 and not out and "Traceback" not in err
+    assert code == 2 and not out and "Traceback" not in err
     return err
 
 

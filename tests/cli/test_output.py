@@ -100,7 +100,7 @@ def test_commands_that_run_no_model_import_nothing_heavy(donors, recipe, alignme
         ["report", tmp_path, "-o", tmp_path / "report.html"],
         ["merge", recipe, tmp_path / "out"],
     ]
-    assert alone(*commands) == [[0, []]] * 7 + [[1, []]]
+    assert alone(*commands) == [[0, []]] * 7 + [[2, []]]
     assert not alone(["merge", recipe, tmp_path / "again"], heavy=("matplotlib", "jinja2"))[0][1]
 
 

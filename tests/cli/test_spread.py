@@ -10,12 +10,12 @@ def spread(folder, size="25KB"):
 
 
 def test_a_spread_model_is_measured_as_a_whole_one(run, donors, text, tmp_path):
-    told = []
+    losses = []
     for options in ([], spread(tmp_path / "offload")):
         code, out, _ = run("evaluate", donors["deep"], "--text", text, "--json", *options)
         assert code == 0
-        told.append(json.loads(out)["models"][0]["nats_per_token"])
-    assert told[0] == pytest.approx(told[1], rel=1e-5)
+        losses.append(json.loads(out)["models"][0]["nats_per_token"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_features_of_a_spread_model_are_those_of_a_whole_one(run, donors, tmp_path):
@@ -28,19 +28,27 @@ def test_features_of_a_spread_model_are_those_of_a_whole_one(run, donors, tmp_pa
     assert found[0] == found[1]
 
 
-def test_a_splice_of_offloaded_donors_is_refused(run, donors, text, tmp_path):
+@pytest.mark.parametrize("blocks", [[(0, 6)], [(0, 4), (2, 6)]])
+def test_a_splice_of_offloaded_donors_is_measured_as_a_whole_one(
+    run, donors, text, tmp_path, blocks
+):
     recipe = tmp_path / "recipe.yaml"
-    source = {"model": str(donors["deep"]), "layer_range": [0, 6]}
-    recipe.write_text(
-        json.dumps({"slices": [{"sources": [source]}], "merge_method": "passthrough"})
-    )
-    code, _, told = run("evaluate", recipe, "--text", text, *spread(tmp_path / "offload"))
-    assert code == 1 and "offloaded" in told
+    slices = [
+        {"sources": [{"model": str(donors["deep"]), "layer_range": [start, stop]}]}
+        for start, stop in blocks
+    ]
+    recipe.write_text(json.dumps({"slices": slices, "merge_method": "passthrough"}))
+    losses = []
+    for options in ([], spread(tmp_path / "offload")):
+        code, out, err = run("evaluate", recipe, "--text", text, "--json", *options)
+        assert code == 0, err
+        losses.append([model["nats_per_token"] for model in json.loads(out)["models"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
 
 
 @pytest.mark.parametrize("value", ["20GiB", "=20GiB", "0="])
-def test_memory_is_said_by_device(run, donors, text, value):
-    code, _, told = run(
+def test_memory_is_limited_by_device(run, donors, text, value):
+    code, _, err = run(
         "evaluate", donors["a"], "--text", text, "--device", "auto", "--max-memory", value
     )
-    assert code == 1 and "cpu=60GiB" in told
+    assert code == 2 and "cpu=60GiB" in err

@@ -136,7 +136,27 @@ def test_svg_needs_no_extra_and_png_names_it(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "a.png").exists()
 
 
-def test_without_matplotlib_the_extra_is_named(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("frankenmerge.cli.console.find_spec", lambda name: None)
+@pytest.mark.parametrize("missing", ["resvg_py", "matplotlib"])
+def test_without_the_packages_that_write_png_the_extra_is_named(
+    run, folder, donors, tmp_path, monkeypatch, missing
+):
+    monkeypatch.setattr("frankenmerge.cli.console.find_spec", lambda name: name != missing or None)
     code, _, err = run("report", folder, "--figures", tmp_path / "figures")
-    assert code == 1 and "frankenmerge[plots]" in err and not (tmp_path / "figures").exists()
+    assert code == 2 and "frankenmerge[plots]" in err and missing in err
+    assert not (tmp_path / "figures").exists()
+    align = ("align", donors["a"], donors["b"], "-o", tmp_path / "x.alignment.safetensors")
+    code, _, err = run(*align, "--plot", tmp_path / "x.png")
+    assert code == 2 and "frankenmerge[plots]" in err and missing in err
+    assert not (tmp_path / "x.alignment.safetensors").exists()
+
+
+def test_the_command_plots_svg_without_the_packages_that_write_png(
+    run, donors, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("frankenmerge.cli.console.find_spec", lambda name: None)
+    for name in ("resvg_py", "matplotlib"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+    align = ("align", donors["a"], donors["b"], "-o", tmp_path / "x.alignment.safetensors")
+    code, _, err = run(*align, "--plot", tmp_path / "x.svg")
+    assert code == 0, err
+    assert (tmp_path / "x.svg").read_text().startswith("<svg")

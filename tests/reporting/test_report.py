@@ -318,14 +318,14 @@ def test_a_folder_without_artefacts_is_a_mistake_reported_without_a_traceback(ru
             (place / "a.alignment.safetensors").write_text("no")
     code, out, err = run("report", place, "-o", tmp_path / "report.html")
     assert (
-        code == 1 and out == "" and str(place) in err and "remedy" in err and "Traceback" not in err
+        code == 2 and out == "" and str(place) in err and "remedy" in err and "Traceback" not in err
     )
     assert not (tmp_path / "report.html").exists() and ("a.alignment" in err) == (what == "broken")
 
 
 def test_it_says_where_the_page_is_to_go(run, folder):
     code, _, err = run("report", folder)
-    assert code == 1 and "-o report.html" in err
+    assert code == 2 and "-o report.html" in err
 
 
 def test_json_lists_what_was_written(run, folder, tmp_path):
