@@ -52,7 +52,7 @@ def block_of(name: str) -> tuple[int | None, str]:
 
 
 def expected(order, head: str | None) -> dict[str, np.ndarray]:
-    """The tensors of the model of `order`; `head` names the tensor of the last donor that becomes the head, if one is written."""
+    """The tensors of the model of `order`; `head` names the last donor's tensor for its head."""
     donors = {folder: arrays_of(folder) for folder, _ in order}
     first, last = donors[order[0][0]], donors[order[-1][0]]
     result = {name: array for name, array in first.items() if name in EMBEDDINGS}
@@ -110,7 +110,10 @@ def virtual(order) -> torch.nn.Module:
 
 
 def encoded(source: Path, folder: Path, number: int, shards: int = 1) -> Path:
-    """Copy a donor, every tensor filled with 10,000 times `number`, 100 times its block (90: none) and its own number."""
+    """Copy a donor, every tensor filled with a number of its own.
+
+    It is 10,000 times `number`, plus 100 times its block (90: none), plus the tensor's kind.
+    """
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     arrays = arrays_of(source)
     kinds = sorted({block_of(name)[1] for name in arrays})

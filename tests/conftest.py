@@ -1,4 +1,4 @@
-"""Donors for the tests: tiny random models of several families, written once a session as ordinary checkpoints."""
+"""Donors for the tests: tiny random models of several families, written once a session."""
 
 import os
 from pathlib import Path
@@ -83,7 +83,7 @@ def write_donor(
 
 @pytest.fixture(scope="session")
 def donors(tmp_path_factory) -> dict[str, Path]:
-    """Donors by name: `a`, `b` and `deep` are Llamas (b tied, deep of 6 blocks, sharded), `g`, `h` are GPT-2s."""
+    """Donors: Llamas `a`, `b` (tied), `deep` (6 blocks, in shards), `wide`; GPT-2s `g`, `h`."""
     root = tmp_path_factory.mktemp("donors")
     return {
         "a": write_donor(root / "a", seed=1),
@@ -97,7 +97,10 @@ def donors(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def run(capsys, tmp_path, monkeypatch):
-    """Run the command line in this process, its cache in `tmp_path`; returns (exit code, standard output, standard error)."""
+    """Run the command line in this process, its cache in `tmp_path`.
+
+    Returns exit status, standard output and standard error.
+    """
     from frankenmerge.cli import main
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -121,7 +124,7 @@ def text(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def real() -> tuple[Path, Path]:
-    """Two small models by other authors, where they are at hand."""
+    """Two small models by other authors, where they are available."""
     paths = DATA / "models" / "stories260K-ffn192", DATA / "models" / "llama2xs-281K"
     if not all(path.is_dir() for path in paths):
         pytest.skip(f"the real checkpoints are not in {DATA / 'models'}")
@@ -170,7 +173,10 @@ def meter(advance):
 
 
 def changed(source: Path, folder: Path, tensors=None, config=None) -> Path:
-    """Copy a donor of one file to the new `folder`, its tensors (numpy arrays by name) and its config each put through a function."""
+    """Copy a donor of one file to the new `folder`, changed by functions.
+
+    `tensors` changes its numpy arrays by name, `config` its config.
+    """
     import json
     import shutil
 
@@ -189,7 +195,7 @@ def changed(source: Path, folder: Path, tensors=None, config=None) -> Path:
 def write_stand_in(
     folder: Path, family: str, dtype: str = "BF16", tokens: int | None = None, **sizes
 ) -> Path:
-    """Write a donor of any size that takes no disk: transformers' own tensor names and shapes, a header, and a hole for the weights.
+    """Write a donor of any size that takes no disk: config and header over a hole for the weights.
 
     Its tokenizer has the tokens t0, t1, ..., as many as the vocabulary or `tokens`.
     """
@@ -227,7 +233,7 @@ def write_stand_in(
 
 
 def rotated_donor(source, folder, rotation):
-    """The donor with its whole stream rotated, its head parted from its embedding, as a checkpoint."""
+    """The donor with its whole stream rotated and its head untied, as a checkpoint."""
     from safetensors.torch import load_file, save_file
 
     from frankenmerge.donors.checkpoint import open_checkpoint

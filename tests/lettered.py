@@ -25,7 +25,9 @@ RECIPE
 """Places for a parameter at every level of a recipe."""
 STACK = """\
 merge_method: passthrough
-slices: [{sources: [{model: a, layer_range: [0, 2]PARAMETERS}]}, {sources: [{model: b, layer_range: [2, 4]}]}]
+slices:
+  - sources: [{model: a, layer_range: [0, 2]PARAMETERS}]
+  - sources: [{model: b, layer_range: [2, 4]}]
 """
 
 

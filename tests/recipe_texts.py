@@ -37,7 +37,10 @@ def places(text: str) -> set[str]:
 
 
 def one_slice(layer_range: str, model: str = "a") -> str:
-    return f"merge_method: passthrough\nslices:\n  - sources:\n      - model: {model}\n        layer_range: {layer_range}\n"
+    return (
+        f"merge_method: passthrough\nslices:\n  - sources:\n      - model: {model}\n"
+        f"        layer_range: {layer_range}\n"
+    )
 
 
 def sound(text: str) -> Recipe:

@@ -149,8 +149,10 @@ def test_the_recipe_of_blocks_survives_writing_and_reading(blocks):
     [
         "models: [{model: a, parameters: {weight: 1}}, {model: b}]",
         "modules: {default: {models: [{model: a}, {model: b}], parameters: {weight: 1}}}",
-        "slices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [2, 4]}], base_model: b, parameters: {t: 0}}]",
-        "modules: {default: {slices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [2, 4]}]}]}}",
+        "slices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, "
+        "layer_range: [2, 4]}], base_model: b, parameters: {t: 0}}]",
+        "modules: {default: {slices: [{sources: [{model: a, layer_range: [0, "
+        "2]}, {model: b, layer_range: [2, 4]}]}]}}",
     ],
 )
 def test_slices_models_and_modules_name_their_donors(body):
@@ -167,7 +169,8 @@ def test_slices_models_and_modules_name_their_donors(body):
         "models: []",
         "modules: {}",
         "modules: {x: {}}",
-        "modules: {x: {models: [{model: a}], slices: [{sources: [{model: a, layer_range: [0, 2]}]}]}}",
+        "modules: {x: {models: [{model: a}], slices: [{sources: [{model: a, "
+        "layer_range: [0, 2]}]}]}}",
         "modules: {x: {models: [{model: a}]}, y: {models: [{model: a}]}}",
         "models: [{model: a, layer_range: [0, 2]}]",
         "models: [{model: a}]\ntokenizer_source: base\ntokenizer: {source: union}",
@@ -175,7 +178,9 @@ def test_slices_models_and_modules_name_their_donors(body):
         "models: [{model: a}]\ntokenizer: {pad_to_multiple_of: 0}",
         "models: [{model: a}]\ntokenizer: {tokens: {x: {source: {kind: one, model: a}}}}",
         "models: [{model: a}]\ntokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}",
-        "models: [{model: a}]\ntokenizer: {tokens: {x: {source: {kind: model_token, model: a, token: b, token_id: 3}}}}",
+        "models: [{model: a}]\n"
+        "tokenizer: {tokens: {x: {source: {kind: model_token, model: a, "
+        "token: b, token_id: 3}}}}",
     ],
 )
 def test_what_contradicts_itself_is_refused(body):
@@ -183,7 +188,11 @@ def test_what_contradicts_itself_is_refused(body):
 
 
 def test_sources_of_other_lengths_are_refused():
-    text = "merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]}]\n"
+    text = (
+        "merge_method: linear\n"
+        "slices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, "
+        "layer_range: [0, 3]}]}]\n"
+    )
     (fault,) = refused(text)
     assert fault.place == "r.yaml: slices[0]" and "2 and 3 blocks" in fault.expected
 
@@ -252,7 +261,8 @@ def test_a_folder_of_that_very_name_is_a_folder(tmp_path):
 def test_a_reference_written_out_is_the_same():
     written = "{model: {path: a/b, revision: v1}, lora: {path: c/l}}"
     assert sound(
-        f"merge_method: linear\nmodels: [{{model: {written}}}]\nbase_model: {{model: {{path: d}}}}\n"
+        f"merge_method: linear\nmodels: [{{model: {written}}}]\n"
+        f"base_model: {{model: {{path: d}}}}\n"
     ).donors == [
         "a/b@v1+c/l",
         "d",

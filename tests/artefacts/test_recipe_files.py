@@ -64,7 +64,11 @@ base_model: first
 embedding: first
 final_norm: first@main
 head: first+org/second
-tokenizer: {source: first, tokens: {first: {source: first}, b: {source: {kind: model_token, model: first, token: first}}}}
+tokenizer:
+  source: first
+  tokens:
+    first: {source: first}
+    b: {source: {kind: model_token, model: first, token: first}}
 """
     (folders / "recipes" / "r.yaml").write_text(text)
     first, second = str(folders / "recipes" / "first"), str(folders / "recipes" / "org" / "second")
@@ -107,7 +111,7 @@ def test_a_folder_in_place_of_a_recipe_is_refused(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """A recipe in a folder of its own with donors folders it, while the working directory is another."""
+    """A recipe with donors next to it, in a folder that is not the working directory."""
     (tmp_path / "recipes" / "first").mkdir(parents=True)
     (tmp_path / "recipes" / "org" / "second").mkdir(parents=True)
     (tmp_path / "work").mkdir()

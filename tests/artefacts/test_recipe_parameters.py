@@ -21,7 +21,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
 
 @pytest.mark.parametrize(
     "t, expected",
-    # Five numbers stand at 0, 1/4, 1/2, 3/4 and 1; by hand between them.
+    # Five numbers are at 0, 1/4, 1/2, 3/4 and 1; by hand between them.
     [
         (0, 0),
         (0.25, 0.5),
@@ -68,7 +68,7 @@ NONE_FOR_IT = [{"filter": "mlp", "value": 9}]
 @pytest.mark.parametrize("given_at", range(16))
 @pytest.mark.parametrize("filtered_at", range(4))
 def test_the_narrowest_level_that_has_a_value_counts(given_at, filtered_at):
-    """Every subset of the four levels; and one level whose filters pass the tensor by counts as if it said nothing."""
+    """Every subset of the four levels; a level without a matching filter counts as absent."""
     levels: list[dict | None] = [
         {"weight": value} if given_at >> number & 1 else None
         for number, value in enumerate((SOURCE, SLICE, MODULE, RECIPE))

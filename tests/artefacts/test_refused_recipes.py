@@ -1,4 +1,4 @@
-"""Recipes that are refused with everything that is wrong at once; any document is one or refused."""
+"""Recipes that are refused with all that is wrong; any document is a recipe or refused."""
 
 import pytest
 import yaml
@@ -206,8 +206,10 @@ def test_keys_that_are_no_words_are_refused():
 
 
 KEYS = st.sampled_from(
-    "slices sources model layer_range merge_method models modules parameters weight t filter value base_model dtype out_dtype "
-    "tokenizer tokenizer_source source tokens kind force pad_to_multiple_of chat_template embedding head seed name lora path x".split()
+    "slices sources model layer_range merge_method models modules parameters "
+    "weight t filter value base_model dtype out_dtype "
+    "tokenizer tokenizer_source source tokens kind force pad_to_multiple_of "
+    "chat_template embedding head seed name lora path x".split()
 )
 WORDS = st.sampled_from(
     [

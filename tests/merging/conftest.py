@@ -12,7 +12,7 @@ from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 
 @pytest.fixture(scope="session")
 def coded(donors, tmp_path_factory) -> dict[str, Path]:
-    """Encoded donors: `a`, `c` untied, `b`, `t` tied, `deep` of 6 blocks in 3 shards, all Llamas; `g`, `h` GPT-2s."""
+    """Encoded donors: Llamas `a`, `c`, tied `b`, `t`, `deep` (6 blocks, 3 files); GPT-2s `g`, `h`."""
     root = tmp_path_factory.mktemp("coded")
     sources = {"a": "a", "b": "b", "c": "a", "t": "b", "deep": "deep", "g": "g", "h": "h"}
     return {

@@ -93,7 +93,7 @@ def test_a_folder_that_locks_cannot_be_had_of_is_still_made_once(
 def together(
     tmp_path: Path, output: Path, count: int, *options: str, delay: float = 0
 ) -> list[subprocess.CompletedProcess]:
-    """Run `merge` in processes that are numbered as `accelerate launch` numbers them, the first one last."""
+    """Run `merge` in processes numbered as `accelerate launch` does, the first one last."""
     command = [
         sys.executable,
         "-m",

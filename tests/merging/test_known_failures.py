@@ -1,4 +1,7 @@
-"""What other merge tools do wrong without a word, or fail at: here the right result, or an error. One test for each, from a recipe file."""
+"""What other merge tools do wrong silently, or fail at: here the right result, or an error.
+
+One test for each, from a recipe file.
+"""
 
 import json
 import os
@@ -88,7 +91,7 @@ def refused(tmp_path, run):
     return call
 
 
-# Without a word
+# Wrong results
 
 
 @pytest.mark.parametrize(
@@ -142,12 +145,18 @@ def test_reversed_and_empty_ranges_accepted(donors, refused, start, stop):
     ],
 )
 def test_misspelt_keys_ignored(donors, refused, wrong, right):
-    text = f"merge_method: ties\nbase_model: {donors['a']}\nmodels: [{{model: {donors['b']}}}]\n{wrong}\n"
+    text = (
+        f"merge_method: ties\nbase_model: {donors['a']}\n"
+        f"models: [{{model: {donors['b']}}}]\n{wrong}\n"
+    )
     assert f"write {right}" in refused(text=text)
 
 
 def test_the_last_of_two_equal_keys_taken(donors, refused):
-    text = f"merge_method: linear\nmodels: [{{model: {donors['a']}}}]\nparameters: {{weight: 1}}\ndtype: float16\ndtype: float32\n"
+    text = (
+        f"merge_method: linear\nmodels: [{{model: {donors['a']}}}]\n"
+        f"parameters: {{weight: 1}}\ndtype: float16\ndtype: float32\n"
+    )
     assert "'dtype' occurs twice" in refused(text=text)
 
 
@@ -204,7 +213,10 @@ def test_one_nan_that_is_allowed_spread_over_a_tensor(donors, tmp_path, merged, 
 
 def test_parameters_that_make_no_finite_model_accepted(donors, refused):
     a, b = str(donors["a"]), str(donors["b"])
-    text = f"merge_method: slerp\nbase_model: {a}\nmodels: [{{model: {b}}}]\nparameters: {{t: NUMBER}}\n"
+    text = (
+        f"merge_method: slerp\nbase_model: {a}\nmodels: [{{model: {b}}}]\n"
+        f"parameters: {{t: NUMBER}}\n"
+    )
     for number in (".nan", ".inf", "-.inf"):
         assert "parameters.t" in refused(text=text.replace("NUMBER", number))
     pair = [{"model": a, "parameters": {"weight": 1}}, {"model": b, "parameters": {"weight": -1}}]
@@ -312,7 +324,7 @@ def test_parameters_of_a_slice_that_is_not_merged_ignored(donors, refused, merge
     torch.testing.assert_close(found[UP], (a[UP] + b[UP]) / 2)
 
 
-# With a failure
+# Failures
 
 
 def test_config_and_tokenizer_of_a_donor_chosen_by_hash_order(donors, tmp_path):

@@ -1,4 +1,4 @@
-"""Blocks shared with the donors, on file systems that can: mounted from an image where the machine allows it."""
+"""Blocks shared with the donors, on file systems that can, mounted from an image if allowed."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def room(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> dict[str, Path]:
-    """Two donors of 17 MB, one in several files; beside whole blocks they hold a tensor of an odd size."""
+    """Two donors of 17 MB, one in several files; besides whole blocks, a tensor of an odd size."""
     root = tmp_path_factory.mktemp("large")
     shape = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4099}
     return {

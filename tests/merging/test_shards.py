@@ -1,4 +1,4 @@
-"""How tensors are shared out to files: limits, order, and the bytes of a block at which cloned ones lie."""
+"""How tensors are divided among files: limits, order, and where in a block cloned ones begin."""
 
 import json
 import math
@@ -100,7 +100,7 @@ def test_tensors_of_odd_sizes_are_chained_where_one_ends_as_the_next_begins(ever
     assert len(apart) == 4
 
 
-def test_what_is_not_worth_a_file_of_its_own_or_is_computed_or_not_clonable_follows_in_the_usual_layout(
+def test_small_computed_and_not_clonable_tensors_follow_in_the_usual_layout(
     monkeypatch,
 ):
     monkeypatch.setattr(module, "WORTH_CLONING", 3 * BLOCK)

@@ -1,4 +1,4 @@
-"""Narrow donors in a wider shape: the same logits by transformers, and blocks that go with the wide donor's."""
+"""Widened donors: the same logits by transformers, and blocks that fit the wide donor's."""
 
 import json
 

@@ -237,7 +237,9 @@ def test_commands_take_a_lora(donors, tmp_path, run, text, cache):
     lora = write_lora(tmp_path / "lora", donors["a"])
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"merge_method: passthrough\nslices: [{{sources: [{{model: {{model: {donors['a']}, lora: {lora}}}, layer_range: [0, 4]}}]}}]\n"
+        "merge_method: passthrough\n"
+        f"slices: [{{sources: [{{model: {{model: {donors['a']}, lora: {lora}}}, "
+        f"layer_range: [0, 4]}}]}}]\n"
     )
     for command in (
         ["check", recipe, "--json"],

@@ -89,7 +89,7 @@ def test_a_streamed_donor_gives_the_same_bits_as_one_in_memory(family_donors, fa
     )
     for value in (
         resident.parameters()
-    ):  # mapped from the file they stand at odd addresses, on which kernels' last bits depend
+    ):  # mapped from the file they have odd addresses, on which kernels' last bits depend
         value.data = value.data.clone()
     for ids, prefix in ((IDS[:, :1], ()), (IDS[:, :1], (3,)), (IDS, ())):
         pairs = zip(
@@ -139,7 +139,7 @@ def test_without_queries_and_keys_a_single_token_gives_the_same(family_donors, f
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_shortcut_does_leave_out_queries_and_keys(family_donors, family):
-    """Other queries and keys change nothing for a single token, and something where there are two."""
+    """Other queries and keys change nothing for a single token, but something for two."""
     model, architecture = load_model(family_donors[family]), FAMILIES[family]
     if not architecture.queries_keys:
         pytest.skip("queries and keys have no maps of their own")

@@ -1,4 +1,4 @@
-"""Every method from a recipe file to the checkpoint: each tensor is the method's on the donors' whole tensors, its parameters by hand."""
+"""Every method from recipe file to checkpoint: each tensor equals the formula's, computed here."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Recipes with gauges: donors that differ by a rotation alone give back the donor, in memory and on disk."""
+"""Gauges: donors that differ by a rotation alone give the donor, in memory and on disk."""
 
 import json
 
@@ -261,7 +261,10 @@ def test_donors_that_read_tokens_differently_cannot_be_fitted(donors, tmp_path):
 def test_an_unknown_key_of_a_gauge_is_refused():
     from frankenmerge.artefacts.recipe_file import parse_recipe
 
-    text = "{merge_method: passthrough, slices: [{sources: [{model: a, layer_range: [0, 1]}], gauge: {to: base, with: text}}]}"
+    text = (
+        "{merge_method: passthrough, slices: [{sources: [{model: a, layer_range: [0, "
+        "1]}], gauge: {to: base, with: text}}]}"
+    )
     with pytest.raises(FrankenmergeError, match=r"(?s)gauge\.with.*to, fit"):
         parse_recipe(text, "recipe")
 

@@ -32,7 +32,7 @@ def few_rows(monkeypatch):
 
 
 def nudged(rotation: Rotation, amount: float) -> Rotation:
-    """A rotation beside a given one, which leaves the all-ones direction where that leaves it."""
+    """A rotation near a given one, which keeps the all-ones direction where that keeps it."""
     skew = (
         torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         * amount

@@ -1,4 +1,4 @@
-"""The operations of a recipe: every tensor's donors, parameters, type and seed, computed by hand."""
+"""The operations of a recipe: every tensor's donors, parameters, type and seed, by hand."""
 
 from pathlib import Path
 
@@ -93,7 +93,9 @@ base_model: c
 slices:
   - sources:
       - {model: c, layer_range: [1, 3]}
-      - {model: a, layer_range: [2, 4], parameters: {weight: [{filter: layers.3., value: 5}, {value: 6}]}}
+      - model: a
+        layer_range: [2, 4]
+        parameters: {weight: [{filter: layers.3., value: 5}, {value: 6}]}
 parameters:
   lambda: [{filter: layers.0., value: 7}, {filter: embed, value: 8}, {value: 9}]
 """.replace("model: c", "model: deep")
@@ -109,7 +111,8 @@ parameters:
 
 def test_defaults_are_filled_in_and_have_their_types(plan):
     made = plan(
-        "merge_method: ties\nbase_model: a\nmodels: [{model: b}]\nparameters: {weight: 1, normalize: 0, int8_mask: true}\n"
+        "merge_method: ties\nbase_model: a\nmodels: [{model: b}]\n"
+        "parameters: {weight: 1, normalize: 0, int8_mask: true}\n"
     )
     operation = made[layer(2)]
     assert operation.inputs[0].parameters == {"weight": 1, "density": 1.0}
@@ -123,7 +126,10 @@ def test_defaults_are_filled_in_and_have_their_types(plan):
 def test_the_base_of_whole_models_is_no_input_whether_listed_or_not(plan, donors, tmp_path, listed):
     third = write_donor(tmp_path / "third", seed=8)
     listed = listed.replace("deep", "third")
-    text = f"merge_method: ties\nbase_model: third\nmodels: [{listed}{{model: a}}, {{model: b}}]\nparameters: {{weight: 1}}\n"
+    text = (
+        "merge_method: ties\nbase_model: third\n"
+        f"models: [{listed}{{model: a}}, {{model: b}}]\nparameters: {{weight: 1}}\n"
+    )
     made = plan(text, third=third)
     for index in range(4):
         operation = made[layer(index)]
@@ -136,7 +142,8 @@ def test_the_base_of_whole_models_is_no_input_whether_listed_or_not(plan, donors
 def test_a_base_that_the_method_has_no_use_for_gives_only_the_config(plan, donors, tmp_path):
     third = write_donor(tmp_path / "third", seed=8)
     made = plan(
-        "merge_method: linear\nbase_model: third\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n",
+        "merge_method: linear\nbase_model: third\n"
+        "models: [{model: a}, {model: b}]\nparameters: {weight: 1}\n",
         third=third,
     )
     assert all(
@@ -290,7 +297,8 @@ def test_embedding_norm_and_head_come_from_the_donors_named(plan, donors):
     "text, head",
     [
         (
-            "merge_method: linear\nmodels: [{model: b}, {model: t}]\nparameters: {weight: [0.2, 1]}\n",
+            "merge_method: linear\nmodels: [{model: b}, {model: t}]\n"
+            "parameters: {weight: [0.2, 1]}\n",
             None,
         ),
         (
@@ -305,7 +313,8 @@ def test_embedding_norm_and_head_come_from_the_donors_named(plan, donors):
         ("merge_method: passthrough\nmodels: [{model: b}]\nembedding: t\n", [EMBEDDING]),
         ("merge_method: passthrough\nmodels: [{model: b}]\nembedding: b\nhead: b\n", None),
         (
-            "merge_method: linear\nmodels: [{model: b}]\nbase_model: t\nembedding: b\nparameters: {weight: 1}\n",
+            "merge_method: linear\nmodels: [{model: b}]\nbase_model: t\n"
+            "embedding: b\nparameters: {weight: 1}\n",
             [EMBEDDING],
         ),
     ],

@@ -23,7 +23,8 @@ from frankenmerge.models.loading import load_model
             "base_model",
         ),
         (
-            "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}, {model: b}]\nparameters: {t: 0}",
+            "merge_method: slerp\nbase_model: a\n"
+            "models: [{model: a}, {model: b}, {model: b}]\nparameters: {t: 0}",
             "models",
             "2",
         ),
@@ -56,7 +57,9 @@ from frankenmerge.models.loading import load_model
             "a number",
         ),
         (
-            "merge_method: linear\nmodels: [{model: a, parameters: {normalize: true}}]\nparameters: {weight: 1}",
+            "merge_method: linear\n"
+            "models: [{model: a, parameters: {normalize: true}}]\n"
+            "parameters: {weight: 1}",
             "models[0].parameters.normalize",
             "single models",
         ),
@@ -66,12 +69,14 @@ from frankenmerge.models.loading import load_model
             "whole number",
         ),
         (
-            "merge_method: ties\nbase_model: a\nmodels: [{model: b}]\nparameters: {weight: 1, density: [0, 1.5]}",
+            "merge_method: ties\nbase_model: a\nmodels: [{model: b}]\n"
+            "parameters: {weight: 1, density: [0, 1.5]}",
             "parameters.density",
             "from 0 to 1",
         ),
         (
-            "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: [{filter: self_atn, value: 1}, {value: 2}]}",
+            "merge_method: linear\nmodels: [{model: a}]\n"
+            "parameters: {weight: [{filter: self_atn, value: 1}, {value: 2}]}",
             "parameters.weight",
             "self_atn",
         ),
@@ -81,17 +86,22 @@ from frankenmerge.models.loading import load_model
             "nothing",
         ),
         (
-            "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: [{filter: mlp, value: 1}]}",
+            "merge_method: linear\nmodels: [{model: a}, {model: b}]\n"
+            "parameters: {weight: [{filter: mlp, value: 1}]}",
             "model.embed_tokens.weight, model 1",
             "nothing",
         ),
         (
-            "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]",
+            "merge_method: linear\n"
+            "models: [{model: a, parameters: {weight: 1}}, {model: b, "
+            "parameters: {weight: -1}}]",
             "model.embed_tokens.weight",
             "sum is not 0",
         ),
         (
-            "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: [0, -2]}}]",
+            "merge_method: linear\n"
+            "models: [{model: a, parameters: {weight: 1}}, {model: b, "
+            "parameters: {weight: [0, -2]}}]",
             "model.norm.weight",
             None,
         ),
@@ -112,7 +122,8 @@ from frankenmerge.models.loading import load_model
         ),
         (
             "merge_method: linear\nparameters: {weight: 1}\n"
-            "slices: [{sources: [{model: a, layer_range: [2, 6]}, {model: b, layer_range: [0, 4]}]}]",
+            "slices: [{sources: [{model: a, layer_range: [2, 6]}, {model: b, "
+            "layer_range: [0, 4]}]}]",
             "slices[0].sources[0].layer_range",
             "[0, 4]",
         ),
@@ -131,7 +142,11 @@ def test_a_fault_is_reported_with_its_place(donors, tmp_path, text, place, said)
 
 
 def test_weights_whose_sum_is_0_in_one_block_alone_are_refused(donors, tmp_path):
-    text = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: [0, 0, 0, -1]}}]\n"
+    text = (
+        "merge_method: linear\n"
+        "models: [{model: a, parameters: {weight: 1}}, {model: b, "
+        "parameters: {weight: [0, 0, 0, -1]}}]\n"
+    )
     (fault,) = faults_of(text, donors, tmp_path)
     assert layer(3, "") in fault.place
     whole(text + "parameters: {normalize: false}\n", donors, tmp_path)
@@ -144,7 +159,9 @@ def test_faults_of_recipe_donors_and_method_are_reported_together(donors, tmp_pa
 merge_method: slerp
 base_model: mute
 slices:
-  - sources: [{model: mute, layer_range: [0, 5], parameters: {t: 1}}, {model: wide, layer_range: [0, 5]}]
+  - sources:
+      - {model: mute, layer_range: [0, 5], parameters: {t: 1}}
+      - {model: wide, layer_range: [0, 5]}
 parameters: {tt: 0.5, t: 7}
 """
     found = "\n".join(map(str, faults_of(text, donors | {"mute": mute}, tmp_path)))

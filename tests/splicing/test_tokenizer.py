@@ -1,4 +1,4 @@
-"""The result's tokenizer, read back by transformers: tokens that a union adds, and chat templates."""
+"""The result's tokenizer, read back by transformers: added tokens, and chat templates."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ TALK = [
 
 
 def made(text: str, folder: Path):
-    """The tokenizer a recipe gives, loaded, and its vocabulary as embedding and head will have it."""
+    """The tokenizer of a recipe, loaded, and the vocabulary of its embedding and head."""
     recipe = parse_recipe(text, "r.yaml")
     donors = open_donors(recipe)
     shutil.rmtree(folder, ignore_errors=True)
@@ -40,7 +40,7 @@ def linear(*donors: Path, more: str = "") -> str:
 
 @pytest.fixture
 def chatty(tmp_path) -> Path:
-    """A donor with two tokens for a chat format and a letter of its own, under ids that others use for other tokens."""
+    """A donor with two chat tokens and a letter of its own, under ids that others use otherwise."""
     donor = write_donor(tmp_path / "chatty", seed=5, vocab_size=51)
     data = json.loads((donor / "tokenizer.json").read_text())
     vocabulary = data["model"]["vocab"]
@@ -135,9 +135,16 @@ EXPECTED = {
     "chatml": "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>\n"
     "<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n",
     "mistral": "<s>[INST] hello [/INST] hi<s>[INST] bye [/INST]",
-    "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nhi<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nbye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    "alpaca": "<s>### Instruction:\nhello\n\n### Response:\nhi<s>\n\n### Instruction:\nbye\n\n### Response:\n",
+    "llama3": (
+        "<s><|start_header_id|>user<|end_header_id|>\n\n"
+        "hello<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n"
+        "bye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "alpaca": (
+        "<s>### Instruction:\nhello\n\n### Response:\nhi<s>\n\n### Instruction:\n"
+        "bye\n\n### Response:\n"
+    ),
     "exaone": "[|user|]hello\n[|assistant|]hi[|endofturn|]\n[|user|]bye\n[|assistant|]",
 }
 """The same talk in each format; the tests' tokenizer begins and ends with <s>."""
@@ -219,7 +226,10 @@ def test_a_template_that_is_no_jinja_is_refused(donors, tmp_path, template):
 
 
 def test_a_template_may_mark_what_the_model_generates(donors, tmp_path):
-    template = "{% for message in messages %}{%- generation -%}{{ message.content }}{% endgeneration %}{% break %}{% endfor %}"
+    template = (
+        "{% for message in messages %}{%- generation -%}{{ message.content }}"
+        "{% endgeneration %}{% break %}{% endfor %}"
+    )
     tokenizer, _ = made(
         linear(donors["a"], more=f"chat_template: {json.dumps(template)}"), tmp_path / "out"
     )

@@ -13,7 +13,7 @@ from frankenmerge.splicing.operations import Copy
 
 @pytest.fixture
 def speakers(tmp_path) -> dict[str, Path]:
-    """Two donors of other vocabularies: `few` has t0 to t9, `more` t5 to t9 under other ids and two tokens of its own."""
+    """Two donors: `few` has t0 to t9, `more` t5 to t9 under other ids and two tokens of its own."""
     shape = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -38,7 +38,10 @@ def speakers(tmp_path) -> dict[str, Path]:
     return {"few": few, "more": more}
 
 
-BOTH = "merge_method: linear\nbase_model: few\nmodels: [{model: few}, {model: more}]\nparameters: {weight: 1}\n"
+BOTH = (
+    "merge_method: linear\nbase_model: few\nmodels: [{model: few}, {model: more}]\n"
+    "parameters: {weight: 1}\n"
+)
 
 
 def origins(entry, donors) -> list[tuple[str, int] | None]:
@@ -137,7 +140,9 @@ def test_a_token_s_source_that_has_no_such_token_is_refused(speakers, tmp_path):
 def test_a_stack_of_other_vocabularies_needs_a_tokenizer(speakers, tmp_path):
     text = """\
 merge_method: passthrough
-slices: [{sources: [{model: few, layer_range: [0, 1]}]}, {sources: [{model: more, layer_range: [1, 2]}]}]
+slices:
+  - sources: [{model: few, layer_range: [0, 1]}]
+  - sources: [{model: more, layer_range: [1, 2]}]
 """
     (fault,) = faults_of(text, speakers, tmp_path)
     assert "10 and 9" in fault.found
@@ -166,7 +171,10 @@ def test_donors_without_a_json_tokenizer_are_matched_only_where_they_must_be(don
         old[name] = Path(shutil.copytree(donors["a"], tmp_path / name))
         (old[name] / "tokenizer.json").unlink()
         (old[name] / "tokenizer.model").write_bytes(content)
-    text = "merge_method: linear\nmodels: [{model: old}, {model: same}]\nparameters: {weight: 1}\ntokenizer_source: base\n"
+    text = (
+        "merge_method: linear\nmodels: [{model: old}, {model: same}]\n"
+        "parameters: {weight: 1}\ntokenizer_source: base\n"
+    )
     assert whole(text, old, tmp_path)
     faults = faults_of(text.replace("same", "other"), old, tmp_path)
     assert any(fault.place.endswith("tokenizer.json") for fault in faults)
