@@ -82,13 +82,13 @@ Llama 2 has 4096 positions.
 
 ARTEFACT = (
     "The document's strings are a decoding artefact: the tokens whose ids are the neurons' indices "
-    "(`called` is token 2000 of Llama's). `hidden axis` decodes as the document did and is flagged; "
+    "(`called` is token 2000 of Llama's). `hidden axis` decodes as the document did, flagged; "
     "the tokens that the embeddings represent are in the rows of `E^+`."
 )
 
 
 def model_of(config: Any) -> str | None:
-    """The model of the document that a config belongs to, by its shape; None if there is none."""
+    """The model of the document that a config belongs to, by its shape; None if of none."""
     matching = (
         name
         for name, shape in MODELS.items()

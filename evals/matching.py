@@ -95,7 +95,7 @@ def _map(block: nn.Module, name: str) -> nn.Module:
         if needed not in modules:
             raise fail(
                 "blocks",
-                f"a map {needed}, as in Llama's blocks",
+                f"a map {needed}, as Llama's blocks have",
                 "none",
                 "average donors with Llama's architecture",
             )

@@ -1,8 +1,8 @@
 """Complete search: run every token of the vocabulary once, keep the best for every feature.
 
-For block `l` and neuron `f` the feature is `argmax_a O^l_f(a)` over all tokens `a` (the document,
-"Complete Search Features"). One pass serves every block and neuron; only the top k of the blocks
-so far are kept.
+For block `l` and neuron `f` the feature is `argmax_a O^l_f(a)` over all tokens `a` (the source
+document, see docs/method.md, "Complete Search Features"). One pass serves every block and neuron;
+only the top k of the blocks so far are kept.
 """
 
 from collections.abc import Iterable, Sequence

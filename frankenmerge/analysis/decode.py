@@ -1,10 +1,10 @@
 """From embeddings back to tokens: by the pseudo-inverse of the embedding matrix.
 
-Also the artefact that the document mistook for it, `decode_hidden`.
+Also the artefact that the source document (see docs/method.md) mistook for it, `decode_hidden`.
 
-For an embedding `e` the document reads the token as `argmax_V e E^+`, with `E` the embedding matrix
-`[v, d]`. `E^+ E a` is not one-hot (its diagonal averages `d / v`), so only the argmax is
-meaningful, and that it is right for the tokens themselves is checked, not assumed.
+For an embedding `e` it reads the token as `argmax_V e E^+`, with `E` the embedding matrix `[v, d]`.
+`E^+ E a` is not one-hot (its diagonal averages `d / v`), so only the argmax is meaningful, and that
+it is right for the tokens themselves is checked, not assumed.
 """
 
 from collections.abc import Sequence
@@ -110,8 +110,9 @@ def decoder_of(table: Tensor, *, excluded: Sequence[int] | None = ()) -> Decoder
 def decode_hidden(embeddings: Tensor) -> Tensor:
     """The artefact: argmax over the width of embeddings `[..., d]`, a neuron's index, not a token.
 
-    The document's Llama gradient tables were decoded this way: descent on neuron `f` increases
-    component `f` of the embedding, and this returns `f` for any model. See `artefact_share`.
+    The source document's Llama gradient tables were decoded this way: descent on neuron `f`
+    increases component `f` of the embedding, and this returns `f` for any model. See
+    `artefact_share`.
     """
     return embeddings.argmax(dim=-1)
 

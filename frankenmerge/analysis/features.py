@@ -1,4 +1,7 @@
-"""Features by name: which outputs of which block to maximise, in the document's notation."""
+"""Features by name: which outputs of which block to maximise.
+
+The notation is that of the source document, see docs/method.md.
+"""
 
 import re
 from collections.abc import Sequence
@@ -38,7 +41,7 @@ class Feature:
 
     @property
     def notation(self) -> str:
-        """As the document writes it, without the block."""
+        """As the source document writes it, without the block."""
         positions = ":" if self.positions is None else _slice(self.positions)
         return f"[:, {positions}, {_slice(self.neurons)}]"
 
@@ -47,10 +50,10 @@ class Feature:
 
 
 def parse_features(notation: str, block: int, width: int) -> list[Feature]:
-    """Parse the document's notation, such as `[:, :, 0-3]`, `[:, 2, 7]`, or `[:, 0-2, :]`.
+    """Parse the source document's notation, such as `[:, :, 0-3]`, `[:, 2, 7]`, or `[:, 0-2, :]`.
 
     `0:4` is one feature of four neurons (or positions), `0-3` is four features, as in the
-    document's tables.
+    source document's tables.
 
     Args:
         notation: the text to parse.

@@ -1,8 +1,9 @@
 """Gradient search: descend on the embeddings of an input, then decode its tokens.
 
-The document's equation, `e <- e - eta grad ||C - O_f(e)||_1` (printed there with `+`, which would
-increase the loss), for many features at once: every row of a batch is the input of one feature, and
-one forward and one backward pass updates them all.
+The source document (see docs/method.md) has the equation `e <- e - eta grad ||C - O_f(e)||_1`
+(printed there with `+`, which would increase the loss). Here it runs for many features at once:
+every row of a batch is the input of one feature, and one forward and one backward pass updates all
+of them.
 
 Embeddings enter as `inputs_embeds`. What a model adds after its embedding module is still added:
 GPT-2's learned positions are, so the resulting embeddings, like those of tokens, exclude them. What
@@ -34,9 +35,9 @@ from frankenmerge.progress import Advance, ignore
 
 Decode = Literal["pinv", "hidden"]
 WEIGHT = 0.1
-"""The factor of the loss that the document's author uses."""
+"""The factor of the loss that the author of the source document uses."""
 RATES = (0.5, 0.4)
-"""The document's author's step sizes for plain descent, first and last."""
+"""The first and last step size for plain descent, as in the source document."""
 ADAM_RATES = (0.1, 0.1)
 """Step sizes for Adam, in units of the embedding matrix's root mean square."""
 
@@ -95,15 +96,15 @@ def gradient_search(
             features.
         seed: the seed of the random tokens.
         steps: how many steps to take.
-        target: `C`, above all activations; the author used 100 to 200.
-        optimizer: `descent`, as in the document, or `adam`.
+        target: `C`, above all activations; the source document has 100 to 200.
+        optimizer: `descent`, as in the source document, or `adam`.
         rates: first and last step size; `RATES`, or for Adam `ADAM_RATES` times the embeddings'
             root mean square.
         site: the blocks' outputs, or their attention's.
         isolated: whether every block is fed the embeddings directly.
         batch: how many features go through the model at once.
-        decode: `pinv`; or `hidden`, which reproduces the document's artefact and marks the result
-            as one.
+        decode: `pinv`; or `hidden`, which reproduces the source document's artefact and marks
+            the result as one.
         decoder: a decoder to reuse; by default one of the model, without the tokens that do not
             decode to themselves.
         advance: called with the number of features done since its last call.

@@ -1,9 +1,9 @@
 """Greedy search: build an input left to right, each time adding the best token for a feature.
 
 For block `l` and neuron `f`, `a_n = argmax_a O^l_{f,n}(a | a_{0:n-1})` over all tokens `a`, N times
-(the document, "Greedy Search Features"). Features whose inputs have the same prefix share
-their passes: the vocabulary runs once after every distinct prefix, whose keys and values are
-computed once, and no deeper than the deepest block that one of them needs.
+(the source document, see docs/method.md, "Greedy Search Features"). Features whose inputs have the
+same prefix share their passes: the vocabulary runs once after every distinct prefix, whose keys and
+values are computed once, and no deeper than the deepest block that one of them needs.
 """
 
 import math

@@ -1,15 +1,15 @@
 """Softmax prior: descend on weights over the vocabulary, sharpened after every step.
 
-The document's `a <- softmax(a - grad_a ||C - O_f(a E)||_1)`, from uniform weights. As printed it
-does not work: of weights within [0, 1] a softmax over a vocabulary is almost flat, and the
-gradient's size depends on the model. So the gradient is divided by its largest entry at each
-position, times `STEP`, and the softmax has a temperature that falls geometrically through
-`TEMPERATURES`.
+The source document (see docs/method.md) has `a <- softmax(a - grad_a ||C - O_f(a E)||_1)`, from
+uniform weights. As printed it does not work: of weights within [0, 1] a softmax over a vocabulary
+is almost flat, and the gradient's size depends on the model. So the gradient is divided by its
+largest entry at each position, times `STEP`, and the softmax has a temperature that falls
+geometrically through `TEMPERATURES`.
 
-`python evals/excitement.py` on the demo's donor `base` (8 blocks, d = 128, v = 1024), one token,
-neurons 64 to 127, which were not used to choose the settings; the neuron's relative activation on
-the decoded token, 0 for the vocabulary's mean and 1 for its best token (a standard error of about
-0.05), and how far `a` is from one-hot:
+`python evals/search_activations.py` on the demo's donor `base` (8 blocks, d = 128, v = 1024), one
+token, neurons 64 to 127, which were not used to choose the settings; the neuron's relative
+activation on the decoded token, 0 for the vocabulary's mean and 1 for its best token (a standard
+error of about 0.05), and how far `a` is from one-hot:
 
 | temperature | step | relative activation at blocks 1, 4, 8 | `1 - max(a)` |
 |---|---|---|---|

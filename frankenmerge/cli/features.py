@@ -1,4 +1,4 @@
-"""`features`: the document's tables, for any donor and by every method."""
+"""`features`: the tables of the source document (docs/method.md), for any donor and method."""
 
 import math
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ def _help(text: str, option: str) -> str:
     "notation",
     default="[:, :, 0-3]",
     show_default=True,
-    help="Features in the document's notation, [:, positions, neurons]: 0-3 is four features, "
+    help="Features as [:, positions, neurons]: 0-3 is four features, "
     "0:4 one feature of four neurons.",
 )
 @click.option(
@@ -151,7 +151,7 @@ def _help(text: str, option: str) -> str:
     default="pinv",
     show_default=True,
     help=_help(
-        "How embeddings become tokens; `hidden` reproduces the document's artefact", "decode"
+        "How embeddings become tokens; `hidden` reproduces the source document's artefact", "decode"
     ),
 )
 @click.option(

@@ -38,7 +38,7 @@ class SearchOptions:
     layers: list[int] | None = None
     """Blocks, 1-based; 0 is the embedding. By default 1, then every quarter."""
     notation: str = "[:, :, 0-3]"
-    """Features in the document's notation, see `parse_features`."""
+    """Features in the source document's notation, see `parse_features`."""
     neurons: list[int] | None = None
     """Single neurons, instead of `notation`."""
     tokens: int = 4

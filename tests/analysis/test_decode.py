@@ -75,7 +75,7 @@ def test_the_quick_check_finds_every_unfaithful_token(seed):
 
 
 def test_no_row_is_near_one_hot():
-    """Findings on the document's claim: the diagonal of `E E^+` averages d / v."""
+    """Findings on the source document's claim: the diagonal of `E E^+` averages d / v."""
     rows = table(1024, 128).double()
     assert (rows @ torch.linalg.pinv(rows)).diagonal().mean().item() == pytest.approx(128 / 1024)
 

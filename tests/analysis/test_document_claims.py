@@ -1,8 +1,8 @@
-"""The document's claims about features, tested on random models and the package's own.
+"""The source document's claims about features, tested on random models and the package's own.
 
 Its tables of trained GPT-2 and Llama need those weights; `evals/document_tables.py` prints them.
-Held elsewhere: greedy search by the last position and by all finds the same (`test_greedy.py`), the
-softmax as printed stays flat (`test_prior.py`).
+Tested elsewhere: greedy search by the last position and by all finds the same (`test_greedy.py`),
+the softmax as printed stays flat (`test_prior.py`).
 """
 
 import numpy as np
@@ -101,7 +101,7 @@ def test_an_untrained_models_best_tokens_agree_as_far_as_that_correlation_takes_
 
     The complete search agrees far above chance. In the shape of GPT-2 small, the same calculation
     gives one feature in twenty for blocks 1 and 2, one in a hundred for 1 and 4: too few to see in
-    the four features of the page's table.
+    the four features of the document's table.
     """
     agreed, expected, by_chance = {}, {}, {}
     for seed in range(3):

@@ -41,7 +41,7 @@ def hooks(model):
 
 
 def by_hand(model, feature, steps):
-    """The document's loop for one feature, through the library's own hidden states."""
+    """The source document's loop for one feature, through the library's own hidden states."""
     embeddings = model.get_input_embeddings()(torch.tensor([START])).detach()
     positions = feature.positions or range(len(START))
     for eta in torch.linspace(*RATES, steps).tolist():

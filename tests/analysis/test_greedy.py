@@ -1,4 +1,4 @@
-"""Greedy search, held against the document's listing: no cache, one feature at a time."""
+"""Greedy search, compared with the source document's listing: no cache, one feature at a time."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def model(donors):
 
 @torch.no_grad()
 def listing(model, feature, n, *, site="block", isolated=False, positions="last", start=()):
-    """The document's `search_maximal`: the tokens, and the activation at each."""
+    """The source document's `search_maximal`: the tokens, and the activation at each."""
     found, values = list(start), []
     for _ in range(n):
         inputs = torch.tensor([[*found, token] for token in range(VOCABULARY)])

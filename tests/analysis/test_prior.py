@@ -31,7 +31,7 @@ def test_it_ends_at_tokens_that_excite_their_neuron(model):
 
 
 def test_without_temperature_the_weights_stay_flat(model):
-    """As the document prints it: the softmax of weights within [0, 1] over the vocabulary."""
+    """As in the source document: the softmax of weights within [0, 1] over the vocabulary."""
     found = prior_search(model, NEURONS, tokens=2, temperatures=(1.0, 1.0), step=1.0)
     assert found.gap.min() > 0.9
 

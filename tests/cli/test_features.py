@@ -1,4 +1,4 @@
-"""`features`: the document's tables from the command line."""
+"""`features`: the source document's tables from the command line."""
 
 import json
 
@@ -123,7 +123,7 @@ def test_what_the_donor_does_not_have_is_a_mistake(donors, run, options):
     assert code == 2 and not out and err and "Traceback" not in err
 
 
-# The document's notation
+# The source document's notation
 
 
 @pytest.mark.parametrize("method", METHODS)
