@@ -37,7 +37,7 @@ Decode = Literal["pinv", "hidden"]
 WEIGHT = 0.1
 """The factor of the loss that the author of the source document uses."""
 RATES = (0.5, 0.4)
-"""The first and last step size for plain descent, as in the source document."""
+"""First and last step size for plain descent, of the source document's author."""
 ADAM_RATES = (0.1, 0.1)
 """Step sizes for Adam, in units of the embedding matrix's root mean square."""
 
@@ -96,7 +96,7 @@ def gradient_search(
             features.
         seed: the seed of the random tokens.
         steps: how many steps to take.
-        target: `C`, above all activations; the source document has 100 to 200.
+        target: `C`, above all activations; the author used 100 to 200.
         optimizer: `descent`, as in the source document, or `adam`.
         rates: first and last step size; `RATES`, or for Adam `ADAM_RATES` times the embeddings'
             root mean square.
