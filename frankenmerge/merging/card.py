@@ -18,15 +18,6 @@ DIAGRAM = "splice.svg"
 def model_card(splice: Splice) -> str:
     """Return the card: front matter for the hub, diagram, slices, loading, recipe, origin."""
     recipe, spelled = splice.recipe, splice.spelled
-    rows, position = [], 0
-    for part in splice.slices:
-        ranges = [f"{source.layer_range[0]}-{source.layer_range[1] - 1}" for source in part.sources]
-        names = " + ".join(
-            source.model + (f" ({', '.join(source.filter)})" if source.filter else "")
-            for source in part.sources
-        )
-        rows.append(f"| {position}-{position + part.length - 1} | {names} | {' + '.join(ranges)} |")
-        position += part.length
     ends = {
         "Embedding": spelled.embedding_donors,
         "Final norm": spelled.final_donors,
@@ -51,7 +42,7 @@ measure it before you use it.
 
 | blocks here | donor | its blocks |
 |---|---|---|
-{chr(10).join(rows)}
+{_slice_rows(splice)}
 
 {" ".join(f"{role}: {' + '.join(names)}." for role, names in ends.items())}
 
@@ -80,6 +71,20 @@ Merged by frankenmerge {frankenmerge.__version__} from the recipe with SHA-256 `
 |---|---|
 {fingerprints}
 """
+
+
+def _slice_rows(splice: Splice) -> str:
+    """The table of slices: the result's blocks, their donors and the donors' blocks."""
+    rows, position = [], 0
+    for part in splice.slices:
+        ranges = [f"{source.layer_range[0]}-{source.layer_range[1] - 1}" for source in part.sources]
+        names = " + ".join(
+            source.model + (f" ({', '.join(source.filter)})" if source.filter else "")
+            for source in part.sources
+        )
+        rows.append(f"| {position}-{position + part.length - 1} | {names} | {' + '.join(ranges)} |")
+        position += part.length
+    return "\n".join(rows)
 
 
 def _how(splice: Splice) -> str:

@@ -89,7 +89,7 @@ def _occupied(folder: Path, resume: bool) -> int:
                 if _locked(handle) and os.path.samestat(os.fstat(handle), folder.stat()):
                     if not new and not resume and (left := _unfinished(folder)):
                         remedy = f"finish it with --resume, or remove {folder}"
-                        raise fail(str(folder), "nothing left of an earlier merge", left, remedy)
+                        raise fail(str(folder), "no unfinished merge", left, remedy)
                     return handle
             except BaseException:
                 os.close(handle)
@@ -162,7 +162,7 @@ def _agree(folder: Path, journal: dict, inputs: Mapping[str, str]) -> None:
             str(folder),
             "an unfinished merge of the same inputs",
             f"another {', another '.join(other)}",
-            f"merge as before to resume, or remove {folder} to begin anew",
+            f"merge as before to resume, or remove {folder} to start over",
         )
 
 

@@ -32,7 +32,7 @@ def output_faults(output: Path, donors: Mapping[str, Checkpoint]) -> Iterator[Fa
     elif output.exists() and (found := _immovable(output)):
         yield Fault(
             place,
-            "a folder whose place a checkpoint can take",
+            "a folder that the checkpoint can replace",
             found,
             f"choose a folder in it, such as {output / 'merged'}",
         )

@@ -74,9 +74,9 @@ def operation_faults(operations: Sequence[Operation], files: Collection[Path]) -
         if operation.name in names:
             yield Fault(
                 operation.name,
-                "each tensor of the result once",
+                "every tensor of the result once",
                 "twice",
-                "remove what makes it a second time",
+                "remove one of its sources",
             )
         names.add(operation.name)
         if not isinstance(operation, Copy):
@@ -93,7 +93,7 @@ def operation_faults(operations: Sequence[Operation], files: Collection[Path]) -
         if size < stop:
             yield Fault(
                 str(file),
-                f"{stop:,} bytes or more, as its header said",
+                f"{stop:,} bytes or more, as its header says",
                 f"{size:,}",
                 "restore the donor",
             )

@@ -107,16 +107,9 @@ def layout(slices: list[list[Piece]], depths: Mapping[str, int]) -> Layout:
     ]
     tallest = max(blocks, *longest.values()) * high
     tops = [_TOP + (tallest - longest[name] * high) / 2 for name in donors]
+    used = {(piece.donor, index) for piece in pieces for index in range(piece.start, piece.stop)}
     columns = [
-        Cell(
-            heads[n] - _COLUMN / 2,
-            tops[n] + index * high,
-            _COLUMN,
-            high,
-            n,
-            str(index),
-            any(piece.donor == name and piece.start <= index < piece.stop for piece in pieces),
-        )
+        _column_cell(n, index, heads[n], tops[n], high, used=(name, index) in used)
         for n, name in enumerate(donors)
         for index in range(longest[name])
     ]
@@ -151,6 +144,14 @@ def layout(slices: list[list[Piece]], depths: Mapping[str, int]) -> Layout:
         heads,
         middle,
     )
+
+
+def _column_cell(
+    donor: int, index: int, head: float, top: float, high: float, *, used: bool
+) -> Cell:
+    """The cell of one block in its donor's column."""
+    left = head - _COLUMN / 2
+    return Cell(left, top + index * high, _COLUMN, high, donor, str(index), used)
 
 
 def _continues(before: list[Piece], after: list[Piece]) -> bool:

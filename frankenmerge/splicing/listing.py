@@ -16,6 +16,7 @@ from frankenmerge.splicing.parameters import (
     common_parameters,
     filter_faults,
     model_parameters,
+    module_prefix,
     taken,
 )
 from frankenmerge.splicing.result import Donors
@@ -148,7 +149,7 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
         shape = donors[sources[0].model].tensors[name_in_first].shape
 
         def given(entry: _Entry, canonical: str = canonical, shape: tuple = shape) -> Input:
-            asked = canonical.format(entry.source.layer_range[0] + place.offset)
+            asked = _asked(entry, canonical, place.offset)
             name = _checked_name(draft, entry, canonical, asked, shape)
             parameters = (
                 model_parameters(recipe, part, entry.source, asked, place.t) if own else _UNCHANGED
@@ -158,7 +159,7 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
             return Input(entry.source.model, name, tensor, parameters, rows)
 
         name = canonical.format(place.position)
-        chosen = [_selected(entries, canonical)] if part.by_filter else entries
+        chosen = [_selected(entries, canonical, place.offset)] if part.by_filter else entries
         inputs = tuple(given(entry) for entry in chosen)
         first = inputs[0]
         unscaled = method == PLAIN and first.parameters.get("scale", 1) == 1
@@ -177,9 +178,15 @@ def _names(donors: Donors, source: Source, place: _Place) -> dict[str, str]:
     return tensor_names(donors[source.model], place.role, index)
 
 
-def _selected(entries: Sequence[_Entry], canonical: str) -> _Entry:
+def _selected(entries: Sequence[_Entry], canonical: str, offset: int) -> _Entry:
     """The source that gives a tensor: the first whose filter names it, else the unfiltered one."""
-    return next((each for each in entries[1:] if each.source.selects(canonical)), entries[0])
+    named = (each for each in entries[1:] if each.source.selects(_asked(each, canonical, offset)))
+    return next(named, entries[0])
+
+
+def _asked(entry: _Entry, canonical: str, offset: int) -> str:
+    """The plain name of a source's tensor, which filters are compared with."""
+    return canonical.format(entry.source.layer_range[0] + offset)
 
 
 def _checked_name(
@@ -189,7 +196,7 @@ def _checked_name(
     name, tensors = entry.names.get(canonical), draft.donors[entry.source.model].tensors
     if name is None or (draft.vocabulary is None and tensors[name].shape != shape):
         found = f"shape {list(tensors[name].shape)}" if name else "no such tensor"
-        expected = f"shape {list(shape)}, to be merged"
+        expected = f"a tensor of shape {list(shape)} to merge"
         raise fail(f"{entry.source.model}: {asked}", expected, found, _ALIKE)
     return name
 
@@ -237,6 +244,27 @@ def _operation_faults(draft: Draft, operations: Sequence[Operation], place: str)
     names = [operation.name for operation in operations]
     sources = [source for operation in operations for source in _sources(operation)]
     yield from filter_faults(draft.recipe, [*names, *sources, *heads], place)
+    yield from _source_filter_faults(draft, place)
+
+
+def _source_filter_faults(draft: Draft, place: str) -> Iterator[Fault]:
+    """Filters of sources that select no tensor of their blocks."""
+    prefix = f"{place}: {module_prefix(draft.recipe)}"
+    for number, part in enumerate(draft.recipe.parts):
+        for entry, source in enumerate(part.sources):
+            names = [
+                canonical.format(index)
+                for index in range(*source.layer_range)
+                for canonical in tensor_names(draft.donors[source.model], "block", index)
+            ]
+            where = (
+                f"{place}: {module_prefix(draft.recipe)}slices[{number}].sources[{entry}].filter"
+            )
+            for asked in source.filter or ():
+                if not any(asked in name for name in names):
+                    expected = "a part of the name of a tensor in this source's blocks"
+                    remedy = f"correct it; names are like {names[len(names) // 2]}"
+                    yield Fault(where, expected, asked, remedy)
 
 
 def _sources(operation: Operation) -> list[str]:

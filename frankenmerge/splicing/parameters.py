@@ -216,7 +216,7 @@ def _level_faults(recipe: Recipe, method: Method, level: _Level, place: str) -> 
 
 
 def filter_faults(recipe: Recipe, tensors: Sequence[str], place: str = "recipe") -> Iterator[Fault]:
-    """Filters, of parameters and of sources, that are part of none of the names of `tensors`."""
+    """Filters of parameters that are part of none of the names of `tensors`."""
     joined = "\n".join(tensors)
     asked = [
         (f"{level.place}parameters.{name}", part)
@@ -224,10 +224,6 @@ def filter_faults(recipe: Recipe, tensors: Sequence[str], place: str = "recipe")
         for name, written in level.parameters.items()
         for part in filters(written)
     ]
-    for number, each in enumerate(recipe.stack.slices or []):
-        for entry, source in enumerate(each.sources):
-            where = f"{module_prefix(recipe)}slices[{number}].sources[{entry}].filter"
-            asked += [(where, part) for part in source.filter or []]
     for where, part in asked:
         if part not in joined:
             expected = "filters that are part of a tensor's name"

@@ -41,8 +41,8 @@ def spelled_out(
     depths = {whole.model: donors[whole.model].blocks for whole in listed}
     if len(set(depths.values())) > 1:
         found = ", ".join(f"{name} has {blocks}" for name, blocks in depths.items())
-        remedy = "write slices that take as many blocks of each"
-        raise fail(f"{place}: models", "models of as many blocks each", found, remedy)
+        remedy = "write slices that take equal numbers of blocks"
+        raise fail(f"{place}: models", "models with equal numbers of blocks", found, remedy)
     sources = [
         Source(model=whole.model, layer_range=[0, depths[whole.model]], parameters=whole.parameters)
         for whole in (listed if with_base else wholes)

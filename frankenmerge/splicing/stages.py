@@ -72,7 +72,7 @@ def in_order(recipes: Sequence[Recipe], place: str = "recipe") -> list[Recipe]:
     for number in order:
         if number != result and not any(number in used for used in uses.values()):
             where, expected = f"{place}: stage {names[number]}", "a stage that another one uses"
-            remedy = "remove it, or leave the name of the result out"
+            remedy = "remove it, or remove the name of the result"
             faults.append(Fault(where, expected, "used by none", remedy))
     raise_all(faults)
     return [recipes[number] for number in order if number != result] + [recipes[result]]

@@ -72,8 +72,9 @@ def gauge_recipe_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[
         where = f"{place}: {module_prefix(recipe)}slices[{number}].gauge"
         source = part.sources[0]
         if recipe.merge_method != "passthrough" or len(part.sources) > 1:
-            expected, found = "a slice of one source, in a passthrough", recipe.merge_method
-            yield Fault(where, expected, f"one of {found}", "merge first, then rotate the stage")
+            expected = "a slice of one source, in a passthrough"
+            found = f"{len(part.sources)} in a recipe of merge_method {recipe.merge_method}"
+            yield Fault(where, expected, found, "merge first, then rotate the stage")
             continue
         if any(level.parameters for level in (recipe, recipe.stack, part, source)):
             remedy = "remove the parameters, or the gauge"
@@ -84,8 +85,9 @@ def gauge_recipe_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[
             "head": (-1, recipe.head),
         }
         for key in (key for key, (end, named) in ends.items() if named and part is parts[end]):
-            expected = "none together with a gauge, which rotates it with its slice"
-            yield Fault(f"{place}: {key}", expected, "one", f"remove {key}, or the gauge")
+            expected = "no donor of its own: the gauge rotates it with its slice"
+            found = str(ends[key][1])
+            yield Fault(f"{place}: {key}", expected, found, f"remove {key}, or the gauge")
         if part.gauge.to == "previous" and number == 0:
             expected = "base, for the first slice"
             yield Fault(f"{where}.to", expected, "previous", "correct the recipe")

@@ -212,8 +212,8 @@ def test_gauges_that_cannot_be_are_refused(donors, tmp_path):
     "fields, message",
     [
         ({"parameters": {"scale": 0.5}}, r"slices\[1\]\.gauge.*without parameters"),
-        ({"head": "b"}, "head.*none together with a gauge"),
-        ({"final_norm": "b"}, "final_norm.*none together with a gauge"),
+        ({"head": "b"}, "head.*no donor of its own"),
+        ({"final_norm": "b"}, "final_norm.*no donor of its own"),
         ({"merge_method": "linear"}, r"slices\[1\]\.gauge.*passthrough"),
         ({"tokenizer": {"pad_to_multiple_of": 64}}, "tokenizer.*rows as they are"),
     ],
