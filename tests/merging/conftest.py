@@ -12,7 +12,7 @@ from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 
 @pytest.fixture(scope="session")
 def coded(donors, tmp_path_factory) -> dict[str, Path]:
-    """Encoded donors: Llamas `a`, `c`, tied `b`, `t`, `deep` (6 blocks, 3 files); GPT-2 `g`, `h`."""
+    """Encoded Llamas `a`, `c`, tied `b`, `t`, `deep` (6 blocks, 3 files), and GPT-2s `g`, `h`."""
     root = tmp_path_factory.mktemp("coded")
     sources = {"a": "a", "b": "b", "c": "a", "t": "b", "deep": "deep", "g": "g", "h": "h"}
     return {
