@@ -1,4 +1,4 @@
-"""A hub of the tests' own, on loopback: the paths that the hub's client asks for, over folders on the disk, and what it was asked."""
+"""A hub for the tests, on loopback: the paths that the hub's client requests, over local folders."""
 
 import base64
 import hashlib

@@ -142,7 +142,7 @@ def begin(folder: Path, inputs: Mapping[str, str], shards: Sequence[Shard]) -> N
     """
     journal = _read(folder)
     if not journal:
-        # Without its journal nobody can say what the finished shards are made of.
+        # Without its journal it is unknown what the finished shards are made of.
         shutil.rmtree(folder / GROWING)
         (folder / GROWING).mkdir()
         write_synced(
@@ -234,7 +234,7 @@ def write_shards(
 
 
 def _written(folder: Path, shard: Shard, fill: Callable[[Shard, int], None]) -> bool:
-    """Write one shard, unless another process is at it."""
+    """Write one shard, unless another process is writing it."""
     path = folder / f"{shard.name}.writing"
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

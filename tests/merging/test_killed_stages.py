@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from killed import tree
+
 STAGES = """\
 name: one
 merge_method: dare_ties
@@ -39,10 +41,6 @@ try:
 finally:
     print("left", left, file=sys.stderr)
 """
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_merge_of_stages_killed_in_any_of_them_is_finished_with_the_same_bytes(donors, tmp_path):

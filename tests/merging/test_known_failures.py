@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 from conftest import changed, write_donor
-from safetensors.torch import load_file
+from killed import tree
+from means import tensors_of
 from transformers import AutoModelForCausalLM
 
 from frankenmerge.splicing.methods import METHODS
@@ -24,18 +25,6 @@ HEAD, EMBEDDING, UP = (
     "model.embed_tokens.weight",
     "model.layers.2.mlp.up_proj.weight",
 )
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def loaded(folder: Path):
@@ -106,7 +95,7 @@ def test_norms_of_queries_and_biases_dropped(tmp_path, merged, family, changes, 
         write_donor(tmp_path / name, family, seed=seed, **changes) for seed, name in enumerate("xy")
     )
     output = merged(merge_method="linear", models=models(one, two), parameters={"weight": 1})
-    a, b, found = tensors(one), tensors(two), loaded(output).state_dict()
+    a, b, found = tensors_of(one), tensors_of(two), loaded(output).state_dict()
     names = [name for name in a if part in name]
     assert len(names) >= 4
     assert all(torch.equal(found[name], (a[name] + b[name]) / 2) for name in names)
@@ -117,7 +106,7 @@ def test_the_first_of_two_sources_of_one_model_discarded(donors, merged, method)
     parameters, donor = {"weight": 0.5} if method == "linear" else {"t": 0.5}, donors["a"]
     pair = slices([source(donor, 0, 2), source(donor, 2, 4)])
     output = merged(merge_method=method, base_model=str(donor), parameters=parameters, slices=pair)
-    given, found = tensors(donor), tensors(output)
+    given, found = tensors_of(donor), tensors_of(output)
     one, two = (given[f"model.layers.{index}.mlp.up_proj.weight"].double() for index in (0, 2))
     if method == "slerp":
         angle = torch.arccos((one * two).sum() / one.norm() / two.norm())
@@ -203,7 +192,7 @@ def test_one_nan_that_is_allowed_spread_over_a_tensor(donors, tmp_path, merged, 
     )
     bad = {
         name: (~tensor.isfinite()).nonzero().tolist()
-        for name, tensor in tensors(output).items()
+        for name, tensor in tensors_of(output).items()
         if not tensor.isfinite().all()
     }
     assert list(bad) == [UP] and len(bad[UP]) == 1
@@ -238,7 +227,7 @@ def test_types_in_file_and_config_that_differ(tmp_path, merged, refused):
         output = merged(**recipe, dtype="bfloat16")
         config = json.loads((output / "config.json").read_text())
         assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
-        assert {tensor.dtype for tensor in tensors(output).values()} == {torch.bfloat16}
+        assert {tensor.dtype for tensor in tensors_of(output).values()} == {torch.bfloat16}
         loaded(output)
 
 
@@ -283,7 +272,7 @@ def test_random_methods_that_differ_at_every_run(donors, merged, method):
     }
     one, same, other = merged(**recipe), merged(**recipe), merged(**recipe, seed=1)
     assert tree(one) == tree(same)
-    assert not torch.equal(tensors(one)[UP], tensors(other)[UP])
+    assert not torch.equal(tensors_of(one)[UP], tensors_of(other)[UP])
 
 
 def test_a_missing_tokenizer_no_failure(donors, tmp_path, refused):
@@ -304,7 +293,7 @@ def test_experts_in_another_layout_than_the_donor_s(tmp_path, merged, family, me
         slices=parts,
         parameters={} if method == "passthrough" else {"weight": 1},
     )
-    a, b, found = tensors(one), tensors(two), tensors(output)
+    a, b, found = tensors_of(one), tensors_of(two), tensors_of(output)
     assert {name: tensor.shape for name, tensor in found.items()} == {
         name: tensor.shape for name, tensor in a.items()
     }
@@ -320,7 +309,7 @@ def test_parameters_of_a_slice_that_is_not_merged_ignored(donors, refused, merge
     recipe = {"merge_method": "task_arithmetic", "base_model": str(donors["a"])}
     assert "slices[0]" in refused(**recipe, slices=slices([source(donors["b"], weight=0.5)]))
     both = merged(**recipe, slices=slices([source(donors["a"]), source(donors["b"], weight=0.5)]))
-    a, b, found = tensors(donors["a"]), tensors(donors["b"]), tensors(both)
+    a, b, found = tensors_of(donors["a"]), tensors_of(donors["b"]), tensors_of(both)
     torch.testing.assert_close(found[UP], (a[UP] + b[UP]) / 2)
 
 
@@ -355,7 +344,7 @@ def test_no_head_or_one_that_is_ignored_for_tied_and_untied_donors(donors, merge
         models=models(donors[first], donors[second]),
         parameters={"weight": 1},
     )
-    a, b, found = tensors(donors["a"]), tensors(donors["b"]), tensors(output)
+    a, b, found = tensors_of(donors["a"]), tensors_of(donors["b"]), tensors_of(output)
     model = loaded(output)
     assert torch.equal(model.lm_head.weight, (a[HEAD] + b[EMBEDDING]) / 2) and torch.equal(
         found[HEAD], model.lm_head.weight

@@ -1,4 +1,4 @@
-"""LoRAs held against W + scaling * B A, computed here from the files."""
+"""LoRAs compared with W + scaling * B A, computed here from the files."""
 
 import json
 import shutil

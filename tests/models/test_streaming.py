@@ -1,4 +1,4 @@
-"""Block by block, held against transformers' own pass from end to end."""
+"""Block by block, compared with transformers' own pass from end to end."""
 
 import os
 

@@ -47,7 +47,7 @@ def off(rotation: Rotation) -> float:
 
 @pytest.mark.parametrize("maps", ["rotations", "linear"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral"])
-def test_refining_leads_back_towards_the_right_turn(family, maps, tmp_path):
+def test_refining_leads_back_towards_the_right_rotation(family, maps, tmp_path):
     first = write_donor(tmp_path / "first", family, seed=3)
     centred = FAMILIES[family].norm == "layer"
     away = random_rotation(16, 1, centred=centred)
