@@ -257,9 +257,7 @@ def _source_filter_faults(draft: Draft, place: str) -> Iterator[Fault]:
                 for index in range(*source.layer_range)
                 for canonical in tensor_names(draft.donors[source.model], "block", index)
             ]
-            where = (
-                f"{place}: {module_prefix(draft.recipe)}slices[{number}].sources[{entry}].filter"
-            )
+            where = f"{prefix}slices[{number}].sources[{entry}].filter"
             for asked in source.filter or ():
                 if not any(asked in name for name in names):
                     expected = "a part of the name of a tensor in this source's blocks"
