@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 
 import frankenmerge as fm
+from frankenmerge.artefacts.recipe import Block, recipe_of
+from frankenmerge.donors import checkpoint
 from frankenmerge.errors import FrankenmergeError
 
 TEXT = "a quick brown fox jumps over the lazy dog " * 20
@@ -51,7 +54,8 @@ def test_a_plan_is_merged_and_evaluated_as_on_the_command_line(donors, best, run
     assert merged.total.nats_per_token == pytest.approx(virtual.total.nats_per_token, abs=1e-6)
     assert [result.role for result in own] == ["donor", "donor"]
     assert all(
-        losses[result.name] == pytest.approx(result.total.nats_per_token, abs=1e-6) for result in own
+        losses[result.name] == pytest.approx(result.total.nats_per_token, abs=1e-6)
+        for result in own
     )
 
 
@@ -60,6 +64,157 @@ def test_a_recipe_may_be_its_file(best, tmp_path):
     from_file, *_ = fm.evaluate(tmp_path / "recipe.yaml", texts={"text": TEXT}).results
     from_value, *_ = fm.evaluate(best.recipe, texts={"text": TEXT}).results
     assert np.array_equal(from_file.total.nats, from_value.total.nats)
+
+
+# Checkpoints that are open already
+
+
+@pytest.fixture
+def opened(donors, tmp_path, monkeypatch):
+    """Two open donors; from now on, every checkpoint that is opened is counted by name."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    import frankenmerge.workflows.evaluating
+    import frankenmerge.workflows.merging
+    import frankenmerge.workflows.planning  # noqa: F401
+
+    pair = tuple(fm.open_donor(str(donors[name])) for name in "ab")
+    counts: Counter[str] = Counter()
+
+    def counted(name, *arguments, **options):
+        counts[str(name)] += 1
+        return checkpoint.open_checkpoint(name, *arguments, **options)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("frankenmerge.") and hasattr(module, "open_checkpoint"):
+            if module is not checkpoint:
+                monkeypatch.setattr(module, "open_checkpoint", counted)
+    return pair, counts
+
+
+def test_open_checkpoints_are_compared_analyzed_and_aligned_as_they_are(opened):
+    (a, b), counts = opened
+    assert fm.compare_donors(a, b).reasons == []
+    atlas = fm.analyze(a)
+    assert atlas.donor == a.name and atlas.fingerprint == a.fingerprint
+    alignment = fm.align(a, b)
+    assert alignment.donors == (a.name, b.name)
+    from_names = fm.align(a.name, b.name)
+    assert counts == {a.name: 1, b.name: 1}
+    for name, score in alignment.scores.items():
+        assert np.array_equal(score.matrix, from_names.scores[name].matrix)
+
+
+def test_sampled_alignments_of_open_checkpoints_open_none(opened):
+    from frankenmerge.workflows.aligning import AlignOptions
+
+    (a, b), counts = opened
+    alignment = fm.align(a, b, AlignOptions(sampled=True, exchange=True))
+    assert alignment.exchange and alignment.provenance["predicted_from"] == "drawn tokens"
+    assert not counts
+
+
+def test_plans_are_measured_with_open_checkpoints(opened):
+    (a, b), counts = opened
+    alignment = fm.align(a, b)
+    measured = {"calibrate": "sampled", "verify": {"text": TEXT}, "damp": "sampled"}
+    planned = fm.plan(alignment, 6, top=2, donors=(a, b), **measured)
+    assert len(planned.plans) == 2 and planned.damped and not counts
+    again = fm.plan(alignment, 6, top=2, **measured)
+    assert counts == {a.name: 1, b.name: 1} and again.evidence == planned.evidence
+
+
+def test_recipes_are_merged_and_evaluated_with_open_checkpoints(opened, best, tmp_path):
+    (a, b), counts = opened
+    counts.clear()
+    made = fm.merge(best.recipe, tmp_path / "merged", donors=(a, b))
+    assert counts[a.name] == counts[b.name] == 0
+    merged = fm.open_donor(str(made.output))
+    counts.clear()
+    found = fm.evaluate(best.recipe, merged, a, texts={"text": TEXT}, donors=(b,)).results
+    assert [(result.name, result.role) for result in found] == [
+        (str(best.recipe), "recipe"),
+        (str(tmp_path / "merged"), "model"),
+        (a.name, "model"),
+        (b.name, "donor"),
+    ]
+    assert np.array_equal(found[0].total.nats, found[1].total.nats)
+    assert not counts
+
+
+# Recipes and merges
+
+
+def test_a_recipe_is_checked_from_headers(donors, best, tmp_path):
+    fm.check(best.recipe)
+    (tmp_path / "recipe.yaml").write_text(best.recipe.dump())
+    fm.check(tmp_path / "recipe.yaml")
+    with pytest.raises(FrankenmergeError, match="layer_range"):
+        fm.check(recipe_of([Block(str(donors["a"]), 9)]))
+    with pytest.raises(FrankenmergeError, match="hidden_size"):
+        fm.check(recipe_of([Block(str(donors["a"]), 0), Block(str(donors["wide"]), 1)]))
+
+
+def test_a_merge_is_verified(best, tmp_path):
+    made = fm.merge(best.recipe, tmp_path / "merged")
+    verified = fm.verify(made.output)
+    assert verified.tensors == verified.compared == made.tensors and not verified.absent
+    file = made.output / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(FrankenmergeError, match="model.safetensors"):
+        fm.verify(made.output)
+
+
+def test_a_file_of_stages_is_merged_and_evaluated(donors, tmp_path):
+    a, b, path = donors["a"], donors["b"], tmp_path / "stages.yaml"
+    path.write_text(
+        f"""
+name: half
+merge_method: passthrough
+slices:
+- sources: [{{model: {a}, layer_range: [0, 2]}}]
+---
+merge_method: passthrough
+slices:
+- sources: [{{model: half, layer_range: [0, 2]}}]
+- sources: [{{model: {b}, layer_range: [2, 4]}}]
+"""
+    )
+    assert [recipe.name for recipe in fm.load_recipes(path)] == ["half", None]
+    made = fm.merge(path, tmp_path / "merged")
+    virtual, merged, *own = fm.evaluate(path, made.output, texts={"text": TEXT}).results
+    assert np.array_equal(virtual.total.nats, merged.total.nats)
+    assert {result.name for result in own} == {str(a), str(b)}
+
+
+# Artefacts
+
+
+def test_artefacts_are_saved_and_loaded(donors, tmp_path):
+    atlas = fm.analyze(donors["a"])
+    fm.save_atlas(atlas, tmp_path / "a.atlas.safetensors")
+    loaded = fm.load_atlas(tmp_path / "a.atlas.safetensors")
+    assert np.array_equal(loaded.top["plain"].tokens, atlas.top["plain"].tokens)
+    alignment = fm.align(loaded, donors["b"])
+    fm.save_alignment(alignment, tmp_path / "ab.alignment.safetensors")
+    again = fm.load_alignment(tmp_path / "ab.alignment.safetensors")
+    planned = fm.plan(again, 6)
+    assert planned.plans == fm.plan(alignment, 6).plans
+    (path,) = fm.write_plans(planned, tmp_path / "recipe.yaml")
+    assert fm.load_recipe(path) == planned.plans[0].recipe
+    assert (tmp_path / "recipe.evidence.json").is_file()
+
+
+def test_a_report_is_the_command_s(donors, best, run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(best.recipe.dump())
+    assert fm.report(tmp_path / "run", tmp_path / "ours.html") == tmp_path / "ours.html"
+    assert run("report", tmp_path / "run", "-o", tmp_path / "theirs.html")[0] == 0
+    assert (tmp_path / "ours.html").read_bytes() == (tmp_path / "theirs.html").read_bytes()
+    with pytest.raises(FrankenmergeError):
+        fm.report(tmp_path / "nowhere", tmp_path / "page.html")
+
+
+# The package
 
 
 def test_mistakes_are_raised(tmp_path):
@@ -78,7 +233,10 @@ def test_everything_offered_is_there():
 
 
 def test_importing_it_imports_nothing_heavy():
-    code = "import sys; from frankenmerge.splicing import diagram; print({'torch', 'numpy', 'transformers', 'click'} & sys.modules.keys())"
+    code = (
+        "import sys; from frankenmerge.splicing import diagram; "
+        "print({'torch', 'numpy', 'transformers', 'click'} & sys.modules.keys())"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,13 +1,11 @@
 """`NAME.evidence.json`: the plans that `plan` wrote as recipes, and the evidence for every seam."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from frankenmerge.artefacts.json_files import Record, load_json, parse_json, save_json
-from frankenmerge.errors import FrankenmergeError
 
 KIND = "frankenmerge.evidence/1"
 """The kind of these files; files of version 1 do not state it."""
@@ -142,31 +140,3 @@ def is_evidence(content: Any) -> bool:
     return kind.startswith("frankenmerge.evidence/") or (
         not kind and "plans" in content and "constraints" in content
     )
-
-
-def find_plan(folder: Path, key: str | None, summary: str) -> PlanRecord | None:
-    """Find what was planned for a recipe in the evidence files of a folder.
-
-    Args:
-        folder: where the recipe is.
-        key: the key of the recipe with its donors, where it is known.
-        summary: the recipe in words, which identifies plans of version 0.1, as these have no key.
-
-    Returns:
-        The first plan with this key, or else the first one without a key and with this summary.
-        Files that are not evidence are skipped: they may be another program's.
-    """
-    plans = list(_plans_in(sorted(folder.glob(f"*{SUFFIX}"))))
-    matches = [plan for plan in plans if key is not None and plan.key == key]
-    matches += [plan for plan in plans if plan.summary == summary and None in (key, plan.key)]
-    return matches[0] if matches else None
-
-
-def _plans_in(paths: Sequence[Path]) -> list[PlanRecord]:
-    plans: list[PlanRecord] = []
-    for path in paths:
-        try:
-            plans += load(path).plans
-        except FrankenmergeError:
-            continue
-    return plans

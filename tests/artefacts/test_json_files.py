@@ -159,30 +159,3 @@ def test_the_source_of_a_tensor_is_its_own_or_its_first_input():
         ("x/one", "model.norm.weight"),
     ]
     assert provenance.TensorRecord(method="copy").source is None
-
-
-@pytest.mark.parametrize(
-    ("key", "summary", "expected"),
-    [
-        ("k2", "a", 2.0),
-        (None, "a", 1.0),
-        ("k9", "a", None),
-        ("k9", "old", 3.0),
-        (None, "old", 3.0),
-        (None, "none", None),
-    ],
-)
-def test_plans_are_found_by_key_and_those_without_one_by_their_summary(
-    tmp_path, key, summary, expected
-):
-    (first,) = invented.evidence()["plans"]
-    plans = [
-        first | {"summary": "a", "key": "k1", "predicted_damage": 1.0},
-        first | {"summary": "a", "key": "k2", "predicted_damage": 2.0},
-        first | {"summary": "old", "predicted_damage": 3.0},
-    ]
-    (tmp_path / "a.evidence.json").write_text('{"of": "another program"}')
-    (tmp_path / "b.evidence.json").write_text("{")
-    invented.write(tmp_path / "c.evidence.json", invented.evidence() | {"plans": plans})
-    found = evidence.find_plan(tmp_path, key, summary)
-    assert (found and found.predicted_damage) == expected
