@@ -1,4 +1,4 @@
-"""A hub for the tests, on loopback: the paths that the hub's client requests, over local folders."""
+"""A hub for the tests, on loopback: the paths that the hub's client requests, as local folders."""
 
 import base64
 import hashlib

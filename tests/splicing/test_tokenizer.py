@@ -5,14 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import write_donor
+from conftest import resolved, write_donor
 from transformers import AutoTokenizer
 
 from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.splicing.opening import open_donors
-from frankenmerge.splicing.tokenizer import TEMPLATES, tokenizer_files
-from frankenmerge.splicing.vocabulary import result_vocabulary
+from frankenmerge.splicing.tokenizer import TEMPLATES
 
 TALK = [
     {"role": "user", "content": "hello"},
@@ -24,13 +22,13 @@ TALK = [
 def made(text: str, folder: Path):
     """The tokenizer of a recipe, loaded, and the vocabulary of its embedding and head."""
     recipe = parse_recipe(text, "r.yaml")
-    donors = open_donors(recipe)
+    splice = resolved(recipe)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    (folder / "config.json").write_text((donors[recipe.base].path / "config.json").read_text())
-    for name, content in tokenizer_files(recipe, donors).items():
+    (folder / "config.json").write_text((splice.base.path / "config.json").read_text())
+    for name, content in splice.tokenizer.items():
         (folder / name).write_bytes(content)
-    return AutoTokenizer.from_pretrained(folder), result_vocabulary(recipe, donors)
+    return AutoTokenizer.from_pretrained(folder), splice.vocabulary
 
 
 def linear(*donors: Path, more: str = "") -> str:
@@ -63,7 +61,7 @@ def chatty(tmp_path) -> Path:
 
 def test_without_a_word_the_files_are_the_donor_s(donors, tmp_path):
     recipe = parse_recipe(linear(donors["a"], donors["b"]), "r.yaml")
-    files = tokenizer_files(recipe, open_donors(recipe))
+    files = resolved(recipe).tokenizer
     assert (
         files
         == {path.name: path.read_bytes() for path in donors["a"].glob("*") if path.name in files}
@@ -252,7 +250,7 @@ def test_settings_that_cannot_be_read_are_reported(donors, tmp_path, run, conten
             *command[1:],
         )
         assert (
-            code == 1 and f"{broken / 'tokenizer_config.json'}\n" in err and "Traceback" not in err
+            code == 2 and f"{broken / 'tokenizer_config.json'}\n" in err and "Traceback" not in err
         ), err
 
 
