@@ -8,6 +8,7 @@ import click
 import pytest
 from conftest import DEMO
 
+from frankenmerge.artefacts.recipe_file import load_recipes
 from frankenmerge.cli import cli
 from frankenmerge.splicing.methods import METHODS
 
@@ -21,6 +22,7 @@ INLINE = re.compile(r"`(frankenmerge [a-z][^`\n]*)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 README_LINES = 95
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 def page_name(page: Path) -> str:
@@ -102,6 +104,15 @@ def test_every_merge_method_is_in_the_documentation():
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
     listed = {name for row in rows for name in re.findall(r"`(\w+)`", row[1])}
     assert set(METHODS) <= listed
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid(path, run):
+    donors = {donor for recipe in load_recipes(path) for donor in recipe.donors}
+    assert donors
+    if all((Path(donor) / "model.safetensors").is_file() for donor in donors):
+        code, _, err = run("check", path)
+        assert code == 0, err
 
 
 def test_the_readme_stays_short():
