@@ -110,8 +110,9 @@ class Alignment:
         return None if gram is None else np.roll(gram, [self.blocks[1] + 1] * 2, axis=(0, 1))
 
 
-def save_alignment(alignment: Alignment, path: Path) -> None:
+def save_alignment(alignment: Alignment, path: str | Path) -> None:
     """Write an alignment, complete or not at all."""
+    path = Path(path)
     arrays = {"a.tokens": alignment.tokens[0], "b.tokens": alignment.tokens[1]}
     for name, score in alignment.scores.items():
         arrays |= {f"score.{name}": score.matrix, f"detail.{name}": score.detail}
@@ -130,8 +131,9 @@ def save_alignment(alignment: Alignment, path: Path) -> None:
     write_arrays(path, _KIND, arrays, metadata)
 
 
-def load_alignment(path: Path) -> Alignment:
+def load_alignment(path: str | Path) -> Alignment:
     """Read an alignment. Raises FrankenmergeError for a file that is not one."""
+    path = Path(path)
     arrays, metadata = read_arrays(
         path, _KIND, f"an alignment, as `frankenmerge align A B -o NAME{SUFFIX}` writes it"
     )

@@ -73,8 +73,9 @@ class Atlas:
         return self.probes[block].astype(np.float32) * self.probe_scale[block]
 
 
-def save_atlas(atlas: Atlas, path: Path) -> None:
+def save_atlas(atlas: Atlas, path: str | Path) -> None:
     """Write an atlas, complete or not at all."""
+    path = Path(path)
     arrays = {"probes": atlas.probes, "probe_scale": atlas.probe_scale}
     for context, top in atlas.top.items():
         arrays |= {f"{context}.tokens": top.tokens, f"{context}.values": top.values}
@@ -93,8 +94,9 @@ def save_atlas(atlas: Atlas, path: Path) -> None:
     write_arrays(path, _KIND, arrays, metadata)
 
 
-def load_atlas(path: Path) -> Atlas:
+def load_atlas(path: str | Path) -> Atlas:
     """Read an atlas. Raises FrankenmergeError for a file that is not one."""
+    path = Path(path)
     arrays, metadata = read_arrays(
         path, _KIND, f"an atlas, as `frankenmerge analyze DONOR -o NAME{SUFFIX}` writes it"
     )

@@ -194,8 +194,9 @@ def _fault(place: str, detail: Any) -> Fault:
     return Fault(where, detail["msg"].removeprefix("Value error, "), found, "correct the recipe")
 
 
-def load_recipes(path: Path) -> list[Recipe]:
+def load_recipes(path: str | Path) -> list[Recipe]:
     """Read a recipe file's stages; relative paths are taken from the working directory first, then from the file's folder."""
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -230,7 +231,7 @@ def load_recipes(path: Path) -> list[Recipe]:
     return [changed(renamed(recipe, found), beside) for recipe in recipes]
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: str | Path) -> Recipe:
     """Read a file of a single recipe, as `load_recipes` does."""
     return _single(load_recipes(path), str(path))
 
