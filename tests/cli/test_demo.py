@@ -1,4 +1,4 @@
-"""`frankenmerge demo`: all of it on the donors in the package."""
+"""`frankenmerge demo`: the whole pipeline on the donors in the package."""
 
 import json
 import statistics
@@ -36,24 +36,25 @@ def test_the_demo_s_plan_keeps_its_word_twice_over(demo, tmp_path):
     ]:
         pytest.skip(f"the demo's donors are not there: {', '.join(missing)}")
     code, out, _ = demo("--json")
-    told = json.loads(out)
+    record = json.loads(out)
     folder = tmp_path / "here" / "demo-run"
-    assert code == 0 and told["output"] == "demo-run"
-    merged = next(model for model in told["models"] if model["name"].endswith("merged"))
-    randoms = told["random_bits_per_byte"]
+    assert code == 0 and record["output"] == "demo-run"
+    merged = next(model for model in record["models"] if model["name"].endswith("merged"))
+    randoms = record["random_bits_per_byte"]
     assert len(randoms) == 20
     assert merged["bits_per_byte"] < statistics.median(randoms)
-    donors = [model["bits_per_byte"] for model in told["models"] if model["role"] == "donor"]
+    donors = [model["bits_per_byte"] for model in record["models"] if model["role"] == "donor"]
     assert len(donors) == 2 and all(0 < bits < 8 for bits in donors)
     recipe = load_recipe(folder / "recipe.yaml")
     assert (
-        told["plan"]["recipe"] == recipe.model_dump(exclude_none=True) and len(recipe.blocks) == 12
+        record["plan"]["recipe"] == recipe.model_dump(exclude_none=True)
+        and len(recipe.blocks) == 12
     )
     alignment = load_alignment(folder / "code-prose.alignment.safetensors")
     for name, fingerprint in zip(("code", "prose"), alignment.fingerprints, strict=True):
         assert load_atlas(folder / f"{name}.atlas.safetensors").fingerprint == fingerprint
     evidence = json.loads((folder / "recipe.evidence.json").read_text())
-    assert evidence["plans"][0] == told["plan"]
+    assert evidence["plans"][0] == record["plan"]
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "<h1>12 blocks of code and prose</h1>" in page and "Where the donors agree" in page
 
@@ -69,7 +70,7 @@ def test_the_demo_s_plan_keeps_its_word_twice_over(demo, tmp_path):
     assert f"beats {beaten} of 20 random recipes" in shown
     assert f"{merged['bits_per_byte']:.3f}" in shown
     assert [name for name in after if after[name] != before[name]] == []
-    assert told["logits_equal"] is True
+    assert record["logits_equal"] is True
 
 
 def test_the_demo_leaves_a_folder_alone_that_is_not_its_own(demo, tmp_path):
@@ -88,7 +89,7 @@ def test_the_demo_leaves_a_file_alone(demo, tmp_path):
     assert (tmp_path / "mine").read_text() == "years of work"
 
 
-def test_an_unknown_option_is_told_and_nothing_is_made(demo, tmp_path):
+def test_an_unknown_option_is_reported_and_nothing_is_made(demo, tmp_path):
     code, _, err = demo("--depth", 3)
     assert code == 2 and "--depth" in err
     assert list((tmp_path / "here").iterdir()) == []

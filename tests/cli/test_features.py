@@ -59,7 +59,7 @@ def test_complete_shows_the_best_tokens(donors, run, name):
     }
 
 
-def test_complete_behind_bos_at_the_attention_isolated_and_bottom(donors, run):
+def test_complete_after_bos_at_the_attention_isolated_and_bottom(donors, run):
     model = load_model(open_checkpoint(str(donors["a"])))
     top = complete_search(model, k=2, prefix=(0,), site="attention", isolated=True, bottom=True)
     found = rows(
@@ -256,7 +256,7 @@ def test_both_forms_at_once_are_refused(donors, run):
     assert "both" in refused(run, donors["a"], "--neurons", "0", "--features", "[:, :, 0]")
 
 
-# What is printed beside the tokens
+# What is printed with the tokens
 
 
 def test_the_hidden_decode_is_flagged_as_an_artefact(donors, run):
@@ -302,7 +302,9 @@ def pairs(tokens, i, j):
 
 @pytest.mark.parametrize("untrained", [(), ("--untrained", "3")])
 @pytest.mark.parametrize("method", METHODS)
-def test_agreement_between_blocks_stands_beside_permuted_features(donors, run, method, untrained):
+def test_agreement_between_blocks_is_reported_with_permuted_features(
+    donors, run, method, untrained
+):
     found = record_of(
         run,
         donors["a"],

@@ -30,7 +30,7 @@ def refused(run, *arguments) -> str:
 
 @pytest.mark.parametrize("distance", ["l1", "cosine"])
 @pytest.mark.parametrize("name", ["a", "g"])
-def test_inversion_tells_what_it_recovers_beside_chance(donors, run, name, distance):
+def test_inversion_reports_what_it_recovers_and_chance(donors, run, name, distance):
     text = "the quick fox"
     found = record_of(
         run,
@@ -115,5 +115,5 @@ def test_inversion_prints_a_table(donors, run):
         (("--input", "a" * 65), "1 to 64"),
     ],
 )
-def test_an_inversion_that_cannot_be_is_told(donors, run, options, words):
+def test_an_inversion_that_is_impossible_is_reported(donors, run, options, words):
     assert words in refused(run, donors["g"], "--method", "inversion", *options)

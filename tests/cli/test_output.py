@@ -22,13 +22,13 @@ for arguments in json.loads(sys.argv[1]):
     try:
         main(arguments)
     except SystemExit as left:
-        told = [left.code, [name for name in json.loads(sys.argv[2]) if name in sys.modules]]
-        print(json.dumps(told), file=sys.stderr)
+        row = [left.code, [name for name in json.loads(sys.argv[2]) if name in sys.modules]]
+        print(json.dumps(row), file=sys.stderr)
 """
 
 
 def alone(*commands: list, heavy: tuple[str, ...] = HEAVY) -> list:
-    """Run commands in a process of their own: for each, (exit code, heavy modules imported by then)."""
+    """Run commands in one new process: for each, its exit status and the heavy modules imported."""
     lines = json.dumps([[str(argument) for argument in command] for command in commands])
     done = subprocess.run(
         [sys.executable, "-c", ALONE, lines, json.dumps(heavy)],
@@ -48,7 +48,7 @@ def recipe(donors, tmp_path) -> Path:
 
 
 @pytest.fixture
-def told(run):
+def printed(run):
     """Run a command with --json and return the object it prints."""
 
     def call(*arguments: object) -> dict:
@@ -62,8 +62,8 @@ def told(run):
 
 
 @pytest.fixture
-def alignment(told, donors, tmp_path) -> Path:
-    told("align", donors["a"], donors["b"], "-o", tmp_path / "ab.alignment.safetensors")
+def alignment(printed, donors, tmp_path) -> Path:
+    printed("align", donors["a"], donors["b"], "-o", tmp_path / "ab.alignment.safetensors")
     return tmp_path / "ab.alignment.safetensors"
 
 
@@ -111,7 +111,10 @@ def test_without_a_command_the_way_from_donors_to_report_is_shown(run):
 
 
 def on_terminal(*arguments: object, **environment: str) -> tuple[str, str]:
-    """Run a command whose standard error, with ALL its output too, is a terminal: (standard output, what the terminal got)."""
+    """Run a command on a terminal: (its standard output, what the terminal received).
+
+    Standard error is the terminal; with ALL in the environment, standard output, too.
+    """
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "frankenmerge", *map(str, arguments)]
     environment = (
@@ -128,15 +131,15 @@ def on_terminal(*arguments: object, **environment: str) -> tuple[str, str]:
         env=environment,
     )
     os.close(theirs)
-    told = b""
+    received = b""
     try:
         while part := os.read(ours, 65536):
-            told += part
-    except OSError:  # the other end is closed, and all is read
+            received += part
+    except OSError:  # the other end is closed
         pass
     finally:
         os.close(ours)
-    return done.stdout, told.decode()
+    return done.stdout, received.decode()
 
 
 def test_quiet_shows_results_and_no_progress(recipe, text):
@@ -186,8 +189,8 @@ def test_help_names_every_command(run):
 # JSON
 
 
-def test_inspect_tells_a_donor(told, donors):
-    (donor,) = told("inspect", donors["b"])["donors"]
+def test_inspect_describes_a_donor(printed, donors):
+    (donor,) = printed("inspect", donors["b"])["donors"]
     expected = {
         "name": str(donors["b"]),
         "family": "llama",
@@ -210,11 +213,11 @@ def test_inspect_tells_a_donor(told, donors):
     )
 
 
-def test_inspect_tells_whether_donors_can_be_spliced(told, donors):
-    both = told("inspect", donors["a"], donors["b"])
+def test_inspect_reports_whether_donors_can_be_spliced(printed, donors):
+    both = printed("inspect", donors["a"], donors["b"])
     assert both.keys() >= {"donors", "spliceable", "reasons"}
     assert (both["spliceable"], both["reasons"], len(both["donors"])) == (True, [], 2)
-    other = told("inspect", donors["a"], donors["b"], donors["wide"])
+    other = printed("inspect", donors["a"], donors["b"], donors["wide"])
     assert other["spliceable"] is False
     pairs = [f"{donors[first]} | {donors['wide']}: hidden_size: 16 and 32" for first in "ab"]
     assert set(pairs) <= set(other["reasons"]) and not any(
@@ -222,9 +225,9 @@ def test_inspect_tells_whether_donors_can_be_spliced(told, donors):
     )
 
 
-def test_analyze_tells_what_it_wrote(told, donors, tmp_path):
+def test_analyze_reports_what_it_wrote(printed, donors, tmp_path):
     output = tmp_path / "a.atlas.safetensors"
-    value = told("analyze", donors["a"], "-o", output)
+    value = printed("analyze", donors["a"], "-o", output)
     assert (value["output"], value["blocks"], value["width"], value["vocabulary"]) == (
         str(output),
         4,
@@ -234,8 +237,10 @@ def test_analyze_tells_what_it_wrote(told, donors, tmp_path):
     assert output.is_file()
 
 
-def test_align_tells_its_scores(told, donors, tmp_path):
-    value = told("align", donors["a"], donors["deep"], "-o", tmp_path / "x.alignment.safetensors")
+def test_align_reports_its_scores(printed, donors, tmp_path):
+    value = printed(
+        "align", donors["a"], donors["deep"], "-o", tmp_path / "x.alignment.safetensors"
+    )
     assert (value["donors"], value["blocks"], value["widths"]) == (
         [str(donors["a"]), str(donors["deep"])],
         [4, 6],
@@ -247,9 +252,9 @@ def test_align_tells_its_scores(told, donors, tmp_path):
         assert score["nulls"] or name in {"influence", "distance", "relative_depth"}
 
 
-def test_plan_tells_its_recipes_and_writes_them(told, donors, alignment, tmp_path):
+def test_plan_reports_its_recipes_and_writes_them(printed, donors, alignment, tmp_path):
     output = tmp_path / "planned.yaml"
-    value = told("plan", alignment, "-o", output, "--depth", 6, "--top", 3)
+    value = printed("plan", alignment, "-o", output, "--depth", 6, "--top", 3)
     assert len(value["plans"]) == 3
     for plan, path in zip(
         value["plans"],
@@ -275,11 +280,11 @@ def test_plan_tells_its_recipes_and_writes_them(told, donors, alignment, tmp_pat
     assert evidence["plans"] == value["plans"]
 
 
-def test_check_and_merge_tell_the_same_sizes(told, recipe, tmp_path):
-    checked = told("check", recipe)
-    planned = told("merge", recipe, tmp_path / "out", "--dry-run")
+def test_check_and_merge_report_the_same_sizes(printed, recipe, tmp_path):
+    checked = printed("check", recipe)
+    planned = printed("merge", recipe, tmp_path / "out", "--dry-run")
     assert not (tmp_path / "out").exists()
-    merged = told("merge", recipe, tmp_path / "out")
+    merged = printed("merge", recipe, tmp_path / "out")
     assert checked == planned
     assert (checked["depth"], checked["tensors"], checked["parameters"]) == (
         6,
@@ -292,22 +297,22 @@ def test_check_and_merge_tell_the_same_sizes(told, recipe, tmp_path):
         checked["tensors"],
         checked["bytes"],
     )
-    assert told("inspect", tmp_path / "out")["donors"][0]["bytes"] == merged["bytes"]
+    assert printed("inspect", tmp_path / "out")["donors"][0]["bytes"] == merged["bytes"]
 
 
 @pytest.mark.parametrize(
     "size, files", [("5GB", 1), ("10kB", 6), ("0.01MB", 6), ("10000", 6), ("10000 b", 6)]
 )
-def test_a_shard_size_is_read_with_its_unit(told, recipe, tmp_path, size, files):
-    told("merge", recipe, tmp_path / "out", "--shard-size", size)
+def test_a_shard_size_is_read_with_its_unit(printed, recipe, tmp_path, size, files):
+    printed("merge", recipe, tmp_path / "out", "--shard-size", size)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == files
 
 
-def test_evaluate_tells_the_same_of_a_recipe_and_its_checkpoint(
-    told, donors, recipe, text, tmp_path
+def test_evaluate_reports_the_same_for_a_recipe_and_its_checkpoint(
+    printed, donors, recipe, text, tmp_path
 ):
-    told("merge", recipe, tmp_path / "out")
-    models = told("evaluate", recipe, tmp_path / "out", "--text", text)["models"]
+    printed("merge", recipe, tmp_path / "out")
+    models = printed("evaluate", recipe, tmp_path / "out", "--text", text)["models"]
     assert [(model["name"], model["role"]) for model in models] == [
         (str(recipe), "recipe"),
         (str(tmp_path / "out"), "model"),
@@ -340,15 +345,15 @@ def test_tables_are_at_most_eighty_columns_wide_where_there_is_no_terminal(
 
 
 def test_a_recipe_planned_with_relative_names_is_merged_from_elsewhere(
-    told, donors, tmp_path, monkeypatch
+    printed, donors, tmp_path, monkeypatch
 ):
     for name in "ab":
         shutil.copytree(donors[name], tmp_path / "work" / name)
     monkeypatch.chdir(tmp_path / "work")
-    told("align", "a", "b", "-o", "ab.alignment.safetensors")
-    told("plan", "ab.alignment.safetensors", "-o", "recipe.yaml", "--depth", 6)
+    printed("align", "a", "b", "-o", "ab.alignment.safetensors")
+    printed("plan", "ab.alignment.safetensors", "-o", "recipe.yaml", "--depth", 6)
     monkeypatch.chdir(tmp_path)
-    told("merge", "work/recipe.yaml", "out")
+    printed("merge", "work/recipe.yaml", "out")
     assert set(load_recipe(tmp_path / "work" / "recipe.yaml").donors) == {
         str(tmp_path / "work" / name) for name in "ab"
     }

@@ -5,15 +5,18 @@ import json
 import pytest
 from safetensors import safe_open
 
-TEXT = """\
-Once upon a time, there was a little girl named Lily. She liked to play in the park with her friend Tom. One day, they saw a big dog.
-The dog was sad because it lost its ball. "Do not worry," said Lily. "We can help you find it." They looked under the tree and behind
-the house. At last, Tom found the ball in the grass. The dog was very happy and ran around them. They all played until the sun went down.
-"""
+TEXT = " ".join(
+    """Once upon a time, there was a little girl named Lily. She liked to play in the park with her
+friend Tom. One day, they saw a big dog. The dog was sad because it lost its ball. "Do not worry,"
+said Lily. "We can help you find it." They looked under the tree and behind the house. At last, Tom
+found the ball in the grass. The dog was very happy and ran around them. They all played until the
+sun went down.
+""".split()
+)
 
 
 @pytest.fixture
-def told(run):
+def printed(run):
     def call(*arguments: object) -> dict:
         code, out, err = run(*arguments, "--json")
         assert code == 0, err
@@ -32,17 +35,17 @@ def tensors(folder) -> dict[str, tuple]:
     return found
 
 
-def test_the_way_from_two_real_donors_to_their_evaluation(real, told, tmp_path):
+def test_the_way_from_two_real_donors_to_their_evaluation(real, printed, tmp_path):
     first, other = real
-    assert told("inspect", first, other)["spliceable"] is True
+    assert printed("inspect", first, other)["spliceable"] is True
     alignment = tmp_path / "ab.alignment.safetensors"
-    scores = told("align", first, other, "-o", alignment)["scores"]
+    scores = printed("align", first, other, "-o", alignment)["scores"]
     assert all(len(score["matrix"]) == 6 for score in scores.values())
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
-    (plan,) = told("plan", alignment, "-o", recipe, "--depth", 7)["plans"]
-    assert plan["depth"] == told("check", recipe)["depth"] == 7
+    (plan,) = printed("plan", alignment, "-o", recipe, "--depth", 7)["plans"]
+    assert plan["depth"] == printed("check", recipe)["depth"] == 7
 
-    merged = told("merge", recipe, output, "--shard-size", "300KB")
+    merged = printed("merge", recipe, output, "--shard-size", "300KB")
     found, sources = tensors(output), {str(folder): tensors(folder) for folder in real}
     origins = json.loads((output / "frankenmerge.json").read_text())["tensors"]
     assert found.keys() == origins.keys() and len(found) == merged["tensors"]
@@ -58,7 +61,7 @@ def test_the_way_from_two_real_donors_to_their_evaluation(real, told, tmp_path):
 
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    spliced, checkpoint, *donors = told("evaluate", recipe, output, "--text", text)["models"]
+    spliced, checkpoint, *donors = printed("evaluate", recipe, output, "--text", text)["models"]
     figures = ("bits_per_byte", "perplexity", "nats_per_token", "tokens")
     assert [spliced[key] for key in figures] == [checkpoint[key] for key in figures]
     assert {donor["name"] for donor in donors} == set(sources)
@@ -68,7 +71,7 @@ def test_the_way_from_two_real_donors_to_their_evaluation(real, told, tmp_path):
     )
 
 
-def test_a_recipe_by_hand_is_merged_and_evaluated(real, told, tmp_path):
+def test_a_recipe_by_hand_is_merged_and_evaluated(real, printed, tmp_path):
     first, other = real
     recipe, text = tmp_path / "recipe.yaml", tmp_path / "text.txt"
     recipe.write_text(f"""\
@@ -80,13 +83,13 @@ merge_method: passthrough
 tokenizer_source: {first}
 """)
     text.write_text(TEXT)
-    told("merge", recipe, tmp_path / "out")
+    printed("merge", recipe, tmp_path / "out")
     assert tensors(tmp_path / "out") == tensors(other)
-    copy, original, *_ = told("evaluate", tmp_path / "out", other, "--text", text)["models"]
+    copy, original, *_ = printed("evaluate", tmp_path / "out", other, "--text", text)["models"]
     assert copy["nats_per_token"] == original["nats_per_token"]
 
 
-def test_real_donors_are_told_in_tables(real, run):
+def test_real_donors_are_shown_in_tables(real, run):
     code, out, err = run("inspect", *real)
     assert (code, err) == (0, "")
     assert "These can be spliced." in out and "llama2xs-281K" in out
