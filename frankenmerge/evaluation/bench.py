@@ -202,12 +202,18 @@ class Bench:
         return self._measured(subject, progress, visit)
 
     def splice(
-        self, name: str, splice: Splice, *, progress: Progress = silent, visit: Visit = _nothing
+        self,
+        name: str,
+        splice: Splice,
+        *,
+        lineage: Lineage | None = None,
+        progress: Progress = silent,
+        visit: Visit = _nothing,
     ) -> Result:
-        """Measure a splice in memory."""
+        """Measure a splice in memory; its `lineage` leads through stages that were made."""
         model = self.assemble(splice, progress)
         tokenizer = splice_tokenizer(splice)
-        texts, lineage = self._encoded(tokenizer), splice_lineage(splice)
+        texts, lineage = self._encoded(tokenizer), lineage or splice_lineage(splice)
         subject = Subject(name, "recipe", model, tokenizer, splice, texts, lineage)
         return self._measured(subject, progress, visit)._replace(key=splice.key)
 

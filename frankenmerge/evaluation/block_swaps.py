@@ -1,8 +1,7 @@
-"""Whether blocks can stand for one another: both tests of exchangeability, on random tokens, for every pair of blocks.
+"""Whether blocks can be exchanged: replacement and interchange of every pair, on random tokens.
 
-Replacement puts another block in a block's place; interchange lets two blocks of one donor change
-places. What it costs is the Kullback-Leibler divergence of the donor's predictions from those of
-the donor so changed.
+Replacement puts another block in a block's place; interchange swaps two blocks of one donor. The
+cost is the Kullback-Leibler divergence of the changed donor's predictions from its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,13 +27,13 @@ def exchange(
     *,
     advance: Advance = ignore,
 ) -> Exchange:
-    """Run both tests on two donors, or on one that is given twice.
+    """Measure replacement and interchange in two donors, or in one that is given twice.
 
     Args:
         a: a donor's name and its number of blocks.
         b: another's, of the same shape.
         models: both by name.
-        advance: called for every change that was run.
+        advance: called for every change that was measured.
     """
     vocabulary = min(len(embedding_of(model)) for model in models.values())
     ids = torch.from_numpy(np.random.default_rng(SEED).integers(0, vocabulary, (ROWS, LENGTH)))
@@ -72,14 +71,17 @@ def _divergences(
     ids: Tensor,
     advance: Advance,
 ) -> np.ndarray:
-    """The divergence of every stack's predictions from those of `home`, nats per token, float32 `[r]`; equal stacks are run once."""
+    """The divergence of every stack's predictions from those of `home`, float32 `[r]`.
+
+    It is in nats per token. Equal stacks are run once.
+    """
     host = models[home[0].model]
-    said = host(input_ids=ids.to(host.device), use_cache=False).logits.float().log_softmax(-1)
+    own = host(input_ids=ids.to(host.device), use_cache=False).logits.float().log_softmax(-1)
     different = [list(stack) for stack in dict.fromkeys(map(tuple, stacks))]
     divergence = {}
     for index, logits in logits_together(different, models, ids, ids.shape[1]):
         divergence[tuple(different[index])] = float(
-            (said.exp() * (said - logits.float().log_softmax(-1))).sum(-1).mean()
+            (own.exp() * (own - logits.float().log_softmax(-1))).sum(-1).mean()
         )
         advance(1)
     return np.array([divergence[tuple(stack)] for stack in stacks], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, run by it on a model that is in memory: a checkpoint's, or a splice that was never written."""
+"""Tasks of lm-evaluation-harness, run on a model in memory: of a checkpoint or a splice."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from frankenmerge.errors import fail
 
 BATCH = 8
-"""Questions that pass the model together on a CPU."""
+"""Batch size on a CPU."""
 
 
 class TaskFigure(NamedTuple):
@@ -22,20 +22,18 @@ class TaskFigure(NamedTuple):
 
     task: str
     metric: str
-    """As the harness calls it, and the filter behind a comma where there is one: `acc`,
-    `exact_match,strict-match`.
-    """
+    """As the harness names it, with its filter, if any: `acc`, `exact_match,strict-match`."""
     value: float
     stderr: float | None
 
 
 def stay_offline() -> None:
-    """Keep the harness and its data sets from the network; to be called before any of their libraries is imported."""
+    """Keep the harness and its data sets offline; call it before their libraries are imported."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise FrankenmergeError where the harness is not installed or cannot load a task: to be asked before hours of measuring."""
+    """Raise FrankenmergeError if the harness is not installed or cannot load a task."""
     if find_spec("lm_eval") is None:
         raise fail(
             "--tasks",
@@ -46,28 +44,31 @@ def check_tasks(tasks: Sequence[str]) -> None:
     from lm_eval.config.evaluate_config import EvaluatorConfig  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import get_task_dict  # pyright: ignore[reportMissingImports]
 
-    with _told(tasks):
+    with _harness_errors(tasks):
         if not all(tasks):
             raise ValueError("a task without a name")
-        asked = EvaluatorConfig(tasks=list(tasks))
-        manager = asked.process_tasks()
-        get_task_dict(list(asked.tasks), manager)
+        config = EvaluatorConfig(tasks=list(tasks))
+        manager = config.process_tasks()
+        get_task_dict(list(config.tasks), manager)
 
 
 @contextmanager
-def _told(tasks: Sequence[str]) -> Iterator[None]:
-    """The harness's own messages on standard error, and its errors as ours."""
+def _harness_errors(tasks: Sequence[str]) -> Iterator[None]:
+    """Print the harness's messages on standard error, and raise its errors as ours."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         with redirect_stdout(sys.stderr):  # it prints its progress
             yield
     except (ValueError, LookupError, TypeError, OSError, AssertionError, yaml.YAMLError) as error:
-        told = " ".join(str(error).split()) or repr(error)
-        remedy = "name tasks of the harness whose data are at hand (--download fetches them), or YAML files of tasks that fit the model"
+        found = " ".join(str(error).split()) or repr(error)
+        remedy = (
+            "name tasks of the harness whose data are available (--download fetches them), "
+            "or YAML files of tasks that suit the model"
+        )
         raise fail(
             f"--tasks {' '.join(tasks)}",
             "tasks that the harness can run on this model",
-            told,
+            found,
             remedy,
         ) from error
 
@@ -75,24 +76,24 @@ def _told(tasks: Sequence[str]) -> Iterator[None]:
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, seed: int
 ) -> list[TaskFigure]:
-    """Let the harness run tasks, each a name or the path of a task's YAML.
+    """Run tasks, each a name or the path of a task's YAML file.
 
     Raises:
-        FrankenmergeError: where it cannot run a task.
+        FrankenmergeError: for a task that the harness cannot run.
     """
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.config.evaluate_config import EvaluatorConfig  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-    # Looking for the largest batch pays where batches are run at once.
+    # The search for the largest batch only pays on an accelerator.
     size = BATCH if model.device.type == "cpu" else "auto"
-    with _told(tasks):
-        asked = EvaluatorConfig(tasks=list(tasks))
-        manager = asked.process_tasks()
-        held = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
+    with _harness_errors(tasks):
+        config = EvaluatorConfig(tasks=list(tasks))
+        manager = config.process_tasks()
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
         found = lm_eval.simple_evaluate(
-            held,
-            tasks=list(asked.tasks),
+            wrapped,
+            tasks=list(config.tasks),
             task_manager=manager,
             log_samples=False,
             random_seed=seed,
@@ -100,7 +101,7 @@ def run_tasks(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    assert found is not None, "the harness tells results to its first process"
+    assert found is not None, "the harness returns results in its first process"
     return [
         figure
         for task, figures in sorted(found["results"].items())
@@ -109,13 +110,13 @@ def run_tasks(
 
 
 def _figures(task: str, figures: dict) -> list[TaskFigure]:
-    told = []
+    rows = []
     for key, value in sorted(figures.items()):
         metric, _, kind = key.partition(",")
         if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
             error = figures.get(f"{metric}_stderr,{kind}")
             name = metric if kind == "none" else key
-            told.append(
+            rows.append(
                 TaskFigure(
                     task,
                     name,
@@ -123,4 +124,4 @@ def _figures(task: str, figures: dict) -> list[TaskFigure]:
                     float(error) if isinstance(error, int | float) else None,
                 )
             )
-    return told
+    return rows

@@ -1,9 +1,9 @@
-"""How sure a figure is: the bootstrap over segments of text, the same segments for every model, so that differences are paired.
+"""Confidence intervals: a bootstrap over segments of text, the same for every model.
 
-Tokens are no independent draws: a passage is hard or easy as a whole, and neighbours share their
-context. What is drawn is therefore a segment of consecutive bytes with all its tokens (a block
-bootstrap). Segments are of bytes and not of tokens, so that models of different tokenizers are
-compared on the same pieces of text.
+Tokens are not independent: a passage is hard or easy as a whole, and neighbours share their
+context. Therefore segments of consecutive bytes are resampled with all their tokens (a block
+bootstrap). As every model is resampled in the same segments, differences are paired. Segments are
+measured in bytes, so that models with different tokenizers are compared on the same text.
 """
 
 import math
@@ -17,29 +17,30 @@ from frankenmerge.evaluation.language import Loss
 
 RESAMPLES = 1000
 SEGMENT, FEWEST = 2048, 20
-"""Bytes of a segment; shorter ones where the text would have fewer segments than `FEWEST`."""
+"""Bytes of a segment; fewer if the text would have fewer than `FEWEST` segments."""
 _NATS, _HITS, _TOKENS, _BYTES = range(4)
 
 
 class Interval(NamedTuple):
-    """Where a figure lies in 95 % of the resamples."""
+    """The range of a figure in 95 % of the resamples."""
 
     low: float
     high: float
 
 
 class Difference(NamedTuple):
-    """How much more bits per byte a model takes than a donor."""
+    """Bits per byte of a model minus those of a donor."""
 
     bits_per_byte: float
     interval: Interval
-    """Paired: both on the same segments in every resample."""
+    """Paired: both models on the same segments in every resample."""
 
 
 def segment_sums(loss: Loss) -> np.ndarray:
-    """Nats, hits, tokens and bytes of every segment of a text, `[4, n]`; a token counts where it ends.
+    """Nats, hits, tokens and bytes of every segment of a text, `[4, n]`.
 
-    Tokens without known ends are taken as equally long; hits that are not known are not a number.
+    A token belongs to the segment in which it ends. Tokens without known ends are assumed to be
+    equally long; unknown hits are NaN.
     """
     count = max(loss.bytes // SEGMENT, min(FEWEST, loss.bytes))
     edges = np.linspace(0, loss.bytes, count + 1).round()
@@ -53,11 +54,11 @@ def segment_sums(loss: Loss) -> np.ndarray:
     return np.stack([*sums, np.diff(edges)])
 
 
-def drawn(losses: Mapping[str, Loss], seed: int) -> dict[str, np.ndarray]:
-    """Resamples of every text's sums, `[4, RESAMPLES]`: of each text as many segments as it has, with replacement.
+def resampled(losses: Mapping[str, Loss], seed: int) -> dict[str, np.ndarray]:
+    """Bootstrap resamples of every text's sums, `[4, RESAMPLES]`.
 
-    The draws depend on the seed, the text's place among the texts and its bytes alone: they are the
-    same for every model.
+    A resample has as many segments as the text, sampled with replacement. They depend on the seed,
+    the position of the text and its number of bytes alone, and are thus the same for every model.
     """
     result = {}
     for position, (name, loss) in enumerate(losses.items()):
@@ -66,7 +67,7 @@ def drawn(losses: Mapping[str, Loss], seed: int) -> dict[str, np.ndarray]:
     return result
 
 
-def together(sums: Mapping[str, np.ndarray]) -> np.ndarray:
+def pooled(sums: Mapping[str, np.ndarray]) -> np.ndarray:
     """The sums of all texts."""
     return np.sum(list(sums.values()), axis=0)
 
@@ -80,11 +81,11 @@ FIGURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "nats_per_token": lambda sums: sums[_NATS] / np.maximum(sums[_TOKENS], 1),
     "accuracy": lambda sums: sums[_HITS] / np.maximum(sums[_TOKENS], 1),
 }
-"""What is told with an interval, of sums `[4, n]`."""
+"""Figures that have an interval, of sums `[4, n]`."""
 
 
 def intervals(sums: np.ndarray) -> dict[str, Interval]:
-    """Intervals of the figures of resampled sums; of accuracy only where hits are known."""
+    """Intervals of the figures of resampled sums; of accuracy only if hits are known."""
     values = {name: figure(sums) for name, figure in FIGURES.items()}
     return {name: _between(value) for name, value in values.items() if np.isfinite(value).all()}
 
@@ -92,8 +93,8 @@ def intervals(sums: np.ndarray) -> dict[str, Interval]:
 def difference(
     model: Mapping[str, Loss], donor: Mapping[str, Loss], seed: int
 ) -> tuple[Difference, dict[str, Difference]]:
-    """How much more bits per byte a model takes than a donor: on all texts together, and on each."""
-    ours, theirs = drawn(model, seed), drawn(donor, seed)
+    """Bits per byte of a model minus those of a donor: on all texts together, and on each."""
+    ours, theirs = resampled(model, seed), resampled(donor, seed)
     texts = {
         name: Difference(
             model[name].bits_per_byte - donor[name].bits_per_byte, _paired(ours[name], theirs[name])
@@ -104,7 +105,7 @@ def difference(
         sum(loss.nats.sum() for loss in losses.values()) / math.log(2) for losses in (model, donor)
     ]
     total = float(bits[0] - bits[1]) / sum(loss.bytes for loss in model.values())
-    return Difference(total, _paired(together(ours), together(theirs))), texts
+    return Difference(total, _paired(pooled(ours), pooled(theirs))), texts
 
 
 def _paired(ours: np.ndarray, theirs: np.ndarray) -> Interval:

@@ -1,4 +1,4 @@
-"""How well a model predicts text: bits per byte, perplexity, nats and accuracy per token, over strided windows."""
+"""How well a model predicts text: bits per byte, perplexity, nats per token and accuracy."""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +16,7 @@ from frankenmerge.models.hooks import embedding_of
 from frankenmerge.progress import Advance, ignore
 
 POSITIONS = 4096
-"""Positions in one forward pass, at most, unless a single window is longer; halved where memory
-does not have them.
-"""
+"""Most positions in one forward pass, unless a window is longer; halved if memory is short."""
 
 
 class Encoded(NamedTuple):
@@ -29,27 +27,23 @@ class Encoded(NamedTuple):
     bytes: int
     """UTF-8 bytes of the text."""
     ends: np.ndarray | None = None
-    """Where in the text each predicted token ends, in bytes, `[s-1]`; None where the tokenizer does
-    not tell.
-    """
+    """Byte offset where each predicted token ends, `[s-1]`; None if the tokenizer has none."""
 
 
 class Loss(NamedTuple):
-    """What a text cost a model."""
+    """The losses of a model on a text."""
 
     nats: np.ndarray
     """Per predicted token, in order, float64 `[tokens]`."""
     bytes: int
     hits: np.ndarray | None = None
-    """Whether each was the token the model held most likely, bool `[tokens]`; None where that was
-    not asked.
-    """
+    """Whether each token was the likeliest one, bool `[tokens]`; None if that was not measured."""
     ends: np.ndarray | None = None
     """As in `Encoded`."""
 
     @property
     def tokens(self) -> int:
-        """How many tokens were predicted."""
+        """Number of predicted tokens."""
         return len(self.nats)
 
     @property
@@ -64,12 +58,12 @@ class Loss(NamedTuple):
 
     @property
     def bits_per_byte(self) -> float:
-        """Total bits over bytes of text: comparable between tokenizers, as the others are not."""
+        """Total bits over bytes of text: unlike the others comparable between tokenizers."""
         return float(self.nats.sum()) / math.log(2) / self.bytes
 
     @property
     def accuracy(self) -> float | None:
-        """The share of tokens that the model held most likely."""
+        """The share of tokens that were the likeliest one."""
         return None if self.hits is None else float(self.hits.mean())
 
     def as_json(self) -> dict[str, float | int | None]:
@@ -85,15 +79,15 @@ class Loss(NamedTuple):
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> Encoded:
-    """Tokenize a text behind BOS (or, without one, EOS), so that every token of the text is predicted.
+    """Tokenize a text after BOS (or EOS without BOS), so that every token of it is predicted.
 
-    Raises FrankenmergeError for a text without two tokens.
+    Raises FrankenmergeError for fewer than two tokens, including BOS.
     """
-    tells_places = bool(tokenizer.is_fast)
-    read: Any = tokenizer(
-        text, add_special_tokens=False, verbose=False, return_offsets_mapping=tells_places
+    has_offsets = bool(tokenizer.is_fast)
+    encoding: Any = tokenizer(
+        text, add_special_tokens=False, verbose=False, return_offsets_mapping=has_offsets
     )
-    ids = read["input_ids"]
+    ids = encoding["input_ids"]
     start = start_token(tokenizer)
     line = np.array(ids if start is None else [start, *ids], dtype=np.int64)
     if len(line) < 2:
@@ -101,8 +95,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> Encoded
             place, "a text of at least two tokens", f"{len(ids)} tokens", "give a longer text"
         )
     ends = None
-    if tells_places:
-        characters = np.array([stop for _, stop in read["offset_mapping"]])[
+    if has_offsets:
+        characters = np.array([stop for _, stop in encoding["offset_mapping"]])[
             len(ids) - len(line) + 1 :
         ]
         ends = _byte_ends(text)[characters]
@@ -110,7 +104,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> Encoded
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The id that stands before a text: BOS, or EOS where there is none, or None."""
+    """The id that precedes a text: BOS, or EOS if there is no BOS, or None."""
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 
@@ -123,7 +117,7 @@ def _byte_ends(text: str) -> np.ndarray:
 
 
 def windows(length: int, context: int) -> tuple[int, list[int]]:
-    """How long the windows over `length` tokens are, and where they start; see `measure`."""
+    """Width and starts of the windows over `length` tokens; see `measure`."""
     width = min(context, length - 1)
     return width, [*range(0, length - 1 - width, max(1, width // 2)), length - 1 - width]
 
@@ -139,13 +133,12 @@ def measure(
     """Predict every token of a text once.
 
     Windows of `context` tokens advance by half of it; only tokens that no earlier window predicted
-    count, so every token but those of the first window is seen behind at least half a window. The
-    last window is moved back to be as long as the others. As many windows pass the model together
-    as `POSITIONS` and memory allow. `advance` is called with the number of tokens done since its
-    last call.
+    count, so every token after the first window has at least half a window of context. The last
+    window is moved back to be as long as the others. A batch has as many windows as `POSITIONS` and
+    memory allow. `advance` is called with the number of tokens done since its last call.
 
     Raises:
-        FrankenmergeError: when a loss is not a number, or memory has no room for a single window.
+        FrankenmergeError: for a loss that is not finite, or too little memory for a single window.
     """
     name, ids = model.name_or_path or "model", torch.from_numpy(encoded.ids)
     if (largest := int(ids.max())) >= (size := embedding_of(model).shape[0]):
@@ -161,14 +154,16 @@ def measure(
     size, done = max(1, POSITIONS // width), 0
     while starts:
         group = starts[:size]
-        predicted = _tried(model, torch.stack([ids[start : start + width + 1] for start in group]))
+        predicted = _batch_losses(
+            model, torch.stack([ids[start : start + width + 1] for start in group])
+        )
         if predicted is None:
             if len(group) == 1:
                 raise fail(
                     name,
                     f"memory for a window of {width} tokens",
                     "less",
-                    "shorten --context, or give --device auto",
+                    "use a shorter --context, or --device auto",
                 )
             clear_device_cache(garbage_collection=True)
             size = len(group) // 2
@@ -189,8 +184,8 @@ def measure(
     return Loss(nats.numpy(), encoded.bytes, hits.numpy(), encoded.ends)
 
 
-def _tried(model: PreTrainedModel, rows: Tensor) -> Sequence[Tensor] | None:
-    """Nats float64 and hits bool `[b, s-1]` of windows `[b, s]`; None where memory has no room for as many."""
+def _batch_losses(model: PreTrainedModel, rows: Tensor) -> Sequence[Tensor] | None:
+    """Nats float64 and hits bool `[b, s-1]` of windows `[b, s]`; None if memory is too small."""
     try:
         logits = model(input_ids=rows[:, :-1].to(model.device), use_cache=False).logits.float()
         targets = rows[:, 1:].to(logits.device)

@@ -1,4 +1,4 @@
-"""What a model was made of: of which donor's which block every one of its blocks is. Reads no weights."""
+"""What a model was made of: the donor and block of each of its blocks. Reads no weights."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Lineage(NamedTuple):
     """What a model was made of."""
 
     blocks: tuple[Block, ...]
-    """Where each block is from; one that was merged from several, its first source."""
+    """Where each block is from; for a block merged from several, its first source."""
     donors: tuple[str, ...]
     """Every donor of tensors, in order of appearance."""
 
@@ -25,13 +25,13 @@ def splice_lineage(splice: Splice) -> Lineage:
 
 
 def checkpoint_lineage(checkpoint: Checkpoint, known: Mapping[str, Checkpoint]) -> Lineage | None:
-    """What a merged checkpoint is made of, by the `frankenmerge.json` beside its weights; None where there is none.
+    """What a merged checkpoint is made of, by its `frankenmerge.json`; None if it has none.
 
-    Donors that are among the `known`, by their fingerprints, are called as they are there; the
-    others as when they were merged.
+    Donors that are among the `known`, by their fingerprints, get their names from there; the others
+    have the names under which they were merged.
 
     Raises:
-        FrankenmergeError: for a `frankenmerge.json` that does not tell of these weights.
+        FrankenmergeError: for a `frankenmerge.json` that does not describe these weights.
     """
     provenance = load_provenance(checkpoint.path)
     if provenance is None:
@@ -59,7 +59,7 @@ def checkpoint_lineage(checkpoint: Checkpoint, known: Mapping[str, Checkpoint]) 
 def _source_block(
     origin: TensorRecord | None, checkpoint: Checkpoint, names: Mapping[str, str]
 ) -> Block | None:
-    """The donor's block that a tensor comes from; None where the origin does not say."""
+    """The donor's block that a tensor is from; None if the record does not say."""
     if origin is None or origin.source is None:
         return None
     donor, tensor = origin.source
@@ -71,7 +71,7 @@ def _source_block(
 
 
 def same_tokens(one: Checkpoint | Splice, other: Checkpoint) -> bool:
-    """Whether both read the same token under every id."""
+    """Whether both have the same token for every id."""
     if one.tokenizer_hash is not None and one.tokenizer_hash == other.tokenizer_hash:
         return True
     try:

@@ -1,4 +1,4 @@
-"""Whether a merge is worse than its best donor by more than it may be: one paired difference, held against a threshold."""
+"""Whether a merge is worse than its best donor: a paired difference, compared with a threshold."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,25 +9,26 @@ from frankenmerge.evaluation.bench import Result
 from frankenmerge.evaluation.intervals import Interval, difference
 
 RULE = (
-    "worse: the whole 95 % interval of the paired difference from the best donor (or the one named), in bits per byte, lies above the "
-    "threshold; not worse: none of it does; undecided: the threshold lies within. It fails when a merge is worse."
+    "worse: the whole 95 % interval of the paired difference from the best donor (or the one "
+    "named), in bits per byte, lies above the threshold; not worse: none of it does; undecided:"
+    " the threshold lies within. It fails when a merge is worse."
 )
 
 
 class Verdict(NamedTuple):
-    """A merge beside the donor it is measured by."""
+    """A merge compared with a donor."""
 
     model: str
     donor: str
     bits_per_byte: float
-    """How much more it takes."""
+    """Those of the merge minus those of the donor."""
     interval: Interval
     verdict: str
     """`worse`, `undecided` or `not worse`, see `RULE`."""
 
 
 class Comparison(NamedTuple):
-    """All merges beside their donors."""
+    """All merges, each compared with a donor."""
 
     threshold: float
     """In bits per byte."""
@@ -39,7 +40,7 @@ class Comparison(NamedTuple):
         return all(entry.verdict != "worse" for entry in self.verdicts)
 
     def record(self) -> ComparisonRecord:
-        """The comparison as the evaluation's file holds it."""
+        """The comparison as it is stored in the evaluation's file."""
         return ComparisonRecord(
             threshold=self.threshold,
             rule=RULE,
@@ -53,11 +54,10 @@ class Comparison(NamedTuple):
 
 
 def merges(results: Sequence[Result], against: str | None = None) -> dict[str, list[str]]:
-    """The merges among what was measured, each with the donors it is held against.
+    """The merges among the results, each with the models that it is compared with.
 
-    A merge is what is known to be made of donors, and these are what it is held against, with the
-    one named in `against`. Where nothing is known of any model, all are held against the one that
-    is named.
+    A merge is a model whose donors are known. It is compared with these, and with the one named in
+    `against`. If no model has known donors, all are compared with the one that is named.
     """
     measured, named = [result.name for result in results], [against] if against else []
     known: dict[str, tuple[str, ...]] = {
@@ -79,10 +79,10 @@ def merges(results: Sequence[Result], against: str | None = None) -> dict[str, l
 def judge(
     results: Sequence[Result], threshold: float, seed: int, against: str | None = None
 ) -> Comparison:
-    """Hold every merge against the best of its donors on all texts together, or against the one named.
+    """Compare every merge with its best donor on all texts together, or with the one named.
 
     Raises:
-        FrankenmergeError: where there is no merge to be judged.
+        FrankenmergeError: if there is no merge among the results.
     """
     found = {result.name: result for result in results}
     verdicts = []

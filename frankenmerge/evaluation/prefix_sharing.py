@@ -1,4 +1,4 @@
-"""Many recipes on one text: what several of them begin with is run once."""
+"""Many recipes on one text: blocks that several of them begin with are run once."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from frankenmerge.models.streaming import enter, leave, run_block
 
 
 class _Group(NamedTuple):
-    """Windows of which equally many tokens count, and that pass the blocks together."""
+    """Windows that are run as one batch: the same number of tokens count in each."""
 
     starts: list[int]
     kept: int
-    """How many tokens at the end of each count."""
+    """Number of tokens that count, at the end of each window."""
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def measure_together(
     *,
     context: int,
 ) -> list[Loss]:
-    """Predict every token of a text with every stack of blocks, as `measure` does with its virtual splice.
+    """Predict every token of a text with every stack of blocks, as `measure` does with one model.
 
     Args:
         stacks: each the blocks of one recipe.
@@ -72,12 +72,17 @@ def _groups(length: int, context: int) -> tuple[int, list[_Group]]:
 def logits_together(
     stacks: Sequence[Sequence[Block]], models: Mapping[str, PreTrainedModel], ids: Tensor, kept: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Give every stack's number and its logits `[b, kept, v]` at the last `kept` positions of `ids` `[b, s]`.
+    """Yield every stack's number and its logits `[b, kept, v]` at the last positions of `ids`.
 
-    The stacks are gone through in lexicographic order, and the hidden states behind every block of
-    the one under way are
-    kept: the next begins behind the last block that both have in common. Memory: the states of one
-        stack.
+    Stacks are run in lexicographic order, and the hidden states after every block of the current
+    one are kept: the next stack starts after the last block that both have in common. Memory: the
+    states of one stack.
+
+    Args:
+        stacks: the blocks of every recipe.
+        models: the donors by name.
+        ids: token ids `[b, s]`.
+        kept: number of positions.
     """
     ids = ids.to(next(iter(models.values())).device)
     blocks = {name: list(blocks_of(model)) for name, model in models.items()}

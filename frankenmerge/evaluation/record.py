@@ -27,7 +27,7 @@ from frankenmerge.artefacts.evaluation import (
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.evaluation.bench import Bench, Result, Text
 from frankenmerge.evaluation.checks import Checks, Findings
-from frankenmerge.evaluation.intervals import difference, drawn, intervals, together
+from frankenmerge.evaluation.intervals import difference, intervals, pooled, resampled
 from frankenmerge.evaluation.non_inferiority import Comparison, merges
 from frankenmerge.evaluation.retention import Retention
 from frankenmerge.evaluation.samples import invalid_rate, repetition
@@ -92,14 +92,14 @@ def evaluation_record(
 
 
 def _model(result: Result, findings: Findings, seed: int) -> ModelRecord:
-    sums, samples = drawn(result.losses, seed), findings.samples.get(result.name, [])
+    sums, samples = resampled(result.losses, seed), findings.samples.get(result.name, [])
     return ModelRecord.model_validate(
         {
             "name": result.name,
             "role": result.role,
             **({"key": result.key} if result.key else {}),
             **result.total.as_json(),
-            "intervals": intervals(together(sums)),
+            "intervals": intervals(pooled(sums)),
             "texts": {
                 name: loss.as_json() | {"intervals": intervals(sums[name])}
                 for name, loss in result.losses.items()

@@ -1,8 +1,7 @@
-"""Which of its donors' features a merged model still has.
+"""Which of its donors' features a merged model preserves.
 
-A feature is a neuron behind a block and the token that excites it most (complete search). It is
-kept where the same neuron behind the merged model's block that was made of that block has the same
-token.
+A feature is a neuron after a block and its top-activating token (complete search). It is preserved
+if the same neuron after the corresponding block of the merged model has the same token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ class KeptBlock(NamedTuple):
     donor_block: int
     """0-based, of the donor."""
     kept: float
-    """The share of the width's features that are kept."""
+    """The share of the neurons whose feature is preserved."""
 
 
 class Retention(NamedTuple):
@@ -32,21 +31,20 @@ class Retention(NamedTuple):
     donor: str
     blocks: list[KeptBlock]
     kept: float
-    """The mean over the blocks that are from this donor."""
+    """The mean over the blocks from this donor."""
     chance: float
-    """What would be kept if neurons were exchanged for others: how often any two share their token.
-    """
+    """The share under permuted neurons: how often any two neurons have the same token."""
 
 
 def retained(
     merged: TopTokens, donors: Mapping[str, TopTokens], blocks: Sequence[Block]
 ) -> list[Retention]:
-    """Compare a merged model's features, block by block, with those of the blocks that it was made of.
+    """Compare a merged model's features, block by block, with those of its donors' blocks.
 
     Args:
         merged: complete search in the merged model.
         donors: complete search in each donor, of the same width and the same tokens.
-        blocks: where each block of the merged model is from; those of other donors are left out.
+        blocks: where each block of the merged model is from; those of other donors are ignored.
     """
     result = []
     for name, top in donors.items():

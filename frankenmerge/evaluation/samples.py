@@ -1,4 +1,4 @@
-"""What a model writes when it always takes the likeliest token, and what is wrong with that: invented words, repetition."""
+"""Greedy continuations of prompts, and their faults: invalid words and repetition."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,35 +14,35 @@ from frankenmerge.evaluation.language import start_token
 from frankenmerge.progress import Advance, ignore
 
 TOKENS = 64
-"""Tokens of a sample, at most."""
+"""Most tokens of a sample."""
 PROMPT_WORDS = 16
 GRAM = 4
 _WORD = re.compile(r"[^\W\d_](?:['’]?[^\W\d_])+")
-"""A run of at least two letters; an apostrophe may stand within."""
+"""A run of at least two letters, possibly with an apostrophe inside."""
 
 
 class Sample(NamedTuple):
-    """What a model wrote behind a prompt."""
+    """A model's continuation of a prompt."""
 
     prompt: str
     text: str
     words: int
-    """How many words it wrote; one that the end of the sample cut off does not count."""
+    """Number of words; one that the end of the sample cuts off does not count."""
     invalid: list[str]
-    """Those of them that the reference vocabulary lacks, each as often as it stands there."""
+    """The words that the reference vocabulary lacks, each as often as it occurs."""
     grams: int
-    """Runs of `GRAM` tokens."""
+    """Number of runs of `GRAM` tokens."""
     repeated: int
-    """Those of them that stand in the sample before."""
+    """Number of runs that occurred in the sample before."""
 
 
 def words_of(text: str) -> Iterator[str]:
-    """The words of a text, as they are compared: without case."""
+    """The words of a text, case-folded."""
     return (match[0].casefold() for match in _WORD.finditer(text))
 
 
 def read_words(path: Path) -> frozenset[str]:
-    """The words of a word list, or of any text. Raises FrankenmergeError when it cannot be read or holds none."""
+    """The words of a word list, or of any text; raises FrankenmergeError if there are none."""
     try:
         words = frozenset(words_of(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
@@ -53,7 +53,7 @@ def read_words(path: Path) -> frozenset[str]:
 
 
 def sample_prompts(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """`count` prompts of `PROMPT_WORDS` words (runs without white space), from the texts in turn, each at a random place."""
+    """`count` prompts of `PROMPT_WORDS` words, from random places of the texts in turn."""
     generator, prompts = np.random.default_rng(seed), []
     for number in range(count):
         text = texts[number % len(texts)]
@@ -72,14 +72,14 @@ def sampled(
     context: int,
     advance: Advance = ignore,
 ) -> list[Sample]:
-    """Let a model write behind every prompt.
+    """Continue every prompt with the likeliest tokens.
 
     Args:
-        model: which writes.
+        model: the model.
         tokenizer: its own.
-        prompts: read behind BOS or EOS, as texts are; of a long one the end.
-        vocabulary: the words that are none of its inventions, without case.
-        context: tokens of prompt and sample together, at most.
+        prompts: preceded by BOS or EOS, as texts are; long ones are cut at the beginning.
+        vocabulary: valid words, case-folded.
+        context: most tokens of prompt and sample together.
         advance: called with the number of prompts done since its last call.
     """
     samples = []
@@ -119,7 +119,7 @@ def _sample(
 def greedy_tokens(
     model: PreTrainedModel, given: Sequence[int], count: int, ends: Sequence[int] = ()
 ) -> list[int]:
-    """The `count` likeliest tokens behind `given`, one after another, up to one of `ends`, which is left out."""
+    """The `count` likeliest tokens after `given`, one by one, or those before an end token."""
     cache, found, ids = DynamicCache(config=model.config), [], list(given)
     while len(found) < count:
         logits = model(
@@ -140,7 +140,7 @@ def _listed(value: Any) -> list[int]:
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, given: list[int], tokens: list[int]) -> str:
-    """The text of `tokens` as it goes on behind that of `given`: a token's space is lost where it is decoded alone."""
+    """The text of `tokens` after that of `given`: decoded alone, the first would lose its space."""
     before, whole = (
         str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (given, [*given, *tokens])
     )
@@ -152,7 +152,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, given: list[int], tokens: list[
 
 
 def _written(prompt: str, text: str, *, cut: bool) -> list[str]:
-    """The words that end in a sample: one that the prompt begins is among them, one at the end of a sample that was cut is not."""
+    """The words that end in a sample; the last one does not count if the sample was cut there."""
     whole = prompt + text
     found = [match for match in _WORD.finditer(whole) if match.end() > len(prompt)]
     if cut and found and found[-1].end() == len(whole):
@@ -161,14 +161,14 @@ def _written(prompt: str, text: str, *, cut: bool) -> list[str]:
 
 
 def invalid_rate(samples: Iterable[Sample]) -> float | None:
-    """The share of words that the reference vocabulary lacks, in all samples together; None where there are no words."""
+    """The share of invalid words in all samples together; None if there are no words."""
     samples = list(samples)
     words = sum(sample.words for sample in samples)
     return sum(len(sample.invalid) for sample in samples) / words if words else None
 
 
 def repetition(samples: Iterable[Sample]) -> float | None:
-    """The share of runs of `GRAM` tokens that stand in their sample before, in all samples together; None where there are none."""
+    """The share of repeated runs of `GRAM` tokens in all samples; None if there are no runs."""
     samples = list(samples)
     grams = sum(sample.grams for sample in samples)
     return sum(sample.repeated for sample in samples) / grams if grams else None

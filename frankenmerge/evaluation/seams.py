@@ -1,7 +1,7 @@
-"""Where a merged model breaks: its stream behind every block beside the donors' streams, and what could be read out there.
+"""Where a merged model diverges: its hidden states after every block, compared with the donors'.
 
-The read-out is the logit lens: a model's own final norm and head, applied behind a block as if it
-were the last one.
+Predictions after a block are read with the logit lens: the model's own final norm and head, applied
+as if the block were the last one.
 """
 
 from collections import defaultdict
@@ -21,11 +21,11 @@ from frankenmerge.models.streaming import leave
 from frankenmerge.progress import Advance, ignore
 
 WINDOWS, WIDTH = 4, 256
-"""How many windows of every text are looked at, and their tokens."""
+"""Number of windows of every text, and the tokens of each."""
 
 
 class BlockComparison(NamedTuple):
-    """A merged model behind one of its blocks, over all positions looked at but the first of every window."""
+    """A merged model after one of its blocks; the first position of windows does not count."""
 
     block: int
     """1-based, as block outputs are."""
@@ -33,25 +33,23 @@ class BlockComparison(NamedTuple):
     donor_block: int
     """0-based, as in `layer_range`."""
     seam: bool
-    """Whether a seam lies before this block."""
+    """Whether a seam is before this block."""
     norm_ratio: float
-    """Mean length of its hidden states over that of the donor's behind the same block."""
+    """Mean norm of its hidden states over that of the donor's after the same block."""
     cosine: dict[str, float]
-    """Mean cosine with the donor's hidden states behind the same block; with another donor's behind
-    the block of that number.
+    """Mean cosine with the donor's hidden states after the same block, and with those of other donors
+    after the block of that number.
     """
     kl: dict[str, float]
-    """Mean KL divergence, in nats, of what the logit lens reads here from each donor's own
-    prediction, `KL(donor || here)`.
+    """Mean KL divergence in nats of the logit lens here from each donor's own prediction,
+    `KL(donor || here)`.
     """
     kl_alone: float
-    """The same of the donor alone, read behind its own block: what the lens costs where nothing was
-    spliced.
-    """
+    """The same for the donor alone, after its own block: the divergence of the lens itself."""
 
 
 def windows_of(texts: Mapping[str, Encoded], context: int) -> list[Tensor]:
-    """The windows that are looked at, token ids `[1, s]`: of every text `WINDOWS`, evenly spread."""
+    """`WINDOWS` evenly spaced windows of every text, token ids `[1, s]`."""
     rows = []
     for encoded in texts.values():
         width = min(WIDTH, context, len(encoded.ids))
@@ -68,10 +66,10 @@ def compared_blocks(
     rows: Sequence[Tensor],
     advance: Advance = ignore,
 ) -> list[BlockComparison]:
-    """Hold a merged model against its donors, block by block.
+    """Compare a merged model with its donors, block by block.
 
-    Cost: one pass of every model over the windows, and for each block of the merged model two
-        read-outs by a head. Memory: all models, and their hidden states of one window.
+    Cost: one pass of every model over the windows, and two passes of a head for each block of the
+    merged model. Memory: all models, and their hidden states of one window.
 
     Args:
         model: the merged model.
@@ -89,7 +87,8 @@ def compared_blocks(
         positions += ids.shape[1] - 1
         advance(1)
     return [
-        _behind(number, blocks, donors, total, positions) for number, total in enumerate(totals, 1)
+        _comparison(number, blocks, donors, total, positions)
+        for number, total in enumerate(totals, 1)
     ]
 
 
@@ -102,56 +101,58 @@ def _window(
     """Sums over a window's positions, block by block."""
     shared = min(
         len(embedding_of(each)) for each in (model, *donors.values())
-    )  # rows beyond are padding, of which some have more
+    )  # further rows are padding
     streams, predicted = {}, {}
     for name, donor in donors.items():
-        streams[name], predicted[name] = _passed(donor, ids, shared)
+        streams[name], predicted[name] = _states(donor, ids, shared)
     alone: dict[Block, Tensor] = {}
-    for here, block in zip(_passed(model, ids, shared)[0][1:], blocks, strict=True):
+    for here, block in zip(_states(model, ids, shared)[0][1:], blocks, strict=True):
         own = streams[block.model][block.index + 1]
         if block not in alone:
             alone[block] = _divergence(
-                predicted[block.model], _read(donors[block.model], ids, own, shared)
+                predicted[block.model], _lens(donors[block.model], ids, own, shared)
             )
-        read = _read(model, ids, here, shared)
+        lens = _lens(model, ids, here, shared)
         values = {
-            "norm": _kept(here).norm(dim=-1).sum(),
-            "own_norm": _kept(own).norm(dim=-1).sum(),
+            "norm": _compared(here).norm(dim=-1).sum(),
+            "own_norm": _compared(own).norm(dim=-1).sum(),
             "alone": alone[block],
         }
         for name, stream in streams.items():
             other = stream[min(block.index + 1, len(stream) - 1)]
-            values[f"cosine {name}"] = cosine_similarity(_kept(here), _kept(other), dim=-1).sum()
-            values[f"kl {name}"] = _divergence(predicted[name], read)
+            values[f"cosine {name}"] = cosine_similarity(
+                _compared(here), _compared(other), dim=-1
+            ).sum()
+            values[f"kl {name}"] = _divergence(predicted[name], lens)
         yield values
 
 
-def _passed(model: PreTrainedModel, ids: Tensor, shared: int) -> tuple[list[Tensor], Tensor]:
-    """The stream `[b, s, d]` before the first block and behind every one, and the logarithms of the model's prediction."""
+def _states(model: PreTrainedModel, ids: Tensor, shared: int) -> tuple[list[Tensor], Tensor]:
+    """The states `[b, s, d]` before the first block and after each, and log-probabilities."""
     with block_outputs(model) as states:
         logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-        return list(states), _logarithms(logits, shared)
+        return list(states), _log_probabilities(logits, shared)
 
 
-def _read(model: PreTrainedModel, ids: Tensor, states: Tensor, shared: int) -> Tensor:
-    return _logarithms(leave(model, ids.to(model.device), states), shared)
+def _lens(model: PreTrainedModel, ids: Tensor, states: Tensor, shared: int) -> Tensor:
+    return _log_probabilities(leave(model, ids.to(model.device), states), shared)
 
 
-def _logarithms(logits: Tensor, shared: int) -> Tensor:
-    """Of the probabilities of the tokens that all models have."""
-    return _kept(logits[..., :shared]).log_softmax(dim=-1)
+def _log_probabilities(logits: Tensor, shared: int) -> Tensor:
+    """Log-probabilities of the tokens that all models have."""
+    return _compared(logits[..., :shared]).log_softmax(dim=-1)
 
 
-def _kept(values: Tensor) -> Tensor:
-    """All positions but the first, which holds activations that are no token's own; on the CPU, where models may differ in place."""
+def _compared(values: Tensor) -> Tensor:
+    """All positions but the first, whose activations are outliers; on the CPU, for any device."""
     return values[:, 1:].float().cpu()
 
 
-def _divergence(truth: Tensor, read: Tensor) -> Tensor:
-    return kl_div(read, truth, log_target=True, reduction="sum")
+def _divergence(truth: Tensor, predicted: Tensor) -> Tensor:
+    return kl_div(predicted, truth, log_target=True, reduction="sum")
 
 
-def _behind(
+def _comparison(
     number: int,
     blocks: Sequence[Block],
     donors: Mapping[str, Any],

@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
-from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe import Block, Recipe
 from frankenmerge.donors.checkpoint import SINGLE_NAME, Checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.splicing.opening import open_donors
@@ -42,6 +42,21 @@ class Stages(NamedTuple):
             for name, donor in splice.donors.items()
             if name not in self.names
         }
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Where each block of the result is from, through the stages that it uses."""
+        through: dict[str, tuple[Block, ...]] = {}
+
+        def original(splice: Splice) -> tuple[Block, ...]:
+            return tuple(
+                through[block.model][block.index] if block.model in through else block
+                for block in splice.blocks
+            )
+
+        for stage in self.before:
+            through[str(stage.recipe.name)] = original(stage)
+        return original(self.result)
 
 
 def in_order(recipes: Sequence[Recipe], place: str = "recipe") -> list[Recipe]:

@@ -130,8 +130,8 @@ def _evaluated(
     needed = {name: splice.copied_donors for name, splice in subjects.splices.items()}
     if options.seams:
         needed |= {
-            name: tuple(dict.fromkeys([*needed.get(name, ()), *splice.recipe.tensor_donors]))
-            for name, splice in subjects.splices.items()
+            name: tuple(dict.fromkeys([*needed.get(name, ()), *lineage.donors]))
+            for name, lineage in subjects.lineages.items()
         }
         needed |= recorded
     for number, name in enumerate(order, 1):
@@ -142,7 +142,8 @@ def _evaluated(
 
         if name in subjects.splices:
             splice = subjects.splices[name]
-            results.append(bench.splice(name, splice, progress=shown, visit=visit))
+            lineage = subjects.lineages[name]
+            results.append(bench.splice(name, splice, lineage=lineage, progress=shown, visit=visit))
         else:
             role = "donor" if name in donors else "model"
             results.append(bench.checkpoint(name, role=role, progress=shown, visit=visit))

@@ -9,9 +9,10 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_file import load_recipes
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import FrankenmergeError, raise_all
+from frankenmerge.evaluation.lineage import Lineage
 from frankenmerge.splicing.opening import open_donor
 from frankenmerge.splicing.resolve import Splice
-from frankenmerge.splicing.stages import execute, resolve_stages
+from frankenmerge.splicing.stages import Stages, execute, resolve_stages
 from frankenmerge.storage.scratch import scratch_folder
 from frankenmerge.workflows.stages_in_memory import make_in_memory
 
@@ -26,12 +27,14 @@ class Subjects(NamedTuple):
     """Those that were named."""
     splices: dict[str, Splice]
     """The recipes that were named, resolved, their stages made in memory."""
-    names: tuple[str, ...]
+    names: list[str]
     """All of these in the order given."""
     donors: dict[str, Checkpoint]
     """Donors of the splices."""
     stages: dict[str, Checkpoint]
     """Donors of the splices that were made in memory."""
+    lineages: dict[str, Lineage]
+    """What the splices are made of, through their stages."""
     files: dict[str, Path]
     """Files of recipes, by the recipes' names."""
 
@@ -62,45 +65,51 @@ def opened_subjects(
     """
     with ExitStack() as closing:
         scratch = closing.enter_context(scratch_folder())
+        subjects = Subjects({}, {}, [], {}, {}, {}, {})
         known = dict(opened or {})
         known |= {model.name: model for model in models if isinstance(model, Checkpoint)}
-        checkpoints, splices, files = {}, {}, {}
-        donors: dict[str, Checkpoint] = {}
-        stages: dict[str, Checkpoint] = {}
-        names, faults = [], []
+        faults = []
         for number, model in enumerate(models):
             try:
                 if (recipes := _recipes(model)) is None:
                     checkpoint = _checkpoint(model, known, download, allow_pickle)
+                    subjects.checkpoints[checkpoint.name] = known[checkpoint.name] = checkpoint
                     name = checkpoint.name
-                    checkpoints[name] = known[name] = checkpoint
                 else:
-                    place = str(model) if isinstance(model, str | Path) else "recipe"
                     folder = scratch / str(number)
                     folder.mkdir()
-                    resolved = resolve_stages(
+                    stages = resolve_stages(
                         recipes,
                         folder,
                         download=download,
                         allow_pickle=allow_pickle,
                         opened=known,
-                        place=place,
+                        place=str(model) if isinstance(model, str | Path) else "recipe",
                     )
-                    known |= resolved.opened
-                    donors |= resolved.opened
-                    splice = execute(resolved, make_in_memory, closing)
-                    made = splice.donors.keys() - resolved.opened.keys()
-                    stages |= {donor: splice.donors[donor] for donor in made}
-                    name = _unique(model, splice, splices)
-                    splices[name] = splice
-                    if isinstance(model, str | Path):
-                        files[name] = Path(model)
-                names.append(name)
+                    known |= stages.opened
+                    name = _add_recipe(subjects, model, stages, closing)
+                if name not in subjects.names:
+                    subjects.names.append(name)
             except FrankenmergeError as error:
                 faults += error.faults
         raise_all(faults)
-        order = tuple(dict.fromkeys(names))
-        yield Subjects(checkpoints, splices, order, donors, stages, files)
+        yield subjects
+
+
+def _add_recipe(subjects: Subjects, model: Model, stages: Stages, closing: ExitStack) -> str:
+    """Make the stages of a recipe, and add its result; returns its name."""
+    splice = execute(stages, make_in_memory, closing)
+    name = _unique(model, splice, subjects.splices)
+    subjects.splices[name] = splice
+    subjects.donors.update(stages.opened)
+    made = splice.donors.keys() - stages.opened.keys()
+    subjects.stages.update({donor: splice.donors[donor] for donor in made})
+    used = dict.fromkeys(donor for each in stages.all for donor in each.recipe.tensor_donors)
+    donors = tuple(donor for donor in used if donor in stages.opened)
+    subjects.lineages[name] = Lineage(stages.blocks, donors)
+    if isinstance(model, str | Path):
+        subjects.files[name] = Path(model)
+    return name
 
 
 def _recipes(model: Model) -> list[Recipe] | None:

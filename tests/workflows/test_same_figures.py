@@ -142,3 +142,18 @@ def test_one_recipe_given_twice_is_measured_once(three):
     recipe = parse_recipe(yaml.safe_dump(recipe_of("linear", three)), "recipe")
     found = fm.evaluate(recipe, recipe, texts=TEXT, options=EvaluateOptions())
     assert [result.role for result in found.results] == ["recipe", "donor", "donor"]
+
+
+def test_seams_of_a_recipe_of_stages_lead_to_its_donors(three, tmp_path, run, text):
+    _, x, y = three
+    path = tmp_path / "stages.yaml"
+    path.write_text(STAGES.format(x=x, y=y))
+    code, out, err = run("evaluate", path, "--text", text, "--seams", "--json")
+    assert code == 0, err
+    (entry,) = json.loads(out)["seams"]
+    origins = [(block["donor"], block["donor_block"]) for block in entry["blocks"]]
+    assert origins == [
+        *((x, index) for index in range(3)),
+        *((y, index) for index in range(1, 4)),
+        *((x, index) for index in range(2, 4)),
+    ]
