@@ -232,7 +232,7 @@ def test_commands_take_the_option(donors, tmp_path, run, text):
     }
     for name, arguments in commands.items():
         code, _, err = run(name, *arguments, "--json")
-        assert code == 1 and "--allow-pickle" in err, name
+        assert code == 2 and "--allow-pickle" in err, name
     for name, arguments in commands.items():
         code, out, err = run(name, *arguments, "--json", "--allow-pickle")
         assert code == 0 and json.loads(out), (name, err)

@@ -51,7 +51,7 @@ def call(hub, tmp_path):
 def refused(call):
     def run(*arguments: object, **environment: str) -> str:
         code, out, err = call(*arguments, **environment)
-        assert (code, out) == (1, "") and "Traceback" not in err, err
+        assert (code, out) == (2, "") and "Traceback" not in err, err
         return " ".join(err.split())
 
     return run
