@@ -27,7 +27,7 @@ COLUMNS = 5
 
 def results_table(results: "Sequence[Result]", title: str, seed: int = 0) -> Table:
     """Results on all texts together, and on each text where there are at most `FEW`."""
-    from frankenmerge.evaluation.intervals import drawn, intervals, together
+    from frankenmerge.evaluation.intervals import intervals, pooled, resampled
 
     texts = list(results[0].losses)
     each = texts if 1 < len(texts) <= FEW else []
@@ -43,7 +43,7 @@ def results_table(results: "Sequence[Result]", title: str, seed: int = 0) -> Tab
     )
     for result in results:
         total = result.total
-        low, high = intervals(together(drawn(result.losses, seed)))["bits_per_byte"]
+        low, high = intervals(pooled(resampled(result.losses, seed)))["bits_per_byte"]
         accuracy = "" if total.accuracy is None else f"{total.accuracy:.1%}"
         made.add_row(
             _label(result),

@@ -37,8 +37,8 @@ class BlockComparison(NamedTuple):
     norm_ratio: float
     """Mean norm of its hidden states over that of the donor's after the same block."""
     cosine: dict[str, float]
-    """Mean cosine with the donor's hidden states after the same block, and with those of other donors
-    after the block of that number.
+    """Mean cosine with the donor's hidden states after the same block, and with those of the other
+    donors after the block of that number.
     """
     kl: dict[str, float]
     """Mean KL divergence in nats of the logit lens here from each donor's own prediction,

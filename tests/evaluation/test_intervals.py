@@ -9,8 +9,8 @@ from frankenmerge.evaluation.intervals import (
     FEWEST,
     SEGMENT,
     difference,
-    drawn,
     intervals,
+    resampled,
     segment_sums,
 )
 from frankenmerge.evaluation.language import Loss
@@ -29,7 +29,7 @@ def text_like(
 
 
 def bits(loss: Loss, seed: int = 0):
-    return intervals(drawn({"text": loss}, seed)["text"])["bits_per_byte"]
+    return intervals(resampled({"text": loss}, seed)["text"])["bits_per_byte"]
 
 
 def test_segments_hold_every_token_once_where_it_ends():
@@ -73,7 +73,7 @@ def test_the_figure_lies_in_its_interval_and_the_interval_narrows_with_more_text
     widths = []
     for tokens in (8_000, 128_000):
         loss = text_like(generator, tokens)
-        found = intervals(drawn({"text": loss}, 0)["text"])
+        found = intervals(resampled({"text": loss}, 0)["text"])
         for name in ("bits_per_byte", "nats_per_token", "accuracy"):
             assert found[name].low < getattr(loss, name) < found[name].high
         widths.append(found["bits_per_byte"].high - found["bits_per_byte"].low)
@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_one_another():
 
 
 def test_accuracy_that_was_not_asked_has_no_interval():
-    assert set(intervals(drawn({"text": Loss(np.ones(50), 100)}, 0)["text"])) == {
+    assert set(intervals(resampled({"text": Loss(np.ones(50), 100)}, 0)["text"])) == {
         "bits_per_byte",
         "nats_per_token",
     }
