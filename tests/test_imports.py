@@ -33,6 +33,7 @@ HEAVY = ("torch", "transformers", "accelerate", "safetensors.torch")
 MAY_BE_HEAVY = (
     "models.hooks",
     "models.loading",
+    "models.passes",
     "models.sampling",
     "models.streaming",
     "splicing.assemble",

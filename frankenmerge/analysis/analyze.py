@@ -26,14 +26,8 @@ from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.models.loading import Placement, load_model, load_tokenizer
-from frankenmerge.models.streaming import (
-    BATCH,
-    Donor,
-    Passage,
-    each_block,
-    stream_model,
-    streamable,
-)
+from frankenmerge.models.passes import BATCH, Passage
+from frankenmerge.models.streaming import Donor, each_block, stream_model, streamable
 from frankenmerge.progress import Advance, ignore
 from frankenmerge.storage.arrays import read_arrays, write_arrays
 

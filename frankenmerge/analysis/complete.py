@@ -13,7 +13,8 @@ from torch import Tensor
 from frankenmerge.analysis.ranking import merge, pack, top_tokens
 from frankenmerge.artefacts.atlas import TopTokens
 from frankenmerge.models.hooks import Site, embedding_of
-from frankenmerge.models.streaming import BATCH, Donor, Passage, each_block, model_of
+from frankenmerge.models.passes import BATCH, Passage
+from frankenmerge.models.streaming import Donor, each_block, model_of
 from frankenmerge.progress import Advance, ignore
 
 

@@ -22,7 +22,7 @@ from frankenmerge.analysis.features import Feature, check_features, check_single
 from frankenmerge.analysis.ranking import merge, pack, unpack
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.models.hooks import Site, block_outputs, blocks_of, embedding_of, forward
-from frankenmerge.models.streaming import ROWS
+from frankenmerge.models.passes import ROWS
 from frankenmerge.progress import Advance, ignore
 
 Positions = Literal["last", "all"]

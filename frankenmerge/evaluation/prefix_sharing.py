@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from frankenmerge.artefacts.recipe import Block
 from frankenmerge.evaluation.language import POSITIONS, Encoded, Loss, windows
 from frankenmerge.models.hooks import blocks_of
-from frankenmerge.models.streaming import enter, leave, run_block
+from frankenmerge.models.passes import enter, leave, run_block
 
 
 class _Group(NamedTuple):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from frankenmerge.artefacts.recipe import Block
 from frankenmerge.evaluation.language import Encoded
 from frankenmerge.models.hooks import block_outputs, embedding_of
-from frankenmerge.models.streaming import leave
+from frankenmerge.models.passes import leave
 from frankenmerge.progress import Advance, ignore
 
 WINDOWS, WIDTH = 4, 256

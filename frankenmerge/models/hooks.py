@@ -1,4 +1,4 @@
-"""The parts of a model in memory, and what its blocks compute, by hooks on a forward pass."""
+"""The parts of a model in memory, and its blocks' outputs, by hooks on a forward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's blocks: the one module list as long as its config says there are blocks.
+    """The model's blocks: the only module list whose length is the config's number of blocks.
 
-    Lists within another candidate (the experts of a block, say) do not count. Raises
+    Lists within another candidate (such as the experts of a block) do not count. Raises
     FrankenmergeError for a family that has none, or several.
     """
     count = model.config.num_hidden_layers
@@ -41,7 +41,7 @@ def attention_of(block: nn.Module) -> nn.Module:
     found = {name: module for name, module in block.named_children() if name in _ATTENTION}
     if len(found) != 1:
         place, expected = type(block).__name__, f"one of {', '.join(_ATTENTION)} in every block"
-        remedy = "leave --site attention out, or use a donor of another family"
+        remedy = "omit --site attention, or use a donor of another family"
         raise fail(place, expected, ", ".join(found) or "none", remedy)
     return next(iter(found.values()))
 
@@ -59,18 +59,18 @@ class _Enough(Exception):
 def block_outputs(
     model: PreTrainedModel, *, site: Site = "block", isolated: bool = False, last: int | None = None
 ) -> Iterator[list[Tensor]]:
-    """Collect, while the context lasts, what each block makes of the latest forward pass, `[b, s, d]` each.
+    """Collect the hidden states of the latest forward pass within the context, `[b, s, d]` each.
 
-    The list holds `l + 1` entries: what enters the first block, then every block's output before
-    any final norm. (The library's own `hidden_states[-1]` is taken behind the final norm.)
+    The list has `l + 1` entries: the input of the first block, then every block's output before any
+    final norm. (The library's own `hidden_states[-1]` is taken after the final norm.)
 
     Args:
-        model: any causal language model; its blocks are hooked, and freed when the context ends.
-        site: `block` for the residual stream behind each block, `attention` for the output of its
+        model: any causal language model; the hooks are removed when the context ends.
+        site: `block` for the residual stream after each block, `attention` for the output of its
             attention.
-        isolated: whether every block is fed what enters the first one, instead of its predecessor's
+        isolated: whether every block gets the input of the first one, instead of its predecessor's
             output.
-        last: the deepest block wanted, 1-based; the pass ends behind it. Run the pass through
+        last: the deepest block to run, 1-based; the pass ends after it. Run the pass with
             `forward`.
     """
     states: list[Tensor] = []
@@ -110,10 +110,10 @@ def block_outputs(
 
 
 def forward(model: PreTrainedModel, **inputs: Any) -> None:
-    """Run the model without its head, for what `block_outputs` collects; ends early where that asks for it.
+    """Run the model without its head; ends early if `block_outputs` needs only some blocks.
 
-    Keys and values are cached only in a cache that is given, `past_key_values=DynamicCache()`: the
-    pass appends to it, for the blocks it reaches, and goes on behind what it holds.
+    Keys and values are cached only with `past_key_values=DynamicCache()`: the pass continues after
+    the cached positions, and appends to the cache for the blocks that it reaches.
     """
     try:
         backbone(model)(**inputs, use_cache="past_key_values" in inputs)

@@ -1,4 +1,4 @@
-"""Load models and tokenizers of checkpoints, and change nothing else of the process."""
+"""Load models and tokenizers of checkpoints without changing the process's settings."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,7 +44,7 @@ class Placement:
         return torch_dtype(self.dtype)
 
     def check(self) -> None:
-        """Raise FrankenmergeError for a device that is not available, or options that need `auto`."""
+        """Raise FrankenmergeError for an unavailable device, or options that need `auto`."""
         if self.device == "auto":
             return
         one_device(self.device)

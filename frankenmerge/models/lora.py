@@ -1,7 +1,7 @@
-"""LoRAs: low-rank changes to a donor's weights, folded in once by peft and kept as an ordinary checkpoint.
+"""LoRAs: low-rank changes to a donor's weights, folded in by peft and cached as a checkpoint.
 
-The result has the base's files, names, shapes and types; what the LoRA changes is computed in
-float32 and rounded once.
+The result has the base's files, names, shapes and types; changed weights are computed in float32
+and rounded once.
 """
 
 import hashlib
@@ -24,14 +24,17 @@ from frankenmerge.storage.hub import repository_of, resolve
 from frankenmerge.storage.safetensors_header import read_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-_REMEDY = "name the model that the LoRA was trained on, or fold it in with peft's merge_and_unload and name the result"
+_REMEDY = (
+    "name the model that the LoRA was trained on, or fold it in with peft's merge_and_unload and "
+    "name the result"
+)
 
 
 def find_adapter(name: str, *, download: bool = False, weights: bool = True) -> Path:
-    """Find a LoRA's folder, reading its config and its header alone, and of the hub, where `weights` is not set, fetching no more.
+    """Find a LoRA's folder from its config and header alone.
 
-    Raises FrankenmergeError for a folder without either, for pickled weights, and for adapters of
-    another kind.
+    Without `weights`, no more than these are fetched from the hub. Raises FrankenmergeError for a
+    folder without either, for pickled weights, and for adapters of another kind.
     """
     repository = repository_of(name, weights)
     folder = resolve(name, (CONFIG_NAME, WEIGHTS_NAME) if weights else (CONFIG_NAME,), download)
@@ -53,9 +56,9 @@ def find_adapter(name: str, *, download: bool = False, weights: bool = True) -> 
 
 
 def folded(base: Checkpoint, adapter: Path) -> Checkpoint:
-    """Return `base` with the LoRA in the folder `adapter` folded in: from the cache, or made now.
+    """Return `base` with the LoRA in the folder `adapter` folded in, cached.
 
-    Raises FrankenmergeError when peft is not installed, or cannot fold this LoRA into this base.
+    Raises FrankenmergeError if peft is not installed, or cannot fold this LoRA into this base.
     """
     files = [
         file
@@ -78,12 +81,12 @@ def folded(base: Checkpoint, adapter: Path) -> Checkpoint:
     path = cache_folder() / "folded" / key[:32]
     if not path.is_dir():
         model = _merged(base, adapter)
-        with new_folder(path) as beside:
+        with new_folder(path) as folder:
             for file in [*files, *{tensor.file for tensor in base.tensors.values()}]:
-                shutil.copyfile(file, beside / file.name)
-            with TemporaryDirectory(dir=beside) as saved:
+                shutil.copyfile(file, folder / file.name)
+            with TemporaryDirectory(dir=folder) as saved:
                 model.save_pretrained(saved)
-                _overwrite(beside, base, open_checkpoint(saved))
+                _overwrite(folder, base, open_checkpoint(saved))
     return open_checkpoint(str(path))
 
 
@@ -108,22 +111,18 @@ def _merged(base: Checkpoint, adapter: Path) -> Any:
         raise _no_peft() from error
     raise_all(_type_faults(base))
     model = load_model(base)
-    model.generation_config = (
-        GenerationConfig()
-    )  # the base's is copied; saving refuses many an old one
+    # The base's is copied; saving would refuse some old ones.
+    model.generation_config = GenerationConfig()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # of what transformers renames, which is peft's affair
-            # What peft warns of is a fold that is not what was trained: weights that are absent, or
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses deprecated names
+            # Warnings of peft mean that the result is not what was trained: weights are missing or
             # tied.
             warnings.filterwarnings("error", category=UserWarning, module="peft")
             warnings.filterwarnings("error", category=RuntimeWarning, module="peft")
             config = PeftConfig.from_pretrained(str(adapter), local_files_only=True)
             config.inference_mode = True
-            # PeftModel.from_pretrained does the same, and keeps to itself which weights had no
-            # place.
+            # PeftModel.from_pretrained does the same, but does not say which weights had no place.
             wrapped = PeftModel(model, config)  # pyright: ignore[reportArgumentType]
             loaded = wrapped.load_adapter(
                 str(adapter), "default", torch_device="cpu", local_files_only=True
@@ -164,7 +163,7 @@ def _type_faults(base: Checkpoint) -> Iterator[Fault]:
 
 
 def _overwrite(folder: Path, base: Checkpoint, saved: Checkpoint) -> None:
-    """Write the tensors of `saved` over those of the base's copy in `folder`, each rounded to the type it has there."""
+    """Overwrite the tensors of the base in `folder` with those of `saved`, in the base's types."""
     import torch
     from safetensors import safe_open
 
@@ -177,12 +176,12 @@ def _overwrite(folder: Path, base: Checkpoint, saved: Checkpoint) -> None:
         for canonical, name in found.items():
             tensor, ours = base.tensors[name], names.pop((key, canonical), None)
             if ours is None and key[0] in ("ignored", "head"):
-                continue  # a buffer, or a tied head that is stored all the same
+                continue  # a buffer, or a tied head that is stored nevertheless
             if ours is None or saved.tensors[ours].shape != tensor.shape:
                 raise fail(
                     f"{base.path}: {name}",
                     "the same tensor with the LoRA folded in",
-                    "not there, or of another shape",
+                    "missing, or of another shape",
                     _REMEDY,
                 )
             with safe_open(saved.tensors[ours].file, "pt") as handle:
@@ -193,7 +192,7 @@ def _overwrite(folder: Path, base: Checkpoint, saved: Checkpoint) -> None:
     if names:
         raise fail(
             str(base.path),
-            "the base's tensors alone",
-            f"others too: {', '.join(list(names.values())[:3])}",
+            "only the base's tensors",
+            f"others: {', '.join(list(names.values())[:3])}",
             _REMEDY,
         )

@@ -1,4 +1,4 @@
-"""Tokens sampled from donors: text that nobody has to bring, of the kind a donor predicts."""
+"""Tokens sampled from donors: text of the kind that a donor predicts, without any data."""
 
 from collections.abc import Mapping
 
@@ -11,12 +11,12 @@ from frankenmerge.donors.config import quantity
 from frankenmerge.models.hooks import block_outputs
 
 ROWS, LENGTH, SEED = 16, 64, 0
-"""How many rows and tokens are sampled by default, and their seed."""
+"""Default number of rows and tokens, and their seed."""
 
 
 @torch.no_grad()
 def sample_tokens(model: PreTrainedModel, rows: int, length: int, start: int, seed: int) -> Tensor:
-    """Sample tokens from a model, `[rows, length]`, each row after the token `start`; on the CPU."""
+    """Sample token ids `[rows, length]` from a model, on the CPU; each row begins with `start`."""
     generator = torch.Generator().manual_seed(seed)
     ids, cache = torch.full((rows, 1), start), DynamicCache()
     while ids.shape[1] < length:
@@ -51,18 +51,17 @@ def sample_unprompted(model: PreTrainedModel) -> Tensor:
 def states_on_sampled(models: Mapping[str, PreTrainedModel]) -> dict[str, np.ndarray]:
     """Every donor's states `[l+1, n, d]`, float32, on the tokens that all of them generated.
 
-    The first position of each row is left out: trained models put activations there that are no
-    token's own.
+    The first position of each row is omitted, as trained models have outlier activations there.
     """
-    shown = [sample_unprompted(model) for model in models.values()]
-    found: dict[str, np.ndarray] = {}
+    sampled = [sample_unprompted(model) for model in models.values()]
+    result: dict[str, np.ndarray] = {}
     for name, model in models.items():
         parts = []
-        for ids in shown:
+        for ids in sampled:
             with block_outputs(model) as states:
                 model(input_ids=ids.to(model.device), use_cache=False)
                 parts.append(
                     np.stack([state[:, 1:].flatten(0, 1).float().cpu().numpy() for state in states])
                 )
-        found[name] = np.concatenate(parts, axis=1)
-    return found
+        result[name] = np.concatenate(parts, axis=1)
+    return result

@@ -13,8 +13,9 @@ from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
 from frankenmerge.errors import fail
 from frankenmerge.models.loading import load_model, load_tokenizer
+from frankenmerge.models.passes import Passage
 from frankenmerge.models.sampling import sample_tokens
-from frankenmerge.models.streaming import Passage, each_block, stream_model, streamable
+from frankenmerge.models.streaming import each_block, stream_model, streamable
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.gauge_refining import donor_states, refined
 from frankenmerge.splicing.resolve import Splice

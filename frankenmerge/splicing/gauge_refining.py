@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from frankenmerge.donors.architecture import Architecture
 from frankenmerge.models.hooks import block_outputs, forward
-from frankenmerge.models.streaming import leave
+from frankenmerge.models.passes import leave
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.assemble import assemble, names_as_stored
 from frankenmerge.splicing.resolve import Splice

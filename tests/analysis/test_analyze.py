@@ -13,7 +13,8 @@ from frankenmerge.analysis import analyze as module
 from frankenmerge.analysis.analyze import analyze, cached_analyze
 from frankenmerge.artefacts.atlas import Atlas, load_atlas
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.models.streaming import Passage, Streamed
+from frankenmerge.models.passes import Passage
+from frankenmerge.models.streaming import Streamed
 
 
 def assert_same(found: Atlas, expected: Atlas) -> None:

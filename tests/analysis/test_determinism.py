@@ -21,7 +21,8 @@ from frankenmerge.artefacts.atlas import save_atlas
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.models.hooks import embedding_of
 from frankenmerge.models.loading import Placement, load_model
-from frankenmerge.models.streaming import Passage, each_block, stream_model
+from frankenmerge.models.passes import Passage
+from frankenmerge.models.streaming import each_block, stream_model
 
 FEATURES = [Feature.of(block, neuron) for block in (0, 1, 3, 4) for neuron in (0, 5, 11)]
 DEMO = Path(__file__).resolve().parents[2] / "frankenmerge" / "demo" / "donors"

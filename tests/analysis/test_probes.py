@@ -10,7 +10,8 @@ from frankenmerge.analysis.probes import probe_hash, probe_states, random_probes
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models.loading import load_model
-from frankenmerge.models.streaming import Passage, each_block
+from frankenmerge.models.passes import Passage
+from frankenmerge.models.streaming import each_block
 
 
 def loaded(path):

@@ -9,10 +9,11 @@ from conftest import changed, write_donor
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.families import FAMILIES
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.models import streaming as blockwise
+from frankenmerge.models import streaming
 from frankenmerge.models.hooks import attention_of, block_outputs, blocks_of, forward
 from frankenmerge.models.loading import Placement, load_model
-from frankenmerge.models.streaming import Passage, each_block, stream_model, streamable
+from frankenmerge.models.passes import Passage
+from frankenmerge.models.streaming import each_block, stream_model, streamable
 
 IDS = torch.tensor([[0, 7, 30, 7, 12, 41], [5, 5, 2, 47, 19, 1], [9, 8, 7, 6, 5, 4]])
 
@@ -213,9 +214,9 @@ def test_a_block_is_announced_before_it_is_read(donors, monkeypatch):
     monkeypatch.setattr(
         os, "posix_fadvise", lambda _file, start, count, _advice: advised.append((start, count))
     )
-    original = blockwise.read_tensor
+    original = streaming.read_tensor
     monkeypatch.setattr(
-        blockwise,
+        streaming,
         "read_tensor",
         lambda tensor: read.append((tensor.start, tensor.bytes)) or original(tensor),
     )
