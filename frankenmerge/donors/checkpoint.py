@@ -6,6 +6,7 @@ folder is executed.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,15 +93,16 @@ class Checkpoint:
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """Elements by type, the most frequent first."""
+        """Elements by type, the most frequent first; buffers that no loader reads do not count."""
         counts: Counter[str] = Counter()
-        for tensor in self.tensors.values():
-            counts[tensor.dtype] += tensor.bytes // BYTES_OF[tensor.dtype]
+        for name, tensor in self.tensors.items():
+            if not re.search(self.architecture.ignored, name):
+                counts[tensor.dtype] += tensor.bytes // BYTES_OF[tensor.dtype]
         return dict(counts.most_common())
 
     @property
     def parameters(self) -> int:
-        """Number of elements of all tensors."""
+        """Number of elements of all tensors but buffers."""
         return sum(self.dtypes.values())
 
     @property

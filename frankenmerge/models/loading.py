@@ -1,5 +1,6 @@
 """Load models and tokenizers of checkpoints without changing the process's settings."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,11 +95,17 @@ def load_model(
     if untrained is not None:
         return untrained_model(checkpoint, untrained, placement)
     _check_index(checkpoint)
-    return from_pretrained(AutoModelForCausalLM, checkpoint.path, placement)
+    unread = checkpoint.architecture.ignored
+    return from_pretrained(AutoModelForCausalLM, checkpoint.path, placement, unread=unread)
 
 
 def from_pretrained(
-    auto_class: Any, source: Path | None, placement: Placement, **more: Any
+    auto_class: Any,
+    source: Path | None,
+    placement: Placement,
+    *,
+    unread: str = r"(?!)",
+    **more: Any,
 ) -> PreTrainedModel:
     """Call `auto_class.from_pretrained` safely, and require weights that fill the model exactly.
 
@@ -106,6 +113,7 @@ def from_pretrained(
         auto_class: a class of transformers, automatic or not.
         source: a folder, or None where `config` and `state_dict` are among `more`.
         placement: type and devices.
+        unread: pattern of the names of tensors that the model need not have, such as buffers.
         more: further arguments of `from_pretrained`.
 
     Raises:
@@ -132,7 +140,10 @@ def from_pretrained(
         expected, remedy = "available devices, such as 0=20GiB", "correct --max-memory"
         raise fail("memory per device", expected, str(error), remedy) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, info[kind])):
+        names = sorted(map(str, info[kind]))
+        if kind == "unexpected_keys":
+            names = [name for name in names if not re.search(unread, name)]
+        if names:
             found = f"{kind.replace('_', ' ')}: {', '.join(names[:5])}"
             expected, remedy = "weights that fill the model exactly", "use a complete checkpoint"
             raise fail(str(source or "splice in memory"), expected, found, remedy)
