@@ -1,6 +1,7 @@
 """Recipe files: YAML read safely, every fault of a file reported at once, paths resolved."""
 
-from collections.abc import Hashable, Mapping
+import os
+from collections.abc import Hashable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,29 @@ def load_recipes(path: str | Path) -> list[Recipe]:
         )
         return str(path.parent / value) if is_text else value
 
-    return [changed(renamed(recipe, found), beside) for recipe in recipes]
+    return one_spelling([changed(renamed(recipe, found), beside) for recipe in recipes])
+
+
+def one_spelling(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The same recipes, each folder under the first of its names: `a`, `./a`, `a/`, `/tmp/a`.
+
+    Methods recognise their base model among the sources by its name.
+    """
+    stages = {recipe.name for recipe in recipes}
+    spellings: dict[str, str] = {}
+
+    def first(folder: str) -> str:
+        if not is_folder(folder):
+            return folder
+        return spellings.setdefault(os.path.realpath(os.path.expanduser(folder)), folder)
+
+    def spelled(name: str) -> str:
+        if name in stages or is_folder(name):
+            return name if name in stages else first(name)
+        parts = (part.partition("@") for part in name.split("+"))
+        return "+".join(first(model) + at + revision for model, at, revision in parts)
+
+    return [renamed(recipe, spelled) for recipe in recipes]
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -13,6 +13,7 @@ from frankenmerge.cli.console import (
     out,
     pickle_option,
     print_json,
+    print_remarks,
     progress,
     size,
     table,
@@ -46,6 +47,7 @@ def check(target: Path, download: bool, allow_pickle: bool, as_json: bool) -> No
     with resolved(
         load_recipes(target), download=download, allow_pickle=allow_pickle, place=str(target)
     ) as stages:
+        print_remarks(stages.remarks)
         _print_stages(stages, as_json)
 
 
@@ -75,7 +77,8 @@ def _print_stages(stages: "Stages", as_json: bool) -> None:
     if as_json:
         (recipe, result), before = found[-1], found[:-1]
         named = {each.name: {"recipe": str(each), **size._asdict()} for each, size in before}
-        also = {"stages": named} if named else {}
+        also: dict[str, Any] = {"stages": named} if named else {}
+        also["remarks"] = list(stages.remarks)
         print_json({"recipe": str(recipe), **result._asdict()} | also)
         return
     console = out()
@@ -100,12 +103,13 @@ def _print_stages(stages: "Stages", as_json: bool) -> None:
         console.print(str(recipe), markup=False)
 
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+"""As mergekit counts, whose `B` is a billion and not a byte: 500M, 5B."""
 
 
 def _bytes(_context: click.Context, _parameter: click.Parameter, value: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B)?\s*", value.upper())
-    count = float(match[1]) * _UNITS[match[2] or "B"] if match else 0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])B?|(B))?\s*", value.upper())
+    count = float(match[1]) * _UNITS[match[2] or match[3] or ""] if match else 0
     if not 1 <= count < 1 << 63:
         raise click.BadParameter(f"{value!r} is not a size; write for example 5GB or 500MB")
     return int(count)
@@ -196,6 +200,7 @@ def merge(
             raise fail("--private", "--push-to-hub", "none", remedy)
         if push_to_hub and rank.first:
             check_push(push_to_hub)
+        print_remarks(stages.remarks)
         if dry_run:
             _print_stages(stages, as_json)
             return
@@ -212,7 +217,8 @@ def merge(
         return
     address = push(result.output, push_to_hub, private=private) if push_to_hub else None
     if as_json:
-        also = {"repository": address} if address else {}
+        also: dict[str, Any] = {"repository": address} if address else {}
+        also["remarks"] = list(stages.remarks)
         print_json(result._asdict() | {"output": str(result.output)} | also)
         return
     _print_merged(result)

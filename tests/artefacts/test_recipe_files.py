@@ -1,8 +1,11 @@
 """Files of recipes: several stages, and where their donors are looked for."""
 
+import numpy as np
 import pytest
 import yaml
+from conftest import write_donor
 from recipe_texts import GOOD, refused
+from safetensors.numpy import load_file
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.artefacts.recipe_file import (
@@ -86,6 +89,52 @@ tokenizer:
         tokens["first"]["source"] == tokens["b"]["source"]["model"] == first
         and tokens["b"]["source"]["token"] == "first"
     )
+
+
+def test_a_folder_of_several_spellings_has_the_first_of_them(folders, tmp_path):
+    folder = folders / "recipes" / "first"
+    (tmp_path / "link").symlink_to(folder)
+    text = f"""\
+models: [{{model: {folder}/}}, {{model: ./org/second}}, {{model: {tmp_path / "link"}}}]
+merge_method: ties
+base_model: {folder}
+embedding: first@main
+final_norm: ./first+org/second/
+"""
+    (folders / "recipes" / "r.yaml").write_text(text)
+    recipe = load_recipe(folders / "recipes" / "r.yaml")
+    first, second = f"{folder}/", str(folders / "recipes" / "org" / "second")
+    assert [whole.model for whole in recipe.stack.models or []] == [first, second, first]
+    assert recipe.base == first and recipe.embedding == f"{first}@main"
+    assert recipe.final_norm == f"{first}+{second}"
+
+
+def test_a_base_of_another_spelling_than_the_source_is_the_same_donor(
+    donors, run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(donors["a"].parent)
+    text = """\
+slices:
+- sources:
+  - {{model: {base}, layer_range: [0, 4]}}
+  - {{model: {other}, layer_range: [0, 4]}}
+merge_method: task_arithmetic
+base_model: {donor}
+parameters: {{weight: 0.5}}
+"""
+    twin = write_donor(tmp_path / "twin", seed=11)
+    for name, names in {
+        "plain": {"base": "a", "other": twin, "donor": "a"},
+        "mixed": {"base": "./a/", "other": twin, "donor": donors["a"]},
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(text.format(**names))
+        assert run("merge", tmp_path / f"{name}.yaml", tmp_path / name)[0] == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "mixed")]
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert weights[0].keys() == weights[1].keys()
+    name = "model.norm.weight"
+    base, other = (load_file(donor / "model.safetensors")[name] for donor in (donors["a"], twin))
+    assert np.allclose(weights[1][name], base + 0.5 * (other - base), atol=1e-6)
 
 
 # Files and donors

@@ -277,7 +277,7 @@ def test_a_file_that_is_no_text(refused, donors, tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "size", ["", "x", "0", "-5GB", "5 PB", "GB", "1e3", "0.1B", "nan", "9" * 400]
+    "size", ["", "x", "0", "-5GB", "5 PB", "GB", "B", "1BB", "1e3", "0.1", "nan", "9" * 400]
 )
 def test_an_invalid_shard_size(refused, donors, recipe, tmp_path, size):
     assert "--shard-size" in refused(

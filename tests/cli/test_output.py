@@ -301,7 +301,12 @@ def test_check_and_merge_report_the_same_sizes(printed, recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "size, files", [("5GB", 1), ("10kB", 6), ("0.01MB", 6), ("10000", 6), ("10000 b", 6)]
+    "size, files",
+    [
+        *(("5GB", 1), ("10kB", 6), ("0.01MB", 6), ("10000", 6)),
+        # As mergekit spells sizes: B is 10^9 bytes, and k, M, G need no B.
+        *(("1B", 1), ("0.00001B", 6), ("0.00001 b", 6), ("10k", 6), ("0.01M", 6), ("0.00001G", 6)),
+    ],
 )
 def test_a_shard_size_is_read_with_its_unit(printed, recipe, tmp_path, size, files):
     printed("merge", recipe, tmp_path / "out", "--shard-size", size)
