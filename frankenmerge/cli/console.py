@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -206,6 +206,14 @@ def print_json(value: Any) -> None:
             for letter in text
         )
     )
+
+
+def print_remarks(remarks: Iterable[str]) -> None:
+    """Print what is worth knowing about the donors on standard error, unless it is quiet."""
+    context = click.get_current_context(silent=True)
+    if own_rank().first and not (context is not None and context.meta.get(_QUIET, False)):
+        for remark in remarks:
+            click.echo(f"Note: {visible(remark)}", err=True)
 
 
 def table(title: str, *columns: str) -> Table:

@@ -75,7 +75,7 @@ def demo(output: Path, as_json: bool) -> None:
         print_json(
             {
                 "output": str(output),
-                "plan": plan.as_json(),
+                "plan": plan.record(splice.key).as_json(),
                 "logits_equal": equal,
                 "models": models,
                 "random_bits_per_byte": measured.randoms,
@@ -166,7 +166,7 @@ def _plan(
     if planned.damped:
         print_damping(console, planned.damped)
     evidence = output / "recipe.evidence.json"
-    console.print(f"All scores, and the neurons behind them: {evidence}\n", markup=False)
+    console.print(f"All scores, and their neurons: {evidence}\n", markup=False)
     return alignment, best
 
 
@@ -242,22 +242,18 @@ def _evaluate(
         "Goliath's pattern": pattern,
         "the same, damped": ways["1/n"],
     }
+    recipes = [random_recipe(blocks, DEPTH, seed) for seed in range(RANDOM_RECIPES)]
+    controls |= {f"random {seed}": recipe for seed, recipe in enumerate(recipes)}
     results = []
-    count = len(donors) + 1 + len(controls) + RANDOM_RECIPES
-    with progress("evaluating", count, "models") as advance:
-        for name in donors:
-            results.append(bench.checkpoint(name, role="donor", visit=visit))
+    with progress("evaluating", len(donors) + 1 + len(controls), "models") as advance:
+        for name in (*donors, merged):
+            role = "donor" if name in donors else "model"
+            results.append(bench.checkpoint(name, role=role, visit=visit))
             advance(1)
-        results.append(bench.checkpoint(merged, visit=visit))
-        advance(1)
         for name, control in controls.items():
             results.append(bench.splice(name, resolve(control, donors)))
             advance(1)
-        randoms = []
-        for seed in range(RANDOM_RECIPES):
-            recipe = random_recipe(blocks, DEPTH, seed)
-            randoms.append(bench.splice(f"random {seed}", resolve(recipe, donors)))
-            advance(1)
+    results, randoms = results[:-RANDOM_RECIPES], results[-RANDOM_RECIPES:]
     own = {result.name: result.total.nats_per_token for result in results[: len(donors)]}
     check = check_prediction(
         results[len(donors)], splice, plan.predicted_damage, plan.interval, own

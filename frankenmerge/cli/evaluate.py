@@ -179,7 +179,7 @@ def _options(options: dict[str, Any]) -> "EvaluateOptions":
 
 
 def _arguments(context: click.Context) -> dict[str, Any]:
-    """The command's arguments, as JSON can hold them."""
+    """The command's arguments as JSON values."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -15,6 +15,7 @@ from frankenmerge.cli.console import (
     out,
     output_option,
     print_json,
+    print_remarks,
     progress,
     table,
 )
@@ -224,6 +225,7 @@ def plan(
     )
     planned = plan_recipes(loaded, chosen, progress=progress)
     paths = write_plans(planned, output)
+    print_remarks(planned.remarks)
     depths = least_damage_by_depth(loaded, constraints, planned.model) if front else []
     if as_json:
         print_json(_as_json(planned, paths, depths))

@@ -84,7 +84,7 @@ class Passage:
         self.count, self.size = len(ids), min(batch, math.ceil(len(ids) / ROWS) * ROWS)
         self.alone = shortcut and ids.shape[1] == 1 and not prefix
         ids = ids.to(embedding_of(self.model).device)
-        held = None
+        before = None
         self.before: Tensor | None = None
         if prefix:
             self.before, self.calls_before = enter(
@@ -92,11 +92,11 @@ class Passage:
             )
             # Positions and masks depend on the cache's length alone.
             unknown = torch.zeros(1, 1, len(prefix), 1, device=ids.device)
-            held = _cache(len(self.calls_before), unknown, unknown)
+            before = _cache(len(self.calls_before), unknown, unknown)
         entered = []
         for rows in ids.split(self.size):
             states, self.calls = enter(
-                self.model, pad(rows, (0, 0, 0, self.size - len(rows))), held
+                self.model, pad(rows, (0, 0, 0, self.size - len(rows))), before
             )
             entered.append(states[: len(rows)])
         self.states = torch.cat(entered)

@@ -9,7 +9,7 @@ from frankenmerge.analysis.complete import complete_search
 from frankenmerge.artefacts.evaluation import Evaluation, PredictionCheck
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
-from frankenmerge.evaluation.bench import Bench, Result, Text
+from frankenmerge.evaluation.bench import Bench, Result, Subject, Text
 from frankenmerge.evaluation.checks import Checks, Findings, examine
 from frankenmerge.evaluation.lineage import checkpoint_lineage
 from frankenmerge.evaluation.non_inferiority import Comparison, judge
@@ -126,29 +126,8 @@ def _evaluated(
     for splice in subjects.splices.values():
         splice_tokenizer(splice)
     checks, findings = _checks(texts, options), Findings()
-    results, order = [], [*subjects.names, *donors]
-    needed = {name: splice.copied_donors for name, splice in subjects.splices.items()}
-    if options.seams:
-        needed |= {
-            name: tuple(dict.fromkeys([*needed.get(name, ()), *lineage.donors]))
-            for name, lineage in subjects.lineages.items()
-        }
-        needed |= recorded
-    for number, name in enumerate(order, 1):
-        shown = _numbered(progress, number, len(order))
-
-        def visit(subject: Any, shown: Progress = shown) -> None:
-            examine(subject, bench, checks, findings, shown)
-
-        if name in subjects.splices:
-            splice = subjects.splices[name]
-            lineage = subjects.lineages[name]
-            results.append(bench.splice(name, splice, lineage=lineage, progress=shown, visit=visit))
-        else:
-            role = "donor" if name in donors else "model"
-            results.append(bench.checkpoint(name, role=role, progress=shown, visit=visit))
-        later = order[number:]
-        bench.keep({*later, *(donor for other in later for donor in needed.get(other, ()))})
+    needed = _needed(subjects, recorded if options.seams else None)
+    results = _results(bench, subjects, donors, needed, checks, findings, progress)
     findings.retention = _retention(findings, checkpoints, options, progress)
     comparison = None
     if options.compare is not None:
@@ -168,6 +147,49 @@ def _evaluated(
     return Evaluated(results, findings, checks, predictions, comparison, record)
 
 
+def _needed(
+    subjects: Subjects, recorded: Mapping[str, tuple[str, ...]] | None
+) -> dict[str, tuple[str, ...]]:
+    """The donors that must be in memory for each model; `recorded` where seams are compared."""
+    needed = {name: splice.copied_donors for name, splice in subjects.splices.items()}
+    if recorded is None:
+        return needed
+    compared = {
+        name: tuple(dict.fromkeys([*needed.get(name, ()), *lineage.donors]))
+        for name, lineage in subjects.lineages.items()
+    }
+    return {**compared, **recorded}
+
+
+def _results(
+    bench: Bench,
+    subjects: Subjects,
+    donors: Mapping[str, Checkpoint],
+    needed: Mapping[str, tuple[str, ...]],
+    checks: Checks,
+    findings: Findings,
+    progress: Progress,
+) -> list[Result]:
+    """Measure and examine one model after another; releases those that none needs any more."""
+    results, order = [], [*subjects.names, *donors]
+    for number, name in enumerate(order, 1):
+        shown = _numbered(progress, number, len(order))
+
+        def visit(subject: Subject, shown: Progress = shown) -> None:
+            examine(subject, bench, checks, findings, shown)
+
+        if name in subjects.splices:
+            splice = subjects.splices[name]
+            lineage = subjects.lineages[name]
+            results.append(bench.splice(name, splice, lineage=lineage, progress=shown, visit=visit))
+        else:
+            role = "donor" if name in donors else "model"
+            results.append(bench.checkpoint(name, role=role, progress=shown, visit=visit))
+        later = order[number:]
+        bench.keep({*later, *(donor for other in later for donor in needed.get(other, ()))})
+    return results
+
+
 def _numbered(progress: Progress, number: int, models: int) -> Progress:
     """Progress that says which of the models it is about."""
     if models == 1:
@@ -177,18 +199,18 @@ def _numbered(progress: Progress, number: int, models: int) -> Progress:
 
 def _recorded_donors(subjects: Subjects) -> dict[str, tuple[str, ...]]:
     """The donors of merged checkpoints, by the provenance in their folders."""
-    found = {}
+    recorded = {}
     for name, checkpoint in subjects.checkpoints.items():
         others = {other: each for other, each in subjects.checkpoints.items() if other != name}
         if lineage := checkpoint_lineage(checkpoint, others):
-            found[name] = lineage.donors
-    return found
+            recorded[name] = lineage.donors
+    return recorded
 
 
 def _donors(
     subjects: Subjects, recorded: Mapping[str, tuple[str, ...]], options: EvaluateOptions
 ) -> dict[str, Checkpoint]:
-    """What is measured besides the models that were named."""
+    """What is measured in addition to the models that were named."""
     names = [*subjects.donors, *(name for donors in recorded.values() for name in donors)]
     names += [options.against] if options.against else []
     wanted = (name for name in dict.fromkeys(names) if name not in subjects.names)
@@ -221,7 +243,7 @@ def _retention(
     options: EvaluateOptions,
     progress: Progress,
 ) -> dict[str, list]:
-    """Which features of each donor every model preserves; donors' atlases may be in the cache."""
+    """The features of each donor that every model preserves; atlases of donors are cached."""
     names = dict.fromkeys(
         block.model for blocks, _ in findings.features.values() for block in blocks
     )

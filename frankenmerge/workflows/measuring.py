@@ -82,6 +82,11 @@ class Measure:
         measured = zip(splices, islice(losses, len(alone), None), strict=True)
         return [loss - donors_loss(splice, own) for splice, loss in measured]
 
+    def remarks(self, recipes: Sequence[Recipe]) -> tuple[str, ...]:
+        """Worth knowing about the donors of recipes; each once."""
+        found = (remark for recipe in recipes for remark in self._resolved(recipe).remarks)
+        return tuple(dict.fromkeys(found))
+
     def _resolved(self, recipe: Recipe) -> Splice:
         if recipe.key not in self._splices:
             self._splices[recipe.key] = resolve(recipe, self.donors)

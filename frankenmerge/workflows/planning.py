@@ -71,6 +71,8 @@ class Planned(NamedTuple):
     damped: Damped | None
     evidence: Evidence
     """Plans, constraints and model, as they are written next to the recipe."""
+    remarks: tuple[str, ...] = ()
+    """Worth knowing about the donors of the plans; only where donors were opened."""
 
 
 def plan_recipes(
@@ -108,7 +110,9 @@ def plan_recipes(
     tried = None
     if measure and options.damp is not None:
         plans, tried = damped(plans, alignments, measure, options.damp, model)
-    return Planned(plans, model, tried, _evidence(plans, alignments, options, model))
+    remarks = measure.remarks([entry.recipe for entry in plans]) if measure else ()
+    evidence = _evidence(plans, alignments, options, model)
+    return Planned(plans, model, tried, evidence, remarks)
 
 
 def _measure(

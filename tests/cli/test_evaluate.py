@@ -38,23 +38,45 @@ def splice(tmp_path):
     return path, texts, (code, prose)
 
 
+def check_models(record, texts) -> None:
+    """Every model has all figures with intervals, and samples."""
+    for model in record["models"]:
+        assert model.keys() >= FIGURES and list(model["texts"]) == [str(text) for text in texts]
+        for entry in (model, *model["texts"].values()):
+            assert entry.keys() >= FIGURES
+            for figure, (low, high) in entry["intervals"].items():
+                assert low < entry[figure] < high
+        assert 0 <= model["invalid_words"] <= 1 and 0 <= model["repetition"] <= 1
+        assert [sample["prompt"] for sample in model["samples"]][
+            0
+        ] == "This module provides" and len(model["samples"]) == 2
+        assert all(
+            sample["text"] and isinstance(sample["invalid"], list) for sample in model["samples"]
+        )
+
+
+def check_differences(record, names) -> None:
+    """The recipe is compared with both donors, paired."""
+    assert [(entry["model"], entry["donor"]) for entry in record["differences"]] == [
+        (names[0], donor) for donor in names[1:]
+    ]
+    for entry, donor in zip(record["differences"], record["models"][1:], strict=True):
+        assert entry["bits_per_byte"] == pytest.approx(
+            record["models"][0]["bits_per_byte"] - donor["bits_per_byte"]
+        )
+        assert entry["interval"][0] < entry["bits_per_byte"] < entry["interval"][1]
+        # Paired: the interval is narrower than that of either figure by itself.
+        low, high = donor["intervals"]["bits_per_byte"]
+        assert entry["interval"][1] - entry["interval"][0] < (high - low) / 2
+
+
 def test_everything_at_once(splice, run, tmp_path):
     path, texts, donors = splice
     words, output = tmp_path / "words", tmp_path / "splice.evaluation.json"
     words.write_text("the\nself\n")
     options = [
-        *(
-            "--text",
-            texts[0],
-            "--text",
-            texts[1],
-            "--samples",
-            1,
-            "--prompt",
-            "This module provides",
-            "--words",
-            words,
-        ),
+        *("--text", texts[0], "--text", texts[1], "--samples", 1, "--words", words),
+        *("--prompt", "This module provides"),
         *("--seams", "--retention", "--compare", 5, "--seed", 3),
     ]
     code, out, err = run("evaluate", path, *options, "--json", "-o", output)
@@ -69,30 +91,8 @@ def test_everything_at_once(splice, run, tmp_path):
         (names[1], "donor"),
         (names[2], "donor"),
     ]
-    for model in record["models"]:
-        assert model.keys() >= FIGURES and list(model["texts"]) == [str(text) for text in texts]
-        for entry in (model, *model["texts"].values()):
-            assert entry.keys() >= FIGURES
-            for figure, (low, high) in entry["intervals"].items():
-                assert low < entry[figure] < high
-        assert 0 <= model["invalid_words"] <= 1 and 0 <= model["repetition"] <= 1
-        assert [sample["prompt"] for sample in model["samples"]][
-            0
-        ] == "This module provides" and len(model["samples"]) == 2
-        assert all(
-            sample["text"] and isinstance(sample["invalid"], list) for sample in model["samples"]
-        )
-    assert [(entry["model"], entry["donor"]) for entry in record["differences"]] == [
-        (names[0], donor) for donor in names[1:]
-    ]
-    for entry, donor in zip(record["differences"], record["models"][1:], strict=True):
-        assert entry["bits_per_byte"] == pytest.approx(
-            record["models"][0]["bits_per_byte"] - donor["bits_per_byte"]
-        )
-        assert entry["interval"][0] < entry["bits_per_byte"] < entry["interval"][1]
-        # Paired: the interval is narrower than that of either figure by itself.
-        low, high = donor["intervals"]["bits_per_byte"]
-        assert entry["interval"][1] - entry["interval"][0] < (high - low) / 2
+    check_models(record, texts)
+    check_differences(record, names)
     (seams,) = record["seams"]
     assert seams["model"] == names[0] and [block["block"] for block in seams["blocks"]] == list(
         range(1, 9)
