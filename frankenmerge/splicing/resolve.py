@@ -26,6 +26,7 @@ from frankenmerge.splicing.result import (
     result_dtype,
     spelled_out,
 )
+from frankenmerge.splicing.token_differences import token_findings
 from frankenmerge.splicing.tokenizer import tokenizer_files
 from frankenmerge.splicing.validation import (
     compatibility_faults,
@@ -61,6 +62,8 @@ class Splice:
     """What makes its tensors, in layer order."""
     tokenizer: dict[str, bytes]
     """The files of its tokenizer, by name."""
+    remarks: tuple[str, ...] = ()
+    """Worth knowing about the donors; they forbid nothing."""
     planned: "Splice | None" = None
     """The same before its stages were made, which identifies it."""
 
@@ -232,10 +235,13 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
         spelled = spelled_out(recipe, donors, place)
         beyond = tuple(range_faults(spelled, donors, place))
         faults += beyond
-        vocabulary = None
+        vocabulary, remarks = None, []
         if not unlike and not beyond:
             vocabulary = result_vocabulary(spelled, donors)
             faults += pairing_faults(spelled, donors, vocabulary, place)
+            tokens = token_findings(spelled, donors, place)
+            faults += tokens.faults
+            remarks += tokens.remarks
     except FrankenmergeError as error:
         raise FrankenmergeError(*faults, *error.faults) from error
     raise_all(faults)
@@ -244,4 +250,15 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
     tokenizer = tokenizer_files(recipe, donors, vocabulary)
     listed = spelled_out(recipe, donors, place, with_base=True)
     operations = operations_of(Draft(listed, donors, vocabulary, dtype, tied), place)
-    return Splice(recipe, spelled, donors, config, dtype, vocabulary, tied, operations, tokenizer)
+    return Splice(
+        recipe,
+        spelled,
+        donors,
+        config,
+        dtype,
+        vocabulary,
+        tied,
+        operations,
+        tokenizer,
+        remarks=tuple(remarks),
+    )

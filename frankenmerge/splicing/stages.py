@@ -29,6 +29,11 @@ class Stages(NamedTuple):
         return (*self.before, self.result)
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """Worth knowing about the donors of any stage; each once."""
+        return tuple(dict.fromkeys(remark for splice in self.all for remark in splice.remarks))
+
+    @property
     def names(self) -> frozenset[str]:
         """Of the stages that others use."""
         return frozenset(str(stage.recipe.name) for stage in self.before)

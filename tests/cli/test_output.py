@@ -291,7 +291,9 @@ def test_check_and_merge_report_the_same_sizes(printed, recipe, tmp_path):
         6 * 9 + 3,
         checked["bytes"] // 4,
     )
-    assert merged.keys() == {"output", "tensors", "bytes", "seconds", "computed", "kept"}
+    assert checked["remarks"] == merged["remarks"] == []
+    expected = {"output", "tensors", "bytes", "seconds", "computed", "kept", "remarks"}
+    assert merged.keys() == expected
     assert (merged["output"], merged["tensors"], merged["bytes"]) == (
         str(tmp_path / "out"),
         checked["tensors"],
