@@ -46,7 +46,7 @@ class Seam(NamedTuple):
 
 
 class Recipe(Part):
-    """A whole result: exactly one of `slices`, `models` and `modules` tells what it is merged from."""
+    """A whole result, merged from exactly one of `slices`, `models` and `modules`."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
     """What other stages of the same file call it."""
@@ -109,7 +109,7 @@ class Recipe(Part):
 
     @property
     def vocabulary(self) -> str | None:
-        """What the tokenizer is asked to be: `base`, `union`, a donor, or None where nothing is said."""
+        """The tokenizer that is asked for: `base`, `union`, a donor, or None where none is."""
         source = self.tokenizer.source if self.tokenizer else self.tokenizer_source
         return source.removeprefix("model:") if source else None
 

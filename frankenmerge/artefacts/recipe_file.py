@@ -26,7 +26,7 @@ from frankenmerge.storage.hub import is_folder
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key may stand once, and merge keys (`<<`) cannot make more of a file than `_LARGEST` keys."""
+    """Safe YAML in which a key occurs once, and merge keys (`<<`) add at most `_LARGEST` keys."""
 
     merging = keys = 0
     """How deep in merge keys it is, and how many keys they brought so far."""
@@ -62,7 +62,7 @@ _LARGEST = 1_000_000
 
 
 def _extent(value: Any, known: dict[int, int]) -> int:
-    """How many values there are with all aliases written out, beyond `_LARGEST` for one that holds itself; each is counted once."""
+    """The number of values with all aliases expanded; above `_LARGEST` for one that holds itself."""
     if not isinstance(value, list | dict):
         return 1
     if id(value) not in known:
@@ -196,7 +196,10 @@ def _fault(place: str, detail: Any) -> Fault:
 
 
 def load_recipes(path: str | Path) -> list[Recipe]:
-    """Read a recipe file's stages; relative paths are taken from the working directory first, then from the file's folder."""
+    """Read a recipe file's stages.
+
+    Relative paths are looked up in the working directory first, then in the file's folder.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A parameter as a recipe writes it: a scalar, a gradient over depth, or either of them by tensor name; and what it comes to."""
+"""Parameters as recipes write them: scalars, gradients over depth, or either by tensor name."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,7 +30,10 @@ def _plain(value: Any) -> Value | list[Value]:
 
 
 def setting(value: Any) -> Any:
-    """Return a setting in one form: a scalar, a gradient, or a list of {filter, value}. Raises ValueError for anything else."""
+    """Return a setting in one form: a scalar, a gradient, or a list of {filter, value}.
+
+    Raises ValueError for anything else.
+    """
     entries = [value] if isinstance(value, Mapping) else value
     if not isinstance(entries, list) or not any(isinstance(entry, Mapping) for entry in entries):
         return _plain(value)
@@ -57,7 +60,7 @@ def _takes_all(entry: Mapping[str, Any]) -> bool:
 
 
 def evaluate(written: Any, tensor: str, t: float) -> Value | None:
-    """What a setting comes to for one tensor; None where all entries are filtered and none is for it.
+    """The value of a setting for one tensor; None where no entry's filter selects it.
 
     Args:
         written: as `setting` returns it.
@@ -85,7 +88,7 @@ def evaluate(written: Any, tensor: str, t: float) -> Value | None:
 def resolve(
     name: str, levels: Iterable[Mapping[str, Any] | None], tensor: str, t: float
 ) -> Value | None:
-    """The parameter `name` for one tensor: the first level that gives it a value counts, levels from the narrowest to the widest."""
+    """The parameter `name` for one tensor: the narrowest level that gives it a value counts."""
     found = (evaluate(level[name], tensor, t) for level in levels if level and name in level)
     return next((value for value in found if value is not None), None)
 

@@ -33,7 +33,10 @@ class Reference(NamedTuple):
 
 
 def reference(name: str) -> Reference:
-    """Take a model's name apart; a folder of that very name is a folder. Raises FrankenmergeError for more than one `@` or `+`."""
+    """Split a model's name into its parts; the name of an existing folder has none.
+
+    Raises FrankenmergeError for more than one `@` or `+`.
+    """
     if is_folder(name):
         return Reference(name)
     model, *loras = name.split("+")
@@ -57,7 +60,7 @@ def _ordered(value: list[int]) -> list[int]:
 
 
 def _one_name(value: Any) -> Any:
-    """A model's name, also where it is written out as {model: {path, revision}, lora: {path, revision}}."""
+    """A model's name, also from the form {model: {path, revision}, lora: {path, revision}}."""
 
     def joined(part: Any) -> Any:
         if (
@@ -158,7 +161,7 @@ class Gauge(Part):
 
 
 class Slice(Part):
-    """A run of blocks of the result, each merged from the blocks that stand at its place in all sources."""
+    """A run of blocks of the result, each merged from the corresponding blocks of all sources."""
 
     sources: Annotated[list[Source], Field(min_length=1)]
     base_model: Model | None = None

@@ -61,7 +61,7 @@ def test_donors_of_different_vocabularies_are_refused(atlases, donors, run, tmp_
     with pytest.raises(FrankenmergeError, match="48 and 50 tokens"):
         align(atlases["a"], atlas_of(other))
     code, _, err = run("align", donors["a"], other, "-o", tmp_path / "x.alignment.safetensors")
-    assert code == 1 and "48 and 50 tokens" in err
+    assert code == 2 and "48 and 50 tokens" in err
     assert not (tmp_path / "x.alignment.safetensors").exists()
 
 
@@ -87,7 +87,7 @@ def test_a_context_that_an_atlas_lacks_is_refused(atlases, donors, run, tmp_path
     code, _, err = run(
         "align", donors["a"], without, "-o", tmp_path / "x.alignment.safetensors", "--bos"
     )
-    assert code == 1 and "bos_token_id" in err
+    assert code == 2 and "bos_token_id" in err
 
 
 def test_every_fault_is_told_at_once(atlases):

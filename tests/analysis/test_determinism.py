@@ -118,7 +118,7 @@ def test_batches_of_the_gradient_search_change_no_more_than_rounding(donors):
 
 
 @pytest.mark.parametrize("prefix", [(), (0,), (0, 9, 9)])
-def test_positions_are_counted_behind_the_prefix(tmp_path, prefix):
+def test_positions_are_counted_after_the_prefix(tmp_path, prefix):
     """The input of GPT-2's first block is token plus position embedding, in closed form."""
     model = loaded(write_donor(tmp_path / "donor", "gpt2", seed=24))
     embedding, learned = (
@@ -155,7 +155,7 @@ def test_positions_are_those_of_the_librarys_own_pass(tmp_path, family):
     )
 
 
-def test_positions_are_added_behind_the_embeddings_of_a_gradient_search(tmp_path):
+def test_positions_are_added_after_the_embeddings_of_a_gradient_search(tmp_path):
     """The initial loss is that of the start's tokens at positions 0, 1, 2, in closed form."""
     model = loaded(write_donor(tmp_path / "donor", "gpt2", seed=26))
     result = gradient_search(model, [Feature.of(0, 4)], start=[5, 6, 7], steps=1, target=100.0)
@@ -163,7 +163,7 @@ def test_positions_are_added_behind_the_embeddings_of_a_gradient_search(tmp_path
     assert result.losses[0].item() == pytest.approx(0.1 * (100 - entering[:, 4]).sum().item())
 
 
-def test_bos_is_kept_apart_and_told(donors, run, tmp_path):
+def test_bos_is_separate_and_reported(donors, run, tmp_path):
     checkpoint = open_checkpoint(str(donors["a"]))
     atlas, model = analyze(checkpoint), load_model(checkpoint)
     for context, prefix in {"plain": (), "bos": (0,)}.items():
@@ -191,7 +191,7 @@ def test_bos_is_kept_apart_and_told(donors, run, tmp_path):
         assert ("after BOS" in " ".join(run(*arguments)[1].split())) == (context == "bos")
 
 
-def test_chance_comes_from_seeds(donors, tmp_path):
+def test_randomness_comes_from_seeds(donors, tmp_path):
     checkpoint = open_checkpoint(str(donors["a"]))
     for seed in (None, 5):
         for number in range(2):
@@ -205,7 +205,7 @@ def test_chance_comes_from_seeds(donors, tmp_path):
     assert torch.equal(*searches)
 
 
-def test_shares_and_blocks_read_in_turn_change_nothing(tmp_path):
+def test_division_of_work_changes_nothing(tmp_path):
     checkpoint = open_checkpoint(str(write_donor(tmp_path / "donor", seed=27)))
     resident = load_model(checkpoint)
     for value in resident.parameters():
@@ -232,7 +232,7 @@ def test_shares_and_blocks_read_in_turn_change_nothing(tmp_path):
     ).all() and joined.values.tobytes() == by_16.top.values.tobytes()
 
 
-def test_alone_a_token_needs_no_queries_and_keys(tmp_path):
+def test_single_tokens_need_no_queries_and_keys(tmp_path):
     model = loaded(write_donor(tmp_path / "donor", seed=28))
     short, full = (complete_search(model, k=5, shortcut=shortcut) for shortcut in (True, False))
     assert (short.tokens == full.tokens).all() and short.values.tobytes() == full.values.tobytes()

@@ -280,9 +280,9 @@ def test_analyze_keeps_inputs_that_align_takes_up(donors, run, tmp_path):
     code, _, err = run(
         "align", paths[0], donors["b"], "-o", mixed, "--method", "greedy", "--tokens", 3
     )
-    assert code == 1 and "2 neurons, 2 tokens" in err
+    assert code == 2 and "2 neurons, 2 tokens" in err
     code, _, err = run("align", paths[0], donors["b"], "-o", mixed, "--method", "gradient")
-    assert code == 1 and "the inputs of a gradient search" in err and "greedy" in err
+    assert code == 2 and "the inputs of a gradient search" in err and "greedy" in err
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_analyze_keeps_inputs_that_align_takes_up(donors, run, tmp_path):
 )
 def test_align_refuses_options_that_mean_nothing_to_its_method(donors, run, tmp_path, options):
     code, _, err = run("align", donors["a"], donors["b"], "-o", tmp_path / "x", *options)
-    assert code == 1 and options[0] in err and not (tmp_path / "x").exists()
+    assert code == 2 and options[0] in err and not (tmp_path / "x").exists()
 
 
 def test_donors_that_cannot_be_compared_are_refused_before_a_search(
@@ -299,7 +299,7 @@ def test_donors_that_cannot_be_compared_are_refused_before_a_search(
     monkeypatch.setattr("frankenmerge.analysis.inputs.search_inputs", None)
     other = write_donor(tmp_path / "other", vocab_size=50)
     code, _, err = run("align", donors["a"], other, "-o", tmp_path / "x", "--method", "greedy")
-    assert code == 1 and "48 and 50 tokens" in err
+    assert code == 2 and "48 and 50 tokens" in err
 
 
 def test_the_untrained_control_is_an_atlas_of_the_seeds_weights_under_its_own_name(

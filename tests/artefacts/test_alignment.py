@@ -221,7 +221,7 @@ def test_the_command_line_tells_that_an_alignment_is_missing(run, tmp_path):
     code, out, err = run(
         "plan", tmp_path / "none.alignment.safetensors", "-o", tmp_path / "recipe.yaml"
     )
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "none.alignment.safetensors" in err and "no such file" in err and "Traceback" not in err
 
 
