@@ -62,7 +62,7 @@ _LARGEST = 1_000_000
 
 
 def _extent(value: Any, known: dict[int, int]) -> int:
-    """The number of values with all aliases expanded; above `_LARGEST` for one that holds itself."""
+    """The number of values, aliases expanded; above `_LARGEST` for one that holds itself."""
     if not isinstance(value, list | dict):
         return 1
     if id(value) not in known:

@@ -147,10 +147,8 @@ def test_families_that_zeros_would_change_are_refused(family, reason, tmp_path):
 def test_every_other_family_of_the_table_is_refused():
     from frankenmerge.merging.widen import _inexact
 
-    assert (
-        tuple(family for family, architecture in FAMILIES.items() if not _inexact(architecture))
-        == WIDENED
-    )
+    exact = [family for family, architecture in FAMILIES.items() if not _inexact(architecture)]
+    assert sorted(exact) == sorted(WIDENED)
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ slices:
         {"tokenizer_source": "union"},
         {"tokenizer": {"source": "union", "pad_to_multiple_of": 64}},
         {"tokenizer": {"source": "base", "tokens": {"<new>": {"source": {"kind": "zero"}}}}},
-        {"chat_template": "chatml"},
+        {"chat_template": "chatml", "tokenizer_source": "base"},
     ],
     ids=["union", "padded", "added token", "template"],
 )
