@@ -60,7 +60,7 @@ WORSE = 3
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Generate continuations of N prompts taken from the texts (up to 64 passes each).",
+    help="Generate continuations of N prompts taken from the texts.",
     metavar="N",
 )
 @click.option("--prompt", "prompts", multiple=True, help="A prompt to continue. May be repeated.")
@@ -79,8 +79,7 @@ WORSE = 3
 @click.option(
     "--retention",
     is_flag=True,
-    help="Report the share of donor features that the merge preserves "
-    "(a pass of the vocabulary, and of each donor's, which is cached).",
+    help="Report the share of donor features that the merge preserves.",
 )
 @click.option(
     "--tasks",

@@ -54,7 +54,7 @@ def test_segments_are_of_two_kibibytes_or_twenty(size, count):
     assert sums.shape == (4, count) and sums[0].sum() == 3 and sums[3].sum() == size
 
 
-def test_intervals_hold_the_truth_nineteen_times_in_twenty():
+def test_intervals_cover_the_true_value_in_95_percent():
     """The true mean is in 95 % of the intervals; those of independent tokens cover far less."""
     generator = np.random.default_rng(0)
     truth, held, naive = 3 / math.log(2) / 4, 0, 0

@@ -1,4 +1,4 @@
-"""Losses on text, held against transformers' own loss and a loop over single tokens."""
+"""Losses on text, compared with transformers' own loss and a loop over single tokens."""
 
 import math
 
@@ -133,7 +133,7 @@ def test_fewer_windows_pass_together_where_memory_is_short(model, room):
     assert sizes[0] > room >= max(sizes[-3:]) and sum(size for size in sizes if size <= room) == 37
 
 
-def test_memory_that_has_no_room_for_one_window_is_told(model):
+def test_too_little_memory_for_one_window_is_reported(model):
     def short(*_args):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
@@ -155,7 +155,7 @@ def test_other_errors_are_not_taken_for_short_memory(model):
     "text", ["Once upon a time\n    def go(self): return 1", "naïve café, 東京 — 😀!"]
 )
 def test_tokens_end_where_their_bytes_end(text):
-    """Byte-level tokens: where all are told, their own bytes are the text's."""
+    """Byte-level tokens: if all ends are known, the tokens' own bytes are the text's."""
     tokenizer = load_tokenizer(open_checkpoint(str(DEMO / "donors" / "code")))
     encoded = encode(tokenizer, text, "text")
     alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -165,7 +165,7 @@ def test_tokens_end_where_their_bytes_end(text):
     ]
     assert b"".join(spelled) == text.encode() and encoded.bytes == len(text.encode())
     ends = np.cumsum([len(token) for token in spelled])
-    # A token that ends within a character is told to end with it.
+    # A token that ends within a character is reported to end with it.
     characters = np.cumsum([len(character.encode()) for character in text])
     assert encoded.ends.tolist() == [
         int(characters[np.searchsorted(characters, end)]) for end in ends
@@ -209,7 +209,7 @@ def test_perplexity_past_the_range_of_a_float_is_infinite():
     assert Loss(np.array([1e4]), 1).perplexity == math.inf
 
 
-def test_a_text_is_read_behind_bos_and_counted_in_utf8_bytes(donors):
+def test_a_text_is_read_after_bos_and_counted_in_utf8_bytes(donors):
     tokenizer = load_tokenizer(open_checkpoint(str(donors["a"])))
     encoded = encode(tokenizer, "ab é", "text")
     assert encoded.ids.tolist() == [0, 1, 2, 27]  # the tokenizer has no é
@@ -217,7 +217,7 @@ def test_a_text_is_read_behind_bos_and_counted_in_utf8_bytes(donors):
     assert encode(tokenizer, "<s>", "text").ids.tolist()[0] == 0
 
 
-def test_a_text_is_read_behind_eos_where_there_is_no_bos(donors):
+def test_a_text_is_read_after_eos_where_there_is_no_bos(donors):
     tokenizer = load_tokenizer(open_checkpoint(str(donors["a"])))
     tokenizer.bos_token = None
     tokenizer.eos_token = "z"

@@ -1,4 +1,4 @@
-"""Samples are what a model would write token by token; words and runs are counted as told."""
+"""Samples are greedy continuations token by token; words and runs are counted as documented."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def test_prompt_and_sample_together_are_no_longer_than_the_window():
     assert sample.grams > 0
 
 
-def test_an_empty_prompt_is_refused_where_nothing_stands_before_it():
+def test_an_empty_prompt_is_refused_where_nothing_precedes_it():
     model, tokenizer = demo_donor("code")
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(FrankenmergeError, match="prompt"):
@@ -110,7 +110,7 @@ def test_rates_are_of_all_samples_together():
     assert invalid_rate([]) is None and repetition([]) is None
 
 
-def test_prompts_are_drawn_from_the_texts_in_turn():
+def test_prompts_are_taken_from_the_texts_in_turn():
     texts = [" ".join(f"{name}{number}" for number in range(100)) for name in ("one", "two")]
     prompts = sample_prompts(texts, 5, 7)
     assert prompts == sample_prompts(texts, 5, 7) != sample_prompts(texts, 5, 8)

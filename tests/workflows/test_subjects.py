@@ -1,4 +1,4 @@
-"""Models to be evaluated: recipes that look alike are told apart, donors are opened once."""
+"""Models to evaluate: recipes of equal summary keep their own results; donors are opened once."""
 
 import numpy as np
 import pytest
