@@ -111,11 +111,11 @@ def test_a_local_task_lands_beside_the_other_figures(task, run, text, tmp_path):
         "evaluate", tmp_path / "recipe.yaml", other, "--text", text, "--tasks", path, "--json"
     )
     assert code == 0, err
-    rows = json.loads(out)["tasks"]
-    assert [(entry["model"], entry["task"], entry["metric"]) for entry in rows] == [
+    results = json.loads(out)["tasks"]
+    assert [(entry["model"], entry["task"], entry["metric"]) for entry in results] == [
         (name, "local_questions", "acc") for name in (str(tmp_path / "recipe.yaml"), other, one)
     ]
-    virtual, second, first = rows
+    virtual, second, first = results
     assert virtual["value"] == first["value"] == pytest.approx(accuracy(one, rows))
     assert second["value"] == pytest.approx(accuracy(other, rows))
     share = first["value"]
@@ -128,7 +128,7 @@ def test_a_task_that_is_not_there_is_reported_before_a_model_is_loaded(
     task, donors, run, text, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "frankenmerge.evaluation.compare.load_model",
+        "frankenmerge.evaluation.bench.load_model",
         lambda *_, **__: pytest.fail("a model was loaded"),
     )
     for name in ("no_such_task", str(tmp_path / "no-such.yaml")):
