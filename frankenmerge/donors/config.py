@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import asdict
 from typing import Any
 
 from frankenmerge.donors.architecture import (
@@ -13,9 +14,14 @@ from frankenmerge.donors.architecture import (
     PerBlock,
 )
 from frankenmerge.donors.families import FAMILIES, INDEX_BOUND, USUAL
+from frankenmerge.donors.library import completed
 from frankenmerge.errors import Fault
 
+STORAGE_KEYS = ("quantization_config", "compression_config")
+"""Config fields that say how the tensors of a donor's file were stored."""
+
 FREE = {
+    *STORAGE_KEYS,
     "_name_or_path",
     "architectures",
     "torch_dtype",
@@ -68,6 +74,24 @@ FREE = {
 are compared separately.
 """
 
+BOOKKEEPING = {
+    *("auto_map", "unsloth_version", "unsloth_fixed", "_commit_hash", "tokenizer_class"),
+    *("attn_implementation", "_attn_implementation", "_flash_attn_2_enabled", "use_flash_attn"),
+    *("return_dict", "output_attentions", "output_hidden_states", "torchscript", "use_bfloat16"),
+    *("tf_legacy_loss", "finetuning_task", "prefix", "sep_token_id", "decoder_start_token_id"),
+    *("model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side", "pad_token"),
+    *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams"),
+    *("num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p"),
+    *("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids"),
+    *("encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores"),
+    *("return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id"),
+    *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens"),
+    *("begin_suppress_tokens", "chunk_size_feed_forward"),
+}
+"""Config fields that say how a file was made or how text is generated. Differences are remarks in
+every family.
+"""
+
 _EPSILONS = {"rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"}
 
 
@@ -112,8 +136,12 @@ def rope(config: Config) -> dict[str, Any]:
 
 
 def _rope(config: Config, written: Config, base: str) -> dict[str, Any]:
-    settings, defaults = dict(written), family(config).defaults
-    settings["rope_type"] = settings.pop("type", None) or settings.get("rope_type") or "default"
+    settings = {key: value for key, value in written.items() if value is not None}
+    defaults = family(config).defaults
+    kind = settings.pop("type", None) or settings.get("rope_type") or "default"
+    # Phi-3's older names; transformers reads both as long rope.
+    old = ("su", "yarn") if config["model_type"] == "phi3" else ("su",)
+    settings["rope_type"] = kind = "longrope" if kind in old else kind
     bases = (
         settings.get("rope_theta"),
         config.get(base),
@@ -129,7 +157,18 @@ def _rope(config: Config, written: Config, base: str) -> dict[str, Any]:
     )
     if (share := next((share for share in shares if share is not None), 1.0)) != 1.0:
         settings["partial_rotary_factor"] = share
+    if kind in _SCALED:
+        positions = config.get(family(config).keys.positions)
+        original = "original_max_position_embeddings"
+        own = config.get(original) or settings.get(original) or defaults.get(original) or positions
+        settings[original] = own
+        if kind == "longrope" and own and positions:
+            settings.setdefault("factor", positions / own)
     return settings
+
+
+_SCALED = ("dynamic", "llama3", "longrope", "yarn")
+"""Rotary settings that depend on the number of positions that a donor was first trained for."""
 
 
 def window(config: Config) -> int | None:
@@ -163,8 +202,16 @@ def block_kind(config: Config, index: int) -> tuple[Any, ...]:
     return tuple(part.of(config, index) for part in family(config).per_block if part.marker)
 
 
-def differences(first: Config, other: Config) -> tuple[list[str], list[str]]:
+def differences(
+    first: Config, other: Config, *, based: bool = False
+) -> tuple[list[str], list[str]]:
     """Compare two configs.
+
+    Args:
+        first: one config.
+        other: another one.
+        based: whether the blocks are merged with those of a base model, whose rotary positions then
+            apply to all.
 
     Returns:
         The reasons why one config cannot describe blocks of both, and remarks on differences that
@@ -172,6 +219,19 @@ def differences(first: Config, other: Config) -> tuple[list[str], list[str]]:
     """
     if first["model_type"] != other["model_type"]:
         return [f"family: {first['model_type']} and {other['model_type']} compute differently"], []
+    both = _compared(first, other)
+    unequal = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
+    lines = {key: f"{key}: {a} and {b}" for key, (a, b) in unequal.items()}
+    if based and "rope_parameters" in unequal:
+        lines["rope_parameters"] += "; the result has the base model's"
+    harmless = _harmless(unequal, first, other) | ({"rope_parameters"} if based else set())
+    return [lines[key] for key in lines if key not in harmless], [
+        lines[key] for key in lines if key in harmless
+    ]
+
+
+def _compared(first: Config, other: Config) -> dict[str, tuple[Any, ...]]:
+    """The values of both configs, by field; defaults of the table filled in."""
     architecture = family(first)
     both: dict[str, tuple[Any, ...]] = {"head_dim": (head_width(first), head_width(other))}
     named = [
@@ -181,9 +241,8 @@ def differences(first: Config, other: Config) -> tuple[list[str], list[str]]:
     separate = {key for part in architecture.per_block for key in (part.key, *part.numbers)} | set(
         architecture.rope_kinds.values()
     )
-    for key in sorted(
-        (set(named[0]) | set(named[1]) | set(architecture.defaults)) - FREE - separate
-    ):
+    fields = set(named[0]) | set(named[1]) | set(architecture.defaults)
+    for key in sorted(fields - FREE - separate):
         both[key] = tuple(config.get(key, architecture.defaults.get(key)) for config in named)
     both["rope_parameters"] = (rope(first), rope(other))
     both["sliding_window"] = (window(first), window(other))
@@ -193,17 +252,29 @@ def differences(first: Config, other: Config) -> tuple[list[str], list[str]]:
                 "one entry a block" if isinstance(config.get(part.key), list) else None
                 for config in named
             )
-    unequal = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
-    reasons = {key: f"{key}: {a} and {b}" for key, (a, b) in unequal.items()}
-    # A field of only one config, without a default here, is one that the other config's version of
-    # transformers did not write.
-    one_sided = {
-        key for key in unequal if key not in architecture.defaults and None in unequal[key]
-    } - {"sliding_window"}
-    harmless = (_EPSILONS | (one_sided if architecture.listed else set())) & set(reasons)
-    return [reasons[key] for key in reasons if key not in harmless], [
-        reasons[key] for key in reasons if key in harmless
-    ]
+    return both
+
+
+def _harmless(unequal: Config, first: Config, other: Config) -> set[str]:
+    """Those of the fields in which two configs differ that change no computation."""
+    architecture = family(first)
+    harmless = (_EPSILONS | BOOKKEEPING) & set(unequal)
+    if architecture.listed:
+        read = set(architecture.defaults) | set(asdict(architecture.keys).values())
+        read |= {"head_dim", "rope_parameters", "sliding_window", *architecture.index_bound}
+        # The family reads no other field; one without a default that only one config has is a size,
+        # which shows in the tensors' shapes.
+        one_sided = {key for key in unequal if None in unequal[key]}
+        one_sided -= {"sliding_window", *architecture.defaults}
+        return harmless | (set(unequal) - read) | one_sided
+    per_block = {part.key for part in architecture.per_block}
+    if not (rest := set(unequal) - harmless - per_block):
+        return harmless
+    filled = [completed(config) for config in (first, other)]
+    if None in filled:
+        return harmless
+    a, b = ({**config} for config in filled if config)
+    return harmless | {key for key in rest if key in a and key in b and a[key] == b[key]}
 
 
 def spliced_config(

@@ -20,6 +20,7 @@ from frankenmerge.donors.architecture import (
 )
 from frankenmerge.donors.config import FREE, family, quantity
 from frankenmerge.donors.families import FAMILIES, USUAL
+from frankenmerge.donors.library import completed
 from frankenmerge.errors import Fault, raise_all
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -119,8 +120,26 @@ def _config_reasons(config: Config, name: str) -> Iterator[str]:
     kinds = config.get(LAYER_TYPES.key)
     if isinstance(kinds, list) and (others := sorted(set(map(str, kinds)) - {FULL, SLIDING})):
         yield f"blocks of the kind {', '.join(others)} may depend on their position"
-    if kinds is None and config.get("sliding_window") and config.get("use_sliding_window", True):
+    if (
+        kinds is None
+        and config.get("sliding_window")
+        and config.get("use_sliding_window", True)
+        and not _limits_every_block(config)
+    ):
         yield "it has a sliding_window but no layer_types that say which blocks use it"
+
+
+def _limits_every_block(config: Config) -> bool:
+    """Whether the window applies to every block, as in Starcoder2.
+
+    It does in a family of transformers whose config has a window and nothing that differs by block.
+    """
+    full = completed(config) or {}
+    return "sliding_window" in full and not any(
+        LAYER_TYPES.key in key or (key not in FREE and _SUSPECT.search(key) and full[key])
+        for key in full
+        if key != "sliding_window"
+    )
 
 
 def _roles(config: Config, shapes: Shapes, root: str, prefix: str) -> dict[str, list[str]]:

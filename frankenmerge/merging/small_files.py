@@ -31,8 +31,8 @@ def small_files(
             {"metadata": {"total_size": plan.bytes}, "weight_map": weight_map}
         )
     files |= splice.tokenizer
-    if splice.base.generation_config is not None:
-        files["generation_config.json"] = splice.base.generation_config
+    if splice.generation_config is not None:
+        files["generation_config.json"] = splice.generation_config
     files["recipe.yaml"] = splice.recipe.dump().encode()
     files[DIAGRAM] = card_diagram(splice).encode()
     files[PROVENANCE] = artefact.dump(provenance_of(plan, fits, checksums, files))

@@ -1,5 +1,6 @@
 """Execute a splice in memory: the model that a merge of it would write, without writing it."""
 
+import json
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
@@ -104,10 +105,10 @@ def assemble(
         model_class = type(AutoModelForCausalLM.from_config(config))
     model = from_pretrained(model_class, None, placement, config=config, state_dict=tensors)
     _share_blocks(splice, models, model)
-    if splice.base.generation_config is not None:
+    if splice.generation_config is not None:
         with quiet():
-            model.generation_config = GenerationConfig.from_pretrained(
-                splice.base.path, local_files_only=True
+            model.generation_config = GenerationConfig.from_dict(
+                json.loads(splice.generation_config)
             )
     return model
 

@@ -20,12 +20,15 @@ class Compatibility(NamedTuple):
     """Each forbids nothing."""
 
 
-def compatibility(donors: list[Checkpoint]) -> Compatibility:
-    """Compare donors pair by pair: could one model hold blocks of all of them?"""
+def compatibility(donors: list[Checkpoint], *, based: bool = False) -> Compatibility:
+    """Compare donors pair by pair: could one model hold blocks of all of them?
+
+    With `based`, every block is merged with one of a base model, whose rotary positions apply.
+    """
     reasons, remarks = [], []
     for first, other in combinations(donors, 2):
         pair = f"{first.name} | {other.name}"
-        forbidding, harmless = differences(first.config, other.config)
+        forbidding, harmless = differences(first.config, other.config, based=based)
         # Other sizes mean other shapes in every tensor: the sizes are reason enough.
         forbidding = forbidding or _tensor_differences(first, other)
         harmless += _remarks(first, other)

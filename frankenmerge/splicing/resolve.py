@@ -25,12 +25,15 @@ from frankenmerge.splicing.result import (
     result_config,
     result_dtype,
     spelled_out,
+    stored_remarks,
 )
+from frankenmerge.splicing.special_ids import generation_config, within
 from frankenmerge.splicing.token_differences import token_findings
 from frankenmerge.splicing.tokenizer import tokenizer_files
 from frankenmerge.splicing.validation import (
     compatibility_faults,
     donor_faults,
+    donor_remarks,
     gauge_recipe_faults,
     pairing_faults,
     range_faults,
@@ -62,6 +65,8 @@ class Splice:
     """What makes its tensors, in layer order."""
     tokenizer: dict[str, bytes]
     """The files of its tokenizer, by name."""
+    generation_config: bytes | None = None
+    """The content of its generation_config.json; None without one."""
     remarks: tuple[str, ...] = ()
     """Worth knowing about the donors; they forbid nothing."""
     planned: "Splice | None" = None
@@ -74,7 +79,7 @@ class Splice:
 
     @property
     def base(self) -> Checkpoint:
-        """The donor of config and generation config."""
+        """The donor of config and generation config, but for their token ids."""
         return self.donors[self.recipe.base]
 
     @cached_property
@@ -241,12 +246,17 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
             faults += pairing_faults(spelled, donors, vocabulary, place)
             tokens = token_findings(spelled, donors, place)
             faults += tokens.faults
-            remarks += tokens.remarks
+            remarks += [*tokens.remarks, *donor_remarks(recipe, donors)]
     except FrankenmergeError as error:
         raise FrankenmergeError(*faults, *error.faults) from error
     raise_all(faults)
     dtype, tied = result_dtype(recipe, donors), is_result_tied(spelled, donors)
     config = result_config(spelled, donors, vocabulary, dtype=dtype, tied=tied)
+    base, chosen = donors[recipe.base], donors[recipe.tokenizer_donor]
+    rows = config[base.architecture.keys.vocabulary]
+    config, dropped = within(config, rows, "config.json", chosen.name)
+    generation, also_dropped = generation_config(base, chosen, rows)
+    remarks += [*dropped, *also_dropped, *stored_remarks(base, config)]
     tokenizer = tokenizer_files(recipe, donors, vocabulary)
     listed = spelled_out(recipe, donors, place, with_base=True)
     operations = operations_of(Draft(listed, donors, vocabulary, dtype, tied), place)
@@ -260,5 +270,6 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
         tied,
         operations,
         tokenizer,
+        generation_config=generation,
         remarks=tuple(remarks),
     )

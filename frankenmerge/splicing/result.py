@@ -7,11 +7,12 @@ from typing import Any
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_schema import Slice, Source, Whole
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import is_tied, quantity, spliced_config
+from frankenmerge.donors.config import STORAGE_KEYS, is_tied, quantity, spliced_config
 from frankenmerge.errors import fail
 from frankenmerge.splicing.methods import METHODS
+from frankenmerge.splicing.special_ids import with_special_ids
 from frankenmerge.splicing.vocabulary import Vocabulary
-from frankenmerge.storage.dtypes import DTYPES, STORED_NAMES
+from frankenmerge.storage.dtypes import COMPUTED, DTYPES, STORED_NAMES
 
 Donors = Mapping[str, Checkpoint]
 """Donors by the names that the recipe gives them."""
@@ -91,10 +92,25 @@ def result_config(
     config[architecture.keys.vocabulary] = size
     if architecture.learned_positions:
         config[architecture.keys.positions] = quantity(embedding.config, "positions")
+    if (chosen := donors[recipe.tokenizer_donor]) is not base:
+        config = with_special_ids(config, chosen.config)
     config.pop("_name_or_path", None)
+    if dtype in COMPUTED:
+        for key in STORAGE_KEYS:
+            config.pop(key, None)
     # Loaders from before transformers 5 know the older key alone: keep what the base donor uses.
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[dtype].torch_name
     return config
+
+
+def stored_remarks(base: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+    """Remarks on what the base's config.json says of its file, and the result's does not."""
+    return [
+        f"{key} of {base.name} is not copied: it says how that donor's file was stored, "
+        "and the result's tensors are plain floats"
+        for key in STORAGE_KEYS
+        if base.config.get(key) and key not in config
+    ]
 
 
 def blocks_with_configs(

@@ -170,8 +170,8 @@ def planned(splice: Splice, folder: Path) -> Checkpoint:
     folder.mkdir()
     for name, content in splice.tokenizer.items():
         (folder / name).write_bytes(content)
-    if splice.base.generation_config is not None:
-        (folder / "generation_config.json").write_bytes(splice.base.generation_config)
+    if splice.generation_config is not None:
+        (folder / "generation_config.json").write_bytes(splice.generation_config)
     file = folder / SINGLE_NAME
     tensors = {
         made.name: Tensor(file, made.dtype, tuple(made.shape), 0, made.bytes)

@@ -4,9 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.donors.config import quantity
+from frankenmerge.donors.config import differences, quantity
 from frankenmerge.errors import Fault
-from frankenmerge.splicing.compatibility import compatibility, shape_differences, shapes_of
+from frankenmerge.splicing.compatibility import (
+    Compatibility,
+    compatibility,
+    shape_differences,
+    shapes_of,
+)
+from frankenmerge.splicing.methods import METHODS
 from frankenmerge.splicing.parameters import module_prefix
 from frankenmerge.splicing.result import Donors, blocks_with_configs
 from frankenmerge.splicing.rotation import gauge_faults
@@ -21,10 +27,46 @@ _MATCH_TOKENS = (
 
 def compatibility_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
     """Donors whose blocks one config cannot describe."""
+    expected = "donors whose blocks one config can describe"
+    for reason in _compatibility(recipe, donors).reasons:
+        yield Fault(place, expected, reason, _remedy(reason))
+
+
+def donor_remarks(recipe: Recipe, donors: Donors) -> list[str]:
+    """Fields of config.json in which the donors differ and that do no harm; see `differences`."""
+    base, based = donors[recipe.base], _is_based(recipe)
+    others = {id(donors[name]): donors[name] for name in recipe.tensor_donors}.values()
+    return [
+        f"{base.name} | {other.name}: {line}"[:400]
+        for other in others
+        if other is not base
+        for line in differences(base.config, other.config, based=based)[1]
+    ]
+
+
+def _compatibility(recipe: Recipe, donors: Donors) -> Compatibility:
     opened = {id(donors[name]): donors[name] for name in recipe.tensor_donors}
-    expected, remedy = "donors whose blocks one config can describe", "splice donors of one family"
-    for reason in compatibility(list(opened.values())).reasons:
-        yield Fault(place, expected, reason, f"{remedy} and shape")
+    return compatibility(list(opened.values()), based=_is_based(recipe))
+
+
+def _is_based(recipe: Recipe) -> bool:
+    """Whether every block is merged with one of the base model, whose config the result has."""
+    method = METHODS.get(recipe.merge_method)
+    if method is None or method.base == "none" or recipe.base_model is None:
+        return False
+    parts = recipe.stack.slices or []
+    return all(
+        len(part.sources) > 1 and part.base_model in (None, recipe.base_model) for part in parts
+    )
+
+
+def _remedy(reason: str) -> str:
+    key = reason.split(": ")[1]
+    if key == "family":
+        return "use donors of one family"
+    if key == "rope_parameters":
+        return "use donors with the same rotary positions, or a method with a base_model"
+    return f"use donors with the same {key}"
 
 
 def donor_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:

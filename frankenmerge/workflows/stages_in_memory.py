@@ -19,8 +19,8 @@ def make_in_memory(splice: Splice, closing: ExitStack) -> Checkpoint:
     """Execute a stage into a checkpoint whose weights are in memory, until `closing` is closed."""
     folder = closing.enter_context(scratch_folder())
     small = {"config.json": json.dumps(splice.config).encode(), **splice.tokenizer}
-    if splice.base.generation_config is not None:
-        small["generation_config.json"] = splice.base.generation_config
+    if splice.generation_config is not None:
+        small["generation_config.json"] = splice.generation_config
     for name, content in small.items():
         (folder / name).write_bytes(content)
     (shard,) = plan_shards(splice.operations, splice.bytes)

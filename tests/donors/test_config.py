@@ -1,7 +1,7 @@
 """Configs: sizes under common names, and what makes two configs differ."""
 
 import pytest
-from configs import GEMMA3, GPT2, LLAMA, MOE, QWEN, F, S, reasons
+from configs import GEMMA3, GPT2, LLAMA, MOE, QWEN, F, S, reasons, remarks
 
 from frankenmerge.donors.config import (
     differences,
@@ -185,6 +185,132 @@ def test_of_a_family_that_is_not_in_the_table_no_default_is_known():
         assert reason.startswith(
             "rope_parameters: " if "rope_theta" in change else f"{next(iter(change))}: "
         )
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ({"unsloth_version": "2024.9"}, {"unsloth_version": "2025.1"}),
+        ({"auto_map": {"AutoConfig": "x.Y"}}, {"auto_map": {"AutoConfig": "org/x--x.Y"}}),
+        ({"max_length": 20}, {"max_length": 4096}),
+        ({"quantization_config": {"bits": 4}}, {}),
+        ({"novelty": 3}, {"novelty": 4}),
+    ],
+)
+def test_a_field_that_changes_no_computation_is_a_remark(one, other):
+    for family in ("llama", "gemma2"):
+        config = LLAMA | {"model_type": family}
+        assert reasons(config | one, config | other) == []
+        (remark,) = remarks(config | one, config | other)
+        assert remark.startswith(f"{next(iter(one))}: ")
+
+
+@pytest.mark.parametrize("key", sorted({"unsloth_version", "max_length", "temperature"}))
+def test_bookkeeping_of_an_inferred_family_is_a_remark(key):
+    novel = LLAMA | {"model_type": "novel"}
+    assert differences(novel | {key: 1}, novel | {key: 2}) == ([], [f"{key}: 1 and 2"])
+
+
+def test_the_table_has_every_field_that_transformers_reads():
+    """Other fields are bookkeeping in these families, so a missing one would be overlooked."""
+    from dataclasses import asdict
+
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    from frankenmerge.donors.config import FREE
+    from frankenmerge.donors.families import FAMILIES
+
+    common = set(PretrainedConfig().to_dict()) | FREE | {"is_decoder"}
+    for name, family in FAMILIES.items():
+        if name not in CONFIG_MAPPING:
+            continue
+        known = {*family.defaults, *asdict(family.keys).values(), *family.index_bound}
+        known |= {key for part in family.per_block for key in (part.key, *part.numbers)}
+        fields = {family.synonyms.get(key, key) for key in CONFIG_MAPPING[name]().to_dict()}
+        assert fields - known - common - set(family.rope_kinds.values()) == set(), name
+
+
+@pytest.mark.parametrize(
+    "family, one, other",
+    [
+        ("gemma2", {"hidden_act": "gelu"}, {"hidden_activation": "gelu_pytorch_tanh"}),
+        ("gemma", {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}),
+        ("gemma", {}, {"attention_bias": False}),
+        ("starcoder2", {"use_bias": True}, {}),
+        ("olmo3", {"rms_norm_eps": 1e-5}, {}),
+    ],
+)
+def test_fields_that_transformers_completes_to_the_same_are_remarks(family, one, other):
+    from transformers import CONFIG_MAPPING
+
+    config = LLAMA | {"model_type": family, "rms_norm_eps": None, "hidden_act": None}
+    config = {key: value for key, value in config.items() if value is not None}
+    assert reasons(config | one, config | other) == []
+    oracles = [CONFIG_MAPPING[family](**(config | each)) for each in (one, other)]
+    for key in ("hidden_act", "hidden_activation", "attention_bias", "use_bias"):
+        if key in oracles[0].to_dict() and (family, key) != ("gemma2", "hidden_act"):
+            assert getattr(oracles[0], key) == getattr(oracles[1], key)
+
+
+def test_a_field_of_an_inferred_family_that_is_not_its_default_is_a_reason():
+    config = LLAMA | {"model_type": "starcoder2"}
+    assert reasons(config, config | {"use_bias": False}) == ["use_bias: None and False"]
+    assert reasons(config, config | {"norm_epsilon": 1e-3})
+
+
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+PHI3 = LLAMA | {"model_type": "phi3", "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
+PHI3 |= {"original_max_position_embeddings": 64, "pad_token_id": 0}
+LONG_ROPES = {
+    "su": PHI3 | {"rope_theta": 1e4, "rope_scaling": {"type": "su", **FACTORS}},
+    "longrope": PHI3 | {"rope_scaling": {"type": "longrope", **FACTORS}},
+    "both": PHI3 | {"rope_scaling": {"type": "su", "rope_type": "longrope", **FACTORS}},
+    "transformers 5": PHI3
+    | {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 1.0,
+            "original_max_position_embeddings": 64,
+            **FACTORS,
+        }
+    },
+}
+
+
+def long_frequencies(config: dict) -> tuple:
+    """The frequencies and the scale of long rope, as transformers reads a config."""
+    from copy import deepcopy
+
+    from transformers import CONFIG_MAPPING
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    own = CONFIG_MAPPING["phi3"](**deepcopy(config))
+    frequencies, scale = ROPE_INIT_FUNCTIONS["longrope"](own, "cpu", 256)
+    return frequencies.tolist(), scale
+
+
+@pytest.mark.parametrize("spelling", LONG_ROPES)
+def test_long_rope_of_phi3_is_the_same_in_every_spelling(spelling):
+    config, first = LONG_ROPES[spelling], LONG_ROPES["su"]
+    assert long_frequencies(config) == long_frequencies(first)
+    assert rope(config) == rope(first) and reasons(config, first) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_position_embeddings": 512},
+        {"original_max_position_embeddings": 32},
+        {"rope_scaling": {"type": "su", **FACTORS, "long_factor": [3.0] * 8}},
+    ],
+)
+def test_another_long_rope_is_a_reason(change):
+    assert long_frequencies(LONG_ROPES["su"] | change) != long_frequencies(LONG_ROPES["su"])
+    assert any(
+        reason.startswith("rope_parameters: ")
+        for reason in reasons(LONG_ROPES["su"], LONG_ROPES["su"] | change)
+    )
 
 
 # Rotary positions of their own for each kind of attention

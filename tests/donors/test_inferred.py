@@ -12,7 +12,6 @@ from frankenmerge.errors import FrankenmergeError
 from frankenmerge.splicing.opening import open_donors
 
 REFUSED = {
-    "mistral": "sliding_window but no layer_types",
     "gpt2": "config.json has no num_hidden_layers",
     "qwen3_moe": "decoder_sparse_step may belong to single blocks",
 }
