@@ -138,10 +138,8 @@ def rope(config: Config) -> dict[str, Any]:
 def _rope(config: Config, written: Config, base: str) -> dict[str, Any]:
     settings = {key: value for key, value in written.items() if value is not None}
     defaults = family(config).defaults
-    kind = settings.pop("type", None) or settings.get("rope_type") or "default"
-    # Phi-3's older names; transformers reads both as long rope.
-    old = ("su", "yarn") if config["model_type"] == "phi3" else ("su",)
-    settings["rope_type"] = kind = "longrope" if kind in old else kind
+    settings["rope_type"] = kind = _rope_type(settings)
+    settings.pop("type", None)
     bases = (
         settings.get("rope_theta"),
         config.get(base),
@@ -165,6 +163,12 @@ def _rope(config: Config, written: Config, base: str) -> dict[str, Any]:
         if kind == "longrope" and own and positions:
             settings.setdefault("factor", positions / own)
     return settings
+
+
+def _rope_type(written: Config) -> str:
+    """The kind of scaling. Phi-3's older names of long rope, `su` and `yarn`, have its factors."""
+    kind = written.get("rope_type") or written.get("type") or "default"
+    return "longrope" if "long_factor" in written else kind
 
 
 _SCALED = ("dynamic", "llama3", "longrope", "yarn")
@@ -295,6 +299,8 @@ def spliced_config(
     for part in family(base).per_block:
         config = _with_entries(config, part, [part.of(donor, index) for donor, index in blocks])
     config["tie_word_embeddings"] = tied
+    if isinstance(scaling := config.get("rope_scaling"), dict) and scaling.get("type") == "su":
+        scaling["type"] = "longrope"  # transformers 5 reads the older name in part alone
     config.pop("auto_map", None)  # names files with code, which the result does not have
     return config
 

@@ -4,11 +4,13 @@ import pytest
 from configs import GEMMA3, GPT2, LLAMA, MOE, QWEN, F, S, reasons, remarks
 
 from frankenmerge.donors.config import (
+    FREE,
     differences,
     head_width,
     is_tied,
     quantity,
     rope,
+    spliced_config,
 )
 
 # Sizes
@@ -193,7 +195,6 @@ def test_of_a_family_that_is_not_in_the_table_no_default_is_known():
         ({"unsloth_version": "2024.9"}, {"unsloth_version": "2025.1"}),
         ({"auto_map": {"AutoConfig": "x.Y"}}, {"auto_map": {"AutoConfig": "org/x--x.Y"}}),
         ({"max_length": 20}, {"max_length": 4096}),
-        ({"quantization_config": {"bits": 4}}, {}),
         ({"novelty": 3}, {"novelty": 4}),
     ],
 )
@@ -217,7 +218,6 @@ def test_the_table_has_every_field_that_transformers_reads():
 
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
-    from frankenmerge.donors.config import FREE
     from frankenmerge.donors.families import FAMILIES
 
     common = set(PretrainedConfig().to_dict()) | FREE | {"is_decoder"}
@@ -261,9 +261,10 @@ def test_a_field_of_an_inferred_family_that_is_not_its_default_is_a_reason():
 FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 PHI3 = LLAMA | {"model_type": "phi3", "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
 PHI3 |= {"original_max_position_embeddings": 64, "pad_token_id": 0}
+ORIGINAL = {"original_max_position_embeddings": 64}
 LONG_ROPES = {
-    "su": PHI3 | {"rope_theta": 1e4, "rope_scaling": {"type": "su", **FACTORS}},
     "longrope": PHI3 | {"rope_scaling": {"type": "longrope", **FACTORS}},
+    "su": PHI3 | {"rope_theta": 1e4, "rope_scaling": {"type": "su", **FACTORS, **ORIGINAL}},
     "both": PHI3 | {"rope_scaling": {"type": "su", "rope_type": "longrope", **FACTORS}},
     "transformers 5": PHI3
     | {
@@ -271,7 +272,7 @@ LONG_ROPES = {
             "rope_type": "longrope",
             "rope_theta": 1e4,
             "partial_rotary_factor": 1.0,
-            "original_max_position_embeddings": 64,
+            **ORIGINAL,
             **FACTORS,
         }
     },
@@ -292,9 +293,17 @@ def long_frequencies(config: dict) -> tuple:
 
 @pytest.mark.parametrize("spelling", LONG_ROPES)
 def test_long_rope_of_phi3_is_the_same_in_every_spelling(spelling):
-    config, first = LONG_ROPES[spelling], LONG_ROPES["su"]
+    config, first = LONG_ROPES[spelling], LONG_ROPES["longrope"]
     assert long_frequencies(config) == long_frequencies(first)
     assert rope(config) == rope(first) and reasons(config, first) == []
+
+
+def test_su_as_it_was_published_is_long_rope():
+    """Transformers 5 no longer reads it without the number of positions, transformers 4 did."""
+    config = PHI3 | {"rope_theta": 1e4, "rope_scaling": {"type": "su", **FACTORS}}
+    assert reasons(config, LONG_ROPES["longrope"]) == []
+    spliced = spliced_config(config, [(config, 0), (config, 1)], tied=False)
+    assert long_frequencies(spliced) == long_frequencies(LONG_ROPES["longrope"])
 
 
 @pytest.mark.parametrize(
@@ -302,15 +311,14 @@ def test_long_rope_of_phi3_is_the_same_in_every_spelling(spelling):
     [
         {"max_position_embeddings": 512},
         {"original_max_position_embeddings": 32},
-        {"rope_scaling": {"type": "su", **FACTORS, "long_factor": [3.0] * 8}},
+        {"rope_scaling": {"type": "longrope", **FACTORS, "long_factor": [3.0] * 8}},
     ],
 )
 def test_another_long_rope_is_a_reason(change):
-    assert long_frequencies(LONG_ROPES["su"] | change) != long_frequencies(LONG_ROPES["su"])
-    assert any(
-        reason.startswith("rope_parameters: ")
-        for reason in reasons(LONG_ROPES["su"], LONG_ROPES["su"] | change)
-    )
+    first = LONG_ROPES["longrope"]
+    assert long_frequencies(first | change) != long_frequencies(first)
+    found = reasons(first, first | change)
+    assert any(reason.startswith("rope_parameters: ") for reason in found)
 
 
 # Rotary positions of their own for each kind of attention

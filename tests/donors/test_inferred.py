@@ -150,7 +150,6 @@ def test_fields_that_bind_no_block_are_no_reason(changes):
         ({"first_k_dense_replace": 1}, "first_k_dense_replace may belong"),
         ({"full_attn_idxs": [0]}, "full_attn_idxs may belong"),
         ({"scales": [0.5, 0.25]}, "scales may belong"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config may belong"),
         ({"hybrid_override_pattern": "M-"}, "hybrid_override_pattern may belong"),
         ({"scale_depth": 1.4}, "scale_depth may belong"),
         ({"sliding_window_pattern": 2}, "sliding_window_pattern may belong"),
