@@ -11,6 +11,14 @@ from typing import Any, Literal
 from frankenmerge.errors import fail
 
 Config = Mapping[str, Any]
+LEFT_OUT = (
+    r"^(v_head|value_head|reward_head)\."
+    r"|\.((weight|input|output|[kqv])_scale(_inv|_2)?|(weight|input)_zero_point|(weight_)?g_idx"
+    r"|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB|weight_format)$"
+)
+"""Pattern of tensors that are next to a plain model's: heads of reward and value models, and scales
+that a quantisation has left. No plain model reads them.
+"""
 Role = Literal["block", "embedding", "final", "head", "ignored"]
 
 
@@ -143,13 +151,18 @@ class Architecture:
     listed: bool = True
     """Whether this is an entry of the table, whose `defaults` are known."""
 
+    @property
+    def unread(self) -> str:
+        """Pattern of tensors that no loader of the family reads."""
+        return f"{self.ignored}|{LEFT_OUT}"
+
     def role(self, name: str) -> tuple[Role, int | None, str]:
         """The role of a tensor: (role, block index or None, canonical name).
 
         The canonical name of a block's tensor has `{}` for the index. Raises FrankenmergeError for
         a tensor of no known role.
         """
-        if re.search(self.ignored, name):
+        if re.search(self.unread, name):
             return "ignored", None, name
         if name.startswith(self.head):
             return "head", None, name

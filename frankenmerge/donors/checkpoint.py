@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from frankenmerge.donors.architecture import Architecture
+from frankenmerge.donors.architecture import LEFT_OUT, Architecture
 from frankenmerge.donors.config import config_faults, family, quantity
 from frankenmerge.donors.inferred import architecture_of, family_faults
 from frankenmerge.donors.pickles import PICKLES, converted, pickles
@@ -22,6 +22,7 @@ from frankenmerge.donors.shards import (
     INDEX_NAME,
     SINGLE_NAME,
     SUFFIXES,
+    TEMPLATES_FOLDER,
     WEIGHTS,
     link_faults,
     read_tensors,
@@ -45,7 +46,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files of a tokenizer."""
+"""Files of a tokenizer, next to the chat templates in `TEMPLATES_FOLDER`."""
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """The files of which a tokenizer needs at least one."""
 _PATTERNS = ("*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
@@ -96,9 +97,14 @@ class Checkpoint:
         """Elements by type, the most frequent first; buffers that no loader reads do not count."""
         counts: Counter[str] = Counter()
         for name, tensor in self.tensors.items():
-            if not re.search(self.architecture.ignored, name):
+            if not re.search(self.architecture.unread, name):
                 counts[tensor.dtype] += tensor.bytes // BYTES_OF[tensor.dtype]
         return dict(counts.most_common())
+
+    @property
+    def left_out(self) -> list[str]:
+        """Tensors that are no part of the model, such as a reward head."""
+        return [name for name in self.tensors if re.search(LEFT_OUT, name)]
 
     @property
     def parameters(self) -> int:
@@ -113,7 +119,9 @@ class Checkpoint:
     @property
     def tokenizer_files(self) -> list[Path]:
         """The files of the tokenizer that exist."""
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        named = [self.path / name for name in TOKENIZER_FILES]
+        more = sorted((self.path / TEMPLATES_FOLDER).glob("*.jinja"))
+        return [path for path in (*named, *more) if path.is_file()]
 
     @property
     def has_tokenizer(self) -> bool:

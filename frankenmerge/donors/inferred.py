@@ -62,7 +62,7 @@ def architecture_of(config: Config, shapes: Shapes, place: str) -> Architecture:
     raise_all(family_faults(config, place))
     if family(config).listed:
         return family(config)
-    shapes = {name: shape for name, shape in shapes.items() if not re.search(USUAL.ignored, name)}
+    shapes = {name: shape for name, shape in shapes.items() if not re.search(USUAL.unread, name)}
     numbered = Counter(match[1] for name in shapes if (match := re.match(r"(.+?\.)\d+\.", name)))
     prefix = max(numbered, key=numbered.__getitem__, default=".")
     root = prefix[: prefix.removesuffix(".").rfind(".") + 1]

@@ -19,6 +19,8 @@ INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 WEIGHTS = "*.safetensors"
 SUFFIXES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja"})
 """Of the files that are read, or copied to a result."""
+TEMPLATES_FOLDER = "additional_chat_templates"
+"""The folder of a tokenizer's chat templates other than the default."""
 
 Read = Callable[[Path], dict[str, Tensor] | None]
 """Reads the tensors of a file; None if there is no such file."""
@@ -45,8 +47,12 @@ def link_faults(path: Path, suffixes: Iterable[str] = SUFFIXES) -> Iterator[Faul
 
     Their targets would become part of a result that is then published.
     """
+    folder = path / TEMPLATES_FOLDER
+    inner = folder.iterdir() if folder.is_dir() else ()
     for file in sorted(
-        file for file in path.iterdir() if file.is_symlink() and file.suffix in suffixes
+        file
+        for file in (*path.iterdir(), *inner)
+        if file.suffix in suffixes and (file.is_symlink() or folder.is_symlink())
     ):
         # Path.resolve raises for circular links, which lead nowhere.
         target = Path(os.path.realpath(file))

@@ -10,6 +10,7 @@ from frankenmerge.artefacts import provenance as artefact
 from frankenmerge.artefacts.provenance import PROVENANCE, Provenance
 from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
+from frankenmerge.donors.shards import TEMPLATES_FOLDER
 from frankenmerge.errors import Fault, FrankenmergeError, raise_all
 from frankenmerge.merging.copying import CHUNK
 from frankenmerge.merging.provenance import origin
@@ -93,9 +94,11 @@ def _file_faults(folder: Path, record: Provenance) -> Iterator[Fault]:
             place, found = str(folder / name), "another one, or none"
             yield Fault(place, "the file that the merge wrote", found, _REMEDY)
     known = {*record.shards, *record.files, PROVENANCE, "README.md"}
-    for file in sorted(folder.iterdir()):
+    if any(name.startswith(f"{TEMPLATES_FOLDER}/") for name in known):
+        known.add(TEMPLATES_FOLDER)
+    for file in sorted([*folder.iterdir(), *(folder / TEMPLATES_FOLDER).glob("*")]):
         # The card may be edited, and hidden files are no part of a model.
-        if not file.name.startswith(".") and file.name not in known:
+        if not file.name.startswith(".") and file.relative_to(folder).as_posix() not in known:
             expected, found = "only files of the merge", "one that it did not write"
             yield Fault(str(file), expected, found, "remove it")
     for name, shard in record.shards.items():

@@ -8,7 +8,6 @@ the root of the mean square over all `D` directions instead of the donor's `d`. 
 
 import json
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from operator import gt
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frankenmerge.donors.architecture import Architecture
-from frankenmerge.donors.checkpoint import TOKENIZER_FILES, Checkpoint
+from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import differences, head_width, quantity
 from frankenmerge.donors.shards import INDEX_NAME
 from frankenmerge.errors import Fault, raise_all
@@ -24,12 +23,13 @@ from frankenmerge.merging.output import check_output
 from frankenmerge.splicing.rotation import stream_use
 from frankenmerge.storage.atomic import new_folder
 from frankenmerge.storage.dtypes import BYTES_OF, COMPUTED
+from frankenmerge.storage.scratch import write_files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SIZES = ("width", "heads", "kv_heads", "inner")
-_SMALL_FILES = (*TOKENIZER_FILES, "generation_config.json", "README.md")
+_OTHER_FILES = ("generation_config.json", "README.md")
 
 
 def widened(tensor: "Tensor", shape: tuple[int, ...], factor: float = 1.0) -> "Tensor":
@@ -200,8 +200,10 @@ def widen(narrow: Checkpoint, wide: Checkpoint, output: Path) -> Path:
     if output.is_dir():
         output.rmdir()  # it is empty, and new_folder replaces nothing
     with new_folder(output) as partial:
-        for name in (name for name in _SMALL_FILES if (narrow.path / name).is_file()):
-            shutil.copyfile(narrow.path / name, partial / name)
+        others = [narrow.path / name for name in _OTHER_FILES if (narrow.path / name).is_file()]
+        copied = [*narrow.tokenizer_files, *others]
+        content = {str(path.relative_to(narrow.path)): path.read_bytes() for path in copied}
+        write_files(partial, content)
         _write_json(partial / "config.json", widened_config(narrow, wide))
         if len(files) > 1:
             weight_map = {name: file.name for file, names in files.items() for name in names}

@@ -125,9 +125,12 @@ def _finish(
     grown, checksums = folder / GROWING, {}
     if options.checksums:
         checksums = {shard.name: file_hash(grown / shard.name) for shard in plan.shards}
-    for name, content in small_files(plan, fits, checksums).items():
-        write_synced(grown / name, content)
-    sync(grown)
+    small = {grown / name: each for name, each in small_files(plan, fits, checksums).items()}
+    for path, content in small.items():
+        path.parent.mkdir(exist_ok=True)
+        write_synced(path, content)
+    for parent in {path.parent for path in small}:
+        sync(parent)
     grown.rename(output)
     sync(output.absolute().parent)
 

@@ -95,7 +95,7 @@ def load_model(
     if untrained is not None:
         return untrained_model(checkpoint, untrained, placement)
     _check_index(checkpoint)
-    unread = checkpoint.architecture.ignored
+    unread = checkpoint.architecture.unread
     return from_pretrained(AutoModelForCausalLM, checkpoint.path, placement, unread=unread)
 
 

@@ -40,8 +40,9 @@ from frankenmerge.splicing.methods import METHODS
 from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate, readings
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.splicing.rotation import Fit
+from frankenmerge.splicing.tokenizer import tokenizer_content
 from frankenmerge.storage.dtypes import torch_dtype
-from frankenmerge.storage.scratch import scratch_folder
+from frankenmerge.storage.scratch import scratch_folder, write_files
 
 Models = Mapping[str, PreTrainedModel]
 """Donors in memory, by the names in the recipe."""
@@ -116,11 +117,10 @@ def assemble(
 def splice_tokenizer(splice: Splice) -> PreTrainedTokenizerBase:
     """Load the tokenizer that a merge of the splice would write."""
     donor = splice.tokenizer_donor
-    if splice.tokenizer == {path.name: path.read_bytes() for path in donor.tokenizer_files}:
+    if splice.tokenizer == tokenizer_content(donor):
         return load_tokenizer(donor)
     with scratch_folder() as folder:
-        for name, content in splice.tokenizer.items():
-            (folder / name).write_bytes(content)
+        write_files(folder, splice.tokenizer)
         # Some tokenizers are chosen by the model's type.
         (folder / "config.json").write_bytes((donor.path / "config.json").read_bytes())
         return tokenizer_in(folder)

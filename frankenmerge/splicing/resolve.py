@@ -27,18 +27,24 @@ from frankenmerge.splicing.result import (
     spelled_out,
     stored_remarks,
 )
-from frankenmerge.splicing.special_ids import generation_config, within
+from frankenmerge.splicing.special_ids import with_token_ids
 from frankenmerge.splicing.token_differences import token_findings
-from frankenmerge.splicing.tokenizer import tokenizer_files
+from frankenmerge.splicing.tokenizer import TurnEnds, tokenizer_files, turn_ends
 from frankenmerge.splicing.validation import (
     compatibility_faults,
     donor_faults,
     donor_remarks,
     gauge_recipe_faults,
+    left_out_remarks,
     pairing_faults,
     range_faults,
 )
-from frankenmerge.splicing.vocabulary import Vocabulary, result_vocabulary
+from frankenmerge.splicing.vocabulary import (
+    Vocabulary,
+    known_tokens,
+    result_vocabulary,
+    rowless_remarks,
+)
 from frankenmerge.storage.hashing import file_hash
 from frankenmerge.storage.safetensors_header import Tensor
 
@@ -254,22 +260,29 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
     config = result_config(spelled, donors, vocabulary, dtype=dtype, tied=tied)
     base, chosen = donors[recipe.base], donors[recipe.tokenizer_donor]
     rows = config[base.architecture.keys.vocabulary]
-    config, dropped = within(config, rows, "config.json", chosen.name)
-    generation, also_dropped = generation_config(base, chosen, rows)
-    remarks += [*dropped, *also_dropped, *stored_remarks(base, config)]
     tokenizer = tokenizer_files(recipe, donors, vocabulary)
+    tokens = vocabulary.tokens if vocabulary else known_tokens(chosen)
+    ends = turn_ends(tokenizer, tokens) if recipe.chat_template else TurnEnds()
+    settings = with_token_ids(config, base, chosen, rows, ends.ids)
+    remarks += [
+        *ends.remarks,
+        *settings.remarks,
+        *rowless_remarks(chosen.name, tokens, rows),
+        *stored_remarks(base, config),
+        *left_out_remarks(recipe, donors),
+    ]
     listed = spelled_out(recipe, donors, place, with_base=True)
     operations = operations_of(Draft(listed, donors, vocabulary, dtype, tied), place)
     return Splice(
         recipe,
         spelled,
         donors,
-        config,
+        settings.config,
         dtype,
         vocabulary,
         tied,
         operations,
         tokenizer,
-        generation_config=generation,
+        generation_config=settings.generation,
         remarks=tuple(remarks),
     )

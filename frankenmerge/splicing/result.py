@@ -10,7 +10,6 @@ from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import STORAGE_KEYS, is_tied, quantity, spliced_config
 from frankenmerge.errors import fail
 from frankenmerge.splicing.methods import METHODS
-from frankenmerge.splicing.special_ids import with_special_ids
 from frankenmerge.splicing.vocabulary import Vocabulary
 from frankenmerge.storage.dtypes import COMPUTED, DTYPES, STORED_NAMES
 
@@ -92,8 +91,6 @@ def result_config(
     config[architecture.keys.vocabulary] = size
     if architecture.learned_positions:
         config[architecture.keys.positions] = quantity(embedding.config, "positions")
-    if (chosen := donors[recipe.tokenizer_donor]) is not base:
-        config = with_special_ids(config, chosen.config)
     config.pop("_name_or_path", None)
     if dtype in COMPUTED:
         for key in STORAGE_KEYS:

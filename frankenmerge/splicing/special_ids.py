@@ -1,9 +1,9 @@
 """Special token ids of a result: in config.json and generation_config.json, from one donor."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
@@ -84,24 +84,60 @@ def generation_settings(donor: Checkpoint) -> dict[str, Any] | None:
     return settings
 
 
-def generation_config(
-    base: Checkpoint, tokenizer: Checkpoint, rows: int
-) -> tuple[bytes | None, list[str]]:
-    """The bytes of the result's generation_config.json, and remarks.
+class Settings(NamedTuple):
+    """The settings of a result that contain token ids."""
 
-    It is the base's, with the token ids of the tokenizer's donor. They come from that donor's
-    config.json where it has no generation_config.json, as in transformers.
+    config: dict[str, Any]
+    """The content of config.json."""
+    generation: bytes | None
+    """The content of generation_config.json; None without one."""
+    remarks: list[str]
+    """On ids that were dropped."""
+
+
+def with_token_ids(
+    config: Mapping[str, Any],
+    base: Checkpoint,
+    tokenizer: Checkpoint,
+    rows: int,
+    turn_ends: Sequence[int] = (),
+) -> Settings:
+    """The result's settings with the special token ids of its tokenizer.
+
+    They come from the tokenizer's donor: those of generation_config.json from its config.json where
+    it has no such file, as in transformers. All other settings of generation are the base's.
+
+    Args:
+        config: the content of the result's config.json.
+        base: the donor of the config.
+        tokenizer: the donor of the tokenizer.
+        rows: of the result's embedding.
+        turn_ends: ids that end a turn in the recipe's chat template.
 
     Raises:
-        FrankenmergeError: for a file that is not a JSON object.
+        FrankenmergeError: for a generation_config.json that is not a JSON object.
     """
-    settings = generation_settings(base)
-    changed = dict(settings or {})
+    own, theirs = generation_settings(base), generation_settings(tokenizer)
+    changed, generation = dict(config), dict(own or {})
     if tokenizer is not base:
-        own = generation_settings(tokenizer)
-        if settings is not None or own is not None:
-            changed = with_special_ids(changed, tokenizer.config if own is None else own)
-    changed, remarks = within(changed, rows, GENERATION_FILE, tokenizer.name)
-    if changed == (settings or {}):
-        return base.generation_config, remarks
-    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode(), remarks
+        changed = with_special_ids(changed, tokenizer.config)
+        if own is not None or theirs is not None:
+            source = tokenizer.config if theirs is None else theirs
+            generation = with_special_ids(generation, source)
+    changed = _ending(changed, turn_ends)
+    generation = _ending(generation, turn_ends) if generation else generation
+    changed, remarks = within(changed, rows, "config.json", tokenizer.name)
+    generation, more = within(generation, rows, GENERATION_FILE, tokenizer.name)
+    content = base.generation_config
+    if generation != (own or {}):
+        content = (json.dumps(generation, indent=2, ensure_ascii=False) + "\n").encode()
+    return Settings(changed, content, [*remarks, *more])
+
+
+def _ending(settings: Mapping[str, Any], turn_ends: Sequence[int]) -> dict[str, Any]:
+    """The settings with further ids that end a generated text."""
+    ends = settings.get("eos_token_id")
+    known = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+    if not (new := [index for index in turn_ends if index not in known]):
+        return dict(settings)
+    return {**settings, "eos_token_id": [*known, *new] if known or len(new) > 1 else new[0]}

@@ -14,6 +14,7 @@ from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.parameters import method_faults
 from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.storage.safetensors_header import Tensor
+from frankenmerge.storage.scratch import write_files
 
 
 class Stages(NamedTuple):
@@ -168,8 +169,7 @@ def planned(splice: Splice, folder: Path) -> Checkpoint:
     Its tokenizer's files are written to the new folder `folder`.
     """
     folder.mkdir()
-    for name, content in splice.tokenizer.items():
-        (folder / name).write_bytes(content)
+    write_files(folder, splice.tokenizer)
     if splice.generation_config is not None:
         (folder / "generation_config.json").write_bytes(splice.generation_config)
     file = folder / SINGLE_NAME

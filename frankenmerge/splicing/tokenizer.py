@@ -5,12 +5,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.shards import TEMPLATES_FOLDER
 from frankenmerge.donors.tokens import Tokens, read_settings
-from frankenmerge.errors import fail
+from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.splicing.vocabulary import Vocabulary
 
 TEMPLATES = {
@@ -18,6 +19,15 @@ TEMPLATES = {
 }
 """The built-in chat templates by name."""
 TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"
+TURN_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "[|endofturn|]",
+)
+"""Tokens that end a turn in the chat templates of common families."""
 _ADDED = {
     "single_word": False,
     "lstrip": False,
@@ -34,14 +44,15 @@ def tokenizer_files(
 
     Raises:
         FrankenmergeError: for tokens that cannot be added, for a chat template that is none, and
-            for settings that cannot be read.
+            for files that cannot be read.
     """
     donor = donors[recipe.tokenizer_donor]
-    files = {path.name: path.read_bytes() for path in donor.tokenizer_files}
+    files = tokenizer_content(donor)
     settings = dict(donor.tokenizer_settings)
     if vocabulary and vocabulary.tokens != donor.tokens:
         # The other files describe the donor's own tokens alone.
-        kept = (SETTINGS_FILE, "special_tokens_map.json", TEMPLATE_FILE, "chat_template.json")
+        kept = {SETTINGS_FILE, "special_tokens_map.json", TEMPLATE_FILE, "chat_template.json"}
+        kept |= {name for name in files if name.startswith(TEMPLATES_FOLDER)}
         added = _added_tokens(recipe, donors)
         extended = _extended(donor, vocabulary.tokens, added)
         files = {name: content for name, content in files.items() if name in kept} | {
@@ -55,11 +66,57 @@ def tokenizer_files(
             settings["added_tokens_decoder"] = known | listed
             files[SETTINGS_FILE] = _json(settings)
     if recipe.chat_template:
-        files.pop("chat_template.json", None)
+        # It replaces all of the donor's templates.
+        others = [name for name in files if name.startswith(TEMPLATES_FOLDER)]
+        for name in ("chat_template.json", *others):
+            files.pop(name, None)
         files[TEMPLATE_FILE] = chat_template(recipe, donors).encode()
         if settings.pop("chat_template", None):
             files[SETTINGS_FILE] = _json(settings)
     return files
+
+
+def tokenizer_content(donor: Checkpoint) -> dict[str, bytes]:
+    """The content of a donor's tokenizer files, by their names within its folder.
+
+    Raises:
+        FrankenmergeError: for files that are not what their names say, such as pointers that git
+            has in place of a large file.
+    """
+    contents: dict[str, bytes] = {}
+    faults: list[Fault] = []
+    for path in donor.tokenizer_files:
+        content = path.read_bytes()
+        contents[path.relative_to(donor.path).as_posix()] = content
+        try:
+            _check_content(donor, path, content)
+        except FrankenmergeError as error:
+            faults += error.faults
+    raise_all(faults)
+    return contents
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def _check_content(donor: Checkpoint, path: Path, content: bytes) -> None:
+    expected = f"the content of {path.name}"
+    if content.startswith(_POINTER):
+        found, remedy = "a pointer of git-lfs to it", "fetch the file: git lfs pull"
+        raise fail(str(path), expected, found, remedy)
+    if not content.strip():
+        raise fail(str(path), expected, "an empty file", "restore the file")
+    if path.suffix == ".model":
+        return
+    expected += ", a JSON object" if path.suffix == ".json" else ", a text in UTF-8"
+    try:
+        text = content.decode()
+        if path.suffix == ".json":
+            data = donor.tokenizer_json if path.name == "tokenizer.json" else json.loads(text)
+            if not isinstance(data, dict):
+                raise fail(str(path), expected, type(data).__name__, "restore the file")
+    except (ValueError, RecursionError) as error:
+        raise fail(str(path), expected, str(error), "restore the file") from error
 
 
 def _json(value: Any) -> bytes:
@@ -94,6 +151,7 @@ def _extended(
         raise fail(
             str(path), "a BPE vocabulary, to add tokens to", str(data["model"].get("type")), remedy
         )
+    words = [token for token in tokens.keys() - data["model"]["vocab"].keys() if token not in added]
     listed: list[dict[str, Any]] = data.get("added_tokens") or []
     known = {entry["content"] for entry in listed}
     new: list[dict[str, Any]] = [
@@ -101,10 +159,43 @@ def _extended(
         for token, index in tokens.items()
         if token in added and token not in known
     ]
+    if words and data["model"].get("ignore_merges"):
+        found = f"ignore_merges, with which {len(words):,} more, such as {min(words)!r}, would"
+        expected = (
+            "a vocabulary to which tokens can be added that change nothing in how text is cut"
+        )
+        remedy = "set tokenizer_source to base, or base_model to a donor without ignore_merges"
+        raise fail(str(path), expected, found, remedy)
     # Ids of added tokens are only kept for those that the vocabulary holds too.
     data["model"] = {**data["model"], "vocab": tokens}
     data["added_tokens"] = sorted([*listed, *new], key=lambda entry: entry["id"])
     return data
+
+
+class TurnEnds(NamedTuple):
+    """The tokens that end a turn in a chat template."""
+
+    ids: tuple[int, ...] = ()
+    remarks: tuple[str, ...] = ()
+    """On those that the tokenizer does not have."""
+
+
+def turn_ends(files: Mapping[str, bytes], tokens: Tokens) -> TurnEnds:
+    """Find the tokens that end a turn in the chat template among a tokenizer's files.
+
+    Args:
+        files: their contents by name.
+        tokens: the tokenizer's; empty where they are not known.
+    """
+    template = files[TEMPLATE_FILE].decode()
+    ends = [token for token in TURN_ENDS if token in template]
+    missing = [token for token in ends if tokens and token not in tokens]
+    remarks = (
+        f"the chat template ends a turn with {token}, which is no token of the result: "
+        "generation does not stop there"
+        for token in missing
+    )
+    return TurnEnds(tuple(tokens[token] for token in ends if token in tokens), tuple(remarks))
 
 
 def chat_template(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> str:

@@ -1,6 +1,6 @@
 """Which row of the embedding each token has, in donors and result. Reads tokenizer.json alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +25,31 @@ class Vocabulary(NamedTuple):
     """Of embedding and head: one for every id, and the padding."""
 
 
+def known_tokens(donor: Checkpoint) -> Tokens:
+    """A donor's tokens; none where its tokenizer has no tokenizer.json that lists them."""
+    if not (donor.path / "tokenizer.json").is_file():
+        return {}
+    try:
+        return donor.tokens
+    except FrankenmergeError:
+        return {}
+
+
+def _rows(donor: Checkpoint) -> int:
+    return quantity(donor.config, "vocabulary") or 0
+
+
+def rowless_remarks(name: str, tokens: Tokens, rows: int) -> Iterator[str]:
+    """Report tokens whose ids are beyond the result's embedding of so many rows."""
+    if beyond := [token for token, index in tokens.items() if index >= rows]:
+        listed = ", ".join(f"{token} ({tokens[token]})" for token in beyond[:3])
+        yield (
+            f"the tokenizer of {name} has tokens without a row in the embedding, which has "
+            f"{rows:,} rows: {listed}{', ...' if len(beyond) > 3 else ''}; a text with them cannot "
+            "be processed, and tokenizer_source: base adds rows of zeros for them"
+        )
+
+
 def result_vocabulary(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Vocabulary | None:
     """The result's vocabulary, or None where the rows of embedding and head stay as they are.
 
@@ -43,16 +68,18 @@ def result_vocabulary(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Vocab
     # A base model that passthrough makes no use of gives no row.
     bases = [] if recipe.merge_method == "passthrough" else [recipe.base]
     used = {*recipe.embedding_donors, *recipe.head_donors, *bases}
+    chosen = donors[recipe.tokenizer_donor]
     plain = (
         not asked
         and not padding
-        and len({quantity(donors[name].config, "vocabulary") for name in used}) == 1
+        and {_rows(donors[name]) for name in used} == {_rows(chosen)}
+        and max(known_tokens(chosen).values(), default=-1) < _rows(chosen)
     )
     files = {
         donors[name].tokenizer_hash
         for name in (recipe.tensor_donors if recipe.vocabulary == "union" else used)
     }
-    if plain and files <= {donors[recipe.tokenizer_donor].tokenizer_hash, None}:
+    if plain and files <= {chosen.tokenizer_hash, None}:
         return None
     read = _read(recipe, donors)
     tokens = dict(read[recipe.tokenizer_donor])
@@ -67,7 +94,10 @@ def result_vocabulary(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Vocab
     if plain and all(read[name] == tokens for name in used):
         return None
     rows = 1 + max(tokens.values(), default=-1)
-    return Vocabulary(tokens, read, -(-rows // padding) * padding if padding else rows)
+    # Unless padding is asked for, rows that pad the tokenizer's own matrix stay, as they do where
+    # all rows stay.
+    rows = -(-rows // padding) * padding if padding else max(rows, _rows(chosen))
+    return Vocabulary(tokens, read, rows)
 
 
 def _read(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str, Tokens]:
@@ -108,7 +138,7 @@ def rows_of(
 
     A token has the donor's own row. Where the donor lacks it, or the recipe forces another, it has
     the row that the recipe names, else the base model's, else that of the first donor that has it,
-    else zeros.
+    else zeros. A row of no token is that of the donor of the tokenizer, or zeros.
 
     Args:
         donor: whose matrix.
@@ -157,6 +187,11 @@ def rows_of(
         elif name := next((name for name in names if token in ids[name]), None):
             origin[place], row[place] = names.index(name), ids[name][token]
     raise_all(faults)
+    if (padded := recipe.tokenizer_donor) in names:
+        unnamed = np.ones(min(vocabulary.rows, tensors[padded].shape[0]), bool)
+        unnamed[[index for index in vocabulary.tokens.values() if index < len(unnamed)]] = False
+        (places,) = np.nonzero(unnamed)
+        origin[places], row[places] = names.index(padded), places
     return Rows(tuple(names), tuple(tensors.values()), origin, row)
 
 

@@ -1,7 +1,7 @@
 """Folders that exist as long as they are needed, and files that exist in memory alone."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +12,13 @@ def scratch_folder() -> Iterator[Path]:
     """An empty folder, removed at the end with all that is in it."""
     with TemporaryDirectory(prefix="frankenmerge-") as folder:
         yield Path(folder)
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files, given by their paths within the folder, which may name further folders."""
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 @contextmanager

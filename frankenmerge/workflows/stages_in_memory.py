@@ -12,7 +12,7 @@ from frankenmerge.splicing.operations import Copy, readings
 from frankenmerge.splicing.reading import read_fully
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.storage.safetensors_header import read_header
-from frankenmerge.storage.scratch import file_in_memory, scratch_folder
+from frankenmerge.storage.scratch import file_in_memory, scratch_folder, write_files
 
 
 def make_in_memory(splice: Splice, closing: ExitStack) -> Checkpoint:
@@ -21,8 +21,7 @@ def make_in_memory(splice: Splice, closing: ExitStack) -> Checkpoint:
     small = {"config.json": json.dumps(splice.config).encode(), **splice.tokenizer}
     if splice.generation_config is not None:
         small["generation_config.json"] = splice.generation_config
-    for name, content in small.items():
-        (folder / name).write_bytes(content)
+    write_files(folder, small)
     (shard,) = plan_shards(splice.operations, splice.bytes)
     path = folder / SINGLE_NAME
     target = closing.enter_context(file_in_memory(path))
