@@ -104,7 +104,7 @@ class Checkpoint:
     @property
     def left_out(self) -> list[str]:
         """Tensors that are no part of the model, such as a reward head."""
-        return [name for name in self.tensors if re.search(LEFT_OUT, name)]
+        return sorted(name for name in self.tensors if re.search(LEFT_OUT, name))
 
     @property
     def parameters(self) -> int:

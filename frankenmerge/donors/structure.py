@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from frankenmerge.donors.config import block_kind, is_tied, quantity
+from frankenmerge.donors.sizes import size_faults
 from frankenmerge.errors import Fault
 
 if TYPE_CHECKING:
@@ -50,9 +51,11 @@ def structure_faults(checkpoint: "Checkpoint") -> Iterator[Fault]:
     kinds: dict[tuple, dict[int, Shapes]] = {}
     for index, block in sorted(shapes.items()):
         kinds.setdefault(block_kind(checkpoint.config, index), {})[index] = block
+    unlike = []
     for blocks in kinds.values():
         yield from _unequal_names(blocks, place)
-        yield from _unequal_shapes(blocks, place)
+        unlike += _unequal_shapes(blocks, place)
+    yield from unlike or size_faults(checkpoint)
     yield from _marker_faults(checkpoint, shapes)
     for role, needed in (
         ("embedding", True),

@@ -48,8 +48,8 @@ def left_out_remarks(recipe: Recipe, donors: Donors) -> Iterator[str]:
     """Tensors of donors that are no part of the model, such as a reward head."""
     for name in recipe.tensor_donors:
         if left := donors[name].left_out:
-            tensors = f"{len(left)} tensors, such as {left[0]}" if len(left) > 1 else left[0]
-            yield f"{name}: {tensors}: left out, since the model does not read it"
+            tensors = f"{len(left)} tensors, such as {left[0]}," if len(left) > 1 else left[0]
+            yield f"{tensors} of {name} left out: no part of the model"
 
 
 def _compatibility(recipe: Recipe, donors: Donors) -> Compatibility:
