@@ -69,7 +69,7 @@ def test_what_transformers_cannot_load_is_refused_by_name(written, tmp_path, fam
     for name in in_memory.keys() & shapes:
         assert shapes[name] != stored[in_memory[name]].shape
     # Experts are one tensor in memory.
-    assert in_memory.keys() & shapes or all(".experts.0." in name for name in in_memory)
+    assert in_memory.keys() & shapes or all(".experts." in name for name in in_memory)
 
 
 def test_an_empty_tensor_is_refused(donors, tmp_path):
