@@ -5,7 +5,6 @@ cache, where its snapshots have their files.
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,7 +76,7 @@ def read_tensors(path: Path, read: Read) -> dict[str, Tensor]:
 
     Raises:
         FrankenmergeError: if there are no safetensors, if a shard is missing or broken, or if the
-            index and the shards disagree.
+            shards lack a tensor of the index.
     """
     index_path = path / INDEX_NAME
     # If both exist, transformers reads the single file, and so does this.
@@ -93,7 +92,9 @@ def read_tensors(path: Path, read: Read) -> dict[str, Tensor]:
     weight_map = _weight_map(index_path)
     headers = _shard_headers(index_path, sorted(set(weight_map.values())), read)
     raise_all(_index_faults(path, weight_map, headers))
-    return {name: headers[shard][name] for name, shard in weight_map.items()}
+    stored = {name: each for shard in sorted(headers) for name, each in headers[shard].items()}
+    # In the order of the index, then what it leaves out.
+    return {name: stored[name] for name in dict.fromkeys([*weight_map, *stored])}
 
 
 def _weight_map(index_path: Path) -> dict[str, str]:
@@ -148,21 +149,27 @@ def _shard_headers(
 def _index_faults(
     path: Path, weight_map: dict[str, str], headers: dict[str, dict[str, Tensor]]
 ) -> Iterator[Fault]:
-    """Compare the index with the headers of the shards."""
+    """Compare the index with the headers of the shards.
+
+    As in transformers, the index names the shards, and a tensor may be in any of them. One that is
+    in several is read from the last, so the index must not name another of these.
+    """
+    places: dict[str, list[str]] = {}
+    for shard in sorted(headers):
+        for name in headers[shard]:
+            places.setdefault(name, []).append(shard)
     for name, shard in weight_map.items():
-        if name not in headers[shard]:
+        if name not in places:
             yield Fault(
                 f"{path / shard}: {name}",
                 "a tensor that the index assigns to this shard",
                 "not in the header",
                 "download the shard and the index again",
             )
-    stored = Counter(name for tensors in headers.values() for name in tensors)
-    for name, count in stored.items():
-        if count > 1 or name not in weight_map:
+        elif shard in places[name][:-1]:
             yield Fault(
                 f"{path}: {name}",
-                "each tensor once, and in the index",
-                "stored twice" if count > 1 else "not in the index",
+                f"the tensor once, or the index to name {places[name][-1]}, which loaders read",
+                f"stored in {' and '.join(places[name])}; the index names {shard}",
                 "download the shards and the index again",
             )
