@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import yaml
-from pydantic import Field, StrictInt
+from pydantic import Field, StrictInt, model_validator
 
 from frankenmerge.artefacts.recipe_schema import (
     Dtype,
@@ -26,6 +26,20 @@ from frankenmerge.artefacts.recipe_schema import (
     Whole,
     Zero,
 )
+
+_AMONG_PARAMETERS = "it is read under parameters alone"
+WITHOUT_EFFECT = {
+    "random_seed": "the seed of the random methods is the key seed",
+    "embed_slerp": "embeddings are merged as all other tensors are",
+    "residual_weight": "no method has it",
+    "int8_mask": "no mask is larger than a chunk",
+    "normalize": _AMONG_PARAMETERS,
+    "weight": _AMONG_PARAMETERS,
+    "density": _AMONG_PARAMETERS,
+}
+"""Top-level keys of published recipes that mergekit does not read either, and why they have no
+effect here.
+"""
 
 
 class Block(NamedTuple):
@@ -80,6 +94,18 @@ class Recipe(Part):
     """The same for the head; merged from the last slice's sources when absent."""
     seed: Annotated[StrictInt, Field(ge=0, lt=1 << 63)] | None = None
     """Draws what the methods that drop at random drop; 0 when absent."""
+    without_effect: dict[str, Any] | None = None
+    """Keys of published recipes that mergekit does not read either, with their values."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_apart(cls, data: Any) -> Any:
+        """Move keys that have no effect into a mapping of their own."""
+        if not isinstance(data, Mapping) or not (found := data.keys() & WITHOUT_EFFECT.keys()):
+            return data
+        apart = {key: data[key] for key in data if key in found}
+        kept = {key: value for key, value in data.items() if key not in found}
+        return kept | {"without_effect": (data.get("without_effect") or {}) | apart}
 
     @property
     def stack(self) -> "Recipe | Module":
@@ -196,7 +222,8 @@ class Recipe(Part):
 
     def dump(self) -> str:
         """The recipe as YAML."""
-        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False)
+        data = self.model_dump(exclude_none=True, exclude={"without_effect"})
+        return yaml.safe_dump(data | (self.without_effect or {}), sort_keys=False)
 
     def __str__(self) -> str:
         """One line: donor[start:stop] for every slice, sources of one slice joined by +."""
@@ -259,7 +286,9 @@ def key_of(
     hashed = changed(
         named, lambda key, value: (texts or {}).get(value, value) if key == "fit" else value
     )
-    content = json.dumps(hashed.model_dump(exclude_none=True, exclude={"name"}), sort_keys=True)
+    content = json.dumps(
+        hashed.model_dump(exclude_none=True, exclude={"name", "without_effect"}), sort_keys=True
+    )
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 

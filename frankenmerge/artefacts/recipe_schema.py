@@ -60,7 +60,10 @@ def _ordered(value: list[int]) -> list[int]:
 
 
 def _one_name(value: Any) -> Any:
-    """A model's name, also from the form {model: {path, revision}, lora: {path, revision}}."""
+    """A model's name, also from the form {model: {path, revision}, lora: {path, revision}}.
+
+    mergekit writes `override_architecture: null` into it.
+    """
 
     def joined(part: Any) -> Any:
         if (
@@ -71,6 +74,12 @@ def _one_name(value: Any) -> Any:
             return part["path"] + (f"@{part['revision']}" if part.get("revision") else "")
         return part
 
+    if isinstance(value, Mapping):
+        value = {
+            key: part
+            for key, part in value.items()
+            if key != "override_architecture" or part is not None
+        }
     if not isinstance(value, Mapping) or not set(value) <= {"model", "lora"}:
         return joined(value)
     names = [joined(value[key]) for key in ("model", "lora") if value.get(key) is not None]
@@ -79,7 +88,8 @@ def _one_name(value: Any) -> Any:
 
 def _without_torch(value: Any) -> Any:
     """`torch.bfloat16` is `bfloat16`."""
-    return value[6:] if value in ("torch.float32", "torch.float16", "torch.bfloat16") else value
+    names = ("float64", "float32", "float16", "bfloat16")
+    return value[6:] if value in [f"torch.{name}" for name in names] else value
 
 
 class Part(BaseModel):
@@ -95,7 +105,9 @@ Setting = Annotated[Any, AfterValidator(setting)]
 such values.
 """
 Parameters = dict[str, Setting]
-Dtype = Annotated[Literal["float32", "float16", "bfloat16"], BeforeValidator(_without_torch)]
+Dtype = Annotated[
+    Literal["float64", "float32", "float16", "bfloat16"], BeforeValidator(_without_torch)
+]
 
 
 def _listed(value: Any) -> Any:

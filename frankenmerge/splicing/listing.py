@@ -240,11 +240,16 @@ def _operation_faults(draft: Draft, operations: Sequence[Operation], place: str)
                 # What is wrong with one tensor is wrong with many: only the first is reported.
                 reported.setdefault(fault[1:], fault)
     yield from reported.values()
-    heads = [name for donor in draft.donors.values() for name in tensor_names(donor, "head")]
+    yield from filter_faults(draft.recipe, filtered_names(operations, draft.donors), place)
+    yield from _source_filter_faults(draft, place)
+
+
+def filtered_names(operations: Sequence[Operation], donors: Donors) -> list[str]:
+    """The names of tensors that filters of parameters are compared with."""
+    heads = [name for donor in donors.values() for name in tensor_names(donor, "head")]
     names = [operation.name for operation in operations]
     sources = [source for operation in operations for source in _sources(operation)]
-    yield from filter_faults(draft.recipe, [*names, *sources, *heads], place)
-    yield from _source_filter_faults(draft, place)
+    return [*names, *sources, *heads]
 
 
 def _source_filter_faults(draft: Draft, place: str) -> Iterator[Fault]:

@@ -4,12 +4,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe import WITHOUT_EFFECT, Recipe
 from frankenmerge.artefacts.recipe_parameters import Value, filters, resolve, values
 from frankenmerge.artefacts.recipe_schema import Slice, Source, Whole
 from frankenmerge.errors import Fault
 from frankenmerge.splicing.methods import METHODS, Method, unfit
 
+_OF_ANY_METHOD = {name for method in METHODS.values() for name in method.parameters} | {
+    "embed_slerp",
+    "random_seed",
+    "residual_weight",
+}
+"""Parameters that published recipes have, also under methods that do not read them."""
+_USUAL_FILTERS = {
+    *(
+        "modelnorm",
+        "model.norm",
+        "final_norm",
+        "ln_f",
+        "lm_head",
+        "embed_out",
+        "embed_tokens",
+        "wte",
+    ),
+    *(
+        "layernorm",
+        "layer_norm",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+        "rotary_emb",
+    ),
+    *("self_attn", "attention", "attn", "mlp", "block_sparse_moe", "gate"),
+    *(f"{name}_proj" for name in ("q", "k", "v", "o", "qkv", "gate", "up", "down", "gate_up")),
+    *("q_norm", "k_norm", "bias"),
+}
+"""Filters that published recipes have for models whose tensors have such names."""
 PLAIN = "passthrough"
 """The method of tensors that a single donor gives."""
 
@@ -195,6 +225,8 @@ def _group_faults(recipe: Recipe, method: Method, group: _Group) -> Iterator[Fau
 def _level_faults(recipe: Recipe, method: Method, level: _Level, place: str) -> Iterator[Fault]:
     for name, written in level.parameters.items():
         where = f"{place}: {level.place}parameters.{name}"
+        if name not in method.parameters and name in _OF_ANY_METHOD:
+            continue
         if name not in method.parameters:
             near = get_close_matches(name, method.parameters, 1)
             names = ", ".join(method.parameters) or "none"
@@ -216,16 +248,44 @@ def _level_faults(recipe: Recipe, method: Method, level: _Level, place: str) -> 
 
 
 def filter_faults(recipe: Recipe, tensors: Sequence[str], place: str = "recipe") -> Iterator[Fault]:
-    """Filters of parameters that are part of none of the names of `tensors`."""
-    joined = "\n".join(tensors)
-    asked = [
-        (f"{level.place}parameters.{name}", part)
-        for level in _levels(recipe)
-        for name, written in level.parameters.items()
-        for part in filters(written)
-    ]
-    for where, part in asked:
-        if part not in joined:
+    """Filters of parameters that are part of none of the names of `tensors`.
+
+    Those that published recipes have for models of other names are no faults.
+    """
+    for where, part in _idle_filters(recipe, tensors):
+        if part not in _USUAL_FILTERS:
             expected = "filters that are part of a tensor's name"
             remedy = f"correct it; names are like {tensors[len(tensors) // 2]}"
             yield Fault(f"{place}: {where}", expected, part, remedy)
+
+
+def recipe_remarks(recipe: Recipe, tensors: Sequence[str]) -> Iterator[str]:
+    """What a recipe says and has no effect, with the reason.
+
+    Args:
+        recipe: one without faults.
+        tensors: names that filters are compared with.
+    """
+    for key in recipe.without_effect or {}:
+        yield f"{key} has no effect: {WITHOUT_EFFECT[key]}"
+    if "float64" in (recipe.dtype, recipe.out_dtype):
+        stored = "" if recipe.out_dtype not in (None, "float64") else ", and the result is float32"
+        yield f"dtype float64 has no effect: sums are computed in float32 or better{stored}"
+    known = METHODS[recipe.merge_method].parameters
+    for level in _levels(recipe):
+        for name in level.parameters:
+            if name not in known:
+                reason = f"{recipe.merge_method} has no such parameter"
+                yield f"{level.place}parameters.{name} has no effect: {reason}"
+    for where, part in _idle_filters(recipe, tensors):
+        yield f"{where}: filter {part} has no effect: no tensor's name contains it"
+
+
+def _idle_filters(recipe: Recipe, tensors: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Place and text of each filter that is part of none of the names."""
+    joined, known = "\n".join(tensors), METHODS[recipe.merge_method].parameters
+    for level in _levels(recipe):
+        for name, written in level.parameters.items():
+            for part in filters(written) if name in known else ():
+                if part not in joined:
+                    yield f"{level.place}parameters.{name}", part

@@ -15,10 +15,10 @@ from frankenmerge.artefacts.recipe_schema import Slice
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.tokens import Tokens
 from frankenmerge.errors import FrankenmergeError, raise_all
-from frankenmerge.splicing.listing import Draft, operations_of
+from frankenmerge.splicing.listing import Draft, filtered_names, operations_of
 from frankenmerge.splicing.methods import METHODS
 from frankenmerge.splicing.operations import Copy, Operation, Rotate, rebound
-from frankenmerge.splicing.parameters import method_faults
+from frankenmerge.splicing.parameters import method_faults, recipe_remarks
 from frankenmerge.splicing.result import (
     Donors,
     is_result_tied,
@@ -273,6 +273,7 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
     ]
     listed = spelled_out(recipe, donors, place, with_base=True)
     operations = operations_of(Draft(listed, donors, vocabulary, dtype, tied), place)
+    remarks += recipe_remarks(recipe, filtered_names(operations, donors))
     return Splice(
         recipe,
         spelled,

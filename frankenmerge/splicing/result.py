@@ -76,7 +76,7 @@ def is_result_tied(recipe: Recipe, donors: Donors) -> bool:
 def result_dtype(recipe: Recipe, donors: Donors) -> str:
     """The type of all tensors of the result, by its name in safetensors."""
     if written := recipe.out_dtype or recipe.dtype:
-        return STORED_NAMES[written]
+        return "F32" if written == "float64" else STORED_NAMES[written]
     return next(iter(donors[recipe.base].dtypes))
 
 
