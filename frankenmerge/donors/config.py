@@ -106,7 +106,9 @@ def quantity(config: Config, name: str) -> int | None:
     keys = architecture.keys
     value = config.get(getattr(keys, name))
     if value is None and name == "kv_heads":
-        return config.get(keys.heads)
+        if config.get("multi_query") and not config.get("new_decoder_architecture"):
+            return 1  # Falcon, StarCoder
+        return config.get("num_kv_heads") or config.get(keys.heads)
     if value is None and name == "inner" and architecture.widening:
         return architecture.widening * config[keys.width]
     return value
@@ -278,7 +280,7 @@ def _harmless(unequal: Config, first: Config, other: Config) -> set[str]:
     if None in filled:
         return harmless
     a, b = ({**config} for config in filled if config)
-    return harmless | {key for key in rest if key in a and key in b and a[key] == b[key]}
+    return harmless | {key for key in rest if a.get(key) == b.get(key)}
 
 
 def spliced_config(
@@ -379,7 +381,7 @@ def _per_block_faults(config: Config, part: PerBlock, place: str) -> Iterator[Fa
         yield Fault(where, f"indices of blocks, 0 to {blocks - 1}", repr(listed), remedy)
     for number, least in part.numbers.items():
         value = config.get(number, least)
-        unread = value is None and listed is not None
+        unread = listed is not None and (value is None or part.rule is None)
         if not unread and (type(value) is not int or value < least):
             yield Fault(
                 f"{place}: {number}", f"a whole number, {least} or more", repr(value), remedy

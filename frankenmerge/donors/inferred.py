@@ -18,9 +18,9 @@ from frankenmerge.donors.architecture import (
     Config,
     Keys,
 )
-from frankenmerge.donors.config import FREE, family, quantity
+from frankenmerge.donors.config import BOOKKEEPING, FREE, family, quantity
 from frankenmerge.donors.families import FAMILIES, USUAL
-from frankenmerge.donors.library import completed
+from frankenmerge.donors.library import completed, is_known
 from frankenmerge.errors import Fault, raise_all
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -47,10 +47,7 @@ def family_faults(config: Config, place: str) -> list[Fault]:
         return [
             Fault(place, _SUPPORTED, f"{name}, which has its language model in text_config", remedy)
         ]
-    return _faults(
-        place,
-        (f"{name}, which cannot be inferred: {reason}" for reason in _config_reasons(config, name)),
-    )
+    return _not_inferred(config, place, _config_reasons(config, name))
 
 
 def architecture_of(config: Config, shapes: Shapes, place: str) -> Architecture:
@@ -68,12 +65,7 @@ def architecture_of(config: Config, shapes: Shapes, place: str) -> Architecture:
     root = prefix[: prefix.removesuffix(".").rfind(".") + 1]
     roles = _roles(config, shapes, root, prefix)
     reasons = [*_block_reasons(shapes, prefix), *_role_reasons(config, shapes, roles)]
-    raise_all(
-        _faults(
-            place,
-            (f"{config['model_type']}, which cannot be inferred: {reason}" for reason in reasons),
-        )
-    )
+    raise_all(_not_inferred(config, place, reasons))
     return replace(
         USUAL,
         root=root,
@@ -90,15 +82,23 @@ def architecture_of(config: Config, shapes: Shapes, place: str) -> Architecture:
     )
 
 
+def _not_inferred(config: Config, place: str, reasons: Iterable[str]) -> list[Fault]:
+    """One fault with all reasons: the list of families and the remedy are the same for each."""
+    found = "; ".join(reasons)
+    named = f"{config['model_type']}, which cannot be inferred: {found}"
+    return _faults(place, [named] if found else [])
+
+
 def _faults(place: str, findings: Iterable[str]) -> list[Fault]:
     remedy = "use donors of a supported family, or add this one to FAMILIES"
-    return [Fault(place, _SUPPORTED, found, remedy) for found in findings]
+    found = "; ".join(findings)
+    return [Fault(place, _SUPPORTED, found, remedy)] if found else []
 
 
 def _config_reasons(config: Config, name: str) -> Iterator[str]:
     if missing := [key for key in _NEEDED if key not in config]:
         yield f"config.json has no {', '.join(missing)}"
-    if "auto_map" in config:
+    if "auto_map" in config and not is_known(name):
         yield "it needs code of its own (auto_map)"
     names = config.get("architectures")
     causal = rf"{re.escape(name.partition('_')[0])}\w*ForCausalLM"
@@ -113,7 +113,7 @@ def _config_reasons(config: Config, name: str) -> Iterator[str]:
             continue  # the list replaces the number
         if (
             value
-            and key not in FREE | _LISTS
+            and key not in FREE | BOOKKEEPING | _LISTS
             and (_SUSPECT.search(key) or isinstance(value, list | Mapping))
         ):
             yield f"{key} may belong to single blocks"
