@@ -186,6 +186,9 @@ def _fault(place: str, detail: Any) -> Fault:
             ).model_fields
         )
         near = get_close_matches(str(loc[-1]), known, 1)
+        if loc[-1] == "revision" and "model" in known:
+            remedy = f"write it into the model's name: model@{detail['input']}"
+            return Fault(where, f"one of: {', '.join(known)}", "an unknown key", remedy)
         return Fault(
             where,
             f"one of: {', '.join(known)}",

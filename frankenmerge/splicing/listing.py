@@ -234,8 +234,9 @@ def _operation_faults(draft: Draft, operations: Sequence[Operation], place: str)
         if isinstance(operation, Combine):
             models = [given.parameters for given in operation.inputs]
             where, base = f"{place}: {operation.name}", operation.base is not None
+            names = [given.donor for given in operation.inputs]
             for fault in faults(
-                operation.method, models, operation.parameters, base=base, place=where
+                operation.method, models, operation.parameters, base=base, place=where, names=names
             ):
                 # What is wrong with one tensor is wrong with many: only the first is reported.
                 reported.setdefault(fault[1:], fault)

@@ -118,3 +118,25 @@ def test_a_window_that_applies_to_every_block_moves_with_none(run, tmp_path, lim
     oracle.lm_head.weight = torch.nn.Parameter(models[1].lm_head.weight)
     oracle.model.embed_tokens.weight = torch.nn.Parameter(models[0].model.embed_tokens.weight)
     assert torch.allclose(merged(IDS).logits, oracle(IDS).logits, atol=1e-5)
+
+
+def test_a_revision_next_to_a_model_is_part_of_its_name():
+    text = "merge_method: passthrough\nmodels: [{model: org/name, revision: v2}]\n"
+    with pytest.raises(FrankenmergeError) as caught:
+        parse_recipe(text, "r.yaml")
+    (fault,) = caught.value.faults
+    assert fault.remedy == "write it into the model's name: model@v2"
+
+
+def test_a_missing_parameter_is_reported_for_the_model_that_lacks_it(donors):
+    models = [
+        {"model": str(donors["a"])},
+        {"model": str(donors["b"]), "parameters": {"weight": 0.5}},
+        {"model": str(donors["deep"]), "parameters": {"weight": 0.5, "density": 0.1}},
+    ]
+    slices = [{"sources": [each | {"layer_range": [0, 2]} for each in models]}]
+    data = {"slices": slices, "merge_method": "della", "base_model": str(donors["a"])}
+    with pytest.raises(FrankenmergeError) as caught:
+        resolved(parse_recipe(yaml.safe_dump(data), "r.yaml"))
+    (fault,) = caught.value.faults
+    assert fault.place.endswith(f", {donors['deep']}") and "epsilon" in fault.expected

@@ -82,14 +82,14 @@ from frankenmerge.models.loading import load_model
         ),
         (
             "merge_method: linear\nmodels: [{model: a}, {model: b}]",
-            "model.embed_tokens.weight, model 1",
-            "nothing",
+            "/a",
+            "model.embed_tokens.weight, ",
         ),
         (
             "merge_method: linear\nmodels: [{model: a}, {model: b}]\n"
             "parameters: {weight: [{filter: mlp, value: 1}]}",
-            "model.embed_tokens.weight, model 1",
-            "nothing",
+            "/a",
+            "model.embed_tokens.weight, ",
         ),
         (
             "merge_method: linear\n"

@@ -151,6 +151,7 @@ def faults(
     *,
     base: bool,
     place: str,
+    names: Sequence[str] = (),
 ) -> list[Fault]:
     """Return everything that is wrong with the arguments of a method, except tensor values.
 
@@ -160,14 +161,19 @@ def faults(
         parameters: the parameters of the whole tensor.
         base: whether there is a base.
         place: the place that the faults name: a key of the recipe, or a tensor.
+        names: what the models are called; their numbers where that is not known.
     """
     result = list(_number_faults(method, len(models), base, place))
-    for number, values in enumerate([parameters, *models]):
-        owner = f"{place}, model {number}" if number else place
-        result += _value_faults(method, values, owner, per_model=bool(number))
+    owners = [
+        f"{place}, {name}"
+        for name in names or [f"model {number}" for number in range(1, len(models) + 1)]
+    ]
+    result += _value_faults(method, parameters, place, per_model=False)
+    for owner, values in zip(owners, models, strict=True):
+        result += _value_faults(method, values, owner, per_model=True)
     return result or [
         *_weight_faults(method, models, parameters, place),
-        *_epsilon_faults(method, models, place),
+        *_epsilon_faults(method, models, owners),
     ]
 
 
@@ -243,17 +249,17 @@ def _weight_faults(
 
 
 def _epsilon_faults(
-    method: str, models: Sequence[Mapping[str, Value]], place: str
+    method: str, models: Sequence[Mapping[str, Value]], owners: Sequence[str]
 ) -> Iterator[Fault]:
     """Yield faults of probabilities `density - epsilon` and `density + epsilon`."""
     if "epsilon" not in _parameters(method, per_model=True):
         return
-    for number, values in enumerate(models, 1):
+    for owner, values in zip(owners, models, strict=True):
         own = resolved(method, values, per_model=True)
         density, epsilon = own["density"], own["epsilon"]
         if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
             yield Fault(
-                f"{place}, model {number}",
+                owner,
                 "density - epsilon above 0 and density + epsilon below 1",
                 f"{density:g} - {epsilon:g} and {density:g} + {epsilon:g}",
                 "choose a smaller epsilon",
