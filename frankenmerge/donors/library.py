@@ -5,6 +5,7 @@ it happens where two configs differ and nothing else can say whether that matter
 """
 
 from copy import deepcopy
+from logging import CRITICAL
 from typing import Any
 
 from frankenmerge.donors.architecture import Config
@@ -30,7 +31,7 @@ def completed(config: Config) -> dict[str, Any] | None:
     if name not in CONFIG_MAPPING:
         return None
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     try:
         fields = {key: deepcopy(value) for key, value in config.items() if key != "model_type"}
         declared = CONFIG_MAPPING[name]().to_dict()

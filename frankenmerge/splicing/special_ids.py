@@ -117,7 +117,8 @@ def with_token_ids(
     Raises:
         FrankenmergeError: for a generation_config.json that is not a JSON object.
     """
-    own, theirs = generation_settings(base), generation_settings(tokenizer)
+    own = generation_settings(base)
+    theirs = own if tokenizer is base else generation_settings(tokenizer)
     changed, generation = dict(config), dict(own or {})
     if tokenizer is not base:
         changed = with_special_ids(changed, tokenizer.config)

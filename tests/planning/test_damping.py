@@ -102,6 +102,6 @@ def test_what_repeats_nothing_is_not_damped(donors):
 def test_a_parameter_that_the_method_lacks_is_refused(donors):
     from frankenmerge.errors import FrankenmergeError
 
-    recipe = recipe_from(donors).model_copy(update={"parameters": {"weight": 1.0}})
+    recipe = recipe_from(donors).model_copy(update={"parameters": {"scales": 1.0}})
     with pytest.raises(FrankenmergeError, match="scale"):
         resolved(recipe)
