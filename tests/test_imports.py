@@ -31,12 +31,15 @@ LAYERS = (
 
 HEAVY = ("torch", "transformers", "accelerate", "safetensors.torch")
 MAY_BE_HEAVY = (
+    "models.blank",
     "models.hooks",
     "models.loading",
     "models.passes",
+    "models.quiet",
     "models.sampling",
     "models.streaming",
     "splicing.assemble",
+    "splicing.at_home",
     "splicing.gauge_fitting",
     "splicing.gauge_refining",
     *(

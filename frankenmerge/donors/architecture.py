@@ -19,7 +19,10 @@ LEFT_OUT = (
 """Pattern of tensors that are next to a plain model's: heads of reward and value models, and scales
 that a quantisation has left. No plain model reads them.
 """
-Role = Literal["block", "embedding", "final", "head", "ignored"]
+Role = Literal["block", "embedding", "final", "head", "rest", "ignored"]
+"""What a tensor is part of; `rest` is all that surrounds a language model, such as the towers of a
+multimodal one.
+"""
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,8 @@ class Architecture:
             return "embedding", None, self.root + inner
         if inner.startswith(self.final):
             return "final", None, self.root + inner
+        if not self.listed:
+            return "rest", None, name
         raise fail(
             f"tensor {name}",
             "a tensor of a block, the embedding, the final norm or the head",

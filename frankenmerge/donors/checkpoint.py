@@ -17,6 +17,7 @@ from typing import Any
 from frankenmerge.donors.architecture import LEFT_OUT, Architecture
 from frankenmerge.donors.config import config_faults, family, quantity
 from frankenmerge.donors.inferred import architecture_of, family_faults
+from frankenmerge.donors.library import completed
 from frankenmerge.donors.pickles import PICKLES, converted, pickles
 from frankenmerge.donors.shards import (
     INDEX_NAME,
@@ -47,6 +48,12 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 """Files of a tokenizer, next to the chat templates in `TEMPLATES_FOLDER`."""
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Files of a multimodal model's processor."""
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """The files of which a tokenizer needs at least one."""
 _PATTERNS = ("*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
@@ -70,15 +77,14 @@ class Checkpoint:
     """
     identity: Callable[[], str] | None = None
     """What identifies it instead of its bytes: a stage's key."""
+    written: dict[str, Any] | None = None
+    """The config as it is in config.json, where `config` is completed by transformers."""
 
     @cached_property
     def architecture(self) -> Architecture:
         """The family's entry in the table, or what is inferred for a family that has none."""
-        return architecture_of(
-            self.config,
-            {name: tensor.shape for name, tensor in self.tensors.items()},
-            str(self.path / "config.json"),
-        )
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        return architecture_of(self.config, shapes)
 
     # Above the property `bytes`, which hides the builtin.
     @cached_property
@@ -89,8 +95,10 @@ class Checkpoint:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks."""
-        return quantity(self.config, "blocks") or 0
+        """Number of blocks; of tensors with a block's index where config.json does not say."""
+        if (stated := quantity(self.config, "blocks")) is not None:
+            return stated
+        return len({index for role, index in self.by_role if role == "block"})
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -183,7 +191,8 @@ class Checkpoint:
         """
         if self.identity:
             return self.identity()
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        config = self.config if self.written is None else self.written
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         handles = {
             file: file.open("rb") for file in {tensor.file for tensor in self.tensors.values()}
         }
@@ -232,7 +241,8 @@ def open_checkpoint(
             else path
         )
     raise_all(link_faults(path))
-    config = _read_config(path / "config.json")
+    written = _read_config(path / "config.json")
+    config = written if family(written).listed else completed(written) or written
     tensors = read_tensors(path, read)
     checkpoint = Checkpoint(
         name,
@@ -240,6 +250,7 @@ def open_checkpoint(
         config,
         tensors,
         all(file.exists() for file in {tensor.file for tensor in tensors.values()}),
+        written=None if config is written else written,
     )
     raise_all(structure_faults(checkpoint))
     return checkpoint
@@ -252,7 +263,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise fail(str(path), "a JSON object", type(config).__name__, remedy)
     raise_all(family_faults(config, str(path)))
-    for name in ("blocks", "width", "heads", "vocabulary"):
+    needed = ("blocks", "width", "heads", "vocabulary") if family(config).listed else ()
+    for name in needed:
         if type(value := quantity(config, name)) is not int or value < 1:
             key = getattr(family(config).keys, name)
             raise fail(f"{path}: {key}", "a positive whole number", repr(value), remedy)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from frankenmerge.donors.architecture import (
@@ -11,10 +11,12 @@ from frankenmerge.donors.architecture import (
     SLIDING,
     Architecture,
     Config,
+    Keys,
     PerBlock,
 )
-from frankenmerge.donors.families import FAMILIES, INDEX_BOUND, USUAL
-from frankenmerge.donors.library import completed
+from frankenmerge.donors.families import FAMILIES, USUAL
+from frankenmerge.donors.library import completed, own_names
+from frankenmerge.donors.moving import is_per_block, moved
 from frankenmerge.errors import Fault
 
 STORAGE_KEYS = ("quantization_config", "compression_config")
@@ -95,15 +97,30 @@ every family.
 _EPSILONS = {"rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"}
 
 
+def language(config: Config) -> Config:
+    """The part of a config that describes the language model: text_config of a multimodal one."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) and "model_type" in text else config
+
+
+def is_multimodal(config: Config) -> bool:
+    """Whether a config describes a language model among other parts, such as vision towers."""
+    return language(config) is not config
+
+
 def family(config: Config) -> Architecture:
     """The entry for a config's family; the usual architecture for a family that has none."""
-    return FAMILIES.get(config["model_type"], USUAL)
+    if listed := FAMILIES.get(config["model_type"]):
+        return listed
+    names = own_names(str(language(config)["model_type"]))
+    usual = asdict(USUAL.keys)
+    return replace(USUAL, keys=Keys(**{key: names.get(name, name) for key, name in usual.items()}))
 
 
 def quantity(config: Config, name: str) -> int | None:
     """A size by its common name, which is one of the fields of `Keys`; None if it is not known."""
     architecture = family(config)
-    keys = architecture.keys
+    keys, config = architecture.keys, language(config)
     value = config.get(getattr(keys, name))
     if value is None and name == "kv_heads":
         if config.get("multi_query") and not config.get("new_decoder_architecture"):
@@ -180,7 +197,9 @@ _SCALED = ("dynamic", "llama3", "longrope", "yarn")
 def window(config: Config) -> int | None:
     """The window of blocks with limited attention; None if no block's attention is limited."""
     architecture = family(config)
-    kinds = next(part for part in architecture.per_block if part.key == LAYER_TYPES.key)
+    kinds = next((part for part in architecture.per_block if part.key == LAYER_TYPES.key), None)
+    if kinds is None:
+        return language(config).get("sliding_window")
     if kinds.rule or isinstance(config.get(kinds.key), list):
         limited = any(
             kinds.of(config, index) == SLIDING for index in range(quantity(config, "blocks") or 0)
@@ -223,8 +242,9 @@ def differences(
         The reasons why one config cannot describe blocks of both, and remarks on differences that
         do no harm.
     """
-    if first["model_type"] != other["model_type"]:
-        return [f"family: {first['model_type']} and {other['model_type']} compute differently"], []
+    names = [str(language(config)["model_type"]) for config in (first, other)]
+    if names[0] != names[1]:
+        return [f"family: {names[0]} and {names[1]} compute differently"], []
     both = _compared(first, other)
     unequal = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
     lines = {key: f"{key}: {a} and {b}" for key, (a, b) in unequal.items()}
@@ -239,6 +259,8 @@ def differences(
 def _compared(first: Config, other: Config) -> dict[str, tuple[Any, ...]]:
     """The values of both configs, by field; defaults of the table filled in."""
     architecture = family(first)
+    if not architecture.listed:
+        return _compared_inferred(first, other)
     both: dict[str, tuple[Any, ...]] = {"head_dim": (head_width(first), head_width(other))}
     named = [
         {architecture.synonyms.get(key, key): value for key, value in config.items()}
@@ -252,13 +274,24 @@ def _compared(first: Config, other: Config) -> dict[str, tuple[Any, ...]]:
         both[key] = tuple(config.get(key, architecture.defaults.get(key)) for config in named)
     both["rope_parameters"] = (rope(first), rope(other))
     both["sliding_window"] = (window(first), window(other))
-    if not architecture.listed:
-        for part in architecture.per_block:
-            both[part.key] = tuple(
-                "one entry a block" if isinstance(config.get(part.key), list) else None
-                for config in named
-            )
     return both
+
+
+_COMPARED = {"rope_parameters", "rope_theta", "rope_scaling", "sliding_window", "head_dim"}
+"""Fields of `FREE` that are compared as they are in families that are not in the table."""
+
+
+def _compared_inferred(first: Config, other: Config) -> dict[str, tuple[Any, ...]]:
+    """The same for language models that are not in the table; settings of single blocks aside."""
+    depth = family(first).keys.blocks
+    texts = [language(config) for config in (first, other)]
+
+    def shown(text: Config, key: str) -> Any:
+        value = text.get(key)
+        return "one a block" if is_per_block(key, value, text.get(depth)) else value
+
+    fields = (set(texts[0]) | set(texts[1])) - (FREE - _COMPARED) - {depth}
+    return {key: (shown(texts[0], key), shown(texts[1], key)) for key in sorted(fields)}
 
 
 def _harmless(unequal: Config, first: Config, other: Config) -> set[str]:
@@ -273,14 +306,10 @@ def _harmless(unequal: Config, first: Config, other: Config) -> set[str]:
         one_sided = {key for key in unequal if None in unequal[key]}
         one_sided -= {"sliding_window", *architecture.defaults}
         return harmless | (set(unequal) - read) | one_sided
-    per_block = {part.key for part in architecture.per_block}
-    if not (rest := set(unequal) - harmless - per_block):
-        return harmless
+    # What else differs may be a default that one of the files omits.
     filled = [completed(config) for config in (first, other)]
-    if None in filled:
-        return harmless
-    a, b = ({**config} for config in filled if config)
-    return harmless | {key for key in rest if a.get(key) == b.get(key)}
+    a, b = (language(config) if config else {} for config in filled)
+    return harmless | {key for key in unequal if a and b and a.get(key) == b.get(key)}
 
 
 def spliced_config(
@@ -296,6 +325,8 @@ def spliced_config(
         blocks: for each block the config of its donor and its index there.
         tied: whether the head is the embedding matrix.
     """
+    if not family(base).listed:
+        return _spliced_inferred(base, blocks, tied)
     config = deepcopy(dict(base))
     config[family(base).keys.blocks] = len(blocks)
     for part in family(base).per_block:
@@ -305,6 +336,38 @@ def spliced_config(
         scaling["type"] = "longrope"  # transformers 5 reads the older name in part alone
     config.pop("auto_map", None)  # names files with code, which the result does not have
     return config
+
+
+def _spliced_inferred(
+    base: Config, blocks: Sequence[tuple[Config, int]], tied: bool
+) -> dict[str, Any]:
+    """The same for a family that is not in the table: what has an entry a block moves."""
+    depth = family(base).keys.blocks
+    texts = [(language(donor), index) for donor, index in blocks]
+    config = deepcopy(dict(base))
+    text = moved(language(base), texts, depth, FREE - {"num_hidden_layers", "n_layer"})
+    if is_multimodal(base):
+        config["text_config"] = text
+    else:
+        config = text
+    if is_tied(base) != tied:
+        config["tie_word_embeddings"] = tied
+    return config
+
+
+def with_changes(written: Config, completed: Config, changed: Config) -> dict[str, Any]:
+    """A config as it was written, with what differs between its completed form and `changed`."""
+    result = deepcopy(dict(written))
+    for key, value in changed.items():
+        if key in completed and completed[key] == value:
+            continue
+        if isinstance(value, Mapping) and isinstance(written.get(key), Mapping):
+            result[key] = with_changes(written[key], completed.get(key) or {}, value)
+        else:
+            result[key] = deepcopy(value)
+    for key in completed.keys() - changed.keys():
+        result.pop(key, None)
+    return result
 
 
 def _with_entries(config: dict[str, Any], part: PerBlock, entries: list[Any]) -> dict[str, Any]:
@@ -337,8 +400,8 @@ def config_faults(config: Config, place: str) -> list[Fault]:
     """The reasons why a donor's blocks cannot be moved."""
     architecture = family(config)
     remedy = "fix the donor's config.json"
-    faults = []
-    for key in (*architecture.index_bound, *INDEX_BOUND):
+    faults: list[Fault] = []
+    for key in architecture.index_bound:
         if config.get(key):
             faults.append(
                 Fault(
@@ -350,6 +413,8 @@ def config_faults(config: Config, place: str) -> list[Fault]:
             )
     for part in architecture.per_block:
         faults += _per_block_faults(config, part, place)
+    if not architecture.listed:
+        return faults
     for key in ("rope_parameters", "rope_scaling"):
         kinds = architecture.rope_kinds if isinstance(config.get(key), Mapping) else ()
         for name, value in (
@@ -381,7 +446,7 @@ def _per_block_faults(config: Config, part: PerBlock, place: str) -> Iterator[Fa
         yield Fault(where, f"indices of blocks, 0 to {blocks - 1}", repr(listed), remedy)
     for number, least in part.numbers.items():
         value = config.get(number, least)
-        unread = listed is not None and (value is None or part.rule is None)
+        unread = value is None and listed is not None
         if not unread and (type(value) is not int or value < least):
             yield Fault(
                 f"{place}: {number}", f"a whole number, {least} or more", repr(value), remedy

@@ -92,24 +92,14 @@ DECODER = Architecture(
 """Llama's layout, which most families follow."""
 USUAL = replace(
     DECODER,
-    per_block=(
-        replace(NO_ROPE_LAYERS, numbers={"no_rope_layer_interval": 1}),
-        replace(
-            LAYER_TYPES,
-            numbers={
-                "max_window_layers": 0,
-                "sliding_window_pattern": 1,
-                "_sliding_window_pattern": 1,
-            },
-        ),
-    ),
+    per_block=(),
     defaults={},
     tied=True,
     queries_keys=(),  # whether attention to a single position is its value is not known
     listed=False,
 )
-"""The assumptions about a family that is not in the table, if `inferred` finds no reason against
-them.
+"""What a family that is not in the table begins with; its names are inferred from its tensors, and
+its blocks are compared with transformers' own before they move.
 """
 
 FAMILIES: dict[str, Architecture] = {
@@ -316,8 +306,3 @@ FAMILIES: dict[str, Architecture] = {
         ),
     ),
 }
-
-INDEX_BOUND = ("num_kv_shared_layers", "per_layer_config")
-"""Like `Architecture.index_bound`, for every family: blocks that read the keys and values of other
-blocks, settings by index.
-"""

@@ -4,18 +4,25 @@ Only configs of families that are not in the table need it. Importing transforme
 it happens where two configs differ and nothing else can say whether that matters.
 """
 
-from copy import deepcopy
+from collections.abc import Mapping
+from functools import lru_cache
 from logging import CRITICAL
 from typing import Any
 
 from frankenmerge.donors.architecture import Config
 
 
-def is_known(family: str) -> bool:
-    """Whether transformers has the family, so that it needs no code of the donor's."""
+@lru_cache
+def own_names(model_type: str) -> Mapping[str, str]:
+    """A family's own names of config fields by their common ones, as transformers maps them.
+
+    GPT-2's config, for one, calls `hidden_size` `n_embd`.
+    """
     from transformers import CONFIG_MAPPING
 
-    return family in CONFIG_MAPPING
+    if model_type not in CONFIG_MAPPING:
+        return {}
+    return dict(CONFIG_MAPPING[model_type].attribute_map)
 
 
 def completed(config: Config) -> dict[str, Any] | None:
@@ -33,7 +40,7 @@ def completed(config: Config) -> dict[str, Any] | None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(CRITICAL)
     try:
-        fields = {key: deepcopy(value) for key, value in config.items() if key != "model_type"}
+        fields = {key: _plain(value) for key, value in config.items() if key != "model_type"}
         declared = CONFIG_MAPPING[name]().to_dict()
         full = CONFIG_MAPPING[name](**fields).to_dict()
         return {key: value for key, value in full.items() if key in declared}
@@ -41,3 +48,12 @@ def completed(config: Config) -> dict[str, Any] | None:
         return None
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _plain(value: Any) -> Any:
+    """A copy of a value of config.json; transformers writes numbers that JSON lacks as objects."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value

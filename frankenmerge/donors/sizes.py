@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.config import head_width, quantity
-from frankenmerge.donors.library import completed
 from frankenmerge.errors import Fault
 
 if TYPE_CHECKING:
@@ -42,16 +41,8 @@ _REMEDY = "use a checkpoint whose config.json belongs to its weights"
 
 
 def size_faults(checkpoint: "Checkpoint") -> Iterator[Fault]:
-    """Compare the shapes of the blocks' tensors with config.json: one fault a kind of tensor.
-
-    The fields of a family that is not in the table may have defaults that only transformers knows;
-    it is asked where a shape does not fit.
-    """
-    differing = _differing(checkpoint, checkpoint.config)
-    if differing and not checkpoint.architecture.listed:
-        config = completed(checkpoint.config)
-        differing = _differing(checkpoint, config or {"model_type": "unknown"})
-    for name, (expected, found) in differing.items():
+    """Compare the shapes of the blocks' tensors with config.json: one fault a kind of tensor."""
+    for name, (expected, found) in _differing(checkpoint, checkpoint.config).items():
         wanted = f"shape {list(expected)}, as config.json says"
         yield Fault(f"{checkpoint.path}: {name}", wanted, f"shape {list(found)}", _REMEDY)
 

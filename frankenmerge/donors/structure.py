@@ -42,7 +42,11 @@ def structure_faults(checkpoint: "Checkpoint") -> Iterator[Fault]:
             _REMEDY,
         )
         return
-    yield from _missing_blocks(checkpoint)
+    if checkpoint.blocks:
+        yield from _missing_blocks(checkpoint)
+    if not checkpoint.architecture.listed:
+        yield from _empty_tensors(checkpoint)
+        return
     shapes = {
         index: {canonical: checkpoint.tensors[name].shape for canonical, name in names.items()}
         for (role, index), names in roles.items()
@@ -67,6 +71,14 @@ def structure_faults(checkpoint: "Checkpoint") -> Iterator[Fault]:
             yield Fault(place, f"tensors of the {role}", "none", _REMEDY)
         for canonical, name in names.items():
             yield from _outer_faults(checkpoint, role, canonical, name)
+
+
+def _empty_tensors(checkpoint: "Checkpoint") -> Iterator[Fault]:
+    """Tensors of a family that is not in the table that have no elements."""
+    for name, tensor in checkpoint.tensors.items():
+        if 0 in tensor.shape:
+            found = f"shape {list(tensor.shape)}"
+            yield Fault(f"{checkpoint.path}: {name}", "a tensor with elements", found, _REMEDY)
 
 
 def _missing_blocks(checkpoint: "Checkpoint") -> Iterator[Fault]:

@@ -31,6 +31,7 @@ def small_files(
             {"metadata": {"total_size": plan.bytes}, "weight_map": weight_map}
         )
     files |= splice.tokenizer
+    files |= splice.processor
     if splice.generation_config is not None:
         files["generation_config.json"] = splice.generation_config
     files["recipe.yaml"] = splice.recipe.dump().encode()

@@ -20,7 +20,7 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     Lists within another candidate (such as the experts of a block) do not count. Raises
     FrankenmergeError for a family that has none, or several.
     """
-    count = model.config.num_hidden_layers
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inner = any(name.startswith(f"{outer}.") for outer in found)

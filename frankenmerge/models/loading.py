@@ -1,8 +1,7 @@
 """Load models and tokenizers of checkpoints without changing the process's settings."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,17 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.shards import INDEX_NAME, SINGLE_NAME
 from frankenmerge.errors import fail
+from frankenmerge.models.blank import build, model_class
 from frankenmerge.models.hooks import embedding_of
+from frankenmerge.models.quiet import quiet
 from frankenmerge.storage.dtypes import torch_dtype
 from frankenmerge.storage.safetensors_header import read_json
 
@@ -58,25 +57,6 @@ CPU = Placement()
 """float32 on the CPU."""
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers; at the end restore its settings, and torch's random state.
-
-    A model whose weights do not fit is filled with random ones before it is refused.
-    """
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    state = torch.get_rng_state()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def load_model(
     checkpoint: Checkpoint, placement: Placement = CPU, *, untrained: int | None = None
 ) -> PreTrainedModel:
@@ -96,7 +76,8 @@ def load_model(
         return untrained_model(checkpoint, untrained, placement)
     _check_index(checkpoint)
     unread = checkpoint.architecture.unread
-    return from_pretrained(AutoModelForCausalLM, checkpoint.path, placement, unread=unread)
+    kind = model_class(checkpoint.config)
+    return from_pretrained(kind, checkpoint.path, placement, unread=unread)
 
 
 def from_pretrained(
@@ -184,7 +165,7 @@ def untrained_model(
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = build(model_class(checkpoint.config), config, torch.float32)
     finally:
         torch.set_rng_state(state)
     return model.to(device, placement.torch_dtype).eval()

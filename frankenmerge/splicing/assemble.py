@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,15 +16,16 @@ from transformers import (
 
 from frankenmerge.donors.architecture import Architecture
 from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.models.blank import build, model_class
 from frankenmerge.models.hooks import blocks_of
 from frankenmerge.models.loading import (
     CPU,
     Placement,
     from_pretrained,
     load_tokenizer,
-    quiet,
     tokenizer_in,
 )
+from frankenmerge.models.quiet import quiet
 from frankenmerge.models.streaming import read_tensor
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.computing import (
@@ -103,8 +103,8 @@ def assemble(
     tensors = _tensors(splice, models, placement, fits or {}, shared, progress)
     config = AutoConfig.for_model(**splice.config)
     with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config))
-    model = from_pretrained(model_class, None, placement, config=config, state_dict=tensors)
+        kind = type(build(model_class(splice.config), config, torch.float32))
+    model = from_pretrained(kind, None, placement, config=config, state_dict=tensors)
     _share_blocks(splice, models, model)
     if splice.generation_config is not None:
         with quiet():

@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import block_kind, differences, is_tied, quantity
+from frankenmerge.donors.config import block_kind, differences, is_tied, language, quantity
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of tensors by canonical name."""
@@ -51,7 +51,7 @@ def _remarks(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
 
 def _tensor_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
     """Compare names and shapes of the donors' blocks: the first of each kind that both have."""
-    if first.config["model_type"] != other.config["model_type"]:
+    if language(first.config)["model_type"] != language(other.config)["model_type"]:
         return []
     firsts = [_first_of_kind(donor) for donor in (first, other)]
     lines: list[str] = []
@@ -95,6 +95,7 @@ def tensor_names(donor: Checkpoint, role: str, index: int | None = None) -> dict
     names = donor.by_role.get((role, index), {})
     if role == "head" and is_tied(donor.config):
         architecture = donor.architecture
-        matrix = f"{architecture.root}{architecture.embedding[0]}weight"
-        names = {f"{architecture.head}weight": donor.by_role["embedding", None][matrix]}
+        matrix = f"{architecture.root}{next(iter(architecture.embedding), '')}weight"
+        stored = donor.by_role.get(("embedding", None), {}).get(matrix)
+        names = {f"{architecture.head}weight": stored} if stored else {}
     return dict(sorted(names.items()))

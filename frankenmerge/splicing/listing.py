@@ -7,6 +7,7 @@ from typing import NamedTuple
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_schema import Slice, Source
 from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.config import is_multimodal
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.splicing.compatibility import tensor_names
 from frankenmerge.splicing.methods import faults, resolved
@@ -19,7 +20,7 @@ from frankenmerge.splicing.parameters import (
     module_prefix,
     taken,
 )
-from frankenmerge.splicing.result import Donors
+from frankenmerge.splicing.result import Donors, is_whole
 from frankenmerge.splicing.rotation import stream_use
 from frankenmerge.splicing.vocabulary import Rows, Vocabulary, rows_of
 
@@ -44,7 +45,7 @@ class _Place(NamedTuple):
     number: int
     """Of the slice."""
     role: str
-    """`block`, `embedding`, `final` or `head`."""
+    """`block`, `embedding`, `final`, `head` or `rest`."""
     t: float
     """Depth within the slice, 0 to 1."""
     offset: int = 0
@@ -82,6 +83,17 @@ def _operations(draft: Draft) -> Iterator[Operation]:
     yield from _end(draft, _Place(last, "final", 0.0, offset=-1), recipe.final_norm)
     if not draft.tied:
         yield from _end(draft, _Place(last, "head", 0.0, offset=-1), recipe.head)
+    merged = merges_rest(recipe, draft.donors)
+    yield from _end(draft, _Place(0, "rest", 0.0), None if merged else recipe.base)
+
+
+def merges_rest(recipe: Recipe, donors: Donors) -> bool:
+    """Whether what surrounds the language model is merged, too, and not the base donor's.
+
+    It is where whole models are merged that are nothing but one model; the towers of multimodal
+    ones are the base's.
+    """
+    return is_whole(recipe, donors) and not is_multimodal(donors[recipe.base].config)
 
 
 def _end(draft: Draft, place: _Place, donor: str | None) -> Iterator[Operation]:

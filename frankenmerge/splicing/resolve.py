@@ -5,18 +5,20 @@ executors, summaries, cards, diagrams, lineages, provenance.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from frankenmerge.artefacts.recipe import Block, Recipe, Seam, key_of, renamed
 from frankenmerge.artefacts.recipe_schema import Slice
-from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.checkpoint import PROCESSOR_FILES, Checkpoint
+from frankenmerge.donors.config import quantity, with_changes
 from frankenmerge.donors.tokens import Tokens
 from frankenmerge.errors import FrankenmergeError, raise_all
 from frankenmerge.splicing.listing import Draft, filtered_names, operations_of
 from frankenmerge.splicing.methods import METHODS
+from frankenmerge.splicing.moved_blocks import moved_faults
 from frankenmerge.splicing.operations import Copy, Operation, Rotate, rebound
 from frankenmerge.splicing.parameters import method_faults, recipe_remarks
 from frankenmerge.splicing.result import (
@@ -73,6 +75,8 @@ class Splice:
     """The files of its tokenizer, by name."""
     generation_config: bytes | None = None
     """The content of its generation_config.json; None without one."""
+    processor: Mapping[str, bytes] = field(default_factory=dict)
+    """The files of its processor of images and sound, by name: the base donor's."""
     remarks: tuple[str, ...] = ()
     """Worth knowing about the donors; they forbid nothing."""
     planned: "Splice | None" = None
@@ -225,6 +229,12 @@ class Splice:
         )
 
 
+def processor_files(base: Checkpoint) -> dict[str, bytes]:
+    """The files of a donor's processor of images and sound, by name."""
+    paths = (base.path / name for name in PROCESSOR_FILES)
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
 def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
     """Validate a recipe against its donors and decide what it means.
 
@@ -259,7 +269,10 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
     dtype, tied = result_dtype(recipe, donors), is_result_tied(spelled, donors)
     config = result_config(spelled, donors, vocabulary, dtype=dtype, tied=tied)
     base, chosen = donors[recipe.base], donors[recipe.tokenizer_donor]
-    rows = config[base.architecture.keys.vocabulary]
+    raise_all(moved_faults(spelled, donors, config, place))
+    if base.written is not None:
+        config = with_changes(base.written, base.config, config)
+    rows = quantity(config, "vocabulary") or quantity(base.config, "vocabulary") or 0
     tokenizer = tokenizer_files(recipe, donors, vocabulary)
     tokens = vocabulary.tokens if vocabulary else known_tokens(chosen)
     ends = turn_ends(tokenizer, tokens) if recipe.chat_template else TurnEnds()
@@ -284,6 +297,7 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
         tied,
         operations,
         tokenizer,
+        processor=processor_files(base),
         generation_config=settings.generation,
         remarks=tuple(remarks),
     )

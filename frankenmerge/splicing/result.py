@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_schema import Slice, Source, Whole
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import STORAGE_KEYS, is_tied, quantity, spliced_config
+from frankenmerge.donors.config import STORAGE_KEYS, is_tied, language, quantity, spliced_config
 from frankenmerge.errors import fail
 from frankenmerge.splicing.methods import METHODS
 from frankenmerge.splicing.vocabulary import Vocabulary
@@ -54,6 +55,19 @@ def spelled_out(
     return recipe.model_copy(update={"modules": modules})
 
 
+def is_whole(recipe: Recipe, donors: Donors) -> bool:
+    """Whether a spelled-out recipe leaves every block where it is in all of its donors."""
+    starts = [0]
+    for part in recipe.parts:
+        starts.append(starts[-1] + part.length)
+    in_place = all(
+        source.layer_range[0] == start and donors[source.model].blocks == starts[-1]
+        for part, start in zip(recipe.parts, starts, strict=False)
+        for source in part.sources
+    )
+    return in_place and not recipe.final_norm and not recipe.embedding and not recipe.head
+
+
 def is_result_tied(recipe: Recipe, donors: Donors) -> bool:
     """Whether the result of a spelled-out recipe uses its embedding as its head.
 
@@ -83,14 +97,19 @@ def result_dtype(recipe: Recipe, donors: Donors) -> str:
 def result_config(
     recipe: Recipe, donors: Donors, vocabulary: Vocabulary | None, *, dtype: str, tied: bool
 ) -> dict[str, Any]:
-    """The config.json of the result of a spelled-out recipe."""
+    """The config of the result of a spelled-out recipe; complete where the base's is."""
     base = donors[recipe.base]
-    config = spliced_config(base.config, blocks_with_configs(recipe, donors, 0), tied=tied)
+    if is_whole(recipe, donors) and not base.architecture.listed:
+        config = deepcopy(base.config)
+    else:
+        config = spliced_config(base.config, blocks_with_configs(recipe, donors, 0), tied=tied)
     embedding, architecture = donors[recipe.embedding_donors[0]], base.architecture
+    text: Any = language(config)
     size = vocabulary.rows if vocabulary else quantity(embedding.config, "vocabulary")
-    config[architecture.keys.vocabulary] = size
+    if size is not None:
+        text[architecture.keys.vocabulary] = size
     if architecture.learned_positions:
-        config[architecture.keys.positions] = quantity(embedding.config, "positions")
+        text[architecture.keys.positions] = quantity(embedding.config, "positions")
     config.pop("_name_or_path", None)
     if dtype in COMPUTED:
         for key in STORAGE_KEYS:

@@ -79,7 +79,8 @@ def _remedy(reason: str) -> str:
 
 def donor_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
     """A missing tokenizer, and types that differ or cannot be computed with."""
-    if not donors[recipe.tokenizer_donor].has_tokenizer:
+    chosen = donors[recipe.tokenizer_donor]
+    if not chosen.has_tokenizer and quantity(chosen.config, "vocabulary"):
         remedy = "put tokenizer.json there, or name another donor in tokenizer_source"
         yield Fault(str(donors[recipe.tokenizer_donor].path), "a tokenizer", "none", remedy)
     yield from _type_faults(recipe, donors, place)

@@ -1,0 +1,285 @@
+"""Whether blocks compute in a result what they compute in their donors.
+
+For families that are not in the table. The donors' models and the result's are built from their
+configs without weights, by transformers itself, and compared block by block: classes of modules,
+names and shapes of parameters, constants, and settings. Equal blocks compute the same, by
+construction. What stands outside the blocks must be equal, too.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from frankenmerge.donors.architecture import Config
+from frankenmerge.donors.config import language
+from frankenmerge.errors import Fault
+from frankenmerge.models.blank import blank_model
+
+Facts = dict[tuple[str, ...], Any]
+"""What a module is, by path: class, shapes, constants, settings."""
+_PLAIN = (int, float, bool, str, type(None))
+_REMEDY = "leave blocks where they are (merge whole models), or use donors of another family"
+
+
+class Home(NamedTuple):
+    """A model without weights, taken apart."""
+
+    config: Config
+    model: PreTrainedModel
+    prefix: str
+    """Of its blocks, without their index."""
+    blocks: list[Facts]
+    rest: Facts
+
+
+class Moved(NamedTuple):
+    """A block of a result and where it is from."""
+
+    donor: str
+    index: int
+
+
+def home_faults(
+    result: Config,
+    base: str,
+    configs: Mapping[str, Config],
+    runs: Sequence[Sequence[Moved]],
+    place: str,
+) -> Iterator[Fault]:
+    """Compare a result with its donors.
+
+    Args:
+        result: its config, complete.
+        base: the donor of everything that is not a block.
+        configs: of the donors, complete.
+        runs: the blocks of the result in order, one run for each number of a slice's source.
+        place: where the recipe is from.
+    """
+    homes: dict[str, Home] = {}
+    for name, config in configs.items():
+        try:
+            homes[name] = home_of(config)
+        except Exception as error:  # whatever transformers raises for a config of any origin
+            yield _unbuilt(f"{place}: {name}", error)
+    if len(homes) < len(configs):
+        return
+    try:
+        made = home_of(result)
+    except Exception as error:
+        yield _unbuilt(place, error)
+        return
+    differing = dict.fromkeys(line for run in runs for line in _block_differences(made, homes, run))
+    differing |= dict.fromkeys(_rest_differences(made, homes[base]))
+    differing |= dict.fromkeys(_list_differences(made, homes, runs[0]))
+    differing |= dict.fromkeys(_depth_bound(homes[base]))
+    expected = "blocks that compute in the result what they compute in their donor"
+    for line in list(differing)[:3]:
+        yield Fault(place, expected, line, _REMEDY)
+
+
+def home_of(config: Config) -> Home:
+    """Build a config's model without weights, and take it apart.
+
+    Raises ValueError for a model without exactly one list of blocks, and whatever transformers
+    raises for a config that it cannot build.
+    """
+    model = blank_model(config)
+    prefix = _blocks_path(model, config)
+    blocks: Any = model.get_submodule(prefix)
+    rest = _facts(model, skipped=prefix)
+    return Home(config, model, prefix, [_facts(block) for block in blocks], rest)
+
+
+def _unbuilt(place: str, error: Exception) -> Fault:
+    found = " ".join(str(error).split())[:300] or type(error).__name__
+    return Fault(
+        place, "a model that transformers can build, with one list of blocks", found, _REMEDY
+    )
+
+
+def _blocks_path(model: PreTrainedModel, config: Config) -> str:
+    """The path of the only list with as many modules as the language model has blocks."""
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not inner:
+            found.append(name)
+    if len(found) > 1 and language(config) is not config:
+        found = [name for name in found if "language_model" in name or "text_model" in name]
+    if len(found) != 1:
+        raise ValueError(f"lists of {depth} blocks: {', '.join(found) or 'none'}")
+    return found[0]
+
+
+def _facts(module: nn.Module, skipped: str | None = None) -> Facts:
+    """What a module and all within are; `skipped` is the path of a part that does not count."""
+    facts: Facts = {}
+    for path, part in module.named_modules():
+        if skipped is not None and (path == skipped or path.startswith(f"{skipped}.")):
+            continue
+        facts[path, "class"] = type(part).__qualname__
+        for name, parameter in part._parameters.items():
+            facts[path, name, "shape"] = None if parameter is None else tuple(parameter.shape)
+        for name, buffer in part._buffers.items():
+            facts[path, name, "constant"] = _constant(part, name, buffer)
+        for name, value in vars(part).items():
+            if not name.startswith("_") and name != "training" and (plain := _setting(value)):
+                facts[path, name] = plain[0]
+    return facts
+
+
+def _constant(part: nn.Module, name: str, buffer: torch.Tensor | None) -> Hashable:
+    """A buffer's shape; of one that no file holds also its values."""
+    if buffer is None or name not in part._non_persistent_buffers_set or buffer.is_meta:
+        return None if buffer is None else tuple(buffer.shape)
+    return tuple(buffer.shape), buffer.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _setting(value: Any) -> tuple[Any] | None:
+    """A plain value, or a sequence of such, in a tuple of its own; None for any other."""
+    if isinstance(value, _PLAIN):
+        return (value,)
+    if isinstance(value, tuple | list) and all(isinstance(each, _PLAIN) for each in value):
+        return (tuple(value),)
+    return None
+
+
+def _block_differences(
+    made: Home, homes: Mapping[str, Home], run: Sequence[Moved]
+) -> Iterator[str]:
+    for place, (donor, index) in enumerate(run):
+        own, there = made.blocks[place], homes[donor].blocks[index]
+        for key in sorted(own.keys() | there.keys()):
+            a, b = there.get(key), own.get(key)
+            if a == b or _is_label(key, made, homes[donor], (place, index)):
+                continue
+            what = ".".join(part for part in key if part)
+            yield f"block {index} of {donor} as block {place}: {what} {_short(b)} instead of {_short(a)}"
+
+
+def _rest_differences(made: Home, base: Home) -> Iterator[str]:
+    for key in sorted(made.rest.keys() | base.rest.keys()):
+        a, b = base.rest.get(key), made.rest.get(key)
+        if a == b or _is_depth(key, made, base):
+            continue
+        if a is None or b is None:
+            # Settings of a kind of blocks that the result has no more of, or has not had.
+            if _kind_is_gone(key, made, base):
+                continue
+        yield f"outside the blocks: {'.'.join(part for part in key if part)} {_short(b)} instead of {_short(a)}"
+
+
+def _kind_is_gone(key: tuple[str, ...], made: Home, base: Home) -> bool:
+    """Whether a setting belongs to a kind of blocks (`layer_types`) that one of both lacks."""
+    kinds = [set(map(str, language(home.config).get("layer_types") or ())) for home in (made, base)]
+    return any(key[1].startswith(f"{kind}_") for kind in kinds[0] ^ kinds[1])
+
+
+def _list_differences(made: Home, homes: Mapping[str, Home], run: Sequence[Moved]) -> Iterator[str]:
+    """Lists with an entry a block that a config derives from other fields."""
+    own = _lists(made)
+    theirs = {name: _lists(home) for name, home in homes.items()}
+    for key, entries in own.items():
+        if all(key in lists for lists in theirs.values()):
+            expected = [theirs[donor][key][index] for donor, index in run]
+            if list(entries) != expected:
+                yield f"{key} {_short(list(entries))} instead of {_short(expected)}"
+
+
+def _lists(home: Home) -> dict[str, Sequence[Any]]:
+    text, depth = home.model.config.get_text_config(decoder=True), len(home.blocks)
+    found = {}
+    for key in dir(type(text)):
+        if key.startswith("_") or not isinstance(inspect.getattr_static(text, key), property):
+            continue
+        try:
+            value = getattr(text, key)
+        except Exception:  # a property that this config has not
+            continue
+        if isinstance(value, list | tuple) and len(value) == depth:
+            found[key] = value
+    return found
+
+
+def _depth_bound(base: Home) -> Iterator[str]:
+    """Parameters outside the blocks that have a part for every block: they do not move with them."""
+    from frankenmerge.donors.config import spliced_config
+
+    blocks = [(base.config, index) for index in range(len(base.blocks))]
+    try:
+        taller = home_of(spliced_config(base.config, [*blocks, blocks[-1]], tied=True))
+    except Exception:  # the result's own model has been built and compared
+        return
+    for key, shape in base.rest.items():
+        if key[-1] == "shape" and shape != taller.rest.get(key):
+            yield f"outside the blocks: {key[0]}.{key[1]} has a part for every block"
+
+
+def _is_label(key: tuple[str, ...], made: Home, home: Home, places: tuple[int, int]) -> bool:
+    """Whether a setting only numbers its block or counts all, and nothing is computed from it."""
+    if len(key) != 2:
+        return False
+    values = made.blocks[places[0]].get(key), home.blocks[places[1]].get(key)
+    numbers = (
+        all(
+            type(value) is int
+            and value - index == values[1] - places[1]
+            and 0 <= value - index <= 1
+            for value, index in zip(values, places, strict=True)
+        )
+        if all(type(value) is int for value in values)
+        else False
+    )
+    counts = values == (len(made.blocks), len(home.blocks))
+    return (numbers or counts) and not _is_computed_with(_class_at(home, places[1], key[0]), key[1])
+
+
+def _is_depth(key: tuple[str, ...], made: Home, base: Home) -> bool:
+    """Whether a setting outside the blocks is their number, and nothing is computed from it."""
+    pairs = made.rest.get(key), base.rest.get(key)
+    if len(key) != 2 or pairs != (len(made.blocks), len(base.blocks)):
+        return False
+    return not _is_computed_with(type(base.model.get_submodule(key[0])), key[1])
+
+
+def _class_at(home: Home, index: int, path: str) -> type:
+    return type(home.model.get_submodule(f"{home.prefix}.{index}").get_submodule(path))
+
+
+@cache
+def _is_computed_with(kind: type, name: str) -> bool:
+    """Whether a class does arithmetic with its attribute `name`, or compares it, in a pass."""
+    for method in vars(kind).values():
+        if not inspect.isfunction(method) or method.__name__ == "__init__":
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        except (OSError, SyntaxError):
+            return True
+        for node in ast.walk(tree):
+            operands = (
+                [node.left, node.right]
+                if isinstance(node, ast.BinOp)
+                else [node.left, *node.comparators]
+                if isinstance(node, ast.Compare)
+                else []
+            )
+            if any(
+                isinstance(each, ast.Attribute) and each.attr == name
+                for operand in operands
+                for each in [operand]
+            ):
+                return True
+    return False
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else repr(value)[:80]
