@@ -91,6 +91,8 @@ def tiny_config(family: str, **changes: Any) -> Any:
         for key, value in SIZES.items()
         if key in known or key in getattr(kind, "attribute_map", {})
     }
+    if "qk_rope_head_dim" in small:
+        small.pop("head_dim", None)  # it follows from the other
     small |= {key: None for key in _LISTS if isinstance(known.get(key), list)}
     return kind(**(small | changes))
 

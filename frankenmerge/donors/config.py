@@ -446,7 +446,7 @@ def _per_block_faults(config: Config, part: PerBlock, place: str) -> Iterator[Fa
         yield Fault(where, f"indices of blocks, 0 to {blocks - 1}", repr(listed), remedy)
     for number, least in part.numbers.items():
         value = config.get(number, least)
-        unread = value is None and listed is not None
+        unread = listed is not None and (value is None or part.rule is None)
         if not unread and (type(value) is not int or value < least):
             yield Fault(
                 f"{place}: {number}", f"a whole number, {least} or more", repr(value), remedy

@@ -24,6 +24,8 @@ _MATRIX = re.compile(
 )
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_projection|head)\.(weight|bias)$")
+_NONE = " "
+"""A prefix that no tensor has."""
 _NORM = re.compile(r"norm|ln|layer_?norm", re.IGNORECASE)
 
 
@@ -46,7 +48,7 @@ def architecture_of(config: Config, shapes: Shapes) -> Architecture:
     shapes = {name: shape for name, shape in shapes.items() if not re.search(USUAL.unread, name)}
     prefix = blocks_prefix(config, shapes)
     if prefix is None:
-        return replace(architecture, root="", block="{}", embedding=(), final=" ", head=" ")
+        return replace(architecture, root="", block="{}", embedding=(), final=_NONE, head=_NONE)
     root = prefix[: prefix.removesuffix(".").rfind(".") + 1]
     outside = {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
     inside = [name for name in outside if name.startswith(root)]
@@ -68,14 +70,14 @@ def architecture_of(config: Config, shapes: Shapes) -> Architecture:
     modules = dict.fromkeys(
         _module(name).removeprefix(root) for name in (*matrix[:1], *positions, *others)
     )
-    final = _module(norms[-1]).removeprefix(root) if norms else " "
+    final = _module(norms[-1]).removeprefix(root) if norms else _NONE
     return replace(
         architecture,
         root=root,
         block=f"{prefix.removeprefix(root)}{{}}.",
         embedding=tuple(module for module in modules if module != final),
         final=final,
-        head=head or " ",
+        head=head or (USUAL.head if matrix else _NONE),
         norm="rms" if "rms_norm_eps" in language(config) else "layer",
         learned_positions=bool(positions),
     )

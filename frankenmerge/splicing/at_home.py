@@ -18,8 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from frankenmerge.donors.architecture import Config
-from frankenmerge.donors.config import language
-from frankenmerge.errors import Fault
+from frankenmerge.donors.config import language, spliced_config
+from frankenmerge.errors import Fault, fail
 from frankenmerge.models.blank import blank_model
 
 Facts = dict[tuple[str, ...], Any]
@@ -46,41 +46,45 @@ class Moved(NamedTuple):
     index: int
 
 
-def home_faults(
-    result: Config,
-    base: str,
-    configs: Mapping[str, Config],
-    runs: Sequence[Sequence[Moved]],
-    place: str,
-) -> Iterator[Fault]:
-    """Compare a result with its donors.
-
-    Args:
-        result: its config, complete.
-        base: the donor of everything that is not a block.
-        configs: of the donors, complete.
-        runs: the blocks of the result in order, one run for each number of a slice's source.
-        place: where the recipe is from.
-    """
-    homes: dict[str, Home] = {}
+def homes_of(configs: Mapping[str, Config], place: str) -> dict[str, Home]:
+    """The donors' models, by name. Raises FrankenmergeError for one that cannot be built."""
+    homes = {}
     for name, config in configs.items():
         try:
             homes[name] = home_of(config)
         except Exception as error:  # whatever transformers raises for a config of any origin
-            yield _unbuilt(f"{place}: {name}", error)
-    if len(homes) < len(configs):
-        return
+            expected = "a model that transformers can build, with one list of blocks"
+            raise fail(f"{place}: {name}", expected, _told(error), _REMEDY) from error
+    return homes
+
+
+def differences_from_home(
+    result: Config, base: str, homes: Mapping[str, Home], runs: Sequence[Sequence[Moved]]
+) -> list[str]:
+    """Where a result's blocks, or what stands around them, are not what they are at home.
+
+    Args:
+        result: its config, complete.
+        base: the donor of everything that is not a block.
+        homes: the donors' models.
+        runs: the blocks of the result in order, one run for each number of a slice's source.
+    """
     try:
         made = home_of(result)
     except Exception as error:
-        yield _unbuilt(place, error)
-        return
-    differing = dict.fromkeys(line for run in runs for line in _block_differences(made, homes, run))
-    differing |= dict.fromkeys(_rest_differences(made, homes[base]))
-    differing |= dict.fromkeys(_list_differences(made, homes, runs[0]))
-    differing |= dict.fromkeys(_depth_bound(homes[base]))
+        return [f"transformers cannot build it: {_told(error)}"]
+    lines = [
+        *(line for run in runs for line in _block_differences(made, homes, run)),
+        *_rest_differences(made, homes[base]),
+        *_list_differences(made, homes, runs[0]),
+    ]
+    return list(dict.fromkeys(lines or _depth_bound(homes[base])))
+
+
+def home_faults(differing: Sequence[str], place: str) -> Iterator[Fault]:
+    """Faults for the first of the differences that `differences_from_home` finds."""
     expected = "blocks that compute in the result what they compute in their donor"
-    for line in list(differing)[:3]:
+    for line in differing[:3]:
         yield Fault(place, expected, line, _REMEDY)
 
 
@@ -97,11 +101,8 @@ def home_of(config: Config) -> Home:
     return Home(config, model, prefix, [_facts(block) for block in blocks], rest)
 
 
-def _unbuilt(place: str, error: Exception) -> Fault:
-    found = " ".join(str(error).split())[:300] or type(error).__name__
-    return Fault(
-        place, "a model that transformers can build, with one list of blocks", found, _REMEDY
-    )
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _blocks_path(model: PreTrainedModel, config: Config) -> str:
@@ -161,8 +162,7 @@ def _block_differences(
             a, b = there.get(key), own.get(key)
             if a == b or _is_label(key, made, homes[donor], (place, index)):
                 continue
-            what = ".".join(part for part in key if part)
-            yield f"block {index} of {donor} as block {place}: {what} {_short(b)} instead of {_short(a)}"
+            yield f"block {index} of {donor} as block {place}: {_described(key, a, b)}"
 
 
 def _rest_differences(made: Home, base: Home) -> Iterator[str]:
@@ -174,7 +174,7 @@ def _rest_differences(made: Home, base: Home) -> Iterator[str]:
             # Settings of a kind of blocks that the result has no more of, or has not had.
             if _kind_is_gone(key, made, base):
                 continue
-        yield f"outside the blocks: {'.'.join(part for part in key if part)} {_short(b)} instead of {_short(a)}"
+        yield f"outside the blocks: {_described(key, a, b)}"
 
 
 def _kind_is_gone(key: tuple[str, ...], made: Home, base: Home) -> bool:
@@ -210,9 +210,7 @@ def _lists(home: Home) -> dict[str, Sequence[Any]]:
 
 
 def _depth_bound(base: Home) -> Iterator[str]:
-    """Parameters outside the blocks that have a part for every block: they do not move with them."""
-    from frankenmerge.donors.config import spliced_config
-
+    """Parameters outside the blocks that have a part for every block, and so do not move."""
     blocks = [(base.config, index) for index in range(len(base.blocks))]
     try:
         taller = home_of(spliced_config(base.config, [*blocks, blocks[-1]], tied=True))
@@ -272,13 +270,13 @@ def _is_computed_with(kind: type, name: str) -> bool:
                 if isinstance(node, ast.Compare)
                 else []
             )
-            if any(
-                isinstance(each, ast.Attribute) and each.attr == name
-                for operand in operands
-                for each in [operand]
-            ):
+            if any(isinstance(each, ast.Attribute) and each.attr == name for each in operands):
                 return True
     return False
+
+
+def _described(key: tuple[str, ...], there: Any, here: Any) -> str:
+    return f"{'.'.join(part for part in key if part)} {_short(here)} instead of {_short(there)}"
 
 
 def _short(value: Any) -> str:

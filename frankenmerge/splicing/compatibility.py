@@ -97,5 +97,6 @@ def tensor_names(donor: Checkpoint, role: str, index: int | None = None) -> dict
         architecture = donor.architecture
         matrix = f"{architecture.root}{next(iter(architecture.embedding), '')}weight"
         stored = donor.by_role.get(("embedding", None), {}).get(matrix)
-        names = {f"{architecture.head}weight": stored} if stored else {}
+        weight = {f"{architecture.head}weight": stored} if stored else {}
+        names = {**names, **weight}
     return dict(sorted(names.items()))

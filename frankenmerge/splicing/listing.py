@@ -81,8 +81,10 @@ def _operations(draft: Draft) -> Iterator[Operation]:
             yield from _rotated(_tensors(draft, part, place), draft, place)
             position += 1
     yield from _end(draft, _Place(last, "final", 0.0, offset=-1), recipe.final_norm)
-    if not draft.tied:
-        yield from _end(draft, _Place(last, "head", 0.0, offset=-1), recipe.head)
+    for operation in _end(draft, _Place(last, "head", 0.0, offset=-1), recipe.head):
+        # The weight of a tied head is the embedding; it may have a bias of its own.
+        if not (draft.tied and operation.name.endswith(".weight")):
+            yield operation
     merged = merges_rest(recipe, draft.donors)
     yield from _end(draft, _Place(0, "rest", 0.0), None if merged else recipe.base)
 

@@ -1,44 +1,63 @@
 """Blocks that a recipe moves, in families that are not in the table."""
 
+import re
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.donors.architecture import Config
-from frankenmerge.errors import Fault
-from frankenmerge.splicing.result import Donors, is_whole
+from frankenmerge.donors.config import language
+from frankenmerge.errors import FrankenmergeError, fail
+from frankenmerge.splicing.result import Donors, blocks_by_source, is_whole
+
+_COUNT = re.compile(r"first_k|dense|interval|period|offset|step|freq|every|start|end|pattern")
+"""Names of numbers that may say which blocks are of which kind."""
 
 
-def moved_faults(recipe: Recipe, donors: Donors, config: Config, place: str) -> Iterator[Fault]:
-    """Blocks that would not compute in the result what they compute in their donor.
+def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) -> dict[str, Any]:
+    """The result's config, with which every block computes what it computes in its donor.
+
+    Where moving what has an entry a block is not enough, numbers that may say which blocks are of
+    which kind are tried one by one (DeepSeek's `first_k_dense_replace`, for one).
 
     Args:
         recipe: spelled out.
         donors: its donors by name.
-        config: the result's, complete.
+        config: the result's, complete, with what has an entry a block moved.
         place: where the recipe is from.
+
+    Raises:
+        FrankenmergeError: for blocks that would not compute the same.
     """
     base = donors[recipe.base]
     if base.architecture.listed or is_whole(recipe, donors):
-        return
+        return config
     if base.written is None:
         expected = "a family that transformers can build without code of the donor"
         remedy = "merge whole models of this family, or install a transformers that has it"
-        yield Fault(place, expected, str(base.config["model_type"]), remedy)
-        return
-    from frankenmerge.splicing.at_home import Moved, home_faults
+        raise fail(place, expected, str(base.config["model_type"]), remedy)
+    from frankenmerge.splicing.at_home import Moved, differences_from_home, home_faults, homes_of
 
-    numbers = range(max(len(part.sources) for part in recipe.parts))
-    runs = []
-    for number in numbers:
-        chosen = [part.sources[min(number, len(part.sources) - 1)] for part in recipe.parts]
-        runs.append(
-            [
-                Moved(source.model, index)
-                for source in chosen
-                for index in range(*source.layer_range)
-            ]
-        )
+    runs = [[Moved(name, index) for name, index in run] for run in blocks_by_source(recipe)]
     used = dict.fromkeys([recipe.base, *(moved.donor for run in runs for moved in run)])
-    configs: dict[str, Any] = {name: donors[name].config for name in used}
-    yield from home_faults(config, recipe.base, configs, runs, place)
+    homes = homes_of({name: donors[name].config for name in used}, place)
+    first = differences_from_home(config, recipe.base, homes, runs)
+    if not first:
+        return config
+    for trial in _trials(config, len(runs[0])):
+        if not differences_from_home(trial, recipe.base, homes, runs):
+            return trial
+    raise FrankenmergeError(*home_faults(first, place))
+
+
+def _trials(config: dict[str, Any], blocks: int) -> Iterator[dict[str, Any]]:
+    """The config with one number changed, or left to its list."""
+    text = language(config)
+    for key, own in text.items():
+        if type(own) is int and _COUNT.search(key) and not key.endswith(("_id", "_size", "_dim")):
+            for value in range(blocks + 1):
+                if value != own:
+                    trial = deepcopy(config)
+                    changed: Any = language(trial)
+                    changed[key] = value
+                    yield trial

@@ -18,7 +18,7 @@ from frankenmerge.donors.tokens import Tokens
 from frankenmerge.errors import FrankenmergeError, raise_all
 from frankenmerge.splicing.listing import Draft, filtered_names, operations_of
 from frankenmerge.splicing.methods import METHODS
-from frankenmerge.splicing.moved_blocks import moved_faults
+from frankenmerge.splicing.moved_blocks import settled
 from frankenmerge.splicing.operations import Copy, Operation, Rotate, rebound
 from frankenmerge.splicing.parameters import method_faults, recipe_remarks
 from frankenmerge.splicing.result import (
@@ -269,7 +269,7 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
     dtype, tied = result_dtype(recipe, donors), is_result_tied(spelled, donors)
     config = result_config(spelled, donors, vocabulary, dtype=dtype, tied=tied)
     base, chosen = donors[recipe.base], donors[recipe.tokenizer_donor]
-    raise_all(moved_faults(spelled, donors, config, place))
+    config = settled(spelled, donors, config, place)
     if base.written is not None:
         config = with_changes(base.written, base.config, config)
     rows = quantity(config, "vocabulary") or quantity(base.config, "vocabulary") or 0

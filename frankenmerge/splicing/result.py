@@ -136,12 +136,18 @@ def blocks_with_configs(
 
     Of a slice with fewer sources, its last source is used.
     """
+    return [(donors[name].config, index) for name, index in _blocks_of_source(recipe, number)]
+
+
+def blocks_by_source(recipe: Recipe) -> list[list[tuple[str, int]]]:
+    """The donor and index of each block of a spelled-out recipe, for each number of a source."""
+    numbers = range(max(len(part.sources) for part in recipe.parts))
+    return [_blocks_of_source(recipe, number) for number in numbers]
+
+
+def _blocks_of_source(recipe: Recipe, number: int) -> list[tuple[str, int]]:
     chosen = [part.sources[min(number, len(part.sources) - 1)] for part in recipe.parts]
-    return [
-        (donors[source.model].config, index)
-        for source in chosen
-        for index in range(*source.layer_range)
-    ]
+    return [(source.model, index) for source in chosen for index in range(*source.layer_range)]
 
 
 def depth_within(parameters: int, donors: Iterable[Checkpoint]) -> int:
