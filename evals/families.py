@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1),
     **dict.fromkeys(("mamba_n_groups", "n_groups"), 1),
     "pad_token_id": 0,
+    "decoder_start_token_id": 1,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -123,7 +125,7 @@ def write_donor(folder: Path, config: Any, seed: int) -> PreTrainedModel:
     tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel"}}
     tokenizer["model"] |= {"vocab": vocabulary, "unk_token": "t0"}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return model
+    return type(model).from_pretrained(folder).eval()
 
 
 def block_list(model: PreTrainedModel) -> Any:
@@ -171,11 +173,9 @@ def spliced_logits(
 
 
 @torch.no_grad()
-def averaged_logits(
-    models: Sequence[PreTrainedModel], config: Any, ids: torch.Tensor
-) -> torch.Tensor:
+def averaged_logits(models: Sequence[PreTrainedModel], ids: torch.Tensor) -> torch.Tensor:
     """The logits of a model whose parameters are the donors' means."""
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = deepcopy(models[0])
     states = [each.state_dict() for each in models]
     mean = {
         name: (value + states[1][name]) / 2 if value.is_floating_point() else value
@@ -204,13 +204,16 @@ def checked(
     except FrankenmergeError as error:
         return "refused", error.faults[0].found
     kind = type(models[0])
-    merged, info = kind.from_pretrained(output, output_loading_info=True)
+    try:
+        merged, info = kind.from_pretrained(output, output_loading_info=True)
+    except RuntimeError as error:
+        return "wrong", f"cannot be loaded: {str(error)[:80]}"
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         return "wrong", f"keys: {sorted(map(str, wrong))[:3]}"
     ids = torch.randint(3, VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(1))
     try:
         expected = (
-            averaged_logits(models, models[0].config, ids)
+            averaged_logits(models, ids)
             if name == "average"
             else spliced_logits(models, RECIPES[name], ids)
         )

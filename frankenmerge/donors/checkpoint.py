@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from frankenmerge.donors.architecture import LEFT_OUT, Architecture
-from frankenmerge.donors.config import config_faults, family, quantity
+from frankenmerge.donors.config import config_faults, family, is_tied, quantity
 from frankenmerge.donors.inferred import architecture_of, family_faults
 from frankenmerge.donors.library import completed
 from frankenmerge.donors.pickles import PICKLES, converted, pickles
@@ -99,6 +99,16 @@ class Checkpoint:
         if (stated := quantity(self.config, "blocks")) is not None:
             return stated
         return len({index for role, index in self.by_role if role == "block"})
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding matrix.
+
+        In families that are not in the table a head in the file counts, whatever config.json says:
+        not all of them tie it, and transformers does not where both are there and differ.
+        """
+        stored = f"{self.architecture.head}weight" in self.by_role.get(("head", None), {})
+        return is_tied(self.config) and (self.architecture.listed or not stored)
 
     @property
     def dtypes(self) -> dict[str, int]:

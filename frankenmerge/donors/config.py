@@ -14,7 +14,7 @@ from frankenmerge.donors.architecture import (
     Keys,
     PerBlock,
 )
-from frankenmerge.donors.families import FAMILIES, USUAL
+from frankenmerge.donors.families import FAMILIES, INDEX_BOUND, USUAL
 from frankenmerge.donors.library import completed, own_names
 from frankenmerge.donors.moving import is_per_block, moved
 from frankenmerge.errors import Fault
@@ -288,6 +288,9 @@ def _compared_inferred(first: Config, other: Config) -> dict[str, tuple[Any, ...
 
     def shown(text: Config, key: str) -> Any:
         value = text.get(key)
+        if isinstance(value, Mapping):
+            free = FREE - _COMPARED
+            return {name: each for name, each in value.items() if name not in free}
         return "one a block" if is_per_block(key, value, text.get(depth)) else value
 
     fields = (set(texts[0]) | set(texts[1])) - (FREE - _COMPARED) - {depth}
@@ -401,7 +404,7 @@ def config_faults(config: Config, place: str) -> list[Fault]:
     architecture = family(config)
     remedy = "fix the donor's config.json"
     faults: list[Fault] = []
-    for key in architecture.index_bound:
+    for key in (*architecture.index_bound, *(INDEX_BOUND if architecture.listed else ())):
         if config.get(key):
             faults.append(
                 Fault(

@@ -306,3 +306,8 @@ FAMILIES: dict[str, Architecture] = {
         ),
     ),
 }
+
+INDEX_BOUND = ("num_kv_shared_layers", "per_layer_config")
+"""Like `Architecture.index_bound`, for every family of the table: blocks that read the keys and
+values of other blocks, settings by index.
+"""

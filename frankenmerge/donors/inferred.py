@@ -23,6 +23,8 @@ _MATRIX = re.compile(
     r"|wte|w)\.weight$"
 )
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
+_BEFORE = re.compile(r"emb|wpe|project_in")
+"""Names of modules before the first block."""
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_projection|head)\.(weight|bias)$")
 _NONE = " "
 """A prefix that no tensor has."""
@@ -51,24 +53,23 @@ def architecture_of(config: Config, shapes: Shapes) -> Architecture:
         return replace(architecture, root="", block="{}", embedding=(), final=_NONE, head=_NONE)
     root = prefix[: prefix.removesuffix(".").rfind(".") + 1]
     outside = {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
-    inside = [name for name in outside if name.startswith(root)]
     head = _head(config, outside, root)
+    inside = [
+        name
+        for name in outside
+        if root
+        and name.startswith(root)
+        and not name.startswith(head or _NONE)
+        and not _TOWER.search(name.removeprefix(root))
+    ]
     matrix = [name for name in inside if _MATRIX.search(name) and len(outside[name]) == 2]
     positions = [name for name in inside if _POSITIONS.search(name)]
     width = quantity(config, "width")
-    norms = [
-        name
-        for name in inside
-        if outside[name] == (width,) and _NORM.search(name) and "emb" not in name
-    ]
-    taken = {*matrix[:1], *norms}
-    others = [
-        name
-        for name in inside
-        if name not in taken and not (head and name.startswith(head)) and _in_language(name, root)
-    ]
+    all_norms = [name for name in inside if outside[name] == (width,) and _NORM.search(name)]
+    norms = [name for name in all_norms if "emb" not in name] or all_norms
+    first = [name for name in inside if _BEFORE.search(name) and name not in norms]
     modules = dict.fromkeys(
-        _module(name).removeprefix(root) for name in (*matrix[:1], *positions, *others)
+        _module(name).removeprefix(root) for name in (*matrix[:1], *positions, *first)
     )
     final = _module(norms[-1]).removeprefix(root) if norms else _NONE
     return replace(
@@ -114,11 +115,6 @@ def _head(config: Config, outside: Shapes, root: str) -> str | None:
     ]
     found = named or shaped
     return _module(found[0]) if found else None
-
-
-def _in_language(name: str, root: str) -> bool:
-    """Whether a tensor beside the blocks is the language model's own, not a tower beside them."""
-    return bool(root) and not _TOWER.search(name.removeprefix(root))
 
 
 def _module(name: str) -> str:

@@ -38,7 +38,7 @@ def moved(
         depth: the field with the number of blocks.
         fixed: fields that stay as they are.
     """
-    old, result = base[depth], deepcopy(dict(base))
+    old, result = base.get(depth), deepcopy(dict(base))
     for key, value in base.items():
         if key == depth or (key in _DEPTHS and value == old):
             result[key] = len(blocks)

@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import block_kind, differences, is_tied, language, quantity
+from frankenmerge.donors.config import block_kind, differences, language, quantity
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of tensors by canonical name."""
@@ -93,7 +93,7 @@ def tensor_names(donor: Checkpoint, role: str, index: int | None = None) -> dict
     store a head too, but loaders use the embedding, and so does this.
     """
     names = donor.by_role.get((role, index), {})
-    if role == "head" and is_tied(donor.config):
+    if role == "head" and donor.tied:
         architecture = donor.architecture
         matrix = f"{architecture.root}{next(iter(architecture.embedding), '')}weight"
         stored = donor.by_role.get(("embedding", None), {}).get(matrix)

@@ -83,7 +83,8 @@ def _operations(draft: Draft) -> Iterator[Operation]:
     yield from _end(draft, _Place(last, "final", 0.0, offset=-1), recipe.final_norm)
     for operation in _end(draft, _Place(last, "head", 0.0, offset=-1), recipe.head):
         # The weight of a tied head is the embedding; it may have a bias of its own.
-        if not (draft.tied and operation.name.endswith(".weight")):
+        weight = f"{draft.donors[recipe.base].architecture.head}weight"
+        if not (draft.tied and operation.name == weight):
             yield operation
     merged = merges_rest(recipe, draft.donors)
     yield from _end(draft, _Place(0, "rest", 0.0), None if merged else recipe.base)

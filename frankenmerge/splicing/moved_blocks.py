@@ -6,7 +6,8 @@ from copy import deepcopy
 from typing import Any
 
 from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.donors.config import language
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.config import is_multimodal, language
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.splicing.result import Donors, blocks_by_source, is_whole
 
@@ -32,15 +33,21 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
     base = donors[recipe.base]
     if base.architecture.listed or is_whole(recipe, donors):
         return config
+    if base.architecture.keys.blocks not in language(base.config):
+        expected = f"{base.architecture.keys.blocks}, the number of blocks, in its config"
+        remedy = "merge whole models of this family"
+        raise fail(f"{place}: {recipe.base}", expected, "none", remedy)
     if base.written is None:
         expected = "a family that transformers can build without code of the donor"
         remedy = "merge whole models of this family, or install a transformers that has it"
         raise fail(place, expected, str(base.config["model_type"]), remedy)
+    _check_surroundings(recipe, base, place)
     from frankenmerge.splicing.at_home import Moved, differences_from_home, home_faults, homes_of
 
     runs = [[Moved(name, index) for name, index in run] for run in blocks_by_source(recipe)]
     used = dict.fromkeys([recipe.base, *(moved.donor for run in runs for moved in run)])
     homes = homes_of({name: donors[name].config for name in used}, place)
+    _check_names(base, homes[recipe.base].prefix, place)
     first = differences_from_home(config, recipe.base, homes, runs)
     if not first:
         return config
@@ -48,6 +55,31 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
         if not differences_from_home(trial, recipe.base, homes, runs):
             return trial
     raise FrankenmergeError(*home_faults(first, place))
+
+
+def _check_surroundings(recipe: Recipe, base: Checkpoint, place: str) -> None:
+    """Refuse blocks of several donors where a tensor beside them may be read by all of them."""
+    root = base.architecture.root
+    beside = [
+        name
+        for name in base.by_role.get(("rest", None), {}).values()
+        if not is_multimodal(base.config) or name.startswith(root)
+    ]
+    if beside and len({block.model for block in recipe.blocks}) > 1:
+        expected = "an embedding, blocks, a final norm and a head, and nothing else"
+        found = f"{beside[0]}, which blocks of several donors may not share"
+        remedy = "take all blocks from one donor, or merge whole models"
+        raise fail(f"{place}: {recipe.base}", expected, found, remedy)
+
+
+def _check_names(base: Checkpoint, prefix: str, place: str) -> None:
+    """Refuse a file whose blocks are under other names than in memory: they may be converted."""
+    architecture = base.architecture
+    stored = (architecture.root + architecture.block).removesuffix(".{}.")
+    if is_multimodal(base.config) or f".{prefix}".endswith(f".{stored}"):
+        return
+    remedy = "save the donor again with this version of transformers, or merge whole models"
+    raise fail(f"{place}: {base.name}", f"blocks under {prefix}", f"blocks under {stored}", remedy)
 
 
 def _trials(config: dict[str, Any], blocks: int) -> Iterator[dict[str, Any]]:

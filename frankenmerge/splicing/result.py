@@ -84,7 +84,7 @@ def is_result_tied(recipe: Recipe, donors: Donors) -> bool:
     ):
         merged = not explicit and recipe.merge_method != "passthrough"
         ends.append([*names, part.base_model or recipe.base_model] if merged else names)
-    return ends[0] == ends[1] and all(is_tied(donors[name].config) for name in ends[0] if name)
+    return ends[0] == ends[1] and all(donors[name].tied for name in ends[0] if name)
 
 
 def result_dtype(recipe: Recipe, donors: Donors) -> str:
