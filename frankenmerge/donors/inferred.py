@@ -25,6 +25,7 @@ _MATRIX = re.compile(
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
 _BEFORE = re.compile(r"emb|wpe|project_in")
 """Names of modules before the first block."""
+_FIRST_NORM = re.compile(r"layernorm_embedding|embeddings?_layer_?norm")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_projection|head)\.(weight|bias)$")
 _NONE = " "
 """A prefix that no tensor has."""
@@ -65,7 +66,11 @@ def architecture_of(config: Config, shapes: Shapes) -> Architecture:
     matrix = [name for name in inside if _MATRIX.search(name) and len(outside[name]) == 2]
     positions = [name for name in inside if _POSITIONS.search(name)]
     width = quantity(config, "width")
-    all_norms = [name for name in inside if outside[name] == (width,) and _NORM.search(name)]
+    all_norms = [
+        name
+        for name in inside
+        if outside[name] == (width,) and _NORM.search(name) and not _FIRST_NORM.search(name)
+    ]
     norms = [name for name in all_norms if "emb" not in name] or all_norms
     first = [name for name in inside if _BEFORE.search(name) and name not in norms]
     modules = dict.fromkeys(
@@ -111,7 +116,7 @@ def _head(config: Config, outside: Shapes, root: str) -> str | None:
     shaped = [
         name
         for name, shape in outside.items()
-        if root and not name.startswith(root) and shape == size and name.endswith(".weight")
+        if root and not name.startswith(root) and shape == size and not _MATRIX.search(name)
     ]
     found = named or shaped
     return _module(found[0]) if found else None

@@ -71,7 +71,6 @@ def _is_indices(key: str, value: Any, blocks: int) -> bool:
         and bool(_NAMES_BLOCKS.search(key))
         and all(type(index) is int and 0 <= index < blocks for index in value)
         and value == sorted(set(value))
-        and (len(value) < blocks or key.endswith(("idx", "ids", "idxs", "indices")))
     )
 
 

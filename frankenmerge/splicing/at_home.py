@@ -170,17 +170,29 @@ def _rest_differences(made: Home, base: Home) -> Iterator[str]:
         a, b = base.rest.get(key), made.rest.get(key)
         if a == b or key[-1] == "tie_word_embeddings" or _is_depth(key, made, base):
             continue
-        if a is None or b is None:
-            # Settings of a kind of blocks that the result has no more of, or has not had.
-            if _kind_is_gone(key, made, base):
-                continue
+        if _is_list_of_blocks(key, made, base) or _kind_is_gone(key, made, base):
+            continue
         yield f"outside the blocks: {_described(key, a, b)}"
 
 
 def _kind_is_gone(key: tuple[str, ...], made: Home, base: Home) -> bool:
-    """Whether a setting belongs to a kind of blocks (`layer_types`) that one of both lacks."""
+    """Whether a setting names kinds of blocks (`layer_types`) of which the result has no block."""
     kinds = [set(map(str, language(home.config).get("layer_types") or ())) for home in (made, base)]
-    return any(key[1].startswith(f"{kind}_") for kind in kinds[0] ^ kinds[1])
+    if key[-1] == "layer_types":
+        return set(made.rest.get(key) or ()) == kinds[0]
+    return made.rest.get(key) is None and any(
+        key[1].startswith(f"{kind}_") for kind in kinds[1] - kinds[0]
+    )
+
+
+def _is_list_of_blocks(key: tuple[str, ...], made: Home, base: Home) -> bool:
+    """Whether a setting outside the blocks is a list of the config that has moved with them."""
+    texts = [language(home.config).get(key[-1]) for home in (made, base)]
+    values = [home.rest.get(key) for home in (made, base)]
+    return all(
+        isinstance(text, list) and tuple(text) == value
+        for text, value in zip(texts, values, strict=True)
+    )
 
 
 def _list_differences(made: Home, homes: Mapping[str, Home], run: Sequence[Moved]) -> Iterator[str]:
@@ -245,7 +257,8 @@ def _is_depth(key: tuple[str, ...], made: Home, base: Home) -> bool:
     pairs = made.rest.get(key), base.rest.get(key)
     if len(key) != 2 or pairs != (len(made.blocks), len(base.blocks)):
         return False
-    return not _is_computed_with(type(base.model.get_submodule(key[0])), key[1])
+    # It may be compared with an index: what follows for a block is a setting of the block.
+    return not _is_computed_with(type(base.model.get_submodule(key[0])), key[1], compared=False)
 
 
 def _class_at(home: Home, index: int, path: str) -> type:
@@ -253,7 +266,7 @@ def _class_at(home: Home, index: int, path: str) -> type:
 
 
 @cache
-def _is_computed_with(kind: type, name: str) -> bool:
+def _is_computed_with(kind: type, name: str, compared: bool = True) -> bool:
     """Whether a class does arithmetic with its attribute `name`, or compares it, in a pass."""
     for method in vars(kind).values():
         if not inspect.isfunction(method) or method.__name__ == "__init__":
@@ -267,7 +280,7 @@ def _is_computed_with(kind: type, name: str) -> bool:
                 [node.left, node.right]
                 if isinstance(node, ast.BinOp)
                 else [node.left, *node.comparators]
-                if isinstance(node, ast.Compare)
+                if compared and isinstance(node, ast.Compare)
                 else []
             )
             if any(isinstance(each, ast.Attribute) and each.attr == name for each in operands):

@@ -86,17 +86,28 @@ def _operations(draft: Draft) -> Iterator[Operation]:
         weight = f"{draft.donors[recipe.base].architecture.head}weight"
         if not (draft.tied and operation.name == weight):
             yield operation
-    merged = merges_rest(recipe, draft.donors)
-    yield from _end(draft, _Place(0, "rest", 0.0), None if merged else recipe.base)
+    yield from _rest(draft)
 
 
-def merges_rest(recipe: Recipe, donors: Donors) -> bool:
-    """Whether what surrounds the language model is merged, too, and not the base donor's.
+def _rest(draft: Draft) -> Iterator[Operation]:
+    """What surrounds blocks, ends and head: merged with whole models, otherwise the base donor's.
 
-    It is where whole models are merged that are nothing but one model; the towers of multimodal
-    ones are the base's.
+    The towers of multimodal models are the base donor's in any case.
     """
-    return is_whole(recipe, donors) and not is_multimodal(donors[recipe.base].config)
+    recipe, base = draft.recipe, draft.donors[draft.recipe.base]
+    place = _Place(0, "rest", 0.0)
+    towers = is_multimodal(base.config)
+    root = base.architecture.root
+
+    def is_merged(name: str) -> bool:
+        return not towers or name.startswith(root)
+
+    whole = is_whole(recipe, draft.donors)
+    if whole and any(map(is_merged, base.by_role.get(("rest", None), {}).values())):
+        yield from (each for each in _end(draft, place, None) if is_merged(each.name))
+    for operation in _end(draft, place, recipe.base):
+        if not (whole and is_merged(operation.name)):
+            yield operation
 
 
 def _end(draft: Draft, place: _Place, donor: str | None) -> Iterator[Operation]:

@@ -1,13 +1,13 @@
 """Blocks that a recipe moves, in families that are not in the table."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from copy import deepcopy
 from typing import Any
 
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import is_multimodal, language
+from frankenmerge.donors.config import is_multimodal, is_tied, language
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.splicing.result import Donors, blocks_by_source, is_whole
 
@@ -48,6 +48,7 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
     used = dict.fromkeys([recipe.base, *(moved.donor for run in runs for moved in run)])
     homes = homes_of({name: donors[name].config for name in used}, place)
     _check_names(base, homes[recipe.base].prefix, place)
+    _check_head(base, config, homes[recipe.base].model.state_dict(), place)
     first = differences_from_home(config, recipe.base, homes, runs)
     if not first:
         return config
@@ -80,6 +81,17 @@ def _check_names(base: Checkpoint, prefix: str, place: str) -> None:
         return
     remedy = "save the donor again with this version of transformers, or merge whole models"
     raise fail(f"{place}: {base.name}", f"blocks under {prefix}", f"blocks under {stored}", remedy)
+
+
+def _check_head(
+    base: Checkpoint, config: dict[str, Any], known: Container[str], place: str
+) -> None:
+    """Refuse to write a head that the donors have not, if the model calls it otherwise."""
+    weight = f"{base.architecture.head}weight"
+    if base.tied and not is_tied(config) and weight not in known and not is_multimodal(base.config):
+        expected = f"a head of its own, or {weight} as its name in the model"
+        remedy = "begin and end with blocks of one donor"
+        raise fail(f"{place}: {base.name}", expected, "a tied head of another name", remedy)
 
 
 def _trials(config: dict[str, Any], blocks: int) -> Iterator[dict[str, Any]]:
