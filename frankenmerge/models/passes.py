@@ -45,6 +45,18 @@ class _Enough(Exception):
     """Ends a pass when all blocks' arguments are known."""
 
 
+class _Output(Tensor):
+    """Hidden states in the place of a block's output: a tensor, and its own first element.
+
+    Some families' blocks return hidden states, others a tuple that begins with them.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # computing with it gives tensors
+
+    def __getitem__(self, key: Any) -> Any:
+        return self if isinstance(key, int) and key == 0 else super().__getitem__(key)
+
+
 class Passage:
     """Inputs that pass a donor's blocks: block after block, batch after batch.
 
@@ -171,7 +183,7 @@ def enter(
         calls.append(Call(args, kwargs))
         if len(calls) == len(blocks):
             raise _Enough
-        return hidden_states
+        return hidden_states.as_subclass(_Output)
 
     with ExitStack() as stack:
         for block in blocks:
@@ -183,9 +195,10 @@ def enter(
 
 def leave(model: PreTrainedModel, ids: Tensor, states: Tensor) -> Tensor:
     """Apply a model's final norm and head to `states` `[b, s, d]`; returns logits."""
+    output = states.as_subclass(_Output)
     with ExitStack() as stack:
         for block in blocks_of(model):
-            stack.enter_context(_replaced(block, lambda *_args, **_kwargs: states))
+            stack.enter_context(_replaced(block, lambda *_args, **_kwargs: output))
         return model(input_ids=ids, use_cache=False).logits
 
 

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from frankenmerge.donors import checkpoint as stored
 from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import block_kind, spliced_config
 from frankenmerge.errors import fail
 from frankenmerge.models.hooks import backbone, blocks_of
 from frankenmerge.models.loading import one_device
@@ -51,35 +50,14 @@ def stream_model(
     """
     model = _without_weights(checkpoint.config, torch_dtype(dtype))
     donor = Streamed(checkpoint, model, one_device(device), torch_dtype(dtype))
-    _set_constants(donor)
+    for name, constant in list(model.named_buffers()):
+        path, _, last = name.rpartition(".")
+        setattr(model.get_submodule(path), last, constant.to(donor.device))
     inner = backbone(model)
     for canonical, name in checkpoint.by_role["embedding", None].items():
         path, _, parameter = canonical.removeprefix(checkpoint.architecture.root).rpartition(".")
         _fill(donor, inner.get_submodule(path), {parameter: name})
     return donor
-
-
-def _set_constants(donor: Streamed) -> None:
-    """Give a model without weights its constants, such as rotary frequencies.
-
-    They are no tensors of the checkpoint. A model with one block of each kind and a vocabulary of
-    one token has the same, and takes hardly any memory.
-    """
-    checkpoint, dtype = donor.checkpoint, donor.dtype
-    kinds = {
-        block_kind(checkpoint.config, index): index for index in reversed(range(checkpoint.blocks))
-    }
-    config = spliced_config(
-        checkpoint.config, [(checkpoint.config, index) for index in kinds.values()], tied=False
-    )
-    nothing = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    small: dict[str, Any] = {**config, checkpoint.architecture.keys.vocabulary: 1, **nothing}
-    with init_empty_weights(include_buffers=False):
-        small_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small), dtype=dtype)
-    constants = dict(small_model.named_buffers())
-    for name, _ in list(donor.model.named_buffers()):
-        path, _, last = name.rpartition(".")
-        setattr(donor.model.get_submodule(path), last, constants[name].to(donor.device))
 
 
 def streamable(checkpoint: Checkpoint) -> bool:
@@ -92,7 +70,10 @@ def streamable(checkpoint: Checkpoint) -> bool:
 
 
 def _without_weights(config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.device("meta"):
+    """A model whose weights take no memory. Its constants, such as rotary frequencies, are those
+    that the library computes; they are no tensors of the checkpoint.
+    """
+    with init_empty_weights(include_buffers=False):
         return (
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
             .eval()
