@@ -84,7 +84,7 @@ class Passage:
         Args:
             donor: the donor whose blocks they pass.
             ids: token ids `[n, s]`.
-            prefix: tokens before every input, run once for all of them.
+            prefix: tokens before every input, run once for all of them if the model can cache them.
             site: whether to collect the outputs of blocks or of their attention.
             isolated: whether every block gets the input of the first one.
             batch: most inputs to run at once.
@@ -98,7 +98,12 @@ class Passage:
         ids = ids.to(embedding_of(self.model).device)
         before = None
         self.before: Tensor | None = None
-        if prefix:
+        self.skipped = 0
+        """Positions of the prefix at the start of `states`, where it is run with every input."""
+        if prefix and not caches_keys(self.model):
+            self.skipped = len(prefix)
+            ids = torch.cat([ids.new_tensor(prefix).expand(len(ids), -1), ids], dim=1)
+        elif prefix:
             self.before, self.calls_before = enter(
                 self.model, torch.tensor([prefix], device=ids.device), DynamicCache()
             )
@@ -124,7 +129,7 @@ class Passage:
 
     def entering(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the input of the first block in the form of `through`; call it before any block."""
-        yield from ((rows, self.states[rows]) for rows in self._batches())
+        yield from ((rows, self.states[rows, self.skipped :]) for rows in self._batches())
 
     @torch.no_grad()
     def through(self, index: int, block: nn.Module) -> Iterator[tuple[slice, Tensor]]:
@@ -159,7 +164,7 @@ class Passage:
                 )
                 if not self.isolated:
                     self.states[rows] = output[: len(states)].to(self.states.device)
-                yield rows, collected.pop()[: len(states)]
+                yield rows, collected.pop()[: len(states), self.skipped :]
 
     def _batches(self) -> list[slice]:
         return [
@@ -168,7 +173,22 @@ class Passage:
         ]
 
     def _shortened(self, block: nn.Module) -> AbstractContextManager:
-        return values_only(block, self.model.config.to_dict()) if self.alone else nullcontext()
+        config = self.model.config.to_dict()
+        architecture = family(config)
+        known = architecture.queries_keys or architecture.fused
+        return values_only(block, config) if self.alone and known else nullcontext()
+
+
+def caches_keys(model: PreTrainedModel) -> bool:
+    """Whether all that a model caches of earlier positions are keys and values of attention.
+
+    Not so if blocks have linear attention or another state, or if the family has its own cache.
+    """
+    library: Any = model  # generation decides by the same properties
+    if library._is_stateful or not library._supports_default_dynamic_cache():
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(isinstance(layer, DynamicLayer) for layer in layers)
 
 
 def enter(

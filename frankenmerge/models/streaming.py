@@ -70,8 +70,10 @@ def streamable(checkpoint: Checkpoint) -> bool:
 
 
 def _without_weights(config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose weights take no memory. Its constants, such as rotary frequencies, are those
-    that the library computes; they are no tensors of the checkpoint.
+    """A model whose weights take no memory.
+
+    Its constants, such as rotary frequencies, are those that the library computes; the checkpoint
+    has no tensors for them.
     """
     with init_empty_weights(include_buffers=False):
         return (
