@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -184,24 +185,17 @@ class Checkpoint:
         if self.identity:
             return self.identity()
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        handles = {
-            file: file.open("rb") for file in {tensor.file for tensor in self.tensors.values()}
-        }
-        try:
-            for name, tensor in sorted(self.tensors.items()):
-                digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-                for position in sorted(
-                    {
-                        tensor.start,
-                        (tensor.start + tensor.stop) // 2,
-                        max(tensor.start, tensor.stop - _SAMPLED),
-                    }
-                ):
-                    handles[tensor.file].seek(position)
-                    digest.update(handles[tensor.file].read(min(_SAMPLED, tensor.stop - position)))
-        finally:
-            for handle in handles.values():
-                handle.close()
+        in_order = sorted(self.tensors.items())
+        # One file at a time: neighbours in the order of names are mostly in one shard.
+        for file, group in groupby(in_order, key=lambda item: item[1].file):
+            with file.open("rb") as handle:
+                for name, tensor in group:
+                    digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+                    middle = (tensor.start + tensor.stop) // 2
+                    last = max(tensor.start, tensor.stop - _SAMPLED)
+                    for position in sorted({tensor.start, middle, last}):
+                        handle.seek(position)
+                        digest.update(handle.read(min(_SAMPLED, tensor.stop - position)))
         return digest.hexdigest()[:32]
 
 

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from frankenmerge.donors import checkpoint as stored
-from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.models.hooks import backbone, blocks_of
-from frankenmerge.models.loading import one_device
+from frankenmerge.models.loading import explained, one_device, quiet
 from frankenmerge.storage.dtypes import torch_dtype
 
 
@@ -48,7 +47,7 @@ def stream_model(
     Raises:
         FrankenmergeError: if its tensors do not fill the model exactly.
     """
-    model = _without_weights(checkpoint.config, torch_dtype(dtype))
+    model = _without_weights(checkpoint, torch_dtype(dtype))
     donor = Streamed(checkpoint, model, one_device(device), torch_dtype(dtype))
     for name, constant in list(model.named_buffers()):
         path, _, last = name.rpartition(".")
@@ -62,25 +61,24 @@ def stream_model(
 
 def streamable(checkpoint: Checkpoint) -> bool:
     """Whether blocks have the same tensors on disk and in memory (packed experts do not)."""
-    blocks = list(enumerate(blocks_of(_without_weights(checkpoint.config, torch.float32))))
+    blocks = list(enumerate(blocks_of(_without_weights(checkpoint, torch.float32))))
     named = all(
         set(block.state_dict()) == set(_tensors(checkpoint, index)) for index, block in blocks
     )
     return named and not any(list(block.buffers()) for _, block in blocks)
 
 
-def _without_weights(config: Config, dtype: torch.dtype) -> PreTrainedModel:
+def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """A model whose weights take no memory.
 
     Its constants, such as rotary frequencies, are those that the library computes; the checkpoint
     has no tensors for them.
     """
-    with init_empty_weights(include_buffers=False):
-        return (
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
-            .eval()
-            .requires_grad_(False)
-        )
+    place = str(checkpoint.path / "config.json")
+    with explained(place, "a config"), quiet(), init_empty_weights(include_buffers=False):
+        config = AutoConfig.for_model(**checkpoint.config)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model.eval().requires_grad_(False)
 
 
 def model_of(donor: Donor) -> PreTrainedModel:
