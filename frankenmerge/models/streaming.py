@@ -60,7 +60,11 @@ def stream_model(
 
 
 def streamable(checkpoint: Checkpoint) -> bool:
-    """Whether blocks have the same tensors on disk and in memory (packed experts do not)."""
+    """Whether blocks have the same tensors on disk and in memory (packed experts and quantised
+    weights do not).
+    """
+    if checkpoint.quantisation:
+        return False
     blocks = list(enumerate(blocks_of(_without_weights(checkpoint, torch.float32))))
     named = all(
         set(block.state_dict()) == set(_tensors(checkpoint, index)) for index, block in blocks
