@@ -131,7 +131,20 @@ def load_model(
         return untrained_model(checkpoint, untrained, placement)
     _check_index(checkpoint)
     unread = checkpoint.architecture.unread
-    return from_pretrained(AutoModelForCausalLM, checkpoint.path, placement, unread=unread)
+    model = from_pretrained(AutoModelForCausalLM, checkpoint.path, placement, unread=unread)
+    if checkpoint.quantisation:
+        _convert(model, placement.torch_dtype)
+    return model
+
+
+def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Convert weights that transformers has dequantised, to a type of its choice.
+
+    Those that are still quantised stay as they are.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.element_size() > 1:
+            parameter.data = parameter.data.to(dtype)
 
 
 def from_pretrained(

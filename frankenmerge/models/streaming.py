@@ -60,8 +60,9 @@ def stream_model(
 
 
 def streamable(checkpoint: Checkpoint) -> bool:
-    """Whether blocks have the same tensors on disk and in memory (packed experts and quantised
-    weights do not).
+    """Whether blocks have the same tensors on disk and in memory.
+
+    Packed experts and quantised weights do not.
     """
     if checkpoint.quantisation:
         return False
