@@ -224,7 +224,7 @@ def open_checkpoint(
         FrankenmergeError: naming every fault found, for a folder that is not a complete, consistent
             checkpoint.
     """
-    if fault := gguf_fault(Path(name).expanduser()):
+    if fault := gguf_fault(name):
         raise FrankenmergeError(fault)
     path = _fetched(name, download) if weights else resolve(name, _PATTERNS, download)
     read = partial(tensors_in, repository=repository_of(name, weights), download=download)

@@ -1,6 +1,7 @@
 """Quantised donors: whose weights are stored in few bits, together with their scales."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,8 +42,11 @@ def names_blocks(found: Scheme | None) -> bool:
     return re.search(r"\b(layers|h|blocks)\b\W+\d", json.dumps(found)) is not None
 
 
-def gguf_fault(path: Path) -> Fault | None:
-    """The fault of a folder or file in GGUF alone; None for any other."""
+def gguf_fault(name: str) -> Fault | None:
+    """The fault of a folder or file in GGUF alone; None for any other name."""
+    if not os.path.exists(expanded := os.path.expanduser(name)):  # also for invalid paths
+        return None
+    path = Path(expanded)
     files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if not files or files[0].suffix != ".gguf" or any(path.glob("*.safetensors")):
         return None

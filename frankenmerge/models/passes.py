@@ -49,9 +49,10 @@ class _Output(Tensor):
     """Hidden states in the place of a block's output: a tensor, and its own first element.
 
     Some families' blocks return hidden states, others a tuple that begins with them.
+    Computing with it gives plain tensors.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # computing with it gives tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     def __getitem__(self, key: Any) -> Any:
         return self if isinstance(key, int) and key == 0 else super().__getitem__(key)

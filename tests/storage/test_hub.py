@@ -165,7 +165,11 @@ def test_a_lora_on_the_hub_is_known_by_its_header_alone(call, hub, folders, tmp_
     lora.mkdir()
     (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     save_file(
-        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": __import__("numpy").zeros((4, 16), "float32")},
+        {
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": __import__(
+                "numpy"
+            ).zeros((4, 16), "float32")
+        },
         lora / "adapter_model.safetensors",
     )
     hub.repositories["org/lora"] = Repository(lora)
