@@ -22,7 +22,7 @@ from frankenmerge.analysis.features import Feature, check_features, check_single
 from frankenmerge.analysis.ranking import merge, pack, unpack
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.models.hooks import Site, block_outputs, blocks_of, embedding_of, forward
-from frankenmerge.models.passes import ROWS
+from frankenmerge.models.passes import ROWS, caches_keys
 from frankenmerge.progress import Advance, ignore
 
 Positions = Literal["last", "all"]
@@ -236,8 +236,12 @@ class _Runs:
             size = min(BATCH, math.ceil(len(candidates) / ROWS) * ROWS)
             for tokens in candidates.split(BATCH):
                 rows = pad(tokens, (0, size - len(tokens)))
-                held = {"past_key_values": _expanded(cache, len(rows))} if prefix else {}
-                forward(self.model, input_ids=rows[:, None], **held)
+                if cache is None:
+                    before = rows.new_tensor(prefix).expand(len(rows), -1)
+                    forward(self.model, input_ids=torch.cat([before, rows[:, None]], dim=1))
+                else:
+                    held = _expanded(cache, len(rows))
+                    forward(self.model, input_ids=rows[:, None], past_key_values=held)
                 scores = earlier + _activations(states, features)[:, : len(tokens), -1]
                 best = merge(best, pack(scores, tokens, f"the tokens {prefix} and one more"), k)
                 self.advance(len(tokens))
@@ -246,15 +250,18 @@ class _Runs:
 
     def _begin(
         self, prefix: Tokens, features: Sequence[Feature], states: list[Tensor]
-    ) -> tuple[DynamicCache, Tensor | float]:
-        """The keys and values of a prefix, and its part of the scores, `[features, 1]`."""
-        cache = DynamicCache()
+    ) -> tuple[DynamicCache | None, Tensor | float]:
+        """The keys and values of a prefix, and its part of the scores, `[features, 1]`.
+
+        The cache is None if the prefix must be run with every token.
+        """
         if not prefix:
-            return cache, 0.0
+            return None, 0.0
+        cache = DynamicCache() if caches_keys(self.model) else None
         forward(
             self.model,
             input_ids=torch.tensor([prefix], device=embedding_of(self.model).device),
-            past_key_values=cache,
+            **({} if cache is None else {"past_key_values": cache}),
         )
         return cache, _activations(states, features).sum(2) if self.positions == "all" else 0.0
 

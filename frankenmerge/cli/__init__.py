@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 import click
 
@@ -66,6 +67,9 @@ for command in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status, see `HELP`."""
     given = None if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal may lack characters of tokens and names
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli.main(args=given, prog_name="frankenmerge", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

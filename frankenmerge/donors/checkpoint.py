@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,22 @@ from frankenmerge.donors.config import config_faults, family, is_tied, quantity
 from frankenmerge.donors.inferred import architecture_of, family_faults
 from frankenmerge.donors.library import completed
 from frankenmerge.donors.pickles import PICKLES, converted, pickles
+from frankenmerge.donors.quantisation import Scheme, gguf_fault, scheme
 from frankenmerge.donors.shards import (
     INDEX_NAME,
     SINGLE_NAME,
     SUFFIXES,
     TEMPLATES_FOLDER,
-    WEIGHTS,
     link_faults,
+    plain_name,
     read_tensors,
     tensors_in,
+    weight_map,
 )
 from frankenmerge.donors.structure import structure_faults
 from frankenmerge.donors.tokens import Tokens, read_settings, tokens_of
-from frankenmerge.errors import fail, raise_all
-from frankenmerge.storage.hub import repository_of, resolve
+from frankenmerge.errors import FrankenmergeError, fail, raise_all
+from frankenmerge.storage.hub import is_folder, repository_of, resolve
 from frankenmerge.storage.safetensors_header import BYTES_OF, Tensor, read_json
 
 TOKENIZER_FILES = (
@@ -79,6 +82,8 @@ class Checkpoint:
     """What identifies it instead of its bytes: a stage's key."""
     written: dict[str, Any] | None = None
     """The config as it is in config.json, where `config` is completed by transformers."""
+    remarks: tuple[str, ...] = ()
+    """Worth knowing; they forbid nothing."""
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -123,6 +128,11 @@ class Checkpoint:
     def left_out(self) -> list[str]:
         """Tensors that are no part of the model, such as a reward head."""
         return sorted(name for name in self.tensors if re.search(LEFT_OUT, name))
+
+    @cached_property
+    def quantisation(self) -> Scheme | None:
+        """How it is quantised; None for plain weights."""
+        return scheme(self.config, self.dtypes)
 
     @property
     def parameters(self) -> int:
@@ -203,24 +213,17 @@ class Checkpoint:
             return self.identity()
         config = self.config if self.written is None else self.written
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        handles = {
-            file: file.open("rb") for file in {tensor.file for tensor in self.tensors.values()}
-        }
-        try:
-            for name, tensor in sorted(self.tensors.items()):
-                digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-                for position in sorted(
-                    {
-                        tensor.start,
-                        (tensor.start + tensor.stop) // 2,
-                        max(tensor.start, tensor.stop - _SAMPLED),
-                    }
-                ):
-                    handles[tensor.file].seek(position)
-                    digest.update(handles[tensor.file].read(min(_SAMPLED, tensor.stop - position)))
-        finally:
-            for handle in handles.values():
-                handle.close()
+        in_order = sorted(self.tensors.items())
+        # One file at a time: neighbours in the order of names are mostly in one shard.
+        for file, group in groupby(in_order, key=lambda item: item[1].file):
+            with file.open("rb") as handle:
+                for name, tensor in group:
+                    digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+                    middle = (tensor.start + tensor.stop) // 2
+                    last = max(tensor.start, tensor.stop - _SAMPLED)
+                    for position in sorted({tensor.start, middle, last}):
+                        handle.seek(position)
+                        digest.update(handle.read(min(_SAMPLED, tensor.stop - position)))
         return digest.hexdigest()[:32]
 
 
@@ -240,10 +243,12 @@ def open_checkpoint(
         FrankenmergeError: naming every fault found, for a folder that is not a complete, consistent
             checkpoint.
     """
-    path = resolve(name, (*_PATTERNS, WEIGHTS) if weights else _PATTERNS, download)
+    if fault := gguf_fault(name):
+        raise FrankenmergeError(fault)
+    path = _fetched(name, download) if weights else resolve(name, _PATTERNS, download)
     read = partial(tensors_in, repository=repository_of(name, weights), download=download)
     if allow_pickle and not (path / INDEX_NAME).exists() and read(path / SINGLE_NAME) is None:
-        path = resolve(name, (*_PATTERNS, WEIGHTS, PICKLES), download)
+        path = resolve(name, (*_PATTERNS, PICKLES), download)
         raise_all(link_faults(path, {*SUFFIXES, ".bin"}))
         path = (
             converted(path, (file for file in path.iterdir() if file.suffix in SUFFIXES))
@@ -264,6 +269,18 @@ def open_checkpoint(
     )
     raise_all(structure_faults(checkpoint))
     return checkpoint
+
+
+def _fetched(name: str, download: bool) -> Path:
+    """A donor's folder with the weights that are read, and no other copy of them.
+
+    Those are the single file or, if there is none, the files that the index names.
+    """
+    path = resolve(name, (*_PATTERNS, SINGLE_NAME), download)
+    if is_folder(name) or (path / SINGLE_NAME).exists() or not (path / INDEX_NAME).exists():
+        return path
+    shards = {shard for shard in weight_map(path / INDEX_NAME).values() if plain_name(shard)}
+    return resolve(name, (*_PATTERNS, *sorted(shards)), download)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -89,26 +89,29 @@ def read_tensors(path: Path, read: Read) -> dict[str, Tensor]:
         remedy = "convert or download the donor's weights as safetensors"
         remedy += ", or have them converted with --allow-pickle" if pickles(path) else ""
         raise fail(str(path), f"{SINGLE_NAME} or {INDEX_NAME}", found, remedy)
-    weight_map = _weight_map(index_path)
-    headers = _shard_headers(index_path, sorted(set(weight_map.values())), read)
-    raise_all(_index_faults(path, weight_map, headers))
+    shards = weight_map(index_path)
+    headers = _shard_headers(index_path, sorted(set(shards.values())), read)
+    raise_all(_index_faults(path, shards, headers))
     stored = {name: each for shard in sorted(headers) for name, each in headers[shard].items()}
     # In the order of the index, then what it leaves out.
-    return {name: stored[name] for name in dict.fromkeys([*weight_map, *stored])}
+    return {name: stored[name] for name in dict.fromkeys([*shards, *stored])}
 
 
-def _weight_map(index_path: Path) -> dict[str, str]:
+def plain_name(shard: str) -> bool:
+    """Whether an index names a file of its own folder, and no pattern."""
+    return Path(shard).name == shard and not set(shard) & set("*?[")
+
+
+def weight_map(index_path: Path) -> dict[str, str]:
     """The shard of each tensor by the index."""
     index = read_json(index_path, "a safetensors index")
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if isinstance(weight_map, dict) and all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        return weight_map
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if isinstance(found, dict) and all(isinstance(shard, str) for shard in found.values()):
+        return found
     raise fail(
         f"{index_path}: weight_map",
         "an object of tensor and file names",
-        type(weight_map).__name__,
+        type(found).__name__,
         "restore the index",
     )
 

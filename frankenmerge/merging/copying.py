@@ -9,6 +9,7 @@ from pathlib import Path
 
 from frankenmerge.merging.shards import BLOCK, Range
 from frankenmerge.progress import Advance
+from frankenmerge.splicing.reading import unreadable
 
 CHUNK = 8 << 20
 """Bytes asked of the kernel at a time, so that progress shows and Ctrl-C is heard."""
@@ -67,7 +68,8 @@ def copy_range(piece: Range, source: int, target: int, moved: Advance, *, clonin
     """Copy a range from the file `source` to the file `target`.
 
     `moved` is called with the bytes done since its last call. With `cloning` the whole blocks
-    are shared and only the ends copied. Raises OSError when reading or writing fails.
+    are shared and only the ends copied. Raises OSError when writing fails,
+    FrankenmergeError when reading does.
     """
     start, position, left = piece.start, piece.position, piece.bytes
     if cloning and (start - position) % BLOCK == 0:
@@ -104,13 +106,22 @@ def _copy(
             done = os.copy_file_range(source, target, count, start, position)
         except (OSError, AttributeError):  # file systems, kernels and systems without it
             done = 0
-        if not done and (content := os.pread(source, count, start)):
-            done = os.pwrite(target, content, position)
         if not done:
-            raise OSError(f"{file} ended at byte {os.fstat(source).st_size:,}")
+            done = os.pwrite(target, _content(file, source, count, start), position)
         flush(target, position, done)
         start, position, left = start + done, position + done, left - done
         moved(done)
+
+
+def _content(file: Path, source: int, count: int, start: int) -> bytes:
+    """Up to `count` bytes, and at least one, of a donor's file."""
+    try:
+        content = os.pread(source, count, start)
+    except OSError as error:
+        raise unreadable(file, error.strerror or str(error)) from error
+    if not content:
+        raise unreadable(file, f"it ended at byte {os.fstat(source).st_size:,}")
+    return content
 
 
 def write_fully(target: int, content: bytes | memoryview, position: int) -> None:

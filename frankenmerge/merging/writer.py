@@ -29,7 +29,7 @@ from frankenmerge.merging.journal import (
     write_synced,
 )
 from frankenmerge.merging.provenance import plan_hash
-from frankenmerge.merging.shards import Shard, ranges_of
+from frankenmerge.merging.shards import Range, Shard, ranges_of
 from frankenmerge.merging.small_files import small_files
 from frankenmerge.merging.write_plan import MergeOptions, WritePlan, planned
 from frankenmerge.progress import Advance, Progress, silent
@@ -152,8 +152,8 @@ def _write(
         with lock:
             advance(count)
 
-    with open_files(plan.files) as handles, workers(plan.arithmetics) as pool:
-        how = Computation(handles, fits, options.device, options.allow_nan)
+    with open_files() as files, workers(plan.arithmetics) as pool:
+        how = Computation(files, fits, options.device, options.allow_nan)
 
         def fill(shard: Shard, target: int) -> None:
             made.add(shard.name)
@@ -174,12 +174,16 @@ def _jobs(
 ) -> Iterator[Callable[[], None]]:
     for whole in ranges_of(shard):
         for piece in pieces(whole):
-            source = how.handles[piece.file]
-            yield partial(copy_range, piece, source, target, moved, cloning=shard.cloned)
+            yield partial(_copied, piece, how, target, moved, cloning=shard.cloned)
     # The largest first, so that no thread is left alone with one at the end.
     for operation, position in sorted(shard.places, key=lambda place: -place.operation.bytes):
         if not isinstance(operation, Copy):
             yield partial(write_computed, operation, how, target, position, moved)
+
+
+def _copied(piece: Range, how: Computation, target: int, moved: Advance, *, cloning: bool) -> None:
+    with how.files.opened(piece.file) as source:
+        copy_range(piece, source, target, moved, cloning=cloning)
 
 
 def write_computed(

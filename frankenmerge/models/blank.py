@@ -43,13 +43,13 @@ def config_object(config: Config) -> PreTrainedConfig:
     return AutoConfig.for_model(**_plain(config))
 
 
-def blank_model(config: Config) -> PreTrainedModel:
+def blank_model(config: Config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a config, with parameters on the meta device and buffers in memory.
 
     Raises whatever transformers raises for a config that it cannot build.
     """
     with quiet(), init_empty_weights(include_buffers=False):
-        return build(model_class(config), config_object(config), torch.float32)
+        return build(model_class(config), config_object(config), dtype)
 
 
 def build(kind: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,15 +1,17 @@
 """Load models and tokenizers of checkpoints without changing the process's settings."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,8 +19,8 @@ from transformers import (
 
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.shards import INDEX_NAME, SINGLE_NAME
-from frankenmerge.errors import fail
-from frankenmerge.models.blank import build, model_class
+from frankenmerge.errors import FrankenmergeError, fail
+from frankenmerge.models.blank import build, config_object, model_class
 from frankenmerge.models.hooks import embedding_of
 from frankenmerge.models.quiet import quiet
 from frankenmerge.storage.dtypes import torch_dtype
@@ -57,6 +59,39 @@ CPU = Placement()
 """float32 on the CPU."""
 
 
+@contextmanager
+def explained(place: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers, tokenizers or accelerate raise while loading into a fault.
+
+    Args:
+        place: the folder or file that is loaded.
+        what: what it is expected to be.
+    """
+    try:
+        yield
+    except FrankenmergeError:
+        raise
+    except Exception as error:
+        raise _loading_fault(place, what, error) from error
+
+
+def _loading_fault(place: str, what: str, error: Exception) -> FrankenmergeError:
+    message = " ".join(str(error).split())[:400]
+    expected = f"{what} that transformers {transformers.__version__} can load"
+    found = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return fail(place, expected, found, _remedy(error))
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return "use --dtype bfloat16, a device with more memory, or --device auto"
+    if "Too many open files" in str(error):
+        return "raise the limit of open files (ulimit -n)"
+    if isinstance(error, ImportError) or "pip install" in str(error):
+        return "install the package that it names"
+    return "restore the file that it names; inspect, check and merge work without loading"
+
+
 def load_model(
     checkpoint: Checkpoint, placement: Placement = CPU, *, untrained: int | None = None
 ) -> PreTrainedModel:
@@ -77,7 +112,20 @@ def load_model(
     _check_index(checkpoint)
     unread = checkpoint.architecture.unread
     kind = model_class(checkpoint.config)
-    return from_pretrained(kind, checkpoint.path, placement, unread=unread)
+    model = from_pretrained(kind, checkpoint.path, placement, unread=unread)
+    if checkpoint.quantisation:
+        _convert(model, placement.torch_dtype)
+    return model
+
+
+def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Convert weights that transformers has dequantised, to a type of its choice.
+
+    Those that are still quantised stay as they are.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.element_size() > 1:
+            parameter.data = parameter.data.to(dtype)
 
 
 def from_pretrained(
@@ -100,6 +148,7 @@ def from_pretrained(
     Raises:
         FrankenmergeError: for missing, unexpected or mismatched tensors, or too little memory.
     """
+    place = str(source or "splice in memory")
     try:
         with quiet():
             model, info = auto_class.from_pretrained(
@@ -115,11 +164,11 @@ def from_pretrained(
                 output_loading_info=True,
                 **more,
             )
-    except (ValueError, RuntimeError) as error:
-        if not placement.max_memory:
-            raise
-        expected, remedy = "available devices, such as 0=20GiB", "correct --max-memory"
-        raise fail("memory per device", expected, str(error), remedy) from error
+    except Exception as error:
+        if placement.max_memory and isinstance(error, ValueError | RuntimeError):
+            expected, remedy = "available devices, such as 0=20GiB", "correct --max-memory"
+            raise fail("memory per device", expected, str(error), remedy) from error
+        raise _loading_fault(place, "a checkpoint", error) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(map(str, info[kind]))
         if kind == "unexpected_keys":
@@ -127,10 +176,10 @@ def from_pretrained(
         if names:
             found = f"{kind.replace('_', ' ')}: {', '.join(names[:5])}"
             expected, remedy = "weights that fill the model exactly", "use a complete checkpoint"
-            raise fail(str(source or "splice in memory"), expected, found, remedy)
+            raise fail(place, expected, found, remedy)
     if embedding_of(model).is_meta:
         expected = "memory for the embedding on a device"
-        raise fail(str(source or "splice in memory"), expected, "less", "raise --max-memory")
+        raise fail(place, expected, "less", "raise --max-memory")
     return model.eval()
 
 
@@ -160,12 +209,13 @@ def untrained_model(
             CPU here.
     """
     _check_family(checkpoint)
-    config = AutoConfig.for_model(**checkpoint.config)
     device = "cpu" if placement.device == "auto" else placement.device
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)
-        model = build(model_class(checkpoint.config), config, torch.float32)
+        with explained(str(checkpoint.path / "config.json"), "a config"):
+            kind, config = model_class(checkpoint.config), config_object(checkpoint.config)
+            model = build(kind, config, torch.float32)
     finally:
         torch.set_rng_state(state)
     return model.to(device, placement.torch_dtype).eval()
@@ -197,6 +247,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer whose files are in a folder."""
-    with quiet():
+    """Load the tokenizer whose files are in a folder.
+
+    Raises FrankenmergeError for files that transformers cannot load, or not without sentencepiece.
+    """
+    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+        if find_spec("sentencepiece") is None:
+            expected = "tokenizer.json, or the package sentencepiece, which reads tokenizer.model"
+            remedy = "install frankenmerge[sentencepiece], or save the tokenizer as tokenizer.json"
+            raise fail(str(folder), expected, "neither", remedy)
+    with quiet(), explained(str(folder), "a tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

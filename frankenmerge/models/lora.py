@@ -6,22 +6,24 @@ and rounded once.
 
 import hashlib
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from filecmp import cmp as equal
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from frankenmerge import __version__
-from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
+from frankenmerge.donors.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from frankenmerge.donors.shards import link_faults, tensors_in
-from frankenmerge.errors import Fault, fail, raise_all
+from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.storage.atomic import cache_folder, new_folder
 from frankenmerge.storage.dtypes import EXACT_IN_FLOAT32, torch_dtype
 from frankenmerge.storage.hub import repository_of, resolve
-from frankenmerge.storage.safetensors_header import read_json
+from frankenmerge.storage.safetensors_header import Tensor, read_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _REMEDY = (
@@ -30,20 +32,29 @@ _REMEDY = (
 )
 
 
-def find_adapter(name: str, *, download: bool = False, weights: bool = True) -> Path:
-    """Find a LoRA's folder from its config and header alone.
+class Adapter(NamedTuple):
+    """A LoRA whose config and header have been read."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+
+
+def find_adapter(name: str, *, download: bool = False, weights: bool = True) -> Adapter:
+    """Find a LoRA from its config and header alone.
 
     Without `weights`, no more than these are fetched from the hub. Raises FrankenmergeError for a
     folder without either, for pickled weights, and for adapters of another kind.
     """
     repository = repository_of(name, weights)
-    folder = resolve(name, (CONFIG_NAME, WEIGHTS_NAME) if weights else (CONFIG_NAME,), download)
+    patterns = (CONFIG_NAME, *TOKENIZER_FILES, *((WEIGHTS_NAME,) if weights else ()))
+    folder = resolve(name, patterns, download)
     raise_all(link_faults(folder))
     config = read_json(folder / CONFIG_NAME, "an adapter's adapter_config.json")
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise fail(f"{folder / CONFIG_NAME}: peft_type", "LORA", repr(kind), "name a LoRA")
-    if tensors_in(folder / WEIGHTS_NAME, repository, download) is None:
+    tensors = tensors_in(folder / WEIGHTS_NAME, repository, download)
+    if tensors is None:
         others = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
         remedy = "load the adapter with peft and save it again, which writes safetensors"
         raise fail(
@@ -52,7 +63,62 @@ def find_adapter(name: str, *, download: bool = False, weights: bool = True) -> 
             f"only pickle files ({others})" if others else "no safetensors",
             remedy,
         )
-    return folder
+    return Adapter(folder, tensors)
+
+
+def check_fit(base: Checkpoint, adapter: Adapter) -> None:
+    """Raise FrankenmergeError for a LoRA that does not fit the base, by headers alone.
+
+    The error names the first matrix without a place, or of another shape, and how many there are.
+    """
+    if faults := list(_fit_faults(base, adapter)):
+        first, count = faults[0], len(faults)
+        others = f", and {count - 1} more that do not fit" if count > 1 else ""
+        raise FrankenmergeError(first._replace(found=first.found + others))
+
+
+def _fit_faults(base: Checkpoint, adapter: Adapter) -> Iterator[Fault]:
+    """Experts may have other names in memory, and heads may be tied: theirs are left to peft."""
+    shapes = {
+        canonical.format(index): base.tensors[name].shape
+        for (_, index), names in base.by_role.items()
+        for canonical, name in names.items()
+    }
+    axes = {".lora_A.": -1, ".lora_B.": 0}
+    for name, tensor in adapter.tensors.items():
+        part = next((part for part in axes if part in name), None)
+        if part is None or re.search(r"experts|lm_head|embed", name) or len(tensor.shape) != 2:
+            continue
+        target = name.removeprefix("base_model.model.").partition(part)[0] + ".weight"
+        place = f"{adapter.path}: {name}"
+        if (shape := shapes.get(target)) is None:
+            expected = f"a weight of {base.name} that it changes"
+            yield Fault(place, expected, f"no {target} there", _REMEDY)
+            continue
+        size = tensor.shape[axes[part]]
+        fits = {shape[axes[part]], shape[-1 - axes[part]]}  # GPT-2 stores its maps transposed
+        if size not in (fits if _transposed(base) else {shape[axes[part]]}):
+            expected = f"a LoRA of a weight of shape {list(shape)}, {target} of {base.name}"
+            yield Fault(place, expected, f"shape {list(tensor.shape)}", _REMEDY)
+
+
+def _transposed(base: Checkpoint) -> bool:
+    stream = base.architecture.stream
+    return stream is not None and stream.transposed
+
+
+def adapter_remarks(base: Checkpoint, adapter: Adapter) -> tuple[str, ...]:
+    """The files of a tokenizer that a LoRA has and that are not the base's: they are not used."""
+    own = [
+        name
+        for name in TOKENIZER_FILES
+        if (file := adapter.path / name).is_file()
+        and not ((base.path / name).is_file() and equal(file, base.path / name, shallow=False))
+    ]
+    if not own:
+        return ()
+    used = f"the tokenizer and chat template of {base.name} are used; to have the others, copy them"
+    return (f"the LoRA {adapter.path} has its own {', '.join(own)}, which are not used: {used}",)
 
 
 def folded(base: Checkpoint, adapter: Path) -> Checkpoint:

@@ -45,6 +45,19 @@ class _Enough(Exception):
     """Ends a pass when all blocks' arguments are known."""
 
 
+class _Output(Tensor):
+    """Hidden states in the place of a block's output: a tensor, and its own first element.
+
+    Some families' blocks return hidden states, others a tuple that begins with them.
+    Computing with it gives plain tensors.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    def __getitem__(self, key: Any) -> Any:
+        return self if isinstance(key, int) and key == 0 else super().__getitem__(key)
+
+
 class Passage:
     """Inputs that pass a donor's blocks: block after block, batch after batch.
 
@@ -72,7 +85,7 @@ class Passage:
         Args:
             donor: the donor whose blocks they pass.
             ids: token ids `[n, s]`.
-            prefix: tokens before every input, run once for all of them.
+            prefix: tokens before every input, run once for all of them if the model can cache them.
             site: whether to collect the outputs of blocks or of their attention.
             isolated: whether every block gets the input of the first one.
             batch: most inputs to run at once.
@@ -86,7 +99,12 @@ class Passage:
         ids = ids.to(embedding_of(self.model).device)
         before = None
         self.before: Tensor | None = None
-        if prefix:
+        self.skipped = 0
+        """Positions of the prefix at the start of `states`, where it is run with every input."""
+        if prefix and not caches_keys(self.model):
+            self.skipped = len(prefix)
+            ids = torch.cat([ids.new_tensor(prefix).expand(len(ids), -1), ids], dim=1)
+        elif prefix:
             self.before, self.calls_before = enter(
                 self.model, torch.tensor([prefix], device=ids.device), DynamicCache()
             )
@@ -112,7 +130,7 @@ class Passage:
 
     def entering(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the input of the first block in the form of `through`; call it before any block."""
-        yield from ((rows, self.states[rows]) for rows in self._batches())
+        yield from ((rows, self.states[rows, self.skipped :]) for rows in self._batches())
 
     @torch.no_grad()
     def through(self, index: int, block: nn.Module) -> Iterator[tuple[slice, Tensor]]:
@@ -147,7 +165,7 @@ class Passage:
                 )
                 if not self.isolated:
                     self.states[rows] = output[: len(states)].to(self.states.device)
-                yield rows, collected.pop()[: len(states)]
+                yield rows, collected.pop()[: len(states), self.skipped :]
 
     def _batches(self) -> list[slice]:
         return [
@@ -156,7 +174,22 @@ class Passage:
         ]
 
     def _shortened(self, block: nn.Module) -> AbstractContextManager:
-        return values_only(block, self.model.config.to_dict()) if self.alone else nullcontext()
+        config = self.model.config.to_dict()
+        architecture = family(config)
+        known = architecture.queries_keys or architecture.fused
+        return values_only(block, config) if self.alone and known else nullcontext()
+
+
+def caches_keys(model: PreTrainedModel) -> bool:
+    """Whether all that a model caches of earlier positions are keys and values of attention.
+
+    Not so if blocks have linear attention or another state, or if the family has its own cache.
+    """
+    library: Any = model  # generation decides by the same properties
+    if library._is_stateful or not library._supports_default_dynamic_cache():
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(isinstance(layer, DynamicLayer) for layer in layers)
 
 
 def enter(
@@ -171,7 +204,7 @@ def enter(
         calls.append(Call(args, kwargs))
         if len(calls) == len(blocks):
             raise _Enough
-        return hidden_states
+        return hidden_states.as_subclass(_Output)
 
     with ExitStack() as stack:
         for block in blocks:
@@ -183,9 +216,10 @@ def enter(
 
 def leave(model: PreTrainedModel, ids: Tensor, states: Tensor) -> Tensor:
     """Apply a model's final norm and head to `states` `[b, s, d]`; returns logits."""
+    output = states.as_subclass(_Output)
     with ExitStack() as stack:
         for block in blocks_of(model):
-            stack.enter_context(_replaced(block, lambda *_args, **_kwargs: states))
+            stack.enter_context(_replaced(block, lambda *_args, **_kwargs: output))
         return model(input_ids=ids, use_cache=False).logits
 
 

@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from frankenmerge.donors.config import quantity
 from frankenmerge.models.hooks import block_outputs
+from frankenmerge.models.passes import caches_keys
 
 ROWS, LENGTH, SEED = 16, 64, 0
 """Default number of rows and tokens, and their seed."""
@@ -18,11 +19,16 @@ ROWS, LENGTH, SEED = 16, 64, 0
 def sample_tokens(model: PreTrainedModel, rows: int, length: int, start: int, seed: int) -> Tensor:
     """Sample token ids `[rows, length]` from a model, on the CPU; each row begins with `start`."""
     generator = torch.Generator().manual_seed(seed)
-    ids, cache = torch.full((rows, 1), start), DynamicCache()
+    ids = torch.full((rows, 1), start)
+    # Families with linear attention and the like have caches of their own.
+    cache = DynamicCache() if caches_keys(model) else None
     while ids.shape[1] < length:
-        logits = model(
-            input_ids=ids[:, -1:].to(model.device), past_key_values=cache, use_cache=True
-        ).logits[:, -1]
+        if cache is None:
+            output = model(input_ids=ids.to(model.device), use_cache=False)
+        else:
+            last = ids[:, -1:].to(model.device)
+            output = model(input_ids=last, past_key_values=cache, use_cache=True)
+        logits = output.logits[:, -1]
         ids = torch.cat(
             [ids, torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)], 1
         )

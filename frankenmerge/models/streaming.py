@@ -8,17 +8,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from frankenmerge.donors import checkpoint as stored
-from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import block_kind, spliced_config
 from frankenmerge.errors import fail
+from frankenmerge.models.blank import blank_model
 from frankenmerge.models.hooks import backbone, blocks_of
-from frankenmerge.models.loading import one_device
+from frankenmerge.models.loading import explained, one_device
 from frankenmerge.storage.dtypes import torch_dtype
 
 
@@ -49,9 +47,11 @@ def stream_model(
     Raises:
         FrankenmergeError: if its tensors do not fill the model exactly.
     """
-    model = _without_weights(checkpoint.config, torch_dtype(dtype))
+    model = _without_weights(checkpoint, torch_dtype(dtype))
     donor = Streamed(checkpoint, model, one_device(device), torch_dtype(dtype))
-    _set_constants(donor)
+    for name, constant in list(model.named_buffers()):
+        path, _, last = name.rpartition(".")
+        setattr(model.get_submodule(path), last, constant.to(donor.device))
     inner = backbone(model)
     for canonical, name in checkpoint.by_role["embedding", None].items():
         path, _, parameter = canonical.removeprefix(checkpoint.architecture.root).rpartition(".")
@@ -59,45 +59,29 @@ def stream_model(
     return donor
 
 
-def _set_constants(donor: Streamed) -> None:
-    """Give a model without weights its constants, such as rotary frequencies.
-
-    They are no tensors of the checkpoint. A model with one block of each kind and a vocabulary of
-    one token has the same, and takes hardly any memory.
-    """
-    checkpoint, dtype = donor.checkpoint, donor.dtype
-    kinds = {
-        block_kind(checkpoint.config, index): index for index in reversed(range(checkpoint.blocks))
-    }
-    config = spliced_config(
-        checkpoint.config, [(checkpoint.config, index) for index in kinds.values()], tied=False
-    )
-    nothing = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    small: dict[str, Any] = {**config, checkpoint.architecture.keys.vocabulary: 1, **nothing}
-    with init_empty_weights(include_buffers=False):
-        small_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small), dtype=dtype)
-    constants = dict(small_model.named_buffers())
-    for name, _ in list(donor.model.named_buffers()):
-        path, _, last = name.rpartition(".")
-        setattr(donor.model.get_submodule(path), last, constants[name].to(donor.device))
-
-
 def streamable(checkpoint: Checkpoint) -> bool:
-    """Whether blocks have the same tensors on disk and in memory (packed experts do not)."""
-    blocks = list(enumerate(blocks_of(_without_weights(checkpoint.config, torch.float32))))
+    """Whether blocks have the same tensors on disk and in memory.
+
+    Packed experts and quantised weights do not.
+    """
+    if checkpoint.quantisation:
+        return False
+    blocks = list(enumerate(blocks_of(_without_weights(checkpoint, torch.float32))))
     named = all(
         set(block.state_dict()) == set(_tensors(checkpoint, index)) for index, block in blocks
     )
     return named and not any(list(block.buffers()) for _, block in blocks)
 
 
-def _without_weights(config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.device("meta"):
-        return (
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
-            .eval()
-            .requires_grad_(False)
-        )
+def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose weights take no memory.
+
+    Its constants, such as rotary frequencies, are those that the library computes; the checkpoint
+    has no tensors for them.
+    """
+    place = str(checkpoint.path / "config.json")
+    with explained(place, "a config"):
+        return blank_model(checkpoint.config, dtype).eval().requires_grad_(False)
 
 
 def model_of(donor: Donor) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from frankenmerge.models.hooks import blocks_of
 from frankenmerge.models.loading import (
     CPU,
     Placement,
+    explained,
     from_pretrained,
     load_tokenizer,
     tokenizer_in,
@@ -37,7 +38,7 @@ from frankenmerge.splicing.computing import (
     workers,
 )
 from frankenmerge.splicing.methods import METHODS
-from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate, readings
+from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.splicing.rotation import Fit
 from frankenmerge.splicing.tokenizer import tokenizer_content
@@ -101,7 +102,8 @@ def assemble(
         FrankenmergeError: for NaN and Inf in computed tensors, or too little memory.
     """
     tensors = _tensors(splice, models, placement, fits or {}, shared, progress)
-    config = AutoConfig.for_model(**splice.config)
+    with explained("splice in memory", "a config"):
+        config = AutoConfig.for_model(**splice.config)
     with torch.device("meta"):
         kind = type(build(model_class(splice.config), config, torch.float32))
     model = from_pretrained(kind, None, placement, config=config, state_dict=tensors)
@@ -189,15 +191,14 @@ def _computed(
     """Compute tensors, several at a time, in the type in which a merge would store them."""
     if not operations:
         return
-    files = {reading.tensor.file for operation in operations for reading in readings(operation)}
     total = sum(operation.bytes for operation in operations)
     arithmetics: set[Arithmetic] = {arithmetic(operation, "cpu") for operation in operations}
     with (
-        open_files(files) as handles,
+        open_files() as files,
         workers(arithmetics) as pool,
         progress("computing tensors", total, "bytes") as advance,
     ):
-        how = Computation(handles, fits)
+        how = Computation(files, fits)
         futures = [pool.submit(_computed_tensor, operation, how) for operation in operations]
         try:
             for operation, future in zip(operations, futures, strict=True):

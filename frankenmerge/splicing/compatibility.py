@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import block_kind, differences, language, quantity
+from frankenmerge.donors.quantisation import names_blocks, title
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of tensors by canonical name."""
@@ -25,11 +26,13 @@ def compatibility(donors: list[Checkpoint], *, based: bool = False) -> Compatibi
 
     With `based`, every block is merged with one of a base model, whose rotary positions apply.
     """
-    reasons, remarks = [], []
+    reasons = []
+    remarks = [remark for donor in donors for remark in donor.remarks]
     for first, other in combinations(donors, 2):
         pair = f"{first.name} | {other.name}"
         forbidding, harmless = differences(first.config, other.config, based=based)
         # Other sizes mean other shapes in every tensor: the sizes are reason enough.
+        forbidding = [*forbidding, *_quantisation_reasons(first, other)]
         forbidding = forbidding or _tensor_differences(first, other)
         harmless += _remarks(first, other)
         reasons += [f"{pair}: {reason}" for reason in forbidding]
@@ -37,8 +40,19 @@ def compatibility(donors: list[Checkpoint], *, based: bool = False) -> Compatibi
     return Compatibility(reasons, remarks)
 
 
+def _quantisation_reasons(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
+    if first.quantisation != other.quantisation:
+        titles = (title(donor.quantisation) for donor in (first, other))
+        yield f"quantization_config: not the same ({', '.join(titles)})"
+    elif names_blocks(first.quantisation):
+        yield "quantization_config: names single blocks by their index"
+
+
 def _remarks(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
-    if set(first.dtypes) != set(other.dtypes):
+    if first.quantisation and other.quantisation:
+        scheme = title(first.quantisation)
+        yield f"quantised ({scheme}): only passthrough copies them, with their scales"
+    elif set(first.dtypes) != set(other.dtypes):
         types = f"{', '.join(first.dtypes)} and {', '.join(other.dtypes)}"
         yield f"types {types}; the recipe has to set dtype"
     if first.tokenizer_hash != other.tokenizer_hash:

@@ -8,17 +8,16 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.splicing.methods.inputs import Operand, inputs_of
 from frankenmerge.splicing.operations import Combine, Input, Rotate
 from frankenmerge.splicing.reading import (
-    Handles,
+    DonorFiles,
     all_finite,
     elements,
     not_finite,
@@ -49,8 +48,8 @@ Arithmetic = Literal["C", "torch"]
 class Computation:
     """How tensors are computed."""
 
-    handles: Handles
-    """The donors' files, open."""
+    files: DonorFiles
+    """The donors' files."""
     fits: Mapping[int, Fit]
     """Rotations of slices that have a gauge, by slice."""
     device: str = "cpu"
@@ -118,7 +117,7 @@ def computed(operation: Combine | Rotate, how: Computation) -> Iterator[memoryvi
 def _native_chunks(operation: Combine, how: Computation) -> Chunks:
     from frankenmerge.splicing.methods import native
 
-    reader = partial(raw_reader, handles=how.handles, allow_nan=how.allow_nan)
+    reader = partial(raw_reader, files=how.files, allow_nan=how.allow_nan)
     method = _method(operation, reader)
     assert method
     return native.rounded(method, operation.dtype, allow_nan=how.allow_nan)
@@ -127,7 +126,7 @@ def _native_chunks(operation: Combine, how: Computation) -> Chunks:
 def _torch_chunks(operation: Combine, how: Computation) -> Chunks:
     from frankenmerge.splicing.methods.combine import combine
 
-    reader = partial(tensor_reader, handles=how.handles, device=how.device, allow_nan=how.allow_nan)
+    reader = partial(tensor_reader, files=how.files, device=how.device, allow_nan=how.allow_nan)
     operands, base = _operands(operation, reader)
     made = combine(operation.method, operands, base, **_whole(operation))
     return _rounded(made, operation.dtype)
@@ -164,7 +163,7 @@ def _rotation_chunks(operation: Rotate, how: Computation) -> Chunks:
 
     def read(given: Input) -> "torch.Tensor":
         count = math.prod(given.tensor.shape)
-        values = elements(given.tensor, how.handles, 0, count, torch.float64)
+        values = elements(given.tensor, how.files, 0, count, torch.float64)
         if not how.allow_nan and not all_finite(values):
             raise FrankenmergeError(not_finite(given.donor, given.source))
         return values.view(given.tensor.shape)
@@ -213,10 +212,10 @@ def workers(arithmetics: Collection[Arithmetic]) -> Iterator[ThreadPoolExecutor]
 
 
 @contextmanager
-def open_files(files: Iterable[Path]) -> Iterator[dict[Path, int]]:
-    """Open files to be read by several threads; their descriptors by path."""
-    with ExitStack() as stack:
-        opened = (
-            (file, stack.enter_context(file.open("rb", buffering=0))) for file in sorted(files)
-        )
-        yield {file: handle.fileno() for file, handle in opened}
+def open_files() -> Iterator[DonorFiles]:
+    """The donors' files, to be read by several threads; closed at the end."""
+    files = DonorFiles()
+    try:
+        yield files
+    finally:
+        files.close()

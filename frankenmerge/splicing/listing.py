@@ -189,7 +189,9 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
         inputs = tuple(given(entry) for entry in chosen)
         first = inputs[0]
         unscaled = method == PLAIN and first.parameters.get("scale", 1) == 1
-        if unscaled and first.tensor.dtype == draft.dtype and first.rows is None:
+        # Quantised donors are copied with their scales, in the types in which they are stored.
+        as_stored = donors[first.donor].quantisation or first.tensor.dtype == draft.dtype
+        if unscaled and as_stored and first.rows is None:
             yield Copy(name, first.donor, first.source, first.tensor)
             continue
         if draft.vocabulary and first.rows:

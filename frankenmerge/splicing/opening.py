@@ -7,7 +7,7 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_schema import reference
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import FrankenmergeError, raise_all
-from frankenmerge.models.lora import find_adapter, folded
+from frankenmerge.models.lora import adapter_remarks, check_fit, find_adapter, folded
 
 
 def open_donors(
@@ -57,8 +57,8 @@ def open_donor(
     if lora is None:
         return base
     adapter = find_adapter(lora, download=download, weights=weights)
-    return (
-        replace(folded(base, adapter), name=name)
-        if weights
-        else replace(base, name=name, whole=False)
-    )
+    check_fit(base, adapter)
+    remarks = adapter_remarks(base, adapter)
+    if weights:
+        return replace(folded(base, adapter.path), name=name, remarks=remarks)
+    return replace(base, name=name, whole=False, remarks=remarks)

@@ -2,12 +2,15 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
-from frankenmerge.errors import Fault, FrankenmergeError
+from frankenmerge.errors import Fault, FrankenmergeError, fail
 from frankenmerge.splicing.methods.inputs import Raw
 from frankenmerge.splicing.operations import Input
 from frankenmerge.splicing.vocabulary import Rows
@@ -17,25 +20,92 @@ from frankenmerge.storage.safetensors_header import Tensor
 if TYPE_CHECKING:
     import torch
 
-Handles = Mapping[Path, int]
-"""The donors' files, open."""
+LIMIT = 16
+"""Files that stay open."""
+
+
+@dataclass
+class _Open:
+    handle: int
+    readers: int = 0
+
+
+class DonorFiles:
+    """The donors' files, each opened when it is read, by any number of threads.
+
+    At most `LIMIT` are open, and those that threads are reading.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._files: dict[Path, _Open] = {}  # the most recently used last
+
+    @contextmanager
+    def opened(self, file: Path) -> Iterator[int]:
+        """The descriptor of a file, for as long as the context lasts.
+
+        Raises FrankenmergeError if the file cannot be opened.
+        """
+        with self._lock:
+            found = self._files.pop(file, None) or _Open(_descriptor(file))
+            self._files[file] = found
+            found.readers += 1
+        try:
+            yield found.handle
+        finally:
+            with self._lock:
+                found.readers -= 1
+                self._close(len(self._files) - LIMIT)
+
+    def close(self) -> None:
+        """Close all files; none is being read any more."""
+        self._close(len(self._files))
+
+    def _close(self, count: int) -> None:
+        """Close so many files, the least recently used first, but none that is being read."""
+        idle = [file for file, each in self._files.items() if not each.readers]
+        for file in idle[: max(0, count)]:
+            os.close(self._files.pop(file).handle)
+
+
+def _descriptor(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise unreadable(file, error.strerror or str(error)) from error
+
+
+def unreadable(file: Path, found: str) -> FrankenmergeError:
+    """The error of a donor's file that cannot be read to the end."""
+    remedy = "check the disk, or download the file again"
+    return fail(str(file), "a file that can be read to its end", found, remedy)
 
 
 def read_into(handle: int, tensor: Tensor, start: int, view: memoryview) -> None:
     """Fill `view` with the bytes of a tensor from byte `start` on.
 
-    Raises OSError where the file ends before.
+    Raises FrankenmergeError if the file cannot be read, or ends before.
     """
     position = tensor.start + start
     while view:
-        done = os.preadv(handle, [view], position)
+        try:
+            done = os.preadv(handle, [view], position)
+        except OSError as error:
+            raise unreadable(tensor.file, error.strerror or str(error)) from error
         if not done:
-            raise OSError(f"{tensor.file} ended at byte {os.fstat(handle).st_size:,}")
+            size = os.fstat(handle).st_size
+            raise unreadable(tensor.file, f"it ended at byte {size:,}")
         view, position = view[done:], position + done
 
 
+def read_stretch(files: DonorFiles, tensor: Tensor, start: int, stop: int) -> bytearray:
+    """Bytes [start, stop) of a tensor. Raises FrankenmergeError if they cannot be read."""
+    with files.opened(tensor.file) as handle:
+        return read_fully(handle, tensor, start, stop)
+
+
 def read_fully(handle: int, tensor: Tensor, start: int, stop: int) -> bytearray:
-    """Bytes [start, stop) of a tensor. Raises OSError where the file ends before."""
+    """Bytes [start, stop) of a tensor. Raises FrankenmergeError as `read_into`."""
     content = bytearray(stop - start)
     read_into(handle, tensor, start, memoryview(content))
     return content
@@ -55,27 +125,27 @@ def not_finite(donor: str, source: str) -> Fault:
 
 
 def tensor_reader(
-    given: Input, handles: Handles, *, device: str, allow_nan: bool
+    given: Input, files: DonorFiles, *, device: str, allow_nan: bool
 ) -> "Callable[[int, int], torch.Tensor]":
     """Return a function that reads flat elements of an input in float32.
 
     It raises FrankenmergeError for NaN and Inf in them, unless `allow_nan`.
     """
     read = _read if given.rows is None else _read_rows
-    return partial(read, given, handles, device=device, allow_nan=allow_nan)
+    return partial(read, given, files, device=device, allow_nan=allow_nan)
 
 
 def _read(
-    given: Input, handles: Handles, start: int, stop: int, *, device: str, allow_nan: bool
+    given: Input, files: DonorFiles, start: int, stop: int, *, device: str, allow_nan: bool
 ) -> "torch.Tensor":
-    made = elements(given.tensor, handles, start, stop).to(device)
+    made = elements(given.tensor, files, start, stop).to(device)
     if not allow_nan and not all_finite(made):
         raise FrankenmergeError(not_finite(given.donor, given.source))
     return made
 
 
 def _read_rows(
-    given: Input, handles: Handles, start: int, stop: int, *, device: str, allow_nan: bool
+    given: Input, files: DonorFiles, start: int, stop: int, *, device: str, allow_nan: bool
 ) -> "torch.Tensor":
     """Elements of a matrix whose rows come from several donors' matrices."""
     import torch
@@ -85,7 +155,7 @@ def _read_rows(
     for donor, first, place, count in _stretches(
         given.rows, math.prod(given.tensor.shape[1:]), start, stop
     ):
-        taken = elements(given.rows.tensors[donor], handles, first, first + count)
+        taken = elements(given.rows.tensors[donor], files, first, first + count)
         if not allow_nan and not all_finite(taken):
             raise FrankenmergeError(not_finite(given.rows.donors[donor], given.source))
         made[place : place + count] = taken
@@ -93,13 +163,13 @@ def _read_rows(
 
 
 def elements(
-    tensor: Tensor, handles: Handles, start: int, stop: int, dtype: "torch.dtype | None" = None
+    tensor: Tensor, files: DonorFiles, start: int, stop: int, dtype: "torch.dtype | None" = None
 ) -> "torch.Tensor":
     """Flat elements [start, stop) as the file has them, in `dtype`, float32 when absent."""
     import torch
 
     width = BYTES_OF[tensor.dtype]
-    content = read_fully(handles[tensor.file], tensor, start * width, stop * width)
+    content = read_stretch(files, tensor, start * width, stop * width)
     return torch.frombuffer(content, dtype=torch_dtype(tensor.dtype)).to(dtype or torch.float32)
 
 
@@ -113,7 +183,7 @@ def all_finite(values: "torch.Tensor") -> bool:
 # For C
 
 
-def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[int, int], Raw]:
+def raw_reader(given: Input, files: DonorFiles, *, allow_nan: bool) -> Callable[[int, int], Raw]:
     """Return a function that reads flat elements of an input into a buffer that it reuses.
 
     Where rows come from several donors' matrices they are read as float32, and it raises
@@ -131,7 +201,8 @@ def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[
     def read(start: int, stop: int) -> Raw:
         width = BYTES_OF[given.tensor.dtype]
         view = view_of((stop - start) * width)
-        read_into(handles[given.tensor.file], given.tensor, start * width, view)
+        with files.opened(given.tensor.file) as handle:
+            read_into(handle, given.tensor, start * width, view)
         return Raw(view, given.tensor.dtype, fault)
 
     def read_rows(start: int, stop: int) -> Raw:
@@ -145,7 +216,7 @@ def raw_reader(given: Input, handles: Handles, *, allow_nan: bool) -> Callable[[
         ):
             tensor = given.rows.tensors[donor]
             width = BYTES_OF[tensor.dtype]
-            taken = read_fully(handles[tensor.file], tensor, first * width, (first + count) * width)
+            taken = read_stretch(files, tensor, first * width, (first + count) * width)
             raw = Raw(
                 memoryview(taken), tensor.dtype, not_finite(given.rows.donors[donor], given.source)
             )

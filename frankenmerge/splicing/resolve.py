@@ -256,7 +256,8 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
         spelled = spelled_out(recipe, donors, place)
         beyond = tuple(range_faults(spelled, donors, place))
         faults += beyond
-        vocabulary, remarks = None, []
+        vocabulary = None
+        remarks = [remark for donor in donors.values() for remark in donor.remarks]
         if not unlike and not beyond:
             vocabulary = result_vocabulary(spelled, donors)
             faults += pairing_faults(spelled, donors, vocabulary, place)

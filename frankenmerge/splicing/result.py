@@ -91,6 +91,10 @@ def result_dtype(recipe: Recipe, donors: Donors) -> str:
     """The type of all tensors of the result, by its name in safetensors."""
     if written := recipe.out_dtype or recipe.dtype:
         return "F32" if written == "float64" else STORED_NAMES[written]
+    base = donors[recipe.base]
+    if base.quantisation:
+        stored = base.config.get("dtype") or base.config.get("torch_dtype")
+        return STORED_NAMES[stored or "bfloat16"]
     return next(iter(donors[recipe.base].dtypes))
 
 
@@ -111,7 +115,7 @@ def result_config(
     if architecture.learned_positions:
         text[architecture.keys.positions] = quantity(embedding.config, "positions")
     config.pop("_name_or_path", None)
-    if dtype in COMPUTED:
+    if dtype in COMPUTED and not base.quantisation:
         for key in STORAGE_KEYS:
             config.pop(key, None)
     # Loaders from before transformers 5 know the older key alone: keep what the base donor uses.

@@ -1,10 +1,12 @@
 """Everything that keeps donors from being put together as a recipe says, whatever the method."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import differences, quantity
+from frankenmerge.donors.quantisation import DEQUANTISE, names_blocks, title
 from frankenmerge.errors import Fault
 from frankenmerge.splicing.compatibility import (
     Compatibility,
@@ -87,6 +89,9 @@ def donor_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
 
 
 def _type_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
+    if any(donors[name].quantisation for name in recipe.tensor_donors):
+        yield from _quantisation_faults(recipe, donors)
+        return
     types = {name: donors[name].dtypes for name in recipe.tensor_donors}
     for name, stored in types.items():
         if unfit := [dtype for dtype in stored if dtype not in COMPUTED]:
@@ -100,6 +105,47 @@ def _type_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
         )
         remedy = "set dtype, the type of the result's tensors"
         yield Fault(f"{place}: dtype", "donors of one floating type, or dtype", found, remedy)
+
+
+def _quantisation_faults(recipe: Recipe, donors: Donors) -> Iterator[Fault]:
+    """One fault for each quantised donor of a recipe that does not copy all tensors as stored."""
+    opened = {name: donors[name] for name in recipe.tensor_donors}
+    if not (reason := _computes(recipe, donors) or _unlike_schemes(list(opened.values()))):
+        return
+    for name, donor in opened.items():
+        if donor.quantisation:
+            expected = "plain weights, or a passthrough of donors of one quantisation, as stored"
+            found = f"quantised weights ({title(donor.quantisation)}); {reason}"
+            yield Fault(name, expected, found, DEQUANTISE)
+
+
+def _unlike_schemes(donors: Sequence[Checkpoint]) -> str | None:
+    first, *others = (donor.quantisation for donor in donors)
+    if any(other != first for other in others):
+        return "the donors' quantisations are different"
+    if any(names_blocks(donor.quantisation) for donor in donors):
+        return "its quantization_config names single blocks by their index"
+    return None
+
+
+def _computes(recipe: Recipe, donors: Donors) -> str | None:
+    """What in a recipe needs more than copies of tensors as they are stored."""
+    parts = recipe.stack.slices or []
+    levels = [recipe, recipe.stack, *parts, *(each for part in parts for each in part.sources)]
+    config = donors[recipe.base].config
+    stored = config.get("dtype") or config.get("torch_dtype")
+    asked = recipe.out_dtype or recipe.dtype
+    if recipe.merge_method != "passthrough":
+        return f"{recipe.merge_method} computes with them"
+    if any(level.parameters for level in levels):
+        return "parameters compute with them"
+    if any(part.gauge for part in parts):
+        return "a gauge computes with them"
+    if recipe.vocabulary is not None:
+        return "rows matched by their tokens are computed"
+    if asked and stored and asked != stored:
+        return f"dtype {asked} would convert them from {stored}"
+    return None
 
 
 def range_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:

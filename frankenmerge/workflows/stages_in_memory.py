@@ -8,8 +8,8 @@ from frankenmerge.merging.copying import write_fully
 from frankenmerge.merging.shards import plan_shards
 from frankenmerge.splicing.computing import Computation, computed, open_files
 from frankenmerge.splicing.gauge_fitting import fitted_rotations
-from frankenmerge.splicing.operations import Copy, readings
-from frankenmerge.splicing.reading import read_fully
+from frankenmerge.splicing.operations import Copy
+from frankenmerge.splicing.reading import read_stretch
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.storage.safetensors_header import read_header
 from frankenmerge.storage.scratch import file_in_memory, scratch_folder, write_files
@@ -27,13 +27,12 @@ def make_in_memory(splice: Splice, closing: ExitStack) -> Checkpoint:
     target = closing.enter_context(file_in_memory(path))
     write_fully(target, shard.header, 0)
     fits = fitted_rotations(splice) if splice.has_gauges else {}
-    files = {reading.tensor.file for each in splice.operations for reading in readings(each)}
-    with open_files(files) as handles:
-        how = Computation(handles, fits)
+    with open_files() as files:
+        how = Computation(files, fits)
         for operation, position in shard.places:
             if isinstance(operation, Copy):
                 tensor = operation.tensor
-                whole = memoryview(read_fully(handles[tensor.file], tensor, 0, tensor.bytes))
+                whole = memoryview(read_stretch(files, tensor, 0, tensor.bytes))
                 write_fully(target, whole, position)
                 continue
             for chunk in computed(operation, how):

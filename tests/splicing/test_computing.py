@@ -16,7 +16,7 @@ from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.merging.writer import write_computed
 from frankenmerge.splicing import computing
-from frankenmerge.splicing.computing import Computation
+from frankenmerge.splicing.computing import Computation, open_files
 from frankenmerge.splicing.operations import Combine, Input, readings
 from frankenmerge.splicing.vocabulary import Rows
 
@@ -126,14 +126,8 @@ def test_rows_of_several_donors_are_put_together(pair, tmp_path, without_extensi
 
 def written_alone(operation: Combine, path: Path) -> torch.Tensor:
     """What `write_computed` writes for one operation, as float32."""
-    files = {reading.tensor.file for reading in readings(operation)}
-    handles = {file: os.open(file, os.O_RDONLY) for file in files}
-    target = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        write_computed(operation, Computation(handles, {}), target, 0, lambda _: None)
-    finally:
-        for handle in (*handles.values(), target):
-            os.close(handle)
+    with open_files() as files, path.open("w+b") as target:
+        write_computed(operation, Computation(files, {}), target.fileno(), 0, lambda _: None)
     return torch.frombuffer(bytearray(path.read_bytes()), dtype=TYPES[operation.dtype]).float()
 
 

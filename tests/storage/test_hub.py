@@ -165,7 +165,11 @@ def test_a_lora_on_the_hub_is_known_by_its_header_alone(call, hub, folders, tmp_
     lora.mkdir()
     (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     save_file(
-        {"a.lora_A.weight": __import__("numpy").zeros((4, 16), "float32")},
+        {
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": __import__(
+                "numpy"
+            ).zeros((4, 16), "float32")
+        },
         lora / "adapter_model.safetensors",
     )
     hub.repositories["org/lora"] = Repository(lora)
@@ -392,3 +396,20 @@ def test_a_card_names_the_repositories_and_no_folders(call, hub, folders, recipe
     assert code == 0, err
     front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
     assert front["base_model"] == ["org/sharded"]
+
+
+def test_a_second_copy_of_the_weights_is_not_fetched(call, hub, folders, tmp_path):
+    for folder in (folders["one"], folders["sharded"]):
+        for extra in ("consolidated.safetensors", "model.fp16.safetensors"):
+            shutil.copy(next(folder.glob("model*.safetensors")), folder / extra)
+    recipe = tmp_path / "recipe.yaml"
+    for name in ("org/one", "org/sharded"):
+        recipe.write_text(
+            "merge_method: passthrough\n"
+            f"slices:\n- sources: [{{model: {name}, layer_range: [0, 4]}}]\n"
+        )
+        code, _, errors = call("merge", recipe, tmp_path / name.replace("/", "-"), "--download")
+        assert code == 0, errors
+    served = {name for name in hub.served if name.endswith(".safetensors")}
+    named = json.loads((folders["sharded"] / "model.safetensors.index.json").read_text())
+    assert served == {"model.safetensors", *named["weight_map"].values()}
