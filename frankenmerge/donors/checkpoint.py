@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from frankenmerge.donors.architecture import LEFT_OUT, Architecture
-from frankenmerge.donors.config import config_faults, family, is_tied, quantity
+from frankenmerge.donors.config import STORAGE_KEYS, config_faults, family, is_tied, quantity
 from frankenmerge.donors.inferred import architecture_of, family_faults
 from frankenmerge.donors.library import completed
 from frankenmerge.donors.pickles import PICKLES, converted, pickles
@@ -257,7 +257,7 @@ def open_checkpoint(
         )
     raise_all(link_faults(path))
     written = _read_config(path / "config.json")
-    config = written if family(written).listed else completed(written) or written
+    config = written if family(written).listed else _completed(written)
     tensors = read_tensors(path, read)
     checkpoint = Checkpoint(
         name,
@@ -297,3 +297,10 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise fail(f"{path}: {key}", "a positive whole number", repr(value), remedy)
     raise_all(config_faults(config, str(path)))
     return config
+
+
+def _completed(written: dict[str, Any]) -> dict[str, Any]:
+    """The config as transformers completes it, with what says how the file was stored."""
+    if (full := completed(written)) is None:
+        return written
+    return full | {key: written[key] for key in STORAGE_KEYS if key in written}

@@ -15,7 +15,7 @@ from frankenmerge.donors.architecture import (
     PerBlock,
 )
 from frankenmerge.donors.families import FAMILIES, INDEX_BOUND, USUAL
-from frankenmerge.donors.library import completed, own_names
+from frankenmerge.donors.library import completed, declared, own_names
 from frankenmerge.donors.moving import is_per_block, moved
 from frankenmerge.errors import Fault
 
@@ -281,10 +281,21 @@ _COMPARED = {"rope_parameters", "rope_theta", "rope_scaling", "sliding_window", 
 """Fields of `FREE` that are compared as they are in families that are not in the table."""
 
 
+_SUPERSEDED = {
+    "sliding_window_pattern": "layer_types",
+    "_sliding_window_pattern": "layer_types",
+    "max_window_layers": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "rope_theta": "rope_parameters",
+    "rope_scaling": "rope_parameters",
+}
+"""Fields that are not read where the one that has taken their place is there."""
+
+
 def _compared_inferred(first: Config, other: Config) -> dict[str, tuple[Any, ...]]:
     """The same for language models that are not in the table; settings of single blocks aside."""
     depth = family(first).keys.blocks
-    texts = [language(config) for config in (first, other)]
+    texts = [language(completed(config) or config) for config in (first, other)]
 
     def shown(text: Config, key: str) -> Any:
         value = text.get(key)
@@ -293,7 +304,12 @@ def _compared_inferred(first: Config, other: Config) -> dict[str, tuple[Any, ...
             return {name: each for name, each in value.items() if name not in free}
         return "one a block" if is_per_block(key, value, text.get(depth)) else value
 
-    fields = (set(texts[0]) | set(texts[1])) - (FREE - _COMPARED) - {depth}
+    listed = {number for number, key in _SUPERSEDED.items() if all(text.get(key) for text in texts)}
+    # A field that its family does not declare, and one of both has, is of another version.
+    known = declared(str(texts[0]["model_type"])) | {"head_dim"}
+    known = known if len(known) > 1 else set(texts[0]) | set(texts[1])
+    fields = (set(texts[0]) & set(texts[1])) | ((set(texts[0]) | set(texts[1])) & known)
+    fields -= (FREE - _COMPARED) | {depth} | listed
     return {key: (shown(texts[0], key), shown(texts[1], key)) for key in sorted(fields)}
 
 
@@ -309,10 +325,7 @@ def _harmless(unequal: Config, first: Config, other: Config) -> set[str]:
         one_sided = {key for key in unequal if None in unequal[key]}
         one_sided -= {"sliding_window", *architecture.defaults}
         return harmless | (set(unequal) - read) | one_sided
-    # What else differs may be a default that one of the files omits.
-    filled = [completed(config) for config in (first, other)]
-    a, b = (language(config) if config else {} for config in filled)
-    return harmless | {key for key in unequal if a and b and a.get(key) == b.get(key)}
+    return harmless
 
 
 def spliced_config(

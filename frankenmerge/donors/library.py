@@ -25,11 +25,19 @@ def own_names(model_type: str) -> Mapping[str, str]:
     return dict(CONFIG_MAPPING[model_type].attribute_map)
 
 
-def completed(config: Config) -> dict[str, Any] | None:
-    """All fields that the config's family has; None for a config that transformers cannot read.
+@lru_cache
+def declared(model_type: str) -> frozenset[str]:
+    """The fields that a family's config has by itself; none for an unknown family."""
+    from transformers import CONFIG_MAPPING
 
-    Fields that only the config has are left out: no model of the family reads them. The class is
-    transformers' own; no code of a donor runs.
+    known = model_type in CONFIG_MAPPING
+    return frozenset(CONFIG_MAPPING[model_type]().to_dict() if known else ())
+
+
+def completed(config: Config) -> dict[str, Any] | None:
+    """The config with all fields of its family; None for a config that transformers cannot read.
+
+    The class is transformers' own; no code of a donor runs.
     """
     from transformers import CONFIG_MAPPING
     from transformers.utils import logging
@@ -41,9 +49,7 @@ def completed(config: Config) -> dict[str, Any] | None:
     logging.set_verbosity(CRITICAL)
     try:
         fields = {key: _plain(value) for key, value in config.items() if key != "model_type"}
-        declared = CONFIG_MAPPING[name]().to_dict()
-        full = CONFIG_MAPPING[name](**fields).to_dict()
-        return {key: value for key, value in full.items() if key in declared}
+        return CONFIG_MAPPING[name](**fields).to_dict()
     except Exception:  # whatever a config of any origin makes a class of transformers raise
         return None
     finally:

@@ -52,7 +52,7 @@ def blank_model(config: Config, dtype: torch.dtype = torch.float32) -> PreTraine
         return build(model_class(config), config_object(config), dtype)
 
 
-def build(kind: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build(kind: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """Build a model of a class, automatic or not, from a config alone."""
     automatic = hasattr(kind, "_model_mapping")
     return (kind.from_config if automatic else kind._from_config)(config, dtype=dtype)

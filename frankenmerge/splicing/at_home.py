@@ -88,6 +88,15 @@ def home_faults(differing: Sequence[str], place: str) -> Iterator[Fault]:
         yield Fault(place, expected, line, _REMEDY)
 
 
+def model_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a config's model, by name; none for one that cannot be built."""
+    try:
+        state = blank_model(config).state_dict()
+    except Exception:  # whatever transformers raises for a config of any origin
+        return {}
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
 def home_of(config: Config) -> Home:
     """Build a config's model without weights, and take it apart.
 
@@ -238,18 +247,14 @@ def _is_label(key: tuple[str, ...], made: Home, home: Home, places: tuple[int, i
     if len(key) != 2:
         return False
     values = made.blocks[places[0]].get(key), home.blocks[places[1]].get(key)
-    numbers = (
-        all(
-            type(value) is int
-            and value - index == values[1] - places[1]
-            and 0 <= value - index <= 1
-            for value, index in zip(values, places, strict=True)
-        )
-        if all(type(value) is int for value in values)
-        else False
-    )
+    offsets = {_offset(value, index) for value, index in zip(values, places, strict=True)}
+    numbers = offsets in ({0}, {1})
     counts = values == (len(made.blocks), len(home.blocks))
     return (numbers or counts) and not _is_computed_with(_class_at(home, places[1], key[0]), key[1])
+
+
+def _offset(value: Any, index: int) -> int | None:
+    return value - index if type(value) is int else None
 
 
 def _is_depth(key: tuple[str, ...], made: Home, base: Home) -> bool:

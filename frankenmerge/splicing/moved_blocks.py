@@ -8,7 +8,7 @@ from typing import Any
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import is_multimodal, is_tied, language
-from frankenmerge.errors import FrankenmergeError, fail
+from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
 from frankenmerge.splicing.result import Donors, blocks_by_source, is_whole
 
 _COUNT = re.compile(r"first_k|dense|interval|period|offset|step|freq|every|start|end|pattern")
@@ -31,7 +31,10 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
         FrankenmergeError: for blocks that would not compute the same.
     """
     base = donors[recipe.base]
-    if base.architecture.listed or is_whole(recipe, donors):
+    if base.architecture.listed:
+        return config
+    _check_shapes(recipe, donors)
+    if is_whole(recipe, donors):
         return config
     if base.architecture.keys.blocks not in language(base.config):
         expected = f"{base.architecture.keys.blocks}, the number of blocks, in its config"
@@ -56,6 +59,28 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
         if not differences_from_home(trial, recipe.base, homes, runs):
             return trial
     raise FrankenmergeError(*home_faults(first, place))
+
+
+def _check_shapes(recipe: Recipe, donors: Donors) -> None:
+    """Refuse donors with tensors of other shapes than in the model of their config."""
+    from frankenmerge.splicing.at_home import model_shapes
+
+    faults: list[Fault] = []
+    for donor in {id(donors[name]): donors[name] for name in recipe.tensor_donors}.values():
+        if donor.written is None or donor.quantisation:
+            continue
+        expected = model_shapes(donor.config)
+        faults += [
+            Fault(
+                f"{donor.path}: {name}",
+                f"shape {list(expected[name])}, as config.json says",
+                f"shape {list(tensor.shape)}",
+                "use a checkpoint whose config.json belongs to its weights",
+            )
+            for name, tensor in donor.tensors.items()
+            if name in expected and expected[name] != tensor.shape
+        ][:3]
+    raise_all(faults)
 
 
 def _check_surroundings(recipe: Recipe, base: Checkpoint, place: str) -> None:

@@ -77,7 +77,6 @@ def test_a_config_that_is_no_object_is_refused(donors, tmp_path, content):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("model_type", "mamba"),
         ("model_type", None),
         ("model_type", 7),
         ("model_type", ["llama"]),

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import changed, write_donor
+from conftest import changed, resolved, write_donor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.config import differences, quantity
 from frankenmerge.errors import FrankenmergeError
@@ -93,18 +94,20 @@ def test_code_of_its_own_is_no_reason_in_a_family_that_transformers_has(tmp_path
     code = {"auto_map": {"AutoModelForCausalLM": "modeling_starcoder2.Starcoder2ForCausalLM"}}
     donor = written(tmp_path / "own", "starcoder2")
     with_code = changed(donor, tmp_path / "code", config=lambda own: own | code)
-    assert open_checkpoint(str(with_code)).blocks == 4
-    unknown = changed(
-        donor, tmp_path / "unknown", config=lambda own: own | code | {"model_type": "starcoder9"}
-    )
-    with pytest.raises(FrankenmergeError, match="code of its own"):
-        open_checkpoint(str(unknown))
+    stack = (0, 1, 2, 1, 2, 3)
+    assert resolved(recipe_of([Block(str(with_code), index) for index in stack]))
 
 
-def test_a_refusal_lists_the_families_and_the_remedy_once(tmp_path, run):
+def test_a_family_that_transformers_has_not_is_merged_whole_and_not_spliced(tmp_path):
     donor = written(tmp_path / "own", "starcoder2")
-    strange = {"model_type": "novel", "scale_depth": 1.4, "moe_layers": [1]}
-    folder = changed(donor, tmp_path / "novel", config=lambda own: own | strange)
-    _, _, errors = run("inspect", folder)
-    assert errors.count("remedy:") == errors.count("model_type, one of") == 1
-    assert "scale_depth" in errors and "moe_layers" in errors
+    unknown = changed(
+        donor, tmp_path / "unknown", config=lambda own: own | {"model_type": "starcoder9"}
+    )
+    name = str(unknown)
+    whole = Recipe.model_validate(
+        {"merge_method": "linear", "models": [{"model": name, "parameters": {"weight": 1}}]}
+    )
+    stored = open_checkpoint(name).tensors
+    assert {operation.name for operation in resolved(whole).operations} == set(stored)
+    with pytest.raises(FrankenmergeError, match="starcoder9"):
+        resolved(recipe_of([Block(name, index) for index in (0, 1, 2, 1, 2, 3)]))

@@ -3,7 +3,6 @@
 import pytest
 
 from frankenmerge.donors.families import FAMILIES
-from frankenmerge.donors.inferred import architecture_of
 from frankenmerge.errors import FrankenmergeError
 
 
@@ -106,9 +105,3 @@ def test_a_name_has_its_role(family, name, role, index, canonical):
 def test_a_name_of_no_role_is_refused(family, name):
     with pytest.raises(FrankenmergeError, match=name):
         FAMILIES[family].role(name)
-
-
-@pytest.mark.parametrize("family", ["mamba", None, 3, ["llama"], {}])
-def test_an_unknown_family_is_refused_and_the_known_ones_are_named(family):
-    with pytest.raises(FrankenmergeError, match="gpt2, gpt_neox, llama"):
-        architecture_of({"model_type": family}, {}, "config.json")

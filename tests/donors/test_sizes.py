@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import changed, write_donor
+from conftest import changed, resolved, write_donor
 from transformers import AutoModelForCausalLM
 
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 
@@ -55,7 +56,7 @@ def test_what_transformers_cannot_load_is_refused_by_name(written, tmp_path, fam
         written(family), tmp_path / "other", config=lambda config: config | {name: other}
     )
     with pytest.raises(FrankenmergeError) as caught:
-        open_checkpoint(str(folder))
+        resolved(recipe_of([Block(str(folder), index) for index in range(4)]))
     stored = open_checkpoint(str(written(family))).tensors
     named = {fault.place.partition(": ")[2] for fault in caught.value.faults}
     assert named <= set(stored)
