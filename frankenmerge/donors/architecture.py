@@ -11,13 +11,15 @@ from typing import Any, Literal
 from frankenmerge.errors import fail
 
 Config = Mapping[str, Any]
+VALUE_HEADS = r"^(v_head|value_head|reward_head)\."
+"""Pattern of the heads of reward and value models, which no causal language model reads."""
 LEFT_OUT = (
-    r"^(v_head|value_head|reward_head)\."
+    rf"{VALUE_HEADS}"
     r"|\.((weight|input|output|[kqv])_scale(_inv|_2)?|(weight|input)_zero_point|(weight_)?g_idx"
     r"|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB|weight_format)$"
 )
 """Pattern of tensors that are next to a plain model's: heads of reward and value models, and scales
-that a quantisation has left. No plain model reads them.
+that a quantisation has left. No plain model reads them; quantised ones need their scales.
 """
 Role = Literal["block", "embedding", "final", "head", "rest", "ignored"]
 """What a tensor is part of; `rest` is all that surrounds a language model, such as the towers of a
@@ -149,6 +151,8 @@ class Architecture:
     """The map that computes queries, keys and values together, in this order."""
     fused_by_head: bool = False
     """Whether the fused outputs are in that order within each head, instead of over all."""
+    left_out: str = LEFT_OUT
+    """Pattern of tensors that are no part of the model."""
     stream: Stream | None = None
     """How its blocks read and write the residual stream; None if that is not known."""
     listed: bool = True
@@ -157,7 +161,7 @@ class Architecture:
     @property
     def unread(self) -> str:
         """Pattern of tensors that no loader of the family reads."""
-        return f"{self.ignored}|{LEFT_OUT}"
+        return f"{self.ignored}|{self.left_out}"
 
     def role(self, name: str) -> tuple[Role, int | None, str]:
         """The role of a tensor: (role, block index or None, canonical name).

@@ -9,13 +9,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from frankenmerge.donors.architecture import LEFT_OUT, Architecture
+from frankenmerge.donors.architecture import LEFT_OUT, VALUE_HEADS, Architecture
 from frankenmerge.donors.config import STORAGE_KEYS, config_faults, family, is_tied, quantity
 from frankenmerge.donors.inferred import architecture_of, family_faults
 from frankenmerge.donors.library import completed
@@ -89,7 +89,8 @@ class Checkpoint:
     def architecture(self) -> Architecture:
         """The family's entry in the table, or what is inferred for a family that has none."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        return architecture_of(self.config, shapes)
+        found = architecture_of(self.config, shapes)
+        return replace(found, left_out=VALUE_HEADS) if self.quantisation else found
 
     # Above the property `bytes`, which hides the builtin.
     @cached_property
@@ -127,12 +128,13 @@ class Checkpoint:
     @property
     def left_out(self) -> list[str]:
         """Tensors that are no part of the model, such as a reward head."""
-        return sorted(name for name in self.tensors if re.search(LEFT_OUT, name))
+        return sorted(name for name in self.tensors if re.search(self.architecture.left_out, name))
 
     @cached_property
     def quantisation(self) -> Scheme | None:
         """How it is quantised; None for plain weights."""
-        return scheme(self.config, self.dtypes)
+        read = (name for name in self.tensors if not re.search(LEFT_OUT, name))
+        return scheme(self.config, {self.tensors[name].dtype for name in read})
 
     @property
     def parameters(self) -> int:

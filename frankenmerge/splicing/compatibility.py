@@ -50,8 +50,8 @@ def _quantisation_reasons(first: Checkpoint, other: Checkpoint) -> Iterator[str]
 
 def _remarks(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
     if first.quantisation and other.quantisation:
-        scheme = title(first.quantisation)
-        yield f"quantised ({scheme}): only passthrough copies them, with their scales"
+        kind = title(first.quantisation)
+        yield f"quantised ({kind}): only passthrough copies them, with their scales"
     elif set(first.dtypes) != set(other.dtypes):
         types = f"{', '.join(first.dtypes)} and {', '.join(other.dtypes)}"
         yield f"types {types}; the recipe has to set dtype"

@@ -156,3 +156,15 @@ def test_gguf_is_refused_with_the_way_to_dequantise_it(run, tmp_path):
         code, _, errors = run("inspect", name)
         assert code == 2 and "gguf_file='model-Q4_K_M.gguf'" in errors
         assert "save_pretrained" in errors
+
+
+def test_a_scheme_that_plain_weights_have_kept_does_not_count(run, tmp_path):
+    donors = [write_donor(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    config = json.loads((donors[0] / "config.json").read_text())
+    (donors[0] / "config.json").write_text(json.dumps(config | {"quantization_config": SCHEME}))
+    path = tmp_path / "plain.yaml"
+    path.write_text(
+        f"merge_method: linear\nmodels:\n- {{model: {donors[0]}, parameters: {{weight: 1}}}}\n"
+        f"- {{model: {donors[1]}, parameters: {{weight: 1}}}}\n"
+    )
+    assert run("check", path)[0] == 0
