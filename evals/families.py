@@ -205,7 +205,8 @@ def checked(
         return "refused", error.faults[0].found
     kind = type(models[0])
     try:
-        merged, info = kind.from_pretrained(output, output_loading_info=True)
+        loaded: Any = kind.from_pretrained(output, output_loading_info=True)
+        merged, info = loaded
     except RuntimeError as error:
         return "wrong", f"cannot be loaded: {str(error)[:80]}"
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
