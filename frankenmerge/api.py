@@ -61,9 +61,9 @@ def compare_donors(*donors: Donor) -> "Compatibility":
     Raises:
         FrankenmergeError: for a donor that is not found or is broken.
     """
-    from frankenmerge.splicing.compatibility import compatibility
+    from frankenmerge.splicing.inspection import compared
 
-    return compatibility([_opened(donor) for donor in donors])
+    return compared([_opened(donor) for donor in donors])
 
 
 def analyze(

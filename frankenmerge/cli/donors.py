@@ -58,14 +58,14 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
     Nothing else is fetched from the hub. With --allow-pickle, a donor without safetensors is
     converted first and cached.
     """
-    from frankenmerge.splicing.compatibility import compatibility
+    from frankenmerge.splicing.inspection import compared
     from frankenmerge.splicing.opening import open_donor
 
     opened = [
         open_donor(donor, download=download, allow_pickle=allow_pickle, weights=False)
         for donor in donors
     ]
-    verdict = compatibility(opened)
+    verdict = compared(opened)
     rows = [_describe(donor) for donor in opened]
     if as_json:
         print_json({"donors": rows, "spliceable": not verdict.reasons, **verdict._asdict()})

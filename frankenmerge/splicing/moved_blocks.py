@@ -36,14 +36,14 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
     _check_shapes(recipe, donors)
     if is_whole(recipe, donors):
         return config
-    if base.architecture.keys.blocks not in language(base.config):
-        expected = f"{base.architecture.keys.blocks}, the number of blocks, in its config"
-        remedy = "merge whole models of this family"
-        raise fail(f"{place}: {recipe.base}", expected, "none", remedy)
     if base.written is None:
         expected = "a family that transformers can build without code of the donor"
         remedy = "merge whole models of this family, or install a transformers that has it"
         raise fail(place, expected, str(base.config["model_type"]), remedy)
+    if base.architecture.keys.blocks not in language(base.config):
+        expected = f"{base.architecture.keys.blocks}, the number of blocks, in its config"
+        remedy = "merge whole models of this family"
+        raise fail(f"{place}: {recipe.base}", expected, "none", remedy)
     _check_surroundings(recipe, base, place)
     from frankenmerge.splicing.at_home import Moved, differences_from_home, home_faults, homes_of
 

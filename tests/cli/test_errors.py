@@ -119,9 +119,14 @@ def test_a_donor_without_a_tokenizer(refused, donors, recipe, text, tmp_path, co
 
 def test_a_donor_of_an_unknown_family(refused, donors, tmp_path):
     donor = changed(
-        donors["a"], tmp_path / "donor", config=lambda config: config | {"model_type": "mamba"}
+        donors["a"], tmp_path / "donor", config=lambda config: config | {"model_type": "novel"}
     )
-    assert "mamba" in refused("inspect", donors["a"], donor)
+    layers = [
+        {"sources": [{"model": str(donor), "layer_range": span}]} for span in ([0, 3], [1, 4])
+    ]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": layers}))
+    assert "novel" in refused("check", recipe)
 
 
 def test_a_hub_id_that_is_not_in_the_cache(refused):

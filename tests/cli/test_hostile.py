@@ -33,7 +33,7 @@ def test_a_config_s_values_are_shown_and_not_obeyed(answer, donors, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["num_hidden_layers", "model_type", "layer_types", "rope_parameters"]
+    "key", ["num_hidden_layers", "hidden_size", "layer_types", "rope_parameters"]
 )
 def test_a_config_s_values_in_messages_are_shown_and_not_obeyed(answer, donors, tmp_path, key):
     assert (

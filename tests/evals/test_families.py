@@ -1,7 +1,9 @@
 """Decoder families of transformers: spliced and averaged right, or refused with the reason."""
 
+import json
+
 import pytest
-from families import RECIPES, outcomes
+from families import RECIPES, outcomes, tiny_config, write_donor
 
 REFUSED = {
     "diffllama": "lambda_init",
@@ -47,3 +49,14 @@ def test_nothing_is_silently_wrong(family):
     for each in verdicts(family):
         assert each.verdict == "right" or each.reason
         assert family not in REFUSED or each.verdict == "right" or REFUSED[family] in each.reason
+
+
+@pytest.mark.parametrize("family, right", [("opt", True), ("diffllama", False)])
+def test_inspect_says_whether_blocks_can_move(family, right, tmp_path, run):
+    config = tiny_config(family)
+    for seed, name in enumerate("ab"):
+        write_donor(tmp_path / name, config, seed)
+    code, out, _ = run("inspect", tmp_path / "a", tmp_path / "b", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["spliceable"] is right
+    assert right or REFUSED[family] in told["reasons"][0]
