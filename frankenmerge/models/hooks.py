@@ -15,22 +15,35 @@ _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's blocks: the only module list whose length is the config's number of blocks.
+    """The model's blocks. Raises FrankenmergeError for a family that has none, or several lists."""
+    return model.get_submodule(blocks_path(model))  # pyright: ignore[reportReturnType]
 
-    Lists within another candidate (such as the experts of a block) do not count. Raises
-    FrankenmergeError for a family that has none, or several.
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The module that holds the blocks, and what stands before and after them."""
+    return model.get_submodule(blocks_path(model).rpartition(".")[0])
+
+
+def blocks_path(model: PreTrainedModel) -> str:
+    """The path of the only module list whose length is the config's number of blocks.
+
+    Lists within another candidate (such as the experts of a block) do not count, and neither do the
+    towers of a multimodal model. Raises FrankenmergeError for a family that has none, or several.
     """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    found: dict[str, nn.ModuleList] = {}
+    text = model.config.get_text_config(decoder=True)
+    count = getattr(text, "num_hidden_layers", None)
+    found: list[str] = []
     for name, module in model.named_modules():
         inner = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, nn.ModuleList) and len(module) == count and not inner:
-            found[name] = module
+            found.append(name)
+    if len(found) > 1 and text is not model.config:
+        found = [name for name in found if "language_model" in name or "text_model" in name]
     if len(found) != 1:
         place, expected = f"family {model.config.model_type}", f"one list of {count} blocks"
         remedy = "use a donor of another family"
         raise fail(place, expected, ", ".join(found) or "none", remedy)
-    return next(iter(found.values()))
+    return found[0]
 
 
 def attention_of(block: nn.Module) -> nn.Module:

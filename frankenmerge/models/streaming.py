@@ -15,7 +15,7 @@ from frankenmerge.donors import checkpoint as stored
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.models.blank import blank_model
-from frankenmerge.models.hooks import backbone, blocks_of
+from frankenmerge.models.hooks import blocks_of, body_of
 from frankenmerge.models.loading import explained, one_device
 from frankenmerge.storage.dtypes import torch_dtype
 
@@ -52,7 +52,7 @@ def stream_model(
     for name, constant in list(model.named_buffers()):
         path, _, last = name.rpartition(".")
         setattr(model.get_submodule(path), last, constant.to(donor.device))
-    inner = backbone(model)
+    inner = body_of(model)
     for canonical, name in checkpoint.by_role["embedding", None].items():
         path, _, parameter = canonical.removeprefix(checkpoint.architecture.root).rpartition(".")
         _fill(donor, inner.get_submodule(path), {parameter: name})

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.config import language, spliced_config
-from frankenmerge.errors import Fault, fail
+from frankenmerge.errors import Fault, FrankenmergeError, fail
 from frankenmerge.models.blank import blank_model
+from frankenmerge.models.hooks import blocks_path
 
 Facts = dict[tuple[str, ...], Any]
 """What a module is, by path: class, shapes, constants, settings."""
@@ -100,33 +101,20 @@ def model_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def home_of(config: Config) -> Home:
     """Build a config's model without weights, and take it apart.
 
-    Raises ValueError for a model without exactly one list of blocks, and whatever transformers
-    raises for a config that it cannot build.
+    Raises FrankenmergeError for a model without exactly one list of blocks, and whatever
+    transformers raises for a config that it cannot build.
     """
     model = blank_model(config)
-    prefix = _blocks_path(model, config)
+    prefix = blocks_path(model)
     blocks: Any = model.get_submodule(prefix)
     rest = _facts(model, skipped=prefix)
     return Home(config, model, prefix, [_facts(block) for block in blocks], rest)
 
 
 def _told(error: Exception) -> str:
+    if isinstance(error, FrankenmergeError):
+        return f"{error.faults[0].found}, not {error.faults[0].expected}"
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _blocks_path(model: PreTrainedModel, config: Config) -> str:
-    """The path of the only list with as many modules as the language model has blocks."""
-    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    found: list[str] = []
-    for name, module in model.named_modules():
-        inner = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == depth and not inner:
-            found.append(name)
-    if len(found) > 1 and language(config) is not config:
-        found = [name for name in found if "language_model" in name or "text_model" in name]
-    if len(found) != 1:
-        raise ValueError(f"lists of {depth} blocks: {', '.join(found) or 'none'}")
-    return found[0]
 
 
 def _facts(module: nn.Module, skipped: str | None = None) -> Facts:

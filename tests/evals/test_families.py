@@ -8,7 +8,7 @@ from families import RECIPES, outcomes, tiny_config, write_donor
 REFUSED = {
     "diffllama": "lambda_init",
     "minicpm3": "residual_scale",
-    "xlm": "lists of 6 blocks",
+    "xlm": "transformer.ffns",
     "deepseek_v3": "MoE",
 }
 """Families of which some splices are refused, and what the reason names."""
