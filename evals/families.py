@@ -125,7 +125,11 @@ def write_donor(folder: Path, config: Any, seed: int) -> PreTrainedModel:
     tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel"}}
     tokenizer["model"] |= {"vocab": vocabulary, "unk_token": "t0"}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return type(model).from_pretrained(folder).eval()
+    loaded = type(model).from_pretrained(folder).eval()
+    pairs = zip(loaded.parameters(), model.parameters(), strict=True)
+    if not all(torch.equal(one, other) for one, other in pairs):
+        raise ValueError("transformers loads other weights than it has saved")
+    return loaded
 
 
 def block_list(model: PreTrainedModel) -> Any:
@@ -235,7 +239,7 @@ def outcomes(families: Sequence[str]) -> Iterator[Outcome]:
                 try:
                     models = [write_donor(each, config, seed) for seed, each in enumerate(folders)]
                 except Exception as error:
-                    yield Outcome(family, variant, "", "unchecked", type(error).__name__)
+                    yield Outcome(family, variant, "", "unchecked", str(error)[:80])
                     continue
                 for name in (*RECIPES, "average"):
                     try:

@@ -72,7 +72,14 @@ def architecture_of(config: Config, shapes: Shapes) -> Architecture:
         if outside[name] == (width,) and _NORM.search(name) and not _FIRST_NORM.search(name)
     ]
     norms = [name for name in all_norms if "emb" not in name] or all_norms
-    first = [name for name in inside if _BEFORE.search(name) and name not in norms]
+    first = [
+        name
+        for name in inside
+        if _BEFORE.search(name)
+        and name not in norms
+        # Without another norm it may be the one behind the blocks, as in BigBird-Pegasus.
+        and (norms or not _FIRST_NORM.search(name))
+    ]
     modules = dict.fromkeys(
         _module(name).removeprefix(root) for name in (*matrix[:1], *positions, *first)
     )

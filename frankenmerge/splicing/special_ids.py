@@ -9,7 +9,11 @@ from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.storage.safetensors_header import read_json
 
-GENERATION_FILE = "generation_config.json"
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+_NULLABLE = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"})
+"""Ids that every family's config.json may leave open; others (ModernBERT's `cls_token_id`) must be
+numbers there, and no model reads them.
+"""
 _LISTS = frozenset(
     {
         "bad_words_ids",
@@ -52,7 +56,7 @@ def within(
     """
     kept, remarks = dict(settings), []
     for key, value in special_ids(settings).items():
-        if key in _LISTS:
+        if key in _LISTS or (file == CONFIG_FILE and key not in _NULLABLE):
             continue
         listed = value if isinstance(value, list) else [value]
         beyond = [index for index in listed if type(index) is int and index >= rows]
@@ -127,7 +131,7 @@ def with_token_ids(
             generation = with_special_ids(generation, source)
     changed = _ending(changed, turn_ends)
     generation = _ending(generation, turn_ends) if generation else generation
-    changed, remarks = within(changed, rows, "config.json", tokenizer.name)
+    changed, remarks = within(changed, rows, CONFIG_FILE, tokenizer.name)
     generation, more = within(generation, rows, GENERATION_FILE, tokenizer.name)
     content = base.generation_config
     if generation != (own or {}):
