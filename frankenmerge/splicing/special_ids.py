@@ -10,8 +10,8 @@ from frankenmerge.errors import fail
 from frankenmerge.storage.safetensors_header import read_json
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-_NULLABLE = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"})
-"""Ids that every family's config.json may leave open; others (ModernBERT's `cls_token_id`) must be
+_NULLABLE = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+"""Ids that every family's config.json may leave open; others (ModernBERT's `sep_token_id`) must be
 numbers there, and no model reads them.
 """
 _LISTS = frozenset(
