@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from frankenmerge.artefacts.recipe import Block
 from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.config import language, spliced_config
 from frankenmerge.errors import Fault, FrankenmergeError, fail
@@ -40,13 +41,6 @@ class Home(NamedTuple):
     rest: Facts
 
 
-class Moved(NamedTuple):
-    """A block of a result and where it is from."""
-
-    donor: str
-    index: int
-
-
 def homes_of(configs: Mapping[str, Config], place: str) -> dict[str, Home]:
     """The donors' models, by name. Raises FrankenmergeError for one that cannot be built."""
     homes = {}
@@ -60,7 +54,7 @@ def homes_of(configs: Mapping[str, Config], place: str) -> dict[str, Home]:
 
 
 def differences_from_home(
-    result: Config, base: str, homes: Mapping[str, Home], runs: Sequence[Sequence[Moved]]
+    result: Config, base: str, homes: Mapping[str, Home], runs: Sequence[Sequence[Block]]
 ) -> list[str]:
     """Where a result's blocks, or what stands around them, are not what they are at home.
 
@@ -151,7 +145,7 @@ def _setting(value: Any) -> tuple[Any] | None:
 
 
 def _block_differences(
-    made: Home, homes: Mapping[str, Home], run: Sequence[Moved]
+    made: Home, homes: Mapping[str, Home], run: Sequence[Block]
 ) -> Iterator[str]:
     for place, (donor, index) in enumerate(run):
         own, there = made.blocks[place], homes[donor].blocks[index]
@@ -192,7 +186,7 @@ def _is_list_of_blocks(key: tuple[str, ...], made: Home, base: Home) -> bool:
     )
 
 
-def _list_differences(made: Home, homes: Mapping[str, Home], run: Sequence[Moved]) -> Iterator[str]:
+def _list_differences(made: Home, homes: Mapping[str, Home], run: Sequence[Block]) -> Iterator[str]:
     """Lists with an entry a block that a config derives from other fields."""
     own = _lists(made)
     theirs = {name: _lists(home) for name, home in homes.items()}

@@ -45,10 +45,10 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
         remedy = "merge whole models of this family"
         raise fail(f"{place}: {recipe.base}", expected, "none", remedy)
     _check_surroundings(recipe, base, place)
-    from frankenmerge.splicing.at_home import Moved, differences_from_home, home_faults, homes_of
+    from frankenmerge.splicing.at_home import differences_from_home, home_faults, homes_of
 
-    runs = [[Moved(name, index) for name, index in run] for run in blocks_by_source(recipe)]
-    used = dict.fromkeys([recipe.base, *(moved.donor for run in runs for moved in run)])
+    runs = blocks_by_source(recipe)
+    used = dict.fromkeys([recipe.base, *(block.model for run in runs for block in run)])
     homes = homes_of({name: donors[name].config for name in used}, place)
     _check_names(base, homes[recipe.base].prefix, place)
     _check_head(base, config, homes[recipe.base].model.state_dict(), place)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
-from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe import Block, Recipe
 from frankenmerge.artefacts.recipe_schema import Slice, Source, Whole
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import STORAGE_KEYS, is_tied, language, quantity, spliced_config
@@ -143,15 +143,15 @@ def blocks_with_configs(
     return [(donors[name].config, index) for name, index in _blocks_of_source(recipe, number)]
 
 
-def blocks_by_source(recipe: Recipe) -> list[list[tuple[str, int]]]:
-    """The donor and index of each block of a spelled-out recipe, for each number of a source."""
+def blocks_by_source(recipe: Recipe) -> list[list[Block]]:
+    """Where each block of a spelled-out recipe is from, for each number of a source."""
     numbers = range(max(len(part.sources) for part in recipe.parts))
     return [_blocks_of_source(recipe, number) for number in numbers]
 
 
-def _blocks_of_source(recipe: Recipe, number: int) -> list[tuple[str, int]]:
+def _blocks_of_source(recipe: Recipe, number: int) -> list[Block]:
     chosen = [part.sources[min(number, len(part.sources) - 1)] for part in recipe.parts]
-    return [(source.model, index) for source in chosen for index in range(*source.layer_range)]
+    return [Block(source.model, index) for source in chosen for index in range(*source.layer_range)]
 
 
 def depth_within(parameters: int, donors: Iterable[Checkpoint]) -> int:
