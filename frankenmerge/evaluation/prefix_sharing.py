@@ -1,6 +1,6 @@
 """Many recipes on one text: blocks that several of them begin with are run once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,11 @@ from frankenmerge.artefacts.recipe import Block
 from frankenmerge.evaluation.language import POSITIONS, Encoded, Loss, windows
 from frankenmerge.models.hooks import blocks_of
 from frankenmerge.models.passes import enter, leave, run_block
+from frankenmerge.splicing.assemble import prefix_of
+from frankenmerge.splicing.resolve import Splice
+
+Assemble = Callable[[Splice], PreTrainedModel]
+"""Gives the model of a splice."""
 
 
 class _Group(NamedTuple):
@@ -102,3 +107,74 @@ def logits_together(
             )
             passed.append((block, states))
         yield index, leave(models[stack[-1].model], ids[:, -kept:], states[:, -kept:])
+
+
+class Output(NamedTuple):
+    """What one splice predicts for one batch."""
+
+    splice: int
+    """Its number."""
+    batch: int
+    """The number of the batch."""
+    logits: Tensor
+    """`[b, s, v]`."""
+    blocks: int
+    """How many blocks were run for it."""
+
+
+@torch.no_grad()
+def splices_together(
+    splices: Sequence[Splice], assemble: Assemble, batches: Sequence[Tensor]
+) -> Iterator[Output]:
+    """Run splices of any kind on batches of tokens; what they have in common is run once.
+
+    Splices are put in an order in which those that begin alike are neighbours. Of the current one,
+    the hidden states after the last block that it shares with a later one are kept, for all
+    batches. Each model is assembled when its turn comes.
+
+    Args:
+        splices: what to run; their donors read the same tokens.
+        assemble: gives the model of a splice.
+        batches: token ids, each `[b, s]`.
+    """
+    prefixes = _numbered([prefix_of(splice) for splice in splices])
+    order = sorted(range(len(splices)), key=prefixes.__getitem__)
+    kept: dict[int, list[Tensor]] = {}
+    """States by the number of blocks that they have passed."""
+    for place, index in enumerate(order):
+        own = prefixes[index]
+        shared = {_common(own, prefixes[other]) - 1 for other in order[place + 1 :]}
+        earlier = _common(own, prefixes[order[place - 1]]) - 1 if place else 0
+        kept = {passed: states for passed, states in kept.items() if passed <= earlier}
+        start = max(kept, default=0)
+        model = assemble(splices[index])
+        blocks = list(blocks_of(model))
+        made: dict[int, list[Tensor]] = {
+            passed: [] for passed in shared if passed > 0 and passed not in kept
+        }
+        for number, ids in enumerate(batches):
+            ids = ids.to(model.device)
+            states, calls = enter(model, ids)
+            if start:
+                states = kept[start][number]
+            for passed in range(start + 1, len(blocks) + 1):
+                states = run_block(blocks[passed - 1], states, calls[passed - 1])
+                if passed in made:
+                    made[passed].append(states)
+            yield Output(index, number, leave(model, ids, states), len(blocks) - start)
+        kept |= made
+
+
+def _numbered(prefixes: Sequence[Sequence[Hashable]]) -> list[list[int]]:
+    """The same with numbers for entries, which can be sorted."""
+    numbers: dict[Hashable, int] = {}
+    return [[numbers.setdefault(entry, len(numbers)) for entry in each] for each in prefixes]
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many entries two begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return next(
+        (place for place, (one, other) in enumerate(pairs) if one != other),
+        min(len(first), len(second)),
+    )

@@ -35,8 +35,13 @@ def sample_tokens(model: PreTrainedModel, rows: int, length: int, start: int, se
     return ids
 
 
-def sample_unprompted(model: PreTrainedModel) -> Tensor:
-    """Sample text from the BOS token (or EOS, or token 0): `[ROWS, LENGTH]` tokens."""
+def sample_unprompted(
+    model: PreTrainedModel, rows: int = ROWS, length: int = LENGTH, seed: int = SEED
+) -> Tensor:
+    """Sample text from the BOS token (or EOS, or token 0): `[rows, length]` tokens.
+
+    Rows are shorter where the model has fewer positions.
+    """
     config = model.config.to_dict()
     named = [config.get(key) for key in ("bos_token_id", "eos_token_id")]
     flat = [token[0] if isinstance(token, list) else token for token in named]
@@ -48,9 +53,8 @@ def sample_unprompted(model: PreTrainedModel) -> Tensor:
         ),
         0,
     )
-    return sample_tokens(
-        model, ROWS, min(LENGTH, quantity(config, "positions") or LENGTH), start, SEED
-    )
+    longest = quantity(config, "positions") or length
+    return sample_tokens(model, rows, min(length, longest), start, seed)
 
 
 @torch.no_grad()

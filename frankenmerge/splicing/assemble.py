@@ -116,6 +116,24 @@ def assemble(
     return model
 
 
+def prefix_of(splice: Splice) -> tuple[Hashable, ...]:
+    """What hidden states depend on: one entry for the embedding, and one for every block.
+
+    Splices whose first entries are equal have equal states after as many of them. A splice with
+    gauges shares none: what its rotations are is known only when they are fitted.
+    """
+    if splice.has_gauges:
+        return tuple((splice.key, place) for place in range(len(splice.blocks) + 1))
+    parts: list[list[Hashable]] = [[] for _ in range(len(splice.blocks) + 1)]
+    parts[0].append(splice.base.fingerprint)  # whose config the model has
+    for operation in splice.operations:
+        role, position, canonical = splice.base.architecture.role(operation.name)
+        if role in ("embedding", "rest", "block"):
+            place = 0 if position is None else position + 1
+            parts[place].append((canonical, _identity(operation, splice, {})))
+    return tuple(map(tuple, parts))
+
+
 def splice_tokenizer(splice: Splice) -> PreTrainedTokenizerBase:
     """Load the tokenizer that a merge of the splice would write."""
     donor = splice.tokenizer_donor
@@ -218,8 +236,8 @@ def _computed_tensor(operation: Combine | Rotate, how: Computation) -> Tensor:
     return content.view(torch_dtype(operation.dtype)).view(operation.shape)
 
 
-def _identity(operation: Combine | Rotate, splice: Splice, fits: Mapping[int, Fit]) -> Hashable:
-    """Equal for operations that compute the same from the same tensors, whatever they are named."""
+def _identity(operation: Operation, splice: Splice, fits: Mapping[int, Fit]) -> Hashable:
+    """Equal for operations that make the same of the same tensors, whatever they are named."""
 
     def part(given: Input | None) -> Hashable:
         if given is None:
@@ -232,6 +250,8 @@ def _identity(operation: Combine | Rotate, splice: Splice, fits: Mapping[int, Fi
         )
         return origin, tuple(sorted(given.parameters.items())), rows
 
+    if isinstance(operation, Copy):
+        return operation.tensor, splice.donors[operation.donor].fingerprint
     if isinstance(operation, Rotate):
         rotation = fits[operation.part].at(operation.place).hash
         return part(operation.given), part(operation.gain), operation.use, rotation, operation.dtype

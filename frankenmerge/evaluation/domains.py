@@ -1,0 +1,138 @@
+"""Domains: tokens on which models are compared, in rows that share no context.
+
+A domain is a text, or what one donor generated. Its rows belong to units, which are independent of
+each other: they are dealt to the parts of a split as wholes, and resampled as wholes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from frankenmerge.models.sampling import sample_unprompted
+
+ROWS, LENGTH = 96, 128
+"""Rows and tokens that each donor generates."""
+POSITIONS = 4096
+"""Most positions in one forward pass."""
+FEWEST_UNITS, LONGEST_UNIT = 48, 8
+"""A text has so many units where it has as many rows; a unit has at most so many rows."""
+
+
+class Domain(NamedTuple):
+    """Tokens to be predicted."""
+
+    name: str
+    ids: Tensor
+    """Token ids `[n, s]`; the first of a row is not predicted."""
+    counted: Tensor
+    """Which of the predicted tokens count, bool `[n, s-1]`."""
+    units: np.ndarray
+    """The unit of every row, `[n]`: 0, 1 and so on."""
+    target: Tensor | None = None
+    """The probabilities of the model that generated the rows, `[n, s-1, v]`."""
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+        return int(self.units.max()) + 1
+
+    def batches(self) -> list["Domain"]:
+        """Its rows in batches of at most `POSITIONS` positions."""
+        rows = max(1, POSITIONS // self.ids.shape[1])
+        starts = range(0, len(self.ids), rows)
+        return [self.of_rows(np.arange(start, min(start + rows, len(self.ids)))) for start in starts]
+
+    def of_units(self, chosen: np.ndarray) -> "Domain":
+        """Those rows whose unit is chosen, with units renumbered."""
+        number = np.full(self.size, -1)
+        number[chosen] = np.arange(len(chosen))
+        made = self.of_rows(np.flatnonzero(number[self.units] >= 0))
+        return made._replace(units=number[made.units])
+
+    def of_rows(self, rows: np.ndarray) -> "Domain":
+        """Some of its rows."""
+        at = torch.from_numpy(rows)
+        target = None if self.target is None else self.target[at]
+        return Domain(self.name, self.ids[at], self.counted[at], self.units[rows], target)
+
+    def nats(self, logits: Tensor) -> Tensor:
+        """The loss of every predicted token `[n, s-1]`, 0 where it does not count.
+
+        On generated tokens it is the expected loss, the cross-entropy with the probabilities of the
+        model that generated them, which the token that was drawn would only estimate.
+        """
+        predicted = logits[:, :-1].float().log_softmax(-1)
+        if self.target is None:
+            chosen = self.ids[:, 1:, None].to(predicted.device)
+            losses = -predicted.gather(-1, chosen).squeeze(-1)
+        else:
+            losses = -(self.target.to(predicted.device) * predicted).sum(-1)
+        return losses * self.counted.to(predicted.device)
+
+    def sums(self, nats: np.ndarray) -> np.ndarray:
+        """Nats and tokens of every unit, `[2, u]`, of losses `[n, s-1]`."""
+        values = (nats.sum(1), self.counted.sum(1).numpy())
+        return np.stack([np.bincount(self.units, each, minlength=self.size) for each in values])
+
+
+def text_domain(name: str, ids: np.ndarray, start: int | None, context: int) -> Domain:
+    """Cut a text into rows of `context` tokens, each after the token `start`.
+
+    Args:
+        name: of the text.
+        ids: its token ids, without `start`.
+        start: what precedes a text for the model, if anything.
+        context: tokens in a row, `start` among them.
+    """
+    first = [] if start is None else [start]
+    taken = context - len(first)
+    rows = [[*first, *ids[begin : begin + taken]] for begin in range(0, len(ids), taken)]
+    rows = [row for row in rows if len(row) > 1]
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = [torch.tensor(row) for row in rows]
+    made = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True)
+    counted = torch.arange(1, made.shape[1])[None] < lengths[:, None]
+    unit = int(np.clip(len(rows) // FEWEST_UNITS, 1, LONGEST_UNIT))
+    return Domain(name, made, counted, np.arange(len(rows)) // unit)
+
+
+def sampled_domain(name: str, model: PreTrainedModel, seed: int) -> Domain:
+    """What a model generates by itself, `ROWS` rows of `LENGTH` tokens; each row is a unit."""
+    ids = sample_unprompted(model, ROWS, LENGTH, seed)
+    counted = torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
+    domain = Domain(name, ids, counted, np.arange(len(ids)))
+    with torch.no_grad():
+        parts = [
+            model(input_ids=batch.ids.to(model.device), use_cache=False).logits[:, :-1]
+            for batch in domain.batches()
+        ]
+    return domain._replace(target=torch.cat([part.float().softmax(-1) for part in parts]))
+
+
+def split(domains: Sequence[Domain], parts: int) -> list[list[Domain]]:
+    """Deal the units of every domain to `parts` disjoint sets of domains, one after the other."""
+    return [
+        [domain.of_units(np.arange(part, domain.size, parts)) for domain in domains]
+        for part in range(parts)
+    ]
+
+
+def stages(domains: Sequence[Domain], shares: Sequence[float]) -> Iterator[list[Domain]]:
+    """Cut every domain into disjoint pieces, each with its share of the units, evenly spaced."""
+    places = [_spread(domain.size) for domain in domains]
+    edges = np.concatenate([[0], np.cumsum(shares)])
+    for low, high in zip(edges, edges[1:], strict=False):
+        yield [
+            domain.of_units(np.sort(place[round(low * domain.size) : round(high * domain.size)]))
+            for domain, place in zip(domains, places, strict=True)
+        ]
+
+
+def _spread(count: int) -> np.ndarray:
+    """The numbers below `count` in an order of which every beginning is evenly spaced."""
+    return np.argsort(np.arange(count) * ((1 + 5**0.5) / 2) % 1, kind="stable")

@@ -1,0 +1,143 @@
+"""Gains: what a model wins against the best of its donors, with paired intervals.
+
+The gain of a model is the loss of the best donor minus its own, in nats per token, on the same
+tokens. Units of tokens are resampled with replacement, the same for every model (a paired block
+bootstrap). In every resample the best donor is chosen anew, so that the interval knows that which
+donor is best is not certain.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from frankenmerge.artefacts.bootstrap import percentile_interval, resample_counts
+from frankenmerge.evaluation.domains import Domain
+from frankenmerge.evaluation.prefix_sharing import Assemble, splices_together
+from frankenmerge.progress import Advance, ignore
+from frankenmerge.splicing.resolve import Splice
+
+RESAMPLES = 2000
+Sums = Mapping[str, np.ndarray]
+"""Nats and tokens of every unit `[2, u]`, by domain."""
+
+
+class Measured(NamedTuple):
+    """The losses of splices, and what they cost."""
+
+    sums: list[Sums]
+    """Of every splice."""
+    blocks: int
+    """Passes of one batch through one block."""
+
+
+class Gain(NamedTuple):
+    """Nats per token won against the best donor; above 0 is better."""
+
+    nats: float
+    interval: tuple[float, float]
+    domains: dict[str, float]
+    """On every domain alone, against the best donor there."""
+
+
+def losses_together(
+    splices: Sequence[Splice],
+    assemble: Assemble,
+    domains: Sequence[Domain],
+    *,
+    advance: Advance = ignore,
+) -> Measured:
+    """Measure splices on domains; what several begin with is run once.
+
+    `advance` is called with 1 for every splice that is done.
+    """
+    batches = [(domain, batch) for domain in domains for batch in domain.batches()]
+    nats: list[list[np.ndarray]] = [[] for _ in splices]
+    blocks = 0
+    for output in splices_together(splices, assemble, [batch.ids for _, batch in batches]):
+        made = batches[output.batch][1].nats(output.logits)
+        nats[output.splice].append(made.double().cpu().numpy())
+        blocks += output.blocks
+        if output.batch == len(batches) - 1:
+            advance(1)
+    return Measured([_sums(domains, batches, each) for each in nats], blocks)
+
+
+@torch.no_grad()
+def donor_losses(
+    models: Mapping[str, PreTrainedModel], domains: Sequence[Domain]
+) -> tuple[dict[str, Sums], Sums]:
+    """Measure donors one by one, and their ensemble: the mean of the probabilities they predict."""
+    batches = [(domain, batch) for domain in domains for batch in domain.batches()]
+    names = [*models, ""]
+    nats: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for _, batch in batches:
+        predicted = [_predicted(model, batch.ids) for model in models.values()]
+        mean = torch.logsumexp(torch.stack(predicted), 0)  # its constant does not count
+        for name, logits in zip(names, [*predicted, mean], strict=True):
+            nats[name].append(batch.nats(logits).double().cpu().numpy())
+    sums = {name: _sums(domains, batches, each) for name, each in nats.items()}
+    return {name: sums[name] for name in models}, sums[""]
+
+
+def _predicted(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    return model(input_ids=ids.to(model.device), use_cache=False).logits.float().log_softmax(-1)
+
+
+def _sums(
+    domains: Sequence[Domain],
+    batches: Sequence[tuple[Domain, Domain]],
+    nats: Sequence[np.ndarray],
+) -> Sums:
+    """Put the losses of batches together: those of each domain."""
+    parts: dict[str, list[np.ndarray]] = {domain.name: [] for domain in domains}
+    for (domain, _), each in zip(batches, nats, strict=True):
+        parts[domain.name].append(each)
+    return {domain.name: domain.sums(np.concatenate(parts[domain.name])) for domain in domains}
+
+
+def mean_loss(sums: Sums) -> float:
+    """Nats per token on all domains together, every token alike."""
+    nats, tokens = np.sum([each.sum(1) for each in sums.values()], axis=0)
+    return float(nats / tokens)
+
+
+def joined(parts: Sequence[Sums]) -> Sums:
+    """The sums on several disjoint pieces of the same domains."""
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+
+
+def gain_of(
+    sums: Sums, donors: Mapping[str, Sums], *, seed: int, coverage: float = 0.95
+) -> Gain:
+    """A model's gain against the best of the donors, measured on the same units.
+
+    Args:
+        sums: of the model.
+        donors: theirs, by name.
+        seed: of the resamples; the same seed draws the same for every model.
+        coverage: of the interval. For the best of `k` candidates, `1 - 0.05 / k` bounds the chance
+            that any of the `k` intervals fails by 5 % (Bonferroni).
+    """
+    best = min(mean_loss(each) for each in donors.values())
+    counts = {
+        name: resample_counts(each.shape[1], RESAMPLES, [seed, place])
+        for place, (name, each) in enumerate(sums.items())
+    }
+    drawn = np.min([_resampled(each, counts) for each in donors.values()], axis=0)
+    low, high = percentile_interval(drawn - _resampled(sums, counts), coverage)
+    alone = {
+        name: min(mean_loss({name: each[name]}) for each in donors.values())
+        - mean_loss({name: sums[name]})
+        for name in sums
+    }
+    return Gain(best - mean_loss(sums), (float(low), float(high)), alone)
+
+
+def _resampled(sums: Sums, counts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The mean loss of every resample, `[r]`."""
+    nats, tokens = np.sum([counts[name] @ each.T for name, each in sums.items()], axis=0).T
+    return nats / tokens

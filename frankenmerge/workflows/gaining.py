@@ -1,0 +1,316 @@
+"""Plans that gain: candidates of every kind, measured in memory against the best donor.
+
+Candidates are compared on one half of the tokens; the finalists are measured on the other half,
+which nothing was chosen by.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.errors import FrankenmergeError, fail
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.domains import Domain, sampled_domain, split, stages, text_domain
+from frankenmerge.evaluation.gains import (
+    Gain,
+    Sums,
+    donor_losses,
+    gain_of,
+    joined,
+    losses_together,
+    mean_loss,
+)
+from frankenmerge.evaluation.language import start_token
+from frankenmerge.models.loading import CPU, Placement
+from frankenmerge.planning.candidates import (
+    Candidate,
+    Donors,
+    candidates,
+    uniform_average,
+    with_weight,
+)
+from frankenmerge.planning.search import Constraints
+from frankenmerge.progress import Progress, silent
+from frankenmerge.splicing.opening import open_donor
+from frankenmerge.splicing.resolve import Splice, resolve
+from frankenmerge.workflows.measuring import On
+
+CONTEXT = 128
+"""Most tokens in a row of a text."""
+SHARES = (1 / 6, 1 / 3, 1 / 2)
+"""Shares of the selection's tokens by which candidates are compared, one stage after the other."""
+KEPT = (16, 6)
+"""How many candidates stay after each stage but the last."""
+FINALISTS = 3
+"""How many are confirmed."""
+SIGNIFICANCE = 0.05
+"""The chance that a gain is claimed where there is none, for all finalists together."""
+
+
+@dataclass(frozen=True)
+class GainOptions:
+    """How plans that gain are searched for."""
+
+    on: On
+    """What gains are measured on."""
+    constraints: Constraints | None = None
+    """Of recipes of one depth; None where any depth will do."""
+    base: str | None = None
+    """What the donors were fine-tuned from."""
+    top: int = 1
+    """How many plans to return, at most `FINALISTS`."""
+    seed: int = 0
+    """Of sampled tokens and resamples."""
+    placement: Placement = CPU
+    download: bool = False
+    allow_pickle: bool = False
+
+
+class GainPlan(NamedTuple):
+    """A recipe and its gain on tokens that it was not chosen by."""
+
+    candidate: Candidate
+    splice: Splice
+    gain: Gain
+    """With an interval for all finalists together."""
+
+
+class Controls(NamedTuple):
+    """What every gain is compared with, on the same tokens."""
+
+    best_donor: str
+    best_nats: float
+    average: Gain | None
+    """Of the uniform average; None where donors cannot be averaged."""
+    ensemble: Gain
+    """Of the mean of the donors' probabilities: a ceiling, no single model."""
+
+
+class Gains(NamedTuple):
+    """Plans that were searched for by their gain."""
+
+    plans: list[GainPlan]
+    """The best by the selection's tokens first."""
+    controls: Controls
+    count: int
+    """Candidates that were measured."""
+    passes: int
+    """Passes of all the selection's tokens through a donor that the search was worth."""
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the best plan's gain is above 0 beyond chance."""
+        return self.plans[0].gain.interval[0] > 0
+
+    def captured(self, gain: Gain) -> float | None:
+        """The share of the ensemble's gain; None where the ensemble gains nothing."""
+        ceiling = self.controls.ensemble.nats
+        return gain.nats / ceiling if ceiling > 0 else None
+
+
+def plan_gains(
+    alignments: Sequence[Alignment],
+    options: GainOptions,
+    *,
+    opened: Mapping[str, Checkpoint] | None = None,
+    progress: Progress = silent,
+) -> Gains:
+    """Search for recipes that are better than the best donor, and measure whether they are.
+
+    Args:
+        alignments: of pairs of donors, each pair once.
+        options: on what, of which depth, with which base.
+        opened: donors that are open already, by name.
+        progress: of every stage.
+
+    Raises:
+        FrankenmergeError: for donors that cannot be opened or do not read the same tokens, and for
+            a single donor on its own tokens.
+    """
+    names = list(dict.fromkeys(name for each in alignments for name in each.donors))
+    if options.base and options.base not in names:
+        names.append(options.base)
+    known = dict(opened or {})
+    donors = {
+        name: known.get(name)
+        or open_donor(name, download=options.download, allow_pickle=options.allow_pickle)
+        for name in names
+    }
+    bench = Bench((), donors, placement=options.placement)
+    found = candidates(alignments, _parts(donors, options.base), options.constraints)
+    domains = domains_on(options.on, bench, [name for name in names if name != options.base],
+                         options.seed, progress)
+    return Search(bench, options, progress).of(found, domains)
+
+
+class Search:
+    """A search among candidates with donors in memory."""
+
+    def __init__(self, bench: Bench, options: GainOptions, progress: Progress = silent) -> None:
+        self.bench, self.options, self.progress = bench, options, progress
+        self.models = {name: bench.load(name).model for name in bench.checkpoints}
+        self.ensemble = {
+            name: model for name, model in self.models.items() if name != options.base
+        }
+        self.blocks = 0
+
+    def of(self, found: Sequence[Candidate], domains: Sequence[Domain]) -> Gains:
+        """Choose among candidates on one half of the tokens, and confirm on the other."""
+        selection, confirmation = split(domains, 2)
+        finalists = self._selected(found, selection)
+        return self._confirmed(finalists, confirmation, len(found), selection)
+
+    def _selected(
+        self, found: Sequence[Candidate], domains: Sequence[Domain]
+    ) -> list[tuple[Candidate, Splice]]:
+        """Successive halving: the best go on to more tokens, until `FINALISTS` are left."""
+        left = [(each, splice) for each in found if (splice := self._resolved(each))]
+        if not left:
+            raise fail("plan", "recipes of these donors", "none", "ask for another depth")
+        earlier: list[Sums] = []
+        for number, stage in enumerate(stages(domains, SHARES)):
+            sums = self._losses([splice for _, splice in left], stage, "comparing candidates")
+            if earlier:
+                sums = [joined(pair) for pair in zip(earlier, sums, strict=True)]
+            losses = [mean_loss(each) for each in sums]
+            if number == 0:
+                more = [(each, splice) for each in _between(left, losses)
+                        if (splice := self._resolved(each))]
+                made = self._losses([splice for _, splice in more], stage, "comparing averages")
+                left, sums = [*left, *more], [*sums, *made]
+                losses += [mean_loss(each) for each in made]
+            kept = np.argsort(losses, kind="stable")[: (*KEPT, FINALISTS)[number]]
+            left, earlier = [left[place] for place in kept], [sums[place] for place in kept]
+        return left
+
+    def _confirmed(
+        self,
+        finalists: Sequence[tuple[Candidate, Splice]],
+        domains: Sequence[Domain],
+        count: int,
+        selection: Sequence[Domain],
+    ) -> Gains:
+        splices = [splice for _, splice in finalists]
+        average = self._resolved(Candidate("average", uniform_average(list(self.ensemble))))
+        several = average is not None and len(self.ensemble) > 1
+        searched = self.blocks
+        measured = self._losses([*splices, *([average] if average and several else [])], domains,
+                                "confirming")
+        donors, ensemble = donor_losses(self.models, domains)
+        if len(self.ensemble) < len(self.models):
+            ensemble = donor_losses(self.ensemble, domains)[1]
+        coverage = 1 - SIGNIFICANCE / len(finalists)
+
+        def gain(sums: Sums, coverage: float = 1 - SIGNIFICANCE) -> Gain:
+            return gain_of(sums, donors, seed=self.options.seed, coverage=coverage)
+
+        plans = [
+            GainPlan(candidate, splice, gain(sums, coverage))
+            for (candidate, splice), sums in zip(finalists, measured, strict=False)
+        ]
+        losses = {name: mean_loss(sums) for name, sums in donors.items()}
+        best = min(losses, key=losses.__getitem__)
+        controls = Controls(
+            best, losses[best], gain(measured[-1]) if several else None, gain(ensemble)
+        )
+        whole = len(self.bench.checkpoints[best].by_role) and self.bench.checkpoints[best].blocks
+        batches = sum(len(domain.batches()) for domain in selection)
+        passes = round(searched / (whole * batches))
+        return Gains(plans[: self.options.top], controls, count, passes)
+
+    def _losses(self, splices: Sequence[Splice], domains: Sequence[Domain], what: str) -> list[Sums]:
+        with self.progress(what, len(splices), "recipes") as advance:
+            found = losses_together(splices, self.bench.assemble, domains, advance=advance)
+        self.blocks += found.blocks
+        return found.sums
+
+    def _resolved(self, candidate: Candidate) -> Splice | None:
+        """The splice of a candidate; None where these donors do not allow it."""
+        try:
+            return resolve(candidate.recipe, self.bench.checkpoints)
+        except FrankenmergeError:
+            return None
+
+
+def domains_on(
+    on: On, bench: Bench, names: Sequence[str], seed: int, progress: Progress = silent
+) -> list[Domain]:
+    """The tokens to measure on: what each donor generates, or texts.
+
+    Raises FrankenmergeError for donors of different tokens, a short text, and a single donor on its
+    own tokens.
+    """
+    loaded = {name: bench.load(name) for name in names}
+    first, *others = loaded.values()
+    for other in others:
+        if other.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+            place = f"{other.checkpoint.name}: tokenizer"
+            expected = f"the tokens of {first.checkpoint.name}"
+            remedy = "gains are measured token by token: name donors of one tokenizer"
+            raise fail(place, expected, "other tokens", remedy)
+    if isinstance(on, str):
+        if len(loaded) == 1:
+            expected = "a text or a task: a donor predicts its own tokens best"
+            raise fail(f"--on {on}", expected, "a single donor", "name a text with --on FILE")
+        with progress("sampling tokens", len(loaded), "donors") as advance:
+            made = []
+            for name, each in loaded.items():
+                made.append(sampled_domain(name, each.model, seed))
+                advance(1)
+        return made
+    context = min(bench.context, CONTEXT)
+    made = []
+    for text in on:
+        encoding = first.tokenizer(text.content, add_special_tokens=False, verbose=False)
+        ids = np.array(encoding["input_ids"], dtype=np.int64)
+        if len(ids) < 4 * context:
+            expected = f"at least {4 * context} tokens: some to choose by, others to confirm with"
+            raise fail(text.name, expected, str(len(ids)), "give a longer text")
+        made.append(text_domain(text.name, ids, start_token(first.tokenizer), context))
+    return made
+
+
+def _parts(donors: Mapping[str, Checkpoint], base: str | None) -> Donors:
+    """What candidates need to know of the donors."""
+    first = next(iter(donors.values()))
+    stream = first.architecture.stream
+    prefix = first.architecture.root + first.architecture.block
+    names = first.by_role.get(("block", 0), {})
+    inner = [name.removeprefix(prefix) for name, stored in names.items()
+             if len(first.tensors[stored].shape) > 1]
+    modules = tuple(dict.fromkeys(name.split(".")[0] for name in inner if "." in name))
+    # A norm after a block's maps undoes what they are scaled by.
+    writes = stream.writes if stream and not stream.output_norms else ()
+    return Donors(
+        {name: donor.blocks for name, donor in donors.items() if name != base},
+        modules if len(modules) > 1 else (),
+        writes,
+        base,
+    )
+
+
+def _between(
+    left: Sequence[tuple[Candidate, Splice]], losses: Sequence[float]
+) -> list[Candidate]:
+    """For every pair of donors the average whose loss is least on the parabola of three weights."""
+    pairs: dict[tuple[str, ...], list[tuple[float, float, Recipe]]] = {}
+    for (candidate, _), loss in zip(left, losses, strict=True):
+        models = candidate.recipe.models
+        if candidate.kind == "average" and models and len(models) == 2:
+            weight = models[1].parameters["weight"] if models[1].parameters else 0.5
+            names = tuple(whole.model for whole in models)
+            pairs.setdefault(names, []).append((weight, loss, candidate.recipe))
+    made = []
+    for found in pairs.values():
+        weights, values = ([each[place] for each in found] for place in (0, 1))
+        if len(found) < 3:
+            continue
+        curve, slope, _ = np.polyfit(weights, values, 2)
+        if curve > 0 and min(weights) < (least := -slope / (2 * curve)) < max(weights):
+            made.append(Candidate("average", with_weight(found[0][2], least)))
+    return made
