@@ -85,6 +85,10 @@ def _measuring(option: str, description: str) -> Any:
     )
 
 
+_OF_DAMAGE = ("use", "avoid", "shares", "differ", "calibrate", "verify", "damp")
+"""Options that only plans of the least damage have."""
+
+
 @click.command()
 @click.argument("alignments", nargs=-1, required=True, type=click.Path(path_type=Path))
 @output_option("Where to write the best recipe; its evidence is written next to it.")
@@ -173,6 +177,26 @@ def _measuring(option: str, description: str) -> Any:
     is_flag=True,
     help="Also show the least predicted damage of every depth up to --depth.",
 )
+@click.option(
+    "--objective",
+    type=click.Choice(["damage", "gain"]),
+    default="damage",
+    show_default=True,
+    help="Least damage at one depth, or the most gain against the best donor.",
+)
+@_measuring("--on", "With --objective gain, measure gains on this. [default: sampled]")
+@click.option(
+    "--base",
+    metavar="DONOR",
+    help="With --objective gain, the model that the donors were fine-tuned from.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="With --objective gain, of sampled tokens and resamples.",
+)
 @_measuring(
     "--calibrate",
     f"Measure 16 splices on this text, or with '{SAMPLED}' on tokens that the donors generate, "
@@ -196,6 +220,12 @@ def plan(
 
     Every donor of the alignments is used. The evidence for every seam is written next to the
     recipe, as NAME.evidence.json.
+
+    With --objective gain, search for recipes that are better than the best donor: stacks,
+    exchanges and averages of blocks and their parts, task arithmetic, damped repeats. They are
+    compared on half of the tokens and confirmed on the other half, beside the best donor, the
+    uniform average and the donors' ensemble; the figures are written as NAME.gain.json. That no
+    gain is shown is an answer as any other. Without --depth recipes of every depth are searched.
     """
     from frankenmerge.artefacts.alignment import load_alignment
     from frankenmerge.workflows.planning import (
@@ -207,8 +237,23 @@ def plan(
 
     loaded = [load_alignment(path) for path in alignments]
     constraints = _constraints(options, loaded)
-    calibrate, verify = _on(options["calibrate"]), _on(options["verify"])
-    damp = _on(options["damp"])
+    if options["objective"] == "gain":
+        from frankenmerge.cli.gain import plan_gain
+
+        given = [name for name in _OF_DAMAGE if options[name]] + ["front"] * front
+        if given:
+            found = ", ".join(
+                f"--{name.removesuffix('s') if name == 'shares' else name}" for name in given
+            )
+            expected = "no option of plans of the least damage"
+            raise fail("plan --objective gain", expected, found, "leave it out")
+        plan_gain(loaded, output, constraints, options, device, dtype, as_json=as_json)
+        return
+    if options["on"] or options["base"]:
+        expected = "--objective gain beside --on and --base"
+        raise fail("plan", expected, "--objective damage", "add --objective gain")
+    calibrate, verify = measured_on(options["calibrate"]), measured_on(options["verify"])
+    damp = measured_on(options["damp"])
     placement = None
     if calibrate or verify or damp:
         from frankenmerge.models.loading import Placement
@@ -233,7 +278,7 @@ def plan(
         _print(planned, paths, depths, constraints.depth)
 
 
-def _on(values: tuple[str, ...]) -> "On | None":
+def measured_on(values: tuple[str, ...]) -> "On | None":
     """What to measure on: None for nothing, `sampled`, or texts."""
     if not values:
         return None

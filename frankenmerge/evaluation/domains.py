@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from frankenmerge.models.sampling import sample_unprompted
@@ -45,7 +45,9 @@ class Domain(NamedTuple):
         """Its rows in batches of at most `POSITIONS` positions."""
         rows = max(1, POSITIONS // self.ids.shape[1])
         starts = range(0, len(self.ids), rows)
-        return [self.of_rows(np.arange(start, min(start + rows, len(self.ids)))) for start in starts]
+        return [
+            self.of_rows(np.arange(start, min(start + rows, len(self.ids)))) for start in starts
+        ]
 
     def of_units(self, chosen: np.ndarray) -> "Domain":
         """Those rows whose unit is chosen, with units renumbered."""
@@ -95,7 +97,7 @@ def text_domain(name: str, ids: np.ndarray, start: int | None, context: int) -> 
     rows = [row for row in rows if len(row) > 1]
     lengths = torch.tensor([len(row) for row in rows])
     padded = [torch.tensor(row) for row in rows]
-    made = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True)
+    made = pad_sequence(padded, batch_first=True)
     counted = torch.arange(1, made.shape[1])[None] < lengths[:, None]
     unit = int(np.clip(len(rows) // FEWEST_UNITS, 1, LONGEST_UNIT))
     return Domain(name, made, counted, np.arange(len(rows)) // unit)

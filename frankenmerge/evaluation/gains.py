@@ -110,9 +110,7 @@ def joined(parts: Sequence[Sums]) -> Sums:
     return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
 
 
-def gain_of(
-    sums: Sums, donors: Mapping[str, Sums], *, seed: int, coverage: float = 0.95
-) -> Gain:
+def gain_of(sums: Sums, donors: Mapping[str, Sums], *, seed: int, coverage: float = 0.95) -> Gain:
     """A model's gain against the best of the donors, measured on the same units.
 
     Args:

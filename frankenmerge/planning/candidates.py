@@ -6,7 +6,7 @@ measured by whoever asks for them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 from typing import Any, NamedTuple
 
@@ -32,8 +32,6 @@ STACKS = 2
 """Stacks of every depth."""
 REPEATED = (0.1, 0.3, 1.0)
 """Scales of what the repeated blocks of a single donor write."""
-WINDOWS = 12
-"""Windows of a single donor that are repeated."""
 
 
 class Candidate(NamedTuple):
@@ -70,33 +68,35 @@ class Donors:
 
 
 def candidates(
-    alignments: Sequence[Alignment], donors: Donors, constraints: Constraints | None
+    alignments: Sequence[Alignment],
+    donors: Donors,
+    constraints: Constraints,
+    *,
+    any_depth: bool = False,
 ) -> list[Candidate]:
     """Everything that is worth measuring; recipes that mean the same are listed once.
 
     Args:
         alignments: of pairs of donors, or of one donor with itself.
         donors: of the alignments.
-        constraints: of stacks of another depth than the donors'; None for those of `DEEPER`.
+        constraints: of stacks. Recipes have their depth.
+        any_depth: whether recipes may have other depths: the donors', and some up to that one.
     """
     found: list[Candidate] = []
-    deepest = max(donors.blocks.values())
-    same_depth = constraints is None or constraints.depth == deepest
-    if same_depth:
+    deepest, alone = max(donors.blocks.values()), len(donors.blocks) == 1
+    if any_depth or constraints.depth == deepest:
         related = [pair for pair in alignments if len(set(pair.donors)) == 2 and _alike(pair)]
         for pair in related:
             found += _of_pair(pair, donors)
         if donors.base and related:
-            found += _of_base([name for name in donors.blocks if name != donors.base], donors.base)
-    if constraints is None:
-        depths = dict.fromkeys(round(deepest * share) for share in DEEPER)
-        wanted = [Constraints(depth) for depth in depths if depth > deepest]
-    else:
-        wanted = [constraints]
-    for each in wanted:
-        found += _stacks(alignments, donors, each)
-    if len(donors.blocks) == 1 and constraints is None:
-        found += repeats(*next(iter(donors.blocks.items())), donors.writes, REPEATED)
+            found += _of_base(list(donors.blocks), donors.base)
+    depths = [round(deepest * share) for share in DEEPER] if any_depth else [constraints.depth]
+    for depth in dict.fromkeys(depths):
+        if not any_depth or deepest < depth <= constraints.depth:
+            found += _stacks(alignments, donors, replace(constraints, depth=depth))
+    if alone and any_depth:
+        ((name, blocks),) = donors.blocks.items()
+        found += repeats(name, blocks, donors.writes, REPEATED)
     return list({candidate.recipe.key: candidate for candidate in found}.values())
 
 
@@ -144,8 +144,10 @@ def repeats(
     for start, stop in windows(blocks):
         recipe = window(name, blocks, start, stop)
         for scale in scales if writes else (1.0,):
-            factors = [scale if stop <= place < 2 * stop - start else 1.0 for place in
-                       range(len(recipe.blocks))]
+            factors = [
+                scale if stop <= place < 2 * stop - start else 1.0
+                for place in range(len(recipe.blocks))
+            ]
             scaled = recipe if scale == 1 else damped(recipe, factors, writes)
             made.append(Candidate("repeat", scaled))
     return made
@@ -158,9 +160,7 @@ def windows(blocks: int) -> list[tuple[int, int]]:
 
 def window(name: str, blocks: int, start: int, stop: int) -> Recipe:
     """A donor whose blocks `[start, stop)` run twice."""
-    indices = [*range(stop), *range(start, blocks)]
-    recipe = recipe_of([Block(name, index) for index in indices])
-    return recipe
+    return recipe_of([Block(name, index) for index in (*range(stop), *range(start, blocks))])
 
 
 def _alike(alignment: Alignment, depth: int | None = None) -> bool:
@@ -169,9 +169,7 @@ def _alike(alignment: Alignment, depth: int | None = None) -> bool:
         return False
     score = alignment.scores["jaccard"]
     values = score.matrix.diagonal(), score.nulls["permuted_neurons"].diagonal()
-    value, chance = (
-        each[1:].mean() if depth is None else each[depth] for each in values
-    )
+    value, chance = (each[1:].mean() if depth is None else each[depth] for each in values)
     return bool(value > ABOVE * chance)
 
 

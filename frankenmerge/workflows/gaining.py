@@ -6,11 +6,23 @@ which nothing was chosen by.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import transformers
 
+import frankenmerge
+from frankenmerge.artefacts import gain as artefact
 from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.gain import (
+    ControlsRecord,
+    DonorControl,
+    GainControl,
+    GainFile,
+    GainPlanRecord,
+)
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import FrankenmergeError, fail
@@ -38,7 +50,9 @@ from frankenmerge.planning.search import Constraints
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.opening import open_donor
 from frankenmerge.splicing.resolve import Splice, resolve
+from frankenmerge.storage.atomic import write_file
 from frankenmerge.workflows.measuring import On
+from frankenmerge.workflows.planning import recipe_paths
 
 CONTEXT = 128
 """Most tokens in a row of a text."""
@@ -58,8 +72,10 @@ class GainOptions:
 
     on: On
     """What gains are measured on."""
-    constraints: Constraints | None = None
-    """Of recipes of one depth; None where any depth will do."""
+    constraints: Constraints
+    """Of stacks; the depth of recipes."""
+    any_depth: bool = False
+    """Whether recipes may have other depths, up to that one."""
     base: str | None = None
     """What the donors were fine-tuned from."""
     top: int = 1
@@ -100,7 +116,9 @@ class Gains(NamedTuple):
     count: int
     """Candidates that were measured."""
     passes: int
-    """Passes of all the selection's tokens through a donor that the search was worth."""
+    """What the search cost, in passes of all the selection's tokens through a donor."""
+    tokens: int
+    """Tokens that the confirmation counts."""
 
     @property
     def confirmed(self) -> bool:
@@ -142,9 +160,14 @@ def plan_gains(
         for name in names
     }
     bench = Bench((), donors, placement=options.placement)
-    found = candidates(alignments, _parts(donors, options.base), options.constraints)
-    domains = domains_on(options.on, bench, [name for name in names if name != options.base],
-                         options.seed, progress)
+    found = candidates(
+        alignments,
+        _parts(donors, options.base),
+        options.constraints,
+        any_depth=options.any_depth,
+    )
+    readers = [name for name in names if name != options.base]
+    domains = domains_on(options.on, bench, readers, options.seed, progress)
     return Search(bench, options, progress).of(found, domains)
 
 
@@ -154,9 +177,7 @@ class Search:
     def __init__(self, bench: Bench, options: GainOptions, progress: Progress = silent) -> None:
         self.bench, self.options, self.progress = bench, options, progress
         self.models = {name: bench.load(name).model for name in bench.checkpoints}
-        self.ensemble = {
-            name: model for name, model in self.models.items() if name != options.base
-        }
+        self.ensemble = {name: model for name, model in self.models.items() if name != options.base}
         self.blocks = 0
 
     def of(self, found: Sequence[Candidate], domains: Sequence[Domain]) -> Gains:
@@ -179,8 +200,11 @@ class Search:
                 sums = [joined(pair) for pair in zip(earlier, sums, strict=True)]
             losses = [mean_loss(each) for each in sums]
             if number == 0:
-                more = [(each, splice) for each in _between(left, losses)
-                        if (splice := self._resolved(each))]
+                more = [
+                    (each, splice)
+                    for each in _between(left, losses)
+                    if (splice := self._resolved(each))
+                ]
                 made = self._losses([splice for _, splice in more], stage, "comparing averages")
                 left, sums = [*left, *more], [*sums, *made]
                 losses += [mean_loss(each) for each in made]
@@ -199,8 +223,9 @@ class Search:
         average = self._resolved(Candidate("average", uniform_average(list(self.ensemble))))
         several = average is not None and len(self.ensemble) > 1
         searched = self.blocks
-        measured = self._losses([*splices, *([average] if average and several else [])], domains,
-                                "confirming")
+        measured = self._losses(
+            [*splices, *([average] if average and several else [])], domains, "confirming"
+        )
         donors, ensemble = donor_losses(self.models, domains)
         if len(self.ensemble) < len(self.models):
             ensemble = donor_losses(self.ensemble, domains)[1]
@@ -218,12 +243,14 @@ class Search:
         controls = Controls(
             best, losses[best], gain(measured[-1]) if several else None, gain(ensemble)
         )
-        whole = len(self.bench.checkpoints[best].by_role) and self.bench.checkpoints[best].blocks
         batches = sum(len(domain.batches()) for domain in selection)
-        passes = round(searched / (whole * batches))
-        return Gains(plans[: self.options.top], controls, count, passes)
+        passes = round(searched / (self.bench.checkpoints[best].blocks * batches))
+        tokens = sum(int(domain.counted.sum()) for domain in domains)
+        return Gains(plans[: self.options.top], controls, count, passes, tokens)
 
-    def _losses(self, splices: Sequence[Splice], domains: Sequence[Domain], what: str) -> list[Sums]:
+    def _losses(
+        self, splices: Sequence[Splice], domains: Sequence[Domain], what: str
+    ) -> list[Sums]:
         with self.progress(what, len(splices), "recipes") as advance:
             found = losses_together(splices, self.bench.assemble, domains, advance=advance)
         self.blocks += found.blocks
@@ -235,6 +262,58 @@ class Search:
             return resolve(candidate.recipe, self.bench.checkpoints)
         except FrankenmergeError:
             return None
+
+
+def write_gains(gains: Gains, options: GainOptions, output: Path) -> tuple[GainFile, list[Path]]:
+    """Write the best recipe to `output`, others to NAME.2.yaml and so on, and NAME.gain.json.
+
+    Returns the file of gains and the recipes' paths.
+    """
+    paths = recipe_paths(output, len(gains.plans))
+    for path, plan in zip(paths, gains.plans, strict=True):
+        write_file(path, plan.candidate.recipe.dump().encode())
+    made = gain_file(gains, options)
+    artefact.save(made, artefact.gain_path(output))
+    return made, paths
+
+
+def gain_file(gains: Gains, options: GainOptions) -> GainFile:
+    """What is known of the plans, with what produced it."""
+    controls = gains.controls
+
+    def control(gain: Gain) -> GainControl:
+        nats = controls.best_nats - gain.nats
+        return GainControl(nats=nats, gain=gain.nats, interval=gain.interval)
+
+    versions = {"frankenmerge": frankenmerge.__version__, "torch": torch.__version__}
+    return GainFile(
+        kind=artefact.KIND,
+        plans=[
+            GainPlanRecord.of(
+                recipe=plan.candidate.recipe.model_dump(exclude_none=True),
+                summary=str(plan.candidate.recipe),
+                key=plan.splice.key,
+                kind=plan.candidate.kind,
+                gain=plan.gain.nats,
+                interval=plan.gain.interval,
+                captured_share=gains.captured(plan.gain),
+                domains=plan.gain.domains,
+            )
+            for plan in gains.plans
+        ],
+        controls=ControlsRecord.of(
+            best_donor=DonorControl(name=controls.best_donor, nats=controls.best_nats),
+            average=control(controls.average) if controls.average else None,
+            ensemble=control(controls.ensemble),
+        ),
+        confirmed=gains.confirmed,
+        on=list(controls.ensemble.domains),
+        tokens=gains.tokens,
+        candidates=gains.count,
+        passes=gains.passes,
+        seed=options.seed,
+        versions=versions | {"transformers": transformers.__version__},
+    )
 
 
 def domains_on(
@@ -281,8 +360,11 @@ def _parts(donors: Mapping[str, Checkpoint], base: str | None) -> Donors:
     stream = first.architecture.stream
     prefix = first.architecture.root + first.architecture.block
     names = first.by_role.get(("block", 0), {})
-    inner = [name.removeprefix(prefix) for name, stored in names.items()
-             if len(first.tensors[stored].shape) > 1]
+    inner = [
+        name.removeprefix(prefix)
+        for name, stored in names.items()
+        if len(first.tensors[stored].shape) > 1
+    ]
     modules = tuple(dict.fromkeys(name.split(".")[0] for name in inner if "." in name))
     # A norm after a block's maps undoes what they are scaled by.
     writes = stream.writes if stream and not stream.output_norms else ()
@@ -294,9 +376,7 @@ def _parts(donors: Mapping[str, Checkpoint], base: str | None) -> Donors:
     )
 
 
-def _between(
-    left: Sequence[tuple[Candidate, Splice]], losses: Sequence[float]
-) -> list[Candidate]:
+def _between(left: Sequence[tuple[Candidate, Splice]], losses: Sequence[float]) -> list[Candidate]:
     """For every pair of donors the average whose loss is least on the parabola of three weights."""
     pairs: dict[tuple[str, ...], list[tuple[float, float, Recipe]]] = {}
     for (candidate, _), loss in zip(left, losses, strict=True):
@@ -312,5 +392,5 @@ def _between(
             continue
         curve, slope, _ = np.polyfit(weights, values, 2)
         if curve > 0 and min(weights) < (least := -slope / (2 * curve)) < max(weights):
-            made.append(Candidate("average", with_weight(found[0][2], least)))
+            made.append(Candidate("average", with_weight(found[0][2], float(least))))
     return made

@@ -156,13 +156,17 @@ def write_plans(planned: Planned, output: Path) -> list[Path]:
 
     The evidence is in NAME.evidence.json. Returns the recipes' paths.
     """
-    count = len(planned.plans)
-    others = (f"{output.stem}.{rank}{output.suffix}" for rank in range(2, count + 1))
-    paths = [output, *(output.with_name(name) for name in others)]
+    paths = recipe_paths(output, len(planned.plans))
     for path, entry in zip(paths, planned.plans, strict=True):
         write_file(path, entry.recipe.dump().encode())
     artefact.save(planned.evidence, artefact.evidence_path(output))
     return paths
+
+
+def recipe_paths(output: Path, count: int) -> list[Path]:
+    """Where `count` recipes are written: `output`, NAME.2.yaml and so on."""
+    others = (f"{output.stem}.{rank}{output.suffix}" for rank in range(2, count + 1))
+    return [output, *(output.with_name(name) for name in others)]
 
 
 def calibrated(alignments: Sequence[Alignment], measure: "Measure", on: "On") -> DamageModel:

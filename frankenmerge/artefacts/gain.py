@@ -1,0 +1,104 @@
+"""`NAME.gain.json`: plans that were searched for by their gain, and what they are compared with."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from frankenmerge.artefacts.json_files import Record, load_json, parse_json, save_json
+
+KIND = "frankenmerge.gain/1"
+SUFFIX = ".gain.json"
+_EXPECTED = "gains written by `frankenmerge plan --objective gain`"
+
+Interval = tuple[float, float]
+
+
+class GainPlanRecord(Record):
+    """A recipe and its gain."""
+
+    recipe: dict[str, Any]
+    summary: str
+    key: str
+    """Of the recipe with its donors."""
+    kind: str
+    """What is done with the donors: `average`, `exchange`, `stack` and so on."""
+    gain: float
+    """Nats per token won against the best donor; above 0 is better."""
+    interval: Interval
+    """95 %, for all recipes that were confirmed together."""
+    captured_share: float | None = None
+    """The share of the ensemble's gain; absent where the ensemble gains nothing."""
+    domains: dict[str, float] = {}
+    """On every domain, against the best donor there."""
+
+
+class DonorControl(Record):
+    """The best donor."""
+
+    name: str
+    nats: float
+
+
+class GainControl(Record):
+    """What another model does on the same tokens."""
+
+    nats: float
+    gain: float
+    interval: Interval
+
+
+class ControlsRecord(Record):
+    """What gains are compared with."""
+
+    best_donor: DonorControl
+    average: GainControl | None = None
+    """The uniform average of the donors; absent where they cannot be averaged."""
+    ensemble: GainControl
+    """The mean of the donors' probabilities: a ceiling, no single model."""
+
+
+class GainFile(Record):
+    """The whole file."""
+
+    kind: Literal["frankenmerge.gain/1"]
+    plans: Annotated[list[GainPlanRecord], Field(min_length=1)]
+    """The best first, by the tokens that they were chosen on."""
+    controls: ControlsRecord
+    confirmed: bool
+    """Whether the first plan's interval is above 0."""
+    on: list[str]
+    """Names of the domains: texts, or donors whose generated tokens they are."""
+    tokens: int
+    """How many tokens the gains were measured on; none was used to choose."""
+    candidates: int
+    passes: int
+    """What the search cost, in passes of the tokens that it chose by through a donor."""
+    seed: int
+    versions: dict[str, str]
+
+
+def gain_path(recipe: Path) -> Path:
+    """The file of gains beside a recipe's file."""
+    return recipe.with_suffix(SUFFIX)
+
+
+def save(gains: GainFile, path: Path) -> None:
+    """Write the file, completely or not at all. Raises FrankenmergeError on failure."""
+    save_json(gains, path, indent=1)
+
+
+def load(path: Path) -> GainFile:
+    """Read the file. Raises FrankenmergeError for anything else."""
+    return load_json(path, GainFile, KIND, _EXPECTED)
+
+
+def parse(content: Any, place: str) -> GainFile:
+    """Check parsed JSON, as `load` does. Raises FrankenmergeError, which names `place`."""
+    return parse_json(content, place, GainFile, KIND, _EXPECTED)
+
+
+def is_gain(content: Any) -> bool:
+    """Whether parsed JSON is meant to be such a file, of this version or another."""
+    kind = content.get("kind", "") if isinstance(content, dict) else ""
+    return str(kind).startswith("frankenmerge.gain/")
