@@ -16,6 +16,7 @@ from frankenmerge.cli.features import features
 from frankenmerge.cli.merge import check, merge, widen
 from frankenmerge.cli.plan import plan
 from frankenmerge.cli.report import report
+from frankenmerge.cli.tune import tune
 from frankenmerge.errors import Fault, FrankenmergeError
 
 MISTAKE, INTERRUPTED = 2, 130
@@ -53,6 +54,7 @@ for command in (
     analyze,
     align,
     plan,
+    tune,
     check,
     merge,
     widen,

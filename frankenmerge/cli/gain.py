@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from frankenmerge.cli.console import out, print_json, progress, table
 from frankenmerge.cli.plan import SAMPLED, measured_on
+from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from frankenmerge.artefacts.alignment import Alignment
     from frankenmerge.artefacts.gain import GainFile
+    from frankenmerge.artefacts.sweep import Sweep
     from frankenmerge.planning.search import Constraints
 
 
@@ -51,6 +53,57 @@ def plan_gain(
         out().print(
             f"{found.candidates} candidates for {found.passes} passes of a donor, {seconds:.0f} s."
         )
+
+
+def plan_sweep(
+    donors: Sequence[Path],
+    output: Path,
+    options: dict[str, Any],
+    device: str,
+    dtype: str,
+    *,
+    as_json: bool,
+) -> None:
+    """Sweep the windows of the one donor that the command line names."""
+    from frankenmerge.models.loading import Placement
+    from frankenmerge.splicing.opening import open_donor
+    from frankenmerge.storage.atomic import write_file
+    from frankenmerge.workflows.sweeping import SweepOptions, sweep
+
+    started = perf_counter()
+    if len(donors) != 1:
+        found, remedy = f"{len(donors)}", "sweep one donor after the other"
+        raise fail("plan --sweep", "one donor", found, remedy)
+    on = measured_on(options["on"]) or SAMPLED
+    chosen = SweepOptions(on, options["seed"], Placement(dtype, device))
+    made, recipe = sweep(open_donor(str(donors[0])), chosen, output, progress=progress)
+    write_file(output, recipe.dump().encode())
+    if as_json:
+        print_json(made.as_json() | {"seconds": perf_counter() - started})
+    else:
+        _print_sweep(out(), made)
+        out().print(f"Written to {output}", markup=False)
+
+
+def _print_sweep(console: "Console", made: "Sweep") -> None:
+    columns = ("window", "scale", "selected", "confirmed", "95 % in")
+    shown = table("Windows run twice: gain over the donor (nats per token)", *columns)
+    for each in made.confirmed:
+        low, high = each.interval
+        shown.add_row(
+            f"[{each.start}, {each.stop})",
+            f"{each.scale:g}",
+            f"{each.selected:+.4f}",
+            f"{each.gain:+.4f}",
+            f"{low:+.4f} to {high:+.4f}",
+        )
+    console.print(shown)
+    gaining = any(each.interval[0] > 0 for each in made.confirmed)
+    verdict = "A gain is confirmed" if gaining else "No gain shown"
+    console.print(
+        f"{verdict}: the best of {len(made.windows)} windows and scales, "
+        f"on {made.tokens:,} tokens that they were not selected by."
+    )
 
 
 def print_gains(console: "Console", found: "GainFile", names: Sequence[str]) -> None:

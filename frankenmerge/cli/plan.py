@@ -75,7 +75,8 @@ def _texts(
     return values
 
 
-def _measuring(option: str, description: str) -> Any:
+def measuring_option(option: str, description: str) -> Any:
+    """An option that says what to measure on: texts, or tokens that the donors generate."""
     return click.option(
         option,
         multiple=True,
@@ -184,7 +185,13 @@ _OF_DAMAGE = ("use", "avoid", "shares", "differ", "calibrate", "verify", "damp")
     show_default=True,
     help="Least damage at one depth, or the most gain against the best donor.",
 )
-@_measuring("--on", "With --objective gain, measure gains on this. [default: sampled]")
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Of one DONOR: run every window of its blocks twice, with several scales, and show which "
+    "gain on --on.",
+)
+@measuring_option("--on", "With --objective gain or --sweep, measure on this. [default: sampled]")
 @click.option(
     "--base",
     metavar="DONOR",
@@ -197,13 +204,13 @@ _OF_DAMAGE = ("use", "avoid", "shares", "differ", "calibrate", "verify", "damp")
     show_default=True,
     help="With --objective gain, of sampled tokens and resamples.",
 )
-@_measuring(
+@measuring_option(
     "--calibrate",
     f"Measure 16 splices on this text, or with '{SAMPLED}' on tokens that the donors generate, "
     "and predict by them.",
 )
-@_measuring("--verify", "Measure the plans on this, and rank them by the result.")
-@_measuring("--damp", "Scale what repeated blocks write where that loses less on this.")
+@measuring_option("--verify", "Measure the plans on this, and rank them by the result.")
+@measuring_option("--damp", "Scale what repeated blocks write where that loses less on this.")
 @device_option
 @dtype_option
 @json_option
@@ -226,7 +233,15 @@ def plan(
     compared on half of the tokens and confirmed on the other half, beside the best donor, the
     uniform average and the donors' ensemble; the figures are written as NAME.gain.json. That no
     gain is shown is an answer as any other. Without --depth recipes of every depth are searched.
+
+    With --sweep, give a donor in place of alignments; what was measured is written as
+    NAME.sweep.json. A sweep that was interrupted goes on where it was.
     """
+    if options["sweep"]:
+        from frankenmerge.cli.gain import plan_sweep
+
+        plan_sweep(alignments, output, options, device, dtype, as_json=as_json)
+        return
     from frankenmerge.artefacts.alignment import load_alignment
     from frankenmerge.workflows.planning import (
         PlanOptions,

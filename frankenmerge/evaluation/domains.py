@@ -103,9 +103,9 @@ def text_domain(name: str, ids: np.ndarray, start: int | None, context: int) -> 
     return Domain(name, made, counted, np.arange(len(rows)) // unit)
 
 
-def sampled_domain(name: str, model: PreTrainedModel, seed: int) -> Domain:
-    """What a model generates by itself, `ROWS` rows of `LENGTH` tokens; each row is a unit."""
-    ids = sample_unprompted(model, ROWS, LENGTH, seed)
+def sampled_domain(name: str, model: PreTrainedModel, seed: int, rows: int = ROWS) -> Domain:
+    """What a model generates by itself, rows of `LENGTH` tokens; each row is a unit."""
+    ids = sample_unprompted(model, rows, LENGTH, seed)
     counted = torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
     domain = Domain(name, ids, counted, np.arange(len(ids)))
     with torch.no_grad():

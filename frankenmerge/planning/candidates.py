@@ -59,12 +59,18 @@ class Donors:
 
     blocks: Mapping[str, int]
     """By donor."""
-    modules: tuple[str, ...] = ()
-    """The parts of a block that have matrices, as in names of tensors: `self_attn`, `mlp`."""
+    maps: tuple[str, ...] = ()
+    """The matrices of a block, as in names of tensors: `self_attn.q_proj`, `mlp.down_proj`."""
     writes: tuple[str, ...] = ()
     """The maps by which a block writes to the residual stream; none where a norm follows them."""
     base: str | None = None
     """What all donors were fine-tuned from, if that is known."""
+
+    @property
+    def modules(self) -> list[str]:
+        """The parts of a block, where there are several: `self_attn`, `mlp`."""
+        found = list(dict.fromkeys(name.split(".")[0] for name in self.maps))
+        return found if len(found) > 1 else []
 
 
 def candidates(
@@ -96,7 +102,11 @@ def candidates(
             found += _stacks(alignments, donors, replace(constraints, depth=depth))
     if alone and any_depth:
         ((name, blocks),) = donors.blocks.items()
-        found += repeats(name, blocks, donors.writes, REPEATED)
+        found += [
+            Candidate("repeat", repeated_window(name, blocks, *each, scale, donors.writes))
+            for each in windows(blocks)
+            for scale in (REPEATED if donors.writes else (1.0,))
+        ]
     return list({candidate.recipe.key: candidate for candidate in found}.values())
 
 
@@ -132,35 +142,30 @@ def blended(runs: Sequence[Run]) -> Recipe:
     return Recipe(merge_method="linear", slices=slices)
 
 
-def repeats(
-    name: str, blocks: int, writes: Sequence[str], scales: Sequence[float]
-) -> list[Candidate]:
-    """A donor with one window of its blocks run twice, the second pass scaled.
+def repeated_window(
+    name: str, blocks: int, start: int, stop: int, scale: float, writes: Sequence[str]
+) -> Recipe:
+    """A donor whose blocks `[start, stop)` run twice: `[0, stop)`, then `[start, blocks)`.
 
-    `[0, stop)` is followed by `[start, blocks)`, for every `start < stop`. Scales other than 1 need
-    the maps that a block writes by.
+    Args:
+        name: of the donor.
+        blocks: its number of blocks.
+        start: first block of the window.
+        stop: end of the window.
+        scale: of what the second pass writes to the residual stream.
+        writes: the maps that it writes by, as parts of tensor names.
     """
-    made = []
-    for start, stop in windows(blocks):
-        recipe = window(name, blocks, start, stop)
-        for scale in scales if writes else (1.0,):
-            factors = [
-                scale if stop <= place < 2 * stop - start else 1.0
-                for place in range(len(recipe.blocks))
-            ]
-            scaled = recipe if scale == 1 else damped(recipe, factors, writes)
-            made.append(Candidate("repeat", scaled))
-    return made
+    indices = [*range(stop), *range(start, blocks)]
+    recipe = recipe_of([Block(name, index) for index in indices])
+    if scale == 1:
+        return recipe
+    again = range(stop, 2 * stop - start)
+    return damped(recipe, [scale if at in again else 1.0 for at in range(len(indices))], writes)
 
 
 def windows(blocks: int) -> list[tuple[int, int]]:
     """All half-open windows of blocks."""
     return list(combinations(range(blocks + 1), 2))
-
-
-def window(name: str, blocks: int, start: int, stop: int) -> Recipe:
-    """A donor whose blocks `[start, stop)` run twice."""
-    return recipe_of([Block(name, index) for index in (*range(stop), *range(start, blocks))])
 
 
 def _alike(alignment: Alignment, depth: int | None = None) -> bool:

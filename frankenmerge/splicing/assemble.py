@@ -2,7 +2,7 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -171,7 +171,7 @@ def _tensors(
             tensors[operation.name] = found
         else:
             missing[operation.name] = key, operation
-    for name, made in _computed([each for _, each in missing.values()], fits, progress):
+    for name, made in computed_tensors([each for _, each in missing.values()], fits, progress):
         tensors[name] = made.to(dtype)
         if shared is not None:
             shared.add(missing[name][0], tensors[name])
@@ -203,10 +203,15 @@ def names_as_stored(model: PreTrainedModel, architecture: Architecture) -> dict[
     }
 
 
-def _computed(
-    operations: list[Combine | Rotate], fits: Mapping[int, Fit], progress: Progress
+def computed_tensors(
+    operations: Sequence[Combine | Rotate],
+    fits: Mapping[int, Fit] | None = None,
+    progress: Progress = silent,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Compute tensors, several at a time, in the type in which a merge would store them."""
+    """Compute tensors, several at a time, in the type in which a merge would store them.
+
+    Yields names and tensors, in the order of the operations.
+    """
     if not operations:
         return
     total = sum(operation.bytes for operation in operations)
@@ -216,7 +221,7 @@ def _computed(
         workers(arithmetics) as pool,
         progress("computing tensors", total, "bytes") as advance,
     ):
-        how = Computation(files, fits)
+        how = Computation(files, fits or {})
         futures = [pool.submit(_computed_tensor, operation, how) for operation in operations]
         try:
             for operation, future in zip(operations, futures, strict=True):

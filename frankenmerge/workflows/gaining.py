@@ -27,7 +27,7 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.evaluation.bench import Bench
-from frankenmerge.evaluation.domains import Domain, sampled_domain, split, stages, text_domain
+from frankenmerge.evaluation.domains import ROWS, Domain, sampled_domain, split, stages, text_domain
 from frankenmerge.evaluation.gains import (
     Gain,
     Sums,
@@ -162,7 +162,7 @@ def plan_gains(
     bench = Bench((), donors, placement=options.placement)
     found = candidates(
         alignments,
-        _parts(donors, options.base),
+        parts_of(donors, options.base),
         options.constraints,
         any_depth=options.any_depth,
     )
@@ -317,9 +317,15 @@ def gain_file(gains: Gains, options: GainOptions) -> GainFile:
 
 
 def domains_on(
-    on: On, bench: Bench, names: Sequence[str], seed: int, progress: Progress = silent
+    on: On,
+    bench: Bench,
+    names: Sequence[str],
+    seed: int,
+    progress: Progress = silent,
+    *,
+    times: int = 1,
 ) -> list[Domain]:
-    """The tokens to measure on: what each donor generates, or texts.
+    """The tokens to measure on: what each donor generates (`times * ROWS` rows), or texts.
 
     Raises FrankenmergeError for donors of different tokens, a short text, and a single donor on its
     own tokens.
@@ -339,7 +345,7 @@ def domains_on(
         with progress("sampling tokens", len(loaded), "donors") as advance:
             made = []
             for name, each in loaded.items():
-                made.append(sampled_domain(name, each.model, seed))
+                made.append(sampled_domain(name, each.model, seed, times * ROWS))
                 advance(1)
         return made
     context = min(bench.context, CONTEXT)
@@ -354,26 +360,20 @@ def domains_on(
     return made
 
 
-def _parts(donors: Mapping[str, Checkpoint], base: str | None) -> Donors:
+def parts_of(donors: Mapping[str, Checkpoint], base: str | None) -> Donors:
     """What candidates need to know of the donors."""
     first = next(iter(donors.values()))
     stream = first.architecture.stream
     prefix = first.architecture.root + first.architecture.block
-    names = first.by_role.get(("block", 0), {})
-    inner = [
-        name.removeprefix(prefix)
-        for name, stored in names.items()
-        if len(first.tensors[stored].shape) > 1
-    ]
-    modules = tuple(dict.fromkeys(name.split(".")[0] for name in inner if "." in name))
+    maps = tuple(
+        name.removeprefix(prefix).removesuffix(".weight")
+        for name, stored in first.by_role.get(("block", 0), {}).items()
+        if name.endswith(".weight") and len(first.tensors[stored].shape) > 1
+    )
     # A norm after a block's maps undoes what they are scaled by.
     writes = stream.writes if stream and not stream.output_norms else ()
-    return Donors(
-        {name: donor.blocks for name, donor in donors.items() if name != base},
-        modules if len(modules) > 1 else (),
-        writes,
-        base,
-    )
+    blocks = {name: donor.blocks for name, donor in donors.items() if name != base}
+    return Donors(blocks, maps, writes, base)
 
 
 def _between(left: Sequence[tuple[Candidate, Splice]], losses: Sequence[float]) -> list[Candidate]:

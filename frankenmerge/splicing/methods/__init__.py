@@ -26,6 +26,8 @@ class Parameter(NamedTuple):
     low: float = -math.inf
     high: float = math.inf
     """The range of allowed values, both ends inclusive."""
+    effect: Literal["smooth", "rough", "none"] = "none"
+    """How the result depends on it: with a derivative, in steps, or so that it is not tuned."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ class Method:
     """
 
 
-_WEIGHT = {"weight": Parameter(None, True)}
-_DENSITY = {"density": Parameter(1.0, True, 0, 1)}
-_GAMMA = {"gamma": Parameter(0.01, True, 0, 1)}
-_EPSILON = {"epsilon": Parameter(0.15, True, 0, 1)}
+_WEIGHT = {"weight": Parameter(None, True, effect="smooth")}
+_DENSITY = {"density": Parameter(1.0, True, 0, 1, "rough")}
+_GAMMA = {"gamma": Parameter(0.01, True, 0, 1, "rough")}
+_EPSILON = {"epsilon": Parameter(0.15, True, 0, 1, "rough")}
 _INT8_MASK = {"int8_mask": Parameter(False, False)}
 """Accepted because recipes contain it; it has no effect, since no mask is larger than a chunk."""
 
@@ -68,7 +70,7 @@ def _task(
     shared = {
         "normalize": Parameter(normalize, False),
         "rescale": Parameter(rescale, False),
-        "lambda": Parameter(1.0, False),
+        "lambda": Parameter(1.0, False, effect="smooth"),
     }
     parameters = _WEIGHT | _DENSITY | (extra or {}) | shared | _INT8_MASK
     # with sign consensus the divisor is the sum of the weights that agree
@@ -76,11 +78,11 @@ def _task(
 
 
 METHODS: dict[str, Method] = {
-    "passthrough": Method({"scale": Parameter(1.0, True)}, "none", (1, 1)),
+    "passthrough": Method({"scale": Parameter(1.0, True, effect="smooth")}, "none", (1, 1)),
     "linear": Method(
         _WEIGHT | {"normalize": Parameter(True, False)}, "none", (1, None), divides="normalize"
     ),
-    "slerp": Method({"t": Parameter(None, False, 0, 1)}, "required", (1, 1)),
+    "slerp": Method({"t": Parameter(None, False, 0, 1, "smooth")}, "required", (1, 1)),
     "nuslerp": Method(
         _WEIGHT
         | {"nuslerp_row_wise": Parameter(False, False), "nuslerp_flatten": Parameter(True, False)},
@@ -106,14 +108,16 @@ METHODS: dict[str, Method] = {
     "della": _task(True, True, _EPSILON, random=True, consensus=True),
     "della_linear": _task(False, True, _EPSILON, random=True),
     "model_stock": Method({"filter_wise": Parameter(False, False)}, "required", (2, None)),
-    "nearswap": Method({"t": Parameter(None, False, 0)}, "required", (1, 1)),
+    "nearswap": Method({"t": Parameter(None, False, 0, effect="rough")}, "required", (1, 1)),
     "arcee_fusion": Method({}, "required", (1, 1)),
-    "sce": Method({"select_topk": Parameter(1.0, False, 0, 1)} | _INT8_MASK, "required", (1, None)),
+    "sce": Method(
+        {"select_topk": Parameter(1.0, False, 0, 1, "rough")} | _INT8_MASK, "required", (1, None)
+    ),
     "ram": Method({"epsilon": Parameter(1e-5, False, 0)}, "required", (1, None)),
     "ramplus_tl": Method(
         {
-            "r": Parameter(0.1, False, 0),
-            "alpha": Parameter(0.2, False, 0),
+            "r": Parameter(0.1, False, 0, effect="rough"),
+            "alpha": Parameter(0.2, False, 0, effect="rough"),
             "epsilon": Parameter(1e-5, False, 0),
         },
         "required",
