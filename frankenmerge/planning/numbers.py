@@ -66,28 +66,35 @@ def refined(
     if per == "setting":
         return recipe
     parameters = METHODS[recipe.merge_method].parameters
-    outside = set(ends)
+    parts = [*ends, *(maps if per == "map" else ())]
 
-    def finer(name: str, setting: Any, blocks: int) -> list[dict[str, Any]]:
-        def at(tensor: str, place: float) -> float:
-            value = evaluate(setting, tensor, place)
-            return float(parameters[name].default or 0 if value is None else value)
+    def finer(setting: Any, blocks: int) -> list[dict[str, Any]]:
+        def at(tensor: str) -> Any:
+            if tensor in ends:
+                return evaluate(setting, tensor, 0.0)
+            along = [
+                evaluate(setting, tensor, index / max(1, blocks - 1)) for index in range(blocks)
+            ]
+            return None if along[0] is None else along
 
-        def along(tensor: str) -> list[float]:
-            return [at(tensor, index / max(1, blocks - 1)) for index in range(blocks)]
-
-        chosen = dict.fromkeys([*ends, *(maps if per == "map" else ()), *filters(setting)])
-        entries = [
-            {"filter": tensor, "value": at(tensor, 0.0) if tensor in outside else along(tensor)}
-            for tensor in chosen
+        # Every part stands before the filter that takes it, so that each tensor keeps its number.
+        chosen: dict[str, None] = {}
+        for asked in filters(setting):
+            chosen |= dict.fromkeys([part for part in parts if asked in part] + [asked])
+        values = {tensor: at(tensor) for tensor in (chosen | dict.fromkeys(parts))}
+        entries: list[dict[str, Any]] = [
+            {"filter": tensor, "value": value}
+            for tensor, value in values.items()
+            if value is not None
         ]
-        return [*entries, {"value": along("")}]
+        rest = at("")
+        return entries if rest is None else [*entries, {"value": rest}]
 
     data = recipe.model_dump(exclude_none=True)
     for holder, blocks in _holders(data, depth):
         if "parameters" in holder:
             holder["parameters"] = {
-                name: finer(name, setting, blocks)
+                name: finer(setting, blocks)
                 if name in parameters and parameters[name].effect != "none"
                 else setting
                 for name, setting in holder["parameters"].items()
@@ -97,11 +104,13 @@ def refined(
 
 def _holders(data: dict[str, Any], depth: int) -> Iterator[tuple[dict[str, Any], int]]:
     """Everything in a recipe that has parameters, with the number of blocks that they are for."""
-    slices = data.get("slices", [])
+    (stack,) = data.get("modules", {"": data}).values()
+    slices = stack.get("slices", [])
     lengths = {_length(part) for part in slices}
     if not slices or len(lengths) == 1:
-        yield data, lengths.pop() if lengths else depth
-    for whole in data.get("models", []):
+        length = lengths.pop() if lengths else depth
+        yield from ((each, length) for each in ([data] if stack is data else [data, stack]))
+    for whole in stack.get("models", []):
         yield whole, depth
     for part in slices:
         yield part, _length(part)

@@ -387,9 +387,9 @@ def _between(left: Sequence[tuple[Candidate, Splice]], losses: Sequence[float]) 
             pairs.setdefault(names, []).append((weight, loss, candidate.recipe))
     made = []
     for found in pairs.values():
-        weights, values = ([each[place] for each in found] for place in (0, 1))
         if len(found) < 3:
             continue
+        weights, values = [weight for weight, _, _ in found], [loss for _, loss, _ in found]
         curve, slope, _ = np.polyfit(weights, values, 2)
         if curve > 0 and min(weights) < (least := -slope / (2 * curve)) < max(weights):
             made.append(Candidate("average", with_weight(found[0][2], float(least))))
