@@ -24,6 +24,7 @@ from frankenmerge.artefacts.gain import (
     GainPlanRecord,
 )
 from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe_label import label
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.evaluation.bench import Bench
@@ -291,7 +292,7 @@ def gain_file(gains: Gains, options: GainOptions) -> GainFile:
         plans=[
             GainPlanRecord.of(
                 recipe=plan.candidate.recipe.model_dump(exclude_none=True),
-                summary=str(plan.candidate.recipe),
+                summary=label(plan.candidate.recipe),
                 key=plan.splice.key,
                 kind=plan.candidate.kind,
                 gain=plan.gain.nats,
