@@ -1,6 +1,6 @@
 """Domains: tokens on which models are compared, in rows that share no context.
 
-A domain is a text, or what one donor generated. Its rows belong to units, which are independent of
+A domain is a text, what one donor generated, or a task of multiple choice. Its rows belong to units, which are independent of
 each other: they are dealt to the parts of a split as wholes, and resampled as wholes.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from frankenmerge.evaluation.items import ItemRows
 from frankenmerge.models.sampling import sample_unprompted
 
 ROWS, LENGTH = 96, 128
@@ -35,6 +36,8 @@ class Domain(NamedTuple):
     """The unit of every row, `[n]`: 0, 1 and so on."""
     target: Tensor | None = None
     """The probabilities of the model that generated the rows, `[n, s-1, v]`."""
+    right: np.ndarray | None = None
+    """Of a task, whose units are items and whose rows are their choices: the right ones, `[n]`."""
 
     @property
     def size(self) -> int:
@@ -60,7 +63,8 @@ class Domain(NamedTuple):
         """Some of its rows."""
         at = torch.from_numpy(rows)
         target = None if self.target is None else self.target[at]
-        return Domain(self.name, self.ids[at], self.counted[at], self.units[rows], target)
+        right = None if self.right is None else self.right[rows]
+        return Domain(self.name, self.ids[at], self.counted[at], self.units[rows], target, right)
 
     def nats(self, logits: Tensor) -> Tensor:
         """The loss of every predicted token `[n, s-1]`, 0 where it does not count.
@@ -76,10 +80,46 @@ class Domain(NamedTuple):
             losses = -(self.target.to(predicted.device) * predicted).sum(-1)
         return losses * self.counted.to(predicted.device)
 
+    def losses(self, nats: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of every unit, and what it counts for, each `[u]`, of losses `[n, s-1]`.
+
+        A unit of text counts for its tokens. An item of a task counts for 1: its loss is minus the
+        logarithm of the right choice's share of the choices' probabilities.
+        """
+        units = torch.from_numpy(self.units).to(nats.device)
+        zeros = nats.new_zeros(self.size)
+        rows = nats.sum(1)
+        if self.right is None:
+            tokens = self.counted.sum(1).to(rows)
+            return zeros.index_add(0, units, rows), zeros.index_add(0, units, tokens)
+        least = (zeros + torch.inf).scatter_reduce(0, units, rows.detach(), "amin")
+        total = zeros.index_add(0, units, (least[units] - rows).exp())
+        right = torch.from_numpy(self.right).to(rows)
+        return total.log() - least + zeros.index_add(0, units, right * rows), zeros + 1
+
     def sums(self, nats: np.ndarray) -> np.ndarray:
-        """Nats and tokens of every unit, `[2, u]`, of losses `[n, s-1]`."""
-        values = (nats.sum(1), self.counted.sum(1).numpy())
-        return np.stack([np.bincount(self.units, each, minlength=self.size) for each in values])
+        """Nats, weight and right answers of every unit, `[3, u]`, of losses `[n, s-1]`."""
+        losses, weights = (each.numpy() for each in self.losses(torch.from_numpy(nats)))
+        return np.stack([losses, weights, self._answered(nats)])
+
+    def _answered(self, nats: np.ndarray) -> np.ndarray:
+        """Whether the right choice of each item is the likeliest, `[u]`; 0 for texts."""
+        answered = np.zeros(self.size)
+        if self.right is not None:
+            rows = nats.sum(1)
+            likeliest = np.lexsort((rows, self.units))
+            first = likeliest[np.unique(self.units[likeliest], return_index=True)[1]]
+            answered[self.units[first]] = self.right[first]
+        return answered
+
+
+def task_domain(name: str, rows: ItemRows) -> Domain:
+    """The items of a multiple-choice task; each is a unit."""
+    starts = np.searchsorted(rows.items, np.arange(len(rows.answers)))
+    right = np.zeros(len(rows.items), dtype=bool)
+    right[starts + rows.answers] = True
+    ids, counted = torch.from_numpy(rows.ids), torch.from_numpy(rows.counted)
+    return Domain(name, ids, counted, rows.items, right=right)
 
 
 def text_domain(name: str, ids: np.ndarray, start: int | None, context: int) -> Domain:

@@ -22,7 +22,7 @@ from frankenmerge.splicing.resolve import Splice
 
 RESAMPLES = 2000
 Sums = Mapping[str, np.ndarray]
-"""Nats and tokens of every unit `[2, u]`, by domain."""
+"""Nats, weight and right answers of every unit `[3, u]`, by domain; see `Domain.sums`."""
 
 
 class Measured(NamedTuple):
@@ -122,9 +122,9 @@ def _sums(
 
 
 def mean_loss(sums: Sums) -> float:
-    """Nats per token on all domains together, every token alike."""
-    nats, tokens = np.sum([each.sum(1) for each in sums.values()], axis=0)
-    return float(nats / tokens)
+    """Nats per token (or item of a task) on all domains together, every one alike."""
+    nats, weight, _ = np.sum([each.sum(1) for each in sums.values()], axis=0)
+    return float(nats / weight)
 
 
 def joined(parts: Sequence[Sums]) -> Sums:
@@ -159,5 +159,5 @@ def gain_of(sums: Sums, donors: Mapping[str, Sums], *, seed: int, coverage: floa
 
 def _resampled(sums: Sums, counts: Mapping[str, np.ndarray]) -> np.ndarray:
     """The mean loss of every resample, `[r]`."""
-    nats, tokens = np.sum([counts[name] @ each.T for name, each in sums.items()], axis=0).T
-    return nats / tokens
+    nats, weight = np.sum([counts[name] @ each[:2].T for name, each in sums.items()], axis=0).T
+    return nats / weight

@@ -46,7 +46,7 @@ from frankenmerge.workflows.measuring import On
 PARTS = 4
 """Parts of the tokens: two to tune on, one that says when to stop, one to confirm on."""
 RATE, BATCH, CHECK, PATIENCE = 0.03, 8, 10, 3
-"""Adam's rate; rows of every domain in a step; steps between checks; checks without a gain."""
+"""Adam's rate; units of every domain in a step; steps between checks; checks without a gain."""
 DIFFERENCE = 1e-3
 """By how much a number is changed to differentiate a tensor; float32 keeps three digits of it."""
 SIGMA = 0.1
@@ -291,15 +291,15 @@ class _Gradient:
     def _backward(self, step: int) -> None:
         """Add up the gradients of the mean loss on one batch of every domain."""
         generator = np.random.default_rng([self.tuning.options.seed, step])
-        batches = []
-        for domain in self.tuning.fitting:
-            count = min(BATCH, len(domain.ids))
-            batches.append(domain.of_rows(generator.permutation(len(domain.ids))[:count]))
-        tokens = sum(int(batch.counted.sum()) for batch in batches)
+        batches = [
+            domain.of_units(np.sort(generator.permutation(domain.size)[:BATCH]))
+            for domain in self.tuning.fitting
+        ]
         for batch in batches:
             ids = batch.ids.to(self.model.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits
-            (batch.nats(logits).sum() / tokens).backward()
+            nats = batch.nats(self.model(input_ids=ids, use_cache=False).logits)
+            losses, weights = batch.losses(nats)
+            (losses.sum() / weights.sum() / len(batches)).backward()
 
 
 def _confirmed(
