@@ -5,7 +5,7 @@ Tokens, metrics and their names are those of lm-evaluation-harness for multiple-
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.evaluation.language import check_finite, predictions, start_token
+from frankenmerge.evaluation.paired import ItemResults
 from frankenmerge.progress import Advance, ignore
 
 _EXPECTED = (
@@ -128,7 +129,7 @@ def encoded_items(
     """
     rows = _rows(tokenizer, items)
     raise_all(
-        Fault(f"{place}: item {row.item + 1}, choice {row.choice!r:.60}", *fault)
+        Fault(f"{place}: item {row.item + 1} of {len(items)}, choice {row.choice!r:.60}", *fault)
         for row in rows
         if (fault := _row_fault(row, context))
     )
@@ -238,10 +239,15 @@ def correct(rows: ItemRows, log_likelihoods: np.ndarray) -> dict[str, np.ndarray
     }
 
 
+def item_results(task: str, rows: ItemRows, log_likelihoods: np.ndarray) -> list[ItemResults]:
+    """What `correct` says, by metric; items are numbered from 0."""
+    return [
+        ItemResults(task, metric, {str(item): bool(right) for item, right in enumerate(values)})
+        for metric, values in correct(rows, log_likelihoods).items()
+    ]
+
+
 def _best(rows: ItemRows, values: np.ndarray) -> np.ndarray:
     """The number of each item's choice with the highest value; of equal ones the first."""
-    return np.array([int(each.argmax()) for each in _by_item(rows, values)])
-
-
-def _by_item(rows: ItemRows, values: np.ndarray) -> Iterator[np.ndarray]:
-    yield from np.split(values, np.flatnonzero(np.diff(rows.items)) + 1)
+    by_item = np.split(values, np.flatnonzero(np.diff(rows.items)) + 1)
+    return np.array([int(each.argmax()) for each in by_item])

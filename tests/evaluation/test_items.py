@@ -148,7 +148,7 @@ def test_every_choice_that_cannot_be_scored_is_reported(donors):
     with pytest.raises(FrankenmergeError) as error:
         encoded_items(tokenizer, items, context=8, place="items.jsonl")
     assert [fault.found for fault in error.value.faults] == ["40 tokens", "9 tokens"]
-    assert error.value.faults[1].place == "items.jsonl: item 3, choice 'yyyyyyyyy'"
+    assert error.value.faults[1].place == "items.jsonl: item 3 of 3, choice 'yyyyyyyyy'"
 
 
 def test_a_choice_needs_a_token_before_it(donors):
