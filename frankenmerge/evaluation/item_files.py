@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,10 @@ def _sample(line: str) -> tuple[dict[str, Any], str]:
             return {}, "a filter, doc_hash or list of metrics that is none"
         return content, ""
     if not _is_binary(content.get(PLAIN)):
-        return {}, f"{PLAIN}: {json.dumps(content[PLAIN])[:100]}" if PLAIN in content else "no correct"
+        return (
+            {},
+            f"{PLAIN}: {json.dumps(content[PLAIN])[:100]}" if PLAIN in content else "no correct",
+        )
     return {"doc_id": content["id"], "metrics": [PLAIN], PLAIN: content[PLAIN]}, ""
 
 

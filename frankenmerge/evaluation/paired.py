@@ -129,7 +129,9 @@ def _paired_test(model: ItemResults, donor: ItemResults, place: str) -> PairedTe
 
 
 def _check_items(model: ItemResults, donor: ItemResults, place: str) -> None:
-    missing = [len(b.correct.keys() - a.correct.keys()) for a, b in ((model, donor), (donor, model))]
+    missing = [
+        len(b.correct.keys() - a.correct.keys()) for a, b in ((model, donor), (donor, model))
+    ]
     if any(missing):
         found = f"{missing[0]} items missing from the first, {missing[1]} from the second"
         remedy = "evaluate both on the same items"

@@ -25,6 +25,7 @@ from frankenmerge.reporting.sections import (
     prediction_checks,
     seams_of,
     splices,
+    task_verdict,
     verdict,
 )
 from frankenmerge.reporting.svg import Drawing
@@ -73,6 +74,23 @@ def differences(evaluation: Evaluation) -> Drawing:
     ]
     axis = "bits per byte; left of the line the merge is better"
     return bars(rows, "Difference from each donor", axis)
+
+
+def task_differences(evaluation: Evaluation) -> Drawing:
+    """Paired differences between models and donors on tasks, with their intervals."""
+    several = len({(entry.model, entry.donor) for entry in evaluation.task_differences}) > 1
+    rows = [
+        Bar(
+            f"{shortened(entry.task)} {entry.metric}"
+            + (f": {shortened(entry.model)} vs. {shortened(entry.donor)}" if several else ""),
+            entry.difference,
+            *entry.interval,
+            verdict=task_verdict(entry),
+        )
+        for entry in evaluation.task_differences
+    ]
+    axis = "difference of accuracies; right of the line the merge is better"
+    return bars(rows, "Difference from each donor on tasks", axis)
 
 
 def block_charts(record: SeamsRecord) -> list[BlockChart]:
@@ -194,6 +212,8 @@ def _figures(run: Run) -> Iterator[tuple[str, str]]:
         stem = Path(file).stem
         if evaluation.differences:
             yield f"differences-{stem}", svg.standalone(differences(evaluation))
+        if evaluation.task_differences:
+            yield f"tasks-{stem}", svg.standalone(task_differences(evaluation))
         for record in evaluation.seams:
             name = f"seams-{Path(record.model).stem}"
             if charts := [chart.drawing for chart in block_charts(record)]:

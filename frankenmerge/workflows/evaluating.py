@@ -28,7 +28,6 @@ from frankenmerge.workflows.atlases import atlas_of
 from frankenmerge.workflows.predictions import check_predictions
 from frankenmerge.workflows.subjects import Model, Subjects, opened_subjects
 
-
 SUFFIX = ".jsonl"
 """Of files of items, by which they differ from tasks of lm-evaluation-harness."""
 
