@@ -130,8 +130,8 @@ def evaluate(
 ) -> None:
     """Measure how well models predict text and solve tasks. A recipe is run in memory.
 
-    Nothing is written except with -o. Every donor of a recipe is measured, too; with --seams, --retention or --compare also those of a
-    merged checkpoint.
+    Every donor of a recipe is measured, too; with --seams, --retention or --compare also those of a
+    merged checkpoint. Nothing is written except with -o.
 
     RESULTS are a tool's results item by item: a folder of samples that lm-evaluation-harness has
     logged, one such file, or a JSONL file of {"id", "correct"}. The first are compared with each of
