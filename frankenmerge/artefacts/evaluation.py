@@ -163,7 +163,7 @@ class TaskDifferenceRecord(Record):
     difference: float
     """The model's accuracy minus the donor's: above 0 the model is better."""
     interval: Interval
-    """Exact 95 % interval of the difference, given how many items differ."""
+    """95 % score interval of the difference."""
     only_model: int
     """Items that the model alone answers correctly."""
     only_donor: int

@@ -90,7 +90,7 @@ def further_tables(results: "Sequence[Result]", findings: "Findings") -> Iterabl
         task, metric = key
         columns.append(
             (
-                f"{Path(task).name} {metric}",
+                f"{_task_name(task)} {metric}",
                 ["" if cell is None else _with_error(cell) for cell in cells],
             )
         )
@@ -121,22 +121,25 @@ def task_differences_tables(differences: "Sequence[TaskDifferenceRecord]") -> It
     """Accuracies of models and donors on the same items, a table for each pair."""
     for model, donor in dict.fromkeys((entry.model, entry.donor) for entry in differences):
         title = f"{Path(model).name} and {Path(donor).name} on the same items (above 0 is better)"
-        made = table(
-            title, "task", "difference", "95 % in", "only first", "only second", "p", "p (Holm)"
-        )
+        made = table(title, "task", "difference", "95 % in", "only first : second", "p", "p (Holm)")
+        made.columns[2].no_wrap = True
         for entry in differences:
             if (entry.model, entry.donor) == (model, donor):
                 low, high = entry.interval
                 made.add_row(
-                    f"{Path(entry.task).name} {entry.metric}",
+                    f"{_task_name(entry.task)} {entry.metric}",
                     f"{entry.difference:+.3f}",
                     f"{low:+.3f} to {high:+.3f}",
-                    str(entry.only_model),
-                    str(entry.only_donor),
-                    f"{entry.p:.3g}",
-                    f"{entry.p_holm:.3g}",
+                    f"{entry.only_model} : {entry.only_donor}",
+                    f"{entry.p:.2g}",
+                    f"{entry.p_holm:.2g}",
                 )
         yield made
+
+
+def _task_name(task: str) -> str:
+    """A task for a table; a file of items without folder and suffix."""
+    return Path(task).stem if task.endswith(".jsonl") else task
 
 
 def tasks_table(evaluation: "Evaluation") -> Table:
@@ -144,7 +147,7 @@ def tasks_table(evaluation: "Evaluation") -> Table:
     made = table("Tasks", "model", "task", "metric", "value", "error")
     for entry in evaluation.tasks:
         error = "" if entry.stderr is None else f"{entry.stderr:.3f}"
-        names = Path(entry.model).name, Path(entry.task).name
+        names = Path(entry.model).name, _task_name(entry.task)
         made.add_row(*names, entry.metric, f"{entry.value:.3f}", error)
     return made
 

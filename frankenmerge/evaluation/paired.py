@@ -4,11 +4,13 @@ McNemar, Psychometrika 12 (1947), in its exact form: of the items that one model
 correctly, each model has half if they are equally good. Holm, Scand. J. Statist. 6 (1979).
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.optimize import brentq
+from scipy.stats import binomtest, norm
 
 from frankenmerge.artefacts.bootstrap import COVERAGE
 from frankenmerge.errors import fail
@@ -73,19 +75,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def difference_interval(only_model: int, only_donor: int, items: int) -> Interval:
-    """The exact 95 % interval of a difference of accuracies, given how many items differ.
+    """The 95 % score interval of a difference of accuracies on the same items.
 
-    It is the Clopper-Pearson interval of the model's share of the items that differ, and therefore
-    excludes 0 if, and only if, the exact McNemar test rejects at 5 %. If no item differs, it covers
-    every share of differing items that such a sample has with a probability of 5 % or more.
+    Tango, Statistics in Medicine 17 (1998): all differences that the score test does not reject,
+    with the share of the items that differ estimated anew for each. Unlike an interval given how
+    many items differ, or a bootstrap, it does not collapse where few or none differ.
     """
-    differing = only_model + only_donor
-    if not differing:
-        widest = 1 - (1 - COVERAGE) ** (1 / items)
-        return Interval(-widest, widest)
-    low, high = binomtest(only_model, differing).proportion_ci(COVERAGE)
-    scale = differing / items
-    return Interval(float(2 * low - 1) * scale, float(2 * high - 1) * scale)
+    quantile = float(norm.ppf((1 + COVERAGE) / 2) ** 2)
+
+    def excess(difference: float) -> float:
+        """The squared distance from `difference`, minus the largest that is not rejected."""
+        product = difference * (1 - difference)
+        linear = (2 * items - only_model + only_donor) * difference - only_model - only_donor
+        root = math.sqrt(max(0.0, linear**2 + 8 * items * only_donor * product))
+        likeliest = (root - linear) / (4 * items)  # share of `only_donor`, given the difference
+        distance = only_model - only_donor - items * difference
+        return distance**2 - quantile * items * (2 * likeliest + product)
+
+    found = (only_model - only_donor) / items
+    near = 1e-9  # a little beside the difference that was found, where the test never rejects
+    low, high = (brentq(excess, found + (end - found) * near, end) for end in (-1, 1))
+    return Interval(float(low), float(high))
 
 
 def paired_tests(

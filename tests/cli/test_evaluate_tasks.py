@@ -14,13 +14,14 @@ CODE, PROSE = (DEMO / "donors" / name for name in ("code", "prose"))
 
 
 def words(count: int) -> list[dict]:
-    """Which of two continuations of a real text is the real one; the other one is reversed."""
+    """Which of two continuations of a real text is the real one; the other one comes later."""
     found = []
     for name in ("code", "prose"):
         text = (DEMO / "text" / f"{name}.txt").read_text()
         for start in range(500, 500 + 400 * count, 400):
-            real, answer = text[start + 120 : start + 150], len(found) % 2
-            choices = (real, real[::-1]) if answer == 0 else (real[::-1], real)
+            real, other = (text[start + skip : start + skip + 12] for skip in (120, 160))
+            answer = len(found) % 2
+            choices = (real, other) if answer == 0 else (other, real)
             found.append(
                 {"context": text[start : start + 120], "choices": [*choices], "answer": answer}
             )
@@ -116,7 +117,7 @@ def test_items_with_a_text_are_printed_and_reported_together(task, run, text, tm
     output = tmp_path / "run" / "both.json"
     code, out, err = run("evaluate", recipe, "--text", text, "--tasks", file, "-o", output)
     assert (code, err) == (0, "")
-    for part in ("On text", "words.jsonl acc", "splice.yaml and code on the same items", "Holm"):
+    for part in ("On text", "words acc", "splice.yaml and code on the same items", "Holm"):
         assert part in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
     code, _, err = run("report", tmp_path / "run", "-o", tmp_path / "report.html")

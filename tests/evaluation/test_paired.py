@@ -4,7 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.optimize import minimize_scalar
+from scipy.special import xlogy
+from scipy.stats import multinomial
 
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.paired import (
@@ -14,6 +16,8 @@ from frankenmerge.evaluation.paired import (
     mcnemar,
     paired_tests,
 )
+
+Z = 1.959963984540054
 
 
 def results(correct: str, task: str = "t", metric: str = "acc", **hashes: str) -> ItemResults:
@@ -31,7 +35,7 @@ def test_mcnemar_is_twice_the_smaller_tail_of_a_fair_coin(b, c):
 def test_models_that_differ_on_no_item_are_not_told_apart():
     assert mcnemar(0, 0) == 1
     low, high = difference_interval(0, 0, 100)
-    assert -low == high == pytest.approx(1 - 0.05**0.01)  # nearly 3 in 100
+    assert -low == pytest.approx(high) == pytest.approx(Z**2 / (100 + Z**2))
 
 
 def test_holm_by_hand():
@@ -40,28 +44,44 @@ def test_holm_by_hand():
     assert holm([0.9, 0.8]) == [1, 1] and holm([]) == []
 
 
-@pytest.mark.parametrize(("b", "c"), [(9, 1), (10, 2), (8, 3), (15, 5), (0, 6), (5, 0), (40, 25)])
-def test_the_interval_excludes_0_where_the_test_rejects(b, c):
-    low, high = difference_interval(b, c, 200)
-    assert (low > 0 or high < 0) == (mcnemar(b, c) < 0.05)
-    assert low <= (b - c) / 200 <= high
+def score(b: int, c: int, n: int, difference: float) -> float:
+    """The score statistic, with the likeliest share of `c` found by a search."""
+
+    def loss(share: float) -> float:
+        shares = np.array([share + difference, share, 1 - 2 * share - difference])
+        return -float(xlogy([b, c, n - b - c], np.maximum(shares, 1e-300)).sum())
+
+    bounds = max(0, -difference), (1 - difference) / 2
+    share = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+    return (b - c - n * difference) / (n * (2 * share + difference * (1 - difference))) ** 0.5
 
 
-def test_the_interval_s_ends_are_the_shares_that_leave_a_tail_of_2_5_percent():
-    low, high = difference_interval(12, 7, 100)
-    shares = [(end * 100 / 19 + 1) / 2 for end in (low, high)]
-    assert binom.sf(11, 19, shares[0]) == pytest.approx(0.025)
-    assert binom.cdf(12, 19, shares[1]) == pytest.approx(0.025)
+@pytest.mark.parametrize(("b", "c", "n"), [(12, 2, 50), (5, 1, 60), (30, 20, 400), (3, 40, 90)])
+def test_the_interval_ends_where_the_score_test_rejects(b, c, n):
+    low, high = difference_interval(b, c, n)
+    assert score(b, c, n, low) == pytest.approx(Z, abs=1e-4)
+    assert score(b, c, n, high) == pytest.approx(-Z, abs=1e-4)
 
 
-def test_the_interval_covers_the_true_difference():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(400):
-        only_model, only_donor, _ = generator.multinomial(150, [0.15, 0.1, 0.75])
-        low, high = difference_interval(int(only_model), int(only_donor), 150)
-        covered += low <= 0.05 <= high
-    assert covered >= 0.93 * 400
+def test_the_interval_where_all_items_differ_in_one_direction():
+    """In closed form: (n - z^2) / (n + z^2)."""
+    low, high = difference_interval(50, 0, 50)
+    assert (low, high) == (pytest.approx((50 - Z**2) / (50 + Z**2)), 1)
+    assert difference_interval(0, 50, 50) == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize("shares", [(0.15, 0.1), (0.05, 0.05), (0.02, 0.005), (0.4, 0.1)])
+def test_the_interval_covers_the_true_difference(shares):
+    """Over all outcomes of 60 items, weighed by their probabilities."""
+    n, covered, known = 60, 0.0, 0.0
+    law = multinomial(n, [*shares, 1 - sum(shares)])
+    for b in range(n + 1):
+        for c in range(n + 1 - b):
+            if (probability := float(law.pmf([b, c, n - b - c]))) > 1e-6:
+                low, high = difference_interval(b, c, n)
+                known += probability
+                covered += probability * (low <= shares[0] - shares[1] <= high)
+    assert known > 0.999 and covered > 0.935
 
 
 def test_a_pair_by_hand():
