@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from frankenmerge.cli.console import table
+from frankenmerge.reporting.labels import task_name
 
 if TYPE_CHECKING:
     from frankenmerge.artefacts.evaluation import DifferenceRecord, Evaluation, TaskDifferenceRecord
@@ -90,7 +91,7 @@ def further_tables(results: "Sequence[Result]", findings: "Findings") -> Iterabl
         task, metric = key
         columns.append(
             (
-                f"{_task_name(task)} {metric}",
+                f"{task_name(task)} {metric}",
                 ["" if cell is None else _with_error(cell) for cell in cells],
             )
         )
@@ -127,7 +128,7 @@ def task_differences_tables(differences: "Sequence[TaskDifferenceRecord]") -> It
             if (entry.model, entry.donor) == (model, donor):
                 low, high = entry.interval
                 made.add_row(
-                    f"{_task_name(entry.task)} {entry.metric}",
+                    f"{task_name(entry.task)} {entry.metric}",
                     f"{entry.difference:+.3f}",
                     f"{low:+.3f} to {high:+.3f}",
                     f"{entry.only_model} : {entry.only_donor}",
@@ -137,17 +138,12 @@ def task_differences_tables(differences: "Sequence[TaskDifferenceRecord]") -> It
         yield made
 
 
-def _task_name(task: str) -> str:
-    """A task for a table; a file of items without folder and suffix."""
-    return Path(task).stem if task.endswith(".jsonl") else task
-
-
 def tasks_table(evaluation: "Evaluation") -> Table:
     """Figures of tasks with their standard errors."""
     made = table("Tasks", "model", "task", "metric", "value", "error")
     for entry in evaluation.tasks:
         error = "" if entry.stderr is None else f"{entry.stderr:.3f}"
-        names = Path(entry.model).name, _task_name(entry.task)
+        names = Path(entry.model).name, task_name(entry.task)
         made.add_row(*names, entry.metric, f"{entry.value:.3f}", error)
     return made
 

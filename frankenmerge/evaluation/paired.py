@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 from scipy.stats import binomtest, norm
 
 from frankenmerge.artefacts.bootstrap import COVERAGE
@@ -94,8 +94,9 @@ def difference_interval(only_model: int, only_donor: int, items: int) -> Interva
 
     found = (only_model - only_donor) / items
     near = 1e-9  # a little beside the difference that was found, where the test never rejects
-    low, high = (brentq(excess, found + (end - found) * near, end) for end in (-1, 1))
-    return Interval(float(low), float(high))
+    brackets = ([found + (end - found) * near, end] for end in (-1, 1))
+    low, high = (float(root_scalar(excess, bracket=bracket).root) for bracket in brackets)
+    return Interval(low, high)
 
 
 def paired_tests(

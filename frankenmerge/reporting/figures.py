@@ -17,7 +17,7 @@ from frankenmerge.errors import fail
 from frankenmerge.reporting import svg
 from frankenmerge.reporting.charts import Bar, Line, bars, lines
 from frankenmerge.reporting.heatmaps import Mark, alignment_figure
-from frankenmerge.reporting.labels import recipe_name, shortened
+from frankenmerge.reporting.labels import recipe_name, shortened, task_name
 from frankenmerge.reporting.run import Run
 from frankenmerge.reporting.sections import (
     chosen_plan,
@@ -78,11 +78,12 @@ def differences(evaluation: Evaluation) -> Drawing:
 
 def task_differences(evaluation: Evaluation) -> Drawing:
     """Paired differences between models and donors on tasks, with their intervals."""
-    several = len({(entry.model, entry.donor) for entry in evaluation.task_differences}) > 1
+    several = len({entry.model for entry in evaluation.task_differences}) > 1
     rows = [
         Bar(
-            f"{shortened(entry.task)} {entry.metric}"
-            + (f": {shortened(entry.model)} vs. {shortened(entry.donor)}" if several else ""),
+            f"{task_name(entry.task)} {entry.metric}"
+            + (f", {shortened(entry.model)}" if several else "")
+            + f" vs. {shortened(entry.donor)}",
             entry.difference,
             *entry.interval,
             verdict=task_verdict(entry),
