@@ -228,16 +228,16 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> "Verified":
 
 def evaluate(
     *models: Donor | Recipe,
-    texts: Mapping[str, str] | Iterable[str | Path],
+    texts: Mapping[str, str] | Iterable[str | Path] = (),
     options: "EvaluateOptions | None" = None,
     donors: Sequence[Checkpoint] = (),
     progress: Progress = silent,
 ) -> "Evaluated":
-    """Measure checkpoints and recipes on texts; recipes are run in memory, nothing is written.
+    """Measure checkpoints and recipes on texts and tasks; recipes are run in memory.
 
     Args:
         models: folders, hub ids in the local cache, checkpoints, recipes or their files.
-        texts: texts by name, or files.
+        texts: texts by name, or files; none are needed where `options` name tasks.
         options: `frankenmerge.workflows.evaluating.EvaluateOptions`.
         donors: checkpoints that are open already; others are opened.
         progress: in every model.

@@ -50,6 +50,24 @@ def evaluation(
             {"model": name, "task": "invented_task", "metric": "acc", "value": 0.4, "stderr": 0.02}
             for name in (recipe, *donors)
         ],
+        "task_differences": [
+            {
+                "model": recipe,
+                "donor": name,
+                "task": "invented_task",
+                "metric": "acc",
+                "items": 400,
+                "accuracy": 0.4,
+                "donor_accuracy": 0.4 + 0.05 * n,
+                "difference": -0.05 * n,
+                "interval": [-0.04 - 0.05 * n, 0.04 - 0.05 * n],
+                "only_model": 30,
+                "only_donor": 30 + 20 * n,
+                "p": 1 - 0.967 * n,
+                "p_holm": 1 - 0.934 * n,
+            }
+            for n, name in enumerate(donors)
+        ],
         "predictions": [
             {
                 "recipe": recipe,

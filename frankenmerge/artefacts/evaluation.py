@@ -1,4 +1,4 @@
-"""What `evaluate -o` writes: losses, differences, seams, features, tasks and predictions."""
+"""What `evaluate -o` writes: losses, differences, seams, features, tasks, items and predictions."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +18,8 @@ Hash = Annotated[str, BeforeValidator(str)]
 class LossRecord(Record):
     """How well a text is predicted."""
 
-    bits_per_byte: float
+    bits_per_byte: float | None = None
+    """Missing if nothing was measured on text."""
     perplexity: float | None = None
     nats_per_token: float | None = None
     accuracy: float | None = None
@@ -43,7 +44,7 @@ class _ModelName(Record):
 
     name: str
     role: str
-    """`model`, `recipe` or `donor`."""
+    """`model`, `recipe` or `donor`; `results` if another tool's results were read."""
     key: str | None = None
     """The key of the recipe with its donors; files of version 0.1 have none."""
 
@@ -125,13 +126,51 @@ class RetentionRecord(Record):
 
 
 class TaskRecord(Record):
-    """A result of lm-evaluation-harness."""
+    """A figure of a task."""
+
+    model: str
+    task: str
+    """As lm-evaluation-harness names it, or a file of items."""
+    metric: str
+    value: float
+    stderr: float | None = None
+
+
+class ItemResultsRecord(Record):
+    """Which items of a task a model answers correctly, by one metric."""
 
     model: str
     task: str
     metric: str
-    value: float
-    stderr: float | None = None
+    correct: str
+    """A digit for each item: 1 if the answer is correct, else 0."""
+    items: list[str] | None = None
+    """The items' ids; those of missing ids are 0, 1, 2 ..."""
+
+
+class TaskDifferenceRecord(Record):
+    """A paired comparison of a model with a donor on the same items of a task."""
+
+    model: str
+    donor: str
+    task: str
+    metric: str
+    items: int
+    """How many."""
+    accuracy: float
+    """The model's."""
+    donor_accuracy: float
+    difference: float
+    """The model's accuracy minus the donor's: above 0 the model is better."""
+    interval: Interval
+    """95 % score interval of the difference."""
+    only_model: int
+    """Items that the model alone answers correctly."""
+    only_donor: int
+    p: float
+    """Of the exact McNemar test, two-sided."""
+    p_holm: float
+    """The same after Holm's correction over all tests of this model and donor."""
 
 
 class PredictionCheck(Record):
@@ -188,6 +227,8 @@ class OriginRecord(Record):
     """By name: fingerprint and revision."""
     recipes: dict[str, Hash] = {}
     """SHA-256 of recipe files by path."""
+    items: dict[str, Hash] = {}
+    """SHA-256 of files of items by path."""
 
 
 class Evaluation(Record):
@@ -199,6 +240,8 @@ class Evaluation(Record):
     seams: list[SeamsRecord] = []
     retention: list[RetentionRecord] = []
     tasks: list[TaskRecord] = []
+    item_results: list[ItemResultsRecord] = []
+    task_differences: list[TaskDifferenceRecord] = []
     predictions: list[PredictionCheck] = []
     comparison: ComparisonRecord | None = None
     dtype: str | None = None

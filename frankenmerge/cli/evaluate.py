@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.text import Text
 
@@ -20,6 +21,7 @@ from frankenmerge.cli.console import (
     output_option,
     pickle_option,
     print_json,
+    print_remarks,
     progress,
 )
 from frankenmerge.cli.tables import (
@@ -29,6 +31,8 @@ from frankenmerge.cli.tables import (
     results_table,
     retention_table,
     seams_table,
+    task_differences_tables,
+    tasks_table,
 )
 from frankenmerge.errors import fail
 
@@ -41,12 +45,11 @@ WORSE = 3
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL|RECIPE...")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL|RECIPE|RESULTS...")
 @click.option(
     "--text",
     "texts",
     multiple=True,
-    required=True,
     type=click.Path(path_type=Path),
     help="A UTF-8 text file. May be repeated.",
 )
@@ -84,8 +87,9 @@ WORSE = 3
 @click.option(
     "--tasks",
     multiple=True,
-    metavar="NAME|YAML",
-    help="Run a task of lm-evaluation-harness on every model. May be repeated.",
+    metavar="NAME|YAML|JSONL",
+    help="Run a task of lm-evaluation-harness, or a JSONL file of items with context, choices and "
+    "answer, on every model. May be repeated.",
 )
 @click.option(
     "--compare",
@@ -124,33 +128,42 @@ def evaluate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure how well MODELS predict text. A recipe is run in memory: nothing is written.
+    """Measure how well models predict text and solve tasks. A recipe is run in memory.
 
     Every donor of a recipe is measured, too; with --seams, --retention or --compare also those of a
-    merged checkpoint.
+    merged checkpoint. Nothing is written except with -o.
+
+    RESULTS are a tool's results item by item: a folder of samples that lm-evaluation-harness has
+    logged, one such file, or a JSONL file of {"id", "correct"}. The first are compared with each of
+    the others; no model is run.
     """
+    if _are_results(invocation, models):
+        _compare_results(invocation, models, output, as_json)
+        return
     if options["lists"] and not (options["samples"] or options["prompts"]):
         raise fail("--words", "samples to be judged", "none", "add --samples or --prompt")
     threshold = options["threshold"]
     if threshold is not None and not math.isfinite(threshold):
         raise fail("--compare", "a number of bits per byte", str(threshold), "give one such as 0.1")
-    if options["tasks"]:
-        from frankenmerge.evaluation.harness import check_tasks, stay_offline
-
-        if not options["download"]:
-            stay_offline()
-        check_tasks(options["tasks"])
     from frankenmerge.artefacts.evaluation import save
     from frankenmerge.evaluation.bench import read_text
     from frankenmerge.workflows.evaluating import evaluate as evaluated
 
+    chosen = _options(options)
+    if chosen.harness_tasks:
+        from frankenmerge.evaluation.harness import check_tasks, stay_offline
+
+        if not chosen.download:
+            stay_offline()
+        check_tasks(chosen.harness_tasks)
     found = evaluated(
         models,
         [read_text(text) for text in texts],
-        _options(options),
+        chosen,
         arguments=_arguments(invocation),
         progress=progress,
     )
+    print_remarks(found.remarks)
     if output:
         save(found.record, output)
     if as_json:
@@ -161,6 +174,50 @@ def evaluate(
             out().print(f"Written to {output}", markup=False)
     if found.comparison and not found.comparison.passed:
         sys.exit(WORSE)
+
+
+def _are_results(invocation: click.Context, models: tuple[str, ...]) -> bool:
+    """Whether all models are files of results.
+
+    Raises FrankenmergeError for results together with models, or with options for models.
+    """
+    from frankenmerge.evaluation.item_files import has_item_results
+
+    results = [model for model in models if has_item_results(Path(model))]
+    if not results:
+        return False
+    others = [model for model in models if model not in results]
+    others += [
+        parameter.opts[0]
+        for parameter in invocation.command.params
+        if parameter.name not in ("models", "output", "as_json")
+        and invocation.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if others:
+        expected = f"only results, as {results[0]}, with at most -o and --json"
+        raise fail("evaluate", expected, ", ".join(others), "compare results by themselves")
+    return True
+
+
+def _compare_results(
+    invocation: click.Context, models: tuple[str, ...], output: Path | None, as_json: bool
+) -> None:
+    from frankenmerge.artefacts.evaluation import save
+    from frankenmerge.workflows.comparing import compare_item_results
+
+    paths = [Path(model) for model in models]
+    record = compare_item_results(paths, arguments=_arguments(invocation))
+    if output:
+        save(record, output)
+    if as_json:
+        print_json(record.as_json())
+        return
+    console = out()
+    console.print(tasks_table(record))
+    for made in task_differences_tables(record.task_differences):
+        console.print(made)
+    if output:
+        console.print(f"Written to {output}", markup=False)
 
 
 def _options(options: dict[str, Any]) -> "EvaluateOptions":
@@ -191,18 +248,17 @@ def _arguments(context: click.Context) -> dict[str, Any]:
 def _print(found: "Evaluated") -> None:
     console, findings, record = out(), found.findings, found.record
     results = found.results
-    title = "On text (bits per byte; lower is better)"
-    console.print(results_table(results, title, found.checks.seed))
+    if record.texts:
+        title = "On text (bits per byte; lower is better)"
+        console.print(results_table(results, title, found.checks.seed))
     for made in further_tables(results, findings):
         console.print(made)
-    tokens = sorted({result.total.tokens for result in results})
-    counted = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
-    console.print(
-        f"Windows of {record.context} tokens, {record.dtype}; {counted} tokens of "
-        f"{results[0].total.bytes:,} bytes."
-    )
+    if record.texts:
+        _print_size(found)
     if record.differences:
         console.print(differences_table(record.differences))
+    for made in task_differences_tables(record.task_differences):
+        console.print(made)
     for name, blocks in findings.seams.items():
         console.print(seams_table(name, blocks))
     for name, entries in findings.retention.items():
@@ -212,6 +268,17 @@ def _print(found: "Evaluated") -> None:
     for check in found.predictions:
         print_prediction_check(console, check)
     _print_comparison(console, found)
+
+
+def _print_size(found: "Evaluated") -> None:
+    """Say how much text was measured, and how."""
+    record, totals = found.record, [result.total for result in found.results]
+    tokens = sorted({total.tokens for total in totals})
+    counted = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
+    out().print(
+        f"Windows of {record.context} tokens, {record.dtype}; {counted} tokens of "
+        f"{totals[0].bytes:,} bytes."
+    )
 
 
 def print_prediction_check(console: Console, check: "PredictionCheck") -> None:

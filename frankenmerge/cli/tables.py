@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from frankenmerge.cli.console import table
+from frankenmerge.reporting.labels import task_name
 
 if TYPE_CHECKING:
-    from frankenmerge.artefacts.evaluation import DifferenceRecord
+    from frankenmerge.artefacts.evaluation import DifferenceRecord, Evaluation, TaskDifferenceRecord
     from frankenmerge.evaluation.bench import Result
     from frankenmerge.evaluation.checks import Findings
     from frankenmerge.evaluation.harness import TaskFigure
@@ -87,8 +88,12 @@ def further_tables(results: "Sequence[Result]", findings: "Findings") -> Iterabl
     }
     for key in dict.fromkeys(key for figures in by_model.values() for key in figures):
         cells = [by_model[result.name].get(key) for result in results]
+        task, metric = key
         columns.append(
-            (" ".join(key), ["" if cell is None else _with_error(cell) for cell in cells])
+            (
+                f"{task_name(task)} {metric}",
+                ["" if cell is None else _with_error(cell) for cell in cells],
+            )
         )
     for first in range(0, len(columns), COLUMNS):
         group = columns[first : first + COLUMNS]
@@ -110,6 +115,36 @@ def differences_table(differences: "Sequence[DifferenceRecord]") -> Table:
         low, high = entry.interval or (float("nan"), float("nan"))
         names = Path(entry.model).name, Path(entry.donor).name
         made.add_row(*names, f"{entry.bits_per_byte:+.3f}", f"{low:+.3f} to {high:+.3f}")
+    return made
+
+
+def task_differences_tables(differences: "Sequence[TaskDifferenceRecord]") -> Iterable[Table]:
+    """Accuracies of models and donors on the same items, a table for each pair."""
+    for model, donor in dict.fromkeys((entry.model, entry.donor) for entry in differences):
+        title = f"{Path(model).name} and {Path(donor).name} on the same items (above 0 is better)"
+        made = table(title, "task", "difference", "95 % in", "only first : second", "p", "p (Holm)")
+        made.columns[2].no_wrap = True
+        for entry in differences:
+            if (entry.model, entry.donor) == (model, donor):
+                low, high = entry.interval
+                made.add_row(
+                    f"{task_name(entry.task)} {entry.metric}",
+                    f"{entry.difference:+.3f}",
+                    f"{low:+.3f} to {high:+.3f}",
+                    f"{entry.only_model} : {entry.only_donor}",
+                    f"{entry.p:.2g}",
+                    f"{entry.p_holm:.2g}",
+                )
+        yield made
+
+
+def tasks_table(evaluation: "Evaluation") -> Table:
+    """Figures of tasks with their standard errors."""
+    made = table("Tasks", "model", "task", "metric", "value", "error")
+    for entry in evaluation.tasks:
+        error = "" if entry.stderr is None else f"{entry.stderr:.3f}"
+        names = Path(entry.model).name, task_name(entry.task)
+        made.add_row(*names, entry.metric, f"{entry.value:.3f}", error)
     return made
 
 

@@ -39,7 +39,7 @@ class Result(NamedTuple):
     role: str
     """`model`, `recipe` or `donor`."""
     losses: dict[str, Loss]
-    """By text."""
+    """By text; empty if nothing is measured on text."""
     lineage: Lineage | None = None
     """What it was made of, where that is known."""
     key: str | None = None
@@ -245,11 +245,14 @@ class Bench:
         ]
 
     def _measured(self, subject: Subject, progress: Progress, visit: Visit) -> Result:
+        losses = self._losses(subject, progress) if subject.texts else {}
+        visit(subject)
+        return Result(subject.name, subject.role, losses, subject.lineage)
+
+    def _losses(self, subject: Subject, progress: Progress) -> dict[str, Loss]:
         tokens = sum(len(line.ids) - 1 for line in subject.texts.values())
         with progress(f"{Path(subject.name).name} on text", tokens, "tokens") as advance:
-            losses = {
+            return {
                 text: measure(subject.model, line, context=self.context, advance=advance)
                 for text, line in subject.texts.items()
             }
-        visit(subject)
-        return Result(subject.name, subject.role, losses, subject.lineage)

@@ -12,7 +12,14 @@ from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.evaluation.bench import Bench, Subject
 from frankenmerge.evaluation.harness import TaskFigure, run_tasks
+from frankenmerge.evaluation.items import (
+    Item,
+    choice_log_likelihoods,
+    encoded_items,
+    item_results,
+)
 from frankenmerge.evaluation.lineage import same_tokens
+from frankenmerge.evaluation.paired import ItemResults
 from frankenmerge.evaluation.retention import Retention
 from frankenmerge.evaluation.samples import Sample, sampled
 from frankenmerge.evaluation.seams import BlockComparison, compared_blocks, windows_of
@@ -35,6 +42,8 @@ class Checks:
     """Compare merges with their donors block by block."""
     tasks: Sequence[str] = ()
     """Tasks of lm-evaluation-harness."""
+    items: Mapping[str, Sequence[Item]] = field(default_factory=dict)
+    """Multiple-choice items, by the name of their task."""
     search: Search | None = None
     """Where the features of merges are asked for."""
     seed: int = 0
@@ -47,6 +56,7 @@ class Findings:
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     seams: dict[str, list[BlockComparison]] = field(default_factory=dict)
     tasks: dict[str, list[TaskFigure]] = field(default_factory=dict)
+    items: dict[str, list[ItemResults]] = field(default_factory=dict)
     features: dict[str, tuple[tuple[Block, ...], TopTokens]] = field(default_factory=dict)
     """Where the blocks are from, and their top-activating tokens."""
     retention: dict[str, list[Retention]] = field(default_factory=dict)
@@ -86,10 +96,25 @@ def examine(
             total = len(embedding_of(subject.model)) * len(blocks)
             with progress(f"{shown}: features", total, "inputs x blocks") as advance:
                 findings.features[name] = blocks, checks.search(subject.model, advance)
+    if checks.items or checks.tasks:
+        _run_tasks(subject, bench, checks, findings, progress)
+
+
+def _run_tasks(
+    subject: Subject, bench: Bench, checks: Checks, findings: Findings, progress: Progress
+) -> None:
+    figures, results = [], []
+    for task, items in checks.items.items():
+        shown = f"{Path(subject.name).name}: {Path(task).name}"
+        rows = encoded_items(subject.tokenizer, items, context=bench.context, place=task)
+        with progress(shown, len(rows.ids), "choices") as advance:
+            sums = choice_log_likelihoods(subject.model, rows, advance=advance)
+        results += item_results(task, rows, sums)
+    figures += [TaskFigure(each.task, each.metric, each.accuracy, each.stderr) for each in results]
     if checks.tasks:
-        findings.tasks[name] = run_tasks(
-            subject.model, subject.tokenizer, checks.tasks, seed=checks.seed
-        )
+        found = run_tasks(subject.model, subject.tokenizer, checks.tasks, seed=checks.seed)
+        figures, results = figures + found.figures, results + found.items
+    findings.tasks[subject.name], findings.items[subject.name] = figures, results
 
 
 def _check_tokens(subject: Subject, donors: Mapping[str, Checkpoint]) -> None:

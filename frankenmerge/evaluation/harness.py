@@ -12,6 +12,8 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frankenmerge.errors import fail
+from frankenmerge.evaluation.item_files import results_of_samples
+from frankenmerge.evaluation.paired import ItemResults
 
 BATCH = 8
 """Batch size on a CPU."""
@@ -25,6 +27,14 @@ class TaskFigure(NamedTuple):
     """As the harness names it, with its filter, if any: `acc`, `exact_match,strict-match`."""
     value: float
     stderr: float | None
+
+
+class TaskResults(NamedTuple):
+    """What a model achieves on tasks."""
+
+    figures: list[TaskFigure]
+    items: list[ItemResults]
+    """Of the metrics that are 0 or 1 for every item."""
 
 
 def stay_offline() -> None:
@@ -75,7 +85,7 @@ def _harness_errors(tasks: Sequence[str]) -> Iterator[None]:
 
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, seed: int
-) -> list[TaskFigure]:
+) -> TaskResults:
     """Run tasks, each a name or the path of a task's YAML file.
 
     Raises:
@@ -95,18 +105,24 @@ def run_tasks(
             wrapped,
             tasks=list(config.tasks),
             task_manager=manager,
-            log_samples=False,
+            log_samples=True,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
     assert found is not None, "the harness returns results in its first process"
-    return [
+    figures = [
         figure
         for task, figures in sorted(found["results"].items())
         for figure in _figures(task, figures)
     ]
+    items = [
+        results
+        for task, samples in sorted(found["samples"].items())
+        for results in results_of_samples(task, samples)
+    ]
+    return TaskResults(figures, items)
 
 
 def _figures(task: str, figures: dict) -> list[TaskFigure]:

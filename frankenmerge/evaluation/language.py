@@ -1,7 +1,7 @@
 """How well a model predicts text: bits per byte, perplexity, nats per token and accuracy."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frankenmerge.errors import fail
@@ -122,7 +123,6 @@ def windows(length: int, context: int) -> tuple[int, list[int]]:
     return width, [*range(0, length - 1 - width, max(1, width // 2)), length - 1 - width]
 
 
-@torch.no_grad()
 def measure(
     model: PreTrainedModel,
     encoded: Encoded,
@@ -134,57 +134,78 @@ def measure(
 
     Windows of `context` tokens advance by half of it; only tokens that no earlier window predicted
     count, so every token after the first window has at least half a window of context. The last
-    window is moved back to be as long as the others. A batch has as many windows as `POSITIONS` and
-    memory allow. `advance` is called with the number of tokens done since its last call.
+    window is moved back to be as long as the others. `advance` is called with
+    the number of tokens done since its last call.
 
     Raises:
         FrankenmergeError: for a loss that is not finite, or too little memory for a single window.
     """
-    name, ids = model.name_or_path or "model", torch.from_numpy(encoded.ids)
-    if (largest := int(ids.max())) >= (size := embedding_of(model).shape[0]):
-        raise fail(
-            name,
-            f"token ids below {size}, its vocabulary",
-            str(largest),
-            "use the model's own tokenizer",
-        )
+    ids = torch.from_numpy(encoded.ids)
     width, starts = windows(len(ids), context)
     nats = torch.full((len(ids) - 1,), torch.nan, dtype=torch.float64)
-    hits = torch.zeros(len(ids) - 1, dtype=torch.bool)
-    size, done = max(1, POSITIONS // width), 0
-    while starts:
-        group = starts[:size]
-        predicted = _batch_losses(
-            model, torch.stack([ids[start : start + width + 1] for start in group])
-        )
-        if predicted is None:
-            if len(group) == 1:
-                raise fail(
-                    name,
-                    f"memory for a window of {width} tokens",
-                    "less",
-                    "use a shorter --context, or --device auto",
-                )
-            clear_device_cache(garbage_collection=True)
-            size = len(group) // 2
-            continue
+    hits, done = torch.zeros(len(ids) - 1, dtype=torch.bool), 0
+    remaining = iter(starts)
+    for batch in predictions(model, [ids[start : start + width + 1] for start in starts]):
         before = done
-        for start, losses, right in zip(group, *predicted, strict=True):
+        for losses, right in zip(*batch, strict=True):
+            start = next(remaining)
             nats[done : start + width], hits[done : start + width] = (
                 losses[done - start :],
                 right[done - start :],
             )
             done = start + width
         advance(done - before)
-        starts = starts[len(group) :]
-    if not torch.isfinite(nats).all():
-        raise fail(
-            name, "finite losses", "NaN or infinity", "evaluate in float32, or check the weights"
-        )
+    check_finite(model, nats)
     return Loss(nats.numpy(), encoded.bytes, hits.numpy(), encoded.ends)
 
 
-def _batch_losses(model: PreTrainedModel, rows: Tensor) -> Sequence[Tensor] | None:
+@torch.no_grad()
+def predictions(model: PreTrainedModel, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Predict rows of token ids, each `[s]`, after their first token, in batches.
+
+    Yields nats float64 and hits bool, `[b, s-1]`, for the next `b` rows. Shorter rows of a batch
+    are padded on the right: what is predicted there means nothing. A batch has as many rows as
+    `POSITIONS` and memory allow.
+
+    Raises:
+        FrankenmergeError: for ids that the model lacks, or too little memory for a single row.
+    """
+    size = embedding_of(model).shape[0]
+    if (largest := max((int(row.max()) for row in rows), default=0)) >= size:
+        expected = f"token ids below {size}, its vocabulary"
+        raise fail(_name(model), expected, str(largest), "use the model's own tokenizer")
+    positions = POSITIONS
+    while rows:
+        width = max(1, len(rows[0]) - 1)
+        group = rows[: max(1, positions // width)]
+        predicted = _batch_losses(model, pad_sequence(list(group), batch_first=True))
+        if predicted is not None:
+            yield predicted
+            rows = rows[len(group) :]
+        elif len(group) > 1:
+            clear_device_cache(garbage_collection=True)
+            positions = len(group) // 2 * width
+        else:
+            raise fail(
+                _name(model),
+                f"memory for a window of {width} tokens",
+                "less",
+                "use a shorter --context, or --device auto",
+            )
+
+
+def check_finite(model: PreTrainedModel, nats: Tensor) -> None:
+    """Raise FrankenmergeError for losses that are not finite."""
+    if not torch.isfinite(nats).all():
+        remedy = "evaluate in float32, or check the weights"
+        raise fail(_name(model), "finite losses", "NaN or infinity", remedy)
+
+
+def _name(model: PreTrainedModel) -> str:
+    return model.name_or_path or "model"
+
+
+def _batch_losses(model: PreTrainedModel, rows: Tensor) -> tuple[Tensor, Tensor] | None:
     """Nats float64 and hits bool `[b, s-1]` of windows `[b, s]`; None if memory is too small."""
     try:
         logits = model(input_ids=rows[:, :-1].to(model.device), use_cache=False).logits.float()

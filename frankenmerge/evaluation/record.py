@@ -14,12 +14,14 @@ from frankenmerge.artefacts.evaluation import (
     BlockRecord,
     DifferenceRecord,
     Evaluation,
+    ItemResultsRecord,
     KeptBlockRecord,
     ModelRecord,
     OriginRecord,
     PredictionCheck,
     RetentionRecord,
     SeamsRecord,
+    TaskDifferenceRecord,
     TaskRecord,
     TextDifferenceRecord,
     TextRecord,
@@ -29,6 +31,7 @@ from frankenmerge.evaluation.bench import Bench, Result, Text
 from frankenmerge.evaluation.checks import Checks, Findings
 from frankenmerge.evaluation.intervals import difference, intervals, pooled, resampled
 from frankenmerge.evaluation.non_inferiority import Comparison, merges
+from frankenmerge.evaluation.paired import ItemResults, paired_tests
 from frankenmerge.evaluation.retention import Retention
 from frankenmerge.evaluation.samples import invalid_rate, repetition
 
@@ -44,6 +47,7 @@ def evaluation_record(
     against: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     recipes: Mapping[str, str] | None = None,
+    items: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """Return the results of an evaluation and what produced them, as `evaluate -o` writes them.
 
@@ -57,6 +61,7 @@ def evaluation_record(
         against: the model that all merges are compared with, besides their donors.
         arguments: of the command.
         recipes: hashes of the files of recipes, by model name.
+        items: hashes of the files of items, by path.
     """
     by_name = {result.name: result for result in results}
     pairs = [
@@ -67,7 +72,9 @@ def evaluation_record(
     return Evaluation(
         kind=KIND,
         models=[_model(result, findings, checks.seed) for result in results],
-        differences=[_difference(model, donor, checks.seed) for model, donor in pairs],
+        differences=[
+            _difference(model, donor, checks.seed) for model, donor in pairs if model.losses
+        ],
         seams=[
             SeamsRecord(model=name, blocks=[BlockRecord(**block._asdict()) for block in blocks])
             for name, blocks in findings.seams.items()
@@ -82,28 +89,67 @@ def evaluation_record(
             for name, figures in findings.tasks.items()
             for figure in figures
         ],
+        item_results=item_records(findings.items),
+        task_differences=task_differences(
+            [(model.name, donor.name) for model, donor in pairs], findings.items
+        ),
         predictions=[PredictionCheck.model_validate(check) for check in predictions],
         comparison=comparison.record() if comparison else None,
         dtype=bench.placement.dtype,
         context=bench.context,
         texts=[_text(text) for text in bench.texts],
-        provenance=_origin(bench, checks, arguments or {}, recipes or {}),
+        provenance=_origin(bench, checks, arguments or {}, recipes or {}, items or {}),
     )
 
 
+def item_records(results: Mapping[str, Sequence[ItemResults]]) -> list[ItemResultsRecord]:
+    """Results by item, as they are stored in the evaluation's file; `results` by model."""
+    return [
+        ItemResultsRecord.of(
+            model=model,
+            task=each.task,
+            metric=each.metric,
+            correct="".join(str(int(right)) for right in each.correct.values()),
+            items=None if list(each.correct) == _numbers(len(each.correct)) else [*each.correct],
+        )
+        for model, entries in results.items()
+        for each in entries
+    ]
+
+
+def _numbers(count: int) -> list[str]:
+    return [str(number) for number in range(count)]
+
+
+def task_differences(
+    pairs: Sequence[tuple[str, str]], results: Mapping[str, Sequence[ItemResults]]
+) -> list[TaskDifferenceRecord]:
+    """Paired comparisons of models with donors on the items of their tasks.
+
+    Args:
+        pairs: (model, donor).
+        results: by model.
+
+    Raises:
+        FrankenmergeError: for a pair with results on different items.
+    """
+    return [
+        TaskDifferenceRecord(model=model, donor=donor, **test._asdict())
+        for model, donor in pairs
+        for test in paired_tests(
+            results.get(model, ()), results.get(donor, ()), f"{model} and {donor}"
+        )
+    ]
+
+
 def _model(result: Result, findings: Findings, seed: int) -> ModelRecord:
-    sums, samples = resampled(result.losses, seed), findings.samples.get(result.name, [])
+    samples = findings.samples.get(result.name, [])
     return ModelRecord.model_validate(
         {
             "name": result.name,
             "role": result.role,
             **({"key": result.key} if result.key else {}),
-            **result.total.as_json(),
-            "intervals": intervals(pooled(sums)),
-            "texts": {
-                name: loss.as_json() | {"intervals": intervals(sums[name])}
-                for name, loss in result.losses.items()
-            },
+            **(_losses(result, seed) if result.losses else {}),
             "invalid_words": invalid_rate(samples),
             "repetition": repetition(samples),
             "samples": [
@@ -112,6 +158,18 @@ def _model(result: Result, findings: Findings, seed: int) -> ModelRecord:
             ],
         }
     )
+
+
+def _losses(result: Result, seed: int) -> dict[str, Any]:
+    sums = resampled(result.losses, seed)
+    return {
+        **result.total.as_json(),
+        "intervals": intervals(pooled(sums)),
+        "texts": {
+            name: loss.as_json() | {"intervals": intervals(sums[name])}
+            for name, loss in result.losses.items()
+        },
+    }
 
 
 def _difference(model: Result, donor: Result, seed: int) -> DifferenceRecord:
@@ -141,7 +199,11 @@ def _text(text: Text) -> TextRecord:
 
 
 def _origin(
-    bench: Bench, checks: Checks, arguments: Mapping[str, Any], recipes: Mapping[str, str]
+    bench: Bench,
+    checks: Checks,
+    arguments: Mapping[str, Any],
+    recipes: Mapping[str, str],
+    items: Mapping[str, str],
 ) -> OriginRecord:
     return OriginRecord(
         arguments=dict(arguments),
@@ -158,6 +220,7 @@ def _origin(
             for name, checkpoint in bench.checkpoints.items()
         },
         recipes=dict(recipes),
+        **({"items": dict(items)} if items else {}),
     )
 
 

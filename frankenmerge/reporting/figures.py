@@ -17,7 +17,7 @@ from frankenmerge.errors import fail
 from frankenmerge.reporting import svg
 from frankenmerge.reporting.charts import Bar, Line, bars, lines
 from frankenmerge.reporting.heatmaps import Mark, alignment_figure
-from frankenmerge.reporting.labels import recipe_name, shortened
+from frankenmerge.reporting.labels import recipe_name, shortened, task_name
 from frankenmerge.reporting.run import Run
 from frankenmerge.reporting.sections import (
     chosen_plan,
@@ -25,6 +25,7 @@ from frankenmerge.reporting.sections import (
     prediction_checks,
     seams_of,
     splices,
+    task_verdict,
     verdict,
 )
 from frankenmerge.reporting.svg import Drawing
@@ -73,6 +74,24 @@ def differences(evaluation: Evaluation) -> Drawing:
     ]
     axis = "bits per byte; left of the line the merge is better"
     return bars(rows, "Difference from each donor", axis)
+
+
+def task_differences(evaluation: Evaluation) -> Drawing:
+    """Paired differences between models and donors on tasks, with their intervals."""
+    several = len({entry.model for entry in evaluation.task_differences}) > 1
+    rows = [
+        Bar(
+            f"{task_name(entry.task)} {entry.metric}"
+            + (f", {shortened(entry.model)}" if several else "")
+            + f" vs. {shortened(entry.donor)}",
+            entry.difference,
+            *entry.interval,
+            verdict=task_verdict(entry),
+        )
+        for entry in evaluation.task_differences
+    ]
+    axis = "difference of accuracies; right of the line the merge is better"
+    return bars(rows, "Difference from each donor on tasks", axis)
 
 
 def block_charts(record: SeamsRecord) -> list[BlockChart]:
@@ -194,6 +213,8 @@ def _figures(run: Run) -> Iterator[tuple[str, str]]:
         stem = Path(file).stem
         if evaluation.differences:
             yield f"differences-{stem}", svg.standalone(differences(evaluation))
+        if evaluation.task_differences:
+            yield f"tasks-{stem}", svg.standalone(task_differences(evaluation))
         for record in evaluation.seams:
             name = f"seams-{Path(record.model).stem}"
             if charts := [chart.drawing for chart in block_charts(record)]:

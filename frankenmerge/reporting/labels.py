@@ -27,6 +27,11 @@ def shortened(name: str) -> str:
     return text if len(text) <= 24 else f"{text[:11]}…{text[-12:]}"
 
 
+def task_name(task: str) -> str:
+    """A task for a label; a file of items without folder and suffix."""
+    return shortened(task.removesuffix(".jsonl"))
+
+
 def recipe_name(name: str) -> str:
     """The name of a recipe for a label."""
     return visible(name) if name.endswith(VERIFIED) else shortened(name)

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from frankenmerge.artefacts.alignment import Alignment
-from frankenmerge.artefacts.evaluation import Evaluation, PredictionCheck
+from frankenmerge.artefacts.evaluation import Evaluation, PredictionCheck, TaskDifferenceRecord
 from frankenmerge.artefacts.evidence import PlanRecord, SeamRecord
 from frankenmerge.artefacts.provenance import PROVENANCE, TensorRecord
 from frankenmerge.artefacts.recipe import Block, Recipe, Seam
@@ -25,6 +25,10 @@ from frankenmerge.splicing import diagram
 
 TABLED = 17
 """Rows and columns up to which a heatmap's values are also given as a table."""
+
+
+SIGNIFICANCE = 0.05
+"""The level of tests on tasks."""
 
 
 class RecipeView(NamedTuple):
@@ -228,6 +232,22 @@ def verdict(interval: tuple[float, float] | None) -> str:
     return "better" if interval[1] < 0 else "worse" if interval[0] > 0 else "no clear difference"
 
 
+def task_verdict(entry: TaskDifferenceRecord) -> str:
+    """A paired difference on a task in a word, after Holm's correction."""
+    if entry.p_holm > SIGNIFICANCE:
+        return "no clear difference"
+    return "better" if entry.difference > 0 else "worse"
+
+
+def on_text(evaluation: Evaluation) -> list[tuple[str, float]]:
+    """Role and bits per byte of every model that was measured on text."""
+    return [
+        (model.role, model.bits_per_byte)
+        for model in evaluation.models
+        if model.bits_per_byte is not None
+    ]
+
+
 class Passage(NamedTuple):
     """A part of a sample."""
 
@@ -297,8 +317,9 @@ def facts(
             rows.append(("Measured damage", measured))
             break
     for evaluation in run.evaluations.values():
-        merges = [model.bits_per_byte for model in evaluation.models if model.role != "donor"]
-        donors = [model.bits_per_byte for model in evaluation.models if model.role == "donor"]
+        measured = on_text(evaluation)
+        merges = [bits for role, bits in measured if role != "donor"]
+        donors = [bits for role, bits in measured if role == "donor"]
         if merges:
             rows.append(("Bits per byte", f"{merges[0]:.3f}"))
             rows += [("Best donor", f"{min(donors):.3f}")] if donors else []

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from frankenmerge.analysis.complete import complete_search
 from frankenmerge.artefacts.evaluation import Evaluation, PredictionCheck
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.evaluation.bench import Bench, Result, Subject, Text
 from frankenmerge.evaluation.checks import Checks, Findings, examine
+from frankenmerge.evaluation.items import encoded_items, read_items
 from frankenmerge.evaluation.lineage import checkpoint_lineage
 from frankenmerge.evaluation.non_inferiority import Comparison, judge
 from frankenmerge.evaluation.record import evaluation_record
@@ -24,6 +27,9 @@ from frankenmerge.storage.hashing import file_hash
 from frankenmerge.workflows.atlases import atlas_of
 from frankenmerge.workflows.predictions import check_predictions
 from frankenmerge.workflows.subjects import Model, Subjects, opened_subjects
+
+SUFFIX = ".jsonl"
+"""Of files of items, by which they differ from tasks of lm-evaluation-harness."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class EvaluateOptions:
     retention: bool = False
     """Report the share of donor features that a merge preserves."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness."""
+    """Tasks of lm-evaluation-harness, and JSONL files of items (see `item_files`)."""
     compare: float | None = None
     """Bits per byte by which a merge may be worse than its best donor."""
     against: str | None = None
@@ -53,6 +59,16 @@ class EvaluateOptions:
     placement: Placement = CPU
     download: bool = False
     allow_pickle: bool = False
+
+    @property
+    def item_files(self) -> tuple[str, ...]:
+        """The tasks that are files of items: their names end in `.jsonl`."""
+        return tuple(task for task in dict.fromkeys(self.tasks) if task.endswith(SUFFIX))
+
+    @property
+    def harness_tasks(self) -> tuple[str, ...]:
+        """The tasks of lm-evaluation-harness."""
+        return tuple(task for task in self.tasks if not task.endswith(SUFFIX))
 
 
 class Evaluated(NamedTuple):
@@ -66,6 +82,8 @@ class Evaluated(NamedTuple):
     comparison: Comparison | None
     record: Evaluation
     """All of it, as `evaluate -o` writes it."""
+    remarks: tuple[str, ...] = ()
+    """What is worth knowing about the models and the items."""
 
 
 def evaluate(
@@ -93,10 +111,25 @@ def evaluate(
     Raises:
         FrankenmergeError: for models that cannot be opened, and recipes that cannot be resolved.
     """
+    _check_texts(texts, options)
     with opened_subjects(
         models, download=options.download, allow_pickle=options.allow_pickle, opened=opened
     ) as subjects:
         return _evaluated(subjects, texts, options, arguments or {}, progress)
+
+
+def _check_texts(texts: Sequence[Text], options: EvaluateOptions) -> None:
+    """Raise FrankenmergeError for what needs a text, if there is none."""
+    needing = {
+        "--samples": options.samples,
+        "--prompt": options.prompts,
+        "--seams": options.seams,
+        "--compare": options.compare is not None,
+    }
+    asked = [name for name, value in needing.items() if value]
+    if not texts and (asked or not options.tasks):
+        expected = f"a text for {', '.join(asked)}" if asked else "a text or a task to measure on"
+        raise fail("evaluate", expected, "none", "add --text" + ("" if asked else " or --tasks"))
 
 
 def _evaluated(
@@ -121,18 +154,18 @@ def _evaluated(
         placement=options.placement,
         stages=subjects.stages,
     )
-    for checkpoint in checkpoints.values():
-        load_tokenizer(checkpoint)  # a missing one is reported before anything is measured
-    for splice in subjects.splices.values():
-        splice_tokenizer(splice)
+    # Missing tokenizers and faulty items are reported before anything is measured.
+    tokenizers = {name: load_tokenizer(each) for name, each in checkpoints.items()}
+    tokenizers |= {name: splice_tokenizer(each) for name, each in subjects.splices.items()}
     checks, findings = _checks(texts, options), Findings()
+    remarks = _cut_items(checks, tokenizers, bench.context)
     needed = _needed(subjects, recorded if options.seams else None)
     results = _results(bench, subjects, donors, needed, checks, findings, progress)
     findings.retention = _retention(findings, checkpoints, options, progress)
     comparison = None
     if options.compare is not None:
         comparison = judge(results, options.compare, options.seed, options.against)
-    predictions = check_predictions(results, subjects.splices, subjects.files)
+    predictions = check_predictions(results, subjects.splices, subjects.files) if texts else []
     record = evaluation_record(
         results,
         bench,
@@ -143,8 +176,25 @@ def _evaluated(
         against=options.against,
         arguments=arguments,
         recipes={name: file_hash(file) for name, file in subjects.files.items()},
+        items={name: file_hash(Path(name)) for name in checks.items},
     )
-    return Evaluated(results, findings, checks, predictions, comparison, record)
+    return Evaluated(results, findings, checks, predictions, comparison, record, remarks)
+
+
+def _cut_items(
+    checks: Checks, tokenizers: Mapping[str, PreTrainedTokenizerBase], context: int
+) -> tuple[str, ...]:
+    """Remarks on items that are longer than the models can read."""
+    remarks = []
+    for task, items in checks.items.items():
+        for name, tokenizer in tokenizers.items():
+            rows = encoded_items(tokenizer, items, context=context, place=f"{task} for {name}")
+            if rows.cut:
+                remarks.append(
+                    f"{task} for {name}: {rows.cut} of {len(rows.ids)} choices with their context "
+                    f"have more than {context + 1} tokens and lose the first ones"
+                )
+    return tuple(remarks)
 
 
 def _needed(
@@ -229,7 +279,8 @@ def _checks(texts: Sequence[Text], options: EvaluateOptions) -> Checks:
         prompts=prompts,
         vocabulary=frozenset().union(*words),
         seams=options.seams,
-        tasks=options.tasks,
+        tasks=options.harness_tasks,
+        items={task: read_items(Path(task)) for task in options.item_files},
         search=(lambda model, advance: complete_search(model, k=1, advance=advance))
         if options.retention
         else None,

@@ -122,6 +122,35 @@ def test_a_local_task_lands_beside_the_other_figures(task, run, text, tmp_path):
     assert first["stderr"] == pytest.approx((share * (1 - share) / (len(rows) - 1)) ** 0.5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_items_of_a_file_are_scored_as_the_harness_scores_them(task, run, tmp_path):
+    """The same questions as a task and as a file of items, on both donors."""
+    path, rows, models = task
+    path.write_text(path.read_text().replace("{metric: acc}", "{metric: acc}, {metric: acc_norm}"))
+    items = [
+        {
+            "context": f"Question: {row['goal']}\nAnswer:",
+            "choices": [f" {row['sol1']}", f" {row['sol2']}"],
+            "answer": row["label"],
+        }
+        for row in rows
+    ]
+    file = tmp_path / "items.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in items))
+    options = ["--tasks", path, "--tasks", file, "--against", models[1], "--json"]
+    code, out, err = run("evaluate", *models, *options)
+    assert code == 0, err
+    record, found = json.loads(out), {}
+    for each in record["item_results"]:
+        found.setdefault((each["model"], each["metric"]), []).append(each["correct"])
+    assert set(found) == {(model, metric) for model in models for metric in ("acc", "acc_norm")}
+    assert all(one == other for one, other in found.values())
+    compared = {(each["task"], each["metric"]) for each in record["task_differences"]}
+    assert compared == {
+        (name, metric) for name in ("local_questions", str(file)) for metric in ("acc", "acc_norm")
+    }
+
+
 @pytest.mark.parametrize("task", [own], indirect=True)
 @pytest.mark.filterwarnings("ignore")
 def test_a_task_that_is_not_there_is_reported_before_a_model_is_loaded(

@@ -22,6 +22,7 @@ NAMES = {
     "seams-recipe",
     "differences-evaluation",
     "retention-evaluation",
+    "tasks-evaluation",
 }
 
 
@@ -63,9 +64,10 @@ def test_the_page_has_the_same_drawings(folder):
         figures.prediction(evaluation.predictions),
         figures.differences(evaluation),
         figures.retention(evaluation.retention),
+        figures.task_differences(evaluation),
         *(chart.drawing for chart in figures.block_charts(evaluation.seams[0])),
     ]
-    assert len(drawings) == 6
+    assert len(drawings) == 7
     assert all(drawing.elements in html for drawing in drawings)
 
 
