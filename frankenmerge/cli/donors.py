@@ -108,7 +108,7 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
 
 
 def _describe(donor: "Checkpoint") -> dict[str, Any]:
-    from frankenmerge.donors.config import head_width, is_tied, quantity
+    from frankenmerge.donors.config import head_width, quantity
 
     sizes = {
         key: quantity(donor.config, key)
@@ -119,7 +119,7 @@ def _describe(donor: "Checkpoint") -> dict[str, Any]:
         "family": donor.config["model_type"],
         **sizes,
         "head_width": head_width(donor.config),
-        "tied": is_tied(donor.config),
+        "tied": donor.tied,
         "dtype": ", ".join(donor.dtypes),
         "parameters": donor.parameters,
         "bytes": donor.bytes,
