@@ -15,6 +15,7 @@ from frankenmerge.cli.console import (
     output_option,
     pickle_option,
     print_json,
+    print_remarks,
     progress,
     refuse_others,
     size,
@@ -184,8 +185,11 @@ def analyze(
     if method != "complete":
         atlas = add_inputs(donor, atlas, method, neurons, tokens, **run)
     save_atlas(atlas, output)
+    skipped = atlas.provenance.get("skipped_blocks", [])
+    remarks = [f"text alone skips block {block}: its output is its input" for block in skipped]
+    print_remarks(remarks)
     if as_json:
-        print_json(_atlas_as_json(atlas, output, untrained))
+        print_json(_atlas_as_json(atlas, output, untrained) | {"remarks": remarks})
         return
     console = out()
     console.print(_best_tokens(atlas))
