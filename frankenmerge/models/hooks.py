@@ -151,5 +151,8 @@ def forward(model: PreTrainedModel, **inputs: Any) -> None:
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its head, for passes that need no logits."""
-    return getattr(model, model.base_model_prefix)
+    """The model without its head, for passes that need no logits.
+
+    A wrapper whose head is within its language model, as Llama 4's, is run as it is.
+    """
+    return getattr(model, model.base_model_prefix, model)

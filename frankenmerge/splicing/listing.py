@@ -152,7 +152,9 @@ def _rotated(
 
 def _gain(donor: Checkpoint, given: Input, canonical: str) -> Input:
     """The gain of the norm before the map `given`."""
-    role, index, _ = donor.architecture.role(given.source)
+    role, index = next(
+        place for place, names in donor.by_role.items() if given.source in names.values()
+    )
     name = donor.by_role[("block", index) if role == "block" else ("final", None)][canonical]
     return Input(given.donor, name, donor.tensors[name], {})
 
