@@ -7,6 +7,7 @@ from typing import Any
 from frankenmerge.donors.architecture import Architecture
 from frankenmerge.donors.checkpoint import Checkpoint, Roles, View
 from frankenmerge.donors.config import STORAGE_KEYS, is_multimodal, language, text_only
+from frankenmerge.donors.library import declared
 
 
 def seen_as(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
@@ -44,7 +45,10 @@ def tower_remarks(donor: Checkpoint, base: Checkpoint) -> list[str]:
 
 
 def _config(donor: Checkpoint, own: Mapping[str, Any], base: Checkpoint) -> dict[str, Any]:
-    text = {**own, "model_type": language(base.config)["model_type"]}
+    name = str(language(base.config)["model_type"])
+    # Fields that the base's family does not have decide nothing there: `differences` compares them.
+    known = declared(name) | language(base.config).keys()
+    text = {key: value for key, value in own.items() if key in known} | {"model_type": name}
     stored = {key: donor.config[key] for key in STORAGE_KEYS if key in donor.config}
     if not is_multimodal(base.config):
         return text | stored | {"tie_word_embeddings": donor.tied}

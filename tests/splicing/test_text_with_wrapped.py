@@ -11,6 +11,8 @@ from wrapped import TEXTS, config_of, write_tokenizer, write_wrapped
 
 import frankenmerge as fm
 from frankenmerge.errors import FrankenmergeError
+from frankenmerge.splicing.opening import open_donors
+from frankenmerge.splicing.resolve import resolve
 
 TEXT_ONLY = {"qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
 """Families of text-only models that are not called as their wrappers' language models."""
@@ -86,7 +88,7 @@ def test_it_is_checked_evaluated_and_inspected(ordered, tmp_path):
     _, folders = ordered
     assert not fm.compare_donors(*folders).reasons
     recipe = recipe_for("interleaved", folders)
-    remarks = fm.check(recipe).remarks
+    remarks = resolve(recipe, open_donors(recipe)).remarks
     assert any("left out" in line for line in remarks) == (folders[0].name == "text")
     fm.merge(recipe, tmp_path / "merged")
     verified = fm.verify(tmp_path / "merged")
