@@ -93,8 +93,11 @@ def test_it_is_checked_evaluated_and_inspected(ordered, tmp_path):
     fm.merge(recipe, tmp_path / "merged")
     verified = fm.verify(tmp_path / "merged")
     assert verified.compared == verified.tensors and not verified.absent
+    if folders[0].parent.name.startswith(("internvl", "qwen")):
+        pytest.skip("the tokenizer of Qwen needs a vocabulary of bytes")
     texts = {"text": "t5 t6 t7 t8 " * 40}
     results = fm.evaluate(recipe, tmp_path / "merged", texts=texts).results
+    assert results[0].lineage.blocks == results[1].lineage.blocks
     assert results[0].total.bits_per_byte == pytest.approx(results[1].total.bits_per_byte)
 
 
