@@ -273,6 +273,29 @@ def differences(
     ]
 
 
+def tower_differences(first: Config, other: Config) -> list[str]:
+    """Settings of what surrounds the language models of multimodal configs, where they differ."""
+    free = (FREE - _COMPARED) | BOOKKEEPING | {"text_config", "model_type"}
+
+    def settings(config: Config) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in config.items():
+            parts = value if isinstance(value, Mapping) and key != "text_config" else None
+            named = {f"{key}.{name}": part for name, part in (parts or {}).items()}
+            found |= named if parts is not None else {key: value}
+        return {
+            key: value
+            for key, value in found.items()
+            if key.rpartition(".")[2] not in free
+            and not key.endswith(("_token_id", "_token_index"))
+        }
+
+    both = [settings(config) for config in (first, other)]
+    names = sorted(both[0].keys() | both[1].keys())
+    pairs = {name: (both[0].get(name), both[1].get(name)) for name in names}
+    return [f"{name}: {one} and {two}" for name, (one, two) in pairs.items() if one != two]
+
+
 def _compared(first: Config, other: Config) -> dict[str, tuple[Any, ...]]:
     """The values of both configs, by field; defaults of the table filled in."""
     architecture = family(first)

@@ -7,7 +7,9 @@ from safetensors.torch import load_file
 from wrapped import TEXTS, config_of, write_wrapped
 
 import frankenmerge as fm
+from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.errors import FrankenmergeError
 
 IDS = torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(1))
 
@@ -54,3 +56,66 @@ def test_what_is_evaluated_in_memory_is_what_is_merged(wrapped, tmp_path):
     texts = {"text": "t5 t6 t7 t8 " * 40}
     results = fm.evaluate(recipe, tmp_path / "merged", texts=texts).results
     assert results[0].total.bits_per_byte == pytest.approx(results[1].total.bits_per_byte)
+
+
+def with_towers(folders, towers, **more):
+    entries = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in folders]
+    keys = {"merge_method": "linear", "models": entries, "dtype": "float32", "towers": towers}
+    return Recipe.model_validate(keys | more)
+
+
+def test_towers_are_merged_if_the_recipe_says_so(wrapped, tmp_path):
+    models, folders = wrapped
+    fm.merge(with_towers(folders, "merge"), tmp_path / "merged")
+    one, other = (load_file(folder / "model.safetensors") for folder in folders)
+    result = load_file(tmp_path / "merged" / "model.safetensors")
+    assert result.keys() == one.keys()
+    for name, value in result.items():
+        assert torch.allclose(value, (one[name] + other[name]) / 2, atol=1e-6), name
+    _, info = type(models[0]).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    fm.merge(with_towers(folders, "base"), tmp_path / "kept")
+    fm.merge(with_towers(folders, None), tmp_path / "default")
+    kept, default = (
+        load_file(tmp_path / each / "model.safetensors") for each in ("kept", "default")
+    )
+    assert all(torch.equal(kept[name], default[name]) for name in kept)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """A wrapper with a LLaMA."""
+    folder = tmp_path_factory.mktemp("llava")
+    write_wrapped(folder, config_of("llava"), 0)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        ({"intermediate_size": 48}, "mlp.fc1.bias: shapes [32] and [48]"),
+        ({"hidden_act": "relu"}, "vision_config.hidden_act: "),
+    ],
+)
+def test_towers_that_differ_are_refused_by_name(llava, change, found, tmp_path):
+    config = config_of("llava")
+    for key, value in change.items():
+        setattr(config.vision_config, key, value)
+    write_wrapped(tmp_path / "other", config, 1)
+    folders = [llava, tmp_path / "other"]
+    with pytest.raises(FrankenmergeError) as caught:
+        fm.check(with_towers(folders, "merge"))
+    places = {fault.place for fault in caught.value.faults}
+    assert places == {"recipe: towers"}
+    assert any(found in fault.found for fault in caught.value.faults)
+    fm.check(with_towers(folders, "base"))
+
+
+def test_towers_are_not_merged_next_to_blocks_that_move(llava, donors):
+    moved = recipe_for("taller", [llava]).model_copy(update={"towers": "merge"})
+    text = with_towers([donors["a"], donors["a"]], "merge")
+    for recipe, expected in ((moved, "whole models"), (text, "a multimodal base donor")):
+        with pytest.raises(FrankenmergeError) as caught:
+            fm.check(recipe)
+        (fault,) = caught.value.faults
+        assert fault.place == "recipe: towers" and expected in fault.expected
