@@ -1,10 +1,9 @@
 """A text-only donor as part of a multimodal one, and the language model of a multimodal donor."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from frankenmerge.donors.architecture import Architecture
+from frankenmerge.donors.architecture import Architecture, Config
 from frankenmerge.donors.checkpoint import Checkpoint, Roles, View
 from frankenmerge.donors.config import STORAGE_KEYS, is_multimodal, language, text_only
 from frankenmerge.donors.library import declared
@@ -17,16 +16,17 @@ def seen_as(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
     for them; towers that `base` does not have are left out. A donor of the same kind, or of another
     language model, is returned as it is.
     """
-    kinds = [each.config["model_type"] for each in (donor, base)]
-    texts = [text_only(each.config) for each in (donor, base)]
     wrapped = is_multimodal(donor.config) or is_multimodal(base.config)
-    if kinds[0] == kinds[1] or not wrapped or texts[0]["model_type"] != texts[1]["model_type"]:
+    if not wrapped or donor.config["model_type"] == base.config["model_type"]:
+        return donor
+    text = text_only(donor.config)
+    if text["model_type"] != text_only(base.config)["model_type"]:
         return donor
     roles = _roles(donor, base)
     kept = {name for names in roles.values() for name in names.values()}
     return replace(
         donor,
-        config=_config(donor, texts[0], base),
+        config=_config(donor, text, base),
         tensors={name: tensor for name, tensor in donor.tensors.items() if name in kept},
         identity=lambda: donor.fingerprint,
         written=None,
@@ -44,7 +44,7 @@ def tower_remarks(donor: Checkpoint, base: Checkpoint) -> list[str]:
     return [f"{which} of {donor.name} left out: the result is text-only, as {base.name} is"]
 
 
-def _config(donor: Checkpoint, own: Mapping[str, Any], base: Checkpoint) -> dict[str, Any]:
+def _config(donor: Checkpoint, own: Config, base: Checkpoint) -> dict[str, Any]:
     name = str(language(base.config)["model_type"])
     # Fields that the base's family does not have decide nothing there: `differences` compares them.
     known = declared(name) | language(base.config).keys()
