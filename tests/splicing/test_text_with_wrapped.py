@@ -123,3 +123,24 @@ def test_language_models_that_differ_are_refused(wrapper, change, found, tmp_pat
             fm.check(recipe_for("interleaved", folders))
         assert any(found in fault.found for fault in caught.value.faults)
         assert any(found in line for line in fm.compare_donors(*folders).reasons)
+
+
+@torch.no_grad()
+def test_two_wrappers_of_one_language_model_splice_with_each_other(tmp_path):
+    config = config_of("llava")
+    other = type(config)(
+        text_config=config_of("internvl").text_config.to_dict(),
+        vision_config=config.vision_config.to_dict(),
+        image_token_id=100,
+    )
+    folders = [tmp_path / "internvl", tmp_path / "llava"]
+    configs = (config_of("internvl"), other)
+    models = [
+        write_wrapped(*each, seed) for seed, each in enumerate(zip(folders, configs, strict=True))
+    ]
+    fm.merge(recipe_for("interleaved", folders), tmp_path / "merged")
+    merged, info = type(models[0]).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    found = merged.eval()(input_ids=IDS, use_cache=False).logits
+    expected = spliced_logits(models, RECIPES["interleaved"], IDS)
+    assert torch.allclose(found, expected, atol=1e-4 * max(1.0, float(expected.abs().max())))
