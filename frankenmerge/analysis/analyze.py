@@ -129,7 +129,8 @@ def analyze(
             "k": k,
             "probes": {"shape": list(probes.shape), "sha256": probe_hash(probes), "seed": SEED},
             "tokenizer": checkpoint.tokenizer_hash,
-        },
+        }
+        | ({"skipped_blocks": skipped} if (skipped := run.probes.skipped_blocks) else {}),
     )
 
 

@@ -69,9 +69,15 @@ def complete_search(
 
 
 def searched(donor: Donor, masked: Sequence[int] = ()) -> Tensor:
-    """The ids of the vocabulary that are not masked, ascending."""
-    weight = embedding_of(model_of(donor))
-    return torch.tensor(sorted(set(range(len(weight))) - set(masked)), device=weight.device)
+    """The ids of the vocabulary that are not masked, ascending.
+
+    Rows of the embedding beyond the vocabulary, such as Mllama's for images, are no tokens.
+    """
+    model = model_of(donor)
+    weight = embedding_of(model)
+    size = getattr(model.config.get_text_config(decoder=True), "vocab_size", len(weight))
+    tokens = range(min(size, len(weight)))
+    return torch.tensor(sorted(set(tokens) - set(masked)), device=weight.device)
 
 
 class Ranked:

@@ -54,7 +54,7 @@ class Atlas:
     vocabulary: list[str]
     """The text of every token."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Versions, dtype, seed, probe hash, tokenizer hash."""
+    """Versions, dtype, seed, probe hash, tokenizer hash, blocks that text skips (1-based)."""
     inputs: dict[str, Inputs] = field(default_factory=dict)
     """The inputs of other searches by method: `greedy`, `gradient`."""
 

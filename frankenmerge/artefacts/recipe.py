@@ -1,14 +1,14 @@
 """The recipe: which tensors of which donors make the result, and how. YAML in mergekit's terms.
 
 docs/recipes.md tells what every key means. Those that mergekit does not know are `embedding`,
-`final_norm`, `head`, `seed` and `gauge`.
+`final_norm`, `head`, `towers`, `filter` in a source, `seed` and `gauge`.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field, StrictInt, model_validator
@@ -92,6 +92,10 @@ class Recipe(Part):
     """The same for the final norm; merged from the last slice's sources when absent."""
     head: Model | None = None
     """The same for the head; merged from the last slice's sources when absent."""
+    towers: Literal["base", "merge"] | None = None
+    """Whether the towers and projectors of multimodal donors are the base's, which is the default,
+    or merged as the language model is.
+    """
     seed: Annotated[StrictInt, Field(ge=0, lt=1 << 63)] | None = None
     """Draws what the methods that drop at random drop; 0 when absent."""
     without_effect: dict[str, Any] | None = None

@@ -15,6 +15,7 @@ from frankenmerge.cli.console import (
     output_option,
     pickle_option,
     print_json,
+    print_remarks,
     progress,
     refuse_others,
     size,
@@ -108,7 +109,7 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
 
 
 def _describe(donor: "Checkpoint") -> dict[str, Any]:
-    from frankenmerge.donors.config import head_width, is_tied, quantity
+    from frankenmerge.donors.config import head_width, quantity
 
     sizes = {
         key: quantity(donor.config, key)
@@ -119,7 +120,7 @@ def _describe(donor: "Checkpoint") -> dict[str, Any]:
         "family": donor.config["model_type"],
         **sizes,
         "head_width": head_width(donor.config),
-        "tied": is_tied(donor.config),
+        "tied": donor.tied,
         "dtype": ", ".join(donor.dtypes),
         "parameters": donor.parameters,
         "bytes": donor.bytes,
@@ -184,8 +185,11 @@ def analyze(
     if method != "complete":
         atlas = add_inputs(donor, atlas, method, neurons, tokens, **run)
     save_atlas(atlas, output)
+    skipped = atlas.provenance.get("skipped_blocks", [])
+    remarks = [f"text alone skips block {block}: its output is its input" for block in skipped]
+    print_remarks(remarks)
     if as_json:
-        print_json(_atlas_as_json(atlas, output, untrained))
+        print_json(_atlas_as_json(atlas, output, untrained) | {"remarks": remarks})
         return
     console = out()
     console.print(_best_tokens(atlas))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from frankenmerge.donors.architecture import LEFT_OUT, VALUE_HEADS, Architecture
 from frankenmerge.donors.config import STORAGE_KEYS, config_faults, family, is_tied, quantity
@@ -65,6 +65,18 @@ _SAMPLED = 4096
 """Bytes of each of the three samples of a tensor in a fingerprint."""
 
 
+Roles = dict[tuple[str, int | None], dict[str, str]]
+"""Tensor names by (role, block index or None): `{canonical name: name in the file}`."""
+
+
+class View(NamedTuple):
+    """A donor's tensors as another one names them."""
+
+    architecture: Architecture
+    """The other one's."""
+    by_role: Roles
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A donor whose headers have been read and found consistent."""
@@ -84,10 +96,14 @@ class Checkpoint:
     """The config as it is in config.json, where `config` is completed by transformers."""
     remarks: tuple[str, ...] = ()
     """Worth knowing; they forbid nothing."""
+    view: View | None = None
+    """Where it is seen in the kind of another donor: see `views.seen_as`."""
 
     @cached_property
     def architecture(self) -> Architecture:
         """The family's entry in the table, or what is inferred for a family that has none."""
+        if self.view:
+            return self.view.architecture
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         found = architecture_of(self.config, shapes)
         return replace(found, left_out=VALUE_HEADS) if self.quantisation else found
@@ -196,9 +212,11 @@ class Checkpoint:
         return read_settings(path) if path.is_file() else {}
 
     @cached_property
-    def by_role(self) -> dict[tuple[str, int | None], dict[str, str]]:
-        """Tensor names by (role, block index or None): `{canonical name: name in the file}`."""
-        table: dict[tuple[str, int | None], dict[str, str]] = {}
+    def by_role(self) -> Roles:
+        """Its tensors by what they are part of."""
+        if self.view:
+            return self.view.by_role
+        table: Roles = {}
         for name in self.tensors:
             role, index, canonical = self.architecture.role(name)
             table.setdefault((role, index), {})[canonical] = name

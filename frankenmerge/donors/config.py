@@ -14,7 +14,7 @@ from frankenmerge.donors.architecture import (
     Keys,
     PerBlock,
 )
-from frankenmerge.donors.families import FAMILIES, INDEX_BOUND, USUAL
+from frankenmerge.donors.families import FAMILIES, INDEX_BOUND, TEXT_ONLY, USUAL
 from frankenmerge.donors.library import completed, declared, own_names
 from frankenmerge.donors.moving import is_per_block, moved
 from frankenmerge.errors import Fault
@@ -106,6 +106,20 @@ def language(config: Config) -> Config:
 def is_multimodal(config: Config) -> bool:
     """Whether a config describes a language model among other parts, such as vision towers."""
     return language(config) is not config
+
+
+def text_only(config: Config) -> dict[str, Any]:
+    """The config of the language model alone, complete, as one of its text-only family.
+
+    Positions of images (`mrope_section` and the like) are left out.
+    """
+    text = dict(language(completed(config) or config))
+    text["model_type"] = TEXT_ONLY.get(name := str(text["model_type"]), name)
+    if isinstance(rope := text.get("rope_parameters"), Mapping):
+        text["rope_parameters"] = {
+            key: value for key, value in rope.items() if not key.startswith("mrope_")
+        }
+    return text
 
 
 def family(config: Config) -> Architecture:
@@ -242,6 +256,9 @@ def differences(
         The reasons why one config cannot describe blocks of both, and remarks on differences that
         do no harm.
     """
+    wrapped = is_multimodal(first) or is_multimodal(other)
+    if wrapped and first["model_type"] != other["model_type"]:
+        first, other = text_only(first), text_only(other)
     names = [str(language(config)["model_type"]) for config in (first, other)]
     if names[0] != names[1]:
         return [f"family: {names[0]} and {names[1]} compute differently"], []
@@ -254,6 +271,29 @@ def differences(
     return [lines[key] for key in lines if key not in harmless], [
         lines[key] for key in lines if key in harmless
     ]
+
+
+def tower_differences(first: Config, other: Config) -> list[str]:
+    """Settings of what surrounds the language models of multimodal configs, where they differ."""
+    free = (FREE - _COMPARED) | BOOKKEEPING | {"text_config", "model_type"}
+
+    def settings(config: Config) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in config.items():
+            parts = value if isinstance(value, Mapping) and key != "text_config" else None
+            named = {f"{key}.{name}": part for name, part in (parts or {}).items()}
+            found |= named if parts is not None else {key: value}
+        return {
+            key: value
+            for key, value in found.items()
+            if key.rpartition(".")[2] not in free
+            and not key.endswith(("_token_id", "_token_index"))
+        }
+
+    both = [settings(config) for config in (first, other)]
+    names = sorted(both[0].keys() | both[1].keys())
+    pairs = {name: (both[0].get(name), both[1].get(name)) for name in names}
+    return [f"{name}: {one} and {two}" for name, (one, two) in pairs.items() if one != two]
 
 
 def _compared(first: Config, other: Config) -> dict[str, tuple[Any, ...]]:

@@ -307,6 +307,10 @@ FAMILIES: dict[str, Architecture] = {
     ),
 }
 
+TEXT_ONLY = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+"""Language models of wrappers that compute with text alone what a text-only family computes: the
+positions that they have for images are the same in all three axes.
+"""
 INDEX_BOUND = ("num_kv_shared_layers", "per_layer_config")
 """Like `Architecture.index_bound`, for every family of the table: blocks that read the keys and
 values of other blocks, settings by index.

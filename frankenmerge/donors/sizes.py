@@ -66,8 +66,8 @@ def _differing(checkpoint: "Checkpoint", config: Config) -> dict[str, tuple[Shap
         shape = checkpoint.tensors[name].shape
         module, _, leaf = canonical.removeprefix(prefix).rpartition(".")
         expected = _expected(module, leaf, sizes, transposed)
-        if 0 in shape or (expected is not None and expected != shape):
-            differing[name] = expected or tuple(size or 1 for size in shape), shape
+        if expected is not None and expected != shape:
+            differing[name] = expected, shape
     return differing
 
 

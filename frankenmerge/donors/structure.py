@@ -4,11 +4,12 @@ Every block must exist, blocks of a kind must be alike, and embedding, norm and 
 shapes that follow from config.json.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from frankenmerge.donors.config import block_kind, is_tied, quantity
+from frankenmerge.donors.config import block_kind, quantity
 from frankenmerge.donors.sizes import size_faults
 from frankenmerge.errors import Fault
 
@@ -44,8 +45,9 @@ def structure_faults(checkpoint: "Checkpoint") -> Iterator[Fault]:
         return
     if checkpoint.blocks:
         yield from _missing_blocks(checkpoint)
-    if not checkpoint.architecture.listed:
-        yield from _empty_tensors(checkpoint)
+    empty = tuple(_empty_tensors(checkpoint))
+    yield from empty
+    if not checkpoint.architecture.listed or empty:
         return
     shapes = {
         index: {canonical: checkpoint.tensors[name].shape for canonical, name in names.items()}
@@ -64,7 +66,7 @@ def structure_faults(checkpoint: "Checkpoint") -> Iterator[Fault]:
     for role, needed in (
         ("embedding", True),
         ("final", True),
-        ("head", not is_tied(checkpoint.config)),
+        ("head", not checkpoint.tied),
     ):
         names = roles.get((role, None), {})
         if needed and not names:
@@ -74,9 +76,9 @@ def structure_faults(checkpoint: "Checkpoint") -> Iterator[Fault]:
 
 
 def _empty_tensors(checkpoint: "Checkpoint") -> Iterator[Fault]:
-    """Tensors of a family that is not in the table that have no elements."""
+    """Tensors without elements, but for those that no loader reads."""
     for name, tensor in checkpoint.tensors.items():
-        if 0 in tensor.shape:
+        if 0 in tensor.shape and not re.search(checkpoint.architecture.unread, name):
             found = f"shape {list(tensor.shape)}"
             yield Fault(f"{checkpoint.path}: {name}", "a tensor with elements", found, _REMEDY)
 

@@ -1,5 +1,6 @@
 """What a model was made of: the donor and block of each of its blocks. Reads no weights."""
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -43,8 +44,8 @@ def checkpoint_lineage(checkpoint: Checkpoint, known: Mapping[str, Checkpoint]) 
     }
     blocks = []
     for index in range(checkpoint.blocks):
-        tensor = next(iter(checkpoint.by_role["block", index].values()), "")
-        block = _source_block(provenance.tensors.get(tensor), checkpoint, names)
+        canonical, tensor = next(iter(checkpoint.by_role["block", index].items()), ("", ""))
+        block = _source_block(provenance.tensors.get(tensor), canonical, names)
         if block is None:
             raise fail(
                 f"{checkpoint.path / PROVENANCE}: {tensor or f'block {index}'}",
@@ -57,17 +58,18 @@ def checkpoint_lineage(checkpoint: Checkpoint, known: Mapping[str, Checkpoint]) 
 
 
 def _source_block(
-    origin: TensorRecord | None, checkpoint: Checkpoint, names: Mapping[str, str]
+    origin: TensorRecord | None, canonical: str, names: Mapping[str, str]
 ) -> Block | None:
-    """The donor's block that a tensor is from; None if the record does not say."""
+    """The donor's block that a tensor is from; None if the record does not say.
+
+    A donor's block may have another prefix than the result's: within it, names are the same.
+    """
     if origin is None or origin.source is None:
         return None
     donor, tensor = origin.source
-    return (
-        Block(names[donor], checkpoint.architecture.role(tensor)[1] or 0)
-        if donor in names
-        else None
-    )
+    within = canonical.partition("{}.")[2]
+    index = re.search(rf"(\d+)\.{re.escape(within)}$", tensor)
+    return Block(names[donor], int(index[1])) if donor in names and index else None
 
 
 def same_tokens(one: Checkpoint | Splice, other: Checkpoint) -> bool:

@@ -40,7 +40,7 @@ def config_object(config: Config) -> PreTrainedConfig:
 
     Raises whatever transformers raises for one that it cannot read.
     """
-    return AutoConfig.for_model(**_plain(config))
+    return AutoConfig.for_model(**config)
 
 
 def blank_model(config: Config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -49,7 +49,7 @@ def blank_model(config: Config, dtype: torch.dtype = torch.float32) -> PreTraine
     Raises whatever transformers raises for a config that it cannot build.
     """
     with quiet(), init_empty_weights(include_buffers=False):
-        return build(model_class(config), config_object(config), dtype)
+        return build(model_class(config), config_object(unquantised(config)), dtype)
 
 
 def build(kind: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
@@ -58,5 +58,6 @@ def build(kind: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     return (kind.from_config if automatic else kind._from_config)(config, dtype=dtype)
 
 
-def _plain(config: Config) -> dict[str, Any]:
+def unquantised(config: Config) -> dict[str, Any]:
+    """The config of the same model with plain weights."""
     return {key: value for key, value in config.items() if key != "quantization_config"}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -76,6 +77,8 @@ def block_outputs(
 
     The list has `l + 1` entries: the input of the first block, then every block's output before any
     final norm. (The library's own `hidden_states[-1]` is taken after the final norm.)
+    The output of a block that the pass skips, as Mllama's cross-attention is without images, is its
+    input.
 
     Args:
         model: any causal language model; the hooks are removed when the context ends.
@@ -100,8 +103,17 @@ def block_outputs(
             else (args, kwargs | {"hidden_states": states[0]})
         )
 
-    def leaving(_module: nn.Module, _args: tuple, output: Any) -> None:
+    def padded(count: int) -> None:
+        # What a block that the pass skips would have put out: its input.
+        skipped = states[:1] if isolated else states[-1:]
+        states.extend(skipped * (count - len(states)))
+
+    def leaving(place: int, _module: nn.Module, _args: tuple, output: Any) -> None:
+        padded(place)
         states.append(output if isinstance(output, Tensor) else output[0])
+
+    def finishing(_module: nn.Module, _args: tuple, _output: Any) -> None:
+        padded(len(blocks) + 1)
 
     def stopping(_module: nn.Module, _args: tuple, _output: Any) -> None:
         raise _Enough
@@ -112,7 +124,11 @@ def block_outputs(
             block.register_forward_pre_hook(refeeding, with_kwargs=True) for block in blocks[1:]
         ]
     sites = blocks if site == "block" else [attention_of(block) for block in blocks]
-    handles += [module.register_forward_hook(leaving) for module in sites]
+    handles += [
+        module.register_forward_hook(partial(leaving, place))
+        for place, module in enumerate(sites, 1)
+    ]
+    handles.append(body_of(model).register_forward_hook(finishing))
     if last is not None:
         handles.append(blocks[-1].register_forward_hook(stopping))
     try:
@@ -135,5 +151,8 @@ def forward(model: PreTrainedModel, **inputs: Any) -> None:
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its head, for passes that need no logits."""
-    return getattr(model, model.base_model_prefix)
+    """The model without its head, for passes that need no logits.
+
+    A wrapper whose head is within its language model, as Llama 4's, is run as it is.
+    """
+    return getattr(model, model.base_model_prefix, model)

@@ -20,7 +20,7 @@ from transformers import (
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.shards import INDEX_NAME, SINGLE_NAME
 from frankenmerge.errors import FrankenmergeError, fail
-from frankenmerge.models.blank import build, config_object, model_class
+from frankenmerge.models.blank import build, config_object, model_class, unquantised
 from frankenmerge.models.hooks import embedding_of
 from frankenmerge.models.quiet import quiet
 from frankenmerge.storage.dtypes import torch_dtype
@@ -214,7 +214,8 @@ def untrained_model(
     try:
         torch.manual_seed(seed)
         with explained(str(checkpoint.path / "config.json"), "a config"):
-            kind, config = model_class(checkpoint.config), config_object(checkpoint.config)
+            kind = model_class(checkpoint.config)
+            config = config_object(unquantised(checkpoint.config))
             model = build(kind, config, torch.float32)
     finally:
         torch.set_rng_state(state)

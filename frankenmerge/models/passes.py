@@ -117,6 +117,10 @@ class Passage:
                 self.model, pad(rows, (0, 0, 0, self.size - len(rows))), before
             )
             entered.append(states[: len(rows)])
+        if self.before is not None:
+            # A cache of the prefix in every layer looks as if no block had been skipped.
+            pairs = zip(self.calls, self.calls_before, strict=True)
+            self.calls = [call if before else None for call, before in pairs]
         self.states = torch.cat(entered)
 
     @property
@@ -128,8 +132,13 @@ class Passage:
     def state(self, state: dict[str, Tensor]) -> None:
         self.states, self.before = state["states"], state.get("before")
 
+    @property
+    def skipped_blocks(self) -> list[int]:
+        """Blocks that text alone does not pass, 1-based: their output is their input."""
+        return [index for index, call in enumerate(self.calls, 1) if call is None]
+
     def entering(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the input of the first block in the form of `through`; call it before any block."""
+        """Yield the input of the next block in the form of `through`."""
         yield from ((rows, self.states[rows, self.skipped :]) for rows in self._batches())
 
     @torch.no_grad()
@@ -140,10 +149,14 @@ class Passage:
             Rows and their outputs of the block, or of its attention, `[b, s, d]`. Exhaust it before
             the next block.
         """
+        if (call := self.calls[index - 1]) is None:
+            for rows, states in self.entering():
+                yield rows, states if self.site == "block" else torch.zeros_like(states)
+            return
         shared = None
-        if self.before is not None:
+        if self.before is not None and (call_before := self.calls_before[index - 1]):
             passed = DynamicCache()
-            before = run_block(block, self.before, self.calls_before[index - 1].with_cache(passed))
+            before = run_block(block, self.before, call_before.with_cache(passed))
             self.before = self.before if self.isolated else before
             layer: Any = passed.layers[index - 1]
             shared = layer.keys, layer.values
@@ -159,9 +172,10 @@ class Passage:
                     if shared
                     else None
                 )
-                call = self.calls[index - 1].with_cache(cache)
                 output = run_block(
-                    block, pad(states, (0, 0, 0, 0, 0, self.size - len(states))), call
+                    block,
+                    pad(states, (0, 0, 0, 0, 0, self.size - len(states))),
+                    call.with_cache(cache),
                 )
                 if not self.isolated:
                     self.states[rows] = output[: len(states)].to(self.states.device)
@@ -194,21 +208,25 @@ def caches_keys(model: PreTrainedModel) -> bool:
 
 def enter(
     model: PreTrainedModel, ids: Tensor, cache: Cache | None = None
-) -> tuple[Tensor, list[Call]]:
-    """The input of the first block, and the arguments of every block; no block is run."""
-    entered, calls = [], []
-    blocks = list(blocks_of(model))
+) -> tuple[Tensor, list[Call | None]]:
+    """The input of the first block, and the arguments of every block; no block is run.
 
-    def passed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    A block that a pass of text alone skips, as Mllama's cross-attention, has no arguments.
+    """
+    entered: list[Tensor] = []
+    blocks = list(blocks_of(model))
+    calls: list[Call | None] = [None] * len(blocks)
+
+    def passed(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         entered.append(hidden_states)
-        calls.append(Call(args, kwargs))
-        if len(calls) == len(blocks):
+        calls[index] = Call(args, kwargs)
+        if index == len(blocks) - 1:
             raise _Enough
         return hidden_states.as_subclass(_Output)
 
     with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(_replaced(block, passed))
+        for index, block in enumerate(blocks):
+            stack.enter_context(_replaced(block, partial(passed, index)))
         stack.enter_context(suppress(_Enough))
         backbone(model)(input_ids=ids, use_cache=cache is not None, past_key_values=cache)
     return entered[0], calls
@@ -254,8 +272,10 @@ def _some(weight: Tensor, bias: Tensor | None, chosen: Tensor, states: Tensor) -
     return outputs
 
 
-def run_block(block: nn.Module, states: Tensor, call: Call) -> Tensor:
-    """The output of a block for hidden states `[b, s, d]`."""
+def run_block(block: nn.Module, states: Tensor, call: Call | None) -> Tensor:
+    """The output of a block for hidden states `[b, s, d]`; of a skipped one, these themselves."""
+    if call is None:
+        return states
     return _first(block(states, *call.args, **call.kwargs))
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -16,7 +15,7 @@ from transformers import (
 
 from frankenmerge.donors.architecture import Architecture
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.models.blank import build, model_class
+from frankenmerge.models.blank import build, config_object, model_class
 from frankenmerge.models.hooks import blocks_of
 from frankenmerge.models.loading import (
     CPU,
@@ -103,7 +102,7 @@ def assemble(
     """
     tensors = _tensors(splice, models, placement, fits or {}, shared, progress)
     with explained("splice in memory", "a config"):
-        config = AutoConfig.for_model(**splice.config)
+        config = config_object(splice.config)
     with torch.device("meta"):
         kind = type(build(model_class(splice.config), config, torch.float32))
     model = from_pretrained(kind, None, placement, config=config, state_dict=tensors)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import block_kind, differences, language, quantity
 from frankenmerge.donors.quantisation import names_blocks, title
+from frankenmerge.donors.views import seen_as
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of tensors by canonical name."""
@@ -33,7 +34,7 @@ def compatibility(donors: list[Checkpoint], *, based: bool = False) -> Compatibi
         forbidding, harmless = differences(first.config, other.config, based=based)
         # Other sizes mean other shapes in every tensor: the sizes are reason enough.
         forbidding = [*forbidding, *_quantisation_reasons(first, other)]
-        forbidding = forbidding or _tensor_differences(first, other)
+        forbidding = forbidding or _tensor_differences(first, seen_as(other, first))
         harmless += _remarks(first, other)
         reasons += [f"{pair}: {reason}" for reason in forbidding]
         remarks += [f"{pair}: {remark}" for remark in harmless]

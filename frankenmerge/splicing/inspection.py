@@ -5,6 +5,7 @@ from itertools import combinations
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import spliced_config
+from frankenmerge.donors.views import seen_as
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.splicing.compatibility import Compatibility, compatibility
 from frankenmerge.splicing.moved_blocks import settled
@@ -34,7 +35,7 @@ def _trial(first: Checkpoint, other: Checkpoint) -> list[str]:
     lower = range(-(-2 * first.blocks // 3))
     upper = range(other.blocks // 3, other.blocks)
     stack = [Block("A", index) for index in lower] + [Block("B", index) for index in upper]
-    recipe, donors = recipe_of(stack), {"A": first, "B": other}
+    recipe, donors = recipe_of(stack), {"A": first, "B": seen_as(other, first)}
     config = spliced_config(first.config, blocks_with_configs(recipe, donors, 0), tied=first.tied)
     try:
         settled(recipe, donors, config, "trial")

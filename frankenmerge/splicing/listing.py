@@ -92,15 +92,15 @@ def _operations(draft: Draft) -> Iterator[Operation]:
 def _rest(draft: Draft) -> Iterator[Operation]:
     """What surrounds blocks, ends and head: merged with whole models, otherwise the base donor's.
 
-    The towers of multimodal models are the base donor's in any case.
+    The towers of multimodal models are merged only where the recipe says so.
     """
     recipe, base = draft.recipe, draft.donors[draft.recipe.base]
     place = _Place(0, "rest", 0.0)
-    towers = is_multimodal(base.config)
+    kept = is_multimodal(base.config) and recipe.towers != "merge"
     root = base.architecture.root
 
     def is_merged(name: str) -> bool:
-        return not towers or name.startswith(root)
+        return not kept or name.startswith(root)
 
     whole = is_whole(recipe, draft.donors)
     if whole and any(map(is_merged, base.by_role.get(("rest", None), {}).values())):
@@ -152,7 +152,9 @@ def _rotated(
 
 def _gain(donor: Checkpoint, given: Input, canonical: str) -> Input:
     """The gain of the norm before the map `given`."""
-    role, index, _ = donor.architecture.role(given.source)
+    role, index = next(
+        place for place, names in donor.by_role.items() if given.source in names.values()
+    )
     name = donor.by_role[("block", index) if role == "block" else ("final", None)][canonical]
     return Input(given.donor, name, donor.tensors[name], {})
 
@@ -173,10 +175,18 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
     own = method == recipe.merge_method
     for canonical, name_in_first in entries[0].names.items():
         shape = donors[sources[0].model].tensors[name_in_first].shape
+        by_token = draft.vocabulary is not None and _has_row_per_token(
+            donors[sources[0].model], place.role, canonical
+        )
 
-        def given(entry: _Entry, canonical: str = canonical, shape: tuple = shape) -> Input:
+        def given(
+            entry: _Entry,
+            canonical: str = canonical,
+            shape: tuple = shape,
+            by_token: bool = by_token,
+        ) -> Input:
             asked = _asked(entry, canonical, place.offset)
-            name = _checked_name(draft, entry, canonical, asked, shape)
+            name = _checked_name(draft, entry, canonical, asked, None if by_token else shape)
             parameters = (
                 model_parameters(recipe, part, entry.source, asked, place.t) if own else _UNCHANGED
             )
@@ -218,13 +228,16 @@ def _asked(entry: _Entry, canonical: str, offset: int) -> str:
 
 
 def _checked_name(
-    draft: Draft, entry: _Entry, canonical: str, asked: str, shape: tuple[int, ...]
+    draft: Draft, entry: _Entry, canonical: str, asked: str, shape: tuple[int, ...] | None
 ) -> str:
-    """A tensor's name in a source. Raises FrankenmergeError for no or another shape's tensor."""
+    """A tensor's name in a source.
+
+    Raises FrankenmergeError for none, or one of another shape than `shape`, unless that is None.
+    """
     name, tensors = entry.names.get(canonical), draft.donors[entry.source.model].tensors
-    if name is None or (draft.vocabulary is None and tensors[name].shape != shape):
+    if name is None or shape not in (None, tensors[name].shape):
         found = f"shape {list(tensors[name].shape)}" if name else "no such tensor"
-        expected = f"a tensor of shape {list(shape)} to merge"
+        expected = f"a tensor of shape {list(shape)} to merge" if shape else "a tensor to merge"
         raise fail(f"{entry.source.model}: {asked}", expected, found, _ALIKE)
     return name
 

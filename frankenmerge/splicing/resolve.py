@@ -15,6 +15,7 @@ from frankenmerge.artefacts.recipe_schema import Slice
 from frankenmerge.donors.checkpoint import PROCESSOR_FILES, Checkpoint
 from frankenmerge.donors.config import quantity, with_changes
 from frankenmerge.donors.tokens import Tokens
+from frankenmerge.donors.views import seen_as, tower_remarks
 from frankenmerge.errors import FrankenmergeError, raise_all
 from frankenmerge.splicing.listing import Draft, filtered_names, operations_of
 from frankenmerge.splicing.methods import METHODS
@@ -246,9 +247,11 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
     Raises:
         FrankenmergeError: with everything that keeps the donors from being merged as it says.
     """
+    opened, base = donors, donors[recipe.base]
+    donors = {name: seen_as(donor, base) for name, donor in opened.items()}
     faults = method_faults(recipe, place)
     faults += gauge_recipe_faults(recipe, donors, place)
-    unlike = tuple(compatibility_faults(recipe, donors, place))
+    unlike = tuple(compatibility_faults(recipe, opened, place))
     faults += [*unlike, *donor_faults(recipe, donors, place)]
     if recipe.merge_method not in METHODS:
         raise FrankenmergeError(*faults)
@@ -263,13 +266,13 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
             faults += pairing_faults(spelled, donors, vocabulary, place)
             tokens = token_findings(spelled, donors, place)
             faults += tokens.faults
-            remarks += [*tokens.remarks, *donor_remarks(recipe, donors)]
+            remarks += [*tokens.remarks, *donor_remarks(recipe, opened)]
     except FrankenmergeError as error:
         raise FrankenmergeError(*faults, *error.faults) from error
     raise_all(faults)
     dtype, tied = result_dtype(recipe, donors), is_result_tied(spelled, donors)
     config = result_config(spelled, donors, vocabulary, dtype=dtype, tied=tied)
-    base, chosen = donors[recipe.base], donors[recipe.tokenizer_donor]
+    chosen = donors[recipe.tokenizer_donor]
     config = settled(spelled, donors, config, place)
     if base.written is not None:
         config = with_changes(base.written, base.config, config)
@@ -284,6 +287,7 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
         *rowless_remarks(chosen.name, tokens, rows),
         *stored_remarks(base, config),
         *left_out_remarks(recipe, donors),
+        *(line for name in recipe.tensor_donors for line in tower_remarks(opened[name], base)),
     ]
     listed = spelled_out(recipe, donors, place, with_base=True)
     operations = operations_of(Draft(listed, donors, vocabulary, dtype, tied), place)
@@ -291,7 +295,7 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
     return Splice(
         recipe,
         spelled,
-        donors,
+        opened,
         settings.config,
         dtype,
         vocabulary,

@@ -8,7 +8,7 @@ from typing import Any
 from frankenmerge.artefacts.recipe import Block, Recipe
 from frankenmerge.artefacts.recipe_schema import Slice, Source, Whole
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import STORAGE_KEYS, is_tied, language, quantity, spliced_config
+from frankenmerge.donors.config import STORAGE_KEYS, language, quantity, spliced_config
 from frankenmerge.errors import fail
 from frankenmerge.splicing.methods import METHODS
 from frankenmerge.splicing.vocabulary import Vocabulary
@@ -170,7 +170,7 @@ def depth_within(parameters: int, donors: Iterable[Checkpoint]) -> int:
             for (role, index), size in sizes.items()
             if index is None and role != "ignored"
         }
-        head = own.get("head", 0) if is_tied(donor.config) else 0
+        head = own.get("head", 0) if donor.tied else 0
         ends = max(ends, sum(own.values()) - head)
         block = max(block, *(size for (role, _), size in sizes.items() if role == "block"))
     if parameters < ends + block:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import differences, quantity
+from frankenmerge.donors.config import differences, is_multimodal, quantity, tower_differences
 from frankenmerge.donors.quantisation import DEQUANTISE, names_blocks, title
 from frankenmerge.errors import Fault
 from frankenmerge.splicing.compatibility import (
@@ -16,7 +16,7 @@ from frankenmerge.splicing.compatibility import (
 )
 from frankenmerge.splicing.methods import METHODS
 from frankenmerge.splicing.parameters import module_prefix
-from frankenmerge.splicing.result import Donors, blocks_with_configs
+from frankenmerge.splicing.result import Donors, blocks_with_configs, is_whole
 from frankenmerge.splicing.rotation import gauge_faults
 from frankenmerge.splicing.vocabulary import Vocabulary
 from frankenmerge.storage.dtypes import COMPUTED, DTYPES
@@ -223,6 +223,8 @@ def pairing_faults(
             found = f"{first} and {other}"[:400]
             yield Fault(f"{place}: {setting.key}", expected, found, "shift the ranges")
     yield from _end_faults(recipe, donors, vocabulary, place)
+    if recipe.towers == "merge":
+        yield from _tower_faults(recipe, donors, f"{place}: towers")
 
 
 def _block_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
@@ -238,6 +240,27 @@ def _block_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]
                     expected = "blocks of the same tensors to merge"
                     remedy = "merge blocks that have the same tensors"
                     yield Fault(place, expected, line.format("*"), remedy)
+
+
+def _tower_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
+    """Towers that cannot be merged: of text-only donors, unlike ones, next to blocks that move."""
+    base, remedy = donors[recipe.base], "set towers: base"
+    if not is_multimodal(base.config):
+        expected, found = "a multimodal base donor", f"{base.name}, which is text-only"
+        yield Fault(place, expected, found, "remove the key")
+        return
+    if not is_whole(recipe, donors):
+        expected = "whole models, every block where it is"
+        yield Fault(place, expected, "blocks that move, or ends of one donor", remedy)
+        return
+    for name in recipe.tensor_donors:
+        names = base.name, donors[name].name
+        shapes = [shapes_of(donor, "rest") for donor in (base, donors[name])]
+        lines = list(shape_differences(shapes, names))
+        # Settings are compared where the shapes have not said enough.
+        unlike = lines or tower_differences(base.config, donors[name].config)
+        for line in unlike[:5]:
+            yield Fault(place, "towers of the same tensors and settings to merge", line, remedy)
 
 
 def _end_faults(

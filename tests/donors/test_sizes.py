@@ -79,8 +79,8 @@ def test_an_empty_tensor_is_refused(donors, tmp_path):
     folder = changed(donors["a"], tmp_path / "empty", lambda arrays: arrays | empty)
     with pytest.raises(FrankenmergeError) as caught:
         open_checkpoint(str(folder))
-    (fault,) = caught.value.faults
-    assert fault.place.endswith(name.format(0)) and "[16]" in fault.expected
+    places = [fault.place.removeprefix(f"{folder}: ") for fault in caught.value.faults]
+    assert sorted(places) == sorted(empty)
 
 
 def test_check_refuses_a_recipe_of_such_a_donor(donors, run, tmp_path):

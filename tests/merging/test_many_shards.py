@@ -1,5 +1,6 @@
 """Donors in more shards than a process may open files."""
 
+import json
 import os
 import resource
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from conftest import write_donor
 from safetensors.torch import load_file
 
+import frankenmerge as fm
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.splicing.reading import DonorFiles
@@ -64,6 +66,30 @@ def test_400_shards_are_merged_with_64_open_files(pair, tmp_path, method):
             if index is not None and index >= BLOCKS:
                 source = other[name.replace(f".{index}.", f".{index - BLOCKS}.")]
                 assert value.equal(source)
+
+
+def test_400_shards_are_evaluated_with_64_open_files(pair, tmp_path):
+    a, b = map(str, pair)
+    half = BLOCKS // 2
+    recipe, text = tmp_path / "recipe.yaml", tmp_path / "text.txt"
+    recipe.write_text(
+        f"merge_method: passthrough\nslices:\n"
+        f"- sources: [{{model: {a}, layer_range: [0, {half}]}}]\n"
+        f"- sources: [{{model: {b}, layer_range: [{half}, {BLOCKS}]}}]\n"
+    )
+    text.write_text("The sea is calm, and the ships are far away. " * 4)
+    command = [sys.executable, "-m", "frankenmerge", "evaluate", a, b, recipe, "--text", text]
+    found = subprocess.run(
+        [*command, "--json"],
+        preexec_fn=few_files,
+        env=dict(os.environ),
+        capture_output=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr.decode()
+    limited = {each["name"]: each for each in json.loads(found.stdout)["models"]}
+    for each in fm.evaluate(a, b, recipe, texts=[text]).results:
+        assert limited[each.name]["bits_per_byte"] == pytest.approx(each.total.bits_per_byte)
 
 
 def test_open_files_are_bounded_and_those_in_use_stay_open(pair):

@@ -1,94 +1,25 @@
 """Multimodal donors: the language model's blocks move, towers and processors are the base's."""
 
-import json
-
 import pytest
 import torch
-from families import RECIPES, SIZES, recipe_for, spliced_logits, tiny_config
+from families import RECIPES, recipe_for, spliced_logits
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from wrapped import TEXTS, config_of, write_wrapped
 
 import frankenmerge as fm
+from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.errors import FrankenmergeError
 
-TEXTS = {
-    "gemma3": "gemma3_text",
-    "gemma4": "gemma4_text",
-    "internvl": "qwen2",
-    "llama4": "llama4_text",
-    "llava": "llama",
-    "mistral3": "mistral",
-    "mllama": "mllama_text_model",
-    "qwen2_5_vl": "qwen2_5_vl_text",
-    "qwen3_5": "qwen3_5_text",
-    "qwen3_5_moe": "qwen3_5_moe_text",
-    "qwen3_vl": "qwen3_vl_text",
-}
-"""Wrappers, and the family of the language model in each."""
-VISION = {
-    **dict.fromkeys(("num_hidden_layers", "depth", "num_attention_heads", "num_heads"), 2),
-    **dict.fromkeys(("num_key_value_heads", "attention_heads"), 2),
-    **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim", "projection_dim"), 32),
-    **dict.fromkeys(("projector_input_dim", "projector_output_dim"), 64),
-    **dict.fromkeys(("out_hidden_size", "vision_output_dim"), 64),
-    **dict.fromkeys(("head_dim", "global_head_dim", "num_position_embeddings"), 16),
-    **dict.fromkeys(("fullatt_block_indexes", "deepstack_visual_indexes"), [1]),
-    "num_global_layers": 1,
-    "image_size": 28,
-    "patch_size": 14,
-}
-TEXT = {
-    "gemma4": {"hidden_size_per_layer_input": 0},
-    "mllama": {"cross_attention_layers": [3]},
-    "qwen2_5_vl": {
-        "rope_parameters": {
-            "rope_type": "default",
-            "mrope_section": [2, 3, 3],
-            "rope_theta": 1e4,
-        }
-    },
-}
 IDS = torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(1))
-
-
-def config_of(wrapper):
-    kind = CONFIG_MAPPING[wrapper]
-    known = kind().to_dict()
-    tower = known.get("vision_config") or {}
-    vision = {key: value for key, value in VISION.items() if key in tower}
-    if wrapper == "mllama":
-        vision |= {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}
-    if "model_type" in tower:
-        vision["model_type"] = tower["model_type"]
-    marks = {
-        key: 100 for key in known if key.endswith(("token_id", "token_index")) and key not in SIZES
-    }
-    text = tiny_config(TEXTS[wrapper]).to_dict() | TEXT.get(wrapper, {})
-    return kind(text_config=text, vision_config=vision, **marks)
 
 
 @pytest.fixture(scope="module", params=TEXTS)
 def wrapped(request, tmp_path_factory):
     """Two donors of one wrapper, as they are in memory and on disk."""
-    config = config_of(request.param)
-    folder, models, folders = tmp_path_factory.mktemp(request.param), [], []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        path = folder / str(seed)
-        model.save_pretrained(path)
-        tokens = {f"t{index}": index for index in range(128)}
-        content = {"type": "WordLevel", "vocab": tokens, "unk_token": "t0"}
-        tokenizer = {"added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": content}
-        (path / "tokenizer.json").write_text(json.dumps(tokenizer))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        (path / "tokenizer_config.json").write_text(json.dumps(settings))
-        (path / "preprocessor_config.json").write_text('{"size": 28}')
-        models.append(type(model).from_pretrained(path).eval())
-        folders.append(path)
+    folder, config = tmp_path_factory.mktemp(request.param), config_of(request.param)
+    folders = [folder / str(seed) for seed in (0, 1)]
+    models = [write_wrapped(path, config, seed) for seed, path in enumerate(folders)]
     return models, folders
 
 
@@ -125,3 +56,66 @@ def test_what_is_evaluated_in_memory_is_what_is_merged(wrapped, tmp_path):
     texts = {"text": "t5 t6 t7 t8 " * 40}
     results = fm.evaluate(recipe, tmp_path / "merged", texts=texts).results
     assert results[0].total.bits_per_byte == pytest.approx(results[1].total.bits_per_byte)
+
+
+def with_towers(folders, towers, **more):
+    entries = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in folders]
+    keys = {"merge_method": "linear", "models": entries, "dtype": "float32", "towers": towers}
+    return Recipe.model_validate(keys | more)
+
+
+def test_towers_are_merged_if_the_recipe_says_so(wrapped, tmp_path):
+    models, folders = wrapped
+    fm.merge(with_towers(folders, "merge"), tmp_path / "merged")
+    one, other = (load_file(folder / "model.safetensors") for folder in folders)
+    result = load_file(tmp_path / "merged" / "model.safetensors")
+    assert result.keys() == one.keys()
+    for name, value in result.items():
+        assert torch.allclose(value, (one[name] + other[name]) / 2, atol=1e-6), name
+    _, info = type(models[0]).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    fm.merge(with_towers(folders, "base"), tmp_path / "kept")
+    fm.merge(with_towers(folders, None), tmp_path / "default")
+    kept, default = (
+        load_file(tmp_path / each / "model.safetensors") for each in ("kept", "default")
+    )
+    assert all(torch.equal(kept[name], default[name]) for name in kept)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """A wrapper with a LLaMA."""
+    folder = tmp_path_factory.mktemp("llava")
+    write_wrapped(folder, config_of("llava"), 0)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        ({"intermediate_size": 48}, "mlp.fc1.bias: shapes [32] and [48]"),
+        ({"hidden_act": "relu"}, "vision_config.hidden_act: "),
+    ],
+)
+def test_towers_that_differ_are_refused_by_name(llava, change, found, tmp_path):
+    config = config_of("llava")
+    for key, value in change.items():
+        setattr(config.vision_config, key, value)
+    write_wrapped(tmp_path / "other", config, 1)
+    folders = [llava, tmp_path / "other"]
+    with pytest.raises(FrankenmergeError) as caught:
+        fm.check(with_towers(folders, "merge"))
+    places = {fault.place for fault in caught.value.faults}
+    assert places == {"recipe: towers"}
+    assert any(found in fault.found for fault in caught.value.faults)
+    fm.check(with_towers(folders, "base"))
+
+
+def test_towers_are_not_merged_next_to_blocks_that_move(llava, donors):
+    moved = recipe_for("taller", [llava]).model_copy(update={"towers": "merge"})
+    text = with_towers([donors["a"], donors["a"]], "merge")
+    for recipe, expected in ((moved, "whole models"), (text, "a multimodal base donor")):
+        with pytest.raises(FrankenmergeError) as caught:
+            fm.check(recipe)
+        (fault,) = caught.value.faults
+        assert fault.place == "recipe: towers" and expected in fault.expected
