@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from frankenmerge.artefacts.evaluation import TaskDifferenceRecord
 from frankenmerge.artefacts.json_files import Record, load_json, parse_json, save_json
 
 KIND = "frankenmerge.gain/1"
@@ -70,7 +71,9 @@ class GainFile(Record):
     on: list[str]
     """Names of the domains: texts, or donors whose generated tokens they are."""
     tokens: int
-    """How many tokens the gains were measured on; none was used to choose."""
+    """How many tokens, or items of tasks, gains were measured on; none was used to choose."""
+    tasks: list[TaskDifferenceRecord] = []
+    """The first plan and the best donor on the items of each task."""
     candidates: int
     passes: int
     """What the search cost, in passes of the tokens that it chose by through a donor."""

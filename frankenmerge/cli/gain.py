@@ -6,7 +6,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from frankenmerge.cli.console import out, print_json, progress, table
-from frankenmerge.cli.measuring import SAMPLED, measured_on
+from frankenmerge.cli.measuring import gains_on
+from frankenmerge.cli.tables import task_differences_tables
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def plan_gain(
 
     started = perf_counter()
     chosen = GainOptions(
-        measured_on(options["on"]) or SAMPLED,
+        gains_on(options["on"]),
         constraints,
         any_depth=not (options["depth"] or options["parameters"]),
         base=options["base"],
@@ -74,7 +75,7 @@ def plan_sweep(
     if len(donors) != 1:
         found, remedy = f"{len(donors)}", "sweep one donor after the other"
         raise fail("plan --sweep", "one donor", found, remedy)
-    on = measured_on(options["on"]) or SAMPLED
+    on = gains_on(options["on"])
     chosen = SweepOptions(on, options["seed"], Placement(dtype, device))
     made, recipe = sweep(open_donor(str(donors[0])), chosen, output, progress=progress)
     write_file(output, recipe.dump().encode())
@@ -110,7 +111,12 @@ def print_gains(console: "Console", found: "GainFile", names: Sequence[str]) -> 
     """Show plans beside the best donor, the uniform average and the donors' ensemble."""
     controls = found.controls
     made = table(
-        "Gain against the best donor (nats per token)", "recipe", "kind", "gain", "95 % in", "file"
+        f"Gain against the best donor (nats per {unit_of(found)})",
+        "recipe",
+        "kind",
+        "gain",
+        "95 % in",
+        "file",
     )
     for plan, name in zip(found.plans, names, strict=True):
         low, high = plan.interval
@@ -123,8 +129,15 @@ def print_gains(console: "Console", found: "GainFile", names: Sequence[str]) -> 
             made.add_row(name, "control", f"{control.gain:+.4f}", f"{low:+.4f} to {high:+.4f}", "")
     made.add_row(Path(controls.best_donor.name).name, "best donor", "0", "", "")
     console.print(made)
-    console.print(f"Measured on {found.tokens:,} tokens that nothing was chosen by.")
+    for tested in task_differences_tables(found.tasks):
+        console.print(tested)
+    console.print(f"Measured on {found.tokens:,} {unit_of(found)}s that nothing was chosen by.")
     console.print(verdict(found), markup=False)
+
+
+def unit_of(found: "GainFile") -> str:
+    """What a gain is measured per."""
+    return "item" if found.tasks else "token"
 
 
 def verdict(found: "GainFile") -> str:
@@ -137,4 +150,4 @@ def verdict(found: "GainFile") -> str:
         )
     share = best.captured_share
     captured = f", {share:.0%} of what the donors' ensemble wins" if share is not None else ""
-    return f"{best.summary} is better than {donor} by {best.gain:.3f} nats per token{captured}."
+    return f"{best.summary} is better than {donor} by {best.gain:.3f} nats per {unit_of(found)}{captured}."

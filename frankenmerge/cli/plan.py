@@ -19,7 +19,7 @@ from frankenmerge.cli.console import (
     progress,
     table,
 )
-from frankenmerge.cli.measuring import measured_on, measuring_option
+from frankenmerge.cli.measuring import SAMPLED, gain_option, measured_on, measuring_option
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ _OF_DAMAGE = ("use", "avoid", "shares", "differ", "calibrate", "verify", "damp")
     help="Of one DONOR: run every window of its blocks twice, with several scales, and show which "
     "gain on --on.",
 )
-@measuring_option("--on", "With --objective gain or --sweep, measure on this. [default: sampled]")
+@gain_option("--on", "With --objective gain or --sweep, measure on this. [default: sampled]")
 @click.option(
     "--base",
     metavar="DONOR",

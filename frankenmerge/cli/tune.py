@@ -18,7 +18,8 @@ from frankenmerge.cli.console import (
     progress,
     table,
 )
-from frankenmerge.cli.measuring import SAMPLED, measured_on, measuring_option
+from frankenmerge.cli.measuring import gain_option, gains_on
+from frankenmerge.cli.tables import task_differences_tables
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @output_option("Where to write the recipe with its new numbers.")
-@measuring_option("--on", "Tune on this. [default: sampled]")
+@gain_option("--on", "Tune on this. [default: sampled]")
 @click.option(
     "--per",
     type=click.Choice(["setting", "block", "map"]),
@@ -76,7 +77,7 @@ def tune(
     if len(recipes) > 1:
         found, remedy = f"{len(recipes)} stages", "merge the earlier stages, and name their results"
         raise fail(str(recipe), "one recipe", found, remedy)
-    options["on"] = measured_on(options["on"]) or SAMPLED
+    options["on"] = gains_on(options["on"])
     chosen = TuneOptions(placement=Placement(dtype, device), **options)
     found = tuned(recipes[0], chosen, progress=progress)
     write_file(output, found.recipe.dump().encode())
@@ -98,6 +99,7 @@ def _as_json(found: "Tuned", seconds: float) -> dict[str, Any]:
         "best_donor": {"name": found.best_donor, "nats": found.best_nats},
         "gain_over_best_donor": found.over_donor.nats,
         "interval_over_best_donor": found.over_donor.interval,
+        **({"tasks": [each.as_json() for each in found.tasks]} if found.tasks else {}),
         "seconds": seconds,
     }
 
@@ -114,6 +116,8 @@ def _print(found: "Tuned", output: Path) -> None:
     made.add_row("against the best donor", "", f"{found.over_donor.nats:+.4f}", interval)
     console = out()
     console.print(made)
+    for tested in task_differences_tables(found.tasks):
+        console.print(tested)
     shown = found.gain.interval[0] > 0
     verdict = "" if shown else "No gain shown over the recipe as given. "
     console.print(

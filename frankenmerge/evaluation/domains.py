@@ -1,7 +1,8 @@
 """Domains: tokens on which models are compared, in rows that share no context.
 
-A domain is a text, what one donor generated, or a task of multiple choice. Its rows belong to units, which are independent of
-each other: they are dealt to the parts of a split as wholes, and resampled as wholes.
+A domain is a text, what one donor generated, or a task of multiple choice. Its rows belong to
+units, which are independent of each other: they are dealt to the parts of a split as wholes, and
+resampled as wholes.
 """
 
 from collections.abc import Iterator, Sequence

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from frankenmerge.artefacts.bootstrap import percentile_interval, resample_counts
 from frankenmerge.evaluation.domains import Domain
+from frankenmerge.evaluation.paired import ItemResults
 from frankenmerge.evaluation.prefix_sharing import Assemble, splices_together
 from frankenmerge.progress import Advance, ignore
 from frankenmerge.splicing.resolve import Splice
@@ -123,8 +124,26 @@ def _sums(
 
 def mean_loss(sums: Sums) -> float:
     """Nats per token (or item of a task) on all domains together, every one alike."""
-    nats, weight, _ = np.sum([each.sum(1) for each in sums.values()], axis=0)
+    nats, weight = np.sum([each[:2].sum(1) for each in sums.values()], axis=0)
     return float(nats / weight)
+
+
+def answers(sums: Sums, domains: Sequence[Domain]) -> list[ItemResults]:
+    """Which items of the domains that are tasks a model answers correctly."""
+    return [
+        ItemResults(
+            domain.name,
+            "acc",
+            {str(item): bool(right) for item, right in enumerate(sums[domain.name][2])},
+        )
+        for domain in domains
+        if domain.right is not None
+    ]
+
+
+def counted(sums: Sums) -> int:
+    """The number of tokens, or items, on all domains together."""
+    return round(sum(float(each[1].sum()) for each in sums.values()))
 
 
 def joined(parts: Sequence[Sums]) -> Sums:

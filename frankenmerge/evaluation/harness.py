@@ -6,13 +6,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frankenmerge.errors import fail
 from frankenmerge.evaluation.item_files import results_of_samples
+from frankenmerge.evaluation.items import Item
 from frankenmerge.evaluation.paired import ItemResults
 
 BATCH = 8
@@ -81,6 +82,33 @@ def _harness_errors(tasks: Sequence[str]) -> Iterator[None]:
             found,
             remedy,
         ) from error
+
+
+def harness_items(task: str) -> list[Item]:
+    """The items of a task of multiple choice, as the harness puts them to a model.
+
+    Raises FrankenmergeError for a task that is not of multiple choice, or cannot be loaded.
+    """
+    check_tasks([task])
+    from lm_eval.tasks import TaskManager, get_task_dict  # pyright: ignore[reportMissingImports]
+
+    with _harness_errors([task]):
+        (loaded,) = get_task_dict([task], TaskManager()).values()
+        if getattr(loaded, "OUTPUT_TYPE", None) != "multiple_choice":
+            raise ValueError("gains are measured on tasks of multiple choice")
+        loaded.build_all_requests(rank=0, world_size=1)
+        found: dict[int, list[Any]] = {}
+        for request in loaded.instances:
+            found.setdefault(request.doc_id, []).append(request)
+        items = []
+        for requests in found.values():
+            choices = loaded.doc_to_choice(requests[0].doc)
+            target = loaded.doc_to_target(requests[0].doc)
+            answer = choices.index(target) if isinstance(target, str) else int(target)
+            chosen = sorted(requests, key=lambda request: request.idx)[: len(choices)]
+            contexts, continuations = zip(*(request.args for request in chosen), strict=True)
+            items.append(Item(contexts[0], continuations, answer))
+    return items
 
 
 def run_tasks(

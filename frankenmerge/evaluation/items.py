@@ -34,6 +34,13 @@ class Item(NamedTuple):
     """The number of the right choice, 0-based."""
 
 
+class Task(NamedTuple):
+    """Items that are measured together."""
+
+    name: str
+    items: list[Item]
+
+
 class ItemRows(NamedTuple):
     """Items as a model reads them: a row for each choice, those of one item side by side."""
 

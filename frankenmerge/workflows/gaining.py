@@ -12,10 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
+from transformers import PreTrainedTokenizerBase
 
 import frankenmerge
 from frankenmerge.artefacts import gain as artefact
 from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.evaluation import TaskDifferenceRecord
 from frankenmerge.artefacts.gain import (
     ControlsRecord,
     DonorControl,
@@ -27,18 +29,30 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_label import label
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import FrankenmergeError, fail
-from frankenmerge.evaluation.bench import Bench
-from frankenmerge.evaluation.domains import ROWS, Domain, sampled_domain, split, stages, text_domain
+from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.domains import (
+    ROWS,
+    Domain,
+    sampled_domain,
+    split,
+    stages,
+    task_domain,
+    text_domain,
+)
 from frankenmerge.evaluation.gains import (
     Gain,
     Sums,
+    answers,
+    counted,
     donor_losses,
     gain_of,
     joined,
     losses_together,
     mean_loss,
 )
+from frankenmerge.evaluation.items import Task, encoded_items
 from frankenmerge.evaluation.language import start_token
+from frankenmerge.evaluation.record import task_differences
 from frankenmerge.models.loading import CPU, Placement
 from frankenmerge.planning.candidates import (
     Candidate,
@@ -52,11 +66,13 @@ from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.opening import open_donor
 from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.storage.atomic import write_file
-from frankenmerge.workflows.measuring import On
+from frankenmerge.workflows.measuring import GainOn
 from frankenmerge.workflows.planning import recipe_paths
 
 CONTEXT = 128
 """Most tokens in a row of a text."""
+FEWEST_ITEMS = 40
+"""Fewest items of a task."""
 SHARES = (1 / 6, 1 / 3, 1 / 2)
 """Shares of the selection's tokens by which candidates are compared, one stage after the other."""
 KEPT = (16, 6)
@@ -71,7 +87,7 @@ SIGNIFICANCE = 0.05
 class GainOptions:
     """How plans that gain are searched for."""
 
-    on: On
+    on: GainOn
     """What gains are measured on."""
     constraints: Constraints
     """Of stacks; the depth of recipes."""
@@ -119,7 +135,9 @@ class Gains(NamedTuple):
     passes: int
     """What the search cost, in passes of all the selection's tokens through a donor."""
     tokens: int
-    """Tokens that the confirmation counts."""
+    """Tokens, or items of tasks, that were confirmed on."""
+    tasks: list[TaskDifferenceRecord]
+    """The best plan and the best donor on the items of each task; empty for texts."""
 
     @property
     def confirmed(self) -> bool:
@@ -246,8 +264,13 @@ class Search:
         )
         batches = sum(len(domain.batches()) for domain in selection)
         passes = round(searched / (self.bench.checkpoints[best].blocks * batches))
-        tokens = sum(int(domain.counted.sum()) for domain in domains)
-        return Gains(plans[: self.options.top], controls, count, passes, tokens)
+        names = str(finalists[0][0].recipe), best
+        answered = {
+            name: answers(sums, domains)
+            for name, sums in zip(names, (measured[0], donors[best]), strict=True)
+        }
+        tasks = task_differences([names], answered)
+        return Gains(plans[: self.options.top], controls, count, passes, counted(ensemble), tasks)
 
     def _losses(
         self, splices: Sequence[Splice], domains: Sequence[Domain], what: str
@@ -312,13 +335,14 @@ def gain_file(gains: Gains, options: GainOptions) -> GainFile:
         tokens=gains.tokens,
         candidates=gains.count,
         passes=gains.passes,
+        tasks=gains.tasks,
         seed=options.seed,
         versions=versions | {"transformers": transformers.__version__},
     )
 
 
 def domains_on(
-    on: On,
+    on: GainOn,
     bench: Bench,
     names: Sequence[str],
     seed: int,
@@ -326,7 +350,7 @@ def domains_on(
     *,
     times: int = 1,
 ) -> list[Domain]:
-    """The tokens to measure on: what each donor generates (`times * ROWS` rows), or texts.
+    """What to measure on: what each donor generates (`times * ROWS` rows), texts or tasks.
 
     Raises FrankenmergeError for donors of different tokens, a short text, and a single donor on its
     own tokens.
@@ -349,16 +373,23 @@ def domains_on(
                 made.append(sampled_domain(name, each.model, seed, times * ROWS))
                 advance(1)
         return made
+    return [_domain(each, first.tokenizer, bench) for each in on]
+
+
+def _domain(each: Text | Task, tokenizer: PreTrainedTokenizerBase, bench: Bench) -> Domain:
+    if isinstance(each, Task):
+        if len(each.items) < FEWEST_ITEMS:
+            expected = f"at least {FEWEST_ITEMS} items: some to choose by, others to confirm with"
+            raise fail(each.name, expected, str(len(each.items)), "give more items")
+        rows = encoded_items(tokenizer, each.items, context=bench.context, place=each.name)
+        return task_domain(each.name, rows)
     context = min(bench.context, CONTEXT)
-    made = []
-    for text in on:
-        encoding = first.tokenizer(text.content, add_special_tokens=False, verbose=False)
-        ids = np.array(encoding["input_ids"], dtype=np.int64)
-        if len(ids) < 4 * context:
-            expected = f"at least {4 * context} tokens: some to choose by, others to confirm with"
-            raise fail(text.name, expected, str(len(ids)), "give a longer text")
-        made.append(text_domain(text.name, ids, start_token(first.tokenizer), context))
-    return made
+    encoding = tokenizer(each.content, add_special_tokens=False, verbose=False)
+    ids = np.array(encoding["input_ids"], dtype=np.int64)
+    if len(ids) < 4 * context:
+        expected = f"at least {4 * context} tokens: some to choose by, others to confirm with"
+        raise fail(each.name, expected, str(len(ids)), "give a longer text")
+    return text_domain(each.name, ids, start_token(tokenizer), context)
 
 
 def parts_of(donors: Mapping[str, Checkpoint], base: str | None) -> Donors:

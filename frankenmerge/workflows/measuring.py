@@ -8,6 +8,7 @@ from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.items import Task
 from frankenmerge.evaluation.sampled_damage import damage_on_sampled
 from frankenmerge.models.loading import CPU, Placement
 from frankenmerge.progress import Progress, silent
@@ -17,6 +18,8 @@ from frankenmerge.workflows.predictions import donors_loss
 
 On = Literal["sampled"] | Sequence[Text]
 """What recipes are measured on: tokens that the donors generate, or texts."""
+GainOn = On | Sequence[Task]
+"""What gains are measured on: these, or tasks of multiple choice."""
 
 
 class Measure:

@@ -26,6 +26,7 @@ from frankenmerge.evaluation.bench import Bench
 from frankenmerge.evaluation.domains import Domain, split
 from frankenmerge.evaluation.gains import (
     Sums,
+    counted,
     donor_losses,
     gain_of,
     losses_in_turn,
@@ -37,7 +38,7 @@ from frankenmerge.planning.candidates import repeated_window, windows
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.workflows.gaining import FINALISTS, SIGNIFICANCE, domains_on, parts_of
-from frankenmerge.workflows.measuring import On
+from frankenmerge.workflows.measuring import GainOn
 
 SCALES = (0.1, 0.5, 1.0)
 """Of what the second pass of a window writes to the residual stream."""
@@ -47,7 +48,7 @@ SCALES = (0.1, 0.5, 1.0)
 class SweepOptions:
     """What a sweep measures, and on what."""
 
-    on: On
+    on: GainOn
     """Texts or tasks: its own tokens a donor predicts best."""
     seed: int = 0
     """Of resamples."""
@@ -119,7 +120,7 @@ def sweep(
             for cell, gain in zip(finalists, gains, strict=True)
         ],
         on=[domain.name for domain in domains],
-        tokens=sum(int(domain.counted.sum()) for domain in confirmation),
+        tokens=counted(baseline[donor.name]),
         seed=options.seed,
         versions={
             "frankenmerge": frankenmerge.__version__,

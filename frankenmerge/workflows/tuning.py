@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from frankenmerge.artefacts.evaluation import TaskDifferenceRecord
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
@@ -21,11 +22,13 @@ from frankenmerge.evaluation.bench import Bench
 from frankenmerge.evaluation.domains import Domain, split
 from frankenmerge.evaluation.gains import (
     Gain,
+    answers,
     donor_losses,
     gain_of,
     losses_together,
     mean_loss,
 )
+from frankenmerge.evaluation.record import task_differences
 from frankenmerge.models.loading import CPU, Placement
 from frankenmerge.planning.numbers import (
     DECIMALS,
@@ -41,7 +44,7 @@ from frankenmerge.splicing.opening import open_donor
 from frankenmerge.splicing.operations import Combine, Copy, Input, Operation
 from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.workflows.gaining import domains_on, parts_of
-from frankenmerge.workflows.measuring import On
+from frankenmerge.workflows.measuring import GainOn
 
 PARTS = 4
 """Parts of the tokens: two to tune on, one that says when to stop, one to confirm on."""
@@ -57,7 +60,7 @@ SIGMA = 0.1
 class TuneOptions:
     """How numbers are tuned."""
 
-    on: On
+    on: GainOn
     per: Per = "setting"
     """What gets a number of its own."""
     steps: int = 60
@@ -86,6 +89,8 @@ class Tuned(NamedTuple):
     steps: int
     numbers: int
     """How many were tuned."""
+    tasks: list[TaskDifferenceRecord]
+    """The tuned recipe with the one given, and with the best donor, on the items of each task."""
 
 
 def tune(
@@ -317,6 +322,8 @@ def _confirmed(
     donors, _ = donor_losses(models, domains)
     losses = {name: mean_loss(sums) for name, sums in donors.items()}
     best = min(losses, key=losses.__getitem__)
+    measured = {"tuned": new, "before": old, best: donors[best]}
+    answered = {name: answers(sums, domains) for name, sums in measured.items()}
     return Tuned(
         after,
         mean_loss(old),
@@ -327,6 +334,7 @@ def _confirmed(
         gain_of(new, donors, seed=options.seed),
         steps,
         numbers,
+        task_differences([("tuned", "before"), ("tuned", best)], answered),
     )
 
 

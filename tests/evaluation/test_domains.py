@@ -17,8 +17,10 @@ from frankenmerge.evaluation.domains import (
     sampled_domain,
     split,
     stages,
+    task_domain,
     text_domain,
 )
+from frankenmerge.evaluation.items import ItemRows
 from frankenmerge.models.loading import load_model
 
 
@@ -148,9 +150,10 @@ def test_the_expected_loss_is_a_sum_over_all_tokens():
 def test_sums_of_units_are_of_their_rows():
     domain = numbered(8 * 100 - 3)
     losses = np.random.default_rng(0).random((100, 8))
-    nats, tokens = domain.sums(losses)
+    nats, tokens, right = domain.sums(losses)
     assert nats == pytest.approx([losses[row : row + 2].sum() for row in range(0, 100, 2)])
     assert tokens.tolist() == [16.0] * 49 + [13.0]
+    assert not right.any()
 
 
 @pytest.mark.parametrize("name", ["a", "g"])
@@ -179,3 +182,24 @@ def test_one_seed_draws_the_same_and_another_one_not(donors):
     first, again, other = (sampled_domain("d", model, seed, rows=3) for seed in (1, 1, 2))
     assert torch.equal(first.ids, again.ids)
     assert not torch.equal(first.ids, other.ids)
+
+
+def test_an_item_of_a_task_loses_what_its_right_choice_lacks():
+    items = np.array([0, 0, 0, 1, 1])
+    counted = np.array([[1, 1], [0, 1], [1, 0], [1, 1], [0, 1]], dtype=bool)
+    ids = np.zeros((5, 3), dtype=np.int64)
+    rows = ItemRows(ids, counted, items, np.array([2, 0]), np.ones(5))
+    domain = task_domain("task", rows)
+    nats = np.random.default_rng(0).random((5, 2)) * counted
+    probabilities = np.exp(-nats.sum(1))
+    losses, weights, right = domain.sums(nats)
+    shares = [
+        probabilities[2] / probabilities[:3].sum(),
+        probabilities[3] / probabilities[3:].sum(),
+    ]
+    assert losses == pytest.approx(-np.log(shares))
+    assert weights.tolist() == [1, 1]
+    assert right.tolist() == [probabilities[:3].argmax() == 2, probabilities[3:].argmax() == 0]
+    # Items stay whole, and the order of batches does not matter.
+    second = domain.of_units(np.array([1]))
+    assert second.sums(nats[3:])[0] == pytest.approx(losses[1:])
