@@ -190,7 +190,7 @@ def _are_results(invocation: click.Context, models: tuple[str, ...]) -> bool:
     others += [
         parameter.opts[0]
         for parameter in invocation.command.params
-        if parameter.name not in ("models", "output", "as_json")
+        if parameter.name not in ("models", "output", "as_json", "quiet")
         and invocation.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
     ]
     if others:

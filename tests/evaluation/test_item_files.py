@@ -102,7 +102,7 @@ def test_the_comparison_is_printed_and_shown_in_the_report(folders, run, tmp_pat
 def test_plain_files_take_the_task_of_the_other(tmp_path, run):
     plain = write(tmp_path / "a.jsonl", [{"id": f"q{n}", "correct": n < 8} for n in range(10)])
     other = write(tmp_path / "b.jsonl", [{"id": f"q{n}", "correct": int(n < 2)} for n in range(10)])
-    code, out, _ = run("evaluate", plain, other, "--json")
+    code, out, _ = run("evaluate", plain, other, "--json", "--quiet")
     (entry,) = json.loads(out)["task_differences"]
     assert code == 0 and (entry["task"], entry["metric"]) == ("items", "correct")
     assert (entry["only_model"], entry["only_donor"]) == (6, 0)
