@@ -98,12 +98,7 @@ def _print_sweep(console: "Console", made: "Sweep") -> None:
             f"{low:+.4f} to {high:+.4f}",
         )
     console.print(shown)
-    gaining = any(each.interval[0] > 0 for each in made.confirmed)
-    verdict = "A gain is confirmed" if gaining else "No gain shown"
-    console.print(
-        f"{verdict}: the best of {len(made.windows)} windows and scales, "
-        f"on {made.tokens:,} tokens that they were not selected by."
-    )
+    console.print(made.verdict)
 
 
 def print_gains(console: "Console", found: "GainFile", names: Sequence[str]) -> None:
@@ -124,17 +119,4 @@ def print_gains(console: "Console", found: "GainFile", names: Sequence[str]) -> 
     made.add_row(Path(controls.best_donor.name).name, "best donor", "0", "", "")
     console.print(made)
     console.print(f"Measured on {found.tokens:,} tokens that nothing was chosen by.")
-    console.print(verdict(found), markup=False)
-
-
-def verdict(found: "GainFile") -> str:
-    """The answer in one sentence."""
-    best, donor = found.plans[0], Path(found.controls.best_donor.name).name
-    if not found.confirmed:
-        return (
-            f"No gain shown: the interval of the best candidate, {best.summary}, reaches below 0. "
-            f"{donor} alone is the better choice."
-        )
-    share = best.captured_share
-    captured = f", {share:.0%} of what the donors' ensemble wins" if share is not None else ""
-    return f"{best.summary} is better than {donor} by {best.gain:.3f} nats per token{captured}."
+    console.print(found.verdict, markup=False)

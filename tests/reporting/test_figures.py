@@ -22,6 +22,8 @@ NAMES = {
     "seams-recipe",
     "differences-evaluation",
     "retention-evaluation",
+    "gain-best",
+    "sweep-one",
 }
 
 
