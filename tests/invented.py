@@ -283,6 +283,81 @@ def evidence(
     }
 
 
+def gain(donors=("x/one", "y/two"), low: float = 0.03) -> dict[str, Any]:
+    """A search for a gain: two plans and the controls."""
+    weights = ((0.4, 0.6), (0.25, 0.75))
+
+    def control(gain: float) -> dict[str, Any]:
+        return {"nats": 2.9 - gain, "gain": gain, "interval": [gain - 0.02, gain + 0.02]}
+
+    return {
+        "kind": "frankenmerge.gain/1",
+        "plans": [
+            {
+                "recipe": {},
+                "summary": " + ".join(
+                    f"{weight:.2f} {Path(name).name}"
+                    for weight, name in zip(pair, donors, strict=True)
+                ),
+                "key": f"{number}" * 32,
+                "kind": "average",
+                "gain": 0.05 - 0.01 * number,
+                "interval": [low - 0.01 * number, 0.07],
+                "captured_share": 0.625,
+                "domains": {name: 0.02 for name in donors},
+            }
+            for number, pair in enumerate(weights)
+        ],
+        "controls": {
+            "best_donor": {"name": donors[0], "nats": 2.9},
+            "average": control(0.045),
+            "ensemble": control(0.08),
+        },
+        "confirmed": low > 0,
+        "on": list(donors),
+        "tokens": 12_192,
+        "candidates": 83,
+        "passes": 36,
+        "seed": 0,
+        "versions": {"frankenmerge": "0.2.0", "torch": "2.13.0+cpu"},
+    }
+
+
+def sweep(donor: str = "x/one", blocks: int = 6) -> dict[str, Any]:
+    """A sweep in which late windows gain a little and early ones lose much."""
+    windows = [
+        {
+            "start": start,
+            "stop": stop,
+            "scale": scale,
+            "gain": 0.01 * start / blocks - scale * 0.2 * (stop - start) / (1 + start) ** 2,
+            "error": 0.002,
+        }
+        for scale in (0.1, 1.0)
+        for start in range(blocks)
+        for stop in range(start + 1, blocks + 1)
+    ]
+    best = sorted(windows, key=lambda window: -window["gain"])[:2]
+    return {
+        "kind": "frankenmerge.sweep/1",
+        "donor": donor,
+        "fingerprint": "f" * 32,
+        "blocks": blocks,
+        "nats": 2.9,
+        "scales": [0.1, 1.0],
+        "windows": windows,
+        "confirmed": [
+            {key: window[key] for key in ("start", "stop", "scale")}
+            | {"selected": window["gain"], "gain": 0.004, "interval": [0.001 - 0.002 * n, 0.007]}
+            for n, window in enumerate(best)
+        ],
+        "on": ["code.txt"],
+        "tokens": 4_000,
+        "seed": 0,
+        "versions": {"frankenmerge": "0.2.0", "torch": "2.13.0+cpu"},
+    }
+
+
 def write(path: Path, value: Any) -> Path:
     """Write JSON."""
     path.write_text(json.dumps(value))
@@ -301,6 +376,8 @@ def write_run(
     save_alignment(alignment(blocks, vocabulary=vocabulary), path / "ab.alignment.safetensors")
     write(path / "recipe.evidence.json", evidence(tokens=(tokens[0], tokens[-1])))
     write(path / "evaluation.json", evaluation(donors=("x/one", "y/two"), blocks=9))
+    write(path / "best.gain.json", gain())
+    write(path / "one.sweep.json", sweep())
     return path
 
 

@@ -80,6 +80,25 @@ class GainFile(Record):
     seed: int
     versions: dict[str, str]
 
+    @property
+    def unit(self) -> str:
+        """What a gain is measured per."""
+        return "item" if self.tasks else "token"
+
+    @property
+    def verdict(self) -> str:
+        """The answer in one sentence."""
+        best, donor = self.plans[0], Path(self.controls.best_donor.name).name
+        if not self.confirmed:
+            return (
+                f"No gain shown: the interval of the best candidate, {best.summary}, reaches "
+                f"below 0. {donor} alone is the better choice."
+            )
+        share = best.captured_share
+        captured = f", {share:.0%} of what the donors' ensemble wins" if share is not None else ""
+        won = f"{best.gain:.3f} nats per {self.unit}{captured}"
+        return f"{best.summary} is better than {donor} by {won}."
+
 
 def gain_path(recipe: Path) -> Path:
     """The file of gains beside a recipe's file."""

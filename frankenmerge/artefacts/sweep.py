@@ -59,6 +59,16 @@ class Sweep(Record):
     seed: int
     versions: dict[str, str]
 
+    @property
+    def verdict(self) -> str:
+        """The answer in one sentence."""
+        gaining = any(each.interval[0] > 0 for each in self.confirmed)
+        return (
+            f"{'A gain is confirmed' if gaining else 'No gain shown'}: the best of "
+            f"{len(self.windows)} windows and scales, on {self.tokens:,} tokens that they were "
+            "not selected by."
+        )
+
 
 def sweep_path(recipe: Path) -> Path:
     """The file of a sweep beside a recipe's file."""

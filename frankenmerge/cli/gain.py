@@ -99,19 +99,14 @@ def _print_sweep(console: "Console", made: "Sweep") -> None:
             f"{low:+.4f} to {high:+.4f}",
         )
     console.print(shown)
-    gaining = any(each.interval[0] > 0 for each in made.confirmed)
-    verdict = "A gain is confirmed" if gaining else "No gain shown"
-    console.print(
-        f"{verdict}: the best of {len(made.windows)} windows and scales, "
-        f"on {made.tokens:,} tokens that they were not selected by."
-    )
+    console.print(made.verdict)
 
 
 def print_gains(console: "Console", found: "GainFile", names: Sequence[str]) -> None:
     """Show plans beside the best donor, the uniform average and the donors' ensemble."""
     controls = found.controls
     made = table(
-        f"Gain against the best donor (nats per {unit_of(found)})",
+        f"Gain against the best donor (nats per {found.unit})",
         "recipe",
         "kind",
         "gain",
@@ -131,23 +126,5 @@ def print_gains(console: "Console", found: "GainFile", names: Sequence[str]) -> 
     console.print(made)
     for tested in task_differences_tables(found.tasks):
         console.print(tested)
-    console.print(f"Measured on {found.tokens:,} {unit_of(found)}s that nothing was chosen by.")
-    console.print(verdict(found), markup=False)
-
-
-def unit_of(found: "GainFile") -> str:
-    """What a gain is measured per."""
-    return "item" if found.tasks else "token"
-
-
-def verdict(found: "GainFile") -> str:
-    """The answer in one sentence."""
-    best, donor = found.plans[0], Path(found.controls.best_donor.name).name
-    if not found.confirmed:
-        return (
-            f"No gain shown: the interval of the best candidate, {best.summary}, reaches below 0. "
-            f"{donor} alone is the better choice."
-        )
-    share = best.captured_share
-    captured = f", {share:.0%} of what the donors' ensemble wins" if share is not None else ""
-    return f"{best.summary} is better than {donor} by {best.gain:.3f} nats per {unit_of(found)}{captured}."
+    console.print(f"Measured on {found.tokens:,} {found.unit}s that nothing was chosen by.")
+    console.print(found.verdict, markup=False)

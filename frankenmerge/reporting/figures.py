@@ -13,6 +13,9 @@ from frankenmerge.artefacts.evaluation import (
     RetentionRecord,
     SeamsRecord,
 )
+from frankenmerge.artefacts.gain import SUFFIX as GAIN_SUFFIX
+from frankenmerge.artefacts.gain import GainFile
+from frankenmerge.artefacts.sweep import SUFFIX as SWEEP_SUFFIX
 from frankenmerge.errors import fail
 from frankenmerge.reporting import svg
 from frankenmerge.reporting.charts import Bar, Line, bars, lines
@@ -21,6 +24,8 @@ from frankenmerge.reporting.labels import recipe_name, shortened, task_name
 from frankenmerge.reporting.run import Run
 from frankenmerge.reporting.sections import (
     chosen_plan,
+    explained_plan,
+    gain_in_words,
     marks_of,
     prediction_checks,
     seams_of,
@@ -29,6 +34,7 @@ from frankenmerge.reporting.sections import (
     verdict,
 )
 from frankenmerge.reporting.svg import Drawing
+from frankenmerge.reporting.windows import sweep_figure
 from frankenmerge.splicing import diagram
 
 
@@ -59,6 +65,25 @@ def prediction(checks: Sequence[PredictionCheck]) -> Drawing:
         value="predicted, 90 % interval",
         other="measured",
     )
+
+
+def gains(found: GainFile) -> Drawing:
+    """Plans and controls against the best donor, which is the line at 0."""
+    controls = [
+        Bar(name, control.gain, *control.interval, verdict=note)
+        for name, control, note in (
+            ("uniform average", found.controls.average, "control"),
+            ("ensemble of the donors", found.controls.ensemble, "ceiling, no single model"),
+        )
+        if control
+    ]
+    plans = [
+        Bar(plan.summary, plan.gain, *plan.interval, verdict=gain_in_words(plan.interval))
+        for plan in found.plans
+    ]
+    donor = shortened(found.controls.best_donor.name)
+    axis = f"nats per token won; 0 is the best donor, {donor}"
+    return bars([*plans, *controls], "Gain against the best donor", axis)
 
 
 def differences(evaluation: Evaluation) -> Drawing:
@@ -198,7 +223,8 @@ def write_figures(run: Run, folder: Path) -> list[Path]:
 def _figures(run: Run) -> Iterator[tuple[str, str]]:
     """Name and SVG of every figure."""
     shown = splices(run)
-    places = seams_of(run, shown, chosen_plan(run, shown))
+    plan = explained_plan(run, shown, chosen_plan(run, shown))
+    places = seams_of(run, shown, plan)
     for file, alignment in run.alignments.items():
         drawing = alignment_figure(alignment, marks_of(alignment, places))
         yield f"alignment-{file.removesuffix(SUFFIX)}", svg.standalone(drawing)
@@ -207,6 +233,10 @@ def _figures(run: Run) -> Iterator[tuple[str, str]]:
         if pieces:
             splice = diagram.svg(pieces, run.depths, "splice")
             yield "splice", svg.with_light_colours(splice)
+    for file, found in run.gains.items():
+        yield f"gain-{file.removesuffix(GAIN_SUFFIX)}", svg.standalone(gains(found))
+    for file, sweep in run.sweeps.items():
+        yield f"sweep-{file.removesuffix(SWEEP_SUFFIX)}", svg.standalone(sweep_figure(sweep))
     if checks := prediction_checks(run):
         yield "prediction", svg.standalone(prediction(checks))
     for file, evaluation in run.evaluations.items():

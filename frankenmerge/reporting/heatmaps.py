@@ -14,6 +14,9 @@ from frankenmerge.artefacts.scores import NULLS, SCORES, score_info
 from frankenmerge.reporting.labels import shortened, token
 from frankenmerge.reporting.svg import Drawing, combined, text, titled
 
+Shades = Sequence[tuple[int, ...]]
+"""Red, green and blue of even steps from the least value to the greatest."""
+GREY = b"\x80\x80\x80\xff"
 VIRIDIS = tuple(
     tuple(bytes.fromhex(shade))
     for shade in (
@@ -43,7 +46,7 @@ class Mark(NamedTuple):
     label: str
 
 
-class _Grid(NamedTuple):
+class Grid(NamedTuple):
     """Where the cells of a heatmap are in its drawing."""
 
     rows: int
@@ -54,32 +57,39 @@ class _Grid(NamedTuple):
     small: bool
 
     def x(self, column: float) -> float:
+        """The left edge of a column."""
         return self.left + column * self.side
 
     def y(self, row: float) -> float:
+        """The upper edge of a row."""
         return self.top + row * self.side
 
 
-def colour(value: float) -> tuple[int, int, int]:
+def colour(value: float, shades: Shades = VIRIDIS) -> tuple[int, int, int]:
     """The colour of a value between 0 and 1; values outside get the colour of the nearest end."""
-    place = min(max(value, 0.0), 1.0) * (len(VIRIDIS) - 1)
-    index = min(int(place), len(VIRIDIS) - 2)
-    low, high = VIRIDIS[index], VIRIDIS[index + 1]
+    place = min(max(value, 0.0), 1.0) * (len(shades) - 1)
+    index = min(int(place), len(shades) - 2)
+    low, high = shades[index], shades[index + 1]
     red, green, blue = (
         round(a + (b - a) * (place - index)) for a, b in zip(low, high, strict=True)
     )
     return red, green, blue
 
 
-def png(matrix: np.ndarray) -> bytes:
-    """Values `[rows, columns]` as a PNG of one pixel each, in viridis from 0 to 1; NaN is grey."""
-    shades = np.where(np.isnan(matrix), 255, np.round(np.clip(matrix, 0, 1) * 254)).astype(np.uint8)
-    rows = b"".join(b"\0" + row.tobytes() for row in shades)
-    palette = b"".join(bytes(colour(index / 254)) for index in range(255)) + b"\x80\x80\x80"
+def png(matrix: np.ndarray, shades: Shades = VIRIDIS, absent: bytes = GREY) -> bytes:
+    """Values `[rows, columns]` from 0 to 1 as a PNG of one pixel each.
+
+    `absent` is the colour of NaN: red, green, blue and opacity.
+    """
+    known = np.where(np.isnan(matrix), 0, np.clip(matrix, 0, 1))
+    places = np.where(np.isnan(matrix), 255, np.round(known * 254)).astype(np.uint8)
+    rows = b"".join(b"\0" + row.tobytes() for row in places)
+    palette = b"".join(bytes(colour(index / 254, shades)) for index in range(255)) + absent[:3]
     header = struct.pack(">IIBBBBB", matrix.shape[1], matrix.shape[0], 8, 3, 0, 0, 0)
     parts = (
         (b"IHDR", header),
         (b"PLTE", palette),
+        *([(b"tRNS", b"\xff" * 255 + absent[3:])] if absent[3] < 255 else []),
         (b"IDAT", zlib.compress(rows, 9)),
         (b"IEND", b""),
     )
@@ -90,9 +100,18 @@ def png(matrix: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def _image(matrix: np.ndarray, x: float, y: float, width: float, height: float) -> str:
+def image(
+    matrix: np.ndarray,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    shades: Shades = VIRIDIS,
+    absent: bytes = GREY,
+) -> str:
+    """Values `[rows, columns]` as an image element of that place and size; see `png`."""
     place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
-    data = base64.b64encode(png(matrix)).decode()
+    data = base64.b64encode(png(matrix, shades, absent)).decode()
     return (
         f'<image {place} preserveAspectRatio="none" class="cells" '
         f'href="data:image/png;base64,{data}"/>'
@@ -113,20 +132,20 @@ def heatmap(
     """
     rows, columns = matrix.shape
     side = (150 if small else 340) / max(rows, columns)
-    grid = _Grid(rows, columns, side, *((26, 18) if small else (44, 34)), small)
+    grid = Grid(rows, columns, side, *((26, 18) if small else (44, 34)), small)
     width, height = grid.x(columns) + 10, grid.y(rows) + 8
-    elements = [_image(matrix, grid.left, grid.top, columns * side, rows * side), *_ticks(grid)]
+    elements = [image(matrix, grid.left, grid.top, columns * side, rows * side), *ticks(grid)]
     if not small:
         elements += _axes(donors, grid)
         elements += _values(matrix, grid) if max(rows, columns) <= VALUES_UP_TO else []
-    elements += [part for mark in marks for part in _mark(mark, grid)]
+    elements += [part for mark in marks for part in ring(mark, grid)]
     return Drawing("heat", title, "", width, height, "".join(elements))
 
 
 def scale() -> Drawing:
     """The colour scale of all heatmaps."""
     elements = [
-        _image(np.linspace(0, 1, 250)[None], 5, 0, 250, 12),
+        image(np.linspace(0, 1, 250)[None], 5, 0, 250, 12),
         text(5, 28, "0 no agreement", ""),
         text(255, 28, "1 full agreement", "finish"),
     ]
@@ -159,7 +178,8 @@ def _chance(score: Score) -> str:
     return ", ".join(means)
 
 
-def _ticks(grid: _Grid) -> Iterator[str]:
+def ticks(grid: Grid) -> Iterator[str]:
+    """The numbers of rows and columns."""
     every = next(
         step
         for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, 1000)
@@ -171,14 +191,14 @@ def _ticks(grid: _Grid) -> Iterator[str]:
         yield text(grid.x(column + 0.5), grid.top - 4, str(column), "tick")
 
 
-def _axes(donors: tuple[str, str], grid: _Grid) -> Iterator[str]:
+def _axes(donors: tuple[str, str], grid: Grid) -> Iterator[str]:
     a, b = (f"blocks of {shortened(name)}" for name in donors)
     y = grid.y(grid.rows / 2)
     yield text(grid.x(grid.columns / 2), 12, b, "axis")
     yield f'<g transform="rotate(-90 12 {y:g})">{text(12, y, a, "axis")}</g>'
 
 
-def _values(matrix: np.ndarray, grid: _Grid) -> Iterator[str]:
+def _values(matrix: np.ndarray, grid: Grid) -> Iterator[str]:
     for (row, column), value in np.ndenumerate(matrix):
         shade = colour(float(value)) if np.isfinite(value) else (128, 128, 128)
         dark = contrast(shade, (0, 0, 0)) > contrast(shade, (255, 255, 255))
@@ -186,7 +206,8 @@ def _values(matrix: np.ndarray, grid: _Grid) -> Iterator[str]:
         yield text(grid.x(column + 0.5), grid.y(row + 0.5) + 4, short_number(float(value)), style)
 
 
-def _mark(mark: Mark, grid: _Grid) -> Iterator[str]:
+def ring(mark: Mark, grid: Grid) -> Iterator[str]:
+    """The frame of a marked cell, with its label."""
     x, y = grid.x(mark.column), grid.y(mark.row)
     for style in ("halo", "ring"):
         place = f'x="{x:g}" y="{y:g}" width="{grid.side:g}" height="{grid.side:g}"'

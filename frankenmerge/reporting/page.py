@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 import frankenmerge
 from frankenmerge.artefacts.scores import NULLS
-from frankenmerge.reporting import figures, labels, sections, svg
+from frankenmerge.reporting import figures, labels, sections, svg, windows
 from frankenmerge.reporting.heatmaps import scale
 from frankenmerge.reporting.run import Run
 from frankenmerge.splicing import diagram
@@ -51,6 +51,7 @@ def _content(run: Run) -> dict[str, Any]:
     checks = sections.prediction_checks(run)
     plan = sections.chosen_plan(run, splices)
     donors, tables = sections.features(run)
+    explained = sections.explained_plan(run, splices, plan)
     present = {
         "recipes": run.recipes,
         "evidence": run.evidence,
@@ -65,8 +66,9 @@ def _content(run: Run) -> dict[str, Any]:
         "facts": sections.facts(splices, plan, checks, run),
         "splices": splices,
         "plan": plan,
+        "explained": explained,
         "plans": plans,
-        "alignments": sections.alignment_views(run, sections.seams_of(run, splices, plan)),
+        "alignments": sections.alignment_views(run, sections.seams_of(run, splices, explained)),
         "scale": scale(),
         "feature_donors": donors,
         "tables": tables,
@@ -76,6 +78,7 @@ def _content(run: Run) -> dict[str, Any]:
         "nulls": list(NULLS.values()),
         "sections": sections,
         "figures": figures,
+        "windows": windows,
         "labels": labels,
     }
 

@@ -8,14 +8,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from frankenmerge.artefacts import evaluation, evidence, provenance
+from frankenmerge.artefacts import evaluation, evidence, gain, provenance, sweep
 from frankenmerge.artefacts.alignment import Alignment, load_alignment
 from frankenmerge.artefacts.atlas import load_atlas
 from frankenmerge.artefacts.evaluation import Evaluation
 from frankenmerge.artefacts.evidence import Evidence
+from frankenmerge.artefacts.gain import GainFile
 from frankenmerge.artefacts.provenance import PROVENANCE, Provenance
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_file import parse_recipes
+from frankenmerge.artefacts.sweep import Sweep
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.reporting.features import Features, features_of
 from frankenmerge.storage.arrays import kind_of
@@ -34,6 +36,8 @@ class Run:
     texts: dict[str, str] = field(default_factory=dict)
     """The text of the recipes' files."""
     evidence: dict[str, Evidence] = field(default_factory=dict)
+    gains: dict[str, GainFile] = field(default_factory=dict)
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
     alignments: dict[str, Alignment] = field(default_factory=dict)
     features: list[Features] = field(default_factory=list)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
@@ -64,7 +68,8 @@ def read_run(folder: Path) -> Run:
             _READERS[path.suffix](run, name, path)
         except (FrankenmergeError, ValidationError, OSError, ValueError, RecursionError) as error:
             run.refused[name] = _reason(error)
-    if not (run.recipes or run.evidence or run.alignments or run.features or run.evaluations):
+    found = (run.recipes, run.evidence, run.gains, run.sweeps, run.alignments, run.features)
+    if not (any(found) or run.evaluations):
         broken = "; ".join(f"{name}: {reason}" for name, reason in run.refused.items())
         raise fail(
             str(folder),
@@ -136,6 +141,10 @@ def _json(run: Run, name: str, path: Path) -> None:
         run.evaluations[name] = evaluation.parse(content, name)
     elif evidence.is_evidence(content):
         run.evidence[name] = evidence.parse(content, name)
+    elif gain.is_gain(content):
+        run.gains[name] = gain.parse(content, name)
+    elif sweep.is_sweep(content):
+        run.sweeps[name] = sweep.parse(content, name)
     elif path.name == PROVENANCE and isinstance(content, dict):
         run.merges[name] = provenance.parse(content, name)
 

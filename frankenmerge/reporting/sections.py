@@ -12,8 +12,10 @@ from markupsafe import Markup
 from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.evaluation import Evaluation, PredictionCheck, TaskDifferenceRecord
 from frankenmerge.artefacts.evidence import PlanRecord, SeamRecord
+from frankenmerge.artefacts.gain import GainPlanRecord
 from frankenmerge.artefacts.provenance import PROVENANCE, TensorRecord
 from frankenmerge.artefacts.recipe import Block, Recipe, Seam
+from frankenmerge.artefacts.recipe_label import label
 from frankenmerge.artefacts.scores import NULLS, SCORES, ScoreInfo, null_info, score_info
 from frankenmerge.reporting import heatmaps
 from frankenmerge.reporting.features import Table, aligned_features, feature_tables
@@ -37,6 +39,8 @@ class RecipeView(NamedTuple):
     files: list[str]
     """The files that contain it."""
     summary: str
+    label: str
+    """With the numbers that tell similar recipes apart."""
     text: str
     svg: Markup
     method: str
@@ -88,7 +92,12 @@ def splices(run: Run) -> list[RecipeView]:
         pieces = diagram.pieces_of(recipe, run.depths)
         svg = diagram.svg(pieces, run.depths, f"splice{len(views)}", alone=False) if pieces else ""
         views[recipe.dump()] = RecipeView(
-            [name], str(recipe), run.texts[name], Markup(svg), recipe.merge_method
+            [name],
+            str(recipe),
+            label(recipe),
+            run.texts[name],
+            Markup(svg),
+            recipe.merge_method,
         )
     return list(views.values())
 
@@ -106,8 +115,7 @@ def chosen_plan(run: Run, views: Sequence[RecipeView]) -> PlanRecord | None:
     known = plans(run)
     if not views:
         return known[0] if known else None
-    origins = ((Path(file).parent / PROVENANCE).as_posix() for file in views[0].files)
-    keys = {run.merges[name].key for name in origins if name in run.merges} - {None}
+    keys = _merged_keys(run, views[0])
     matches = [plan for plan in known if plan.key in keys]
     matches += [
         plan
@@ -115,6 +123,43 @@ def chosen_plan(run: Run, views: Sequence[RecipeView]) -> PlanRecord | None:
         if plan.summary == views[0].summary and (plan.key is None or not keys)
     ]
     return matches[0] if matches else None
+
+
+def _merged_keys(run: Run, view: RecipeView) -> set[str]:
+    """The keys of a recipe's checkpoints."""
+    origins = ((Path(file).parent / PROVENANCE).as_posix() for file in view.files)
+    keys = (run.merges[name].key for name in origins if name in run.merges)
+    return {key for key in keys if key}
+
+
+def explained_plan(
+    run: Run, views: Sequence[RecipeView], plan: PlanRecord | None
+) -> PlanRecord | None:
+    """The plan whose seams are explained.
+
+    That of the recipe that is shown first; the best one where this has no slices.
+    """
+    if plan or (views and run.recipes[views[0].files[0]].stack.slices):
+        return plan
+    return next(iter(plans(run)), None)
+
+
+def chosen_gain(run: Run, views: Sequence[RecipeView]) -> GainPlanRecord | None:
+    """What was won by the recipe that is shown first, if it was searched for by its gain."""
+    known = [plan for found in run.gains.values() for plan in found.plans]
+    if not views:
+        return known[0] if known else None
+    keys = _merged_keys(run, views[0])
+    matches = (
+        plan
+        for plan in known
+        if (plan.key in keys if keys else plan.recipe == _content(run, views[0]))
+    )
+    return next(matches, None)
+
+
+def _content(run: Run, view: RecipeView) -> dict[str, Any]:
+    return run.recipes[view.files[0]].model_dump(exclude_none=True)
 
 
 def seam_in_words(seam: SeamRecord) -> str:
@@ -225,6 +270,12 @@ def prediction_checks(run: Run) -> list[PredictionCheck]:
     return checks
 
 
+def gain_in_words(interval: tuple[float, float]) -> str:
+    """Whether a gain is above 0 beyond chance."""
+    low, high = interval
+    return "gain confirmed" if low > 0 else "worse than the donor" if high < 0 else "no gain shown"
+
+
 def verdict(interval: tuple[float, float] | None) -> str:
     """A paired difference in a word; empty without an interval."""
     if interval is None:
@@ -304,6 +355,9 @@ def facts(
 ) -> list[tuple[str, str]]:
     """The figures at the top of the page: (name, value)."""
     rows = _plan_facts(plan) if plan else _recipe_facts(run, views)
+    if gain := chosen_gain(run, views):
+        low, high = gain.interval
+        rows.append(("Gain over the best donor", f"{gain.gain:.3f} nats ({low:.3f} to {high:.3f})"))
     paths = [Path(file) for file in views[0].files] if views else []
     names = {
         views[0].summary + VERIFIED if views else "",

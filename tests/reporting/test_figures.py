@@ -23,6 +23,8 @@ NAMES = {
     "differences-evaluation",
     "retention-evaluation",
     "tasks-evaluation",
+    "gain-best",
+    "sweep-one",
 }
 
 

@@ -64,6 +64,8 @@ def test_everything_in_a_folder_is_shown(report, folder):
     headings = [attributes["id"] for tag, attributes in page.tags if tag == "h2"]
     assert headings == [
         "merged",
+        "gain",
+        "sweep",
         "seams",
         "agreement",
         "features",
@@ -85,6 +87,9 @@ def test_everything_in_a_folder_is_shown(report, folder):
         "2.13.0+cpu",
         "f" * 64,
         "max seams 4",
+        "0.40 one + 0.60 two is better than one by 0.050 nats per token, 62% of what the "
+        "donors' ensemble wins.",
+        "A gain is confirmed: the best of 42 windows and scales, on 4,000 tokens",
     ):
         assert text in page.text, text
     marked = re.findall(r"<mark>(.*?)</mark>", (folder.parent / "report.html").read_text())
