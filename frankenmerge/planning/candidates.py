@@ -169,13 +169,17 @@ def windows(blocks: int) -> list[tuple[int, int]]:
 
 
 def _alike(alignment: Alignment, depth: int | None = None) -> bool:
-    """Whether features after `depth` blocks of both agree better than by chance; or on average."""
+    """Whether blocks of one depth may be exchanged: features agree better than by chance.
+
+    Those of the embeddings count too: donors that agree there have one basis, whatever became of
+    their blocks. Others count after `depth` blocks of both, or on average.
+    """
     if alignment.blocks[0] != alignment.blocks[1]:
         return False
     score = alignment.scores["jaccard"]
-    values = score.matrix.diagonal(), score.nulls["permuted_neurons"].diagonal()
-    value, chance = (each[1:].mean() if depth is None else each[depth] for each in values)
-    return bool(value > ABOVE * chance)
+    values, chances = score.matrix.diagonal(), score.nulls["permuted_neurons"].diagonal()
+    compared = slice(1, None) if depth is None else slice(depth, depth + 1)
+    return any(values[at].mean() > ABOVE * chances[at].mean() for at in (slice(0, 1), compared))
 
 
 def _of_pair(alignment: Alignment, donors: Donors) -> Iterator[Candidate]:
