@@ -99,6 +99,7 @@ class PredictionModelRecord(Record):
     """By feature."""
     spread: Interval | None = None
     drawn_spread: Interval | None = None
+    domain_share: float | None = None
     origin: dict[str, Any] = {}
     """Donors, texts, seeds, versions and hashes that the model was fitted with."""
 

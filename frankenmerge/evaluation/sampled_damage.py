@@ -55,6 +55,31 @@ def damage_on_sampled(
     return damage
 
 
+@torch.no_grad()
+def cross_losses(models: Mapping[str, PreTrainedModel]) -> np.ndarray:
+    """What each donor loses on what each one generated, nats per token `[generating, reading]`."""
+    rows = []
+    for model in models.values():
+        ids = sample_unprompted(model).to(model.device)
+        target = model(input_ids=ids, use_cache=False).logits.float().softmax(-1)
+        readers = (other(input_ids=ids, use_cache=False).logits for other in models.values())
+        rows.append([_loss(target, logits) for logits in readers])
+    return np.array(rows)
+
+
+def disagreement(cross: np.ndarray) -> float:
+    """What donors lose on each other's tokens beyond the donor that generated them.
+
+    In nats per token: the mean over all pairs of a Kullback-Leibler divergence; 0 for one donor.
+
+    Args:
+        cross: as `cross_losses` returns it.
+    """
+    count = len(cross)
+    excess = (cross - cross.diagonal()[:, None]).sum()
+    return float(excess / (count * (count - 1))) if count > 1 else 0.0
+
+
 def _loss(target: Tensor, logits: Tensor) -> float:
     """Mean cross-entropy of the probabilities `target` `[n, s, v]` with what logits predict."""
     return -float((target * logits.float().log_softmax(-1)).sum(-1).double().mean())

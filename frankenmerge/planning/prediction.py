@@ -182,12 +182,18 @@ class DamageModel:
     """The same for damage that was measured on tokens sampled from the donors, see `Plan.basis`."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Donors, texts, seeds, versions, hashes."""
+    domain_share: float = 0.0
+    """By how much further intervals of what was measured on sampled tokens reach, to both sides, as
+    a share of the donors' disagreement: a text mixes their domains in other proportions.
+    """
 
     def damage(self, values: np.ndarray) -> np.ndarray:
         """Predicted damage `[r]` in nats per token, from features `[r, FEATURES]`."""
         return np.maximum(0, np.exp(self.intercept + values @ np.array(self.weights)) - FLOOR)
 
-    def interval(self, damage: float, *, sampled: bool = False) -> tuple[float, float]:
+    def interval(
+        self, damage: float, *, sampled: bool = False, disagreement: float = 0.0
+    ) -> tuple[float, float]:
         """90 % interval of the damage on a text.
 
         Predicted damage is never below 0; measured damage may be, if a splice of fine-tunes is
@@ -196,16 +202,21 @@ class DamageModel:
         Args:
             damage: in nats per token, predicted or measured.
             sampled: whether it was measured on tokens sampled from the donors.
+            disagreement: what donors lose on each other's tokens, nats per token.
         """
         floor, ends = (SAMPLED_FLOOR, self.sampled_spread) if sampled else (FLOOR, self.spread)
         low, high = (damage + (max(0.0, damage) + floor) * (math.exp(end) - 1) for end in ends)
-        return low if sampled else max(0.0, low), high
+        further = self.domain_share * disagreement
+        return (low - further, high + further) if sampled else (max(0.0, low), high)
 
     def as_json(self) -> dict[str, Any]:
         """The model as it is stored."""
         weights = dict(zip(FEATURES, self.weights, strict=True))
         spreads = {"spread": list(self.spread), "drawn_spread": list(self.sampled_spread)}
-        return {"intercept": self.intercept, "weights": weights, **spreads, "origin": self.origin}
+        share = {"domain_share": self.domain_share}
+        return {"intercept": self.intercept, "weights": weights, **spreads, **share} | {
+            "origin": self.origin
+        }
 
 
 def fitted(
@@ -265,7 +276,9 @@ def refined(
     low, high = np.quantile(errors, [0.05, 0.95])
     weights = tuple(float(slope * weight) for weight in model.weights)
     spread = float(min(low, 0)), float(max(high, 0))
-    return DamageModel(float(intercept), weights, spread, model.sampled_spread, origin)
+    return DamageModel(
+        float(intercept), weights, spread, model.sampled_spread, origin, model.domain_share
+    )
 
 
 def default_model() -> DamageModel:
@@ -274,7 +287,8 @@ def default_model() -> DamageModel:
     stored = json.loads(file.read_text(encoding="utf-8"))
     weights = tuple(stored["weights"][name] for name in FEATURES)
     spreads = tuple(stored["spread"]), tuple(stored["drawn_spread"])
-    return DamageModel(stored["intercept"], weights, *spreads, stored["origin"])
+    share = stored["domain_share"]
+    return DamageModel(stored["intercept"], weights, *spreads, stored["origin"], share)
 
 
 def seam_damage(model: DamageModel, states: States, left: str, entered: str) -> np.ndarray:

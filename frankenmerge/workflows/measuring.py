@@ -1,6 +1,7 @@
 """Measure the damage of recipes, on texts or on tokens that their donors generate."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Literal
 
@@ -9,7 +10,7 @@ from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.evaluation.bench import Bench, Text
 from frankenmerge.evaluation.items import Task
-from frankenmerge.evaluation.sampled_damage import damage_on_sampled
+from frankenmerge.evaluation.sampled_damage import cross_losses, damage_on_sampled, disagreement
 from frankenmerge.models.loading import CPU, Placement
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.opening import open_donor
@@ -84,6 +85,12 @@ class Measure:
         own = dict(zip(self.donors, losses, strict=False))
         measured = zip(splices, islice(losses, len(alone), None), strict=True)
         return [loss - donors_loss(splice, own) for splice, loss in measured]
+
+    @cached_property
+    def disagreement(self) -> float:
+        """What donors lose on each other's tokens, nats per token."""
+        bench = self._bench("sampled")
+        return disagreement(cross_losses({name: bench.load(name).model for name in self.names}))
 
     def remarks(self, recipes: Sequence[Recipe]) -> tuple[str, ...]:
         """Worth knowing about the donors of recipes; each once."""

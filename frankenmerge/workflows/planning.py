@@ -189,12 +189,14 @@ def verified(plans: list[Plan], measure: "Measure", on: "On", model: DamageModel
     """
     damage = measure.damage([entry.recipe for entry in plans], on)
     ranked = sorted(zip(plans, damage, strict=True), key=lambda pair: pair[1])
-    return [_with_damage(entry, value, on, model) for entry, value in ranked]
+    return [_with_damage(entry, value, on, model, measure) for entry, value in ranked]
 
 
-def _with_damage(entry: Plan, damage: float, on: "On", model: DamageModel) -> Plan:
+def _with_damage(
+    entry: Plan, damage: float, on: "On", model: DamageModel, measure: "Measure"
+) -> Plan:
     if on == SAMPLED:
-        interval = model.interval(damage, sampled=True)
+        interval = model.interval(damage, sampled=True, disagreement=measure.disagreement)
         return entry._replace(predicted_damage=damage, interval=interval, basis="drawn")
     return entry._replace(measured=damage)
 
@@ -229,7 +231,7 @@ def damped(
             predicted_damage=predicted,
             interval=model.interval(predicted, sampled=entry.basis == "drawn"),
         )
-        made = _with_damage(changed, damage[best], on, model)
+        made = _with_damage(changed, damage[best], on, model, measure)
         ranked.append((damage[best], made, Damped(None if best == "none" else best, damage)))
     ranked.sort(key=lambda each: each[0])
     return [entry for _, entry, _ in ranked], ranked[0][2]
