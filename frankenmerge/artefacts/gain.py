@@ -28,6 +28,8 @@ class GainPlanRecord(Record):
     """Nats per token won against the best donor; above 0 is better."""
     interval: Interval
     """95 %, for all recipes that were confirmed together."""
+    text_interval: Interval | None = None
+    """90 % interval of the gain on a text, for a gain on tokens that the donors generated."""
     captured_share: float | None = None
     """The share of the ensemble's gain; absent where the ensemble gains nothing."""
     domains: dict[str, float] = {}

@@ -128,3 +128,6 @@ def print_gains(console: "Console", found: "GainFile", names: Sequence[str]) -> 
         console.print(tested)
     console.print(f"Measured on {found.tokens:,} {found.unit}s that nothing was chosen by.")
     console.print(found.verdict, markup=False)
+    if expected := found.plans[0].text_interval:
+        low, high = expected
+        console.print(f"On a text of the donors' kinds expect {low:+.3f} to {high:+.3f} (90 %).")
