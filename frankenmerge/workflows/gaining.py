@@ -276,6 +276,17 @@ class Search:
         tasks = task_differences([names], answered)
         return Gains(plans[: self.options.top], controls, count, passes, counted(ensemble), tasks)
 
+    def _on_text(self, gain: Gain, donors: Mapping[str, Sums]) -> tuple[float, float] | None:
+        """Where the gain on a text is expected, from that on sampled tokens."""
+        if not isinstance(self.options.on, str):
+            return None
+        names = list(self.ensemble)
+        cross = [[mean_loss({name: donors[other][name]}) for other in names] for name in names]
+        low, high = default_model().interval(
+            -gain.nats, sampled=True, disagreement=disagreement(np.array(cross))
+        )
+        return -high, -low
+
     def _losses(
         self, splices: Sequence[Splice], domains: Sequence[Domain], what: str
     ) -> list[Sums]:
