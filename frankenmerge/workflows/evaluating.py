@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from frankenmerge.analysis.complete import complete_search
-from frankenmerge.artefacts.evaluation import Evaluation, PredictionCheck
+from frankenmerge.artefacts.evaluation import Evaluation, GainCheck, PredictionCheck
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.evaluation.bench import Bench, Result, Subject, Text
@@ -22,7 +22,7 @@ from frankenmerge.splicing.assemble import splice_tokenizer
 from frankenmerge.splicing.opening import open_donor
 from frankenmerge.storage.hashing import file_hash
 from frankenmerge.workflows.atlases import atlas_of
-from frankenmerge.workflows.predictions import check_predictions
+from frankenmerge.workflows.predictions import check_gains, check_predictions
 from frankenmerge.workflows.subjects import Model, Subjects, opened_subjects
 
 
@@ -63,6 +63,7 @@ class Evaluated(NamedTuple):
     findings: Findings
     checks: Checks
     predictions: list[PredictionCheck]
+    gains: list[GainCheck]
     comparison: Comparison | None
     record: Evaluation
     """All of it, as `evaluate -o` writes it."""
@@ -133,18 +134,20 @@ def _evaluated(
     if options.compare is not None:
         comparison = judge(results, options.compare, options.seed, options.against)
     predictions = check_predictions(results, subjects.splices, subjects.files)
+    gains = check_gains(results, subjects.splices, subjects.files, options.seed)
     record = evaluation_record(
         results,
         bench,
         checks,
         findings,
         predictions=predictions,
+        gains=gains,
         comparison=comparison,
         against=options.against,
         arguments=arguments,
         recipes={name: file_hash(file) for name, file in subjects.files.items()},
     )
-    return Evaluated(results, findings, checks, predictions, comparison, record)
+    return Evaluated(results, findings, checks, predictions, gains, comparison, record)
 
 
 def _needed(
