@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from frankenmerge.splicing.resolve import Splice
     from frankenmerge.workflows.held_out import HeldOut
 
-RANDOM_RECIPES, CHARACTERS, PROMPTS = 10, 12_000, 4
+RANDOM_RECIPES, CHARACTERS, PROMPTS = 11, 12_000, 4
 _TEXTS = Path(__file__).parent.parent / "demo" / "text"
 
 

@@ -43,7 +43,7 @@ def test_the_demo_s_merge_is_better_than_both_donors_and_the_same_again(demo, tm
     merged, stack = models["merged"]["bits_per_byte"], models["stack of 12"]["bits_per_byte"]
     donors = [model["bits_per_byte"] for model in record["models"] if model["role"] == "donor"]
     randoms = record["random_bits_per_byte"]
-    assert len(donors) == 2 and len(randoms) == 10
+    assert len(donors) == 2 and len(randoms) == 11
     assert 0 < merged < min(donors) < 8 and stack < statistics.median(randoms)
 
     # The stack is planned, the gain is searched for, and the recipe of the gain is merged.
@@ -89,7 +89,7 @@ def test_the_demo_s_merge_is_better_than_both_donors_and_the_same_again(demo, tm
     assert code == 0 and after.keys() == before.keys()
     assert "no missing or unexpected key; its logits equal those of the splice in memory" in shown
     beaten = sum(bits > stack for bits in randoms)
-    assert f"better than {beaten} of 10 random recipes" in shown
+    assert f"better than {beaten} of 11 random recipes" in shown
     assert f"{merged:.3f}" in shown and f"{share:.0%} of what the ensemble" in shown
     for name, gain in over.items():
         assert f"better than {name.rsplit('/')[-1]} by {gain:.3f} nats per token" in shown
