@@ -78,6 +78,17 @@ def evaluation(
                 "held": True,
             }
         ],
+        "gains": [
+            {
+                "recipe": recipe,
+                "predicted": 0.052,
+                "predicted_interval": [0.041, 0.063],
+                "on": list(donors),
+                "best_donor": donors[0],
+                "measured": 0.0331,
+                "measured_interval": [0.021, 0.047],
+            }
+        ],
         "comparison": None,
         "dtype": "float32",
         "context": 512,

@@ -185,6 +185,24 @@ class PredictionCheck(Record):
     """Whether the measured damage is in the predicted interval."""
 
 
+class GainCheck(Record):
+    """The gain of a recipe where it was searched for, and the one measured on these texts.
+
+    Both in nats per token against the best donor, with 95 % intervals. The texts are others than
+    those of the search, so that the gains may differ.
+    """
+
+    recipe: str
+    predicted: float
+    predicted_interval: Interval
+    on: list[str]
+    """What the recipe was searched for on."""
+    best_donor: str
+    """On these texts."""
+    measured: float
+    measured_interval: Interval
+
+
 class VerdictRecord(Record):
     """A merge compared with its best donor."""
 
@@ -243,6 +261,7 @@ class Evaluation(Record):
     item_results: list[ItemResultsRecord] = []
     task_differences: list[TaskDifferenceRecord] = []
     predictions: list[PredictionCheck] = []
+    gains: list[GainCheck] = []
     comparison: ComparisonRecord | None = None
     dtype: str | None = None
     context: int | None = None

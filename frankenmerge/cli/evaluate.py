@@ -37,7 +37,7 @@ from frankenmerge.cli.tables import (
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
-    from frankenmerge.artefacts.evaluation import PredictionCheck
+    from frankenmerge.artefacts.evaluation import GainCheck, PredictionCheck
     from frankenmerge.workflows.evaluating import Evaluated, EvaluateOptions
 
 WORSE = 3
@@ -267,6 +267,8 @@ def _print(found: "Evaluated") -> None:
         print_samples(console, findings.samples)
     for check in found.predictions:
         print_prediction_check(console, check)
+    for entry in found.gains:
+        _print_gain_check(console, entry)
     _print_comparison(console, found)
 
 
@@ -288,6 +290,16 @@ def print_prediction_check(console: Console, check: "PredictionCheck") -> None:
     console.print(
         f"{Path(check.recipe).name}: predicted damage {check.predicted:z.3f} nats per token "
         f"({interval}), measured {check.measured:z.3f}: {verdict}."
+    )
+
+
+def _print_gain_check(console: Console, check: "GainCheck") -> None:
+    """Show what a recipe won where it was searched for, and what it wins here."""
+    (low, high), (low_here, high_here) = check.predicted_interval, check.measured_interval
+    console.print(
+        f"{Path(check.recipe).name}: predicted gain {check.predicted:z.3f} nats per token (95 % "
+        f"interval {low:z.3f} to {high:z.3f}), measured here {check.measured:z.3f} "
+        f"({low_here:z.3f} to {high_here:z.3f}) against {Path(check.best_donor).name}."
     )
 
 

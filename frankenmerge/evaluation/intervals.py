@@ -108,6 +108,25 @@ def difference(
     return Difference(total, _paired(pooled(ours), pooled(theirs))), texts
 
 
+def gain(
+    model: Mapping[str, Loss], donors: Mapping[str, Mapping[str, Loss]], seed: int
+) -> tuple[float, Interval]:
+    """The loss of the best donor minus a model's, in nats per token on all texts together.
+
+    All must have the same tokens. The best donor is chosen anew in every resample, so that the
+    interval knows that which one is best is not certain.
+    """
+
+    def nats(losses: Mapping[str, Loss]) -> tuple[float, np.ndarray]:
+        total = sum(float(loss.nats.sum()) for loss in losses.values())
+        sums = pooled(resampled(losses, seed))
+        return total / sum(loss.tokens for loss in losses.values()), sums[_NATS] / sums[_TOKENS]
+
+    (ours, drawn), others = nats(model), [nats(losses) for losses in donors.values()]
+    best = np.min([each for _, each in others], axis=0)
+    return min(each for each, _ in others) - ours, _between(best - drawn)
+
+
 def _paired(ours: np.ndarray, theirs: np.ndarray) -> Interval:
     return _between(_bits_per_byte(ours) - _bits_per_byte(theirs))
 

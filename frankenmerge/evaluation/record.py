@@ -14,6 +14,7 @@ from frankenmerge.artefacts.evaluation import (
     BlockRecord,
     DifferenceRecord,
     Evaluation,
+    GainCheck,
     ItemResultsRecord,
     KeptBlockRecord,
     ModelRecord,
@@ -43,6 +44,7 @@ def evaluation_record(
     findings: Findings,
     *,
     predictions: Sequence[PredictionCheck | Mapping[str, Any]] = (),
+    gains: Sequence[GainCheck] = (),
     comparison: Comparison | None = None,
     against: str | None = None,
     arguments: Mapping[str, Any] | None = None,
@@ -57,6 +59,7 @@ def evaluation_record(
         checks: what was examined beyond losses.
         findings: what was found.
         predictions: what was predicted of recipes, and measured.
+        gains: of recipes that were searched for by their gain, and measured.
         comparison: with the best donors, where it was asked for.
         against: the model that all merges are compared with, besides their donors.
         arguments: of the command.
@@ -94,6 +97,7 @@ def evaluation_record(
             [(model.name, donor.name) for model, donor in pairs], findings.items
         ),
         predictions=[PredictionCheck.model_validate(check) for check in predictions],
+        gains=list(gains),
         comparison=comparison.record() if comparison else None,
         dtype=bench.placement.dtype,
         context=bench.context,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from frankenmerge.analysis.complete import complete_search
-from frankenmerge.artefacts.evaluation import Evaluation, PredictionCheck
+from frankenmerge.artefacts.evaluation import Evaluation, GainCheck, PredictionCheck
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.evaluation.bench import Bench, Result, Subject, Text
@@ -25,7 +25,7 @@ from frankenmerge.splicing.assemble import splice_tokenizer
 from frankenmerge.splicing.opening import open_donor
 from frankenmerge.storage.hashing import file_hash
 from frankenmerge.workflows.atlases import atlas_of
-from frankenmerge.workflows.predictions import check_predictions
+from frankenmerge.workflows.predictions import check_gains, check_predictions
 from frankenmerge.workflows.subjects import Model, Subjects, opened_subjects
 
 SUFFIX = ".jsonl"
@@ -79,6 +79,7 @@ class Evaluated(NamedTuple):
     findings: Findings
     checks: Checks
     predictions: list[PredictionCheck]
+    gains: list[GainCheck]
     comparison: Comparison | None
     record: Evaluation
     """All of it, as `evaluate -o` writes it."""
@@ -166,19 +167,21 @@ def _evaluated(
     if options.compare is not None:
         comparison = judge(results, options.compare, options.seed, options.against)
     predictions = check_predictions(results, subjects.splices, subjects.files) if texts else []
+    gains = check_gains(results, subjects.splices, subjects.files, options.seed) if texts else []
     record = evaluation_record(
         results,
         bench,
         checks,
         findings,
         predictions=predictions,
+        gains=gains,
         comparison=comparison,
         against=options.against,
         arguments=arguments,
         recipes={name: file_hash(file) for name, file in subjects.files.items()},
         items={name: file_hash(Path(name)) for name in checks.items},
     )
-    return Evaluated(results, findings, checks, predictions, comparison, record, remarks)
+    return Evaluated(results, findings, checks, predictions, gains, comparison, record, remarks)
 
 
 def _cut_items(

@@ -1,15 +1,21 @@
 """Predictions compared with measurements: what a plan said of a recipe, and what it measured."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from frankenmerge.artefacts import evidence
-from frankenmerge.artefacts.evaluation import PredictionCheck
+from frankenmerge.artefacts import gain as artefact
+from frankenmerge.artefacts.evaluation import GainCheck, PredictionCheck
 from frankenmerge.artefacts.evidence import PlanRecord
+from frankenmerge.artefacts.gain import GainFile, GainPlanRecord
 from frankenmerge.artefacts.recipe import Recipe, key_of
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.bench import Result
+from frankenmerge.evaluation.intervals import gain
 from frankenmerge.splicing.resolve import Splice
+
+_T = TypeVar("_T")
 
 
 def check_predictions(
@@ -77,17 +83,76 @@ def planned_for(splice: Splice, file: Path) -> PlanRecord | None:
     after the recipe's counts, or else the one written last. Plans of version 0.1 have no key: it
     is computed from their recipe, where the donors have the names that they have here.
     """
-    found: list[tuple[bool, float, PlanRecord]] = []
-    for path in sorted(file.parent.glob(f"*{evidence.SUFFIX}")):
+    plans = _beside(file, evidence.SUFFIX, lambda path: evidence.load(path).plans)
+    return next(
+        (
+            plan
+            for plan in plans
+            if (plan.key or _key_in_01(plan, splice, file.parent)) == splice.key
+        ),
+        None,
+    )
+
+
+def check_gains(
+    results: Iterable[Result],
+    splices: Mapping[str, Splice],
+    files: Mapping[str, Path],
+    seed: int,
+) -> list[GainCheck]:
+    """Compare recipes with the gains in their folders, where some are theirs.
+
+    Args:
+        results: of the recipes and of all their donors.
+        splices: the recipes, by the names of their results.
+        files: the recipes' files, by the same names.
+        seed: of the resamples.
+    """
+    by_name = {result.name: result for result in results}
+    checks = []
+    for name, splice in splices.items():
+        donors = {source.model for source in splice.recipe.sources}
+        searched = _searched_for(splice, files[name]) if name in files else None
+        if searched is None or not donors | {name} <= by_name.keys():
+            continue
+        found, plan = searched
+        losses = {donor: by_name[donor].losses for donor in sorted(donors)}
+        measured, interval = gain(by_name[name].losses, losses, seed)
+        best = min(losses, key=lambda donor: by_name[donor].total.nats_per_token)
+        checks.append(
+            GainCheck(
+                recipe=name,
+                predicted=plan.gain,
+                predicted_interval=plan.text_interval or plan.interval,
+                on=found.on,
+                best_donor=best,
+                measured=measured,
+                measured_interval=interval,
+            )
+        )
+    return checks
+
+
+def _searched_for(splice: Splice, file: Path) -> tuple[GainFile, GainPlanRecord] | None:
+    """What was won by a recipe where it was searched for, by the files of gains in its folder."""
+    files = _beside(file, artefact.SUFFIX, lambda path: [artefact.load(path)])
+    pairs = ((found, plan) for found in files for plan in found.plans)
+    return next(((found, plan) for found, plan in pairs if plan.key == splice.key), None)
+
+
+def _beside(file: Path, suffix: str, read: Callable[[Path], list[_T]]) -> Iterator[_T]:
+    """What the files of a kind in a recipe's folder hold.
+
+    Those of the file named after the recipe's come first, then those of the one written last.
+    """
+    paths = sorted(file.parent.glob(f"*{suffix}"))
+    named = [file.name.startswith(path.name.removesuffix(suffix) + ".") for path in paths]
+    order = {path: (own, path.stat().st_mtime) for path, own in zip(paths, named, strict=True)}
+    for path in sorted(paths, key=order.__getitem__, reverse=True):
         try:
-            plans = evidence.load(path).plans
+            yield from read(path)
         except FrankenmergeError:
             continue  # another program's file
-        named = file.name.startswith(path.name.removesuffix(evidence.SUFFIX) + ".")
-        for plan in plans:
-            if (plan.key or _key_in_01(plan, splice, file.parent)) == splice.key:
-                found.append((named, path.stat().st_mtime, plan))
-    return max(found, key=lambda each: each[:2])[2] if found else None
 
 
 def _key_in_01(plan: PlanRecord, splice: Splice, folder: Path) -> str | None:

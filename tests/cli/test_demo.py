@@ -24,7 +24,7 @@ def demo(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_demo_s_plan_is_better_than_random_recipes_and_the_same_again(demo, tmp_path):
+def test_the_demo_s_merge_is_better_than_both_donors_and_the_same_again(demo, tmp_path):
     from frankenmerge.artefacts.alignment import load_alignment
     from frankenmerge.artefacts.atlas import load_atlas
     from frankenmerge.artefacts.recipe_file import load_recipe
@@ -38,25 +38,48 @@ def test_the_demo_s_plan_is_better_than_random_recipes_and_the_same_again(demo, 
     code, out, _ = demo("--json")
     record = json.loads(out)
     folder = tmp_path / "here" / "demo-run"
-    assert code == 0 and record["output"] == "demo-run"
-    merged = next(model for model in record["models"] if model["name"].endswith("merged"))
-    randoms = record["random_bits_per_byte"]
-    assert len(randoms) == 20
-    assert merged["bits_per_byte"] < statistics.median(randoms)
+    assert code == 0 and record["output"] == "demo-run" and record["logits_equal"] is True
+    models = {model["name"].rsplit("/")[-1]: model for model in record["models"]}
+    merged, stack = models["merged"]["bits_per_byte"], models["stack of 12"]["bits_per_byte"]
     donors = [model["bits_per_byte"] for model in record["models"] if model["role"] == "donor"]
-    assert len(donors) == 2 and all(0 < bits < 8 for bits in donors)
-    recipe = load_recipe(folder / "recipe.yaml")
-    assert (
-        record["plan"]["recipe"] == recipe.model_dump(exclude_none=True)
-        and len(recipe.blocks) == 12
-    )
+    randoms = record["random_bits_per_byte"]
+    assert len(donors) == 2 and len(randoms) == 11
+    assert 0 < merged < min(donors) < 8 and stack < statistics.median(randoms)
+
+    # The stack is planned, the gain is searched for, and the recipe of the gain is merged.
+    planned = load_recipe(folder / "stack.yaml")
+    assert record["plan"]["recipe"] == planned.model_dump(exclude_none=True)
+    assert len(planned.blocks) == 12
+    evidence = json.loads((folder / "stack.evidence.json").read_text())
+    assert evidence["plans"][0] == record["plan"]
+    recipe = load_recipe(folder / "recipe.yaml").model_dump(exclude_none=True)
+    found = record["gain"]["plans"][0]
+    assert found["recipe"] == recipe and record["gain"]["confirmed"] is True
+    written = json.loads((folder / "recipe.gain.json").read_text())
+    assert {key: record["gain"][key] for key in written} == written
+    provenance = json.loads((folder / "merged" / "frankenmerge.json").read_text())
+    assert provenance["key"] == found["key"]
+
+    # On held-out text it wins over both, and the better donor is the one that counts.
+    held_out = record["gain"]["held_out"]
+    over = {name: each["gain"] for name, each in held_out["over"].items()}
+    assert len(over) == 2 and all(each["interval"][0] > 0 for each in held_out["over"].values())
+    assert held_out["gain"] == pytest.approx(min(over.values()))
+    assert over[held_out["best_donor"]] == pytest.approx(held_out["gain"])
+    share = held_out["gain"] / held_out["ensemble"]["gain"]
+    assert held_out["captured_share"] == pytest.approx(share) and 0 < share < 1
+
     alignment = load_alignment(folder / "code-prose.alignment.safetensors")
     for name, fingerprint in zip(("code", "prose"), alignment.fingerprints, strict=True):
         assert load_atlas(folder / f"{name}.atlas.safetensors").fingerprint == fingerprint
-    evidence = json.loads((folder / "recipe.evidence.json").read_text())
-    assert evidence["plans"][0] == record["plan"]
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "<h1>12 blocks of code and prose</h1>" in page and "Where the donors agree" in page
+    for heading in (
+        "<h1>code and prose, merged</h1>",
+        "What was won against the donors",
+        "Why these seams",
+        "Where the donors agree",
+    ):
+        assert heading in page
 
     # Again, as tables: the earlier demo's folder is replaced by the same.
     before = files(folder)
@@ -65,11 +88,12 @@ def test_the_demo_s_plan_is_better_than_random_recipes_and_the_same_again(demo, 
     shown, after = " ".join(out.split()), files(folder)
     assert code == 0 and after.keys() == before.keys()
     assert "no missing or unexpected key; its logits equal those of the splice in memory" in shown
-    beaten = sum(bits > merged["bits_per_byte"] for bits in randoms)
-    assert f"better than {beaten} of 20 random recipes" in shown
-    assert f"{merged['bits_per_byte']:.3f}" in shown
+    beaten = sum(bits > stack for bits in randoms)
+    assert f"better than {beaten} of 11 random recipes" in shown
+    assert f"{merged:.3f}" in shown and f"{share:.0%} of what the ensemble" in shown
+    for name, gain in over.items():
+        assert f"better than {name.rsplit('/')[-1]} by {gain:.3f} nats per token" in shown
     assert [name for name in after if after[name] != before[name]] == []
-    assert record["logits_equal"] is True
 
 
 def test_the_demo_leaves_a_folder_alone_that_is_not_its_own(demo, tmp_path):

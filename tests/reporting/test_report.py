@@ -87,6 +87,8 @@ def test_everything_in_a_folder_is_shown(report, folder):
         "2.13.0+cpu",
         "f" * 64,
         "max seams 4",
+        "0.041 to 0.063",
+        "0.021 to 0.047",
         "0.40 one + 0.60 two is better than one by 0.050 nats per token, 62% of what the "
         "donors' ensemble wins.",
         "A gain is confirmed: the best of 42 windows and scales, on 4,000 tokens",
