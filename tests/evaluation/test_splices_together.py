@@ -6,7 +6,6 @@ import torch
 from conftest import resolved, written
 
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
-from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.artefacts.recipe_schema import Gauge
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.bench import Bench
