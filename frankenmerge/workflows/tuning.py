@@ -43,9 +43,7 @@ from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.workflows.gaining import domains_on, parts_of
 from frankenmerge.workflows.measuring import On
 
-PARTS = 4
-"""Parts of the tokens: two to tune on, one that says when to stop, one to confirm on."""
-RATE, BATCH, CHECK, PATIENCE = 0.03, 8, 10, 3
+RATE, BATCH, CHECK, PATIENCE = 0.03, 16, 10, 3
 """Adam's rate; rows of every domain in a step; steps between checks; checks without a gain."""
 DIFFERENCE = 1e-3
 """By how much a number is changed to differentiate a tensor; float32 keeps three digits of it."""
@@ -115,8 +113,9 @@ def tune(
     bench = Bench((), donors, placement=options.placement)
     readers = [name for name in donors if name != recipe.base_model or len(donors) == 2]
     domains = domains_on(options.on, bench, readers, options.seed, progress, times=2)
-    fitting, stopping, more, confirming = split(domains, PARTS)
-    tuning = _Tuning(bench, start, numbers, [*fitting, *more], stopping, options, progress)
+    fitting, kept = split(domains, 2)
+    stopping, confirming = split(kept, 2)
+    tuning = _Tuning(bench, start, numbers, fitting, stopping, options, progress)
     found, steps = tuning.found()
     return _confirmed(bench, recipe, found, confirming, options, steps, len(numbers))
 

@@ -19,7 +19,7 @@ from frankenmerge.planning.numbers import numbers_of, refined
 from frankenmerge.progress import silent
 from frankenmerge.splicing.resolve import resolve
 from frankenmerge.workflows.gaining import domains_on, parts_of
-from frankenmerge.workflows.tuning import PARTS, TuneOptions, _Gradient, _Tuning, tune
+from frankenmerge.workflows.tuning import TuneOptions, _Gradient, _Tuning, tune
 
 
 @pytest.fixture(scope="module")
@@ -132,19 +132,19 @@ def test_the_gradient_is_that_of_the_loss(planted, case, per):
     places = generator.permutation(len(values))[:4] if per == "map" else range(len(values))
     largest = np.abs(found).max()
     for place in places:
-        parameter, step = numbers[place].parameter, 0.01
+        parameter, step = numbers[place].parameter, 1e-3
         # At the end of a range the difference is taken to one side.
         up = step if values[place] + step <= parameter.high else 0.0
         down = step if values[place] - step >= parameter.low else 0.0
         expected = (loss(place, up) - loss(place, -down)) / (up + down)
-        assert found[place] == pytest.approx(expected, rel=0.05, abs=0.01 * largest + 1e-4), place
+        assert found[place] == pytest.approx(expected, rel=0.05, abs=0.01 * largest + 2e-4), place
 
 
 def stopping_losses(recipes, donors, text, seed=0) -> list[float]:
     """On the part of the text that says when to stop."""
     bench = Bench((), donors)
     domains = domains_on([text], bench, list(donors), seed, times=2)
-    stopping = split(domains, PARTS)[1]
+    stopping = split(domains, 4)[1]
     splices = [resolve(each, donors) for each in recipes]
     return [mean_loss(each) for each in losses_together(splices, bench.assemble, stopping).sums]
 
