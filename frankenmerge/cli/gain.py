@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from frankenmerge.cli.console import out, print_json, progress, table
-from frankenmerge.cli.plan import SAMPLED, measured_on
+from frankenmerge.cli.measuring import SAMPLED, measured_on
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:

@@ -19,17 +19,14 @@ from frankenmerge.cli.console import (
     progress,
     table,
 )
+from frankenmerge.cli.measuring import measured_on, measuring_option
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
     from frankenmerge.planning.plan import Plan
     from frankenmerge.planning.seams import SeamEvidence
     from frankenmerge.planning.search import Constraints
-    from frankenmerge.workflows.measuring import On
     from frankenmerge.workflows.planning import Damped, Planned
-
-SAMPLED = "sampled"
-"""Given instead of a text: tokens that the donors generate."""
 
 
 class _Named(NamedTuple):
@@ -65,25 +62,6 @@ def _count(_context, _parameter, value: str | None) -> int | None:
             f"{value!r} is not a number of parameters; write for example 11B or 1.5M"
         )
     return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _texts(
-    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
-) -> tuple[str, ...]:
-    if SAMPLED in values and len(values) > 1:
-        raise click.BadParameter(f"give either {SAMPLED!r} or texts, not both")
-    return values
-
-
-def measuring_option(option: str, description: str) -> Any:
-    """An option that says what to measure on: texts, or tokens that the donors generate."""
-    return click.option(
-        option,
-        multiple=True,
-        metavar=f"TEXT|{SAMPLED}",
-        callback=_texts,
-        help=f"{description} May be repeated.",
-    )
 
 
 _OF_DAMAGE = ("use", "avoid", "shares", "differ", "calibrate", "verify", "damp")
@@ -291,17 +269,6 @@ def plan(
         print_json(_as_json(planned, paths, depths))
     else:
         _print(planned, paths, depths, constraints.depth)
-
-
-def measured_on(values: tuple[str, ...]) -> "On | None":
-    """What to measure on: None for nothing, `sampled`, or texts."""
-    if not values:
-        return None
-    if values == (SAMPLED,):
-        return "sampled"
-    from frankenmerge.evaluation.bench import read_text
-
-    return [read_text(Path(value)) for value in values]
 
 
 def _constraints(options: dict[str, Any], alignments: list) -> "Constraints":
