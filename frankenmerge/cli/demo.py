@@ -10,7 +10,8 @@ from rich.console import Console
 
 from frankenmerge.cli.console import json_option, out, print_json, progress, table
 from frankenmerge.cli.evaluate import print_prediction_check
-from frankenmerge.cli.plan import SAMPLED, print_damping, print_seams
+from frankenmerge.cli.measuring import SAMPLED
+from frankenmerge.cli.plan import print_damping, print_seams
 from frankenmerge.cli.tables import results_table
 from frankenmerge.errors import fail
 

@@ -19,7 +19,7 @@ from frankenmerge.cli.console import (
     progress,
     table,
 )
-from frankenmerge.cli.measuring import measured_on, measuring_option
+from frankenmerge.cli.measuring import SAMPLED, measured_on, measuring_option
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
