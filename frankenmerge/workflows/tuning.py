@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint
@@ -232,6 +232,9 @@ class _Gradient:
         names = dict.fromkeys(name for each in self.affected for name in each)
         self.groups = _apart(self.affected)
         self.model = tuning.bench.assemble(base).requires_grad_(False)
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None  # whose row would have no gradient
         stored = names_as_stored(self.model, base.base.architecture)
         self.parameters = {
             stored[name]: parameter

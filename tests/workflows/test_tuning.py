@@ -188,6 +188,7 @@ def ties(planted) -> Recipe:
         model(planted["damaged"], weight=0.5, density=0.9),
         model(planted["other"], weight=0.5, density=0.5),
         base_model=str(planted["sound"]),
+        parameters={"normalize": False},
     )
 
 
