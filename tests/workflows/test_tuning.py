@@ -15,7 +15,7 @@ from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.evaluation.bench import Bench, Text
 from frankenmerge.evaluation.domains import split, text_domain
 from frankenmerge.evaluation.gains import losses_together, mean_loss
-from frankenmerge.planning.numbers import numbers_of, refined
+from frankenmerge.planning.numbers import Per, numbers_of, refined
 from frankenmerge.progress import silent
 from frankenmerge.splicing.resolve import resolve
 from frankenmerge.workflows.gaining import domains_on, parts_of
@@ -105,13 +105,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("per", ["setting", "map"])
-@pytest.mark.parametrize("case", CASES)
-def test_the_gradient_is_that_of_the_loss(planted, case, per):
-    given = smooth_recipes(planted)[case]
+def compare_gradient(given: Recipe, per: Per, ends: list[str]) -> None:
+    """Compare the gradient on all of a text with differences of its loss."""
     donors = opened(*given.donors)
-    maps = parts_of(donors, None).maps
-    start = refined(given, per, 4, maps, ["embed_tokens", "lm_head"])
+    start = refined(given, per, 4, parts_of(donors, None).maps, ends)
     numbers = numbers_of(start)
     letters = np.random.default_rng(0).integers(1, 48, 7 * 39)
     domains = [text_domain("t", letters, 0, 40)]  # all of it is one batch
@@ -128,16 +125,32 @@ def test_the_gradient_is_that_of_the_loss(planted, case, per):
         splice = tuning.splice(moved, exact=True)
         return mean_loss(losses_together([splice], bench.assemble, domains).sums[0])
 
+    # The ends, and a few others.
     generator = np.random.default_rng(1)
-    places = generator.permutation(len(values))[:4] if per == "map" else range(len(values))
+    outside = [place for place, number in enumerate(numbers) if number.path[-1] == "value"]
+    places = {*outside[:4], *generator.permutation(len(values))[:4].tolist()}
     largest = np.abs(found).max()
-    for place in places:
+    for place in places if per == "map" else range(len(values)):
         parameter, step = numbers[place].parameter, 1e-3
         # At the end of a range the difference is taken to one side.
         up = step if values[place] + step <= parameter.high else 0.0
         down = step if values[place] - step >= parameter.low else 0.0
         expected = (loss(place, up) - loss(place, -down)) / (up + down)
         assert found[place] == pytest.approx(expected, rel=0.05, abs=0.01 * largest + 2e-4), place
+
+
+@pytest.mark.parametrize("per", ["setting", "map"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_is_that_of_the_loss(planted, case, per):
+    compare_gradient(smooth_recipes(planted)[case], per, ["embed_tokens", "lm_head"])
+
+
+@pytest.mark.parametrize("pair, ends", [("gh", ["wte", "wpe"]), ("ba", ["embed_tokens"])])
+def test_a_tied_heads_part_of_the_gradient_is_the_embeddings(donors, pair, ends):
+    models = (
+        model(donors[name], weight=weight) for name, weight in zip(pair, (0.6, 0.4), strict=True)
+    )
+    compare_gradient(recipe("linear", *models), "map", ends)
 
 
 def stopping_losses(recipes, donors, text, seed=0) -> list[float]:
