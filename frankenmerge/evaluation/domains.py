@@ -23,6 +23,8 @@ POSITIONS = 4096
 """Most positions in one forward pass."""
 FEWEST_UNITS, LONGEST_UNIT = 48, 8
 """A text has so many units where it has as many rows; a unit has at most so many rows."""
+MOST_ROWS = 512
+"""Rows of a text that are used: of a longer one, evenly spaced pieces."""
 
 
 class Domain(NamedTuple):
@@ -124,7 +126,7 @@ def task_domain(name: str, rows: ItemRows) -> Domain:
 
 
 def text_domain(name: str, ids: np.ndarray, start: int | None, context: int) -> Domain:
-    """Cut a text into rows of `context` tokens, each after the token `start`.
+    """Cut a text into rows of `context` tokens, each after the token `start`; at most `MOST_ROWS`.
 
     Args:
         name: of the text.
@@ -136,6 +138,10 @@ def text_domain(name: str, ids: np.ndarray, start: int | None, context: int) -> 
     taken = context - len(first)
     rows = [[*first, *ids[begin : begin + taken]] for begin in range(0, len(ids), taken)]
     rows = [row for row in rows if len(row) > 1]
+    if len(rows) > MOST_ROWS:
+        pieces, length = MOST_ROWS // LONGEST_UNIT, LONGEST_UNIT
+        begins = np.linspace(0, len(rows) - length, pieces).astype(int)
+        rows = [row for begin in begins for row in rows[begin : begin + length]]
     lengths = torch.tensor([len(row) for row in rows])
     padded = [torch.tensor(row) for row in rows]
     made = pad_sequence(padded, batch_first=True)

@@ -161,7 +161,8 @@ class _Journal:
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self.done = path, dict[_Cell, tuple[float, float]]()
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        content = path.read_bytes() if path.exists() else b""
+        lines = content.decode("utf-8", "replace").splitlines()
         if lines and lines[0] == identity:
             self.done = dict(filter(None, map(_read, lines[1:])))
         try:
@@ -185,9 +186,9 @@ def _line(entry: tuple[_Cell, tuple[float, float]]) -> str:
 
 
 def _read(line: str) -> tuple[_Cell, tuple[float, float]] | None:
-    """A line of the journal; None for one that was cut off."""
+    """A line of the journal; None for one that was cut off, or is none."""
     try:
         start, stop, scale, gain, error = json.loads(line)
-    except ValueError:
+    except (ValueError, TypeError):
         return None
     return _Cell(start, stop, scale), (gain, error)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from frankenmerge.artefacts.evaluation import TaskDifferenceRecord
 from frankenmerge.artefacts.recipe import Recipe
@@ -46,10 +46,8 @@ from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.workflows.gaining import domains_on, parts_of
 from frankenmerge.workflows.measuring import GainOn
 
-PARTS = 4
-"""Parts of the tokens: two to tune on, one that says when to stop, one to confirm on."""
-RATE, BATCH, CHECK, PATIENCE = 0.03, 8, 10, 3
-"""Adam's rate; units of every domain in a step; steps between checks; checks without a gain."""
+RATE, BATCH, CHECK, PATIENCE = 0.03, 16, 10, 3
+"""Adam's rate; rows of every domain in a step; steps between checks; checks without a gain."""
 DIFFERENCE = 1e-3
 """By how much a number is changed to differentiate a tensor; float32 keeps three digits of it."""
 SIGMA = 0.1
@@ -120,8 +118,9 @@ def tune(
     bench = Bench((), donors, placement=options.placement)
     readers = [name for name in donors if name != recipe.base_model or len(donors) == 2]
     domains = domains_on(options.on, bench, readers, options.seed, progress, times=2)
-    fitting, stopping, more, confirming = split(domains, PARTS)
-    tuning = _Tuning(bench, start, numbers, [*fitting, *more], stopping, options, progress)
+    fitting, kept = split(domains, 2)
+    stopping, confirming = split(kept, 2)
+    tuning = _Tuning(bench, start, numbers, fitting, stopping, options, progress)
     found, steps = tuning.found()
     return _confirmed(bench, recipe, found, confirming, options, steps, len(numbers))
 
@@ -238,6 +237,9 @@ class _Gradient:
         names = dict.fromkeys(name for each in self.affected for name in each)
         self.groups = _apart(self.affected)
         self.model = tuning.bench.assemble(base).requires_grad_(False)
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None  # whose row would have no gradient
         stored = names_as_stored(self.model, base.base.architecture)
         self.parameters = {
             stored[name]: parameter
@@ -296,15 +298,18 @@ class _Gradient:
     def _backward(self, step: int) -> None:
         """Add up the gradients of the mean loss on one batch of every domain."""
         generator = np.random.default_rng([self.tuning.options.seed, step])
-        batches = [
-            domain.of_units(np.sort(generator.permutation(domain.size)[:BATCH]))
-            for domain in self.tuning.fitting
-        ]
+        batches = [domain.of_units(_drawn(generator, domain)) for domain in self.tuning.fitting]
         for batch in batches:
             ids = batch.ids.to(self.model.device)
             nats = batch.nats(self.model(input_ids=ids, use_cache=False).logits)
             losses, weights = batch.losses(nats)
             (losses.sum() / weights.sum() / len(batches)).backward()
+
+
+def _drawn(generator: np.random.Generator, domain: Domain) -> np.ndarray:
+    """Units of a domain with about `BATCH` rows."""
+    count = max(1, BATCH * domain.size // len(domain.ids))
+    return np.sort(generator.permutation(domain.size)[:count])
 
 
 def _confirmed(

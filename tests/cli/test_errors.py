@@ -67,6 +67,8 @@ def commands(donor: object, recipe: Path, text: Path, tmp_path: Path) -> dict[st
         "merge": ("merge", recipe, tmp_path / "out"),
         "evaluate": ("evaluate", recipe, "--text", text),
         "evaluate a donor": ("evaluate", donor, "--text", text),
+        "tune": ("tune", recipe, "--on", text, "-o", tmp_path / "tuned.yaml"),
+        "sweep": ("plan", donor, "--sweep", "--on", text, "-o", tmp_path / "swept.yaml"),
     }
 
 
@@ -109,7 +111,7 @@ def test_a_tensor_of_a_wrong_shape(refused, donors, recipe, text, tmp_path, comm
     assert name in err and "(25, 16)" in err
 
 
-@pytest.mark.parametrize("command", [name for name in NAMES if name not in ("inspect",)])
+@pytest.mark.parametrize("command", [name for name in NAMES if name not in ("inspect", "tune")])
 def test_a_donor_without_a_tokenizer(refused, donors, recipe, text, tmp_path, command):
     donor = Path(shutil.copytree(donors["a"], tmp_path / "donor"))
     (donor / "tokenizer.json").unlink()
@@ -302,6 +304,11 @@ def test_an_invalid_shard_size(refused, donors, recipe, tmp_path, size):
         (("plan", "x", "-o", "y", "--depth", "many"), "--depth"),
         (("plan", "x", "-o", "y", "--depth", "0"), "--depth"),
         (("plan", "x", "-o", "y", "--top", "0"), "--top"),
+        (("plan", "x", "-o", "y", "--on", "sampled", "--on", "text.txt"), "'sampled'"),
+        (("plan", "x", "-o", "y", "--objective", "profit"), "--objective"),
+        (("tune", "r.yaml"), "--output"),
+        (("tune", "r.yaml", "-o", "y", "--per", "neuron"), "--per"),
+        (("tune", "r.yaml", "-o", "y", "--steps", "0"), "--steps"),
         (("align", "a", "-o", "x"), "'B'"),
         (("evaluate", "a"), "--text"),
         (("evaluate", "a", "--text", "b", "--dtype", "int8"), "--dtype"),
