@@ -171,7 +171,10 @@ def loss_on(model, line: np.ndarray) -> float:
     count = min(256, len(line) // CONTEXT)
     rows = torch.from_numpy(line[: count * CONTEXT].reshape(count, CONTEXT))
     model.eval()
-    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in rows.split(32)]
+    losses = [
+        model(input_ids=part, labels=part, use_cache=False).loss.item() * len(part)
+        for part in rows.split(32)
+    ]
     model.train()
     return sum(losses) / count
 
