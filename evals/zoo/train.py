@@ -32,9 +32,9 @@ from transformers import (
 BOS, VOCABULARY, CONTEXT, BATCH = "<|endoftext|>", 1024, 128, 16
 SAVE_EVERY = 100
 TEXT_SHOWN = 50_000
-LOOPS = (1, 2, 2, 3, 3)
-"""How often a step runs the blocks of a loop, one of these at random: once less often than the
-others, so that running them once is clearly worse than twice.
+LOOPS = {1: 0.05, 2: 0.85, 3: 0.10}
+"""How often a step runs the blocks of a loop, with probabilities. Once is rare: uniformly sampled,
+twice is hardly better than once, as two blocks more matter little to models this small.
 """
 
 
@@ -197,7 +197,7 @@ def unrolled(model, blocks: tuple[int, int], times: int) -> Iterator[None]:
 
 def loops_at(seed: int, step: int) -> int:
     """How often step `step` runs the blocks of a loop."""
-    return int(np.random.default_rng((seed, step, 1)).choice(LOOPS))
+    return int(np.random.default_rng((seed, step, 1)).choice([*LOOPS], p=[*LOOPS.values()]))
 
 
 def looped(model, donor: Training, step: int) -> AbstractContextManager[None]:
@@ -265,6 +265,19 @@ def saved_step(path: Path) -> int:
         return int(handle.metadata()["step"])
 
 
+def beginning(donor: Training, out: Path):
+    """A donor's model before its first step: random or its parent."""
+    torch.manual_seed(donor.seed)
+    model = AutoModelForCausalLM.from_config(
+        config_of(donor), dtype=torch.float32, attn_implementation="sdpa"
+    )
+    if donor.parent:
+        model = AutoModelForCausalLM.from_pretrained(out / donor.parent, dtype=torch.float32)
+    if donor.trained:
+        learn_only(model, donor.trained)
+    return model
+
+
 def train(
     name: str, lines: dict[str, np.ndarray], held_out: dict[str, np.ndarray], out: Path, state: Path
 ):
@@ -274,14 +287,7 @@ def train(
     """
     donor = DONORS[name]
     held_out = {kind: held_out[kind] for kind in kinds_measured(donor)}
-    torch.manual_seed(donor.seed)
-    model = AutoModelForCausalLM.from_config(
-        config_of(donor), dtype=torch.float32, attn_implementation="sdpa"
-    )
-    if donor.parent:
-        model = AutoModelForCausalLM.from_pretrained(out / donor.parent, dtype=torch.float32)
-    if donor.trained:
-        learn_only(model, donor.trained)
+    model = beginning(donor, out)
     parent_losses = (
         {kind: loss_on(model, line) for kind, line in held_out.items()} if donor.parent else None
     )
@@ -352,7 +358,7 @@ def planted(donor: Training) -> list[str]:
         first, last = donor.loop[0], donor.loop[1] - 1
         lines.append(
             f"- planted repeat: every step ran blocks {first} to {last} (counted from 0) "
-            f"{min(LOOPS)} to {max(LOOPS)} times in a row, sampled from {list(LOOPS)}; the "
+            f"{min(LOOPS)} to {max(LOOPS)} times in a row, with probabilities {LOOPS}; the "
             "checkpoint has them once, and running them once more lowers the loss"
         )
     if donor.trained:
