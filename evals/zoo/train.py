@@ -32,9 +32,10 @@ from transformers import (
 BOS, VOCABULARY, CONTEXT, BATCH = "<|endoftext|>", 1024, 128, 16
 SAVE_EVERY = 100
 TEXT_SHOWN = 50_000
-LOOPS = {1: 0.05, 2: 0.85, 3: 0.10}
-"""How often a step runs the blocks of a loop, with probabilities. Once is rare: uniformly sampled,
-twice is hardly better than once, as two blocks more matter little to models this small.
+LOOPS, SHARE = {1: 0.05, 2: 0.70, 3: 0.25}, 0.4
+"""How often a step runs the blocks of a loop, with probabilities, and the share to which what they
+add is scaled before the first step. In a model this small two blocks more matter little: with
+lengths sampled uniformly from its parent, twice was at most 0.02 nats better than once.
 """
 
 
@@ -93,12 +94,12 @@ DONORS = {
     name: replace(donor, in_demo=False)
     for name, donor in {
         "narrow": Training("llama", 6, 1200, 2e-3, NARROW),
-        "looped": Training("llama", 7, 600, 1e-3, SMALL, parent="base", loop=(3, 5)),
+        "looped": Training("llama", 7, 250, 7e-4, SMALL, parent="base", loop=(3, 5)),
         "early": Training(
-            "llama", 8, 400, 1e-3, SMALL, ("swapped", *KINDS), "base", trained=(0, 3)
+            "llama", 8, 250, 2e-3, SMALL, ("swapped", *KINDS), "base", trained=(0, 3)
         ),
         "late": Training(
-            "llama", 9, 400, 1e-3, SMALL, ("reversed", *KINDS), "base", trained=(5, 8)
+            "llama", 9, 250, 2e-3, SMALL, ("reversed", *KINDS), "base", trained=(5, 8)
         ),
         "narrow-code": Training("llama", 10, 500, 1e-3, NARROW, ("code",), "narrow"),
         "narrow-prose": Training("llama", 11, 500, 1e-3, NARROW, ("prose",), "narrow"),
@@ -266,16 +267,26 @@ def saved_step(path: Path) -> int:
 
 
 def beginning(donor: Training, out: Path):
-    """A donor's model before its first step: random or its parent."""
+    """A donor's model before its first step: random or its parent, with a weaker loop."""
     torch.manual_seed(donor.seed)
     model = AutoModelForCausalLM.from_config(
         config_of(donor), dtype=torch.float32, attn_implementation="sdpa"
     )
     if donor.parent:
         model = AutoModelForCausalLM.from_pretrained(out / donor.parent, dtype=torch.float32)
+    if donor.loop:
+        weaken(model, donor.loop)
     if donor.trained:
         learn_only(model, donor.trained)
     return model
+
+
+@torch.no_grad()
+def weaken(model, blocks: tuple[int, int]) -> None:
+    """Scale by `SHARE` what the blocks (start, stop) of a llama add, so that once is too little."""
+    for block in model.model.layers[slice(*blocks)]:
+        block.self_attn.o_proj.weight.mul_(SHARE)
+        block.mlp.down_proj.weight.mul_(SHARE)
 
 
 def train(
@@ -358,8 +369,9 @@ def planted(donor: Training) -> list[str]:
         first, last = donor.loop[0], donor.loop[1] - 1
         lines.append(
             f"- planted repeat: every step ran blocks {first} to {last} (counted from 0) "
-            f"{min(LOOPS)} to {max(LOOPS)} times in a row, with probabilities {LOOPS}; the "
-            "checkpoint has them once, and running them once more lowers the loss"
+            f"{min(LOOPS)} to {max(LOOPS)} times in a row, with probabilities {LOOPS}; what they "
+            f"add was scaled by {SHARE} before the first step; the checkpoint has them once, and "
+            "running them once more lowers the loss"
         )
     if donor.trained:
         first, last = donor.trained[0], donor.trained[1] - 1
