@@ -101,12 +101,12 @@ DONORS = {
         "late": Training(
             "llama", 9, 250, 2e-3, SMALL, ("reversed", *KINDS), "base", trained=(5, 8)
         ),
-        "narrow-code": Training("llama", 10, 500, 1e-3, NARROW, ("code",), "narrow"),
-        "narrow-prose": Training("llama", 11, 500, 1e-3, NARROW, ("prose",), "narrow"),
-        "wide-code": Training("llama", 12, 500, 1e-3, WIDE, ("code",), "wide"),
-        "wide-prose": Training("llama", 13, 500, 1e-3, WIDE, ("prose",), "wide"),
-        "stranger-code": Training("llama", 14, 500, 1e-3, SMALL, ("code",), "stranger"),
-        "stranger-prose": Training("llama", 15, 500, 1e-3, SMALL, ("prose",), "stranger"),
+        "narrow-code": Training("llama", 10, 400, 1e-3, NARROW, ("code",), "narrow"),
+        "narrow-prose": Training("llama", 11, 400, 1e-3, NARROW, ("prose",), "narrow"),
+        "wide-code": Training("llama", 12, 400, 1e-3, WIDE, ("code",), "wide"),
+        "wide-prose": Training("llama", 13, 400, 1e-3, WIDE, ("prose",), "wide"),
+        "stranger-code": Training("llama", 14, 400, 1e-3, SMALL, ("code",), "stranger"),
+        "stranger-prose": Training("llama", 15, 400, 1e-3, SMALL, ("prose",), "stranger"),
     }.items()
 }
 GAIN, LOSS = 0.10, 0.15
