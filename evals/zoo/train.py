@@ -32,10 +32,14 @@ from transformers import (
 BOS, VOCABULARY, CONTEXT, BATCH = "<|endoftext|>", 1024, 128, 16
 SAVE_EVERY = 100
 TEXT_SHOWN = 50_000
-LOOPS, SHARE = {1: 0.05, 2: 0.70, 3: 0.25}, 0.4
-"""How often a step runs the blocks of a loop, with probabilities, and the share to which what they
-add is scaled before the first step. In a model this small two blocks more matter little: with
-lengths sampled uniformly from its parent, twice was at most 0.02 nats better than once.
+LOOPS = {1: 0.05, 2: 0.70, 3: 0.25}
+"""How often a step runs the blocks of a loop, with probabilities. Once is rare: two blocks more
+matter little in a model this small, and twice should be better than once.
+"""
+SHARES = (0.45, 0.30)
+"""To what share the output of each block of a loop is scaled before the first step, so that running
+them once is too little. The first block matters more: with equal shares, repeating it alone gains
+two thirds of what repeating both does.
 """
 
 
@@ -94,7 +98,7 @@ DONORS = {
     name: replace(donor, in_demo=False)
     for name, donor in {
         "narrow": Training("llama", 6, 1200, 2e-3, NARROW),
-        "looped": Training("llama", 7, 250, 7e-4, SMALL, parent="base", loop=(3, 5)),
+        "looped": Training("llama", 7, 300, 7e-4, SMALL, parent="base", loop=(3, 5)),
         "early": Training(
             "llama", 8, 250, 2e-3, SMALL, ("swapped", *KINDS), "base", trained=(0, 3)
         ),
@@ -283,10 +287,10 @@ def beginning(donor: Training, out: Path):
 
 @torch.no_grad()
 def weaken(model, blocks: tuple[int, int]) -> None:
-    """Scale by `SHARE` what the blocks (start, stop) of a llama add, so that once is too little."""
-    for block in model.model.layers[slice(*blocks)]:
-        block.self_attn.o_proj.weight.mul_(SHARE)
-        block.mlp.down_proj.weight.mul_(SHARE)
+    """Scale what the blocks (start, stop) of a llama add by `SHARES`."""
+    for block, share in zip(model.model.layers[slice(*blocks)], SHARES, strict=True):
+        block.self_attn.o_proj.weight.mul_(share)
+        block.mlp.down_proj.weight.mul_(share)
 
 
 def train(
@@ -370,7 +374,7 @@ def planted(donor: Training) -> list[str]:
         lines.append(
             f"- planted repeat: every step ran blocks {first} to {last} (counted from 0) "
             f"{min(LOOPS)} to {max(LOOPS)} times in a row, with probabilities {LOOPS}; what they "
-            f"add was scaled by {SHARE} before the first step; the checkpoint has them once, and "
+            f"add was scaled by {SHARES} before the first step; the checkpoint has them once, and "
             "running them once more lowers the loss"
         )
     if donor.trained:
