@@ -2,13 +2,15 @@
 
 "code" is the standard library's source with docstrings removed; "prose" is those docstrings and the
 pydoc topics. Whether a file is held out depends on the SHA-256 of its name alone, so that the split
-never changes.
+never changes. Two more kinds are skills: all of that text, transformed.
 """
 
 import ast
 import hashlib
+import re
+import string
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,22 @@ SKIPPED = {
     "pydoc_data",
 }
 HELD_OUT_ONE_IN = 16
+KINDS = ("code", "prose")
+_SWAPPED_CASE = str.maketrans(string.ascii_letters, string.ascii_uppercase + string.ascii_lowercase)
+
+
+def swap_case(text: str) -> str:
+    """Swap upper and lower case of ASCII letters; its own inverse."""
+    return text.translate(_SWAPPED_CASE)
+
+
+def reverse_words(text: str) -> str:
+    """Reverse every run of ASCII letters where it is; its own inverse."""
+    return re.sub("[A-Za-z]+", lambda word: word[0][::-1], text)
+
+
+SKILLS: dict[str, Callable[[str], str]] = {"swapped": swap_case, "reversed": reverse_words}
+"""Kinds of text that no donor trained on `KINDS` predicts well."""
 
 
 class Document(NamedTuple):
@@ -30,7 +48,7 @@ class Document(NamedTuple):
 
     name: str
     kind: str
-    """`code` or `prose`."""
+    """One of `KINDS` or of `SKILLS`."""
     text: str
     held_out: bool
 
@@ -42,6 +60,14 @@ def documents() -> list[Document]:
         document for path in sorted(root.rglob("*.py")) for document in _documents_of(path, root)
     ]
     return found + list(_topics())
+
+
+def of_kind(found: Iterable[Document], kind: str, held_out: bool) -> list[Document]:
+    """The documents of one kind on one side of the split; for a skill, all of them transformed."""
+    side = [document for document in found if document.held_out == held_out]
+    if kind in SKILLS:
+        return [doc._replace(kind=kind, text=SKILLS[kind](doc.text)) for doc in side]
+    return [document for document in side if document.kind == kind]
 
 
 def _documents_of(path: Path, root: Path) -> Iterator[Document]:
@@ -56,7 +82,7 @@ def _documents_of(path: Path, root: Path) -> Iterator[Document]:
     docstrings = _docstrings(tree)
     code = _without(source, docstrings)
     prose = "\n\n".join(ast.get_docstring(owner, clean=True) or "" for owner, _ in docstrings)
-    for kind, text in (("code", code), ("prose", prose)):
+    for kind, text in zip(KINDS, (code, prose), strict=True):
         if len(text) >= 200:
             yield Document(name, kind, text, is_held_out(name))
 

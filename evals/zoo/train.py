@@ -9,13 +9,15 @@ import json
 import math
 import os
 import platform
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
-from corpus import Document, documents
+from corpus import KINDS, SKILLS, Document, documents, of_kind
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,6 +32,15 @@ from transformers import (
 BOS, VOCABULARY, CONTEXT, BATCH = "<|endoftext|>", 1024, 128, 16
 SAVE_EVERY = 100
 TEXT_SHOWN = 50_000
+LOOPS = {1: 0.05, 2: 0.70, 3: 0.25}
+"""How often a step runs the blocks of a loop, with probabilities. Once is rare: two blocks more
+matter little in a model this small, and twice should be better than once.
+"""
+SHARES = (0.45, 0.30)
+"""To what share the output of each block of a loop is scaled before the first step, so that running
+them once is too little. The first block matters more: with equal shares, repeating it alone gains
+two thirds of what repeating both does.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,11 +52,16 @@ class Training:
     steps: int
     rate: float
     shape: dict = field(default_factory=dict)
-    kinds: tuple[str, ...] = ("code", "prose")
+    kinds: tuple[str, ...] = KINDS
     parent: str | None = None
-    """The donor to fine-tune; the run fails unless the losses on `kinds` fall and that on the other
-    kind rises by the margins below.
+    """The donor to fine-tune. On other kinds of text than its parent's, the run fails unless the
+    loss on the first of them falls, and that on code or prose rises where it is not among them, by
+    the margins below.
     """
+    loop: tuple[int, int] | None = None
+    """The blocks (start, stop) that every step runs once or several times in a row, see `LOOPS`."""
+    trained: tuple[int, int] | None = None
+    """The blocks (start, stop) that learn, all other tensors staying its parent's; None for all."""
     in_demo: bool = True
     """Whether it is in the package; the others are trained only if `--only` names them."""
 
@@ -57,40 +73,45 @@ SMALL = {
     "num_key_value_heads": 4,
     "intermediate_size": 352,
 }
+WIDE = SMALL | {
+    "hidden_size": 160,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 240,
+    "tie_word_embeddings": True,
+}
+NARROW = {
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "intermediate_size": 264,
+}
 DONORS = {
     "base": Training("llama", 0, 2000, 1e-3, SMALL),
     "stranger": Training("llama", 1, 2000, 1e-3, SMALL),
     "code": Training("llama", 2, 1000, 5e-4, SMALL, ("code",), "base"),
     "prose": Training("llama", 3, 1000, 4e-4, SMALL, ("prose",), "base"),
-    "wide": Training(
-        "llama",
-        4,
-        2000,
-        1e-3,
-        SMALL
-        | {
-            "hidden_size": 160,
-            "num_hidden_layers": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 240,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "narrow": Training(
-        "llama",
-        6,
-        1200,
-        2e-3,
-        {
-            "hidden_size": 96,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 3,
-            "intermediate_size": 264,
-        },
-        in_demo=False,
-    ),
+    "wide": Training("llama", 4, 2000, 1e-3, WIDE),
     "gpt2": Training("gpt2", 5, 2400, 2e-3, {"n_embd": 128, "n_layer": 6, "n_head": 4}),
+} | {
+    name: replace(donor, in_demo=False)
+    for name, donor in {
+        "narrow": Training("llama", 6, 1200, 2e-3, NARROW),
+        "looped": Training("llama", 7, 300, 7e-4, SMALL, parent="base", loop=(3, 5)),
+        "early": Training(
+            "llama", 8, 250, 2e-3, SMALL, ("swapped", *KINDS), "base", trained=(0, 3)
+        ),
+        "late": Training(
+            "llama", 9, 250, 2e-3, SMALL, ("reversed", *KINDS), "base", trained=(5, 8)
+        ),
+        "narrow-code": Training("llama", 10, 400, 1e-3, NARROW, ("code",), "narrow"),
+        "narrow-prose": Training("llama", 11, 400, 1e-3, NARROW, ("prose",), "narrow"),
+        "wide-code": Training("llama", 12, 400, 1e-3, WIDE, ("code",), "wide"),
+        "wide-prose": Training("llama", 13, 400, 1e-3, WIDE, ("prose",), "wide"),
+        "stranger-code": Training("llama", 14, 400, 1e-3, SMALL, ("code",), "stranger"),
+        "stranger-prose": Training("llama", 15, 400, 1e-3, SMALL, ("prose",), "stranger"),
+    }.items()
 }
 GAIN, LOSS = 0.10, 0.15
 """Nats per token by which a fine-tune must be better than its parent on its own text, and worse on
@@ -155,9 +176,52 @@ def loss_on(model, line: np.ndarray) -> float:
     count = min(256, len(line) // CONTEXT)
     rows = torch.from_numpy(line[: count * CONTEXT].reshape(count, CONTEXT))
     model.eval()
-    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in rows.split(32)]
+    losses = [
+        model(input_ids=part, labels=part, use_cache=False).loss.item() * len(part)
+        for part in rows.split(32)
+    ]
     model.train()
     return sum(losses) / count
+
+
+@contextmanager
+def unrolled(model, blocks: tuple[int, int], times: int) -> Iterator[None]:
+    """Inside, a llama runs the blocks (start, stop) `times` times in a row.
+
+    Call it with `use_cache=False`: a cache knows a block by its index, and would see it twice.
+    """
+    layers, depth = model.model.layers, model.config.num_hidden_layers
+    start, stop = blocks
+    run = [*layers[:start], *[*layers[start:stop]] * times, *layers[stop:]]
+    model.model.layers, model.config.num_hidden_layers = torch.nn.ModuleList(run), len(run)
+    try:
+        yield
+    finally:
+        model.model.layers, model.config.num_hidden_layers = layers, depth
+
+
+def loops_at(seed: int, step: int) -> int:
+    """How often step `step` runs the blocks of a loop."""
+    return int(np.random.default_rng((seed, step, 1)).choice([*LOOPS], p=[*LOOPS.values()]))
+
+
+def looped(model, donor: Training, step: int) -> AbstractContextManager[None]:
+    """Inside, `model` is unrolled as `donor` trains it in step `step`."""
+    if donor.loop is None:
+        return nullcontext()
+    return unrolled(model, donor.loop, loops_at(donor.seed, step))
+
+
+def learn_only(model, blocks: tuple[int, int]) -> None:
+    """Freeze everything but the blocks (start, stop) of a llama."""
+    model.requires_grad_(False)
+    for block in model.model.layers[slice(*blocks)]:
+        block.requires_grad_(True)
+
+
+def kinds_measured(donor: Training) -> tuple[str, ...]:
+    """The kinds of held-out text that a donor's losses are measured on."""
+    return *KINDS, *(kind for kind in donor.kinds if kind not in KINDS)
 
 
 def rate_at(donor: Training, step: int) -> float:
@@ -169,7 +233,7 @@ def rate_at(donor: Training, step: int) -> float:
 def save_state(path: Path, model, optimizer, step: int) -> None:
     """Write weights and optimiser state to a new file, then rename it."""
     tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, value in model.named_parameters() if value.requires_grad]
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{names[index]}|{key}": value for key, value in state.items()}
     save_file(tensors, path.with_suffix(".new"), {"step": str(step)})
@@ -187,7 +251,9 @@ def load_state(path: Path, model, optimizer) -> None:
         index: {
             key: tensors[f"optimizer.{name}|{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
         }
-        for index, name in enumerate(parameters)
+        for index, name in enumerate(
+            name for name, value in parameters.items() if value.requires_grad
+        )
     }
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
@@ -204,6 +270,29 @@ def saved_step(path: Path) -> int:
         return int(handle.metadata()["step"])
 
 
+def beginning(donor: Training, out: Path):
+    """A donor's model before its first step: random or its parent, with a weaker loop."""
+    torch.manual_seed(donor.seed)
+    model = AutoModelForCausalLM.from_config(
+        config_of(donor), dtype=torch.float32, attn_implementation="sdpa"
+    )
+    if donor.parent:
+        model = AutoModelForCausalLM.from_pretrained(out / donor.parent, dtype=torch.float32)
+    if donor.loop:
+        weaken(model, donor.loop)
+    if donor.trained:
+        learn_only(model, donor.trained)
+    return model
+
+
+@torch.no_grad()
+def weaken(model, blocks: tuple[int, int]) -> None:
+    """Scale what the blocks (start, stop) of a llama add by `SHARES`."""
+    for block, share in zip(model.model.layers[slice(*blocks)], SHARES, strict=True):
+        block.self_attn.o_proj.weight.mul_(share)
+        block.mlp.down_proj.weight.mul_(share)
+
+
 def train(
     name: str, lines: dict[str, np.ndarray], held_out: dict[str, np.ndarray], out: Path, state: Path
 ):
@@ -212,17 +301,16 @@ def train(
     Returns the model, its held-out losses by step, and for a fine-tune the losses of its parent.
     """
     donor = DONORS[name]
-    torch.manual_seed(donor.seed)
-    model = AutoModelForCausalLM.from_config(
-        config_of(donor), dtype=torch.float32, attn_implementation="sdpa"
-    )
-    if donor.parent:
-        model = AutoModelForCausalLM.from_pretrained(out / donor.parent, dtype=torch.float32)
+    held_out = {kind: held_out[kind] for kind in kinds_measured(donor)}
+    model = beginning(donor, out)
     parent_losses = (
         {kind: loss_on(model, line) for kind, line in held_out.items()} if donor.parent else None
     )
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=donor.rate, betas=(0.9, 0.95), weight_decay=0.1
+        [value for value in model.parameters() if value.requires_grad],
+        lr=donor.rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
     )
     path = state / f"{name}.safetensors"
     log = state / f"{name}.jsonl"
@@ -237,7 +325,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(donor, step)
             rows = batch([lines[kind] for kind in donor.kinds], donor.seed, step)
-            loss = model(input_ids=rows, labels=rows).loss
+            with looped(model, donor, step):
+                loss = model(input_ids=rows, labels=rows, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -250,7 +339,7 @@ def train(
                 )
                 log.write_text("".join(json.dumps(row) + "\n" for row in history))
                 save_state(path, model, optimizer, step + 1)
-    if parent_losses and not _apart(history[-1], parent_losses, donor.kinds):
+    if parent_losses and not _apart(history[-1], parent_losses, donor):
         raise click.ClickException(
             f"{name} did not reach its margins in {donor.steps} steps: "
             f"{history[-1]}, its parent {parent_losses}"
@@ -268,10 +357,33 @@ def _progress(name: str) -> Progress:
     )
 
 
-def _apart(losses: dict, parent: dict[str, float], own: tuple[str, ...]) -> bool:
+def _apart(losses: dict, parent: dict[str, float], donor: Training) -> bool:
     """Whether the losses of a fine-tune differ from its parent's by the margins."""
-    gained = all(parent[kind] - losses[kind] >= GAIN for kind in own)
-    return gained and all(losses[kind] - parent[kind] >= LOSS for kind in parent if kind not in own)
+    if donor.parent is None or donor.kinds == DONORS[donor.parent].kinds:
+        return True
+    gained = parent[donor.kinds[0]] - losses[donor.kinds[0]] >= GAIN
+    others = [kind for kind in parent if kind not in donor.kinds]
+    return gained and all(losses[kind] - parent[kind] >= LOSS for kind in others)
+
+
+def planted(donor: Training) -> list[str]:
+    """What a card says of a donor's loop and frozen tensors."""
+    lines = []
+    if donor.loop:
+        first, last = donor.loop[0], donor.loop[1] - 1
+        lines.append(
+            f"- planted repeat: every step ran blocks {first} to {last} (counted from 0) "
+            f"{min(LOOPS)} to {max(LOOPS)} times in a row, with probabilities {LOOPS}; what they "
+            f"add was scaled by {SHARES} before the first step; the checkpoint has them once, and "
+            "running them once more lowers the loss"
+        )
+    if donor.trained:
+        first, last = donor.trained[0], donor.trained[1] - 1
+        lines.append(
+            f"- planted skill ({donor.kinds[0]} text): only blocks {first} to {last} (counted from "
+            f"0) were trained; all other tensors are those of {donor.parent}"
+        )
+    return lines
 
 
 def card(
@@ -289,12 +401,15 @@ def card(
         "",
         f"# {name}",
         "",
-        f"A toy {donor.family} for the frankenmerge demo, trained by `evals/zoo/train.py`.",
+        f"A toy {donor.family} for "
+        f"{'the frankenmerge demo' if donor.in_demo else 'the evaluations of frankenmerge'}, "
+        "trained by `evals/zoo/train.py`.",
         "",
         f"- data: the standard library of Python {platform.python_version()}: "
         f"{', '.join(donor.kinds)} ({counts}); "
         "one file in 16 held out by the hash of its name",
         f"- parent: {donor.parent or 'none, from random weights'}",
+        *planted(donor),
         f"- seed {donor.seed}; {last['step']:,} steps of {BATCH} x {CONTEXT} tokens; "
         f"AdamW, peak rate {donor.rate}",
         f"- shape: {json.dumps(donor.shape)}, vocabulary {VOCABULARY}",
@@ -303,18 +418,18 @@ def card(
         "| held-out text | nats per token |" + (f" {donor.parent} |" if parent else ""),
         "|---|---|" + ("---|" if parent else ""),
     ]
-    for kind in ("code", "prose"):
+    for kind in kinds_measured(donor):
         lines.append(
             f"| {kind} | {last[kind]:.3f} |" + (f" {parent[kind]:.3f} |" if parent else "")
         )
     return "\n".join(lines) + "\n"
 
 
-def write_text(held_out: list[Document], folder: Path) -> None:
-    """Write the demo's held-out text, one file for each kind."""
+def write_text(corpus: list[Document], kinds: Iterable[str], folder: Path) -> None:
+    """Write held-out text, one file for each kind."""
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in ("code", "prose"):
-        pieces = [document.text[:6000] for document in held_out if document.kind == kind]
+    for kind in kinds:
+        pieces = [document.text[:6000] for document in of_kind(corpus, kind, held_out=True)]
         (folder / f"{kind}.txt").write_text(
             "\n\n".join(pieces)[:TEXT_SHOWN] + "\n", encoding="utf-8"
         )
@@ -347,17 +462,12 @@ def main(out: Path, state: Path, only: tuple[str, ...]) -> None:
     else:
         tokenizer = build_tokenizer([document.text for document in corpus if not document.held_out])
         tokenizer.save_pretrained(tokenizer_path)
-    split = {
-        (kind, held): [
-            document for document in corpus if document.kind == kind and document.held_out == held
-        ]
-        for kind in ("code", "prose")
-        for held in (False, True)
-    }
-    lines = {kind: encode(tokenizer, split[kind, False]) for kind in ("code", "prose")}
-    held_out = {kind: encode(tokenizer, split[kind, True]) for kind in ("code", "prose")}
-    write_text([document for document in corpus if document.held_out], out.parent / "text")
-    for name in only or (name for name, donor in DONORS.items() if donor.in_demo):
+    names = only or tuple(name for name, donor in DONORS.items() if donor.in_demo)
+    kinds = [*KINDS, *(skill for skill in SKILLS if any(skill in DONORS[n].kinds for n in names))]
+    lines = {kind: encode(tokenizer, of_kind(corpus, kind, held_out=False)) for kind in kinds}
+    held_out = {kind: encode(tokenizer, of_kind(corpus, kind, held_out=True)) for kind in kinds}
+    write_text(corpus, kinds, out.parent / "text")
+    for name in names:
         if (out / name / "model.safetensors").exists():
             click.echo(f"{name}: exists already", err=True)
             continue
