@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from frankenmerge.evaluation.items import ItemRows
+from frankenmerge.models.hooks import embedding_of
 from frankenmerge.models.sampling import sample_unprompted
 
 ROWS, LENGTH = 96, 128
@@ -23,6 +24,8 @@ POSITIONS = 4096
 """Most positions in one forward pass."""
 FEWEST_UNITS, LONGEST_UNIT = 48, 8
 """A text has so many units where it has as many rows; a unit has at most so many rows."""
+TARGET_BYTES = 2 << 30
+"""Most memory for the probabilities with which a donor generated its rows."""
 MOST_ROWS = 512
 """Rows of a text that are used: of a longer one, evenly spaced pieces."""
 
@@ -151,10 +154,16 @@ def text_domain(name: str, ids: np.ndarray, start: int | None, context: int) -> 
 
 
 def sampled_domain(name: str, model: PreTrainedModel, seed: int, rows: int = ROWS) -> Domain:
-    """What a model generates by itself, rows of `LENGTH` tokens; each row is a unit."""
+    """What a model generates by itself, rows of `LENGTH` tokens; each row is a unit.
+
+    Where the probabilities of all tokens of the vocabulary take more than `TARGET_BYTES`, the
+    tokens that were drawn count instead.
+    """
     ids = sample_unprompted(model, rows, LENGTH, seed)
     counted = torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
     domain = Domain(name, ids, counted, np.arange(len(ids)))
+    if counted.numel() * embedding_of(model).shape[0] * 4 > TARGET_BYTES:
+        return domain
     with torch.no_grad():
         parts = [
             model(input_ids=batch.ids.to(model.device), use_cache=False).logits[:, :-1]
