@@ -388,7 +388,7 @@ def _between(left: Sequence[tuple[Candidate, Splice]], losses: Sequence[float]) 
             pairs.setdefault(names, []).append((weight, loss, candidate.recipe))
     made = []
     for found in pairs.values():
-        weights, values = ([each[place] for each in found] for place in (0, 1))
+        weights, values = [weight for weight, _, _ in found], [loss for _, loss, _ in found]
         if len(found) < 3:
             continue
         curve, slope, _ = np.polyfit(weights, values, 2)
