@@ -89,11 +89,10 @@ def test_a_loop_is_the_llama_with_its_blocks_in_a_row_and_afterwards_the_plain_o
     assert not torch.equal(looped, plain)
 
 
-def test_a_loop_whose_shares_are_zero_does_nothing(monkeypatch):
+def test_blocks_scaled_by_zero_do_nothing():
     model = random_llama()
-    monkeypatch.setattr(zoo, "SHARES", (0.0, 0.0))
-    zoo.weaken(model, (1, 3))
-    assert torch.allclose(logits(model), logits(with_blocks(model, [0, 3])), atol=1e-6)
+    zoo.scale_loop(model, (1, 3), (0.0, 1.0))
+    assert torch.allclose(logits(model), logits(with_blocks(model, [0, 2, 3])), atol=1e-6)
 
 
 def test_the_loops_of_a_step_are_a_function_of_seed_and_step():
