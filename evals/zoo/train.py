@@ -271,15 +271,13 @@ def saved_step(path: Path) -> int:
 
 
 def beginning(donor: Training, out: Path):
-    """A donor's model before its first step: random or its parent, with a weaker loop."""
+    """A donor's model before its first step: random or its parent."""
     torch.manual_seed(donor.seed)
     model = AutoModelForCausalLM.from_config(
         config_of(donor), dtype=torch.float32, attn_implementation="sdpa"
     )
     if donor.parent:
         model = AutoModelForCausalLM.from_pretrained(out / donor.parent, dtype=torch.float32)
-    if donor.loop:
-        scale_loop(model, donor.loop, WEAKER)
     if donor.trained:
         learn_only(model, donor.trained)
     return model
@@ -306,6 +304,8 @@ def train(
     parent_losses = (
         {kind: loss_on(model, line) for kind, line in held_out.items()} if donor.parent else None
     )
+    if donor.loop:
+        scale_loop(model, donor.loop, WEAKER)
     optimizer = torch.optim.AdamW(
         [value for value in model.parameters() if value.requires_grad],
         lr=donor.rate,

@@ -107,6 +107,13 @@ def test_training_a_loop_gives_another_model_of_the_same_depth(trained):
     assert not torch.equal(logits(looped), logits(plain))
 
 
+def test_the_losses_of_a_parent_are_those_of_its_checkpoint(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(zoo.DONORS, "looped", replace(DONOR, parent="base", loop=(1, 3)))
+    _, _, losses = zoo.train("looped", LINES, LINES, tmp_path, tmp_path / "state")
+    parent = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert losses == {kind: zoo.loss_on(parent, LINES[kind]) for kind in KINDS}
+
+
 def test_frozen_tensors_keep_their_bits_and_the_blocks_that_learn_do_not(trained, tmp_path):
     tuned = trained(replace(DONOR, parent="base", trained=(0, 2))).state_dict()
     parent = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
