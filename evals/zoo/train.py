@@ -36,10 +36,10 @@ LOOPS = {1: 0.05, 2: 0.70, 3: 0.25}
 """How often a step runs the blocks of a loop, with probabilities. Once is rare: two blocks more
 matter little in a model this small, and twice should be better than once.
 """
-SHARES = (0.45, 0.30)
-"""To what share the output of each block of a loop is scaled before the first step, so that running
-them once is too little. The first block matters more: with equal shares, repeating it alone gains
-two thirds of what repeating both does.
+WEAKER, BALANCED = (0.4, 0.4), (1.1, 0.8)
+"""What the outputs of a loop's two blocks are scaled by before the first step, so that running them
+once is too little, and after the last, so that repeating one of them gains half of what repeating
+both does (without it, the first alone gains two thirds).
 """
 
 
@@ -98,7 +98,7 @@ DONORS = {
     name: replace(donor, in_demo=False)
     for name, donor in {
         "narrow": Training("llama", 6, 1200, 2e-3, NARROW),
-        "looped": Training("llama", 7, 300, 7e-4, SMALL, parent="base", loop=(3, 5)),
+        "looped": Training("llama", 7, 250, 7e-4, SMALL, parent="base", loop=(3, 5)),
         "early": Training(
             "llama", 8, 250, 2e-3, SMALL, ("swapped", *KINDS), "base", trained=(0, 3)
         ),
@@ -106,11 +106,11 @@ DONORS = {
             "llama", 9, 250, 2e-3, SMALL, ("reversed", *KINDS), "base", trained=(5, 8)
         ),
         "narrow-code": Training("llama", 10, 400, 1e-3, NARROW, ("code",), "narrow"),
-        "narrow-prose": Training("llama", 11, 400, 1e-3, NARROW, ("prose",), "narrow"),
+        "narrow-prose": Training("llama", 11, 800, 5e-4, NARROW, ("prose",), "narrow"),
         "wide-code": Training("llama", 12, 400, 1e-3, WIDE, ("code",), "wide"),
-        "wide-prose": Training("llama", 13, 400, 1e-3, WIDE, ("prose",), "wide"),
+        "wide-prose": Training("llama", 13, 800, 5e-4, WIDE, ("prose",), "wide"),
         "stranger-code": Training("llama", 14, 400, 1e-3, SMALL, ("code",), "stranger"),
-        "stranger-prose": Training("llama", 15, 400, 1e-3, SMALL, ("prose",), "stranger"),
+        "stranger-prose": Training("llama", 15, 800, 5e-4, SMALL, ("prose",), "stranger"),
     }.items()
 }
 GAIN, LOSS = 0.10, 0.15
@@ -271,26 +271,24 @@ def saved_step(path: Path) -> int:
 
 
 def beginning(donor: Training, out: Path):
-    """A donor's model before its first step: random or its parent, with a weaker loop."""
+    """A donor's model before its first step: random or its parent."""
     torch.manual_seed(donor.seed)
     model = AutoModelForCausalLM.from_config(
         config_of(donor), dtype=torch.float32, attn_implementation="sdpa"
     )
     if donor.parent:
         model = AutoModelForCausalLM.from_pretrained(out / donor.parent, dtype=torch.float32)
-    if donor.loop:
-        weaken(model, donor.loop)
     if donor.trained:
         learn_only(model, donor.trained)
     return model
 
 
 @torch.no_grad()
-def weaken(model, blocks: tuple[int, int]) -> None:
-    """Scale what the blocks (start, stop) of a llama add by `SHARES`."""
-    for block, share in zip(model.model.layers[slice(*blocks)], SHARES, strict=True):
-        block.self_attn.o_proj.weight.mul_(share)
-        block.mlp.down_proj.weight.mul_(share)
+def scale_loop(model, blocks: tuple[int, int], factors: tuple[float, ...]) -> None:
+    """Scale what the blocks (start, stop) of a llama add, each by its factor."""
+    for block, factor in zip(model.model.layers[slice(*blocks)], factors, strict=True):
+        block.self_attn.o_proj.weight.mul_(factor)
+        block.mlp.down_proj.weight.mul_(factor)
 
 
 def train(
@@ -306,6 +304,8 @@ def train(
     parent_losses = (
         {kind: loss_on(model, line) for kind, line in held_out.items()} if donor.parent else None
     )
+    if donor.loop:
+        scale_loop(model, donor.loop, WEAKER)
     optimizer = torch.optim.AdamW(
         [value for value in model.parameters() if value.requires_grad],
         lr=donor.rate,
@@ -339,6 +339,9 @@ def train(
                 )
                 log.write_text("".join(json.dumps(row) + "\n" for row in history))
                 save_state(path, model, optimizer, step + 1)
+    if donor.loop:
+        scale_loop(model, donor.loop, BALANCED)
+        history[-1] |= {kind: round(loss_on(model, line), 4) for kind, line in held_out.items()}
     if parent_losses and not _apart(history[-1], parent_losses, donor):
         raise click.ClickException(
             f"{name} did not reach its margins in {donor.steps} steps: "
@@ -374,8 +377,8 @@ def planted(donor: Training) -> list[str]:
         lines.append(
             f"- planted repeat: every step ran blocks {first} to {last} (counted from 0) "
             f"{min(LOOPS)} to {max(LOOPS)} times in a row, with probabilities {LOOPS}; what they "
-            f"add was scaled by {SHARES} before the first step; the checkpoint has them once, and "
-            "running them once more lowers the loss"
+            f"add was scaled by {WEAKER} before the first step and by {BALANCED} after the last; "
+            "the checkpoint has them once, and running them once more lowers the loss"
         )
     if donor.trained:
         first, last = donor.trained[0], donor.trained[1] - 1

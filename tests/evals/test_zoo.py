@@ -89,11 +89,10 @@ def test_a_loop_is_the_llama_with_its_blocks_in_a_row_and_afterwards_the_plain_o
     assert not torch.equal(looped, plain)
 
 
-def test_a_loop_whose_shares_are_zero_does_nothing(monkeypatch):
+def test_blocks_scaled_by_zero_do_nothing():
     model = random_llama()
-    monkeypatch.setattr(zoo, "SHARES", (0.0, 0.0))
-    zoo.weaken(model, (1, 3))
-    assert torch.allclose(logits(model), logits(with_blocks(model, [0, 3])), atol=1e-6)
+    zoo.scale_loop(model, (1, 3), (0.0, 1.0))
+    assert torch.allclose(logits(model), logits(with_blocks(model, [0, 2, 3])), atol=1e-6)
 
 
 def test_the_loops_of_a_step_are_a_function_of_seed_and_step():
@@ -106,6 +105,13 @@ def test_training_a_loop_gives_another_model_of_the_same_depth(trained):
     plain, looped = trained(DONOR, "plain"), trained(replace(DONOR, loop=(1, 3)), "looped")
     assert looped.state_dict().keys() == plain.state_dict().keys()
     assert not torch.equal(logits(looped), logits(plain))
+
+
+def test_the_losses_of_a_parent_are_those_of_its_checkpoint(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(zoo.DONORS, "looped", replace(DONOR, parent="base", loop=(1, 3)))
+    _, _, losses = zoo.train("looped", LINES, LINES, tmp_path, tmp_path / "state")
+    parent = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert losses == {kind: zoo.loss_on(parent, LINES[kind]) for kind in KINDS}
 
 
 def test_frozen_tensors_keep_their_bits_and_the_blocks_that_learn_do_not(trained, tmp_path):
