@@ -8,6 +8,7 @@ measured by whoever asks for them.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations
+from math import comb
 from typing import Any, NamedTuple
 
 from frankenmerge.artefacts.alignment import Alignment
@@ -94,6 +95,8 @@ def candidates(
         related = [pair for pair in alignments if len(set(pair.donors)) == 2 and _alike(pair)]
         for pair in related:
             found += _of_pair(pair, donors)
+        if len(related) == comb(len(donors.blocks), 2) > 1:
+            found += _of_all(list(donors.blocks))
         if donors.base and related:
             found += _of_base(list(donors.blocks), donors.base)
     depths = [round(deepest * share) for share in DEEPER] if any_depth else [constraints.depth]
@@ -217,6 +220,15 @@ def _of_pair(alignment: Alignment, donors: Donors) -> Iterator[Candidate]:
             if (start, stop) != (0, depth):
                 made = blended([run for run in runs if run.start < run.stop])
                 yield Candidate("transition", made)
+
+
+def _of_all(names: Sequence[str]) -> Iterator[Candidate]:
+    """Averages of three donors or more: of all alike, and with twice the weight of each one."""
+    yield Candidate("average", uniform_average(names))
+    for heavy in names:
+        weights = {name: (1 + (name == heavy)) / (len(names) + 1) for name in names}
+        rounded = {name: round(weight, 4) for name, weight in weights.items()}
+        yield Candidate("average", _average(rounded))
 
 
 def _average(weights: Mapping[str, float], module: str = "", rest: str = "") -> Recipe:
