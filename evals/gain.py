@@ -3,8 +3,7 @@
 The plan is made on tokens that the donors generate; no text is read for it. Then every candidate,
 the donors, their uniform average and their ensemble are measured on held-out texts. Printed are the
 gain of the plan with its interval, the share of the ensemble's gain that it captures, and its
-regret: what the best of all candidates on the texts wins beyond it. `--tune` tunes the uniform
-average on sampled tokens as well, with a number for each model, each block and each map.
+regret: what the best of all candidates on the texts wins beyond it.
 """
 
 import json
@@ -30,8 +29,6 @@ from frankenmerge.splicing.resolve import resolve
 from frankenmerge.workflows.gaining import GainOptions, domains_on, parts_of, plan_gains
 from frankenmerge.workflows.tuning import TuneOptions, tune
 
-PER: tuple[Per, ...] = ("setting", "block", "map")
-
 
 @click.command()
 @click.option("--donor-a", required=True, help="A donor.")
@@ -45,7 +42,13 @@ PER: tuple[Per, ...] = ("setting", "block", "map")
     type=click.Path(path_type=Path),
     help="A held-out text; may be repeated.",
 )
-@click.option("--tune", "tuned", is_flag=True, help="Tune the uniform average, too.")
+@click.option(
+    "--tune",
+    "tuned",
+    multiple=True,
+    type=click.Choice(["setting", "block", "map"]),
+    help="Tune the uniform average, too, with a number for each of these; may be repeated.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
@@ -53,7 +56,7 @@ def main(
     donor_b: str,
     base: str | None,
     texts: tuple[Path, ...],
-    tuned: bool,
+    tuned: tuple[Per, ...],
     seed: int,
     as_json: bool,
 ) -> None:
@@ -71,7 +74,7 @@ def main(
     alone, ensemble = donor_losses(models, domains)
     listed = candidates([alignment], parts_of(donors, base), constraints, any_depth=True)
     chosen, average = plans.plans[0].candidate.recipe, uniform_average(names)
-    tunings = _tunings(donors, names, base, seed) if tuned else {}
+    tunings = _tunings(donors, names, base, seed, tuned)
     recipes = [*(each.recipe for each in listed), chosen, average, *tunings.values()]
     splices = [resolve(recipe, donors) for recipe in recipes]
     sums = {
@@ -113,7 +116,11 @@ def main(
 
 
 def _tunings(
-    donors: Mapping[str, Checkpoint], names: Sequence[str], base: str | None, seed: int
+    donors: Mapping[str, Checkpoint],
+    names: Sequence[str],
+    base: str | None,
+    seed: int,
+    tuned: Sequence[Per],
 ) -> dict[str, Recipe]:
     """The uniform average tuned, and task arithmetic that begins there if there is a base."""
     starts = {"average": uniform_average(names)}
@@ -127,7 +134,7 @@ def _tunings(
             start, TuneOptions("sampled", per, seed=seed), opened=donors
         ).recipe
         for name, start in starts.items()
-        for per in PER
+        for per in tuned
     }
 
 
