@@ -117,6 +117,10 @@ class Architecture:
     """Prefix after `root` of the final norm."""
     head: str = "lm_head."
     """Prefix, without `root`, of the map from the last hidden state to the vocabulary."""
+    head_parts: tuple[str, ...] = ()
+    """Prefixes, without `root`, of what else is between the last hidden state and the logits, such
+    as the dense map and the norm of an encoder's head.
+    """
     norm: Literal["rms", "layer"] = "rms"
     keys: Keys = field(default_factory=Keys)
     per_block: tuple[PerBlock, ...] = (NO_ROPE_LAYERS, LAYER_TYPES)
@@ -171,7 +175,7 @@ class Architecture:
         """
         if re.search(self.unread, name):
             return "ignored", None, name
-        if name.startswith(self.head):
+        if name.startswith((self.head, *self.head_parts)):
             return "head", None, name
         inner = name.removeprefix(self.root)
         if match := re.match(re.escape(self.block).replace(r"\{\}", r"(\d+)"), inner):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_schema import Slice, Source
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import is_multimodal
+from frankenmerge.donors.config import is_multimodal, quantity
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.splicing.compatibility import tensor_names
 from frankenmerge.splicing.methods import faults, resolved
@@ -247,7 +247,10 @@ def _rows(
 def _has_row_per_token(donor: Checkpoint, role: str, canonical: str) -> bool:
     architecture = donor.architecture
     embedding = architecture.root + architecture.embedding[0]
-    return role == "head" or (role == "embedding" and canonical.startswith(embedding))
+    if role != "head":
+        return role == "embedding" and canonical.startswith(embedding)
+    shape = donor.tensors[tensor_names(donor, role)[canonical]].shape
+    return architecture.listed or shape[:1] == (quantity(donor.config, "vocabulary"),)
 
 
 def _seed(recipe: Recipe, name: str) -> int:

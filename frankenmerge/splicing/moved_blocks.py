@@ -1,7 +1,7 @@
 """Blocks that a recipe moves, in families that are not in the table."""
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -44,7 +44,6 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
         expected = f"{base.architecture.keys.blocks}, the number of blocks, in its config"
         remedy = "merge whole models of this family"
         raise fail(f"{place}: {recipe.base}", expected, "none", remedy)
-    _check_surroundings(recipe, base, place)
     from frankenmerge.splicing.at_home import differences_from_home, home_faults, homes_of
 
     runs = blocks_by_source(recipe)
@@ -53,10 +52,9 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
     _check_names(base, homes[recipe.base].prefix, place)
     _check_head(base, config, homes[recipe.base].model.state_dict(), place)
     first = differences_from_home(config, recipe.base, homes, runs)
-    if not first:
-        return config
-    for trial in _trials(config, len(runs[0])):
-        if not differences_from_home(trial, recipe.base, homes, runs):
+    for trial in _trials(config, len(runs[0])) if first else [config]:
+        if not first or not differences_from_home(trial, recipe.base, homes, runs):
+            _check_surroundings(recipe, base, trial, place)
             return trial
     raise FrankenmergeError(*home_faults(first, place))
 
@@ -83,19 +81,50 @@ def _check_shapes(recipe: Recipe, donors: Donors) -> None:
     raise_all(faults)
 
 
-def _check_surroundings(recipe: Recipe, base: Checkpoint, place: str) -> None:
-    """Refuse blocks of several donors where a tensor beside them may be read by all of them."""
-    root = base.architecture.root
-    beside = [
-        name
-        for name in base.by_role.get(("rest", None), {}).values()
-        if not is_multimodal(base.config) or name.startswith(root)
-    ]
-    if beside and len({block.model for block in recipe.blocks}) > 1:
-        expected = "an embedding, blocks, a final norm and a head, and nothing else"
-        found = f"{beside[0]}, which blocks of several donors may not share"
-        remedy = "take all blocks from one donor, or merge whole models"
-        raise fail(f"{place}: {recipe.base}", expected, found, remedy)
+def _check_surroundings(
+    recipe: Recipe, base: Checkpoint, config: dict[str, Any], place: str
+) -> None:
+    """Refuse blocks of several donors where what is around them is read by blocks of another donor.
+
+    What is before the first block comes from the first donor, what is after the last block from the
+    last one, all else from the base.
+    """
+    models = [block.model for block in recipe.blocks]
+    if len(set(models)) == 1:
+        return
+    from frankenmerge.splicing.surroundings import readers
+
+    read, root = readers(config), base.architecture.root
+    origin = {"embedding": models[0], "final": models[-1], "head": models[-1], "rest": recipe.base}
+    for role, donor in origin.items():
+        allowed = {"before"} if donor == models[0] else set()
+        allowed |= {"after"} if donor == models[-1] else set()
+        for name in base.by_role.get((role, None), {}).values():
+            if role == "rest" and is_multimodal(base.config) and not name.startswith(root):
+                continue  # towers
+            parts = None if read is None else _named(read, name)
+            if (
+                not parts <= allowed
+                if parts is not None
+                else role == "rest" or (read is None and not _is_usual(base, name))
+            ):
+                expected = "what is around the blocks to be read before or after all of them"
+                found = f"{name}, which blocks of several donors may not share"
+                remedy = "take all blocks from one donor, or merge whole models"
+                raise fail(f"{place}: {recipe.base}", expected, found, remedy)
+
+
+def _named(read: Mapping[str, frozenset[str]], name: str) -> frozenset[str] | None:
+    """The entry of a tensor, whose file may leave out the prefix of the inner model."""
+    ending = (key for key in read if key.endswith(f".{name}"))
+    return read.get(name, read.get(next(ending, "")))
+
+
+def _is_usual(base: Checkpoint, name: str) -> bool:
+    """Whether a tensor is the embedding matrix, the final norm or the map to the vocabulary."""
+    architecture = base.architecture
+    ends = (architecture.root + part for part in (*architecture.embedding[:1], architecture.final))
+    return name.startswith((*ends, architecture.head))
 
 
 def _check_names(base: Checkpoint, prefix: str, place: str) -> None:
