@@ -11,8 +11,9 @@ from dataclasses import replace
 from os.path import commonprefix
 
 from frankenmerge.donors.architecture import Architecture, Config
-from frankenmerge.donors.config import family, is_multimodal, language, quantity
+from frankenmerge.donors.config import family, is_multimodal, is_tied, language, quantity
 from frankenmerge.donors.families import USUAL
+from frankenmerge.donors.library import ties
 from frankenmerge.errors import Fault
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -61,7 +62,11 @@ def architecture_of(config: Config, shapes: Shapes) -> Architecture:
     outside = {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
     parent = prefix[: prefix.removesuffix(".").rfind(".") + 1]
     root = _root(config, outside, parent)
-    head = _head(config, outside, root)
+    head, tied = _head(config, outside, root), {}
+    if is_tied(config) and not is_multimodal(config):
+        tied = _tied(config, outside)
+        mapped = next((name for name, same in tied.items() if _MATRIX.search(same)), None)
+        head = _module(mapped) if mapped else head
     inside = [
         name
         for name in outside
@@ -92,6 +97,7 @@ def architecture_of(config: Config, shapes: Shapes) -> Architecture:
         final=final,
         head=head or (USUAL.head if matrix else _NONE),
         head_parts=() if is_multimodal(config) else _head_parts(outside, root, head),
+        ties=tied,
         norm="rms" if "rms_norm_eps" in language(config) else "layer",
         learned_positions=bool(positions),
     )
@@ -155,6 +161,15 @@ def _head_parts(outside: Shapes, root: str, head: str | None) -> tuple[str, ...]
         for top in tops
         if root and not root.startswith(top) and top != head and not _TOWER.search(top)
     )
+
+
+def _tied(config: Config, outside: Shapes) -> dict[str, str]:
+    """The tensors that the file of a tied model lacks, with those that they are in the model."""
+    return {
+        name: same
+        for name, same in ties(str(config["model_type"])).items()
+        if same in outside and name not in outside
+    }
 
 
 def _module(name: str) -> str:

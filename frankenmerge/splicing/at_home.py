@@ -170,7 +170,8 @@ def _kind_is_gone(key: tuple[str, ...], made: Home, base: Home) -> bool:
     """Whether a setting names kinds of blocks (`layer_types`) of which the result has no block."""
     kinds = [set(map(str, language(home.config).get("layer_types") or ())) for home in (made, base)]
     if key[-1] == "layer_types":
-        return set(made.rest.get(key) or ()) == kinds[0]
+        own, there = (set(home.rest.get(key) or ()) for home in (made, base))
+        return own == there & kinds[0] and there <= kinds[1]
     return made.rest.get(key) is None and any(
         key[1].startswith(f"{kind}_") for kind in kinds[1] - kinds[0]
     )
