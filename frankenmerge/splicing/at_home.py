@@ -233,7 +233,17 @@ def _is_label(key: tuple[str, ...], made: Home, home: Home, places: tuple[int, i
     offsets = {_offset(value, index) for value, index in zip(values, places, strict=True)}
     numbers = offsets in ({0}, {1})
     counts = values == (len(made.blocks), len(home.blocks))
-    return (numbers or counts) and not _is_computed_with(_class_at(home, places[1], key[0]), key[1])
+    # A block with several entries in the cache numbers these.
+    entries = key[1] == "layer_idx" and _is_multiple(values, places)
+    return (numbers or counts or entries) and not _is_computed_with(_class_at(home, places[1], key[0]), key[1])
+
+
+def _is_multiple(values: tuple[Any, Any], places: tuple[int, int]) -> bool:
+    """Whether two numbers are as far apart as some multiple of their blocks' indices."""
+    if not all(type(value) is int for value in values) or places[0] == places[1]:
+        return False
+    factor, left = divmod(values[0] - values[1], places[0] - places[1])
+    return left == 0 and 1 < factor <= 4 and 0 <= values[0] - factor * places[0] < factor
 
 
 def _offset(value: Any, index: int) -> int | None:

@@ -141,9 +141,11 @@ def _check_head(
     base: Checkpoint, config: dict[str, Any], known: Container[str], place: str
 ) -> None:
     """Refuse to write a head that the donors have not, if the model calls it otherwise."""
-    weight = f"{base.architecture.head}weight"
-    if base.tied and not is_tied(config) and weight not in known and not is_multimodal(base.config):
-        expected = f"a head of its own, or {weight} as its name in the model"
+    architecture = base.architecture
+    written = architecture.tied_names
+    unknown = any(name not in known or architecture.role(name)[0] != "head" for name in written)
+    if base.tied and not is_tied(config) and unknown and not is_multimodal(base.config):
+        expected = f"a head of its own, or {', '.join(written)} as its name in the model"
         remedy = "begin and end with blocks of one donor"
         raise fail(f"{place}: {base.name}", expected, "a tied head of another name", remedy)
 
