@@ -13,6 +13,8 @@ from frankenmerge.splicing.result import Donors, blocks_by_source, is_whole
 
 _COUNT = re.compile(r"first_k|dense|interval|period|offset|step|freq|every|start|end|pattern")
 """Names of numbers that may say which blocks are of which kind."""
+_FEW = 4
+"""Blocks of the first, shortest model that a trial is compared in."""
 
 
 def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) -> dict[str, Any]:
@@ -33,7 +35,19 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
     base = donors[recipe.base]
     if base.architecture.listed:
         return config
-    _check_shapes(recipe, donors)
+    from frankenmerge.splicing.at_home import (
+        differences_from_home,
+        first_unlike,
+        has_lists,
+        home_faults,
+        homes_of,
+        models_of,
+    )
+
+    used = {name: donors[name] for name in (recipe.base, *recipe.tensor_donors)}
+    configs = {name: donor.config for name, donor in used.items() if donor.written is not None}
+    models = models_of(configs)
+    _check_shapes(used, models)
     if is_whole(recipe, donors):
         return config
     if base.written is None:
@@ -44,39 +58,44 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
         expected = f"{base.architecture.keys.blocks}, the number of blocks, in its config"
         remedy = "merge whole models of this family"
         raise fail(f"{place}: {recipe.base}", expected, "none", remedy)
-    from frankenmerge.splicing.at_home import differences_from_home, home_faults, homes_of
-
     runs = blocks_by_source(recipe)
-    used = dict.fromkeys([recipe.base, *(block.model for run in runs for block in run)])
-    homes = homes_of({name: donors[name].config for name in used}, place)
+    homes = homes_of(configs, models, place)
     _check_names(base, homes[recipe.base].prefix, place)
     _check_head(base, config, homes[recipe.base].model.state_dict(), place)
     first = differences_from_home(config, recipe.base, homes, runs)
-    for trial in _trials(config, len(runs[0])) if first else [config]:
-        if not first or not differences_from_home(trial, recipe.base, homes, runs):
+    if not first:
+        _check_surroundings(recipe, base, config, place)
+        return config
+    beginning = (first_unlike(config, homes, runs[0]) or 0) + 1
+    for trial in _trials(config, len(runs[0])):
+        # Lists and short models show of most trials, and soon, that they are in vain.
+        if not has_lists(trial, homes, runs[0]) or any(
+            first_unlike(trial, homes, runs[0][:length]) is not None
+            for length in sorted({min(_FEW, beginning), beginning})
+        ):
+            continue
+        if not differences_from_home(trial, recipe.base, homes, runs):
             _check_surroundings(recipe, base, trial, place)
             return trial
     raise FrankenmergeError(*home_faults(first, place))
 
 
-def _check_shapes(recipe: Recipe, donors: Donors) -> None:
+def _check_shapes(used: Donors, models: Mapping[str, Any]) -> None:
     """Refuse donors with tensors of other shapes than in the model of their config."""
-    from frankenmerge.splicing.at_home import model_shapes
-
     faults: list[Fault] = []
-    for donor in {id(donors[name]): donors[name] for name in recipe.tensor_donors}.values():
-        if donor.written is None or donor.quantisation:
+    for name, donor in {id(donor): (name, donor) for name, donor in used.items()}.values():
+        if donor.quantisation or name not in models:
             continue
-        expected = model_shapes(donor.config)
+        expected = models[name].state_dict()
         faults += [
             Fault(
-                f"{donor.path}: {name}",
-                f"shape {list(expected[name])}, as config.json says",
-                f"shape {list(tensor.shape)}",
+                f"{donor.path}: {tensor}",
+                f"shape {list(expected[tensor].shape)}, as config.json says",
+                f"shape {list(found.shape)}",
                 "use a checkpoint whose config.json belongs to its weights",
             )
-            for name, tensor in donor.tensors.items()
-            if name in expected and expected[name] != tensor.shape
+            for tensor, found in donor.tensors.items()
+            if tensor in expected and tuple(expected[tensor].shape) != found.shape
         ][:3]
     raise_all(faults)
 

@@ -1,5 +1,4 @@
-"""What reads the parameters outside a model's blocks: what is before them, after them, or the
-blocks themselves.
+"""What reads the parameters outside a model's blocks: parts before, within or after these.
 
 A model without weights is run once, on the meta device, where a pass has shapes and a graph of
 gradients but no values. The stream is cut around every block, so the graph says from which
@@ -108,9 +107,7 @@ def _sources(outputs: Collection[Tensor], parameters: Mapping[str, Tensor]) -> s
         allow_unused=True,
         retain_graph=True,
     )
-    return {
-        name for name, found in zip(parameters, gradients, strict=True) if found is not None
-    }
+    return {name for name, found in zip(parameters, gradients, strict=True) if found is not None}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
