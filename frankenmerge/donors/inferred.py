@@ -34,6 +34,7 @@ _FIRST_NORM = re.compile(
 `splicing.surroundings` finds out where a recipe needs to know.
 """
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_projection|head)\.(weight|bias)$")
+_INNER_HEAD = re.compile(r".*?(?<=[._])head\.")
 _NONE = " "
 """A prefix that no tensor has."""
 _NORM = re.compile(r"norm|ln|layer_?norm", re.IGNORECASE)
@@ -154,12 +155,12 @@ def _root(config: Config, outside: Shapes, parent: str) -> str:
 
 
 def _head_parts(outside: Shapes, root: str, head: str | None) -> tuple[str, ...]:
-    """The modules next to the inner one; of a head, where the model has no other parts."""
-    tops = dict.fromkeys(f"{name.split('.')[0]}." for name in outside)
+    """The modules next to the inner one, of a model that has no other parts, and heads within."""
+    tops = (f"{name.split('.')[0]}." for name in outside)
+    found = [top for top in tops if root and not root.startswith(top)]
+    found += [match[0] for name in outside if (match := _INNER_HEAD.match(name))]
     return tuple(
-        top
-        for top in tops
-        if root and not root.startswith(top) and top != head and not _TOWER.search(top)
+        prefix for prefix in dict.fromkeys(found) if prefix != head and not _TOWER.search(prefix)
     )
 
 

@@ -103,17 +103,22 @@ def _check_shapes(used: Donors, models: Mapping[str, Any]) -> None:
 def _check_surroundings(
     recipe: Recipe, base: Checkpoint, config: dict[str, Any], place: str
 ) -> None:
-    """Refuse blocks of several donors where what is around them is read by blocks of another donor.
+    """Refuse blocks that read what other blocks make, or what is around blocks of another donor.
 
     What is before the first block comes from the first donor, what is after the last block from the
     last one, all else from the base.
     """
+    from frankenmerge.splicing.surroundings import surroundings
+
+    around = surroundings(config)
+    if around is not None and around.shared:
+        expected = "blocks that pass on nothing but the hidden state"
+        found = "blocks that read what an earlier block has computed beside it"
+        raise fail(f"{place}: {recipe.base}", expected, found, "merge whole models")
     models = [block.model for block in recipe.blocks]
     if len(set(models)) == 1:
         return
-    from frankenmerge.splicing.surroundings import readers
-
-    read, root = readers(config), base.architecture.root
+    read, root = around.read if around else None, base.architecture.root
     origin = {"embedding": models[0], "final": models[-1], "head": models[-1], "rest": recipe.base}
     for role, donor in origin.items():
         allowed = {"before"} if donor == models[0] else set()

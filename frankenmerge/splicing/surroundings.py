@@ -6,7 +6,7 @@ parameters its input comes, what else its blocks get, and what the logits are co
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,39 +21,54 @@ _TOKENS = 8
 
 
 class _WithoutValues(TorchDispatchMode):
-    """Records which tensors are used, and answers questions about values with yes or one.
+    """Records tensors used outside the graph of gradients, and those that blocks make.
 
     Meta tensors have no values. Models ask whether nothing is masked, or whether every position is
-    counted from zero.
+    counted from zero: the answer is yes, or one.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.used: set[int] = set()
+        self.hidden: set[int] = set()
+        self.within = False
+        self.made: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.used.update(map(id, _tensors((args, kwargs))))
+        if not torch.is_grad_enabled() or func is torch.ops.aten.detach.default:
+            self.hidden.update(map(id, _tensors((args, kwargs))))
         if func is torch.ops.aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self.within:
+            self.made |= {id(tensor): tensor for tensor in _tensors(result)}
+        return result
 
 
-def readers(config: Config) -> dict[str, frozenset[str]] | None:
+class Surroundings(NamedTuple):
+    """What is around a model's blocks."""
+
+    read: dict[str, frozenset[str]]
     """By which parts each parameter outside the blocks is read: `before`, `blocks`, `after`.
 
-    None for a model that cannot be run without weights. Parameters that nothing reads have no part.
-    Those that are read outside the graph of gradients may be read by the blocks.
+    Parameters that nothing reads have no part. Those that are read outside the graph of gradients
+    may be read by the blocks.
     """
+    shared: bool
+    """Whether a block gets from an earlier one more than the stream, such as keys and values."""
+
+
+def surroundings(config: Config) -> Surroundings | None:
+    """What is around the blocks of a config's model; None for one that cannot be run blank."""
     for dtype in (torch.bfloat16, torch.float32):  # experts want the one, some old models the other
         try:
-            return _readers(blank_model(config, dtype).to("meta").eval())
+            return _surroundings(blank_model(config, dtype).to("meta").eval())
         except Exception:  # whatever a pass without values makes code of any family raise
             continue
     return None
 
 
-def _readers(model: PreTrainedModel) -> dict[str, frozenset[str]]:
+def _surroundings(model: PreTrainedModel) -> Surroundings:
     prefix = blocks_path(model)
     blocks: Any = model.get_submodule(prefix)
     outside = {
@@ -63,6 +78,7 @@ def _readers(model: PreTrainedModel) -> dict[str, frozenset[str]]:
     }
     entering: list[Tensor] = []
     besides: list[Tensor] = []
+    record = _WithoutValues()
 
     def enter(_block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         stream = args[0] if args else kwargs["hidden_states"]
@@ -70,29 +86,33 @@ def _readers(model: PreTrainedModel) -> dict[str, frozenset[str]]:
             entering.append(stream)
         others = {key: value for key, value in kwargs.items() if value is not stream}
         besides.extend(_tensors((args[1:], others)))
+        cut = stream.detach()
+        record.within = True
         if args:
-            return (stream.detach(), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": stream.detach()}
+            return (cut, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": cut}
 
     def leave(_block: nn.Module, _args: tuple, output: Any) -> Any:
+        record.within = False
         return output.detach() if isinstance(output, Tensor) else (output[0].detach(), *output[1:])
 
     for block in blocks:
         block.register_forward_pre_hook(enter, with_kwargs=True)
         block.register_forward_hook(leave)
     ids = torch.zeros((1, _TOKENS), dtype=torch.long, device="meta")
-    with torch.enable_grad(), _WithoutValues() as record:
+    with torch.enable_grad(), record:
         logits = model(input_ids=ids, use_cache=False).logits
     parts = {"before": entering, "blocks": besides, "after": [logits]}
     read = {part: _sources(tensors, outside) for part, tensors in parts.items()}
     read["blocks"] |= {
         name
         for name, parameter in outside.items()
-        if id(parameter) in record.used and not any(name in names for names in read.values())
+        if id(parameter) in record.hidden and not any(name in names for names in read.values())
     }
-    return {
+    parts_of = {
         name: frozenset(part for part, names in read.items() if name in names) for name in outside
     }
+    return Surroundings(parts_of, any(id(tensor) in record.made for tensor in besides))
 
 
 def _sources(outputs: Collection[Tensor], parameters: Mapping[str, Tensor]) -> set[str]:
