@@ -171,7 +171,8 @@ def tiny_config(family: str, **changes: Any) -> Any:
                 continue
             try:
                 config = kind(**deepcopy(_merged(_merged(small, own), changes)))
-                if size_of(config) < 20_000_000:
+                known_causal = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+                if not known_causal or size_of(config) < 20_000_000:
                     return config
             except Exception as error:
                 failure = error
