@@ -118,7 +118,7 @@ def _check_surroundings(
     models = [block.model for block in recipe.blocks]
     if len(set(models)) == 1:
         return
-    read, root = around.read if around else None, base.architecture.root
+    root = base.architecture.root
     origin = {"embedding": models[0], "final": models[-1], "head": models[-1], "rest": recipe.base}
     for role, donor in origin.items():
         allowed = {"before"} if donor == models[0] else set()
@@ -126,12 +126,10 @@ def _check_surroundings(
         for name in base.by_role.get((role, None), {}).values():
             if role == "rest" and is_multimodal(base.config) and not name.startswith(root):
                 continue  # towers
-            parts = None if read is None else _named(read, name)
-            if (
-                not parts <= allowed
-                if parts is not None
-                else role == "rest" or (read is None and not _is_usual(base, name))
-            ):
+            parts = _named(around.read, name) if around else None
+            # What the model has under no such name, or a model that cannot be run, shows nothing.
+            known = role != "rest" and _is_usual(base, name) if parts is None else parts <= allowed
+            if not known:
                 expected = "what is around the blocks to be read before or after all of them"
                 found = f"{name}, which blocks of several donors may not share"
                 remedy = "take all blocks from one donor, or merge whole models"
