@@ -144,8 +144,6 @@ def small_fields(kind: Any, known: dict[str, Any], listed: bool) -> dict[str, An
             small[key] = [value[index % len(value)] for index in range(BLOCKS)] if listed else None
         elif isinstance(value, list) and len(value) == known.get("num_hidden_layers"):
             small.setdefault(key, value[:BLOCKS])
-        elif key == "per_layer_config":
-            small[key] = None
         elif isinstance(value, dict) and value.get("model_type") in CONFIG_MAPPING:
             part = small_fields(CONFIG_MAPPING[value["model_type"]], value, listed)
             if key != "text_config":

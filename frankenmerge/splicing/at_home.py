@@ -198,6 +198,9 @@ def _unlike(made: Home, homes: Mapping[str, Home], place: int, block: Block) -> 
         a, b = there.get(key), own.get(key)
         if a == b or _is_label(key, made, homes[donor], (place, index)):
             continue
+        entries = isinstance(a, tuple) and len(a) == len(homes[donor].blocks)
+        if entries and _is_list_of_blocks(key[-1], (b, a), (made, homes[donor])):
+            continue  # what the block reads of it is a setting, or its own entry
         yield f"block {index} of {donor} as block {place}: {_described(key, a, b)}"
 
 
@@ -206,7 +209,7 @@ def _rest_differences(made: Home, base: Home) -> Iterator[str]:
         a, b = base.rest.get(key), made.rest.get(key)
         if a == b or key[-1] == "tie_word_embeddings" or _is_depth(key, made, base):
             continue
-        if _is_list_of_blocks(key, made, base) or _kind_is_gone(key, made, base):
+        if _is_list_of_blocks(key[-1], (b, a), (made, base)) or _kind_is_gone(key, made, base):
             continue
         yield f"outside the blocks: {_described(key, a, b)}"
 
@@ -222,10 +225,9 @@ def _kind_is_gone(key: tuple[str, ...], made: Home, base: Home) -> bool:
     )
 
 
-def _is_list_of_blocks(key: tuple[str, ...], made: Home, base: Home) -> bool:
-    """Whether a setting outside the blocks is a list of the config that has moved with them."""
-    texts = [language(home.config).get(key[-1]) for home in (made, base)]
-    values = [home.rest.get(key) for home in (made, base)]
+def _is_list_of_blocks(name: str, values: Sequence[Any], homes: Sequence[Home]) -> bool:
+    """Whether two settings are lists of their configs with an entry a block, which have moved."""
+    texts = [language(home.config).get(name) for home in homes]
     return all(
         isinstance(text, list) and tuple(text) == value
         for text, value in zip(texts, values, strict=True)
