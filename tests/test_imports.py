@@ -42,6 +42,7 @@ MAY_BE_HEAVY = (
     "splicing.at_home",
     "splicing.gauge_fitting",
     "splicing.gauge_refining",
+    "splicing.surroundings",
     *(
         f"splicing.methods.{name}"
         for name in ("combine", "torch_span", "torch_sparse", "torch_select", "fusion")

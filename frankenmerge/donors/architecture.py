@@ -117,6 +117,14 @@ class Architecture:
     """Prefix after `root` of the final norm."""
     head: str = "lm_head."
     """Prefix, without `root`, of the map from the last hidden state to the vocabulary."""
+    head_parts: tuple[str, ...] = ()
+    """Prefixes, without `root`, of what else is between the last hidden state and the logits, such
+    as the dense map and the norm of an encoder's head.
+    """
+    ties: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of the head that are another one in a tied model, with that one's name; empty where
+    it is the weight of `head` alone, which is the embedding matrix.
+    """
     norm: Literal["rms", "layer"] = "rms"
     keys: Keys = field(default_factory=Keys)
     per_block: tuple[PerBlock, ...] = (NO_ROPE_LAYERS, LAYER_TYPES)
@@ -163,6 +171,16 @@ class Architecture:
         """Pattern of tensors that no loader of the family reads."""
         return f"{self.ignored}|{self.left_out}"
 
+    @property
+    def matrix(self) -> str:
+        """The name of the embedding matrix."""
+        return f"{self.root}{next(iter(self.embedding), '')}weight"
+
+    @property
+    def tied_names(self) -> Mapping[str, str]:
+        """Tensors of a tied model's head that no file has, with those that they are."""
+        return self.ties or {f"{self.head}weight": self.matrix}
+
     def role(self, name: str) -> tuple[Role, int | None, str]:
         """The role of a tensor: (role, block index or None, canonical name).
 
@@ -171,7 +189,7 @@ class Architecture:
         """
         if re.search(self.unread, name):
             return "ignored", None, name
-        if name.startswith(self.head):
+        if name.startswith((self.head, *self.head_parts)):
             return "head", None, name
         inner = name.removeprefix(self.root)
         if match := re.match(re.escape(self.block).replace(r"\{\}", r"(\d+)"), inner):

@@ -16,7 +16,7 @@ from frankenmerge.donors.architecture import (
 )
 from frankenmerge.donors.families import FAMILIES, INDEX_BOUND, TEXT_ONLY, USUAL
 from frankenmerge.donors.library import completed, declared, own_names
-from frankenmerge.donors.moving import is_per_block, moved
+from frankenmerge.donors.moving import DEPTHS, is_per_block, moved
 from frankenmerge.errors import Fault
 
 STORAGE_KEYS = ("quantization_config", "compression_config")
@@ -128,6 +128,8 @@ def family(config: Config) -> Architecture:
         return listed
     names = own_names(str(language(config)["model_type"]))
     usual = asdict(USUAL.keys)
+    found = (key for key in DEPTHS if key in language(config))
+    usual["blocks"] = next(found, usual["blocks"])
     return replace(USUAL, keys=Keys(**{key: names.get(name, name) for key, name in usual.items()}))
 
 

@@ -34,6 +34,20 @@ def declared(model_type: str) -> frozenset[str]:
     return frozenset(CONFIG_MAPPING[model_type]().to_dict() if known else ())
 
 
+@lru_cache
+def ties(model_type: str) -> Mapping[str, str]:
+    """What a family's causal language model ties: names of tensors, with those that they are.
+
+    Empty for a family without such a model. Imports torch.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    tied = getattr(getattr(transformers, name or "", None), "_tied_weights_keys", None)
+    return tied if isinstance(tied, Mapping) else {}
+
+
 def completed(config: Config) -> dict[str, Any] | None:
     """The config with all fields of its family; None for a config that transformers cannot read.
 

@@ -11,7 +11,10 @@ from typing import Any
 
 from frankenmerge.donors.architecture import Config
 
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+DEPTHS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"),
+    *("decoder_layers", "num_decoder_layers"),
+)
 """Names of the number of blocks; a config may have it under more than one."""
 _NAMES_BLOCKS = re.compile(r"layer|block|idx|ids$|indices")
 
@@ -40,7 +43,7 @@ def moved(
     """
     old, result = base.get(depth), deepcopy(dict(base))
     for key, value in base.items():
-        if key == depth or (key in _DEPTHS and value == old):
+        if key == depth or (key in DEPTHS and value == old):
             result[key] = len(blocks)
         elif key not in fixed:
             result[key] = _moved(key, value, blocks, depth)

@@ -37,6 +37,8 @@ _TRANSPOSED: dict[str, tuple[str, ...]] = {
 """The same for maps that are stored `[in, out]`."""
 _OTHER_HEADS = re.compile(r"lora_rank|(nope|rope|[vk])_head_dim|multi_query|new_decoder")
 """Config fields of attention whose sizes are not these."""
+_PACKED = ("U8", "I32")
+"""Types in which a quantisation stores several weights in one element, in a shape of its own."""
 _REMEDY = "use a checkpoint whose config.json belongs to its weights"
 
 
@@ -64,6 +66,8 @@ def _differing(checkpoint: "Checkpoint", config: Config) -> dict[str, tuple[Shap
     differing: dict[str, tuple[Shape, Shape]] = {}
     for canonical, name in first.values():
         shape = checkpoint.tensors[name].shape
+        if checkpoint.quantisation and checkpoint.tensors[name].dtype in _PACKED and 0 not in shape:
+            continue
         module, _, leaf = canonical.removeprefix(prefix).rpartition(".")
         expected = _expected(module, leaf, sizes, transposed)
         if expected is not None and expected != shape:

@@ -1,10 +1,12 @@
 """Models without weights: what transformers builds from a config, on the meta device."""
 
+import math
 from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -17,6 +19,9 @@ from transformers import (
 from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.config import is_multimodal
 from frankenmerge.models.quiet import quiet
+
+_LARGE = 2**20
+"""Elements of tensors that are never made in memory."""
 
 
 def model_class(config: Config) -> Any:
@@ -48,8 +53,24 @@ def blank_model(config: Config, dtype: torch.dtype = torch.float32) -> PreTraine
 
     Raises whatever transformers raises for a config that it cannot build.
     """
-    with quiet(), init_empty_weights(include_buffers=False):
+    with quiet(), init_empty_weights(include_buffers=False), _WithoutMemory():
         return build(model_class(config), config_object(unquantised(config)), dtype)
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Makes large empty tensors on the meta device at once.
+
+    They would be moved there when they are registered, but all experts of a block may be larger
+    than the memory.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and not kwargs.get("device"):
+            size = args[0] if args and not isinstance(args[0], int) else args
+            if size and math.prod(size) >= _LARGE:
+                kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
 
 
 def build(kind: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from frankenmerge.donors.moving import DEPTHS
 from frankenmerge.errors import fail
 
 Site = Literal["block", "attention"]
@@ -32,12 +33,9 @@ def blocks_path(model: PreTrainedModel) -> str:
     towers of a multimodal model. Raises FrankenmergeError for a family that has none, or several.
     """
     text = model.config.get_text_config(decoder=True)
-    count = getattr(text, "num_hidden_layers", None)
-    found: list[str] = []
-    for name, module in model.named_modules():
-        inner = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not inner:
-            found.append(name)
+    counts = [getattr(text, key, None) for key in DEPTHS]
+    count = next((count for count in counts if count), None)
+    found = next(filter(None, (_lists_of(model, count) for count in dict.fromkeys(counts))), [])
     if len(found) > 1 and text is not model.config:
         found = [name for name in found if "language_model" in name or "text_model" in name]
     if len(found) != 1:
@@ -45,6 +43,16 @@ def blocks_path(model: PreTrainedModel) -> str:
         remedy = "use a donor of another family"
         raise fail(place, expected, ", ".join(found) or "none", remedy)
     return found[0]
+
+
+def _lists_of(model: PreTrainedModel, count: int | None) -> list[str]:
+    """Paths of the outermost module lists of this length."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not inner:
+            found.append(name)
+    return found
 
 
 def attention_of(block: nn.Module) -> nn.Module:

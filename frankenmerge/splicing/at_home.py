@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from frankenmerge.artefacts.recipe import Block
 from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.config import language, spliced_config
 from frankenmerge.errors import Fault, FrankenmergeError, fail
-from frankenmerge.models.blank import blank_model
+from frankenmerge.models.blank import blank_model, config_object
 from frankenmerge.models.hooks import blocks_path
 
 Facts = dict[tuple[str, ...], Any]
@@ -41,12 +41,34 @@ class Home(NamedTuple):
     rest: Facts
 
 
-def homes_of(configs: Mapping[str, Config], place: str) -> dict[str, Home]:
-    """The donors' models, by name. Raises FrankenmergeError for one that cannot be built."""
+def models_of(configs: Mapping[str, Config]) -> dict[str, PreTrainedModel]:
+    """The models of configs, without weights, by name; none for those that cannot be built."""
+    models = {}
+    for name, config in configs.items():
+        try:
+            models[name] = blank_model(config)
+        except Exception:  # whatever transformers raises for a config of any origin
+            continue
+    return models
+
+
+def homes_of(
+    configs: Mapping[str, Config], models: Mapping[str, PreTrainedModel], place: str
+) -> dict[str, Home]:
+    """The donors' models, taken apart, by name.
+
+    Args:
+        configs: the donors', by name.
+        models: those of them that are built.
+        place: where faults are.
+
+    Raises:
+        FrankenmergeError: for a donor whose model cannot be built.
+    """
     homes = {}
     for name, config in configs.items():
         try:
-            homes[name] = home_of(config)
+            homes[name] = home_of(config, models.get(name))
         except Exception as error:  # whatever transformers raises for a config of any origin
             expected = "a model that transformers can build, with one list of blocks"
             raise fail(f"{place}: {name}", expected, _told(error), _REMEDY) from error
@@ -71,9 +93,35 @@ def differences_from_home(
     lines = [
         *(line for run in runs for line in _block_differences(made, homes, run)),
         *_rest_differences(made, homes[base]),
-        *_list_differences(made, homes, runs[0]),
+        *_list_differences(_lists(made.model.config, len(runs[0])), homes, runs[0]),
     ]
     return list(dict.fromkeys(lines or _depth_bound(homes[base])))
+
+
+def first_unlike(result: Config, homes: Mapping[str, Home], run: Sequence[Block]) -> int | None:
+    """The first place whose block is not what it is at home; None where all are, or none is built.
+
+    Args:
+        result: its config, complete; with more blocks than `run` its first ones are compared.
+        homes: the donors' models.
+        run: the blocks of the result in order.
+    """
+    places = range(len(run))
+    shorter = spliced_config(result, [(result, place) for place in places], tied=True)
+    try:
+        made = home_of(shorter)
+    except Exception:  # whether the whole result can be built is another question
+        return None
+    return next((place for place in places if any(_unlike(made, homes, place, run[place]))), None)
+
+
+def has_lists(result: Config, homes: Mapping[str, Home], run: Sequence[Block]) -> bool:
+    """Whether the lists that a config derives are those of its blocks; without building a model."""
+    try:
+        own = _lists(config_object(result), len(run))
+    except Exception:  # whatever transformers raises for a config that it cannot read
+        return False
+    return not any(_list_differences(own, homes, run))
 
 
 def home_faults(differing: Sequence[str], place: str) -> Iterator[Fault]:
@@ -83,22 +131,13 @@ def home_faults(differing: Sequence[str], place: str) -> Iterator[Fault]:
         yield Fault(place, expected, line, _REMEDY)
 
 
-def model_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a config's model, by name; none for one that cannot be built."""
-    try:
-        state = blank_model(config).state_dict()
-    except Exception:  # whatever transformers raises for a config of any origin
-        return {}
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def home_of(config: Config) -> Home:
-    """Build a config's model without weights, and take it apart.
+def home_of(config: Config, model: PreTrainedModel | None = None) -> Home:
+    """Build a config's model without weights, unless it is given, and take it apart.
 
     Raises FrankenmergeError for a model without exactly one list of blocks, and whatever
     transformers raises for a config that it cannot build.
     """
-    model = blank_model(config)
+    model = blank_model(config) if model is None else model
     prefix = blocks_path(model)
     blocks: Any = model.get_submodule(prefix)
     rest = _facts(model, skipped=prefix)
@@ -147,13 +186,22 @@ def _setting(value: Any) -> tuple[Any] | None:
 def _block_differences(
     made: Home, homes: Mapping[str, Home], run: Sequence[Block]
 ) -> Iterator[str]:
-    for place, (donor, index) in enumerate(run):
-        own, there = made.blocks[place], homes[donor].blocks[index]
-        for key in sorted(own.keys() | there.keys()):
-            a, b = there.get(key), own.get(key)
-            if a == b or _is_label(key, made, homes[donor], (place, index)):
-                continue
-            yield f"block {index} of {donor} as block {place}: {_described(key, a, b)}"
+    for place, block in enumerate(run):
+        yield from _unlike(made, homes, place, block)
+
+
+def _unlike(made: Home, homes: Mapping[str, Home], place: int, block: Block) -> Iterator[str]:
+    """Where the block at one place of a result is not what it is at home."""
+    donor, index = block
+    own, there = made.blocks[place], homes[donor].blocks[index]
+    for key in sorted(own.keys() | there.keys()):
+        a, b = there.get(key), own.get(key)
+        if a == b or _is_label(key, made, homes[donor], (place, index)):
+            continue
+        entries = isinstance(a, tuple) and len(a) == len(homes[donor].blocks)
+        if entries and _is_list_of_blocks(key[-1], (b, a), (made, homes[donor])):
+            continue  # what the block reads of it is a setting, or its own entry
+        yield f"block {index} of {donor} as block {place}: {_described(key, a, b)}"
 
 
 def _rest_differences(made: Home, base: Home) -> Iterator[str]:
@@ -161,7 +209,7 @@ def _rest_differences(made: Home, base: Home) -> Iterator[str]:
         a, b = base.rest.get(key), made.rest.get(key)
         if a == b or key[-1] == "tie_word_embeddings" or _is_depth(key, made, base):
             continue
-        if _is_list_of_blocks(key, made, base) or _kind_is_gone(key, made, base):
+        if _is_list_of_blocks(key[-1], (b, a), (made, base)) or _kind_is_gone(key, made, base):
             continue
         yield f"outside the blocks: {_described(key, a, b)}"
 
@@ -170,26 +218,27 @@ def _kind_is_gone(key: tuple[str, ...], made: Home, base: Home) -> bool:
     """Whether a setting names kinds of blocks (`layer_types`) of which the result has no block."""
     kinds = [set(map(str, language(home.config).get("layer_types") or ())) for home in (made, base)]
     if key[-1] == "layer_types":
-        return set(made.rest.get(key) or ()) == kinds[0]
+        own, there = (set(home.rest.get(key) or ()) for home in (made, base))
+        return own == there & kinds[0] and there <= kinds[1]
     return made.rest.get(key) is None and any(
         key[1].startswith(f"{kind}_") for kind in kinds[1] - kinds[0]
     )
 
 
-def _is_list_of_blocks(key: tuple[str, ...], made: Home, base: Home) -> bool:
-    """Whether a setting outside the blocks is a list of the config that has moved with them."""
-    texts = [language(home.config).get(key[-1]) for home in (made, base)]
-    values = [home.rest.get(key) for home in (made, base)]
+def _is_list_of_blocks(name: str, values: Sequence[Any], homes: Sequence[Home]) -> bool:
+    """Whether two settings are lists of their configs with an entry a block, which have moved."""
+    texts = [language(home.config).get(name) for home in homes]
     return all(
         isinstance(text, list) and tuple(text) == value
         for text, value in zip(texts, values, strict=True)
     )
 
 
-def _list_differences(made: Home, homes: Mapping[str, Home], run: Sequence[Block]) -> Iterator[str]:
+def _list_differences(
+    own: Mapping[str, Sequence[Any]], homes: Mapping[str, Home], run: Sequence[Block]
+) -> Iterator[str]:
     """Lists with an entry a block that a config derives from other fields."""
-    own = _lists(made)
-    theirs = {name: _lists(home) for name, home in homes.items()}
+    theirs = {name: _lists(home.model.config, len(home.blocks)) for name, home in homes.items()}
     for key, entries in own.items():
         if all(key in lists for lists in theirs.values()):
             expected = [theirs[donor][key][index] for donor, index in run]
@@ -197,9 +246,8 @@ def _list_differences(made: Home, homes: Mapping[str, Home], run: Sequence[Block
                 yield f"{key} {_short(list(entries))} instead of {_short(expected)}"
 
 
-def _lists(home: Home) -> dict[str, Sequence[Any]]:
-    text, depth = home.model.config.get_text_config(decoder=True), len(home.blocks)
-    found = {}
+def _lists(config: PreTrainedConfig, depth: int) -> dict[str, Sequence[Any]]:
+    text, found = config.get_text_config(decoder=True), {}
     for key in dir(type(text)):
         if key.startswith("_") or not isinstance(inspect.getattr_static(text, key), property):
             continue
@@ -232,7 +280,19 @@ def _is_label(key: tuple[str, ...], made: Home, home: Home, places: tuple[int, i
     offsets = {_offset(value, index) for value, index in zip(values, places, strict=True)}
     numbers = offsets in ({0}, {1})
     counts = values == (len(made.blocks), len(home.blocks))
-    return (numbers or counts) and not _is_computed_with(_class_at(home, places[1], key[0]), key[1])
+    # A block with several entries in the cache numbers these.
+    entries = key[1] == "layer_idx" and _is_multiple(values, places)
+    return (numbers or counts or entries) and not _is_computed_with(
+        _class_at(home, places[1], key[0]), key[1]
+    )
+
+
+def _is_multiple(values: tuple[Any, Any], places: tuple[int, int]) -> bool:
+    """Whether two numbers are as far apart as some multiple of their blocks' indices."""
+    if not all(type(value) is int for value in values) or places[0] == places[1]:
+        return False
+    factor, left = divmod(values[0] - values[1], places[0] - places[1])
+    return left == 0 and 1 < factor <= 4 and 0 <= values[0] - factor * places[0] < factor
 
 
 def _offset(value: Any, index: int) -> int | None:

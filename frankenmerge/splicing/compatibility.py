@@ -104,14 +104,16 @@ def shapes_of(donor: Checkpoint, role: str, index: int | None = None) -> Shapes:
 def tensor_names(donor: Checkpoint, role: str, index: int | None = None) -> dict[str, str]:
     """Names in a donor's file by canonical name, of a block, `embedding`, `final` or `head`.
 
-    The head of a tied donor is its embedding matrix under the head's name: a tied checkpoint may
+    The head of a tied donor is its embedding matrix under the head's name (and, in some families,
+    its bias another one under that of the map to the vocabulary): a tied checkpoint may
     store a head too, but loaders use the embedding, and so does this.
     """
     names = donor.by_role.get((role, index), {})
     if role == "head" and donor.tied:
-        architecture = donor.architecture
-        matrix = f"{architecture.root}{next(iter(architecture.embedding), '')}weight"
-        stored = donor.by_role.get(("embedding", None), {}).get(matrix)
-        weight = {f"{architecture.head}weight": stored} if stored else {}
-        names = {**names, **weight}
+        stored = {
+            **donor.by_role.get(("embedding", None), {}),
+            **names,
+        }
+        ties = donor.architecture.tied_names.items()
+        names = {**names, **{name: stored[same] for name, same in ties if same in stored}}
     return dict(sorted(names.items()))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_schema import Slice, Source
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import is_multimodal
+from frankenmerge.donors.config import is_multimodal, quantity
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.splicing.compatibility import tensor_names
 from frankenmerge.splicing.methods import faults, resolved
@@ -23,6 +23,7 @@ from frankenmerge.splicing.parameters import (
 from frankenmerge.splicing.result import Donors, is_whole
 from frankenmerge.splicing.rotation import stream_use
 from frankenmerge.splicing.vocabulary import Rows, Vocabulary, rows_of
+from frankenmerge.storage.dtypes import COMPUTED
 
 _ALIKE = "name donors with the same tensors; for other vocabularies set tokenizer_source"
 _UNCHANGED = resolved(PLAIN, {}, per_model=True)
@@ -81,10 +82,10 @@ def _operations(draft: Draft) -> Iterator[Operation]:
             yield from _rotated(_tensors(draft, part, place), draft, place)
             position += 1
     yield from _end(draft, _Place(last, "final", 0.0, offset=-1), recipe.final_norm)
+    ties = draft.donors[recipe.base].architecture.tied_names
     for operation in _end(draft, _Place(last, "head", 0.0, offset=-1), recipe.head):
         # The weight of a tied head is the embedding; it may have a bias of its own.
-        weight = f"{draft.donors[recipe.base].architecture.head}weight"
-        if not (draft.tied and operation.name == weight):
+        if not (draft.tied and operation.name in ties):
             yield operation
     yield from _rest(draft)
 
@@ -200,7 +201,11 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
         first = inputs[0]
         unscaled = method == PLAIN and first.parameters.get("scale", 1) == 1
         # Quantised donors are copied with their scales, in the types in which they are stored.
-        as_stored = donors[first.donor].quantisation or first.tensor.dtype == draft.dtype
+        # So are tables of indices, which no type of a recipe applies to.
+        stored = first.tensor.dtype
+        as_stored = (
+            donors[first.donor].quantisation or stored == draft.dtype or stored not in COMPUTED
+        )
         if unscaled and as_stored and first.rows is None:
             yield Copy(name, first.donor, first.source, first.tensor)
             continue
@@ -260,7 +265,10 @@ def _rows(
 def _has_row_per_token(donor: Checkpoint, role: str, canonical: str) -> bool:
     architecture = donor.architecture
     embedding = architecture.root + architecture.embedding[0]
-    return role == "head" or (role == "embedding" and canonical.startswith(embedding))
+    if role != "head":
+        return role == "embedding" and canonical.startswith(embedding)
+    shape = donor.tensors[tensor_names(donor, role)[canonical]].shape
+    return architecture.listed or shape[:1] == (quantity(donor.config, "vocabulary"),)
 
 
 def _seed(recipe: Recipe, name: str) -> int:

@@ -1,7 +1,7 @@
 """Blocks that a recipe moves, in families that are not in the table."""
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -13,6 +13,8 @@ from frankenmerge.splicing.result import Donors, blocks_by_source, is_whole
 
 _COUNT = re.compile(r"first_k|dense|interval|period|offset|step|freq|every|start|end|pattern")
 """Names of numbers that may say which blocks are of which kind."""
+_FEW = 4
+"""Blocks of the first, shortest model that a trial is compared in."""
 
 
 def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) -> dict[str, Any]:
@@ -33,7 +35,19 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
     base = donors[recipe.base]
     if base.architecture.listed:
         return config
-    _check_shapes(recipe, donors)
+    from frankenmerge.splicing.at_home import (
+        differences_from_home,
+        first_unlike,
+        has_lists,
+        home_faults,
+        homes_of,
+        models_of,
+    )
+
+    used = {name: donors[name] for name in (recipe.base, *recipe.tensor_donors)}
+    configs = {name: donor.config for name, donor in used.items() if donor.written is not None}
+    models = models_of(configs)
+    _check_shapes(used, models)
     if is_whole(recipe, donors):
         return config
     if base.written is None:
@@ -44,58 +58,95 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
         expected = f"{base.architecture.keys.blocks}, the number of blocks, in its config"
         remedy = "merge whole models of this family"
         raise fail(f"{place}: {recipe.base}", expected, "none", remedy)
-    _check_surroundings(recipe, base, place)
-    from frankenmerge.splicing.at_home import differences_from_home, home_faults, homes_of
-
     runs = blocks_by_source(recipe)
-    used = dict.fromkeys([recipe.base, *(block.model for run in runs for block in run)])
-    homes = homes_of({name: donors[name].config for name in used}, place)
+    homes = homes_of(configs, models, place)
     _check_names(base, homes[recipe.base].prefix, place)
     _check_head(base, config, homes[recipe.base].model.state_dict(), place)
     first = differences_from_home(config, recipe.base, homes, runs)
     if not first:
+        _check_surroundings(recipe, base, config, place)
         return config
+    beginning = (first_unlike(config, homes, runs[0]) or 0) + 1
     for trial in _trials(config, len(runs[0])):
+        # Lists and short models show of most trials, and soon, that they are in vain.
+        if not has_lists(trial, homes, runs[0]) or any(
+            first_unlike(trial, homes, runs[0][:length]) is not None
+            for length in sorted({min(_FEW, beginning), beginning})
+        ):
+            continue
         if not differences_from_home(trial, recipe.base, homes, runs):
+            _check_surroundings(recipe, base, trial, place)
             return trial
     raise FrankenmergeError(*home_faults(first, place))
 
 
-def _check_shapes(recipe: Recipe, donors: Donors) -> None:
+def _check_shapes(used: Donors, models: Mapping[str, Any]) -> None:
     """Refuse donors with tensors of other shapes than in the model of their config."""
-    from frankenmerge.splicing.at_home import model_shapes
-
     faults: list[Fault] = []
-    for donor in {id(donors[name]): donors[name] for name in recipe.tensor_donors}.values():
-        if donor.written is None or donor.quantisation:
+    for name, donor in {id(donor): (name, donor) for name, donor in used.items()}.values():
+        if donor.quantisation or name not in models:
             continue
-        expected = model_shapes(donor.config)
+        expected = models[name].state_dict()
         faults += [
             Fault(
-                f"{donor.path}: {name}",
-                f"shape {list(expected[name])}, as config.json says",
-                f"shape {list(tensor.shape)}",
+                f"{donor.path}: {tensor}",
+                f"shape {list(expected[tensor].shape)}, as config.json says",
+                f"shape {list(found.shape)}",
                 "use a checkpoint whose config.json belongs to its weights",
             )
-            for name, tensor in donor.tensors.items()
-            if name in expected and expected[name] != tensor.shape
+            for tensor, found in donor.tensors.items()
+            if tensor in expected and tuple(expected[tensor].shape) != found.shape
         ][:3]
     raise_all(faults)
 
 
-def _check_surroundings(recipe: Recipe, base: Checkpoint, place: str) -> None:
-    """Refuse blocks of several donors where a tensor beside them may be read by all of them."""
+def _check_surroundings(
+    recipe: Recipe, base: Checkpoint, config: dict[str, Any], place: str
+) -> None:
+    """Refuse blocks that read what other blocks make, or what is around blocks of another donor.
+
+    What is before the first block comes from the first donor, what is after the last block from the
+    last one, all else from the base.
+    """
+    from frankenmerge.splicing.surroundings import surroundings
+
+    around = surroundings(config)
+    if around is not None and around.shared:
+        expected = "blocks that pass on nothing but the hidden state"
+        found = "blocks that read what an earlier block has computed beside it"
+        raise fail(f"{place}: {recipe.base}", expected, found, "merge whole models")
+    models = [block.model for block in recipe.blocks]
+    if len(set(models)) == 1:
+        return
     root = base.architecture.root
-    beside = [
-        name
-        for name in base.by_role.get(("rest", None), {}).values()
-        if not is_multimodal(base.config) or name.startswith(root)
-    ]
-    if beside and len({block.model for block in recipe.blocks}) > 1:
-        expected = "an embedding, blocks, a final norm and a head, and nothing else"
-        found = f"{beside[0]}, which blocks of several donors may not share"
-        remedy = "take all blocks from one donor, or merge whole models"
-        raise fail(f"{place}: {recipe.base}", expected, found, remedy)
+    origin = {"embedding": models[0], "final": models[-1], "head": models[-1], "rest": recipe.base}
+    for role, donor in origin.items():
+        allowed = {"before"} if donor == models[0] else set()
+        allowed |= {"after"} if donor == models[-1] else set()
+        for name in base.by_role.get((role, None), {}).values():
+            if role == "rest" and is_multimodal(base.config) and not name.startswith(root):
+                continue  # towers
+            parts = _named(around.read, name) if around else None
+            # What the model has under no such name, or a model that cannot be run, shows nothing.
+            known = role != "rest" and _is_usual(base, name) if parts is None else parts <= allowed
+            if not known:
+                expected = "what is around the blocks to be read before or after all of them"
+                found = f"{name}, which blocks of several donors may not share"
+                remedy = "take all blocks from one donor, or merge whole models"
+                raise fail(f"{place}: {recipe.base}", expected, found, remedy)
+
+
+def _named(read: Mapping[str, frozenset[str]], name: str) -> frozenset[str] | None:
+    """The entry of a tensor, whose file may leave out the prefix of the inner model."""
+    ending = (key for key in read if key.endswith(f".{name}"))
+    return read.get(name, read.get(next(ending, "")))
+
+
+def _is_usual(base: Checkpoint, name: str) -> bool:
+    """Whether a tensor is the embedding matrix, the final norm or the map to the vocabulary."""
+    architecture = base.architecture
+    ends = (architecture.root + part for part in (*architecture.embedding[:1], architecture.final))
+    return name.startswith((*ends, architecture.head))
 
 
 def _check_names(base: Checkpoint, prefix: str, place: str) -> None:
@@ -112,9 +163,11 @@ def _check_head(
     base: Checkpoint, config: dict[str, Any], known: Container[str], place: str
 ) -> None:
     """Refuse to write a head that the donors have not, if the model calls it otherwise."""
-    weight = f"{base.architecture.head}weight"
-    if base.tied and not is_tied(config) and weight not in known and not is_multimodal(base.config):
-        expected = f"a head of its own, or {weight} as its name in the model"
+    architecture = base.architecture
+    written = architecture.tied_names
+    unknown = any(name not in known or architecture.role(name)[0] != "head" for name in written)
+    if base.tied and not is_tied(config) and unknown and not is_multimodal(base.config):
+        expected = f"a head of its own, or {', '.join(written)} as its name in the model"
         remedy = "begin and end with blocks of one donor"
         raise fail(f"{place}: {base.name}", expected, "a tied head of another name", remedy)
 

@@ -95,7 +95,7 @@ def result_dtype(recipe: Recipe, donors: Donors) -> str:
     if base.quantisation:
         stored = base.config.get("dtype") or base.config.get("torch_dtype")
         return STORED_NAMES[stored or "bfloat16"]
-    return next(iter(donors[recipe.base].dtypes))
+    return next((dtype for dtype in base.dtypes if dtype in COMPUTED), next(iter(base.dtypes)))
 
 
 def result_config(

@@ -21,6 +21,7 @@ from frankenmerge.splicing.rotation import gauge_faults
 from frankenmerge.splicing.vocabulary import Vocabulary
 from frankenmerge.storage.dtypes import COMPUTED, DTYPES
 
+_INDICES = ("I32", "I64")
 _MATCH_TOKENS = (
     "begin and end with slices of the same donor, or set tokenizer_source to base or union "
     "to match rows by their tokens"
@@ -93,8 +94,11 @@ def _type_faults(recipe: Recipe, donors: Donors, place: str) -> Iterator[Fault]:
         yield from _quantisation_faults(recipe, donors)
         return
     types = {name: donors[name].dtypes for name in recipe.tensor_donors}
+    computes = _computes(recipe, donors)
     for name, stored in types.items():
-        if unfit := [dtype for dtype in stored if dtype not in COMPUTED]:
+        unfit = [dtype for dtype in stored if dtype not in COMPUTED]
+        # Tables of indices are copied; without a scheme, low floats may be a quantisation's.
+        if unfit and (computes or any(dtype not in _INDICES for dtype in unfit)):
             remedy = "use an unquantised donor"
             yield Fault(name, "tensors of floating types", ", ".join(unfit), remedy)
     floating = {dtype for stored in types.values() for dtype in stored if dtype in COMPUTED}

@@ -20,7 +20,7 @@ def verdicts(family):
     return found
 
 
-@pytest.mark.parametrize("family", ["opt", "gptj", "gpt_oss", "lfm2"])
+@pytest.mark.parametrize("family", ["opt", "gptj", "gpt_oss", "lfm2", "bert"])
 def test_a_family_beyond_the_table_is_right(family):
     assert {each.verdict for each in verdicts(family)} == {"right"}
 
