@@ -45,7 +45,10 @@ def settled(recipe: Recipe, donors: Donors, config: dict[str, Any], place: str) 
     )
 
     used = {name: donors[name] for name in (recipe.base, *recipe.tensor_donors)}
-    configs = {name: donor.config for name, donor in used.items() if donor.written is not None}
+    buildable = {
+        name: donor for name, donor in used.items() if donor.written is not None or donor.view
+    }
+    configs = {name: donor.config for name, donor in buildable.items()}
     models = models_of(configs)
     _check_shapes(used, models)
     if is_whole(recipe, donors):
