@@ -85,21 +85,14 @@ class CurveRecord(Record):
     """Nats per token on the tokens that decide when to stop."""
 
 
-class LossRecord(Record):
-    """The loss of one model."""
+class ComparedRecord(Record):
+    """A model that the healed one is compared with, on the same tokens."""
 
     name: str
     nats: float
-    """Per token."""
-
-
-class ControlRecord(Record):
-    """The best donor, healed alike."""
-
-    name: str
-    nats: float
+    """Its loss per token."""
     difference: float
-    """Nats per token of the healed model minus those of the healed donor; below 0 it is better."""
+    """Nats per token of the healed model minus its own; below 0 the healed model is better."""
     interval: tuple[float, float]
     """95 %, paired."""
 
@@ -132,9 +125,9 @@ class HealingRecord(Record):
     before: float
     """Nats per token."""
     after: float
-    best_donor: LossRecord
-    control: ControlRecord | None = None
-    """None where no control was run."""
+    best_donor: ComparedRecord
+    control: ComparedRecord | None = None
+    """The best donor healed alike; None where no control was run."""
     versions: dict[str, str]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -180,10 +180,7 @@ class _Descent:
             group["lr"] = rate
 
     def rate_found(self) -> float:
-        """The rate of `RATES` that lowers the loss most in a few steps; weights are restored.
-
-        Raises FrankenmergeError where none does so without invalid numbers.
-        """
+        """The rate of `RATES` that lowers the loss most in a few steps; weights are restored."""
         start = {name: value.detach().clone() for name, value in self.parameters.items()}
         losses = {}
         for rate in RATES:
@@ -218,7 +215,7 @@ class _Descent:
         for place, piece in enumerate(mine):
             last = place == len(mine) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.objective.loss(self.model, piece)
+                loss = self.objective.loss(self.model, piece.batch) * piece.counts
                 # Processes' gradients are averaged, and these losses are parts of one sum.
                 (loss * self.accelerator.num_processes / weight).backward()
         nn.utils.clip_grad_norm_(list(self.parameters.values()), CLIP)
@@ -252,27 +249,36 @@ class _Descent:
         }
 
 
-def _pieces(batches: Sequence[Batch], micro: int, accelerator: Any) -> Iterator[Batch]:
+class _Piece(NamedTuple):
+    """What a process computes in one pass."""
+
+    batch: Batch
+    counts: bool
+    """False where the process has no row left: it runs one that others count."""
+
+
+def _pieces(batches: Sequence[Batch], micro: int, accelerator: Accelerator) -> Iterator[_Piece]:
     """This process's rows of a step, at most `micro` at a time.
 
-    Every process has equally many pieces, so that all wait for each other equally often: some may
-    be empty, which are given as no rows.
+    Every process has equally many pieces, because all wait for each other as often.
     """
     count, own = accelerator.num_processes, accelerator.process_index
     for batch in batches:
         most = -(-len(batch.rows) // count)
         rows = batch.rows[own * most : (own + 1) * most]
         for start in range(0, most, micro):
-            yield batch._replace(rows=rows[start : start + micro])
+            piece = rows[start : start + micro]
+            counts = len(piece) > 0
+            yield _Piece(batch._replace(rows=piece if counts else batch.rows[:1]), counts)
 
 
 def _shared_loss(loss: float, accelerator: Accelerator) -> float:
     """The first process's, so that all decide alike."""
     if accelerator.num_processes == 1:
         return loss
-    from accelerate.utils import broadcast
-
-    return float(broadcast(torch.tensor(loss, dtype=torch.float32, device=accelerator.device)))
+    shared = torch.tensor(loss, dtype=torch.float32, device=accelerator.device)
+    torch.distributed.broadcast(shared, 0)
+    return float(shared)
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
@@ -283,6 +289,5 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
         for name in ("attention_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()

@@ -14,7 +14,6 @@ from frankenmerge.splicing.vocabulary import Rows
 from frankenmerge.storage.dtypes import BYTES_OF
 from frankenmerge.storage.safetensors_header import Tensor
 
-
 HEALED = "healed tensors"
 """In place of a donor's name: the tensors that were trained."""
 
