@@ -48,6 +48,7 @@ class Adapter:
         )
         with _seeded(seed), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a model that has no name
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses deprecated names
             self.model: Any = get_peft_model(model, config)
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()
@@ -73,6 +74,7 @@ class Adapter:
         self.model.peft_config["default"].base_model_name_or_path = base
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # peft looks for the base on the hub
+            warnings.simplefilter("ignore", FutureWarning)
             self.model.save_pretrained(folder, save_embedding_layers=False)
 
 

@@ -289,5 +289,6 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
         for name in ("attention_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.20
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.train()

@@ -91,8 +91,10 @@ def _how(splice: Splice) -> str:
     changed = recipe.dtype or recipe.out_dtype or splice.parameters
     if recipe.merge_method != "passthrough" or changed:
         return "from blocks of other models"
-    weights = "some rotated to another basis" if splice.has_gauges else "their weights unchanged"
-    return f"by stacking blocks of other models, {weights}"
+    stacking = "by stacking blocks of other models"
+    if splice.has_gauges:
+        return f"{stacking}, some rotated to another basis"
+    return stacking if splice.healing else f"{stacking}, their weights unchanged"
 
 
 def _since(splice: Splice) -> str:
@@ -113,12 +115,15 @@ def _since(splice: Splice) -> str:
     )
     judged = ", ".join(healing.measured_on)
     return f"""It has been healed since:
+
 {healing.steps} steps on {on} ({healing.tokens:,} tokens), towards
 {teacher}; trained: {healing.scope}.
 
 Nats per token on held-out tokens of {judged}: before {healing.before:.4f}, healed
 {healing.after:.4f}; its best donor, {best.name}, {best.nats:.4f}, a difference of
-{best.difference:+.4f} ({best.interval[0]:+.4f} to {best.interval[1]:+.4f}, 95 %). {compared}"""
+{best.difference:+.4f} ({best.interval[0]:+.4f} to {best.interval[1]:+.4f}, 95 %).
+
+{compared}"""
 
 
 def front_matter(donors: Mapping[str, Checkpoint]) -> dict[str, Any]:
