@@ -191,7 +191,7 @@ def _sampled(pair, tmp_path):
 
 
 def test_early_stopping_keeps_the_best_check(taller, tmp_path, monkeypatch):
-    monkeypatch.setattr("frankenmerge.healing.training.RATES", (0.3,))
+    monkeypatch.setattr("frankenmerge.healing.training.RATES", (3.0,))
     found = heal(taller, tmp_path / "out", HealOptions(steps=400))
     assert found is not None
     curve = [(each.step, each.nats) for each in found.record.curve]
@@ -199,6 +199,7 @@ def test_early_stopping_keeps_the_best_check(taller, tmp_path, monkeypatch):
     assert curve[-1][0] < 400
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses deprecated names
 def test_a_lora_alone_is_the_same_as_folded_in(run, taller, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -319,3 +320,28 @@ def test_other_options_do_not_continue_a_state(taller, tmp_path):
     assert found is not None and fresh is not None
     assert changed_names(output, tmp_path / "fresh") == set()
     assert load_recipe(output / "recipe.yaml").key == load_recipe(taller).key
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from frankenmerge.workflows.healing import HealOptions, heal
+found = heal(Path(sys.argv[1]), Path(sys.argv[2]), HealOptions(steps=10, scope="seams"))
+print(found is not None)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_weights_of_one(taller, tmp_path):
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+        script = tmp_path / "together.py"
+        script.write_text(TOGETHER)
+        command += [str(script), str(taller), str(tmp_path / str(count))]
+        folder = str(Path(__file__).resolve().parents[2])
+        environment = os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": folder}
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert ran.returncode == 0, ran.stderr
+        assert sorted(ran.stdout.split()) == ["False", "True"][2 - count :]
+    ours, theirs = weights(tmp_path / "1"), weights(tmp_path / "2")
+    assert all(np.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
