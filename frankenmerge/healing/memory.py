@@ -28,6 +28,8 @@ class Sizes(NamedTuple):
     """Tokens in a row."""
     teachers: int
     """How many run."""
+    probabilities: int = 0
+    """Bytes of the teachers' and donors' probabilities that are computed once."""
 
 
 class Memory(NamedTuple):
@@ -42,6 +44,8 @@ class Memory(NamedTuple):
     """An estimate: the inputs of every map that the backward pass needs."""
     logits: int
     """Of the model and its gradient, and of each teacher."""
+    probabilities: int
+    """Kept from the beginning on."""
 
     @property
     def total(self) -> int:
@@ -61,6 +65,7 @@ def memory_of(sizes: Sizes, scope: Scope, *, checkpointing: bool = False) -> Mem
         optimiser=2 * trained,
         activations=4 * tokens * sizes.blocks * per_block,
         logits=4 * tokens * sizes.vocabulary * (3 + 2 * sizes.teachers),
+        probabilities=sizes.probabilities,
     )
 
 

@@ -67,8 +67,8 @@ class Objective:
                 int(epoch): np.random.default_rng([*seed, number, int(epoch)]).permutation(size)
                 for epoch in np.unique(places // size)
             }
-            rows = [orders[int(place) // size][int(place) % size] for place in places]
-            found.append(Batch(number, np.array(rows)))
+            chosen = [orders[int(place) // size][int(place) % size] for place in places]
+            found.append(Batch(number, np.array(chosen)))
         return found
 
     def weight(self, batch: Batch) -> int:

@@ -28,6 +28,18 @@ SHARES = (0.6, 0.15, 0.25)
 """The same of a text, as shares of its units."""
 
 
+def probability_bytes(donors: int, vocabulary: int, *, taught: bool) -> int:
+    """How much memory the probabilities take that are computed once, on sampled tokens.
+
+    Those of the parts are kept where they take at most `TARGET_BYTES`, a donor's in each held-out
+    part, and the teachers' of all tokens to heal on.
+    """
+    row = (LENGTH - 1) * vocabulary * 4
+    parts = [STOPPING * row] * donors + [CONFIRMING * row] * donors
+    parts += [FITTING * row * donors] if taught else []
+    return sum(part for part in parts if part <= TARGET_BYTES)
+
+
 class Tokens(NamedTuple):
     """What a model is healed on and measured on; no part shares rows with another."""
 

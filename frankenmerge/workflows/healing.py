@@ -43,7 +43,7 @@ from frankenmerge.healing.scopes import (
     spread_blocks,
     trained_names,
 )
-from frankenmerge.healing.tokens import Tokens, sampled_tokens, text_tokens
+from frankenmerge.healing.tokens import Tokens, probability_bytes, sampled_tokens, text_tokens
 from frankenmerge.healing.training import ROWS, Training, TrainOptions, accelerator_of, train
 from frankenmerge.merging.output import check_output
 from frankenmerge.merging.writer import merge
@@ -242,7 +242,7 @@ def _check(patient: _Patient, scope: Scope, options: HealOptions, output: Path) 
 
 def _memory(patient: _Patient, scope: Scope, options: HealOptions) -> Memory:
     splice = patient.splice
-    number = torch_dtype_bytes(options.placement.dtype)
+    number = torch_dtype(options.placement.dtype).itemsize
     donors = {**patient.donors, **{name: splice.donors[name] for name in splice.copied_donors}}
     computed = sum(
         size_of([each], [each.name]) for each in splice.operations if not isinstance(each, Copy)
@@ -251,6 +251,8 @@ def _memory(patient: _Patient, scope: Scope, options: HealOptions) -> Memory:
     trained: dict[Scope, int] = {each: _trained(splice, each, patient.seams) for each in SCOPES}
     config = splice.config
     width, vocabulary = quantity(config, "width") or 0, quantity(config, "vocabulary") or 0
+    taught = options.teacher != "none"
+    kept = probability_bytes(len(patient.donors), vocabulary, taught=taught)
     sizes = Sizes(
         weights,
         trained,
@@ -260,15 +262,12 @@ def _memory(patient: _Patient, scope: Scope, options: HealOptions) -> Memory:
         vocabulary,
         min(options.micro, ROWS),
         LENGTH,
-        0 if options.teacher == "none" else len(patient.donors),
+        len(patient.donors) if taught else 0,
+        # They are in the memory of the CPU, whatever computes.
+        kept if options.placement.device == "cpu" else 0,
     )
     limit = options.memory or available_memory(options.placement.device)
     return check_memory(sizes, scope, limit, checkpointing=options.checkpointing)
-
-
-def torch_dtype_bytes(dtype: str) -> int:
-    """Bytes of a number of a type, by its name in torch."""
-    return torch_dtype(dtype).itemsize
 
 
 def _trained(splice: Splice, scope: Scope, seams: Sequence[int]) -> int:

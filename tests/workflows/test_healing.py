@@ -255,6 +255,39 @@ def test_blocks_left_out_and_averages(run, pair, tmp_path):
     assert run("check", tmp_path / "average")[0] == 0
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("scope", ["seams", "norms", "lora", "all"])
+def test_transposed_maps_tied_heads_and_learned_positions(run, donors, tmp_path, scope):
+    recipe = stack(tmp_path, (donors["g"], 0, 3), (donors["h"], 1, 4))
+    status, printed, error = run(
+        *("heal", recipe, tmp_path / "out", "--scope", scope, "--steps", 10, "--json")
+    )
+    assert status == 0, error
+    found = json.loads(printed)
+    assert found["after"]["nats"] <= found["before"]["nats"]
+    assert run("check", tmp_path / "out")[0] == 0
+
+
+def test_packed_experts_are_refused_but_not_their_norms(run, tmp_path):
+    paths = [write_donor(tmp_path / str(seed), "mixtral", seed=seed) for seed in (1, 2)]
+    recipe = stack(tmp_path, (paths[0], 0, 3), (paths[1], 1, 4))
+    assert "--scope norms" in refused(run, recipe, tmp_path / "out")
+    assert run("heal", recipe, tmp_path / "out", "--scope", "norms", "--steps", 5)[0] == 0
+
+
+def test_a_slice_in_another_basis_is_healed(run, pair, tmp_path):
+    recipe = stack(tmp_path, (pair["one"], 0, 2), (pair["other"], 2, 4))
+    written = yaml.safe_load(recipe.read_text())
+    written["slices"][1]["gauge"] = {"to": "previous"}
+    recipe.write_text(yaml.safe_dump(written))
+    assert run("merge", recipe, tmp_path / "merged")[0] == 0
+    status, _, error = run("heal", recipe, tmp_path / "out", "--steps", 10)
+    assert status == 0, error
+    changed = changed_names(tmp_path / "out", tmp_path / "merged")
+    assert changed and all(".layers.1." in name or ".layers.2." in name for name in changed)
+    assert run("check", tmp_path / "out")[0] == 0
+
+
 @pytest.mark.parametrize("teacher", ["donor", "best-per-domain", "none"])
 def test_teachers_and_texts(run, pair, taller, tmp_path, teacher):
     text = tmp_path / "text.txt"
