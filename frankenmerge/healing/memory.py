@@ -77,7 +77,9 @@ def check_memory(
     if available is None or plan.total <= available:
         return plan
     plans = {each: memory_of(sizes, each, checkpointing=checkpointing).total for each in SCOPES}
-    smaller = [each for each in SCOPES if plans[each] <= available and sizes.trained[each]]
+    smaller: list[Scope] = [
+        each for each in SCOPES if plans[each] <= available and sizes.trained[each]
+    ]
     remedy = "compute in --dtype bfloat16, or on a device with more memory"
     if smaller:
         chosen = max(smaller, key=lambda each: sizes.trained[each])
