@@ -4,12 +4,14 @@ Everything that describes a result reads the fields of `Splice` and derives noth
 executors, summaries, cards, diagrams, lineages, provenance.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from frankenmerge.artefacts.json_files import dump_json
 from frankenmerge.artefacts.provenance import HealingRecord
 from frankenmerge.artefacts.recipe import Block, Recipe, Seam, key_of, renamed
 from frankenmerge.artefacts.recipe_schema import Slice
@@ -179,7 +181,15 @@ class Splice:
 
     @cached_property
     def key(self) -> str:
-        """Identifies the recipe and its donors, whatever they are called; see `key_of`."""
+        """Identifies the recipe and its donors, whatever they are called; see `key_of`.
+
+        What was trained since has a key of its own: predictions are not about it.
+        """
+        if self.healing:
+            plain = replace(self, healing=None).key
+            return hashlib.sha256(plain.encode() + dump_json(self.healing, indent=0)).hexdigest()[
+                :32
+            ]
         if self.planned:
             return self.planned.key
         fingerprints = {name: donor.fingerprint for name, donor in self.donors.items()}

@@ -241,6 +241,26 @@ def test_the_control_is_healed_alike_and_reported(run, pair, taller, tmp_path):
     assert "healed alike" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_report_shows_figures_and_curve(run, taller, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert run("merge", taller, folder / "plain")[0] == 0
+    status, printed, _ = run(*("heal", taller, folder / "healed", "--steps", 50, "--json"))
+    found = json.loads(printed)
+    assert status == 0
+    assert run("report", folder, "-o", tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "Healing: healed" in page and "No control was run" in page
+    assert "by step" in page and "at step 50" in page
+    assert f"{found['after']['nats']:.3f}" in page
+    records = [json.loads((folder / name / "frankenmerge.json").read_text()) for name in KINDS]
+    assert records[0]["key"] != records[1]["key"]
+    assert records[0]["recipe_sha256"] == records[1]["recipe_sha256"]
+
+
+KINDS = "plain", "healed"
+
+
 def test_blocks_left_out_and_averages(run, pair, tmp_path):
     one, other = pair["one"], pair["other"]
     shorter = stack(tmp_path, (one, 0, 1), (one, 3, 4))
