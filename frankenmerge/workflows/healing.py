@@ -237,7 +237,15 @@ def _check(patient: _Patient, scope: Scope, options: HealOptions, output: Path) 
     if patient.splice.vocabulary is not None:
         expected, found = "a result with its donors' tokens", "rows matched token by token"
         raise fail("heal", expected, found, "merge donors of one tokenizer")
+    state = state_folder(output)
+    if state.exists() and not state.is_dir():
+        raise fail(str(state), "a folder, for the state", "a file", "move it away")
     check_output(output, {**patient.splice.donors, **patient.donors}, patient.splice.bytes)
+
+
+def state_folder(output: Path) -> Path:
+    """Where the state of an unfinished healing is."""
+    return output.with_name(f"{output.name}.heal")
 
 
 def _memory(patient: _Patient, scope: Scope, options: HealOptions) -> Memory:
@@ -317,7 +325,7 @@ class _Healing:
         self.scope: Scope = scope
         self.output, self.memory, self.progress = output, memory, progress
         self.accelerator = accelerator
-        self.folder = output.with_name(f"{output.name}.heal")
+        self.folder = state_folder(output)
         opened = {**patient.splice.donors, **patient.donors}
         self.bench = Bench((), opened, placement=options.placement)
         loaded = {name: self.bench.load(name) for name in patient.donors}

@@ -363,6 +363,8 @@ def test_what_is_refused(run, pair, taller, tmp_path, donors):
     (out / "file").touch()
     assert "something is there" in refused(run, taller, out)
     assert not (tmp_path / "out.heal").exists()
+    (tmp_path / "new.heal").touch()
+    assert "for the state" in refused(run, taller, tmp_path / "new")
 
 
 def test_other_options_do_not_continue_a_state(taller, tmp_path):
