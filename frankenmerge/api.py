@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from frankenmerge.splicing.compatibility import Compatibility
     from frankenmerge.workflows.aligning import AlignOptions
     from frankenmerge.workflows.evaluating import Evaluated, EvaluateOptions
+    from frankenmerge.workflows.healing import Healed, HealOptions
     from frankenmerge.workflows.planning import Planned
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "check",
     "compare_donors",
     "evaluate",
+    "heal",
     "load_alignment",
     "load_atlas",
     "load_recipe",
@@ -213,6 +215,35 @@ def merge(
     opened = {donor.name: donor for donor in donors}
     with resolved(_recipes(recipe), opened=opened) as stages:
         return merge_stages(stages, Path(output), options or MergeOptions(), progress=progress)
+
+
+def heal(
+    model: Recipe | str | Path,
+    output: str | Path,
+    options: "HealOptions | None" = None,
+    *,
+    progress: Progress = silent,
+) -> "Healed | None":
+    """Train a splice for some steps towards its donors, and write it to the new folder `output`.
+
+    Args:
+        model: a recipe, its file, or a checkpoint that was merged.
+        output: a folder that does not exist yet; what an interrupted run has done is in
+            `OUTPUT.heal`, and the same call continues from there.
+        options: `frankenmerge.workflows.healing.HealOptions`.
+        progress: of sampling, steps and writing.
+
+    Returns:
+        What was done; None in all processes of `accelerate launch` but the first.
+
+    Raises:
+        FrankenmergeError: for donors that are not known or do not read the same tokens, a scope
+            without tensors, too little memory, and an output that cannot be written.
+    """
+    from frankenmerge.workflows.healing import HealOptions
+    from frankenmerge.workflows.healing import heal as healed
+
+    return healed(model, Path(output), options or HealOptions(), progress=progress)
 
 
 def verify(folder: str | Path, *, progress: Progress = silent) -> "Verified":

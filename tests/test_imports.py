@@ -23,6 +23,7 @@ LAYERS = (
     {"models"},
     {"splicing"},
     STAGES := {"analysis", "planning", "merging", "evaluation", "reporting"},
+    {"healing"},
     {"workflows"},
     {"api", "cli"},
     {"__main__"},
@@ -49,6 +50,7 @@ MAY_BE_HEAVY = (
     ),
     "analysis",
     "evaluation",
+    *(f"healing.{name}" for name in ("adapters", "objective", "state", "tokens", "training")),
     "workflows",
 )
 """Modules and folders that may import these at module level; all others do so inside functions."""

@@ -55,6 +55,8 @@ class TensorRecord(Record):
     seed: int | None = None
     inputs: list[InputRecord] | None = None
     base: InputRecord | None = None
+    healed: bool | None = None
+    """Whether it was trained since; all else is about what it was before."""
 
     @property
     def source(self) -> tuple[str, str] | None:
@@ -73,6 +75,60 @@ class GaugeRecord(Record):
     """R squared on inputs that the rotation was not fitted on."""
     refined: list[str] | None = None
     """Hashes of the rotations within blocks."""
+
+
+class CurveRecord(Record):
+    """The loss at one step of healing."""
+
+    step: int
+    nats: float
+    """Nats per token on the tokens that decide when to stop."""
+
+
+class ComparedRecord(Record):
+    """A model that the healed one is compared with, on the same tokens."""
+
+    name: str
+    nats: float
+    """Its loss per token."""
+    difference: float
+    """Nats per token of the healed model minus its own; below 0 the healed model is better."""
+    interval: tuple[float, float]
+    """95 %, paired."""
+
+
+class HealingRecord(Record):
+    """How tensors were trained, and what it changed."""
+
+    scope: str
+    """`seams`, `norms`, `lora` or `all`."""
+    teacher: str
+    """`ensemble`, `donor`, `best-per-domain` or `none`."""
+    teachers: list[str]
+    """The donors that taught."""
+    mix: float
+    """Share of the text's own loss in what was minimised; the rest is the teacher's divergence."""
+    on: list[str]
+    """Texts, or the donors whose tokens were sampled."""
+    sampled: bool
+    tokens_sha256: str
+    seed: int
+    steps: int
+    """Whose weights were kept."""
+    tokens: int
+    """Predicted in all these steps."""
+    rate: float
+    """Highest learning rate."""
+    curve: list[CurveRecord]
+    measured_on: list[str]
+    """What the following losses are of: held-out tokens that nothing was chosen by."""
+    before: float
+    """Nats per token."""
+    after: float
+    best_donor: ComparedRecord
+    control: ComparedRecord | None = None
+    """The best donor healed alike; None where no control was run."""
+    versions: dict[str, str]
 
 
 class Provenance(Record):
@@ -96,6 +152,8 @@ class Provenance(Record):
     """By the number of the slice."""
     texts: dict[str, str] | None = None
     """SHA-256 of the texts that gauges were fitted on, by path."""
+    healing: HealingRecord | None = None
+    """Where tensors were trained after merging."""
 
 
 def dump(provenance: Provenance) -> bytes:

@@ -13,6 +13,7 @@ from frankenmerge.cli.demo import demo
 from frankenmerge.cli.donors import analyze, inspect
 from frankenmerge.cli.evaluate import evaluate
 from frankenmerge.cli.features import features
+from frankenmerge.cli.heal import heal
 from frankenmerge.cli.merge import check, merge, widen
 from frankenmerge.cli.plan import plan
 from frankenmerge.cli.report import report
@@ -57,6 +58,7 @@ for command in (
     tune,
     check,
     merge,
+    heal,
     widen,
     evaluate,
     report,

@@ -107,7 +107,12 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 """As mergekit counts, whose `B` is a billion and not a byte: 500M, 5B."""
 
 
-def _bytes(_context: click.Context, _parameter: click.Parameter, value: str) -> int:
+def size_in_bytes(
+    _context: click.Context, _parameter: click.Parameter, value: str | None
+) -> int | None:
+    """Read a size such as 5GB, of 1000 megabytes; None stays None."""
+    if value is None:
+        return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])B?|(B))?\s*", value.upper())
     count = float(match[1]) * _UNITS[match[2] or match[3] or ""] if match else 0
     if not 1 <= count < 1 << 63:
@@ -128,7 +133,7 @@ def _bytes(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     "--shard-size",
     default="5GB",
     show_default=True,
-    callback=_bytes,
+    callback=size_in_bytes,
     help="Largest file of weights.",
 )
 @click.option(

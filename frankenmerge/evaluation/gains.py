@@ -106,6 +106,17 @@ def donor_losses(
     return {name: sums[name] for name in models}, sums[""]
 
 
+@torch.no_grad()
+def model_losses(model: PreTrainedModel, domains: Sequence[Domain]) -> Sums:
+    """Measure one model that is in memory."""
+    batches = [(domain, batch) for domain in domains for batch in domain.batches()]
+    nats = [
+        batch.nats(model(input_ids=batch.ids.to(model.device), use_cache=False).logits)
+        for _, batch in batches
+    ]
+    return _sums(domains, batches, [each.double().cpu().numpy() for each in nats])
+
+
 def _predicted(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids.to(model.device), use_cache=False).logits.float().log_softmax(-1)
 

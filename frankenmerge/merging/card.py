@@ -35,8 +35,7 @@ def model_card(splice: Splice) -> str:
 
 # A frankenmodel of {len(splice.blocks)} blocks
 
-Made {_how(splice)}, by the method {recipe.merge_method}. It has not been trained since;
-measure it before you use it.
+Made {_how(splice)}, by the method {recipe.merge_method}. {_since(splice)}
 
 ![Which block comes from where; the table below says the same]({DIAGRAM})
 
@@ -92,8 +91,39 @@ def _how(splice: Splice) -> str:
     changed = recipe.dtype or recipe.out_dtype or splice.parameters
     if recipe.merge_method != "passthrough" or changed:
         return "from blocks of other models"
-    weights = "some rotated to another basis" if splice.has_gauges else "their weights unchanged"
-    return f"by stacking blocks of other models, {weights}"
+    stacking = "by stacking blocks of other models"
+    if splice.has_gauges:
+        return f"{stacking}, some rotated to another basis"
+    return stacking if splice.healing else f"{stacking}, their weights unchanged"
+
+
+def _since(splice: Splice) -> str:
+    """What was done with it after merging."""
+    healing = splice.healing
+    if healing is None:
+        return "It has not been trained since;\nmeasure it before you use it."
+    taught = {"none": "the tokens themselves", "ensemble": "the mean of the donors' probabilities"}
+    teacher = taught.get(healing.teacher, f"the probabilities of {', '.join(healing.teachers)}")
+    on = "tokens that its donors generated" if healing.sampled else ", ".join(healing.on)
+    best, control = healing.best_donor, healing.control
+    compared = (
+        "No control was run: how much a donor alone gains from the same training is not known."
+        if control is None
+        else f"{control.name}, healed alike, has {control.nats:.4f}: a difference of "
+        f"{control.difference:+.4f} ({control.interval[0]:+.4f} to {control.interval[1]:+.4f}, "
+        "95 %)."
+    )
+    judged = ", ".join(healing.measured_on)
+    return f"""It has been healed since:
+
+{healing.steps} steps on {on} ({healing.tokens:,} tokens), towards
+{teacher}; trained: {healing.scope}.
+
+Nats per token on held-out tokens of {judged}: before {healing.before:.4f}, healed
+{healing.after:.4f}; its best donor, {best.name}, {best.nats:.4f}, a difference of
+{best.difference:+.4f} ({best.interval[0]:+.4f} to {best.interval[1]:+.4f}, 95 %).
+
+{compared}"""
 
 
 def front_matter(donors: Mapping[str, Checkpoint]) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def provenance_of(
         tensors={operation.name: origin(operation) for operation in operations},
         gauges=gauges or None,
         texts=splice.texts or None,
+        healing=splice.healing,
     )
 
 
@@ -78,6 +79,8 @@ def _gauge(fit: Fit) -> GaugeRecord:
 
 def origin(operation: Operation) -> TensorRecord:
     """Where one tensor comes from."""
+    if isinstance(operation, Copy) and operation.start is not None:
+        return TensorRecord.of(**dict(origin(operation.start)) | {"healed": True})
     if isinstance(operation, Copy):
         return TensorRecord.of(donor=operation.donor, tensor=operation.source, method="copy")
     if isinstance(operation, Rotate):

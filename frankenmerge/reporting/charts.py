@@ -126,7 +126,12 @@ class _Frame(NamedTuple):
 
 
 def lines(
-    series: Sequence[Line], title: str, axis: str, *, seams: Sequence[tuple[float, str]] = ()
+    series: Sequence[Line],
+    title: str,
+    axis: str,
+    *,
+    seams: Sequence[tuple[float, str]] = (),
+    by: str = "block of the result",
 ) -> Drawing:
     """Draw values by block as lines, each with a shape of its own; 0 is in view.
 
@@ -135,6 +140,7 @@ def lines(
         title: what the chart shows.
         axis: the quantity and its unit.
         seams: (position in blocks, label); drawn as broken vertical lines.
+        by: what is counted in place of blocks.
     """
     values = [value for line in series for _, value in line.points if _finite(value)]
     blocks = [block for line in series for block, _ in line.points]
@@ -154,9 +160,12 @@ def lines(
         elements += _line(line, frame)
         elements += _legend(line, _LEFT + number % columns * 180, 12 + number // columns * 18)
     elements += _block_numbers(sorted(set(blocks)), frame)
-    caption = f"{axis}, by block of the result"
+    caption = f"{axis}, by {by}"
     elements.append(text((_LEFT + WIDTH) / 2, frame.bottom + 34, caption, "soft"))
-    description = "; ".join(f"{line.label}: {_extremes(line)}" for line in series) or "no values"
+    description = (
+        "; ".join(f"{line.label}: {_extremes(line, by.split()[0])}" for line in series)
+        or "no values"
+    )
     return Drawing("chart", title, description, WIDTH, frame.bottom + 42, "".join(elements))
 
 
@@ -182,9 +191,13 @@ def _legend(line: Line, x: float, y: float) -> Iterator[str]:
     yield text(x + 12, y + 4, line.label, "start soft")
 
 
+_EVERY = (1, 2, 4, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+"""Distances of numbers on an axis."""
+
+
 def _block_numbers(blocks: Sequence[float], frame: _Frame) -> Iterator[str]:
     extent = frame.last - frame.first
-    every = next((step for step in (1, 2, 4, 5, 10, 20, 50) if extent / step <= 12), 100)
+    every = next((step for step in _EVERY if extent / step <= 12), 10**6)
     for block in blocks:
         if block % every == 0:
             yield text(frame.x(block), frame.bottom + 16, f"{block:g}", "soft")
@@ -195,13 +208,13 @@ def _symbol(line: Line, x: float, y: float, inner: str = "") -> str:
     return _mark(shape, x, y, f"{'l' if shape in _HOLLOW else 'f'}{line.style % 6}", inner)
 
 
-def _extremes(line: Line) -> str:
+def _extremes(line: Line, unit: str) -> str:
     known = [(value, block) for block, value in line.points if _finite(value)]
     if not known:
         return "no values"
     (low, low_block), (high, high_block) = min(known), max(known)
-    lowest = f"lowest {_number(low)} at block {low_block:g}"
-    return f"{lowest}, highest {_number(high)} at block {high_block:g}"
+    lowest = f"lowest {_number(low)} at {unit} {low_block:g}"
+    return f"{lowest}, highest {_number(high)} at {unit} {high_block:g}"
 
 
 def _mark(shape: str, x: float, y: float, style: str, inner: str = "") -> str:

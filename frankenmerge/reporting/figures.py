@@ -15,6 +15,7 @@ from frankenmerge.artefacts.evaluation import (
 )
 from frankenmerge.artefacts.gain import SUFFIX as GAIN_SUFFIX
 from frankenmerge.artefacts.gain import GainFile
+from frankenmerge.artefacts.provenance import HealingRecord
 from frankenmerge.artefacts.sweep import SUFFIX as SWEEP_SUFFIX
 from frankenmerge.errors import fail
 from frankenmerge.reporting import svg
@@ -186,6 +187,15 @@ def retention(records: Sequence[RetentionRecord]) -> Drawing:
     return lines(series, "Features preserved", "share of features preserved")
 
 
+def healing(record: HealingRecord) -> Drawing:
+    """The loss that decided when to stop, above its least value, by step."""
+    least = min(point.nats for point in record.curve)
+    points = [(point.step, point.nats - least) for point in record.curve]
+    axis = "nats per token above the least"
+    title = f"Healing: {record.scope}, towards {record.teacher}"
+    return lines([Line(record.scope, points, 0)], title, axis, by="step")
+
+
 def plot_alignment(alignment: Alignment, path: Path, marks: Sequence[Mark] = ()) -> None:
     """Draw the scores of an alignment to a PNG or SVG file.
 
@@ -237,6 +247,9 @@ def _figures(run: Run) -> Iterator[tuple[str, str]]:
         yield f"gain-{file.removesuffix(GAIN_SUFFIX)}", svg.standalone(gains(found))
     for file, sweep in run.sweeps.items():
         yield f"sweep-{file.removesuffix(SWEEP_SUFFIX)}", svg.standalone(sweep_figure(sweep))
+    for file, merged in run.merges.items():
+        if merged.healing:
+            yield f"healing-{Path(file).parent.name}", svg.standalone(healing(merged.healing))
     if checks := prediction_checks(run):
         yield "prediction", svg.standalone(prediction(checks))
     for file, evaluation in run.evaluations.items():

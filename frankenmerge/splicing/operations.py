@@ -14,15 +14,20 @@ from frankenmerge.splicing.vocabulary import Rows
 from frankenmerge.storage.dtypes import BYTES_OF
 from frankenmerge.storage.safetensors_header import Tensor
 
+HEALED = "healed tensors"
+"""In place of a donor's name: the tensors that were trained."""
+
 
 class Copy(NamedTuple):
-    """One tensor of the result: the bytes of one tensor of a donor."""
+    """One tensor of the result: the bytes of one tensor of a donor, or of one that was trained."""
 
     name: str
     donor: str
     source: str
     """The tensor's name in the donor."""
     tensor: Tensor
+    start: "Operation | None" = None
+    """What made the tensor before it was trained; its donor is then `HEALED`."""
 
     @property
     def dtype(self) -> str:

@@ -4,12 +4,15 @@ Everything that describes a result reads the fields of `Splice` and derives noth
 executors, summaries, cards, diagrams, lineages, provenance.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from frankenmerge.artefacts.json_files import dump_json
+from frankenmerge.artefacts.provenance import HealingRecord
 from frankenmerge.artefacts.recipe import Block, Recipe, Seam, key_of, renamed
 from frankenmerge.artefacts.recipe_schema import Slice
 from frankenmerge.donors.checkpoint import PROCESSOR_FILES, Checkpoint
@@ -20,7 +23,7 @@ from frankenmerge.errors import FrankenmergeError, raise_all
 from frankenmerge.splicing.listing import Draft, filtered_names, operations_of
 from frankenmerge.splicing.methods import METHODS
 from frankenmerge.splicing.moved_blocks import settled
-from frankenmerge.splicing.operations import Copy, Operation, Rotate, rebound
+from frankenmerge.splicing.operations import HEALED, Copy, Operation, Rotate, rebound
 from frankenmerge.splicing.parameters import method_faults, recipe_remarks
 from frankenmerge.splicing.result import (
     Donors,
@@ -82,6 +85,8 @@ class Splice:
     """Worth knowing about the donors; they forbid nothing."""
     planned: "Splice | None" = None
     """The same before its stages were made, which identifies it."""
+    healing: HealingRecord | None = None
+    """How some of its tensors were trained."""
 
     @property
     def slices(self) -> Sequence[Slice]:
@@ -176,7 +181,15 @@ class Splice:
 
     @cached_property
     def key(self) -> str:
-        """Identifies the recipe and its donors, whatever they are called; see `key_of`."""
+        """Identifies the recipe and its donors, whatever they are called; see `key_of`.
+
+        What was trained since has a key of its own: predictions are not about it.
+        """
+        if self.healing:
+            plain = replace(self, healing=None).key
+            return hashlib.sha256(plain.encode() + dump_json(self.healing, indent=0)).hexdigest()[
+                :32
+            ]
         if self.planned:
             return self.planned.key
         fingerprints = {name: donor.fingerprint for name, donor in self.donors.items()}
@@ -199,6 +212,21 @@ class Splice:
     def has_gauges(self) -> bool:
         """Whether any slice is rotated to another basis."""
         return any(part.gauge for part in self.slices)
+
+    def healed(self, tensors: Mapping[str, Tensor], record: HealingRecord) -> "Splice":
+        """The same with some tensors as they were after training.
+
+        Args:
+            tensors: by their names in the result, in the types and shapes of the result.
+            record: of the training.
+        """
+        operations = tuple(
+            Copy(each.name, HEALED, each.name, tensors[each.name], each)
+            if each.name in tensors
+            else each
+            for each in self.operations
+        )
+        return replace(self, operations=operations, healing=record)
 
     def rebound(self, checkpoints: Mapping[str, Checkpoint]) -> "Splice":
         """The same splice of checkpoints that are elsewhere: fetched, folded or made meanwhile.

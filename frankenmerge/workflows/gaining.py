@@ -29,7 +29,7 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_label import label
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import FrankenmergeError, fail
-from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.bench import Bench, Loaded, Text
 from frankenmerge.evaluation.domains import (
     ROWS,
     Domain,
@@ -372,13 +372,8 @@ def domains_on(
     own tokens.
     """
     loaded = {name: bench.load(name) for name in names}
-    first, *others = loaded.values()
-    for other in others:
-        if other.tokenizer.get_vocab() != first.tokenizer.get_vocab():
-            place = f"{other.checkpoint.name}: tokenizer"
-            expected = f"the tokens of {first.checkpoint.name}"
-            remedy = "gains are measured token by token: name donors of one tokenizer"
-            raise fail(place, expected, "other tokens", remedy)
+    check_same_tokens(list(loaded.values()))
+    first = next(iter(loaded.values()))
     if isinstance(on, str):
         if len(loaded) == 1:
             expected = "a text or a task: a donor predicts its own tokens best"
@@ -390,6 +385,17 @@ def domains_on(
                 advance(1)
         return made
     return [_domain(each, first.tokenizer, bench) for each in on]
+
+
+def check_same_tokens(loaded: Sequence[Loaded]) -> None:
+    """Raise FrankenmergeError for models whose tokenizers have different tokens."""
+    first, *others = loaded
+    for other in others:
+        if other.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+            place = f"{other.checkpoint.name}: tokenizer"
+            expected = f"the tokens of {first.checkpoint.name}"
+            remedy = "losses are compared token by token: name donors of one tokenizer"
+            raise fail(place, expected, "other tokens", remedy)
 
 
 def _domain(each: Text | Task, tokenizer: PreTrainedTokenizerBase, bench: Bench) -> Domain:

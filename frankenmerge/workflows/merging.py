@@ -130,7 +130,7 @@ def _is_made(splice: Splice, folder: Path) -> bool:
         open_checkpoint(str(folder))
     except FrankenmergeError:
         return False
-    if record is None or record.recipe_sha256 != splice.recipe.key:
+    if record is None or record.healing or record.recipe_sha256 != splice.recipe.key:
         return False
     fingerprints = {name: donor.fingerprint for name, donor in splice.donors.items()}
     recorded = {name: donor.fingerprint for name, donor in record.donors.items()}

@@ -1,0 +1,1 @@
+"""Short training of what a splice broke: scopes, memory, tokens, objective, state, descent."""

@@ -1,0 +1,114 @@
+"""How much memory healing takes, from shapes alone."""
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from frankenmerge.errors import fail
+from frankenmerge.healing.scopes import SCOPES, Scope
+
+PARAMETER = 4
+"""Bytes of a parameter that is trained: float32."""
+
+
+class Sizes(NamedTuple):
+    """What the memory depends on."""
+
+    weights: int
+    """Bytes of the tensors that are in memory and not trained: donors, and what was computed."""
+    trained: Mapping[Scope, int]
+    """Parameters that each scope trains."""
+    width: int
+    blocks: int
+    inner: int
+    vocabulary: int
+    rows: int
+    """Rows in one pass."""
+    length: int
+    """Tokens in a row."""
+    teachers: int
+    """How many run."""
+    probabilities: int = 0
+    """Bytes of the teachers' and donors' probabilities that are computed once."""
+
+
+class Memory(NamedTuple):
+    """Bytes of one process, by use."""
+
+    weights: int
+    trained: int
+    """The trained parameters in float32, and those of the best check."""
+    gradients: int
+    optimiser: int
+    activations: int
+    """An estimate: the inputs of every map that the backward pass needs."""
+    logits: int
+    """Of the model and its gradient, and of each teacher."""
+    probabilities: int
+    """Kept from the beginning on."""
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return sum(self)
+
+
+def memory_of(sizes: Sizes, scope: Scope, *, checkpointing: bool = False) -> Memory:
+    """The memory of one process; under `accelerate launch` every process takes as much."""
+    trained = PARAMETER * sizes.trained[scope]
+    tokens = sizes.rows * sizes.length
+    per_block = sizes.width if checkpointing else 10 * sizes.width + 4 * sizes.inner
+    return Memory(
+        weights=sizes.weights,
+        trained=2 * trained,
+        gradients=trained,
+        optimiser=2 * trained,
+        activations=4 * tokens * sizes.blocks * per_block,
+        logits=4 * tokens * sizes.vocabulary * (3 + 2 * sizes.teachers),
+        probabilities=sizes.probabilities,
+    )
+
+
+def check_memory(
+    sizes: Sizes, scope: Scope, available: int | None, *, checkpointing: bool = False
+) -> Memory:
+    """The plan of a scope; raises FrankenmergeError, with a scope that fits, if it does not."""
+    plan = memory_of(sizes, scope, checkpointing=checkpointing)
+    if available is None or plan.total <= available:
+        return plan
+    plans = {each: memory_of(sizes, each, checkpointing=checkpointing).total for each in SCOPES}
+    smaller: list[Scope] = [
+        each for each in SCOPES if plans[each] <= available and sizes.trained[each]
+    ]
+    remedy = "compute in --dtype bfloat16, or on a device with more memory"
+    if smaller:
+        chosen = max(smaller, key=lambda each: sizes.trained[each])
+        remedy = f"--scope {chosen} fits, with {_size(plans[chosen])}"
+    elif not checkpointing and memory_of(sizes, scope, checkpointing=True).total <= available:
+        remedy = "--checkpointing makes it fit"
+    expected = f"{_size(plan.total)} of memory"
+    raise fail(f"--scope {scope}", expected, f"{_size(available)} available", remedy)
+
+
+def available_memory(device: str) -> int | None:
+    """Bytes that are free on a device; None where that cannot be known."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    if device != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"

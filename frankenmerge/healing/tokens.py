@@ -1,0 +1,117 @@
+"""Tokens to heal on: sampled once and kept, or texts; three parts that share no rows."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from frankenmerge.evaluation.domains import (
+    LENGTH,
+    TARGET_BYTES,
+    Domain,
+    stages,
+)
+from frankenmerge.models.hooks import embedding_of
+from frankenmerge.models.sampling import sample_unprompted
+from frankenmerge.storage.atomic import replacing_file
+
+FITTING, STOPPING, CONFIRMING = 512, 64, 128
+"""Rows of every donor's tokens: to heal on, to decide when to stop, and to be judged by."""
+SHARES = (0.6, 0.15, 0.25)
+"""The same of a text, as shares of its units."""
+
+
+def probability_bytes(donors: int, vocabulary: int, *, taught: bool) -> int:
+    """How much memory the probabilities take that are computed once, on sampled tokens.
+
+    Those of the parts are kept where they take at most `TARGET_BYTES`, a donor's in each held-out
+    part, and the teachers' of all tokens to heal on.
+    """
+    row = (LENGTH - 1) * vocabulary * 4
+    parts = [STOPPING * row] * donors + [CONFIRMING * row] * donors
+    parts += [FITTING * row * donors] if taught else []
+    return sum(part for part in parts if part <= TARGET_BYTES)
+
+
+class Tokens(NamedTuple):
+    """What a model is healed on and measured on; no part shares rows with another."""
+
+    fitting: list[Domain]
+    stopping: list[Domain]
+    confirming: list[Domain]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the token ids of all parts."""
+        digest = hashlib.sha256()
+        for domain in (*self.fitting, *self.stopping, *self.confirming):
+            digest.update(json.dumps([domain.name, list(domain.ids.shape)]).encode())
+            digest.update(domain.ids.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def sampled_tokens(
+    models: Mapping[str, PreTrainedModel], fingerprints: Mapping[str, str], seed: int, kept: Path
+) -> Tokens:
+    """What every model generates; read from the file `kept` if it was sampled before.
+
+    Args:
+        models: by name.
+        fingerprints: of these models, by name.
+        seed: of the sampling.
+        kept: a safetensors file; written where it is absent, or of other models.
+    """
+    rows = (FITTING, STOPPING, CONFIRMING)
+    identity = json.dumps([[fingerprints[name] for name in models], seed, rows, LENGTH])
+    ids = _kept(kept, identity)
+    if ids is None:
+        ids = {
+            str(place): sample_unprompted(model, sum(rows), LENGTH, seed)
+            for place, model in enumerate(models.values())
+        }
+        with replacing_file(kept) as partial:
+            save_file(ids, partial, {"identity": identity})
+    parts: list[list[Domain]] = [[], [], []]
+    for place, (name, model) in enumerate(models.items()):
+        for part, own in zip(parts, ids[str(place)].split(rows), strict=True):
+            domain = _domain(name, own)
+            part.append(domain if part is parts[0] else _with_target(domain, model))
+    return Tokens(*parts)
+
+
+def text_tokens(domains: Sequence[Domain]) -> Tokens:
+    """Texts, cut into the three parts."""
+    return Tokens(*stages(domains, SHARES))
+
+
+def _kept(file: Path, identity: str) -> dict[str, torch.Tensor] | None:
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as handle:
+        if (handle.metadata() or {}).get("identity") != identity:
+            return None
+        return {name: handle.get_tensor(name) for name in handle.keys()}
+
+
+def _domain(name: str, ids: torch.Tensor) -> Domain:
+    counted = torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
+    return Domain(name, ids.contiguous(), counted, np.arange(len(ids)))
+
+
+@torch.no_grad()
+def _with_target(domain: Domain, model: PreTrainedModel) -> Domain:
+    """The same with the probabilities by which the model sampled, where they fit into memory."""
+    if domain.counted.numel() * embedding_of(model).shape[0] * 4 > TARGET_BYTES:
+        return domain
+    parts = [
+        model(input_ids=batch.ids.to(model.device), use_cache=False).logits[:, :-1]
+        for batch in domain.batches()
+    ]
+    return domain._replace(target=torch.cat([part.float().softmax(-1).cpu() for part in parts]))
