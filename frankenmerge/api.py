@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from frankenmerge.splicing.compatibility import Compatibility
     from frankenmerge.workflows.aligning import AlignOptions
     from frankenmerge.workflows.evaluating import Evaluated, EvaluateOptions
+    from frankenmerge.workflows.gaining import GainOptions, Gains
     from frankenmerge.workflows.healing import Healed, HealOptions
     from frankenmerge.workflows.planning import Planned
+    from frankenmerge.workflows.tuning import Tuned, TuneOptions
 
 __all__ = [
     "align",
@@ -44,9 +46,11 @@ __all__ = [
     "merge",
     "open_donor",
     "plan",
+    "plan_gains",
     "report",
     "save_alignment",
     "save_atlas",
+    "tune",
     "verify",
     "write_plans",
 ]
@@ -174,6 +178,62 @@ def write_plans(planned: "Planned", output: str | Path) -> list[Path]:
     from frankenmerge.workflows.planning import write_plans as written
 
     return written(planned, Path(output))
+
+
+def plan_gains(
+    alignments: Alignment | Iterable[Alignment],
+    options: "GainOptions",
+    *,
+    donors: Sequence[Checkpoint] = (),
+    progress: Progress = silent,
+) -> "Gains":
+    """Recipes that are better than the best donor, searched for and confirmed on other tokens.
+
+    Args:
+        alignments: of pairs of donors, or of one donor with itself.
+        options: `frankenmerge.workflows.gaining.GainOptions`.
+        donors: checkpoints that are open already; others are opened.
+        progress: of every stage.
+
+    Returns:
+        `plans`, each with its `gain`, and `controls`; `confirmed` says whether a gain is shown.
+
+    Raises:
+        FrankenmergeError: for donors that do not read the same tokens, texts that are too short,
+            and a single donor on its own tokens.
+    """
+    from frankenmerge.workflows.gaining import plan_gains as planned
+
+    given = [alignments] if isinstance(alignments, Alignment) else list(alignments)
+    opened = {donor.name: donor for donor in donors}
+    return planned(given, options, opened=opened, progress=progress)
+
+
+def tune(
+    recipe: Recipe | str | Path,
+    options: "TuneOptions",
+    *,
+    donors: Sequence[Checkpoint] = (),
+    progress: Progress = silent,
+) -> "Tuned":
+    """The recipe with the numbers that gain most; no model is written.
+
+    Args:
+        recipe: a recipe, or the file of one.
+        options: `frankenmerge.workflows.tuning.TuneOptions`.
+        donors: checkpoints that are open already; others are opened.
+        progress: of the search.
+
+    Raises:
+        FrankenmergeError: for a recipe of several stages, one without numbers, and donors that do
+            not read the same tokens.
+    """
+    from frankenmerge.workflows.tuning import one_recipe
+    from frankenmerge.workflows.tuning import tune as tuned
+
+    opened = {donor.name: donor for donor in donors}
+    chosen = one_recipe(_recipes(recipe), str(recipe))
+    return tuned(chosen, options, opened=opened, progress=progress)
 
 
 def check(recipe: Recipe | str | Path) -> None:

@@ -20,7 +20,6 @@ from frankenmerge.cli.console import (
 )
 from frankenmerge.cli.measuring import gain_option, gains_on
 from frankenmerge.cli.tables import task_differences_tables
-from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
     from frankenmerge.workflows.tuning import Tuned
@@ -69,17 +68,14 @@ def tune(
     from frankenmerge.artefacts.recipe_file import load_recipes
     from frankenmerge.models.loading import Placement
     from frankenmerge.storage.atomic import write_file
-    from frankenmerge.workflows.tuning import TuneOptions
+    from frankenmerge.workflows.tuning import TuneOptions, one_recipe
     from frankenmerge.workflows.tuning import tune as tuned
 
     started = perf_counter()
-    recipes = load_recipes(recipe)
-    if len(recipes) > 1:
-        found, remedy = f"{len(recipes)} stages", "merge the earlier stages, and name their results"
-        raise fail(str(recipe), "one recipe", found, remedy)
+    given = one_recipe(load_recipes(recipe), str(recipe))
     options["on"] = gains_on(options["on"])
     chosen = TuneOptions(placement=Placement(dtype, device), **options)
-    found = tuned(recipes[0], chosen, progress=progress)
+    found = tuned(given, chosen, progress=progress)
     write_file(output, found.recipe.dump().encode())
     if as_json:
         print_json(_as_json(found, perf_counter() - started))

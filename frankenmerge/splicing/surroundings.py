@@ -62,7 +62,8 @@ def surroundings(config: Config) -> Surroundings | None:
     """What is around the blocks of a config's model; None for one that cannot be run blank."""
     for dtype in (torch.bfloat16, torch.float32):  # experts want the one, some old models the other
         try:
-            return _surroundings(blank_model(config, dtype).to("meta").eval())
+            model: Any = blank_model(config, dtype)
+            return _surroundings(model.to("meta").eval())
         except Exception:  # whatever a pass without values makes code of any family raise
             continue
     return None

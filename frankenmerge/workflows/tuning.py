@@ -125,6 +125,14 @@ def tune(
     return _confirmed(bench, recipe, found, confirming, options, steps, len(numbers))
 
 
+def one_recipe(recipes: Sequence[Recipe], place: str) -> Recipe:
+    """The recipe of a file with a single stage. Raises FrankenmergeError for several."""
+    if len(recipes) > 1:
+        found, remedy = f"{len(recipes)} stages", "merge the earlier stages, and name their results"
+        raise fail(place, "one recipe", found, remedy)
+    return recipes[0]
+
+
 class _Tuning:
     """One search for numbers."""
 

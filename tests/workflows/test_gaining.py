@@ -13,7 +13,12 @@ from frankenmerge.artefacts.alignment import save_alignment
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.evaluation.bench import Text
 from frankenmerge.models.loading import load_model
+from frankenmerge.planning.candidates import uniform_average
+from frankenmerge.planning.search import Constraints
+from frankenmerge.workflows.gaining import GainOptions
+from frankenmerge.workflows.tuning import TuneOptions
 
 HALVES = (range(2), range(2, 4))
 
@@ -198,3 +203,17 @@ def test_what_cannot_be_measured_is_refused(case, donors, run, tmp_path):
         "no objective": "--objective gain",
     }
     assert said[case] in " ".join(err.split())
+
+
+def test_python_plans_and_tunes_as_the_command_line_does(planted, run, tmp_path):
+    text = [Text("text", planted["text"].read_text())]
+    alignment = frankenmerge.load_alignment(planted["alignment"])
+    gains = frankenmerge.plan_gains(alignment, GainOptions(text, Constraints(4)))
+    names = planted["alignment"], tmp_path / "recipe.yaml", "--on", planted["text"], "--depth", 4
+    found = planned(run, *names)
+    (plan,) = gains.plans
+    assert plan.candidate.recipe == load_recipe(tmp_path / "recipe.yaml")
+    assert plan.gain.nats == found["plans"][0]["gain"] and gains.confirmed
+    average = uniform_average([str(planted["first"]), str(planted["second"])])
+    tuned = frankenmerge.tune(average, TuneOptions(text, steps=2))
+    assert tuned.recipe.models and tuned.after <= tuned.before + 1e-3
