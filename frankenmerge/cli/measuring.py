@@ -19,7 +19,7 @@ def _texts(
     _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...]:
     if SAMPLED in values and len(values) > 1:
-        raise click.BadParameter(f"give either {SAMPLED!r} or files, not both")
+        raise click.BadParameter(f"give either {SAMPLED!r} or texts, not both")
     return values
 
 

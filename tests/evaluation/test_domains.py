@@ -12,6 +12,7 @@ from frankenmerge.evaluation.domains import (
     FEWEST_UNITS,
     LENGTH,
     LONGEST_UNIT,
+    MOST_ROWS,
     POSITIONS,
     Domain,
     sampled_domain,
@@ -68,13 +69,24 @@ def test_padding_does_not_count():
 
 
 @pytest.mark.parametrize(
-    "rows, unit", [(1, 1), (95, 1), (96, 2), (FEWEST_UNITS * LONGEST_UNIT, LONGEST_UNIT), (999, 8)]
+    "rows, unit", [(1, 1), (95, 1), (96, 2), (FEWEST_UNITS * LONGEST_UNIT, LONGEST_UNIT), (505, 8)]
 )
 def test_units_are_neighbouring_rows_and_as_many_as_can_be_up_to_a_number(rows, unit):
     domain = numbered(8 * rows)
     assert len(domain.ids) == rows
     assert domain.units.tolist() == [row // unit for row in range(rows)]
     assert domain.size == -(-rows // unit) >= min(rows, FEWEST_UNITS)
+
+
+def test_of_a_long_text_evenly_spaced_pieces_are_used():
+    domain = numbered(8 * 4000)
+    assert len(domain.ids) == MOST_ROWS and domain.size == MOST_ROWS // LONGEST_UNIT
+    # Each row holds the numbers of its tokens: which rows of the text they are.
+    rows = domain.ids[:, 1].numpy().reshape(-1, LONGEST_UNIT)
+    steps = np.diff(rows, axis=1)
+    assert (steps == steps[0, 0]).all()
+    gaps = np.diff(rows[:, 0])
+    assert gaps.max() - gaps.min() <= steps[0, 0]
 
 
 @given(rows=st.integers(8, 300), parts=st.integers(2, 4))
