@@ -74,9 +74,10 @@ def gains_on(values: tuple[str, ...]) -> "GainOn":
 
 
 def _is_task(value: str) -> bool:
-    return Path(value).suffix == ".jsonl" or not (
-        value == SAMPLED or Path(value).suffix or Path(value).exists()
-    )
+    """Whether a value is a task: a file of items, a task's YAML, or a name that is no file's."""
+    path = Path(value)
+    named = not (value == SAMPLED or path.suffix or path.exists())
+    return named or path.suffix in (".jsonl", ".yaml", ".yml")
 
 
 def _items(value: str) -> "list[Item]":

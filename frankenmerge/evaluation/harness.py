@@ -90,10 +90,13 @@ def harness_items(task: str) -> list[Item]:
     Raises FrankenmergeError for a task that is not of multiple choice, or cannot be loaded.
     """
     check_tasks([task])
-    from lm_eval.tasks import TaskManager, get_task_dict  # pyright: ignore[reportMissingImports]
+    from lm_eval.config.evaluate_config import EvaluatorConfig  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import get_task_dict  # pyright: ignore[reportMissingImports]
 
     with _harness_errors([task]):
-        (loaded,) = get_task_dict([task], TaskManager()).values()
+        config = EvaluatorConfig(tasks=[task])
+        manager = config.process_tasks()
+        (loaded,) = get_task_dict(list(config.tasks), manager).values()
         if getattr(loaded, "OUTPUT_TYPE", None) != "multiple_choice":
             raise ValueError("gains are measured on tasks of multiple choice")
         loaded.build_all_requests(rank=0, world_size=1)

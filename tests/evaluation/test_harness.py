@@ -9,6 +9,7 @@ from conftest import DATA, DEMO
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
+from frankenmerge.evaluation.items import Item
 from frankenmerge.models.loading import load_model, load_tokenizer
 
 QUESTIONS = 24
@@ -169,3 +170,18 @@ def test_without_the_harness_its_extra_is_named(donors, run, text, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     code, _, err = run("evaluate", donors["a"], "--text", text, "--tasks", "piqa")
     assert code == 2 and "frankenmerge[harness]" in err and "Traceback" not in err
+
+
+@pytest.mark.filterwarnings("ignore")  # its own, and its dependencies'
+def test_the_items_that_gains_are_measured_on_are_the_harness_s(task):
+    path, rows, _ = task
+    from frankenmerge.evaluation.harness import harness_items
+
+    assert harness_items(str(path)) == [
+        Item(
+            f"Question: {row['goal']}\nAnswer:",
+            (f" {row['sol1']}", f" {row['sol2']}"),
+            row["label"],
+        )
+        for row in rows
+    ]
