@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from frankenmerge.artefacts.json_files import Record, load_json, parse_json, save_json
+from frankenmerge.artefacts.json_files import Record, is_kind, load_json, parse_json, save_json
 
 KIND = "frankenmerge.evaluation/1"
 _EXPECTED = "an evaluation written by `frankenmerge evaluate -o`"
@@ -287,5 +287,4 @@ def parse(content: Any, place: str) -> Evaluation:
 
 def is_evaluation(content: Any) -> bool:
     """Whether parsed JSON is meant to be such a file, of this version or another."""
-    kind = content.get("kind", "") if isinstance(content, dict) else ""
-    return str(kind).startswith("frankenmerge.evaluation/")
+    return is_kind(content, KIND)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from frankenmerge.artefacts.evaluation import TaskDifferenceRecord
-from frankenmerge.artefacts.json_files import Record, load_json, parse_json, save_json
+from frankenmerge.artefacts.json_files import Record, is_kind, load_json, parse_json, save_json
 
 KIND = "frankenmerge.gain/1"
 SUFFIX = ".gain.json"
@@ -124,5 +124,4 @@ def parse(content: Any, place: str) -> GainFile:
 
 def is_gain(content: Any) -> bool:
     """Whether parsed JSON is meant to be such a file, of this version or another."""
-    kind = content.get("kind", "") if isinstance(content, dict) else ""
-    return str(kind).startswith("frankenmerge.gain/")
+    return is_kind(content, KIND)

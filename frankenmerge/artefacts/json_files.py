@@ -87,6 +87,12 @@ def parse_json(
         raise FrankenmergeError(*faults) from error
 
 
+def is_kind(content: Any, kind: str) -> bool:
+    """Whether parsed JSON is meant to be of a kind, of this version or another."""
+    stated = content.get("kind", "") if isinstance(content, dict) else ""
+    return str(stated).startswith(kind.rpartition("/")[0] + "/")
+
+
 def _kind_fault(
     content: dict[str, Any], place: str, record: type[Record], kind: str, expected: str
 ) -> Fault | None:

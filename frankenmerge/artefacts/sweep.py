@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from frankenmerge.artefacts.json_files import Record, load_json, parse_json, save_json
+from frankenmerge.artefacts.json_files import Record, is_kind, load_json, parse_json, save_json
 
 KIND = "frankenmerge.sweep/1"
 SUFFIX = ".sweep.json"
@@ -92,5 +92,4 @@ def parse(content: Any, place: str) -> Sweep:
 
 def is_sweep(content: Any) -> bool:
     """Whether parsed JSON is meant to be such a file, of this version or another."""
-    kind = content.get("kind", "") if isinstance(content, dict) else ""
-    return str(kind).startswith("frankenmerge.sweep/")
+    return is_kind(content, KIND)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from frankenmerge.cli.console import out, print_json, progress, table
 from frankenmerge.cli.measuring import gains_on
-from frankenmerge.cli.tables import task_differences_tables
+from frankenmerge.cli.tables import signed_interval, task_differences_tables
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
@@ -90,13 +90,12 @@ def _print_sweep(console: "Console", made: "Sweep") -> None:
     columns = ("window", "scale", "selected", "confirmed", "95 % in")
     shown = table("Windows run twice: gain over the donor (nats per token)", *columns)
     for each in made.confirmed:
-        low, high = each.interval
         shown.add_row(
             f"[{each.start}, {each.stop})",
             f"{each.scale:g}",
             f"{each.selected:+.4f}",
             f"{each.gain:+.4f}",
-            f"{low:+.4f} to {high:+.4f}",
+            signed_interval(each.interval),
         )
     console.print(shown)
     console.print(made.verdict)
@@ -114,14 +113,12 @@ def print_gains(console: "Console", found: "GainFile", names: Sequence[str]) -> 
         "file",
     )
     for plan, name in zip(found.plans, names, strict=True):
-        low, high = plan.interval
-        made.add_row(
-            plan.summary, plan.kind, f"{plan.gain:+.4f}", f"{low:+.4f} to {high:+.4f}", name
-        )
+        interval = signed_interval(plan.interval)
+        made.add_row(plan.summary, plan.kind, f"{plan.gain:+.4f}", interval, name)
     for name, control in (("uniform average", controls.average), ("ensemble", controls.ensemble)):
         if control:
-            low, high = control.interval
-            made.add_row(name, "control", f"{control.gain:+.4f}", f"{low:+.4f} to {high:+.4f}", "")
+            interval = signed_interval(control.interval)
+            made.add_row(name, "control", f"{control.gain:+.4f}", interval, "")
     made.add_row(Path(controls.best_donor.name).name, "best donor", "0", "", "")
     console.print(made)
     for tested in task_differences_tables(found.tasks):

@@ -19,6 +19,7 @@ from frankenmerge.cli.console import (
 )
 from frankenmerge.cli.measuring import measured_on, measuring_option
 from frankenmerge.cli.merge import size_in_bytes
+from frankenmerge.cli.tables import signed_interval
 from frankenmerge.distributed import own_rank
 
 if TYPE_CHECKING:
@@ -198,12 +199,11 @@ def _print(found: "Healed", seconds: float) -> None:
     made.add_row("before", f"{record.before:.4f}", f"{record.after - record.before:+.4f}", "")
     made.add_row("healed", f"{record.after:.4f}", "", "")
     for name, what, each in compared:
-        low, high = each.interval
         made.add_row(
             f"{name} ({what})",
             f"{each.nats:.4f}",
             f"{each.difference:+.4f}",
-            f"{low:+.4f} to {high:+.4f}",
+            signed_interval(each.interval),
         )
     console = out()
     console.print(made)

@@ -26,6 +26,12 @@ COLUMNS = 5
 """Most columns of further figures in one table; more are split over several tables."""
 
 
+def signed_interval(interval: tuple[float, float]) -> str:
+    """An interval of differences, `+0.1009 to +0.1197`."""
+    low, high = interval
+    return f"{low:+.4f} to {high:+.4f}"
+
+
 def results_table(results: "Sequence[Result]", title: str, seed: int = 0) -> Table:
     """Results on all texts together, and on each text where there are at most `FEW`."""
     from frankenmerge.evaluation.intervals import intervals, pooled, resampled

@@ -19,7 +19,7 @@ from frankenmerge.cli.console import (
     table,
 )
 from frankenmerge.cli.measuring import gain_option, gains_on
-from frankenmerge.cli.tables import task_differences_tables
+from frankenmerge.cli.tables import signed_interval, task_differences_tables
 
 if TYPE_CHECKING:
     from frankenmerge.workflows.tuning import Tuned
@@ -104,11 +104,9 @@ def _print(found: "Tuned", output: Path) -> None:
     made = table("On tokens that nothing was tuned on", "", "nats/token", "gain", "95 % in")
     made.add_row(Path(found.best_donor).name, f"{found.best_nats:.4f}", "best donor", "")
     made.add_row("recipe as given", f"{found.before:.4f}", "", "")
-    low, high = found.gain.interval
-    interval = f"{low:+.4f} to {high:+.4f}"
+    interval = signed_interval(found.gain.interval)
     made.add_row("tuned", f"{found.after:.4f}", f"{found.gain.nats:+.4f}", interval)
-    low, high = found.over_donor.interval
-    interval = f"{low:+.4f} to {high:+.4f}"
+    interval = signed_interval(found.over_donor.interval)
     made.add_row("against the best donor", "", f"{found.over_donor.nats:+.4f}", interval)
     console = out()
     console.print(made)

@@ -54,9 +54,7 @@ class Domain(NamedTuple):
         """Its rows in batches of at most `POSITIONS` positions."""
         rows = max(1, POSITIONS // self.ids.shape[1])
         starts = range(0, len(self.ids), rows)
-        return [
-            self.of_rows(np.arange(start, min(start + rows, len(self.ids)))) for start in starts
-        ]
+        return [self.of_rows(slice(start, start + rows)) for start in starts]
 
     def of_units(self, chosen: np.ndarray) -> "Domain":
         """Those rows whose unit is chosen, with units renumbered."""
@@ -65,12 +63,12 @@ class Domain(NamedTuple):
         made = self.of_rows(np.flatnonzero(number[self.units] >= 0))
         return made._replace(units=number[made.units])
 
-    def of_rows(self, rows: np.ndarray) -> "Domain":
-        """Some of its rows."""
-        at = torch.from_numpy(rows)
-        target = None if self.target is None else self.target[at]
+    def of_rows(self, rows: np.ndarray | slice) -> "Domain":
+        """Some of its rows; those of a slice share its memory."""
+        target = None if self.target is None else self.target[rows]
         right = None if self.right is None else self.right[rows]
-        return Domain(self.name, self.ids[at], self.counted[at], self.units[rows], target, right)
+        ids, counted = self.ids[rows], self.counted[rows]
+        return Domain(self.name, ids, counted, self.units[rows], target, right)
 
     def nats(self, logits: Tensor) -> Tensor:
         """The loss of every predicted token `[n, s-1]`, 0 where it does not count.
@@ -154,22 +152,30 @@ def text_domain(name: str, ids: np.ndarray, start: int | None, context: int) -> 
 
 
 def sampled_domain(name: str, model: PreTrainedModel, seed: int, rows: int = ROWS) -> Domain:
-    """What a model generates by itself, rows of `LENGTH` tokens; each row is a unit.
+    """What a model generates by itself, rows of `LENGTH` tokens, with its probabilities."""
+    return with_target(generated(name, sample_unprompted(model, rows, LENGTH, seed)), model)
 
-    Where the probabilities of all tokens of the vocabulary take more than `TARGET_BYTES`, the
-    tokens that were drawn count instead.
-    """
-    ids = sample_unprompted(model, rows, LENGTH, seed)
+
+def generated(name: str, ids: Tensor) -> Domain:
+    """Rows that a model has generated, `[n, s]`; each is a unit."""
     counted = torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
-    domain = Domain(name, ids, counted, np.arange(len(ids)))
-    if counted.numel() * embedding_of(model).shape[0] * 4 > TARGET_BYTES:
+    return Domain(name, ids, counted, np.arange(len(ids)))
+
+
+@torch.no_grad()
+def with_target(domain: Domain, model: PreTrainedModel) -> Domain:
+    """The same with the probabilities by which the model has generated it.
+
+    Where those of all tokens of the vocabulary take more than `TARGET_BYTES`, the tokens that were
+    drawn count instead.
+    """
+    if domain.counted.numel() * embedding_of(model).shape[0] * 4 > TARGET_BYTES:
         return domain
-    with torch.no_grad():
-        parts = [
-            model(input_ids=batch.ids.to(model.device), use_cache=False).logits[:, :-1]
-            for batch in domain.batches()
-        ]
-    return domain._replace(target=torch.cat([part.float().softmax(-1) for part in parts]))
+    parts = [
+        model(input_ids=batch.ids.to(model.device), use_cache=False).logits[:, :-1]
+        for batch in domain.batches()
+    ]
+    return domain._replace(target=torch.cat([part.float().softmax(-1).cpu() for part in parts]))
 
 
 def split(domains: Sequence[Domain], parts: int) -> list[list[Domain]]:

@@ -58,7 +58,7 @@ def losses_in_turn(
     splices: Sequence[Splice], assemble: Assemble, domains: Sequence[Domain]
 ) -> Iterator[Done]:
     """Measure splices on domains, one after the other in an order that shares most."""
-    batches = [(domain, batch) for domain in domains for batch in domain.batches()]
+    batches = _batches(domains)
     nats: list[np.ndarray] = []
     blocks = 0
     for output in splices_together(splices, assemble, [batch.ids for _, batch in batches]):
@@ -94,7 +94,7 @@ def donor_losses(
     models: Mapping[str, PreTrainedModel], domains: Sequence[Domain]
 ) -> tuple[dict[str, Sums], Sums]:
     """Measure donors one by one, and their ensemble: the mean of the probabilities they predict."""
-    batches = [(domain, batch) for domain in domains for batch in domain.batches()]
+    batches = _batches(domains)
     names = [*models, ""]
     nats: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for _, batch in batches:
@@ -109,7 +109,7 @@ def donor_losses(
 @torch.no_grad()
 def model_losses(model: PreTrainedModel, domains: Sequence[Domain]) -> Sums:
     """Measure one model that is in memory."""
-    batches = [(domain, batch) for domain in domains for batch in domain.batches()]
+    batches = _batches(domains)
     nats = [
         batch.nats(model(input_ids=batch.ids.to(model.device), use_cache=False).logits)
         for _, batch in batches
@@ -119,6 +119,11 @@ def model_losses(model: PreTrainedModel, domains: Sequence[Domain]) -> Sums:
 
 def _predicted(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids.to(model.device), use_cache=False).logits.float().log_softmax(-1)
+
+
+def _batches(domains: Sequence[Domain]) -> list[tuple[Domain, Domain]]:
+    """The batches of all domains, each after the domain that it is of."""
+    return [(domain, batch) for domain in domains for batch in domain.batches()]
 
 
 def _sums(
@@ -137,6 +142,16 @@ def mean_loss(sums: Sums) -> float:
     """Nats per token (or item of a task) on all domains together, every one alike."""
     nats, weight = np.sum([each[:2].sum(1) for each in sums.values()], axis=0)
     return float(nats / weight)
+
+
+def best_of(donors: Mapping[str, Sums]) -> str:
+    """The name of the donor with the least loss."""
+    return min(donors, key=lambda name: mean_loss(donors[name]))
+
+
+def captured_share(gain: Gain, ensemble: Gain) -> float | None:
+    """The share of the ensemble's gain; None where the ensemble gains nothing."""
+    return gain.nats / ensemble.nats if ensemble.nats > 0 else None
 
 
 def answers(sums: Sums, domains: Sequence[Domain]) -> list[ItemResults]:

@@ -213,12 +213,7 @@ def _origin(
         arguments=dict(arguments),
         seed=checks.seed,
         reference_words=len(checks.vocabulary),
-        versions={
-            "frankenmerge": frankenmerge.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        versions=library_versions() | {"python": platform.python_version()},
         models={
             name: {"fingerprint": checkpoint.fingerprint, "revision": _revision(checkpoint)}
             for name, checkpoint in bench.checkpoints.items()
@@ -226,6 +221,12 @@ def _origin(
         recipes=dict(recipes),
         **({"items": dict(items)} if items else {}),
     )
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of what computes figures."""
+    packages = (frankenmerge, torch, transformers)
+    return {package.__name__: package.__version__ for package in packages}
 
 
 def _revision(checkpoint: Checkpoint) -> str | None:

@@ -1,18 +1,16 @@
 """The damage of splices on tokens that their donors generated: no text is needed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from frankenmerge.evaluation.prefix_sharing import logits_together
+from frankenmerge.evaluation.prefix_sharing import Assemble, logits_together
 from frankenmerge.models.sampling import sample_unprompted
 from frankenmerge.progress import Advance, ignore
 from frankenmerge.splicing.resolve import Splice
-
-Assemble = Callable[[Splice], PreTrainedModel]
 
 
 @torch.no_grad()

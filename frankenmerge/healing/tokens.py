@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -16,9 +15,10 @@ from frankenmerge.evaluation.domains import (
     LENGTH,
     TARGET_BYTES,
     Domain,
+    generated,
     stages,
+    with_target,
 )
-from frankenmerge.models.hooks import embedding_of
 from frankenmerge.models.sampling import sample_unprompted
 from frankenmerge.storage.atomic import replacing_file
 
@@ -81,8 +81,8 @@ def sampled_tokens(
     parts: list[list[Domain]] = [[], [], []]
     for place, (name, model) in enumerate(models.items()):
         for part, own in zip(parts, ids[str(place)].split(rows), strict=True):
-            domain = _domain(name, own)
-            part.append(domain if part is parts[0] else _with_target(domain, model))
+            domain = generated(name, own.contiguous())
+            part.append(domain if part is parts[0] else with_target(domain, model))
     return Tokens(*parts)
 
 
@@ -98,20 +98,3 @@ def _kept(file: Path, identity: str) -> dict[str, torch.Tensor] | None:
         if (handle.metadata() or {}).get("identity") != identity:
             return None
         return {name: handle.get_tensor(name) for name in handle.keys()}
-
-
-def _domain(name: str, ids: torch.Tensor) -> Domain:
-    counted = torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
-    return Domain(name, ids.contiguous(), counted, np.arange(len(ids)))
-
-
-@torch.no_grad()
-def _with_target(domain: Domain, model: PreTrainedModel) -> Domain:
-    """The same with the probabilities by which the model sampled, where they fit into memory."""
-    if domain.counted.numel() * embedding_of(model).shape[0] * 4 > TARGET_BYTES:
-        return domain
-    parts = [
-        model(input_ids=batch.ids.to(model.device), use_cache=False).logits[:, :-1]
-        for batch in domain.batches()
-    ]
-    return domain._replace(target=torch.cat([part.float().softmax(-1).cpu() for part in parts]))

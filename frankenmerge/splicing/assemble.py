@@ -2,11 +2,11 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -200,6 +200,30 @@ def names_as_stored(model: PreTrainedModel, architecture: Architecture) -> dict[
         else name
         for name in model.state_dict()
     }
+
+
+def separated(
+    model: PreTrainedModel, stored: Mapping[str, str], names: Collection[str]
+) -> dict[str, nn.Parameter]:
+    """Parameters of an assembled model to be trained, no longer shared with donors in memory.
+
+    Args:
+        model: what `assemble` returned.
+        stored: as `names_as_stored` returns them.
+        names: of the parameters, in the file; those that memory has packed are left out.
+
+    Returns:
+        Parameters by their names in memory.
+    """
+    chosen = {
+        name: parameter for name, parameter in model.named_parameters() if stored[name] in names
+    }
+    for parameter in chosen.values():
+        parameter.data = parameter.data.clone()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # whose row would have no gradient
+    return chosen
 
 
 def computed_tensors(

@@ -1,6 +1,6 @@
 """Open the donors that recipes name: folders, hub ids, and either with a LoRA folded in."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from frankenmerge.artefacts.recipe import Recipe
@@ -22,9 +22,23 @@ def open_donors(
 
     Raises FrankenmergeError with the faults of all.
     """
+    return open_named(
+        recipe.donors, download=download, allow_pickle=allow_pickle, weights=weights, opened=opened
+    )
+
+
+def open_named(
+    names: Iterable[str],
+    *,
+    download: bool = False,
+    allow_pickle: bool = False,
+    weights: bool = True,
+    opened: Mapping[str, Checkpoint] | None = None,
+) -> dict[str, Checkpoint]:
+    """Open donors by their names, as `open_donors` does those of a recipe."""
     options = {"download": download, "allow_pickle": allow_pickle, "weights": weights}
     donors, faults = {}, []
-    for name in recipe.donors:
+    for name in names:
         try:
             donors[name] = (
                 opened[name] if opened and name in opened else open_donor(name, **options)

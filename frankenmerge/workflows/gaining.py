@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import transformers
 from transformers import PreTrainedTokenizerBase
 
-import frankenmerge
 from frankenmerge.artefacts import gain as artefact
 from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.evaluation import TaskDifferenceRecord
@@ -43,6 +40,8 @@ from frankenmerge.evaluation.gains import (
     Gain,
     Sums,
     answers,
+    best_of,
+    captured_share,
     counted,
     donor_losses,
     gain_of,
@@ -52,7 +51,7 @@ from frankenmerge.evaluation.gains import (
 )
 from frankenmerge.evaluation.items import Task, encoded_items
 from frankenmerge.evaluation.language import start_token
-from frankenmerge.evaluation.record import task_differences
+from frankenmerge.evaluation.record import library_versions, task_differences
 from frankenmerge.evaluation.sampled_damage import disagreement
 from frankenmerge.models.loading import CPU, Placement
 from frankenmerge.planning.candidates import (
@@ -65,7 +64,7 @@ from frankenmerge.planning.candidates import (
 from frankenmerge.planning.prediction import default_model
 from frankenmerge.planning.search import Constraints
 from frankenmerge.progress import Progress, silent
-from frankenmerge.splicing.opening import open_donor
+from frankenmerge.splicing.opening import open_named
 from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.storage.atomic import write_file
 from frankenmerge.workflows.measuring import GainOn
@@ -150,8 +149,7 @@ class Gains(NamedTuple):
 
     def captured(self, gain: Gain) -> float | None:
         """The share of the ensemble's gain; None where the ensemble gains nothing."""
-        ceiling = self.controls.ensemble.nats
-        return gain.nats / ceiling if ceiling > 0 else None
+        return captured_share(gain, self.controls.ensemble)
 
 
 def plan_gains(
@@ -176,12 +174,9 @@ def plan_gains(
     names = list(dict.fromkeys(name for each in alignments for name in each.donors))
     if options.base and options.base not in names:
         names.append(options.base)
-    known = dict(opened or {})
-    donors = {
-        name: known.get(name)
-        or open_donor(name, download=options.download, allow_pickle=options.allow_pickle)
-        for name in names
-    }
+    donors = open_named(
+        names, download=options.download, allow_pickle=options.allow_pickle, opened=opened
+    )
     bench = Bench((), donors, placement=options.placement)
     found = candidates(
         alignments,
@@ -261,10 +256,9 @@ class Search:
             GainPlan(candidate, splice, found := gain(sums, coverage), self._on_text(found, donors))
             for (candidate, splice), sums in zip(finalists, measured, strict=False)
         ]
-        losses = {name: mean_loss(sums) for name, sums in donors.items()}
-        best = min(losses, key=losses.__getitem__)
+        best = best_of(donors)
         controls = Controls(
-            best, losses[best], gain(measured[-1]) if several else None, gain(ensemble)
+            best, mean_loss(donors[best]), gain(measured[-1]) if several else None, gain(ensemble)
         )
         batches = sum(len(domain.batches()) for domain in selection)
         passes = round(searched / (self.bench.checkpoints[best].blocks * batches))
@@ -324,7 +318,6 @@ def gain_file(gains: Gains, options: GainOptions) -> GainFile:
         nats = controls.best_nats - gain.nats
         return GainControl(nats=nats, gain=gain.nats, interval=gain.interval)
 
-    versions = {"frankenmerge": frankenmerge.__version__, "torch": torch.__version__}
     return GainFile(
         kind=artefact.KIND,
         plans=[
@@ -353,7 +346,7 @@ def gain_file(gains: Gains, options: GainOptions) -> GainFile:
         passes=gains.passes,
         tasks=gains.tasks,
         seed=options.seed,
-        versions=versions | {"transformers": transformers.__version__},
+        versions=library_versions(),
     )
 
 

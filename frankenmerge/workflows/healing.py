@@ -30,7 +30,14 @@ from frankenmerge.donors.config import quantity
 from frankenmerge.errors import FrankenmergeError, fail, raise_all
 from frankenmerge.evaluation.bench import Bench, Text
 from frankenmerge.evaluation.domains import LENGTH
-from frankenmerge.evaluation.gains import Sums, donor_losses, gain_of, mean_loss, model_losses
+from frankenmerge.evaluation.gains import (
+    Sums,
+    best_of,
+    donor_losses,
+    gain_of,
+    mean_loss,
+    model_losses,
+)
 from frankenmerge.healing.adapters import RANK, Adapter
 from frankenmerge.healing.memory import Memory, Sizes, available_memory, check_memory
 from frankenmerge.healing.objective import Objective, TeacherKind
@@ -50,7 +57,7 @@ from frankenmerge.merging.writer import merge
 from frankenmerge.models.hooks import embedding_of
 from frankenmerge.models.loading import CPU, Placement
 from frankenmerge.progress import Progress, silent
-from frankenmerge.splicing.assemble import names_as_stored
+from frankenmerge.splicing.assemble import names_as_stored, separated
 from frankenmerge.splicing.opening import open_donor, open_donors
 from frankenmerge.splicing.operations import Copy, Operation
 from frankenmerge.splicing.resolve import Splice, resolve
@@ -375,11 +382,9 @@ class _Healing:
         """Of every domain; chosen by the tokens that decide when to stop."""
 
         def best(names: Sequence[str]) -> dict[str, PreTrainedModel]:
-            losses = {
-                name: mean_loss({each: sums[each] for each in names})
-                for name, sums in stopping.items()
-            }
-            chosen = min(losses, key=losses.__getitem__)
+            chosen = best_of(
+                {name: {each: sums[each] for each in names} for name, sums in stopping.items()}
+            )
             return {chosen: self.donors[chosen]}
 
         domains = [domain.name for domain in self.tokens.fitting]
@@ -398,8 +403,7 @@ class _Healing:
         donors, _ = donor_losses(self.donors, confirming)
         before = mean_loss(model_losses(self.before, confirming))
         healed = self._trained(patient.splice, self.before, patient.seams, MODEL)
-        losses = {name: mean_loss(sums) for name, sums in donors.items()}
-        best = min(losses, key=losses.__getitem__)
+        best = best_of(donors)
         control = None
         if options.control:
             donor = patient.donors[best]
@@ -529,18 +533,13 @@ def _separate(
 
     Raises FrankenmergeError for tensors that are no parameters of their own in memory.
     """
-    parameters = {
-        name: parameter for name, parameter in model.named_parameters() if stored[name] in names
-    }
+    parameters = separated(model, stored, names)
     if missing := sorted(names - {stored[name] for name in parameters}):
         found = f"packed with others in memory: {', '.join(missing[:3])}"
         remedy = "use --scope norms"
         raise fail("scope", "tensors that are parameters of the model", found, remedy)
     for parameter in parameters.values():
-        parameter.data = parameter.data.clone().float()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = None  # whose row would have no gradient
+        parameter.data = parameter.data.float()
     return parameters
 
 

@@ -6,10 +6,12 @@ from typing import NamedTuple
 from frankenmerge.evaluation.bench import Bench, Text
 from frankenmerge.evaluation.gains import (
     Gain,
+    best_of,
+    captured_share,
+    counted,
     donor_losses,
     gain_of,
     losses_together,
-    mean_loss,
 )
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.workflows.gaining import domains_on
@@ -30,7 +32,7 @@ class HeldOut(NamedTuple):
     @property
     def captured(self) -> float | None:
         """The share of the ensemble's gain; None where the ensemble gains nothing."""
-        return self.gain.nats / self.ensemble.nats if self.ensemble.nats > 0 else None
+        return captured_share(self.gain, self.ensemble)
 
 
 def held_out(
@@ -53,9 +55,9 @@ def held_out(
     measured, ensemble = donor_losses(models, domains)
     (ours,) = losses_together([splice], bench.assemble, domains).sums
     return HeldOut(
-        min(measured, key=lambda name: mean_loss(measured[name])),
+        best_of(measured),
         gain_of(ours, measured, seed=seed),
         {name: gain_of(ours, {name: sums}, seed=seed) for name, sums in measured.items()},
         gain_of(ensemble, measured, seed=seed),
-        sum(int(domain.counted.sum()) for domain in domains),
+        counted(ensemble),
     )

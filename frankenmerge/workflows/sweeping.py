@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import transformers
 
-import frankenmerge
 from frankenmerge.artefacts import sweep as artefact
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.sweep import ConfirmedRecord, Sweep, WindowRecord
@@ -33,6 +30,7 @@ from frankenmerge.evaluation.gains import (
     losses_together,
     mean_loss,
 )
+from frankenmerge.evaluation.record import library_versions
 from frankenmerge.models.loading import CPU, Placement
 from frankenmerge.planning.candidates import repeated_window, windows
 from frankenmerge.progress import Progress, silent
@@ -122,11 +120,7 @@ def sweep(
         on=[domain.name for domain in domains],
         tokens=counted(baseline[donor.name]),
         seed=options.seed,
-        versions={
-            "frankenmerge": frankenmerge.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        versions=library_versions(),
     )
     artefact.save(made, artefact.sweep_path(output))
     journal.remove()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from frankenmerge.artefacts.evaluation import TaskDifferenceRecord
 from frankenmerge.artefacts.recipe import Recipe
@@ -23,6 +23,7 @@ from frankenmerge.evaluation.domains import Domain, split
 from frankenmerge.evaluation.gains import (
     Gain,
     answers,
+    best_of,
     donor_losses,
     gain_of,
     losses_together,
@@ -39,8 +40,8 @@ from frankenmerge.planning.numbers import (
     with_numbers,
 )
 from frankenmerge.progress import Progress, silent
-from frankenmerge.splicing.assemble import computed_tensors, names_as_stored
-from frankenmerge.splicing.opening import open_donor
+from frankenmerge.splicing.assemble import computed_tensors, names_as_stored, separated
+from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.operations import Combine, Copy, Input, Operation
 from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.workflows.gaining import domains_on, parts_of
@@ -104,12 +105,9 @@ def tune(
         FrankenmergeError: for a recipe without numbers to tune, donors that cannot be opened or do
             not read the same tokens, and one donor on its own tokens.
     """
-    known = dict(opened or {})
-    donors = {
-        name: known.get(name)
-        or open_donor(name, download=options.download, allow_pickle=options.allow_pickle)
-        for name in recipe.donors
-    }
+    donors = open_donors(
+        recipe, download=options.download, allow_pickle=options.allow_pickle, opened=opened
+    )
     start = _finer(recipe, options.per, donors)
     numbers = numbers_of(start)
     if not numbers:
@@ -245,17 +243,10 @@ class _Gradient:
         names = dict.fromkeys(name for each in self.affected for name in each)
         self.groups = _apart(self.affected)
         self.model = tuning.bench.assemble(base).requires_grad_(False)
-        for module in self.model.modules():
-            if isinstance(module, nn.Embedding):
-                module.padding_idx = None  # whose row would have no gradient
         stored = names_as_stored(self.model, base.base.architecture)
-        self.parameters = {
-            stored[name]: parameter
-            for name, parameter in self.model.named_parameters()
-            if stored[name] in names
-        }
+        own = separated(self.model, stored, names)
+        self.parameters = {stored[name]: parameter for name, parameter in own.items()}
         for parameter in self.parameters.values():
-            parameter.data = parameter.data.clone()  # which donors in memory share
             parameter.requires_grad_(True)
         self.complete = self.parameters.keys() == set(names)
         """Whether every tensor is one of the model's parameters; packed experts are not."""
@@ -333,8 +324,7 @@ def _confirmed(
     old, new = losses_together(splices, bench.assemble, domains).sums
     models = {name: bench.load(name).model for name in bench.checkpoints}
     donors, _ = donor_losses(models, domains)
-    losses = {name: mean_loss(sums) for name, sums in donors.items()}
-    best = min(losses, key=losses.__getitem__)
+    best = best_of(donors)
     measured = {"tuned": new, "before": old, best: donors[best]}
     answered = {name: answers(sums, domains) for name, sums in measured.items()}
     return Tuned(
@@ -343,7 +333,7 @@ def _confirmed(
         mean_loss(new),
         gain_of(new, {"before": old}, seed=options.seed),
         best,
-        losses[best],
+        mean_loss(donors[best]),
         gain_of(new, donors, seed=options.seed),
         steps,
         numbers,
