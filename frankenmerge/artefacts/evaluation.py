@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from frankenmerge.artefacts.bootstrap import COVERAGE
 from frankenmerge.artefacts.json_files import Record, is_kind, load_json, parse_json, save_json
 
 KIND = "frankenmerge.evaluation/1"
@@ -188,19 +189,22 @@ class PredictionCheck(Record):
 class GainCheck(Record):
     """The gain of a recipe where it was searched for, and the one measured on these texts.
 
-    Both in nats per token against the best donor, with 95 % intervals. The texts are others than
-    those of the search, so that the gains may differ.
+    Both in nats per token against the best donor. The texts are others than those of the search,
+    so that the gains may differ.
     """
 
     recipe: str
     predicted: float
     predicted_interval: Interval
+    predicted_coverage: float = COVERAGE
+    """Of that interval: 0.9 where it is for a text, from tokens that the donors generated."""
     on: list[str]
     """What the recipe was searched for on."""
     best_donor: str
     """On these texts."""
     measured: float
     measured_interval: Interval
+    """95 %."""
 
 
 class VerdictRecord(Record):

@@ -296,9 +296,10 @@ def print_prediction_check(console: Console, check: "PredictionCheck") -> None:
 def _print_gain_check(console: Console, check: "GainCheck") -> None:
     """Show what a recipe won where it was searched for, and what it wins here."""
     (low, high), (low_here, high_here) = check.predicted_interval, check.measured_interval
+    coverage = f"{check.predicted_coverage:.0%}".replace("%", " %")
     console.print(
-        f"{Path(check.recipe).name}: predicted gain {check.predicted:z.3f} nats per token (95 % "
-        f"interval {low:z.3f} to {high:z.3f}), measured here {check.measured:z.3f} "
+        f"{Path(check.recipe).name}: predicted gain {check.predicted:z.3f} nats per token "
+        f"({coverage} interval {low:z.3f} to {high:z.3f}), measured here {check.measured:z.3f} "
         f"({low_here:z.3f} to {high_here:z.3f}) against {Path(check.best_donor).name}."
     )
 

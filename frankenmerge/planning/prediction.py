@@ -166,6 +166,10 @@ def _cached_influence(gram: bytes, first: tuple, blocks: tuple) -> list[float]:
     ).influence.tolist()
 
 
+INTERVAL_COVERAGE = 0.9
+"""Of the intervals of a `DamageModel`."""
+
+
 @dataclass(frozen=True)
 class DamageModel:
     """A ridge regression of `log(FLOOR + damage)` on `features`.

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from frankenmerge.artefacts import evidence
 from frankenmerge.artefacts import gain as artefact
+from frankenmerge.artefacts.bootstrap import COVERAGE
 from frankenmerge.artefacts.evaluation import GainCheck, PredictionCheck
 from frankenmerge.artefacts.evidence import PlanRecord
 from frankenmerge.artefacts.gain import GainFile, GainPlanRecord
@@ -13,6 +14,7 @@ from frankenmerge.artefacts.recipe import Recipe, key_of
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.bench import Result
 from frankenmerge.evaluation.intervals import gain
+from frankenmerge.planning.prediction import INTERVAL_COVERAGE
 from frankenmerge.splicing.resolve import Splice
 
 _T = TypeVar("_T")
@@ -124,6 +126,7 @@ def check_gains(
                 recipe=name,
                 predicted=plan.gain,
                 predicted_interval=plan.text_interval or plan.interval,
+                predicted_coverage=INTERVAL_COVERAGE if plan.text_interval else COVERAGE,
                 on=found.on,
                 best_donor=best,
                 measured=measured,

@@ -53,6 +53,20 @@ def test_the_gain_that_was_found_is_shown_beside_the_one_measured(run, searched,
     assert f"measured here {check['measured']:.3f}" in shown
 
 
+def test_a_gain_on_sampled_tokens_is_shown_with_its_interval_for_a_text(run, searched, tmp_path):
+    path = tmp_path / "recipe.gain.json"
+    write_gain(path, searched[1], 0.05)
+    found = json.loads(path.read_text())
+    found["plans"][0]["text_interval"] = [-0.02, 0.09]
+    path.write_text(json.dumps(found))
+    options = "--text", searched[2], "-o", tmp_path / "e.json"
+    code, out, err = run("evaluate", tmp_path / "recipe.yaml", *options)
+    assert code == 0, err
+    (check,) = json.loads((tmp_path / "e.json").read_text())["gains"]
+    assert (check["predicted_interval"], check["predicted_coverage"]) == ([-0.02, 0.09], 0.9)
+    assert "(90 % interval -0.020 to 0.090)" in " ".join(out.split())
+
+
 def test_the_gain_of_another_recipe_is_not_shown(run, searched, tmp_path):
     write_gain(tmp_path / "recipe.gain.json", "0" * 32, 0.05)
     (tmp_path / "broken.gain.json").write_text("{")
