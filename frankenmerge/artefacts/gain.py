@@ -77,6 +77,9 @@ class GainFile(Record):
     tasks: list[TaskDifferenceRecord] = []
     """The first plan and the best donor on the items of each task."""
     candidates: int
+    """How many recipes were compared."""
+    refused: dict[str, int] = {}
+    """Why other recipes could not be, with how many of each reason."""
     passes: int
     """What the search cost, in passes of the tokens that it chose by through a donor."""
     seed: int

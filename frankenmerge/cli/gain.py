@@ -54,6 +54,8 @@ def plan_gain(
         out().print(
             f"{found.candidates} candidates for {found.passes} passes of a donor, {seconds:.0f} s."
         )
+        for reason, count in found.refused.items():
+            out().print(f"Not possible with these donors: {count} of {reason}", markup=False)
 
 
 def plan_sweep(

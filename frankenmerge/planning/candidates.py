@@ -31,8 +31,8 @@ DEEPER = (9 / 8, 5 / 4, 3 / 2)
 """Depths of stacks, of the deepest donor's, where no depth is asked for."""
 STACKS = 2
 """Stacks of every depth."""
-REPEATED = (0.1, 0.3, 1.0)
-"""Scales of what the repeated blocks of a single donor write."""
+REPEATED = (0.1, 0.5, 1.0)
+"""Scales of what the repeated blocks of a single donor write to the residual stream."""
 
 
 class Candidate(NamedTuple):

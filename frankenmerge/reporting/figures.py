@@ -12,6 +12,7 @@ from frankenmerge.artefacts.evaluation import (
     PredictionCheck,
     RetentionRecord,
     SeamsRecord,
+    TaskDifferenceRecord,
 )
 from frankenmerge.artefacts.gain import SUFFIX as GAIN_SUFFIX
 from frankenmerge.artefacts.gain import GainFile
@@ -83,7 +84,7 @@ def gains(found: GainFile) -> Drawing:
         for plan in found.plans
     ]
     donor = shortened(found.controls.best_donor.name)
-    axis = f"nats per token won; 0 is the best donor, {donor}"
+    axis = f"nats per {found.unit} won; 0 is the best donor, {donor}"
     return bars([*plans, *controls], "Gain against the best donor", axis)
 
 
@@ -102,9 +103,9 @@ def differences(evaluation: Evaluation) -> Drawing:
     return bars(rows, "Difference from each donor", axis)
 
 
-def task_differences(evaluation: Evaluation) -> Drawing:
+def task_differences(differences: Sequence[TaskDifferenceRecord]) -> Drawing:
     """Paired differences between models and donors on tasks, with their intervals."""
-    several = len({entry.model for entry in evaluation.task_differences}) > 1
+    several = len({entry.model for entry in differences}) > 1
     rows = [
         Bar(
             f"{task_name(entry.task)} {entry.metric}"
@@ -114,7 +115,7 @@ def task_differences(evaluation: Evaluation) -> Drawing:
             *entry.interval,
             verdict=task_verdict(entry),
         )
-        for entry in evaluation.task_differences
+        for entry in differences
     ]
     axis = "difference of accuracies; right of the line the merge is better"
     return bars(rows, "Difference from each donor on tasks", axis)
@@ -244,7 +245,10 @@ def _figures(run: Run) -> Iterator[tuple[str, str]]:
             splice = diagram.svg(pieces, run.depths, "splice")
             yield "splice", svg.with_light_colours(splice)
     for file, found in run.gains.items():
-        yield f"gain-{file.removesuffix(GAIN_SUFFIX)}", svg.standalone(gains(found))
+        stem = file.removesuffix(GAIN_SUFFIX)
+        yield f"gain-{stem}", svg.standalone(gains(found))
+        if found.tasks:
+            yield f"gain-tasks-{stem}", svg.standalone(task_differences(found.tasks))
     for file, sweep in run.sweeps.items():
         yield f"sweep-{file.removesuffix(SWEEP_SUFFIX)}", svg.standalone(sweep_figure(sweep))
     for file, merged in run.merges.items():
@@ -257,7 +261,7 @@ def _figures(run: Run) -> Iterator[tuple[str, str]]:
         if evaluation.differences:
             yield f"differences-{stem}", svg.standalone(differences(evaluation))
         if evaluation.task_differences:
-            yield f"tasks-{stem}", svg.standalone(task_differences(evaluation))
+            yield f"tasks-{stem}", svg.standalone(task_differences(evaluation.task_differences))
         for record in evaluation.seams:
             name = f"seams-{Path(record.model).stem}"
             if charts := [chart.drawing for chart in block_charts(record)]:

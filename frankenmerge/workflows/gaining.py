@@ -4,6 +4,7 @@ Candidates are compared on one half of the tokens; the finalists are measured on
 which nothing was chosen by.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,8 @@ class Gains(NamedTuple):
     controls: Controls
     count: int
     """Candidates that were measured."""
+    refused: list[str]
+    """Of every candidate that these donors do not allow, the reason."""
     passes: int
     """What the search cost, in passes of all the selection's tokens through a donor."""
     tokens: int
@@ -197,12 +200,14 @@ class Search:
         self.models = {name: bench.load(name).model for name in bench.checkpoints}
         self.ensemble = {name: model for name, model in self.models.items() if name != options.base}
         self.blocks = 0
+        self.count = 0
+        self.refused: list[str] = []
 
     def of(self, found: Sequence[Candidate], domains: Sequence[Domain]) -> Gains:
         """Choose among candidates on one half of the tokens, and confirm on the other."""
         selection, confirmation = split(domains, 2)
         finalists = self._selected(found, selection)
-        return self._confirmed(finalists, confirmation, len(found), selection)
+        return self._confirmed(finalists, confirmation, selection)
 
     def _selected(
         self, found: Sequence[Candidate], domains: Sequence[Domain]
@@ -210,7 +215,8 @@ class Search:
         """Successive halving: the best go on to more tokens, until `FINALISTS` are left."""
         left = [(each, splice) for each in found if (splice := self._resolved(each))]
         if not left:
-            raise fail("plan", "recipes of these donors", "none", "ask for another depth")
+            refused = f"none; {self.refused[0]}" if self.refused else "none"
+            raise fail("plan", "recipes of these donors", refused, "ask for another depth")
         earlier: list[Sums] = []
         for number, stage in enumerate(stages(domains, SHARES)):
             sums = self._losses([splice for _, splice in left], stage, "comparing candidates")
@@ -226,6 +232,7 @@ class Search:
                 made = self._losses([splice for _, splice in more], stage, "comparing averages")
                 left, sums = [*left, *more], [*sums, *made]
                 losses += [mean_loss(each) for each in made]
+                self.count = len(left)
             kept = np.argsort(losses, kind="stable")[: (*KEPT, FINALISTS)[number]]
             left, earlier = [left[place] for place in kept], [sums[place] for place in kept]
         return left
@@ -234,13 +241,12 @@ class Search:
         self,
         finalists: Sequence[tuple[Candidate, Splice]],
         domains: Sequence[Domain],
-        count: int,
         selection: Sequence[Domain],
     ) -> Gains:
         splices = [splice for _, splice in finalists]
+        refused, searched = list(self.refused), self.blocks
         average = self._resolved(Candidate("average", uniform_average(list(self.ensemble))))
         several = average is not None and len(self.ensemble) > 1
-        searched = self.blocks
         measured = self._losses(
             [*splices, *([average] if average and several else [])], domains, "confirming"
         )
@@ -268,7 +274,15 @@ class Search:
             for name, sums in zip(names, (measured[0], donors[best]), strict=True)
         }
         tasks = task_differences([names], answered)
-        return Gains(plans[: self.options.top], controls, count, passes, counted(ensemble), tasks)
+        return Gains(
+            plans[: self.options.top],
+            controls,
+            self.count,
+            refused,
+            passes,
+            counted(ensemble),
+            tasks,
+        )
 
     def _on_text(self, gain: Gain, donors: Mapping[str, Sums]) -> tuple[float, float] | None:
         """Where the gain on a text is expected, from that on sampled tokens."""
@@ -290,10 +304,13 @@ class Search:
         return found.sums
 
     def _resolved(self, candidate: Candidate) -> Splice | None:
-        """The splice of a candidate; None where these donors do not allow it."""
+        """The splice of a candidate; None, and the reason in `refused`, where it is not allowed."""
         try:
             return resolve(candidate.recipe, self.bench.checkpoints)
-        except FrankenmergeError:
+        except FrankenmergeError as error:
+            fault = error.faults[0]
+            reason = f"expected {fault.expected}, found {fault.found}"
+            self.refused.append(f"{candidate.kind}: {reason}")
             return None
 
 
@@ -343,6 +360,7 @@ def gain_file(gains: Gains, options: GainOptions) -> GainFile:
         on=list(controls.ensemble.domains),
         tokens=gains.tokens,
         candidates=gains.count,
+        refused=dict(Counter(gains.refused)),
         passes=gains.passes,
         tasks=gains.tasks,
         seed=options.seed,

@@ -32,14 +32,11 @@ from frankenmerge.evaluation.gains import (
 )
 from frankenmerge.evaluation.record import library_versions
 from frankenmerge.models.loading import CPU, Placement
-from frankenmerge.planning.candidates import repeated_window, windows
+from frankenmerge.planning.candidates import REPEATED, repeated_window, windows
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.workflows.gaining import FINALISTS, SIGNIFICANCE, domains_on, parts_of
 from frankenmerge.workflows.measuring import GainOn
-
-SCALES = (0.1, 0.5, 1.0)
-"""Of what the second pass of a window writes to the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def sweep(
     domains = domains_on(options.on, bench, [donor.name], options.seed, progress)
     selection, confirmation = split(domains, 2)
     writes = parts_of({donor.name: donor}, None).writes
-    scales = SCALES if writes else (1.0,)
+    scales = REPEATED if writes else (1.0,)
     cells = [_Cell(*each, scale) for each in windows(donor.blocks) for scale in scales]
     model = {donor.name: bench.load(donor.name).model}
     alone = donor_losses(model, selection)[0][donor.name]

@@ -66,7 +66,7 @@ def test_the_page_has_the_same_drawings(folder):
         figures.prediction(evaluation.predictions),
         figures.differences(evaluation),
         figures.retention(evaluation.retention),
-        figures.task_differences(evaluation),
+        figures.task_differences(evaluation.task_differences),
         *(chart.drawing for chart in figures.block_charts(evaluation.seams[0])),
     ]
     assert len(drawings) == 7

@@ -102,6 +102,20 @@ def test_everything_in_a_folder_is_shown(report, folder):
     )
 
 
+def test_a_search_on_a_task_shows_its_items_and_what_was_not_possible(report, folder):
+    tested = invented.evaluation(donors=("x/one", "y/two"))["task_differences"][1]
+    found = invented.gain() | {
+        "tasks": [tested | {"model": "0.40 one + 0.60 two", "donor": "y/two"}],
+        "refused": {"ties: expected 64, found 48": 8},
+    }
+    (folder / "best.gain.json").write_text(json.dumps(found))
+    section = report(folder).text.split("What was won against the donors")[1]
+    section = section.split("Windows run twice")[0]
+    for text in ("items of", "exact McNemar", "0.40 one + 0.60 two vs. two", "no clear"):
+        assert text in section, text
+    assert "Not possible with these donors: 8 of ties: expected 64, found 48" in section
+
+
 @pytest.mark.parametrize(
     ("removed", "heading", "command"),
     [

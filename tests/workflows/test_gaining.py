@@ -169,6 +169,24 @@ def test_a_base_gives_task_arithmetic_and_is_a_donor_to_be_beaten(run, tmp_path)
     assert found["confirmed"] is False and found["plans"][0]["gain"] < 0
 
 
+def test_candidates_that_the_donors_do_not_allow_are_counted_with_the_reason(run, tmp_path):
+    wide = write_donor(tmp_path / "wide", seed=1, hidden_size=48)
+    pair = [write_donor(tmp_path / name, seed=seed) for seed, name in ((2, "x"), (2, "y"))]
+    path, text = tmp_path / "xy.alignment.safetensors", tmp_path / "text.txt"
+    save_alignment(aligned(*pair), path)
+    text.write_text(text_from(pair[0], 40))
+    options = ("--on", text, "--base", wide, "--depth", 4)
+    found = planned(run, path, tmp_path / "recipe.yaml", *options)
+    without = planned(run, path, tmp_path / "other.yaml", "--on", text, "--depth", 4)
+    # Four scales of task arithmetic, with two densities each of TIES.
+    kinds = {reason.split(":")[0]: count for reason, count in found["refused"].items()}
+    assert kinds == {"task arithmetic": 4, "ties": 8}
+    assert all("found" in reason for reason in found["refused"])
+    assert without["refused"] == {} and without["candidates"] == found["candidates"]
+    args = ("plan", path, "-o", tmp_path / "recipe.yaml", "--objective", "gain", *options)
+    assert "Not possible with these donors: 8 of ties" in run(*args)[1]
+
+
 @pytest.mark.parametrize(
     "case", ["a donor alone", "other tokens", "a short text", "options of damage", "no objective"]
 )

@@ -14,9 +14,10 @@ from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.bench import Text
 from frankenmerge.models.loading import load_model
-from frankenmerge.workflows.sweeping import SCALES, SweepOptions, sweep
+from frankenmerge.planning.candidates import REPEATED
+from frankenmerge.workflows.sweeping import SweepOptions, sweep
 
-CELLS = [(*each, scale) for each in combinations(range(4), 2) for scale in SCALES]
+CELLS = [(*each, scale) for each in combinations(range(4), 2) for scale in REPEATED]
 """Every window of three blocks with every scale."""
 
 
