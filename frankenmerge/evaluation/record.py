@@ -63,7 +63,7 @@ def evaluation_record(
         comparison: with the best donors, where it was asked for.
         against: the model that all merges are compared with, besides their donors.
         arguments: of the command.
-        recipes: hashes of the files of recipes, by model name.
+        recipes: hashes of the files of recipes, and of LoRAs that repeat blocks, by model name.
         items: hashes of the files of items, by path.
     """
     by_name = {result.name: result for result in results}

@@ -60,6 +60,7 @@ from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.assemble import names_as_stored, separated
 from frankenmerge.splicing.opening import open_donor, open_donors
 from frankenmerge.splicing.operations import Copy, Operation
+from frankenmerge.splicing.replication import unrepeated
 from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.storage.atomic import new_folder, replacing_file
 from frankenmerge.storage.dtypes import torch_dtype
@@ -74,6 +75,7 @@ TOKENS, MODEL, CONTROL, HEALED = (
     f"{name}.safetensors" for name in ("tokens", "model", "control", "healed")
 )
 """The files of an unfinished healing, in OUTPUT.heal."""
+_ADAPTER_REMEDY = "merge the recipe, and heal the checkpoint"
 
 
 @dataclass(frozen=True)
@@ -229,10 +231,8 @@ def _check(patient: _Patient, scope: Scope, options: HealOptions, output: Path) 
         raise fail("--scope seams", "a model with seams", found, "use --scope norms, lora or all")
     if options.adapter and scope != "lora":
         raise fail("--adapter", "--scope lora", f"--scope {scope}", "add --scope lora")
-    copied = all(isinstance(each, Copy) for each in patient.splice.operations)
-    if options.adapter and not (copied and len(patient.splice.donors) == 1):
-        expected, remedy = "a checkpoint, its base", "merge the recipe, and heal the checkpoint"
-        raise fail("--adapter", expected, "a recipe", remedy)
+    if options.adapter:
+        unrepeated(patient.splice, _ADAPTER_REMEDY)
     if options.teacher == "none" and options.mix not in (0.0, 1.0):
         expected = "a teacher, where only a share of the loss is the tokens' own"
         raise fail("--mix", expected, "--teacher none", "omit --mix, or name a teacher")
@@ -508,7 +508,7 @@ class _Healing:
     def _write(self, healed: _Trained, record: HealingRecord) -> None:
         splice = self.patient.splice
         if self.options.adapter and healed.adapter:
-            (base,) = splice.donors
+            base = unrepeated(splice, _ADAPTER_REMEDY)
             with new_folder(self.output) as folder:
                 healed.adapter.save(folder, base)
                 (folder / "healing.json").write_bytes(dump_json(record, indent=2))
