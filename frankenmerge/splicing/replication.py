@@ -49,8 +49,9 @@ def unrepeated(splice: Splice, remedy: str) -> Unrepeated:
     path, revision, lora = reference(name)
     if lora is not None:
         raise fail(f"adapter of {name}", "a base without a LoRA", f"the LoRA {lora}", remedy)
-    recipe = recipe_of(list(splice.blocks))
-    ranges = tuple(tuple(source.layer_range) for source in recipe.sources)
+    parts = recipe_of(list(splice.blocks)).parts
+    starts = [part.sources[0].layer_range[0] for part in parts]
+    ranges = tuple((start, start + part.length) for start, part in zip(starts, parts, strict=True))
     if ranges == ((0, splice.base.blocks),):
         return Unrepeated(path, revision, ())
     _check_peft_repeats(splice, ranges, remedy)

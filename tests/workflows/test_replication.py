@@ -33,7 +33,7 @@ def donor(tmp_path_factory):
     return write_donor(tmp_path_factory.mktemp("base") / "one", seed=1)
 
 
-def recipe_of(folder: Path, donor: Path, ranges=RANGES, **more) -> Path:
+def recipe_of(folder: Path, donor: Path | str, ranges=RANGES, **more) -> Path:
     slices = [
         {"sources": [{"model": str(donor), "layer_range": list(part)} | more]} for part in ranges
     ]
