@@ -26,7 +26,7 @@ from frankenmerge.splicing.assemble import splice_tokenizer
 from frankenmerge.splicing.opening import open_donor
 from frankenmerge.storage.hashing import file_hash
 from frankenmerge.workflows.atlases import atlas_of
-from frankenmerge.workflows.predictions import check_gains, check_predictions
+from frankenmerge.workflows.predictions import check_gains, check_healings, check_predictions
 from frankenmerge.workflows.subjects import Model, Subjects, opened_subjects
 
 SUFFIX = ".jsonl"
@@ -169,6 +169,8 @@ def _evaluated(
         comparison = judge(results, options.compare, options.seed, options.against)
     predictions = check_predictions(results, subjects.splices, subjects.files) if texts else []
     gains = check_gains(results, subjects.splices, subjects.files, options.seed) if texts else []
+    folders = {name: each.path for name, each in checkpoints.items()} | subjects.adapters
+    healings = check_healings(results, folders) if texts else []
     record = evaluation_record(
         results,
         bench,
@@ -176,6 +178,7 @@ def _evaluated(
         findings,
         predictions=predictions,
         gains=gains,
+        healings=healings,
         comparison=comparison,
         against=options.against,
         arguments=arguments,

@@ -261,6 +261,30 @@ def test_the_report_shows_figures_and_curve(run, taller, tmp_path):
 KINDS = "plain", "healed"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("adapter", [False, True])
+def test_evaluate_shows_before_and_after(run, pair, tmp_path, adapter):
+    text = tmp_path / "text.txt"
+    text.write_text(text_from(pair["one"], 64))
+    recipe = stack(tmp_path, (pair["one"], 0, 3), (pair["one"], 1, 4))
+    options = ["--scope", "lora", "--adapter"] if adapter else []
+    status, printed, _ = run(
+        *("heal", recipe, tmp_path / "out", "--steps", 25, "--text", text, "--json", *options)
+    )
+    healed = json.loads(printed)
+    assert status == 0
+    status, printed, _ = run("evaluate", tmp_path / "out", recipe, "--text", text, "--json")
+    found = json.loads(printed)
+    (check,) = found["healings"]
+    assert status == 0 and check["model"] == str(tmp_path / "out")
+    assert check["before"] == healed["before"]["nats"] > healed["after"]["nats"] == check["after"]
+    assert check["on"] == [str(text)]
+    losses = {entry["name"]: entry["nats_per_token"] for entry in found["models"]}
+    assert check["measured"] == losses[str(tmp_path / "out")] < losses[str(recipe)]
+    status, printed, _ = run("evaluate", tmp_path / "out", "--text", text)
+    assert f"out: healed from {check['before']:.3f} to {check['after']:.3f}" in printed
+
+
 def test_blocks_left_out_and_averages(run, pair, tmp_path):
     one, other = pair["one"], pair["other"]
     shorter = stack(tmp_path, (one, 0, 1), (one, 3, 4))
