@@ -75,7 +75,8 @@ if TYPE_CHECKING:
 @click.option(
     "--adapter",
     is_flag=True,
-    help="With --scope lora: write the LoRA alone, for MODEL as its base.",
+    help="With --scope lora: write the LoRA alone, for its base: MODEL, or the unrepeated donor of a "
+    "self-merge.",
 )
 @click.option(
     "--micro-batch",
@@ -121,7 +122,7 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
     training stops when it no longer helps on tokens that it does not train on.
 
     An interrupted run is continued by the same command; until then its state is in OUTPUT.heal.
-    Under `accelerate launch` the processes share the rows of every step.
+    Under `accelerate launch` or `torchrun` the processes share the rows of every step.
     """
     from frankenmerge.models.loading import Placement
     from frankenmerge.workflows.healing import HealOptions
