@@ -75,8 +75,8 @@ if TYPE_CHECKING:
 @click.option(
     "--adapter",
     is_flag=True,
-    help="With --scope lora: write the LoRA alone, for its base: MODEL, or the unrepeated donor of a "
-    "self-merge.",
+    help="With --scope lora: write the LoRA alone, for its base: MODEL, or the unrepeated donor of "
+    "a self-merge.",
 )
 @click.option(
     "--micro-batch",
