@@ -40,9 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--steps",
     type=click.IntRange(1),
-    default=300,
-    show_default=True,
-    help="Maximum number of steps.",
+    help="Maximum number of steps. [default: 300; 1000 for fewer blocks than a donor has]",
 )
 @click.option(
     "--teacher",

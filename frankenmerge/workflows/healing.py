@@ -43,7 +43,7 @@ from frankenmerge.healing.scopes import (
     spread_blocks,
     trained_names,
 )
-from frankenmerge.healing.tokens import Tokens, sampled_tokens, text_tokens
+from frankenmerge.healing.tokens import Tokens, fitting_rows, sampled_tokens, text_tokens
 from frankenmerge.healing.training import Training, TrainOptions, accelerator_of, train
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.hooks import embedding_of
@@ -143,6 +143,7 @@ class _Healing:
     ) -> None:
         self.patient, self.options = patient, options
         self.scope: Scope = scope
+        self.steps = patient.steps(options)
         self.output, self.memory, self.progress = output, memory, progress
         self.accelerator = accelerator
         self.folder = state_folder(output)
@@ -175,7 +176,8 @@ class _Healing:
             prints = {name: donor.fingerprint for name, donor in self.patient.donors.items()}
             with self.progress("sampling tokens", None, "donors"):
                 kept = self.folder / TOKENS
-                tokens = sampled_tokens(self.donors, prints, options.seed, kept)
+                rows = fitting_rows(self.steps, len(self.donors))
+                tokens = sampled_tokens(self.donors, prints, rows, options.seed, kept)
             if self.accelerator.is_main_process:
                 self.accelerator.wait_for_everyone()
         if options.text:
@@ -278,7 +280,7 @@ class _Healing:
             parameters,
             self.objective,
             lambda: mean_loss(model_losses(model, self.tokens.stopping)),
-            TrainOptions(options.steps, options.seed, options.micro, options.checkpointing),
+            TrainOptions(self.steps, options.seed, options.micro, options.checkpointing),
             self.accelerator,
             kept=self.folder / kept,
             identity=self._identity(splice, blocks),
@@ -308,7 +310,7 @@ class _Healing:
             ],
             "mix": self.objective.mix,
             "tokens": self.tokens.hash,
-            "steps": options.steps,
+            "steps": self.steps,
             "seed": options.seed,
             "micro": options.micro,
             "checkpointing": options.checkpointing,

@@ -17,7 +17,7 @@ from frankenmerge.healing.adapters import RANK
 from frankenmerge.healing.memory import Memory, Sizes, available_memory, check_memory
 from frankenmerge.healing.objective import TeacherKind
 from frankenmerge.healing.scopes import SCOPES, Scope, seam_blocks, size_of, trained_names
-from frankenmerge.healing.tokens import probability_bytes
+from frankenmerge.healing.tokens import fitting_rows, probability_bytes
 from frankenmerge.healing.training import ROWS
 from frankenmerge.merging.output import check_output
 from frankenmerge.models.loading import CPU, Placement
@@ -29,8 +29,8 @@ from frankenmerge.storage.dtypes import torch_dtype
 from frankenmerge.workflows.measuring import On
 from frankenmerge.workflows.subjects import is_recipe
 
-STEPS = 300
-"""Most steps, unless it is said otherwise."""
+STEPS, STEPS_SHORTENED = 300, 1000
+"""Most steps, unless it is said otherwise; the second where blocks were left out."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class HealOptions:
     """What it is trained on: tokens that the donors generate, or texts."""
     scope: Scope | None = None
     """What is trained; None for `seams` where there are seams, and `norms` elsewhere."""
-    steps: int = STEPS
-    """Most steps."""
+    steps: int | None = None
+    """Most steps; None for as many as suit what is healed."""
     teacher: TeacherKind = "ensemble"
     mix: float = 0.0
     """Share of the tokens' own loss; the rest is the divergence from the teacher."""
@@ -75,6 +75,11 @@ class Patient(NamedTuple):
     """The blocks on both sides of its seams."""
     donors: dict[str, Checkpoint]
     """Its teachers, and what it is compared with."""
+
+    def steps(self, options: HealOptions) -> int:
+        """Most steps. A model with fewer blocks than a donor has most to learn."""
+        shortened = len(self.splice.blocks) < max(each.blocks for each in self.donors.values())
+        return options.steps or (STEPS_SHORTENED if shortened else STEPS)
 
 
 def patient_of(model: str | Path | Recipe, options: HealOptions) -> Patient:
@@ -188,7 +193,8 @@ def memory_needed(patient: Patient, scope: Scope, options: HealOptions) -> Memor
     config = splice.config
     width, vocabulary = quantity(config, "width") or 0, quantity(config, "vocabulary") or 0
     taught = options.teacher != "none"
-    kept = probability_bytes(len(patient.donors), vocabulary, taught=taught)
+    rows = fitting_rows(patient.steps(options), len(patient.donors))
+    kept = probability_bytes(rows, len(patient.donors), vocabulary, taught=taught)
     sizes = Sizes(
         weights,
         trained,

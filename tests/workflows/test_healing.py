@@ -21,6 +21,7 @@ from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.evaluation.bench import Text
 from frankenmerge.healing import tokens
 from frankenmerge.workflows.healing import HealOptions, heal
+from frankenmerge.workflows.patients import patient_of
 
 ROWS = (48, 16, 16)
 
@@ -29,6 +30,7 @@ ROWS = (48, 16, 16)
 def few_tokens(monkeypatch):
     for name, rows in zip(("FITTING", "STOPPING", "CONFIRMING"), ROWS, strict=True):
         monkeypatch.setattr(tokens, name, rows)
+    monkeypatch.setattr(tokens, "USES", 99)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ def _sampled(pair, tmp_path):
     opened = {name: open_checkpoint(str(pair[name])) for name in ("one", "other")}
     models = {name: load_model(each) for name, each in opened.items()}
     prints = {name: each.fingerprint for name, each in opened.items()}
-    return tokens.sampled_tokens(models, prints, 0, tmp_path / "kept.safetensors")
+    return tokens.sampled_tokens(models, prints, ROWS[0], 0, tmp_path / "kept.safetensors")
 
 
 def test_early_stopping_keeps_the_best_check(taller, tmp_path, monkeypatch):
@@ -283,6 +285,19 @@ def test_evaluate_shows_before_and_after(run, pair, tmp_path, adapter):
     assert check["measured"] == losses[str(tmp_path / "out")] < losses[str(recipe)]
     status, printed, _ = run("evaluate", tmp_path / "out", "--text", text)
     assert f"out: healed from {check['before']:.3f} to {check['after']:.3f}" in printed
+
+
+def test_fewer_blocks_take_more_steps(pair, tmp_path):
+    plain, few = HealOptions(), HealOptions(steps=7)
+    shorter = stack(tmp_path, (pair["one"], 0, 1), (pair["one"], 3, 4))
+    patients = {"shorter": patient_of(shorter, plain)}
+    taller = stack(tmp_path, (pair["one"], 0, 3), (pair["other"], 1, 4))
+    patients["taller"] = patient_of(taller, plain)
+    assert {name: each.steps(plain) for name, each in patients.items()} == {
+        "shorter": 1000,
+        "taller": 300,
+    }
+    assert all(each.steps(few) == 7 for each in patients.values())
 
 
 def test_blocks_left_out_and_averages(run, pair, tmp_path):
