@@ -123,8 +123,8 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
     Under `accelerate launch` or `torchrun` the processes share the rows of every step.
     """
     from frankenmerge.models.loading import Placement
-    from frankenmerge.workflows.healing import HealOptions
     from frankenmerge.workflows.healing import heal as healed
+    from frankenmerge.workflows.patients import HealOptions
 
     started = perf_counter()
     rank = own_rank()

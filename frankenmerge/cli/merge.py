@@ -245,12 +245,9 @@ def merge(
 
 
 def _write_adapter(stages: "Stages", output: Path, dry_run: bool, as_json: bool) -> None:
-    from frankenmerge.merging.adapter import write_adapter
+    from frankenmerge.workflows.merging import write_stages_as_adapter
 
-    if len(stages.all) > 1:
-        remedy = "merge the other stages first, and name their results"
-        raise fail("--adapter", "a recipe of one stage", f"{len(stages.all)} stages", remedy)
-    base = write_adapter(stages.result, output, dry=dry_run)
+    base = write_stages_as_adapter(stages, output, dry=dry_run)
     if as_json:
         print_json({"output": str(output), **base.settings, "remarks": list(stages.remarks)})
         return

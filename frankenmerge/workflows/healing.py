@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +51,7 @@ from frankenmerge.models.hooks import embedding_of
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.assemble import names_as_stored, separated
 from frankenmerge.splicing.resolve import Splice, resolve
-from frankenmerge.storage.atomic import new_folder, replacing_file
+from frankenmerge.storage.atomic import moved, new_folder, replacing_file
 from frankenmerge.storage.dtypes import torch_dtype
 from frankenmerge.storage.safetensors_header import read_header
 from frankenmerge.workflows.gaining import check_same_tokens, domains_on
@@ -69,6 +70,10 @@ TOKENS, MODEL, CONTROL, HEALED = (
     f"{name}.safetensors" for name in ("tokens", "model", "control", "healed")
 )
 """The files of an unfinished healing, in OUTPUT.heal."""
+WRITTEN = "checkpoint"
+"""The result in OUTPUT.heal, until it is complete."""
+UNFINISHED = (WRITTEN, ".*.partial")
+"""What a process leaves there that is killed while it writes."""
 
 
 class Healed(NamedTuple):
@@ -252,7 +257,6 @@ class _Healing:
         if not self.accelerator.is_main_process:
             return None
         self._write(healed, record)
-        self._clear()
         return Healed(self.output, record, healed.parameters, self.memory)
 
     def _compared(self, name: str, ours: Sums, theirs: Sums) -> ComparedRecord:
@@ -321,24 +325,35 @@ class _Healing:
         return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()
 
     def _write(self, healed: _Trained, record: HealingRecord) -> None:
-        splice = self.patient.splice
-        if self.options.adapter and healed.adapter:
-            base = adapter_base(splice)
-            with new_folder(self.output) as folder:
-                healed.adapter.save(folder, base)
-                (folder / HEALING).write_bytes(dump_json(record, indent=2))
-            return
-        file = self.folder / HEALED
-        with replacing_file(file) as partial:
-            save_file({name: each.contiguous() for name, each in healed.tensors.items()}, partial)
-        merge(splice.healed(read_header(file), record), self.output, progress=self.progress)
+        """Write the result in the folder of the state, and move it to its place.
 
-    def _clear(self) -> None:
-        """Remove the state; anything else that is in its folder stays."""
-        for name in (TOKENS, MODEL, CONTROL, HEALED):
-            (self.folder / name).unlink(missing_ok=True)
+        There, what a kill has left is known to be of this healing.
+        """
+        self._clear(UNFINISHED)
+        splice, made = self.patient.splice, self.folder / WRITTEN
+        if self.options.adapter and healed.adapter:
+            with new_folder(made) as folder:
+                healed.adapter.save(folder, adapter_base(splice))
+                (folder / HEALING).write_bytes(dump_json(record, indent=2))
+        else:
+            file = self.folder / HEALED
+            with replacing_file(file) as partial:
+                save_file(
+                    {name: each.contiguous() for name, each in healed.tensors.items()}, partial
+                )
+            merge(splice.healed(read_header(file), record), made, progress=self.progress)
+        moved(made, self.output)
+        self._clear((*UNFINISHED, TOKENS, MODEL, CONTROL, HEALED))
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+    def _clear(self, patterns: Sequence[str]) -> None:
+        """Remove parts of the state; anything else that is in its folder stays."""
+        for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _separate(
