@@ -1,6 +1,7 @@
 """Self-merges as adapters over the unrepeated base: what peft makes of them is the oracle."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,23 @@ def test_a_healed_adapter_is_the_folded_checkpoint(run, donor, tmp_path):
     assert nats[0] == pytest.approx(nats[1], abs=1e-5)
     assert found[named]["nats_per_token"] == nats[0]
     assert "key" not in found[str(tmp_path / "adapter")]
+
+
+def test_a_copy_without_replication_fits_the_merged_model(run, donor, tmp_path):
+    """The remedy that is offered where such a LoRA is refused."""
+    recipe = recipe_of(tmp_path, donor)
+    adapter, copy = tmp_path / "adapter", tmp_path / "copy"
+    options = ("--scope", "lora", "--steps", 25, "--adapter")
+    assert run("heal", recipe, adapter, *options)[0] == 0
+    assert run("merge", recipe, tmp_path / "merged")[0] == 0
+    shutil.copytree(adapter, copy)
+    (copy / "adapter_config.json").write_text(
+        json.dumps(config(adapter) | {"layer_replication": None})
+    )
+    named = f"{tmp_path / 'merged'}+{copy}"
+    found = losses(run, adapter, named)
+    expected = found[str(adapter)]["nats_per_token"]
+    assert found[named]["nats_per_token"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_repeated_blocks_take_no_memory(run, donor, tmp_path):
