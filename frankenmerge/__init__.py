@@ -25,6 +25,7 @@ _OFFERED = (
     "save_atlas",
     "tune",
     "verify",
+    "write_adapter",
     "write_plans",
 )
 """Names of `frankenmerge.api`. Listed, so that no other name makes Python import it."""

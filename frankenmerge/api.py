@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from frankenmerge.models.loading import Placement
     from frankenmerge.planning.search import Constraints
     from frankenmerge.splicing.compatibility import Compatibility
+    from frankenmerge.splicing.replication import Unrepeated
     from frankenmerge.workflows.aligning import AlignOptions
     from frankenmerge.workflows.evaluating import Evaluated, EvaluateOptions
     from frankenmerge.workflows.gaining import GainOptions, Gains
-    from frankenmerge.workflows.healing import Healed, HealOptions
+    from frankenmerge.workflows.healing import Healed
+    from frankenmerge.workflows.patients import HealOptions
     from frankenmerge.workflows.planning import Planned
     from frankenmerge.workflows.tuning import Tuned, TuneOptions
 
@@ -52,6 +54,7 @@ __all__ = [
     "save_atlas",
     "tune",
     "verify",
+    "write_adapter",
     "write_plans",
 ]
 
@@ -277,6 +280,25 @@ def merge(
         return merge_stages(stages, Path(output), options or MergeOptions(), progress=progress)
 
 
+def write_adapter(recipe: Recipe | str | Path, output: str | Path) -> "Unrepeated":
+    """Write a self-merge as a LoRA of zeros over its unrepeated donor, to the new folder `output`.
+
+    Args:
+        recipe: of unchanged blocks of one donor, or its file.
+        output: a folder that does not exist yet.
+
+    Returns:
+        The donor, and the ranges of its blocks, as peft's `layer_replication` has them.
+
+    Raises:
+        FrankenmergeError: for a recipe that no adapter can express, and an output that exists.
+    """
+    from frankenmerge.workflows.merging import resolved, write_stages_as_adapter
+
+    with resolved(_recipes(recipe)) as stages:
+        return write_stages_as_adapter(stages, Path(output))
+
+
 def heal(
     model: Recipe | str | Path,
     output: str | Path,
@@ -290,7 +312,7 @@ def heal(
         model: a recipe, its file, or a checkpoint that was merged.
         output: a folder that does not exist yet; what an interrupted run has done is in
             `OUTPUT.heal`, and the same call continues from there.
-        options: `frankenmerge.workflows.healing.HealOptions`.
+        options: `frankenmerge.workflows.patients.HealOptions`.
         progress: of sampling, steps and writing.
 
     Returns:
@@ -300,8 +322,8 @@ def heal(
         FrankenmergeError: for donors that are not known or do not read the same tokens, a scope
             without tensors, too little memory, and an output that cannot be written.
     """
-    from frankenmerge.workflows.healing import HealOptions
     from frankenmerge.workflows.healing import heal as healed
+    from frankenmerge.workflows.patients import HealOptions
 
     return healed(model, Path(output), options or HealOptions(), progress=progress)
 

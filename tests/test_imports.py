@@ -39,6 +39,7 @@ MAY_BE_HEAVY = (
     "models.quiet",
     "models.sampling",
     "models.streaming",
+    "models.teaching",
     "splicing.assemble",
     "splicing.at_home",
     "splicing.gauge_fitting",

@@ -207,6 +207,20 @@ class GainCheck(Record):
     """95 %."""
 
 
+class HealingCheck(Record):
+    """What healing a model has changed, by its own record, and its loss on these texts.
+
+    All in nats per token; the first two on tokens that nothing was chosen by.
+    """
+
+    model: str
+    before: float
+    after: float
+    on: list[str]
+    """Texts, or the donors whose sampled tokens they are."""
+    measured: float
+
+
 class VerdictRecord(Record):
     """A merge compared with its best donor."""
 
@@ -266,6 +280,7 @@ class Evaluation(Record):
     task_differences: list[TaskDifferenceRecord] = []
     predictions: list[PredictionCheck] = []
     gains: list[GainCheck] = []
+    healings: list[HealingCheck] = []
     comparison: ComparisonRecord | None = None
     dtype: str | None = None
     context: int | None = None

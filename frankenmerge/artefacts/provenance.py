@@ -7,6 +7,8 @@ from frankenmerge.artefacts.json_files import Record, dump_json, load_json, pars
 
 PROVENANCE = "frankenmerge.json"
 """The name of the file."""
+HEALING = "healing.json"
+"""The same for an adapter, which has no tensors of donors: only how it was trained."""
 KIND = "frankenmerge.provenance/1"
 """The kind of these files; files of version 1 do not state it."""
 _EXPECTED = "provenance written by `frankenmerge merge`"
@@ -174,6 +176,11 @@ def load(path: Path) -> Provenance:
 def parse(content: Any, place: str) -> Provenance:
     """Check parsed JSON, as `load` does. Raises FrankenmergeError, which names `place`."""
     return parse_json(content, place, Provenance, KIND, _EXPECTED)
+
+
+def load_healing(path: Path) -> HealingRecord:
+    """Read how an adapter was healed. Raises FrankenmergeError for anything else."""
+    return load_json(path, HealingRecord, "", "written by `frankenmerge heal --adapter`")
 
 
 def load_provenance(folder: Path) -> Provenance | None:

@@ -37,7 +37,7 @@ from frankenmerge.cli.tables import (
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
-    from frankenmerge.artefacts.evaluation import GainCheck, PredictionCheck
+    from frankenmerge.artefacts.evaluation import GainCheck, HealingCheck, PredictionCheck
     from frankenmerge.workflows.evaluating import Evaluated, EvaluateOptions
 
 WORSE = 3
@@ -269,6 +269,8 @@ def _print(found: "Evaluated") -> None:
         print_prediction_check(console, check)
     for entry in found.gains:
         _print_gain_check(console, entry)
+    for entry in record.healings:
+        _print_healing_check(console, entry)
     _print_comparison(console, found)
 
 
@@ -301,6 +303,16 @@ def _print_gain_check(console: Console, check: "GainCheck") -> None:
         f"{Path(check.recipe).name}: predicted gain {check.predicted:z.3f} nats per token "
         f"({coverage} interval {low:z.3f} to {high:z.3f}), measured here {check.measured:z.3f} "
         f"({low_here:z.3f} to {high_here:z.3f}) against {Path(check.best_donor).name}."
+    )
+
+
+def _print_healing_check(console: Console, check: "HealingCheck") -> None:
+    """Show what healing has changed, and the loss here."""
+    names = ", ".join(Path(name).name for name in check.on)
+    console.print(
+        f"{Path(check.model).name}: healed from {check.before:.3f} to {check.after:.3f} nats per "
+        f"token on tokens of {names}; measured here {check.measured:.3f}.",
+        markup=False,
     )
 
 

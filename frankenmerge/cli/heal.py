@@ -40,9 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--steps",
     type=click.IntRange(1),
-    default=300,
-    show_default=True,
-    help="Maximum number of steps.",
+    help="Maximum number of steps. [default: 300; 1000 for fewer blocks than a donor has]",
 )
 @click.option(
     "--teacher",
@@ -75,7 +73,8 @@ if TYPE_CHECKING:
 @click.option(
     "--adapter",
     is_flag=True,
-    help="With --scope lora: write the LoRA alone, for MODEL as its base.",
+    help="With --scope lora: write the LoRA alone, for its base: MODEL, or the unrepeated donor of "
+    "a self-merge.",
 )
 @click.option(
     "--micro-batch",
@@ -121,11 +120,11 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
     training stops when it no longer helps on tokens that it does not train on.
 
     An interrupted run is continued by the same command; until then its state is in OUTPUT.heal.
-    Under `accelerate launch` the processes share the rows of every step.
+    Under `accelerate launch` or `torchrun` the processes share the rows of every step.
     """
     from frankenmerge.models.loading import Placement
-    from frankenmerge.workflows.healing import HealOptions
     from frankenmerge.workflows.healing import heal as healed
+    from frankenmerge.workflows.patients import HealOptions
 
     started = perf_counter()
     rank = own_rank()

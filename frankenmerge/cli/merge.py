@@ -159,6 +159,12 @@ def size_in_bytes(
     help="Record the SHA-256 of every file of weights in frankenmerge.json.",
 )
 @click.option(
+    "--adapter",
+    is_flag=True,
+    help="Write a self-merge as a LoRA of zeros for its unrepeated donor (peft's "
+    "layer_replication), a few kB.",
+)
+@click.option(
     "--push-to-hub",
     metavar="REPOSITORY",
     help="Upload the finished merge to a new repository of the hub, org/name.",
@@ -171,6 +177,7 @@ def merge(
     recipe: Path,
     output: Path,
     dry_run: bool,
+    adapter: bool,
     push_to_hub: str | None,
     private: bool,
     download: bool,
@@ -196,7 +203,13 @@ def merge(
     with resolved(
         load_recipes(recipe), download=download, allow_pickle=allow_pickle, place=str(recipe)
     ) as stages:
-        if len(stages.all) > 1 and not rank.first:
+        if (adapter or len(stages.all) > 1) and not rank.first:
+            return
+        if adapter:
+            if push_to_hub or private:
+                raise fail("--adapter", "no upload", "--push-to-hub", "upload it with hf upload")
+            print_remarks(stages.remarks)
+            _write_adapter(stages, output, dry_run, as_json)
             return
         if dry_run or len(stages.all) > 1:
             check_merge(stages, output, chosen, rank)
@@ -229,6 +242,20 @@ def merge(
     _print_merged(result)
     if address:
         out().print(f"Uploaded to {address}", markup=False)
+
+
+def _write_adapter(stages: "Stages", output: Path, dry_run: bool, as_json: bool) -> None:
+    from frankenmerge.workflows.merging import write_stages_as_adapter
+
+    base = write_stages_as_adapter(stages, output, dry=dry_run)
+    if as_json:
+        print_json({"output": str(output), **base.settings, "remarks": list(stages.remarks)})
+        return
+    ranges = ", ".join(f"{start}-{stop - 1}" for start, stop in base.ranges)
+    said = "can be written" if dry_run else "is written"
+    out().print(
+        f"{output}: an adapter for {base.base} and its blocks {ranges} {said}", markup=False
+    )
 
 
 def _print_merged(result: "Merged") -> None:

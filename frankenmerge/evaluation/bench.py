@@ -16,6 +16,7 @@ from frankenmerge.evaluation.language import Encoded, Loss, encode, measure
 from frankenmerge.evaluation.lineage import Lineage, checkpoint_lineage, splice_lineage
 from frankenmerge.evaluation.prefix_sharing import measure_together
 from frankenmerge.models.loading import CPU, Placement, load_model, load_tokenizer
+from frankenmerge.models.lora import attach
 from frankenmerge.progress import Advance, Progress, ignore, silent
 from frankenmerge.splicing.assemble import ComputedTensors, assemble, splice_tokenizer
 from frankenmerge.splicing.gauge_fitting import fitted_rotations
@@ -207,15 +208,29 @@ class Bench:
         splice: Splice,
         *,
         lineage: Lineage | None = None,
+        adapter: Path | None = None,
         progress: Progress = silent,
         visit: Visit = _nothing,
     ) -> Result:
-        """Measure a splice in memory; its `lineage` leads through stages that were made."""
+        """Measure a splice in memory.
+
+        Args:
+            name: of the result.
+            splice: what to measure.
+            lineage: leads through stages that were made.
+            adapter: the folder of a LoRA that is added to it.
+            progress: of assembling and measuring.
+            visit: what else is done with the model.
+        """
         model = self.assemble(splice, progress)
+        if adapter:
+            attach(model, adapter, name)
         tokenizer = splice_tokenizer(splice)
         texts, lineage = self._encoded(tokenizer), lineage or splice_lineage(splice)
         subject = Subject(name, "recipe", model, tokenizer, splice, texts, lineage)
-        return self._measured(subject, progress, visit)._replace(key=splice.key)
+        # The key is the recipe's, and not that of what a LoRA makes of it.
+        key = None if adapter else splice.key
+        return self._measured(subject, progress, visit)._replace(key=key)
 
     def splices(self, splices: Sequence[Splice], *, advance: Advance = ignore) -> list[Result]:
         """Measure many splices; blocks that several begin with are run once.

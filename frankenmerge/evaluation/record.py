@@ -15,6 +15,7 @@ from frankenmerge.artefacts.evaluation import (
     DifferenceRecord,
     Evaluation,
     GainCheck,
+    HealingCheck,
     ItemResultsRecord,
     KeptBlockRecord,
     ModelRecord,
@@ -45,6 +46,7 @@ def evaluation_record(
     *,
     predictions: Sequence[PredictionCheck | Mapping[str, Any]] = (),
     gains: Sequence[GainCheck] = (),
+    healings: Sequence[HealingCheck] = (),
     comparison: Comparison | None = None,
     against: str | None = None,
     arguments: Mapping[str, Any] | None = None,
@@ -60,10 +62,11 @@ def evaluation_record(
         findings: what was found.
         predictions: what was predicted of recipes, and measured.
         gains: of recipes that were searched for by their gain, and measured.
+        healings: of healed models, by their records.
         comparison: with the best donors, where it was asked for.
         against: the model that all merges are compared with, besides their donors.
         arguments: of the command.
-        recipes: hashes of the files of recipes, by model name.
+        recipes: hashes of the files of recipes, and of LoRAs that repeat blocks, by model name.
         items: hashes of the files of items, by path.
     """
     by_name = {result.name: result for result in results}
@@ -98,6 +101,7 @@ def evaluation_record(
         ),
         predictions=[PredictionCheck.model_validate(check) for check in predictions],
         gains=list(gains),
+        healings=list(healings),
         comparison=comparison.record() if comparison else None,
         dtype=bench.placement.dtype,
         context=bench.context,

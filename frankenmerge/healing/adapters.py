@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from frankenmerge.errors import fail
 from frankenmerge.models.hooks import blocks_path
+from frankenmerge.splicing.replication import Unrepeated
 
 RANK, ALPHA = 16, 32
 
@@ -69,9 +70,12 @@ class Adapter:
             layer = self.model.base_model.model.get_submodule(name)
             yield f"{name}.weight", weight.float() + layer.get_delta_weight("default").float()
 
-    def save(self, folder: Path, base: str) -> None:
-        """Write the adapter alone, for the model `base`, to a folder."""
-        self.model.peft_config["default"].base_model_name_or_path = base
+    def save(self, folder: Path, base: Unrepeated) -> None:
+        """Write the adapter alone, for its base, to a folder."""
+        config = self.model.peft_config["default"]
+        config.target_modules = sorted(config.target_modules)  # a set, in no order
+        for name, value in base.settings.items():
+            setattr(config, name, value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # peft looks for the base on the hub
             warnings.simplefilter("ignore", FutureWarning)

@@ -1,6 +1,5 @@
 """What healing minimises: the divergence from teachers, the tokens' own loss, or a mix."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from frankenmerge.evaluation.domains import TARGET_BYTES, Domain
 from frankenmerge.models.hooks import embedding_of
+from frankenmerge.models.teaching import divergence, mean_log_probabilities
 
 TeacherKind = Literal["ensemble", "donor", "best-per-domain", "none"]
 TEACHERS: tuple[TeacherKind, ...] = ("ensemble", "donor", "best-per-domain", "none")
@@ -105,13 +105,3 @@ class Objective:
             for model in models
         ]
         return mean_log_probabilities([each.float().log_softmax(-1) for each in predicted])
-
-
-def mean_log_probabilities(predicted: Sequence[Tensor]) -> Tensor:
-    """Logarithms of the mean of several probabilities, given as logarithms `[n, s, v]` each."""
-    return torch.logsumexp(torch.stack(list(predicted)), 0) - math.log(len(predicted))
-
-
-def divergence(taught: Tensor, predicted: Tensor) -> Tensor:
-    """The Kullback-Leibler divergence of every position `[n, s]`, of log-probabilities."""
-    return (taught.exp() * (taught - predicted)).sum(-1)

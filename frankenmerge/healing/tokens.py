@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,24 +20,38 @@ from frankenmerge.evaluation.domains import (
     stages,
     with_target,
 )
+from frankenmerge.healing.training import ROWS
 from frankenmerge.models.sampling import sample_unprompted
 from frankenmerge.storage.atomic import replacing_file
 
 FITTING, STOPPING, CONFIRMING = 512, 64, 128
-"""Rows of every donor's tokens: to heal on, to decide when to stop, and to be judged by."""
+"""Rows of every donor's tokens: to heal on at least, to decide when to stop, to be judged by."""
+USES = 5
+"""How often a row is trained on at most; for many steps more are sampled."""
 SHARES = (0.6, 0.15, 0.25)
 """The same of a text, as shares of its units."""
 
 
-def probability_bytes(donors: int, vocabulary: int, *, taught: bool) -> int:
+def fitting_rows(steps: int, donors: int) -> int:
+    """How many rows of every donor's tokens to heal on for so many steps."""
+    return max(FITTING, math.ceil(steps * ROWS / donors / USES))
+
+
+def probability_bytes(rows: int, donors: int, vocabulary: int, *, taught: bool) -> int:
     """How much memory the probabilities take that are computed once, on sampled tokens.
 
     Those of the parts are kept where they take at most `TARGET_BYTES`, a donor's in each held-out
     part, and the teachers' of all tokens to heal on.
+
+    Args:
+        rows: of every donor's tokens, to heal on.
+        donors: how many.
+        vocabulary: number of tokens in it.
+        taught: whether there is a teacher.
     """
     row = (LENGTH - 1) * vocabulary * 4
     parts = [STOPPING * row] * donors + [CONFIRMING * row] * donors
-    parts += [FITTING * row * donors] if taught else []
+    parts += [rows * row * donors] if taught else []
     return sum(part for part in parts if part <= TARGET_BYTES)
 
 
@@ -58,17 +73,22 @@ class Tokens(NamedTuple):
 
 
 def sampled_tokens(
-    models: Mapping[str, PreTrainedModel], fingerprints: Mapping[str, str], seed: int, kept: Path
+    models: Mapping[str, PreTrainedModel],
+    fingerprints: Mapping[str, str],
+    fitting: int,
+    seed: int,
+    kept: Path,
 ) -> Tokens:
     """What every model generates; read from the file `kept` if it was sampled before.
 
     Args:
         models: by name.
         fingerprints: of these models, by name.
+        fitting: rows of each to heal on.
         seed: of the sampling.
         kept: a safetensors file; written where it is absent, or of other models.
     """
-    rows = (FITTING, STOPPING, CONFIRMING)
+    rows = (fitting, STOPPING, CONFIRMING)
     identity = json.dumps([[fingerprints[name] for name in models], seed, rows, LENGTH])
     ids = _kept(kept, identity)
     if ids is None:

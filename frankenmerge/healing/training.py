@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from frankenmerge.healing.objective import Batch, Objective
 from frankenmerge.healing.state import State, load_state, save_state
 from frankenmerge.models.loading import Placement
+from frankenmerge.models.teaching import schedule
 from frankenmerge.progress import Progress, silent
 
 ROWS = 16
@@ -117,10 +118,11 @@ def train(
         state, tensors = found
         best = descent.restore(state, tensors)
     loss = min(loss for _, loss in state.curve)
+    warmup = min(WARMUP, options.steps)
     with progress("healing", options.steps, "steps") as advance:
         advance(state.step)
         while not state.finished:
-            descent.rate(state.rate * schedule(state.step, options.steps))
+            descent.rate(state.rate * schedule(state.step, options.steps, warmup))
             descent.step((options.seed, 1), state.step)
             state.step += 1
             advance(1)
@@ -147,12 +149,6 @@ def train(
         for batch in objective.batches((options.seed, 1), step, ROWS)
     )
     return Training(state.rate, state.kept, state.curve, tokens)
-
-
-def schedule(step: int, steps: int) -> float:
-    """The share of the rate at a step: it rises linearly, and falls as a cosine."""
-    rising = min(1.0, (step + 1) / min(WARMUP, steps))
-    return rising * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 class _Descent:

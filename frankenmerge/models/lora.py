@@ -9,9 +9,11 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from filecmp import cmp as equal
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -37,6 +39,12 @@ class Adapter(NamedTuple):
 
     path: Path
     tensors: dict[str, Tensor]
+    base: str | None = None
+    """The model that it was trained on, as its config names it: `path` or `path@revision`."""
+    replication: tuple[tuple[int, int], ...] = ()
+    """Ranges of the base's blocks, half-open: the model that it changes has these, one after the
+    other (peft's `layer_replication`). Empty where it has the base's.
+    """
 
 
 def find_adapter(name: str, *, download: bool = False, weights: bool = True) -> Adapter:
@@ -63,7 +71,49 @@ def find_adapter(name: str, *, download: bool = False, weights: bool = True) -> 
             f"only pickle files ({others})" if others else "no safetensors",
             remedy,
         )
-    return Adapter(folder, tensors)
+    return Adapter(folder, tensors, _base_of(config), _replication(folder / CONFIG_NAME, config))
+
+
+def is_adapter(name: str, *, download: bool = False) -> bool:
+    """Whether a name is that of a LoRA alone: it has an adapter's config, and no model's."""
+    try:
+        folder = resolve(name, (CONFIG_NAME, "config.json"), download)
+    except FrankenmergeError:
+        return False  # whoever opens it as a model says what is missing
+    return (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file()
+
+
+def _base_of(config: Mapping[str, Any]) -> str | None:
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return f"{name}@{revision}" if name and revision else name or None
+
+
+def _replication(path: Path, config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    found = config.get("layer_replication")
+    if found is None:
+        return ()
+    if not isinstance(found, list) or not all(map(_is_range, found)):
+        expected = "ranges of blocks, such as [[0, 4], [2, 6]]"
+        place, remedy = f"{path}: layer_replication", "correct the adapter's config"
+        raise fail(place, expected, json.dumps(found), remedy)
+    return tuple((start, stop) for start, stop in found)
+
+
+def _is_range(value: Any) -> bool:
+    whole = isinstance(value, list) and [type(each) for each in value] == [int, int]
+    return whole and 0 <= value[0] < value[1]
+
+
+def check_unrepeated(adapter: Adapter, base: str) -> None:
+    """Raise FrankenmergeError for a LoRA of a model that repeats or leaves out blocks of `base`."""
+    if adapter.replication:
+        remedy = (
+            f"merge a recipe with these ranges of {base} as slices, and name its result and a copy "
+            "of this LoRA without layer_replication; evaluate reads it as it is"
+        )
+        place = f"{adapter.path / CONFIG_NAME}: layer_replication"
+        found = json.dumps(adapter.replication)
+        raise fail(place, f"none: a LoRA of the blocks of {base}", found, remedy)
 
 
 def check_fit(base: Checkpoint, adapter: Adapter) -> None:
@@ -158,8 +208,8 @@ def folded(base: Checkpoint, adapter: Path) -> Checkpoint:
 
 def _no_peft() -> Exception:
     return fail(
-        "a LoRA in a model's name",
-        "peft, which folds it in",
+        "a LoRA",
+        "peft, which reads and writes it",
         "not installed",
         "install frankenmerge[lora]",
     )
@@ -171,14 +221,61 @@ def _merged(base: Checkpoint, adapter: Path) -> Any:
 
     from frankenmerge.models.loading import load_model
 
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise _no_peft() from error
+    check_peft()
     raise_all(_type_faults(base))
     model = load_model(base)
     # The base's is copied; saving would refuse some old ones.
     model.generation_config = GenerationConfig()
+    with _explained(adapter, base.name):
+        return _with_lora(model, adapter).merge_and_unload(safe_merge=True)
+
+
+def attach(model: Any, adapter: Path, name: str) -> None:
+    """Add a LoRA to a model that has all blocks that it was trained on, repeated ones too.
+
+    The model's own weights do not change.
+
+    Args:
+        model: a model of transformers, in memory.
+        adapter: the folder of the LoRA.
+        name: of the model, for faults.
+
+    Raises:
+        FrankenmergeError: if peft is not installed, or the LoRA does not fit.
+    """
+    check_peft()
+    with _explained(adapter, name):
+        _with_lora(model, adapter)
+
+
+def check_peft() -> None:
+    """Raise FrankenmergeError if peft is not installed."""
+    if find_spec("peft") is None:
+        raise _no_peft()
+
+
+def _with_lora(model: Any, adapter: Path) -> Any:
+    """Peft's model around one that has all blocks that the LoRA changes."""
+    from peft import PeftConfig, PeftModel
+
+    config: Any = PeftConfig.from_pretrained(str(adapter), local_files_only=True)
+    config.inference_mode = True
+    config.layer_replication = None
+    # PeftModel.from_pretrained does the same, but does not say which weights had no place.
+    wrapped = PeftModel(model, config)
+    loaded = wrapped.load_adapter(
+        str(adapter), "default", torch_device="cpu", local_files_only=True
+    )
+    if odd := [*loaded.missing_keys, *loaded.unexpected_keys]:
+        raise ValueError(
+            f"weights without a place, or places without weights: {', '.join(odd[:3])}"
+        )
+    return wrapped
+
+
+@contextmanager
+def _explained(adapter: Path, name: str) -> Iterator[None]:
+    """Turn whatever peft raises or warns of into a fault of the adapter."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft uses deprecated names
@@ -186,18 +283,7 @@ def _merged(base: Checkpoint, adapter: Path) -> Any:
             # tied.
             warnings.filterwarnings("error", category=UserWarning, module="peft")
             warnings.filterwarnings("error", category=RuntimeWarning, module="peft")
-            config = PeftConfig.from_pretrained(str(adapter), local_files_only=True)
-            config.inference_mode = True
-            # PeftModel.from_pretrained does the same, but does not say which weights had no place.
-            wrapped = PeftModel(model, config)  # pyright: ignore[reportArgumentType]
-            loaded = wrapped.load_adapter(
-                str(adapter), "default", torch_device="cpu", local_files_only=True
-            )
-            if odd := [*loaded.missing_keys, *loaded.unexpected_keys]:
-                raise ValueError(
-                    f"weights without a place, or places without weights: {', '.join(odd[:3])}"
-                )
-            return wrapped.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+            yield
     except (
         ValueError,
         RuntimeError,
@@ -210,7 +296,7 @@ def _merged(base: Checkpoint, adapter: Path) -> Any:
     ) as error:
         raise fail(
             str(adapter),
-            f"a LoRA that peft can fold into {base.name}",
+            f"a LoRA that peft can fold into {name}",
             " ".join(str(error).split())[:400],
             _REMEDY,
         ) from error

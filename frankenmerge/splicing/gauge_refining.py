@@ -7,19 +7,18 @@ Every block of a slice gets a rotation of its own, and so do final norm and head
 the one stream that the slice before has written, so that the result is still a plain checkpoint.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from frankenmerge.donors.architecture import Architecture
 from frankenmerge.models.hooks import block_outputs, forward
 from frankenmerge.models.passes import leave
+from frankenmerge.models.teaching import divergence, mean_log_probabilities, schedule
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.assemble import assemble, names_as_stored
 from frankenmerge.splicing.resolve import Splice
@@ -215,11 +214,10 @@ def refined(
     generator = torch.Generator().manual_seed(seed)
     with progress("refining gauges", steps, "steps") as advance:
         for step in range(steps):
-            share = min(1, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
             rows = torch.randint(len(states.ids), (ROWS,), generator=generator)
             made = fixed | plain.rotated(dict(zip(places, descent.rotations(), strict=True)))
             loss = _divergence(plain.model, made, states.ids[rows], _mean(models, states, rows))
-            descent.step(loss, share)
+            descent.step(loss, schedule(step, steps, steps / 10))
             advance(1)
     found = dict(zip(places, descent.found(), strict=True))
     result = {}
@@ -235,8 +233,7 @@ def _divergence(
     """Mean KL divergence of the model with these tensors from log-probabilities `[b, s, v]`."""
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     logits = functional_call(model, dict(tensors), (), inputs, tie_weights=False).logits
-    terms = functional.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="none")
-    return terms.sum(-1).mean()
+    return divergence(target, logits.log_softmax(-1)).mean()
 
 
 @torch.no_grad()
@@ -246,4 +243,4 @@ def _mean(models: Mapping[str, PreTrainedModel], states: DonorStates, rows: Tens
         leave(models[name], states.ids[rows], last[rows]).log_softmax(-1)
         for name, last in states.last.items()
     ]
-    return torch.logsumexp(torch.stack(predictions), 0) - math.log(len(predictions))
+    return mean_log_probabilities(predictions)

@@ -7,7 +7,13 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_schema import reference
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.errors import FrankenmergeError, raise_all
-from frankenmerge.models.lora import adapter_remarks, check_fit, find_adapter, folded
+from frankenmerge.models.lora import (
+    adapter_remarks,
+    check_fit,
+    check_unrepeated,
+    find_adapter,
+    folded,
+)
 
 
 def open_donors(
@@ -71,6 +77,7 @@ def open_donor(
     if lora is None:
         return base
     adapter = find_adapter(lora, download=download, weights=weights)
+    check_unrepeated(adapter, model)
     check_fit(base, adapter)
     remarks = adapter_remarks(base, adapter)
     if weights:

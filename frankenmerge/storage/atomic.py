@@ -87,6 +87,23 @@ def new_folder(path: Path) -> Iterator[Path]:
             ) from error
 
 
+def moved(folder: Path, target: Path) -> None:
+    """Move a complete folder to a place next to its parent that is free, or an empty folder.
+
+    Raises:
+        FrankenmergeError: if it cannot be moved.
+    """
+    try:
+        folder.rename(target)
+        handle = os.open(target.absolute().parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise fail(str(target), "a folder that can be written", str(error), _OTHER_PLACE) from error
+
+
 def cache_folder() -> Path:
     """Cache directory for expensive results: atlases, headers, and donors that were converted."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frankenmerge"

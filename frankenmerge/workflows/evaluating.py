@@ -20,12 +20,13 @@ from frankenmerge.evaluation.record import evaluation_record
 from frankenmerge.evaluation.retention import retained
 from frankenmerge.evaluation.samples import read_words, sample_prompts, words_of
 from frankenmerge.models.loading import CPU, Placement, load_tokenizer
+from frankenmerge.models.lora import WEIGHTS_NAME
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.assemble import splice_tokenizer
 from frankenmerge.splicing.opening import open_donor
 from frankenmerge.storage.hashing import file_hash
 from frankenmerge.workflows.atlases import atlas_of
-from frankenmerge.workflows.predictions import check_gains, check_predictions
+from frankenmerge.workflows.predictions import check_gains, check_healings, check_predictions
 from frankenmerge.workflows.subjects import Model, Subjects, opened_subjects
 
 SUFFIX = ".jsonl"
@@ -168,6 +169,8 @@ def _evaluated(
         comparison = judge(results, options.compare, options.seed, options.against)
     predictions = check_predictions(results, subjects.splices, subjects.files) if texts else []
     gains = check_gains(results, subjects.splices, subjects.files, options.seed) if texts else []
+    folders = {name: each.path for name, each in checkpoints.items()} | subjects.adapters
+    healings = check_healings(results, folders) if texts else []
     record = evaluation_record(
         results,
         bench,
@@ -175,13 +178,21 @@ def _evaluated(
         findings,
         predictions=predictions,
         gains=gains,
+        healings=healings,
         comparison=comparison,
         against=options.against,
         arguments=arguments,
-        recipes={name: file_hash(file) for name, file in subjects.files.items()},
+        recipes={
+            name: file_hash(file)
+            for name, file in {**subjects.files, **_adapter_files(subjects)}.items()
+        },
         items={name: file_hash(Path(name)) for name in checks.items},
     )
     return Evaluated(results, findings, checks, predictions, gains, comparison, record, remarks)
+
+
+def _adapter_files(subjects: Subjects) -> dict[str, Path]:
+    return {name: folder / WEIGHTS_NAME for name, folder in subjects.adapters.items()}
 
 
 def _cut_items(
@@ -233,8 +244,12 @@ def _results(
 
         if name in subjects.splices:
             splice = subjects.splices[name]
-            lineage = subjects.lineages[name]
-            results.append(bench.splice(name, splice, lineage=lineage, progress=shown, visit=visit))
+            lineage, adapter = subjects.lineages[name], subjects.adapters.get(name)
+            results.append(
+                bench.splice(
+                    name, splice, lineage=lineage, adapter=adapter, progress=shown, visit=visit
+                )
+            )
         else:
             role = "donor" if name in donors else "model"
             results.append(bench.checkpoint(name, role=role, progress=shown, visit=visit))

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import accelerate
 import torch
@@ -18,18 +19,14 @@ from transformers import PreTrainedModel
 import frankenmerge
 from frankenmerge.artefacts.json_files import dump_json
 from frankenmerge.artefacts.provenance import (
+    HEALING,
     ComparedRecord,
     CurveRecord,
     HealingRecord,
-    load_provenance,
 )
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
-from frankenmerge.artefacts.recipe_file import load_recipes
-from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import quantity
-from frankenmerge.errors import FrankenmergeError, fail, raise_all
-from frankenmerge.evaluation.bench import Bench, Text
-from frankenmerge.evaluation.domains import LENGTH
+from frankenmerge.errors import fail
+from frankenmerge.evaluation.bench import Bench
 from frankenmerge.evaluation.gains import (
     Sums,
     best_of,
@@ -38,76 +35,45 @@ from frankenmerge.evaluation.gains import (
     mean_loss,
     model_losses,
 )
-from frankenmerge.healing.adapters import RANK, Adapter
-from frankenmerge.healing.memory import Memory, Sizes, available_memory, check_memory
+from frankenmerge.healing.adapters import Adapter
+from frankenmerge.healing.memory import Memory
 from frankenmerge.healing.objective import Objective, TeacherKind
 from frankenmerge.healing.scopes import (
-    SCOPES,
     Scope,
     check_types,
-    seam_blocks,
-    size_of,
     spread_blocks,
     trained_names,
 )
-from frankenmerge.healing.tokens import Tokens, probability_bytes, sampled_tokens, text_tokens
-from frankenmerge.healing.training import ROWS, Training, TrainOptions, accelerator_of, train
-from frankenmerge.merging.output import check_output
+from frankenmerge.healing.tokens import Tokens, fitting_rows, sampled_tokens, text_tokens
+from frankenmerge.healing.training import Training, TrainOptions, accelerator_of, train
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.hooks import embedding_of
-from frankenmerge.models.loading import CPU, Placement
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.assemble import names_as_stored, separated
-from frankenmerge.splicing.opening import open_donor, open_donors
-from frankenmerge.splicing.operations import Copy, Operation
 from frankenmerge.splicing.resolve import Splice, resolve
-from frankenmerge.storage.atomic import new_folder, replacing_file
+from frankenmerge.storage.atomic import moved, new_folder, replacing_file
 from frankenmerge.storage.dtypes import torch_dtype
 from frankenmerge.storage.safetensors_header import read_header
 from frankenmerge.workflows.gaining import check_same_tokens, domains_on
-from frankenmerge.workflows.measuring import On
-from frankenmerge.workflows.subjects import is_recipe
+from frankenmerge.workflows.patients import (
+    HealOptions,
+    Patient,
+    adapter_base,
+    block_maps,
+    check_patient,
+    memory_needed,
+    patient_of,
+    state_folder,
+)
 
-STEPS = 300
-"""Most steps, unless it is said otherwise."""
 TOKENS, MODEL, CONTROL, HEALED = (
     f"{name}.safetensors" for name in ("tokens", "model", "control", "healed")
 )
 """The files of an unfinished healing, in OUTPUT.heal."""
-
-
-@dataclass(frozen=True)
-class HealOptions:
-    """How a splice is healed."""
-
-    on: On = "sampled"
-    """What it is trained on: tokens that the donors generate, or texts."""
-    scope: Scope | None = None
-    """What is trained; None for `seams` where there are seams, and `norms` elsewhere."""
-    steps: int = STEPS
-    """Most steps."""
-    teacher: TeacherKind = "ensemble"
-    mix: float = 0.0
-    """Share of the tokens' own loss; the rest is the divergence from the teacher."""
-    donors: Sequence[str] = ()
-    """Of a checkpoint that has no provenance, or other ones than those in it."""
-    text: Sequence[Text] = ()
-    """What it is judged by; held-out tokens of `on` where there is none."""
-    control: bool = False
-    """Whether the best donor is healed alike."""
-    adapter: bool = False
-    """Whether the LoRA is written alone."""
-    micro: int = ROWS
-    """Most rows in one pass."""
-    checkpointing: bool = False
-    """Compute activations again instead of keeping them."""
-    memory: int | None = None
-    """Bytes that may be used; what is free if None."""
-    seed: int = 0
-    """Of sampled tokens, batches, the LoRA and resamples."""
-    placement: Placement = CPU
-    download: bool = False
-    allow_pickle: bool = False
+WRITTEN = "checkpoint"
+"""The result in OUTPUT.heal, until it is complete."""
+UNFINISHED = (WRITTEN, ".*.partial")
+"""What a process leaves there that is killed while it writes."""
 
 
 class Healed(NamedTuple):
@@ -118,16 +84,6 @@ class Healed(NamedTuple):
     trained: int
     """Parameters."""
     memory: Memory
-
-
-class _Patient(NamedTuple):
-    """What is healed."""
-
-    splice: Splice
-    seams: list[int]
-    """The blocks on both sides of its seams."""
-    donors: dict[str, Checkpoint]
-    """Its teachers, and what it is compared with."""
 
 
 def heal(
@@ -156,151 +112,13 @@ def heal(
         FrankenmergeError: for donors that are not known or do not read the same tokens, a scope
             without tensors, too little memory, and an output that cannot be written.
     """
-    patient = _patient(model, options)
+    patient = patient_of(model, options)
     scope: Scope = options.scope or ("seams" if patient.seams else "norms")
-    _check(patient, scope, options, output)
-    memory = _memory(patient, scope, options)
+    check_patient(patient, scope, options, output)
+    memory = memory_needed(patient, scope, options)
     planned(memory, scope)
     with accelerator_of(options.placement) as accelerator:
         return _Healing(patient, scope, options, output, memory, accelerator, progress).run()
-
-
-def _patient(model: str | Path | Recipe, options: HealOptions) -> _Patient:
-    opening: Any = {"download": options.download, "allow_pickle": options.allow_pickle}
-    if isinstance(model, Recipe) or is_recipe(str(model)):
-        recipes = [model] if isinstance(model, Recipe) else load_recipes(Path(model))
-        if len(recipes) > 1:
-            found = f"{len(recipes)} stages"
-            remedy = "merge the recipe, and heal the checkpoint"
-            raise fail(str(model), "a recipe of one stage", found, remedy)
-        splice = resolve(recipes[0], open_donors(recipes[0], **opening))
-        named = options.donors or list(splice.shares)
-        donors = {name: splice.donors.get(name) or open_donor(name, **opening) for name in named}
-        depths = {name: donor.blocks for name, donor in splice.donors.items()}
-        return _Patient(splice, seam_blocks(splice.spelled, depths), donors)
-    checkpoint = open_donor(str(model), **opening)
-    donors = _donors_of(checkpoint, options)
-    blocks = [Block(checkpoint.name, index) for index in range(checkpoint.blocks)]
-    splice = resolve(recipe_of(blocks), {checkpoint.name: checkpoint})
-    return _Patient(splice, _seams_in(checkpoint, donors), donors)
-
-
-def _donors_of(checkpoint: Checkpoint, options: HealOptions) -> dict[str, Checkpoint]:
-    """The donors that are named, or those that the checkpoint's provenance names."""
-    opening: Any = {"download": options.download, "allow_pickle": options.allow_pickle}
-    if options.donors:
-        return {name: open_donor(name, **opening) for name in options.donors}
-    record = load_provenance(checkpoint.path)
-    remedy = "name them with --donor"
-    if record is None:
-        expected = "its donors in frankenmerge.json"
-        raise fail(checkpoint.name, expected, "no such file", remedy)
-    donors, faults = {}, []
-    for name, donor in record.donors.items():
-        try:
-            donors[name] = open_donor(name, **opening)
-            if donors[name].fingerprint != donor.fingerprint:
-                place = f"{checkpoint.name}: donor {name}"
-                raise fail(place, "the donor of the merge", "another model", remedy)
-        except FrankenmergeError as error:
-            faults += [
-                fault._replace(remedy=f"{fault.remedy}, or {remedy}") for fault in error.faults
-            ]
-    raise_all(faults)
-    return donors
-
-
-def _seams_in(checkpoint: Checkpoint, donors: Mapping[str, Checkpoint]) -> list[int]:
-    """The blocks at the seams of a merged checkpoint, by the recipe in it."""
-    path = checkpoint.path / "recipe.yaml"
-    if not path.is_file():
-        return []
-    (recipe,) = load_recipes(path)
-    if not recipe.slices or len(recipe.blocks) != checkpoint.blocks:
-        return []
-    depths = {block.model: block.index + 1 for block in recipe.blocks}
-    return seam_blocks(recipe, depths | {name: donor.blocks for name, donor in donors.items()})
-
-
-def _check(patient: _Patient, scope: Scope, options: HealOptions, output: Path) -> None:
-    """Refuse what cannot be healed in this way, before anything is loaded."""
-    if scope == "seams" and not patient.seams:
-        found = "none: whole models, or blocks as they follow in one donor"
-        raise fail("--scope seams", "a model with seams", found, "use --scope norms, lora or all")
-    if options.adapter and scope != "lora":
-        raise fail("--adapter", "--scope lora", f"--scope {scope}", "add --scope lora")
-    copied = all(isinstance(each, Copy) for each in patient.splice.operations)
-    if options.adapter and not (copied and len(patient.splice.donors) == 1):
-        expected, remedy = "a checkpoint, its base", "merge the recipe, and heal the checkpoint"
-        raise fail("--adapter", expected, "a recipe", remedy)
-    if options.teacher == "none" and options.mix not in (0.0, 1.0):
-        expected = "a teacher, where only a share of the loss is the tokens' own"
-        raise fail("--mix", expected, "--teacher none", "omit --mix, or name a teacher")
-    if not isinstance(options.on, str):
-        same = {text.content for text in options.on} & {text.content for text in options.text}
-        if same:
-            expected = "a text that the model is not trained on"
-            raise fail("--text", expected, "one of --on", "give another --text")
-    if patient.splice.vocabulary is not None:
-        expected, found = "a result with its donors' tokens", "rows matched token by token"
-        raise fail("heal", expected, found, "merge donors of one tokenizer")
-    state = state_folder(output)
-    if state.exists() and not state.is_dir():
-        raise fail(str(state), "a folder, for the state", "a file", "move it away")
-    check_output(output, {**patient.splice.donors, **patient.donors}, patient.splice.bytes)
-
-
-def state_folder(output: Path) -> Path:
-    """Where the state of an unfinished healing is."""
-    return output.with_name(f"{output.name}.heal")
-
-
-def _memory(patient: _Patient, scope: Scope, options: HealOptions) -> Memory:
-    splice = patient.splice
-    number = torch_dtype(options.placement.dtype).itemsize
-    donors = {**patient.donors, **{name: splice.donors[name] for name in splice.copied_donors}}
-    computed = sum(
-        size_of([each], [each.name]) for each in splice.operations if not isinstance(each, Copy)
-    )
-    weights = number * (sum(donor.parameters for donor in donors.values()) + computed)
-    trained: dict[Scope, int] = {each: _trained(splice, each, patient.seams) for each in SCOPES}
-    config = splice.config
-    width, vocabulary = quantity(config, "width") or 0, quantity(config, "vocabulary") or 0
-    taught = options.teacher != "none"
-    kept = probability_bytes(len(patient.donors), vocabulary, taught=taught)
-    sizes = Sizes(
-        weights,
-        trained,
-        width,
-        len(splice.blocks),
-        quantity(config, "inner") or 4 * width,
-        vocabulary,
-        min(options.micro, ROWS),
-        LENGTH,
-        len(patient.donors) if taught else 0,
-        # They are in the memory of the CPU, whatever computes.
-        kept if options.placement.device == "cpu" else 0,
-    )
-    limit = options.memory or available_memory(options.placement.device)
-    return check_memory(sizes, scope, limit, checkpointing=options.checkpointing)
-
-
-def _trained(splice: Splice, scope: Scope, seams: Sequence[int]) -> int:
-    """How many parameters a scope trains; 0 where it has none."""
-    if scope == "lora":
-        return sum(RANK * sum(each.shape) for each in _maps(splice))
-    try:
-        return size_of(splice.operations, set(trained_names(splice, scope, seams)))
-    except FrankenmergeError:
-        return 0
-
-
-def _maps(splice: Splice) -> list[Operation]:
-    """The matrices of all blocks."""
-    role = splice.base.architecture.role
-    return [
-        each for each in splice.operations if role(each.name)[0] == "block" and len(each.shape) == 2
-    ]
 
 
 class _Trained(NamedTuple):
@@ -320,7 +138,7 @@ class _Healing:
 
     def __init__(
         self,
-        patient: _Patient,
+        patient: Patient,
         scope: Scope,
         options: HealOptions,
         output: Path,
@@ -330,6 +148,7 @@ class _Healing:
     ) -> None:
         self.patient, self.options = patient, options
         self.scope: Scope = scope
+        self.steps = patient.steps(options)
         self.output, self.memory, self.progress = output, memory, progress
         self.accelerator = accelerator
         self.folder = state_folder(output)
@@ -362,7 +181,8 @@ class _Healing:
             prints = {name: donor.fingerprint for name, donor in self.patient.donors.items()}
             with self.progress("sampling tokens", None, "donors"):
                 kept = self.folder / TOKENS
-                tokens = sampled_tokens(self.donors, prints, options.seed, kept)
+                rows = fitting_rows(self.steps, len(self.donors))
+                tokens = sampled_tokens(self.donors, prints, rows, options.seed, kept)
             if self.accelerator.is_main_process:
                 self.accelerator.wait_for_everyone()
         if options.text:
@@ -437,7 +257,6 @@ class _Healing:
         if not self.accelerator.is_main_process:
             return None
         self._write(healed, record)
-        self._clear()
         return Healed(self.output, record, healed.parameters, self.memory)
 
     def _compared(self, name: str, ours: Sums, theirs: Sums) -> ComparedRecord:
@@ -456,7 +275,7 @@ class _Healing:
         if self.scope == "lora":
             adapter = Adapter(model, options.seed)
             parameters = adapter.parameters
-            check_types(_maps(splice))
+            check_types(block_maps(splice))
         else:
             names = set(trained_names(splice, self.scope, blocks))
             parameters = _separate(model, stored, names)
@@ -465,7 +284,7 @@ class _Healing:
             parameters,
             self.objective,
             lambda: mean_loss(model_losses(model, self.tokens.stopping)),
-            TrainOptions(options.steps, options.seed, options.micro, options.checkpointing),
+            TrainOptions(self.steps, options.seed, options.micro, options.checkpointing),
             self.accelerator,
             kept=self.folder / kept,
             identity=self._identity(splice, blocks),
@@ -495,7 +314,7 @@ class _Healing:
             ],
             "mix": self.objective.mix,
             "tokens": self.tokens.hash,
-            "steps": options.steps,
+            "steps": self.steps,
             "seed": options.seed,
             "micro": options.micro,
             "checkpointing": options.checkpointing,
@@ -506,24 +325,35 @@ class _Healing:
         return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()
 
     def _write(self, healed: _Trained, record: HealingRecord) -> None:
-        splice = self.patient.splice
-        if self.options.adapter and healed.adapter:
-            (base,) = splice.donors
-            with new_folder(self.output) as folder:
-                healed.adapter.save(folder, base)
-                (folder / "healing.json").write_bytes(dump_json(record, indent=2))
-            return
-        file = self.folder / HEALED
-        with replacing_file(file) as partial:
-            save_file({name: each.contiguous() for name, each in healed.tensors.items()}, partial)
-        merge(splice.healed(read_header(file), record), self.output, progress=self.progress)
+        """Write the result in the folder of the state, and move it to its place.
 
-    def _clear(self) -> None:
-        """Remove the state; anything else that is in its folder stays."""
-        for name in (TOKENS, MODEL, CONTROL, HEALED):
-            (self.folder / name).unlink(missing_ok=True)
+        There, what a kill has left is known to be of this healing.
+        """
+        self._clear(UNFINISHED)
+        splice, made = self.patient.splice, self.folder / WRITTEN
+        if self.options.adapter and healed.adapter:
+            with new_folder(made) as folder:
+                healed.adapter.save(folder, adapter_base(splice))
+                (folder / HEALING).write_bytes(dump_json(record, indent=2))
+        else:
+            file = self.folder / HEALED
+            with replacing_file(file) as partial:
+                save_file(
+                    {name: each.contiguous() for name, each in healed.tensors.items()}, partial
+                )
+            merge(splice.healed(read_header(file), record), made, progress=self.progress)
+        moved(made, self.output)
+        self._clear((*UNFINISHED, TOKENS, MODEL, CONTROL, HEALED))
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+    def _clear(self, patterns: Sequence[str]) -> None:
+        """Remove parts of the state; anything else that is in its folder stays."""
+        for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _separate(

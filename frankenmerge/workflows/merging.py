@@ -9,12 +9,14 @@ from frankenmerge.artefacts.provenance import PROVENANCE, load_provenance
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.distributed import Rank
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
-from frankenmerge.errors import FrankenmergeError, raise_all
+from frankenmerge.errors import FrankenmergeError, fail, raise_all
+from frankenmerge.merging.adapter import write_adapter
 from frankenmerge.merging.output import output_faults, room_faults
 from frankenmerge.merging.write_plan import MergeOptions, planned
 from frankenmerge.merging.writer import Merged, merge
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.opening import open_donor
+from frankenmerge.splicing.replication import Unrepeated
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.splicing.stages import Stages, execute, resolve_stages, with_donors
 from frankenmerge.storage.scratch import scratch_folder
@@ -111,6 +113,18 @@ def merge_stages(
 
     with ExitStack() as closing:
         return merge(execute(stages, make, closing), output, options, rank=rank, progress=progress)
+
+
+def write_stages_as_adapter(stages: Stages, output: Path, *, dry: bool = False) -> Unrepeated:
+    """Write the recipe of a self-merge as an adapter; see `merging.adapter.write_adapter`.
+
+    Raises:
+        FrankenmergeError: for several stages, and as `write_adapter` does.
+    """
+    if len(stages.all) > 1:
+        remedy = "merge the other stages first, and name their results"
+        raise fail("adapter", "a recipe of one stage", f"{len(stages.all)} stages", remedy)
+    return write_adapter(stages.result, output, dry=dry)
 
 
 def _with_weights(stages: Stages, download: bool, allow_pickle: bool) -> Stages:

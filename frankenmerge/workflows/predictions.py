@@ -1,4 +1,4 @@
-"""Predictions compared with measurements: what a plan said of a recipe, and what it measured."""
+"""What was said of a model before, by a plan, a search or healing, and what is measured now."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -7,9 +7,15 @@ from typing import TypeVar
 from frankenmerge.artefacts import evidence
 from frankenmerge.artefacts import gain as artefact
 from frankenmerge.artefacts.bootstrap import COVERAGE
-from frankenmerge.artefacts.evaluation import GainCheck, PredictionCheck
+from frankenmerge.artefacts.evaluation import GainCheck, HealingCheck, PredictionCheck
 from frankenmerge.artefacts.evidence import PlanRecord
 from frankenmerge.artefacts.gain import GainFile, GainPlanRecord
+from frankenmerge.artefacts.provenance import (
+    HEALING,
+    HealingRecord,
+    load_healing,
+    load_provenance,
+)
 from frankenmerge.artefacts.recipe import Recipe, key_of
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.bench import Result
@@ -134,6 +140,37 @@ def check_gains(
             )
         )
     return checks
+
+
+def check_healings(results: Iterable[Result], folders: Mapping[str, Path]) -> list[HealingCheck]:
+    """Report what healing has changed, of the models that were healed, next to their loss here.
+
+    Args:
+        results: of the models.
+        folders: of the models, by the names of their results.
+    """
+    checks = []
+    for result in results:
+        folder = folders.get(result.name)
+        if folder and (record := _healing(folder)):
+            checks.append(
+                HealingCheck(
+                    model=result.name,
+                    before=record.before,
+                    after=record.after,
+                    on=record.measured_on,
+                    measured=result.total.nats_per_token,
+                )
+            )
+    return checks
+
+
+def _healing(folder: Path) -> HealingRecord | None:
+    """How a checkpoint or an adapter was healed."""
+    if (path := folder / HEALING).is_file():
+        return load_healing(path)
+    record = load_provenance(folder)
+    return record.healing if record else None
 
 
 def _searched_for(splice: Splice, file: Path) -> tuple[GainFile, GainPlanRecord] | None:

@@ -1,16 +1,18 @@
-"""Models to be evaluated: checkpoints and recipes, opened and resolved together."""
+"""Models to be evaluated: checkpoints, recipes and LoRAs, opened and resolved together."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_file import load_recipes
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import FrankenmergeError, raise_all
-from frankenmerge.evaluation.lineage import Lineage
+from frankenmerge.evaluation.lineage import Lineage, splice_lineage
+from frankenmerge.models.lora import find_adapter, is_adapter
 from frankenmerge.splicing.opening import open_donor
+from frankenmerge.splicing.replication import base_of, open_repeated
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.splicing.stages import Stages, execute, resolve_stages
 from frankenmerge.storage.scratch import scratch_folder
@@ -37,6 +39,8 @@ class Subjects(NamedTuple):
     """What the splices are made of, through their stages."""
     files: dict[str, Path]
     """Files of recipes, by the recipes' names."""
+    adapters: dict[str, Path]
+    """Folders of the LoRAs that repeat their base's blocks; the splices are without the LoRA."""
 
 
 def is_recipe(name: str) -> bool:
@@ -65,16 +69,14 @@ def opened_subjects(
     """
     with ExitStack() as closing:
         scratch = closing.enter_context(scratch_folder())
-        subjects = Subjects({}, {}, [], {}, {}, {}, {})
+        subjects = Subjects({}, {}, [], {}, {}, {}, {}, {})
         known = dict(opened or {})
         known |= {model.name: model for model in models if isinstance(model, Checkpoint)}
         faults = []
         for number, model in enumerate(models):
             try:
                 if (recipes := _recipes(model)) is None:
-                    checkpoint = _checkpoint(model, known, download, allow_pickle)
-                    subjects.checkpoints[checkpoint.name] = known[checkpoint.name] = checkpoint
-                    name = checkpoint.name
+                    name = _add_model(subjects, model, known, download, allow_pickle)
                 else:
                     folder = scratch / str(number)
                     folder.mkdir()
@@ -120,13 +122,28 @@ def _recipes(model: Model) -> list[Recipe] | None:
     return None
 
 
-def _checkpoint(
-    model: Model, known: Mapping[str, Checkpoint], download: bool, allow_pickle: bool
-) -> Checkpoint:
-    if isinstance(model, Checkpoint):
-        return model
-    name = str(model)
-    return known.get(name) or open_donor(name, download=download, allow_pickle=allow_pickle)
+def _add_model(
+    subjects: Subjects,
+    model: Model,
+    known: dict[str, Checkpoint],
+    download: bool,
+    allow_pickle: bool,
+) -> str:
+    """Open a checkpoint, or a LoRA with its base, and add it; returns its name."""
+    name = model.name if isinstance(model, Checkpoint) else str(model)
+    if name not in known:
+        opening: Any = {"download": download, "allow_pickle": allow_pickle}
+        if repeated := open_repeated(name, opened=known, **opening):
+            known |= repeated.splice.donors
+            subjects.donors.update(repeated.splice.donors)
+            subjects.splices[name], subjects.adapters[name] = repeated.splice, repeated.adapter.path
+            subjects.lineages[name] = splice_lineage(repeated.splice)
+            return name
+        if is_adapter(name, download=download):
+            name = f"{base_of(name, find_adapter(name, download=download))}+{name}"
+        known[name] = open_donor(name, **opening)
+    subjects.checkpoints[name] = known[name]
+    return name
 
 
 def _unique(model: Model, splice: Splice, others: Mapping[str, Splice]) -> str:

@@ -125,17 +125,8 @@ def test_two_processes_make_the_atlas_of_one(tmp_path, vocabulary):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    launched = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launched += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    # `accelerate launch --cpu` starts one process.
+    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"]
     for name, command in (("one", [sys.executable, "-m"]), ("two", launched)):
         own = environment | {"XDG_CACHE_HOME": str(tmp_path / name)}
         done = subprocess.run(

@@ -180,6 +180,28 @@ def test_a_lora_on_the_hub_is_known_by_its_header_alone(call, hub, folders, tmp_
     )
 
 
+def test_an_adapter_on_the_hub_is_measured_on_the_base_that_it_names(call, hub, tmp_path):
+    source = {"model": "org/sharded@v1", "layer_range": [0, 4]}
+    recipe, text = tmp_path / "self.yaml", tmp_path / "text.txt"
+    recipe.write_text(
+        yaml.safe_dump({"slices": [{"sources": [source]}] * 2, "merge_method": "passthrough"})
+    )
+    text.write_text("the cat sat on a mat")
+    code, _, err = call("merge", recipe, tmp_path / "adapter", "--adapter", "--download")
+    assert code == 0, err
+    headers = weights(hub.repositories["org/sharded"].folder)
+    assert {name: hub.served[name] for name in headers} == headers
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/sharded", "v1")
+    hub.repositories["org/adapter"] = Repository(tmp_path / "adapter")
+    options = ("--text", text, "--json")
+    assert "--download" in call("evaluate", "org/adapter", *options)[2]
+    code, out, err = call("evaluate", "org/adapter", recipe, *options, "--download")
+    assert code == 0, err
+    losses = {each["name"]: each["nats_per_token"] for each in json.loads(out)["models"]}
+    assert losses["org/adapter"] == losses[str(recipe)] != losses["org/sharded@v1"]
+
+
 @pytest.mark.parametrize(
     "name, error, message",
     [

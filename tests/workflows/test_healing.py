@@ -21,6 +21,7 @@ from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.evaluation.bench import Text
 from frankenmerge.healing import tokens
 from frankenmerge.workflows.healing import HealOptions, heal
+from frankenmerge.workflows.patients import patient_of
 
 ROWS = (48, 16, 16)
 
@@ -29,6 +30,7 @@ ROWS = (48, 16, 16)
 def few_tokens(monkeypatch):
     for name, rows in zip(("FITTING", "STOPPING", "CONFIRMING"), ROWS, strict=True):
         monkeypatch.setattr(tokens, name, rows)
+    monkeypatch.setattr(tokens, "USES", 99)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ def _sampled(pair, tmp_path):
     opened = {name: open_checkpoint(str(pair[name])) for name in ("one", "other")}
     models = {name: load_model(each) for name, each in opened.items()}
     prints = {name: each.fingerprint for name, each in opened.items()}
-    return tokens.sampled_tokens(models, prints, 0, tmp_path / "kept.safetensors")
+    return tokens.sampled_tokens(models, prints, ROWS[0], 0, tmp_path / "kept.safetensors")
 
 
 def test_early_stopping_keeps_the_best_check(taller, tmp_path, monkeypatch):
@@ -259,6 +261,43 @@ def test_the_report_shows_figures_and_curve(run, taller, tmp_path):
 
 
 KINDS = "plain", "healed"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("adapter", [False, True])
+def test_evaluate_shows_before_and_after(run, pair, tmp_path, adapter):
+    text = tmp_path / "text.txt"
+    text.write_text(text_from(pair["one"], 64))
+    recipe = stack(tmp_path, (pair["one"], 0, 3), (pair["one"], 1, 4))
+    options = ["--scope", "lora", "--adapter"] if adapter else []
+    status, printed, _ = run(
+        *("heal", recipe, tmp_path / "out", "--steps", 25, "--text", text, "--json", *options)
+    )
+    healed = json.loads(printed)
+    assert status == 0
+    status, printed, _ = run("evaluate", tmp_path / "out", recipe, "--text", text, "--json")
+    found = json.loads(printed)
+    (check,) = found["healings"]
+    assert status == 0 and check["model"] == str(tmp_path / "out")
+    assert check["before"] == healed["before"]["nats"] > healed["after"]["nats"] == check["after"]
+    assert check["on"] == [str(text)]
+    losses = {entry["name"]: entry["nats_per_token"] for entry in found["models"]}
+    assert check["measured"] == losses[str(tmp_path / "out")] < losses[str(recipe)]
+    status, printed, _ = run("evaluate", tmp_path / "out", "--text", text)
+    assert f"out: healed from {check['before']:.3f} to {check['after']:.3f}" in printed
+
+
+def test_fewer_blocks_take_more_steps(pair, tmp_path):
+    plain, few = HealOptions(), HealOptions(steps=7)
+    shorter = stack(tmp_path, (pair["one"], 0, 1), (pair["one"], 3, 4))
+    patients = {"shorter": patient_of(shorter, plain)}
+    taller = stack(tmp_path, (pair["one"], 0, 3), (pair["other"], 1, 4))
+    patients["taller"] = patient_of(taller, plain)
+    assert {name: each.steps(plain) for name, each in patients.items()} == {
+        "shorter": 1000,
+        "taller": 300,
+    }
+    assert all(each.steps(few) == 7 for each in patients.values())
 
 
 def test_blocks_left_out_and_averages(run, pair, tmp_path):
