@@ -37,7 +37,15 @@ from frankenmerge.splicing.computing import (
     workers,
 )
 from frankenmerge.splicing.methods import METHODS
-from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate
+from frankenmerge.splicing.operations import (
+    Computed,
+    Copy,
+    Gate,
+    Input,
+    Operation,
+    Perturb,
+    Rotate,
+)
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.splicing.rotation import Fit
 from frankenmerge.splicing.tokenizer import tokenizer_content
@@ -157,7 +165,7 @@ def _tensors(
     dtype = placement.torch_dtype
     loaded = {name: dict(_by_file_name(splice.donors[name], models[name])) for name in models}
     tensors: dict[str, Tensor] = {}
-    missing: dict[str, tuple[Hashable, Combine | Rotate]] = {}
+    missing: dict[str, tuple[Hashable, Computed]] = {}
     for operation in splice.operations:
         if isinstance(operation, Copy):
             found = loaded.get(operation.donor, {}).get(operation.source)
@@ -227,7 +235,7 @@ def separated(
 
 
 def computed_tensors(
-    operations: Sequence[Combine | Rotate],
+    operations: Sequence[Computed],
     fits: Mapping[int, Fit] | None = None,
     progress: Progress = silent,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -255,7 +263,7 @@ def computed_tensors(
                 future.cancel()
 
 
-def _computed_tensor(operation: Combine | Rotate, how: Computation) -> Tensor:
+def _computed_tensor(operation: Computed, how: Computation) -> Tensor:
     content = torch.empty(operation.bytes, dtype=torch.uint8)
     view, position = content.numpy().data, 0
     for chunk in computed(operation, how):
@@ -283,6 +291,11 @@ def _identity(operation: Operation, splice: Splice, fits: Mapping[int, Fit]) -> 
     if isinstance(operation, Rotate):
         rotation = fits[operation.part].at(operation.place).hash
         return part(operation.given), part(operation.gain), operation.use, rotation, operation.dtype
+    if isinstance(operation, Gate):
+        return operation.content, operation.shape, operation.dtype
+    if isinstance(operation, Perturb):
+        numbers = operation.deviation, operation.scale, operation.seed
+        return part(operation.given), operation.name, operation.dtype, numbers
     seed = (operation.seed, operation.name) if METHODS[operation.method].random else None
     parameters = tuple(sorted(operation.parameters.items()))
     inputs = tuple(part(given) for given in operation.inputs)

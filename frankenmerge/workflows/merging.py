@@ -110,7 +110,8 @@ def merge_stages(
         return open_checkpoint(str(place))
 
     with ExitStack() as closing:
-        return merge(execute(stages, make, closing), output, options, rank=rank, progress=progress)
+        splice = execute(stages, make, closing, device=options.device, progress=progress)
+        return merge(splice, output, options, rank=rank, progress=progress)
 
 
 def _with_weights(stages: Stages, download: bool, allow_pickle: bool) -> Stages:
