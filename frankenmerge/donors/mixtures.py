@@ -227,4 +227,3 @@ def mixture_config(
     if kind.shared == "plain":
         config["n_shared_experts"] = 1 if shared else None
     return config | fields | {"model_type": kind.model_type, "architectures": [kind.class_name]}
-

@@ -143,13 +143,15 @@ def prefix_of(splice: Splice) -> tuple[Hashable, ...]:
 
 def splice_tokenizer(splice: Splice) -> PreTrainedTokenizerBase:
     """Load the tokenizer that a merge of the splice would write."""
-    donor = splice.tokenizer_donor
-    if splice.tokenizer == tokenizer_content(donor):
+    donor, mixture = splice.tokenizer_donor, splice.recipe.mixture
+    if splice.tokenizer == tokenizer_content(donor) and not mixture:
         return load_tokenizer(donor)
     with scratch_folder() as folder:
         write_files(folder, splice.tokenizer)
-        # Some tokenizers are chosen by the model's type.
-        (folder / "config.json").write_bytes((donor.path / "config.json").read_bytes())
+        # Some tokenizers are chosen by the model's type, which a mixture changes.
+        config = json.dumps(splice.config).encode() if mixture else None
+        stored = config or (donor.path / "config.json").read_bytes()
+        (folder / "config.json").write_bytes(stored)
         return tokenizer_in(folder)
 
 
