@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StrictInt
 
 from frankenmerge.artefacts.recipe_schema import Model, Part
-from frankenmerge.errors import Fault
+from frankenmerge.errors import Fault, FrankenmergeError, fail
 
 GateMode = Literal["hidden", "cheap_embed", "random", "uniform_random"]
 PROMPTED = ("hidden", "cheap_embed")
@@ -89,3 +89,9 @@ def mixture_faults(mixture: Mixture, place: str) -> Iterator[Fault]:
         expected, found = "prompts that tell the experts apart", "the same for all"
         remedy = "give every expert its own, or set gate_mode: random"
         yield Fault(f"{place}: experts", expected, found, remedy)
+
+
+def without_experts(place: str) -> FrankenmergeError:
+    """The error for a recipe in the place of a mixture; the caller raises it."""
+    remedy = "list experts, or use `frankenmerge merge`"
+    return fail(f"{place}: experts", "a mixture of experts", "a recipe without", remedy)

@@ -7,7 +7,6 @@ import click
 
 from frankenmerge.cli.console import out, progress, table
 from frankenmerge.cli.merge import write_checkpoint, writing_options
-from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
     from frankenmerge.evaluation.routing import Routing
@@ -32,6 +31,7 @@ def moe(config: Path, output: Path, measure: bool, seed: int | None, **options: 
     everything else from the base model; the base runs on the prompts block by block. `merge` writes
     the same, `check` validates CONFIG, and `evaluate CONFIG` measures it in memory.
     """
+    from frankenmerge.artefacts.mixture import without_experts
     from frankenmerge.artefacts.recipe_file import load_recipes
 
     recipes = load_recipes(config)
@@ -41,8 +41,7 @@ def moe(config: Path, output: Path, measure: bool, seed: int | None, **options: 
     def before(stages: "Stages") -> dict[str, Any]:
         mixture = stages.result.recipe.mixture
         if mixture is None:
-            remedy = "list experts, or use `frankenmerge merge`"
-            raise fail(f"{config}: experts", "a mixture of experts", "a recipe without", remedy)
+            raise without_experts(str(config))
         also: dict[str, Any] = {"experts": len(mixture.experts)}
         if measure:
             found = _measured(stages, config, options)

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 
+from frankenmerge.artefacts.mixture import without_experts
 from frankenmerge.evaluation.routing import Routing, measured_routing
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.stages import Stages, execute
@@ -29,8 +30,10 @@ def routing_of(
         progress: in blocks.
 
     Raises:
-        FrankenmergeError: for experts with fewer than two positive prompts.
+        FrankenmergeError: for a recipe without experts, and experts with fewer than two prompts.
     """
+    if stages.result.recipe.mixture is None:
+        raise without_experts(place)
     ready = with_weights(stages, download, allow_pickle)
     with ExitStack() as closing:
         splice = execute(ready, make_in_memory, closing, device=device, progress=progress)
