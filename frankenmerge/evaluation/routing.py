@@ -16,21 +16,14 @@ from torch.nn.functional import linear
 from frankenmerge.artefacts.mixture import Mixture
 from frankenmerge.errors import Fault, raise_all
 from frankenmerge.evaluation.intervals import Interval
-from frankenmerge.models.loading import Placement, load_model
 from frankenmerge.models.passes import Passage, replaced
-from frankenmerge.models.streaming import (
-    Donor,
-    each_block,
-    read_tensor,
-    stream_model,
-    streamable,
-)
+from frankenmerge.models.streaming import each_block, read_tensor
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.assemble import computed_tensors, splice_tokenizer
 from frankenmerge.splicing.gates import (
     Tokens,
     Vectors,
-    batched,
+    entering,
     gate_rows,
     prompt_vectors,
     prompts_of,
@@ -181,17 +174,11 @@ def _first_choices(
     """Run prompts through the mixture; the first expert of each token in each block, `[l, s]`."""
     base, mixture = splice.base, splice.recipe.mixture
     assert mixture
-    donor: Donor
-    if streamable(base):
-        donor = stream_model(base, device=device)
-    else:
-        donor = load_model(base, Placement(device=device))
-    batches = list(batched(tokens))
-    passages = [Passage(donor, ids, batch=len(ids)) for _, ids in batches]
+    donor, batches = entering(base, tokens, device)
     firsts: dict[str, list[Tensor]] = {prompt: [] for prompt in tokens}
     with progress("held-out prompts through the mixture", base.blocks, "blocks") as advance:
         for index, block in each_block(donor):
-            inputs = [_before_mlp(passage, index, block) for passage in passages]
+            inputs = [_before_mlp(passage, index, block) for _, passage in batches]
             routed = [_routed(each, gates[index - 1], mixture) for each in inputs]
             for (prompts, _), (scores, _) in zip(batches, routed, strict=True):
                 best = scores.argmax(-1).cpu()
@@ -199,7 +186,7 @@ def _first_choices(
                     firsts[prompt].append(best[row, : len(tokens[prompt])])
             for number, maps in enumerate(expert_maps(splice, index - 1)):
                 mlp = _mlp(block, maps)
-                for passage, given, (_, weights) in zip(passages, inputs, routed, strict=True):
+                for (_, passage), given, (_, weights) in zip(batches, inputs, routed, strict=True):
                     weight = weights[..., number]
                     taken = weight != 0
                     written = mlp(given[taken]) * weight[taken, None]

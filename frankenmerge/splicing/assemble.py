@@ -21,6 +21,7 @@ from frankenmerge.models.hooks import blocks_of
 from frankenmerge.models.loading import (
     CPU,
     Placement,
+    check_family,
     explained,
     from_pretrained,
     load_tokenizer,
@@ -109,6 +110,7 @@ def assemble(
     Raises:
         FrankenmergeError: for NaN and Inf in computed tensors, or too little memory.
     """
+    check_family(splice.config, "splice in memory")
     tensors = _tensors(splice, models, placement, fits or {}, shared, progress)
     with explained("splice in memory", "a config"):
         config = config_object(splice.config)

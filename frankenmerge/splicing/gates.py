@@ -5,10 +5,10 @@ into it is routed to its expert. The base is read block by block.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from frankenmerge.splicing.reading import DonorFiles, decoded, read_stretch
 from frankenmerge.storage.dtypes import BYTES_OF
 
 if TYPE_CHECKING:
-    import torch
-
+    from frankenmerge.models.passes import Passage
+    from frankenmerge.models.streaming import Streamed
     from frankenmerge.splicing.resolve import Splice
 
 Array = np.ndarray
@@ -31,7 +31,7 @@ Vectors = Mapping[str, Array]
 Tokens = Mapping[str, Sequence[int]]
 """Token ids by prompt."""
 TOGETHER = 16
-"""Most prompts in one batch; they are padded to the longest."""
+"""Most prompts in one batch."""
 
 
 def with_gates(splice: "Splice", *, device: str = "cpu", progress: Progress = silent) -> "Splice":
@@ -101,22 +101,61 @@ def tokens_of_prompts(splice: "Splice", prompts: Iterable[str]) -> Tokens:
     return tokens
 
 
-def embedding_sums(base: Checkpoint, tokens: Tokens) -> Vectors:
-    """The sum of the embeddings of each prompt's tokens, `[1, d]`; only their rows are read."""
+def embedding_rows(base: Checkpoint, tokens: Tokens) -> dict[int, Array]:
+    """The embeddings `[d]` of all tokens of prompts, by id, in float64; no other row is read."""
     matrix = base.tensors[base.by_role["embedding", None][base.architecture.matrix]]
     dtype, width = matrix.dtype, matrix.shape[1] * BYTES_OF[matrix.dtype]
     files = DonorFiles()
     try:
-        rows = {
+        return {
             index: decoded(read_stretch(files, matrix, index * width, (index + 1) * width), dtype)
             for index in sorted({index for ids in tokens.values() for index in ids})
         }
     finally:
         files.close()
+
+
+def embedding_sums(base: Checkpoint, tokens: Tokens) -> Vectors:
+    """The sum of the embeddings of each prompt's tokens, `[1, d]`."""
+    rows = embedding_rows(base, tokens)
     return {
         prompt: np.sum([rows[index] for index in ids], axis=0, keepdims=True)
         for prompt, ids in tokens.items()
     }
+
+
+class Batch(NamedTuple):
+    """Prompts that pass the base together."""
+
+    prompts: list[str]
+    passage: "Passage"
+    """Padded after their ends: attention is causal, so that what comes after a token does not
+    change its state.
+    """
+
+
+def entering(
+    base: Checkpoint, tokens: Tokens, device: str = "cpu"
+) -> "tuple[Streamed, list[Batch]]":
+    """The base, to be run block by block, and prompts of similar length at its first block."""
+    import torch
+
+    from frankenmerge.models.passes import Passage
+    from frankenmerge.models.streaming import stream_model
+
+    rows = embedding_rows(base, tokens)
+    place = {index: number for number, index in enumerate(rows)}
+    embedding = torch.from_numpy(np.stack([*rows.values()]))
+    donor = stream_model(base, device=device, embedding=embedding)
+    ordered = sorted(tokens, key=lambda prompt: (len(tokens[prompt]), prompt))
+    batches = []
+    for start in range(0, len(ordered), TOGETHER):
+        prompts = ordered[start : start + TOGETHER]
+        ids = torch.zeros(len(prompts), len(tokens[prompts[-1]]), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(tokens[prompt])] = torch.tensor([place[each] for each in tokens[prompt]])
+        batches.append(Batch(prompts, Passage(donor, ids, batch=len(prompts))))
+    return donor, batches
 
 
 def last_states(
@@ -126,25 +165,25 @@ def last_states(
 
     Computed in float32, block by block. Raises FrankenmergeError for states that are not finite.
     """
-    from frankenmerge.models.loading import Placement, load_model
-    from frankenmerge.models.passes import Passage
-    from frankenmerge.models.streaming import each_block, stream_model, streamable
+    from frankenmerge.models.streaming import each_block
 
-    if streamable(base):
-        donor = stream_model(base, device=device)
-    else:
-        donor = load_model(base, Placement(device=device))
-    batches = list(batched(tokens))
-    passages = [Passage(donor, ids, batch=len(ids)) for _, ids in batches]
+    donor, batches = entering(base, tokens, device)
     states: dict[str, list[Array]] = {prompt: [] for prompt in tokens}
-    with progress("prompts through the base", base.blocks, "blocks") as advance:
-        for index, block in each_block(donor):
-            for (prompts, _), passage in zip(batches, passages, strict=True):
-                for row, prompt in enumerate(prompts):
-                    last = passage.states[row, len(tokens[prompt]) - 1]
-                    states[prompt].append(last.double().cpu().numpy())
+
+    def keep() -> None:
+        for prompts, passage in batches:
+            for row, prompt in enumerate(prompts):
+                last = passage.states[row, len(tokens[prompt]) - 1]
+                states[prompt].append(last.double().cpu().numpy())
+
+    keep()
+    with progress("prompts through the base", base.blocks - 1, "blocks") as advance:
+        # Nothing reads what leaves the last block, which comes second in `zip`, so is not read.
+        for _, (index, block) in zip(range(base.blocks - 1), each_block(donor), strict=False):
+            for _, passage in batches:
                 for _ in passage.through(index, block):
                     pass
+            keep()
             advance(1)
     vectors = {prompt: np.stack(rows) for prompt, rows in states.items()}
     for prompt, rows in vectors.items():
@@ -152,22 +191,6 @@ def last_states(
             place, remedy = f"{base.name} on the prompt {prompt!r}"[:200], "use another base"
             raise fail(place, "finite hidden states", "NaN or Inf", remedy)
     return vectors
-
-
-def batched(tokens: Tokens) -> "Iterator[tuple[list[str], torch.Tensor]]":
-    """Prompts of similar length with their ids `[n, s]`, padded after their ends.
-
-    Attention is causal: what comes after a token does not change its state.
-    """
-    import torch
-
-    ordered = sorted(tokens, key=lambda prompt: (len(tokens[prompt]), prompt))
-    for start in range(0, len(ordered), TOGETHER):
-        prompts = ordered[start : start + TOGETHER]
-        ids = torch.zeros(len(prompts), len(tokens[prompts[-1]]), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(tokens[prompt])] = torch.tensor(tokens[prompt])
-        yield prompts, ids
 
 
 def gate_rows(

@@ -224,3 +224,18 @@ def test_a_few_more_tokens_are_a_remark(experts, tmp_path, run):
     (more / "tokenizer.json").write_text(json.dumps(content))
     data = mixture("mixtral", [base, first, more])
     assert run("check", write_config(tmp_path / "m.yaml", data))[0] == 0
+
+
+@pytest.mark.parametrize("command", ["heal", "tune"])
+def test_commands_that_train_or_tune_take_no_mixture(command, experts, tmp_path, text, run):
+    config = write_config(tmp_path / "m.yaml", mixture("mixtral", experts["llama"]))
+    where = [tmp_path / "out"] if command == "heal" else ["-o", tmp_path / "out.yaml"]
+    on = ["--on", text]
+    code, _, err = run(command, config, *where, *on)
+    assert code == 2 and "a mixture of experts" in err
+
+
+def test_transformers_has_no_deepseek_of_the_first_version(experts, tmp_path, text, run):
+    config = write_config(tmp_path / "m.yaml", mixture("deepseek", experts["llama"]))
+    code, _, err = run("evaluate", config, "--text", text)
+    assert code == 2 and "found:    deepseek" in err
