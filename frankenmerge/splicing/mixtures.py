@@ -101,32 +101,33 @@ def _kind_faults(mixture: Mixture, base: Checkpoint, place: str) -> Iterator[Fau
 
 
 def _shared_faults(mixture: Mixture, kind: Kind, name: str, place: str) -> Iterator[Fault]:
-    where, shared = f"{place}: shared_experts", mixture.shared_experts
-    if shared and kind.shared == "none":
-        others = [each.model_type for each in KINDS.values() if name in each.bases]
-        fitting = [other for other in others if KINDS[other].shared != "none"]
-        instead = f", or set architecture: {fitting[-1]}" if fitting else ""
-        expected = f"none: {kind.model_type} has no shared experts"
-        yield Fault(where, expected, shared[0].source_model, f"remove the key{instead}")
-        return
-    if kind.shared == "gated" and not shared:
-        expected = f"an expert that every token passes, which {kind.model_type} has in every block"
+    """A shared expert, or prompts of it, that a kind has not, or cannot be without."""
+    where, model_type = f"{place}: shared_experts", kind.model_type
+    shared = mixture.shared_experts[0] if mixture.shared_experts else None
+    if kind.shared == "none" and shared:
+        remedy = "remove the key" + (_instead(name, "plain") or _instead(name, "gated"))
+        expected = f"none: {model_type} has no shared experts"
+        yield Fault(where, expected, shared.source_model, remedy)
+    elif kind.shared == "gated" and not shared:
+        expected = f"an expert that every token passes, which {model_type} has in every block"
         remedy = "add one, such as the base model with residual_scale: 0.1"
         yield Fault(where, expected, "none", remedy)
+    if shared is None:
         return
-    prompts = [each.positive_prompts or each.negative_prompts for each in shared or []]
-    where = f"{where}[0].positive_prompts"
-    if kind.shared == "gated" and mixture.gates_from_prompts and shared:
-        if not shared[0].positive_prompts:
-            expected = f"a prompt or more: a shared expert of {kind.model_type} has a gate"
-            others = [each.model_type for each in KINDS.values() if name in each.bases]
-            plain = "deepseek" in others and not mixture.architecture
-            instead = ", or set architecture: deepseek, which has none" if plain else ""
-            yield Fault(where, expected, "none", f"add one{instead}")
-    if kind.shared == "plain" and any(prompts):
-        expected = f"none: a shared expert of {kind.model_type} has no gate"
-        remedy = "remove the prompts, or set architecture: qwen2_moe"
-        yield Fault(where, expected, str(prompts[0])[:80], remedy)
+    where, prompts = f"{where}[0].positive_prompts", shared.positive_prompts
+    if kind.shared == "gated" and mixture.gates_from_prompts and not prompts:
+        expected = f"a prompt or more: a shared expert of {model_type} has a gate"
+        yield Fault(where, expected, "none", "add one" + _instead(name, "plain"))
+    elif kind.shared == "plain" and (prompts or shared.negative_prompts):
+        expected = f"none: a shared expert of {model_type} has no gate"
+        found = str((prompts or shared.negative_prompts or [""])[0])[:80]
+        yield Fault(where, expected, found, "remove the prompts" + _instead(name, "gated"))
+
+
+def _instead(name: str, shared: str) -> str:
+    """How to get a kind with such a shared expert from donors of a family, if there is one."""
+    found = [each for each in KINDS.values() if name in each.bases and each.shared == shared]
+    return f", or set architecture: {found[0].model_type}" if found else ""
 
 
 def _within(donor: Checkpoint, canonical: str) -> str:
