@@ -19,6 +19,7 @@ from frankenmerge.splicing.opening import open_donor
 
 if TYPE_CHECKING:
     from frankenmerge.evaluation.bench import Text
+    from frankenmerge.evaluation.routing import Routing
     from frankenmerge.merging.verify import Verified
     from frankenmerge.merging.write_plan import MergeOptions
     from frankenmerge.merging.writer import Merged
@@ -50,6 +51,7 @@ __all__ = [
     "plan",
     "plan_gains",
     "report",
+    "routing",
     "save_alignment",
     "save_atlas",
     "tune",
@@ -297,6 +299,26 @@ def write_adapter(recipe: Recipe | str | Path, output: str | Path) -> "Unrepeate
 
     with resolved(_recipes(recipe)) as stages:
         return write_stages_as_adapter(stages, Path(output))
+
+
+def routing(
+    mixture: Recipe | str | Path, *, device: str = "cpu", progress: Progress = silent
+) -> "Routing":
+    """Where a mixture of experts routes prompts that its gates were not made from.
+
+    Args:
+        mixture: a recipe with experts, or its file.
+        device: a torch device.
+        progress: in blocks.
+
+    Raises:
+        FrankenmergeError: for a recipe without experts, or an expert with too few prompts.
+    """
+    from frankenmerge.workflows.merging import resolved
+    from frankenmerge.workflows.mixing import routing_of
+
+    with resolved(_recipes(mixture)) as stages:
+        return routing_of(stages, device=device, progress=progress)
 
 
 def heal(

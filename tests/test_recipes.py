@@ -120,12 +120,25 @@ def test_every_published_recipe_is_there():
     assert set(PUBLISHED) == {path.stem for path in RECIPES.glob("*.yaml")}
 
 
+def stored_shapes(state):
+    """Shapes as checkpoints have them: Mixtral's experts one by one, and not packed."""
+    for name, tensor in state.items():
+        inside, _, packed = name.partition(".mlp.experts.")
+        maps = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}.get(packed, ())
+        count, *shape = tensor.shape
+        for each in (f"{number}.{one}" for number in range(count) for one in maps):
+            rows = shape[0] // len(maps)
+            yield f"{inside}.block_sparse_moe.experts.{each}.weight", (rows, *shape[1:])
+        if not maps:
+            yield name.replace(".mlp.gate.", ".block_sparse_moe.gate."), tuple(tensor.shape)
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_shipped_recipe_makes_the_tensors_of_its_config(path, stages):
     for splice in stages(path):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**splice.config))
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        wanted = dict(stored_shapes(model.state_dict()))
         assert {operation.name: tuple(operation.shape) for operation in splice.operations} == wanted
         assert {operation.dtype for operation in splice.operations} == {"BF16"}
         assert AutoConfig.for_model(**splice.config).dtype == torch.bfloat16

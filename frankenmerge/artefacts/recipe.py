@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import Field, StrictInt, model_validator
 
+from frankenmerge.artefacts.mixture import Mixture
 from frankenmerge.artefacts.recipe_schema import (
     Dtype,
     Model,
@@ -98,6 +99,8 @@ class Recipe(Part):
     """
     seed: Annotated[StrictInt, Field(ge=0, lt=1 << 63)] | None = None
     """Draws what the methods that drop at random drop; 0 when absent."""
+    mixture: Mixture | None = None
+    """Experts that replace the MLPs of the base model; see `of_mixture`."""
     without_effect: dict[str, Any] | None = None
     """Keys of published recipes that mergekit does not read either, with their values."""
 
@@ -105,11 +108,18 @@ class Recipe(Part):
     @classmethod
     def _set_apart(cls, data: Any) -> Any:
         """Move keys that have no effect into a mapping of their own."""
+        if is_mixture(data):
+            return of_mixture(data)
         if not isinstance(data, Mapping) or not (found := data.keys() & WITHOUT_EFFECT.keys()):
             return data
         apart = {key: data[key] for key in data if key in found}
         kept = {key: value for key, value in data.items() if key not in found}
         return kept | {"without_effect": (data.get("without_effect") or {}) | apart}
+
+    @property
+    def dense(self) -> "Recipe":
+        """The recipe without experts: of what a mixture has besides them."""
+        return self.model_copy(update={"mixture": None})
 
     @property
     def stack(self) -> "Recipe | Module":
@@ -170,6 +180,7 @@ class Recipe(Part):
             self.final_norm,
             self.head,
             *rows,
+            *(each.source_model for each in (self.mixture.all_experts if self.mixture else ())),
         ]
         return list(dict.fromkeys(name for name in names if name))
 
@@ -225,12 +236,18 @@ class Recipe(Part):
         return hashlib.sha256(self.dump().encode()).hexdigest()
 
     def dump(self) -> str:
-        """The recipe as YAML."""
+        """The recipe as YAML, that of a mixture as mergekit-moe reads it."""
         data = self.model_dump(exclude_none=True, exclude={"without_effect"})
+        if mixture := data.pop("mixture", None):
+            kept = {key: value for key, value in data.items() if key in BESIDE_EXPERTS}
+            data = kept | mixture
         return yaml.safe_dump(data | (self.without_effect or {}), sort_keys=False)
 
     def __str__(self) -> str:
         """One line: donor[start:stop] for every slice, sources of one slice joined by +."""
+        if self.mixture:
+            names = (Path(each.source_model).name for each in self.mixture.experts)
+            return f"moe: {Path(self.base).name} with experts {', '.join(names)}"
         if self.stack.models:
             return f"{self.merge_method}: " + "+".join(
                 Path(whole.model).name for whole in self.stack.models
@@ -262,7 +279,26 @@ def recipe_of(blocks: list[Block], **fields: Any) -> Recipe:
     )
 
 
-_NAMES = ("model", "base_model", "tokenizer_source", "source", "embedding", "final_norm", "head")
+BESIDE_EXPERTS = ("name", "base_model", "dtype", "seed")
+"""Keys of a recipe that a mixture of experts has, too."""
+
+
+def is_mixture(data: Any) -> bool:
+    """Whether YAML describes a mixture of experts, as mergekit-moe's does."""
+    return isinstance(data, Mapping) and "experts" in data
+
+
+def of_mixture(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's fields from mergekit-moe's: all blocks of the base, and the experts apart."""
+    inner = {key: value for key, value in data.items() if key not in BESIDE_EXPERTS}
+    whole = {"models": [{"model": data.get("base_model")}], "merge_method": "passthrough"}
+    return whole | {key: data[key] for key in data if key in BESIDE_EXPERTS} | {"mixture": inner}
+
+
+_NAMES = (
+    *("model", "base_model", "tokenizer_source", "source", "embedding", "final_norm", "head"),
+    "source_model",
+)
 
 
 def renamed(recipe: Recipe, rename: Callable[[str], str]) -> Recipe:

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from frankenmerge.artefacts.recipe import Recipe, changed, renamed
+from frankenmerge.artefacts.mixture import Expert, Mixture, mixture_faults
+from frankenmerge.artefacts.recipe import BESIDE_EXPERTS, Recipe, changed, is_mixture, renamed
 from frankenmerge.artefacts.recipe_schema import (
     Gauge,
     Module,
@@ -134,6 +135,8 @@ def _recipe(data: Any, place: str) -> Recipe:
             type(data).__name__,
             "see recipes/ for examples",
         )
+    if is_mixture(data):
+        return _mixture(data, place)
     faults = []
     for keys, remedy in (
         (("slices", "models", "modules"), "keep one"),
@@ -157,7 +160,27 @@ def _recipe(data: Any, place: str) -> Recipe:
     return recipe  # pyright: ignore[reportPossiblyUnbound] - unless it raised
 
 
+def _mixture(data: Mapping[str, Any], place: str) -> Recipe:
+    """The recipe of a mixture of experts; its places are those in mergekit-moe's YAML."""
+    faults = []
+    if not data.get("base_model"):
+        remedy = "name the donor of everything but the experts"
+        faults.append(Fault(f"{place}: base_model", "a model", "nothing", remedy))
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        details = [detail for detail in error.errors() if detail["loc"][:1] != ("models",)]
+        faults += [_fault(place, detail) for detail in details if detail["loc"] != ("base_model",)]
+        raise FrankenmergeError(*faults) from error
+    assert recipe.mixture
+    raise_all([*faults, *mixture_faults(recipe.mixture, place)])
+    return recipe
+
+
 _HOLDERS = {
+    "mixture": Mixture,
+    "experts": Expert,
+    "shared_experts": Expert,
     "slices": Slice,
     "gauge": Gauge,
     "sources": Source,
@@ -172,7 +195,8 @@ _HOLDERS = {
 
 def _fault(place: str, detail: Any) -> Fault:
     loc = detail["loc"]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(
+    shown = loc[1:] if loc[:1] == ("mixture",) else loc
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in shown).lstrip(
         "."
     )
     where = f"{place}: {where}" if where else place
@@ -185,6 +209,7 @@ def _fault(place: str, detail: Any) -> Fault:
                 (_HOLDERS[part] for part in loc[-2:-4:-1] if part in _HOLDERS), Recipe
             ).model_fields
         )
+        known = [*BESIDE_EXPERTS, *known] if loc[:1] == ("mixture",) and len(loc) == 2 else known
         near = get_close_matches(str(loc[-1]), known, 1)
         if loc[-1] == "revision" and "model" in known:
             remedy = f"write it into the model's name: model@{detail['input']}"

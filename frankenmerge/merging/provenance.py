@@ -15,7 +15,15 @@ from frankenmerge.artefacts.provenance import (
 )
 from frankenmerge.merging.shards import Shard
 from frankenmerge.merging.write_plan import WritePlan
-from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate
+from frankenmerge.splicing.operations import (
+    Combine,
+    Copy,
+    Gate,
+    Input,
+    Operation,
+    Perturb,
+    Rotate,
+)
 from frankenmerge.splicing.rotation import Fit
 
 
@@ -91,6 +99,15 @@ def origin(operation: Operation) -> TensorRecord:
             slice=operation.part,
             place=operation.place,
             gain=operation.gain.source if operation.gain else None,
+        )
+    if isinstance(operation, Gate):
+        return TensorRecord.of(method=f"gate {operation.mode}", seed=operation.seed)
+    if isinstance(operation, Perturb):
+        return TensorRecord.of(
+            method="noise",
+            parameters={"noise_scale": operation.deviation, "residual_scale": operation.scale},
+            seed=operation.seed,
+            inputs=[_input(operation.given)],
         )
     return TensorRecord.of(
         method=operation.method,

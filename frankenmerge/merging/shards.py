@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from frankenmerge.donors.shards import SINGLE_NAME
 from frankenmerge.errors import Fault
-from frankenmerge.splicing.operations import Combine, Copy, Operation, Rotate, readings
+from frankenmerge.splicing.operations import Combine, Computed, Copy, Operation, readings
 from frankenmerge.storage.dtypes import BYTES_OF, COMPUTED
 
 BLOCK = 4096
@@ -99,7 +99,7 @@ def operation_faults(operations: Sequence[Operation], files: Collection[Path]) -
             )
 
 
-def _computed_faults(operation: Combine | Rotate) -> Iterator[Fault]:
+def _computed_faults(operation: Computed) -> Iterator[Fault]:
     if operation.dtype not in COMPUTED:
         yield Fault(
             operation.name,

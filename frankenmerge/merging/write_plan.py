@@ -12,7 +12,7 @@ from frankenmerge.merging.finite import finite_faults
 from frankenmerge.merging.output import existing_parent, output_faults, room_faults
 from frankenmerge.merging.shards import Shard, operation_faults, plan_shards
 from frankenmerge.splicing.computing import Arithmetic, arithmetic, check_device
-from frankenmerge.splicing.operations import Copy, readings
+from frankenmerge.splicing.operations import Copy, Gate, readings
 from frankenmerge.splicing.resolve import Splice
 
 
@@ -89,7 +89,7 @@ def planned(
     raise_all(operation_faults(splice.operations, files))
     files &= {reading.tensor.file for each in splice.operations for reading in readings(each)}
     sharing = clonable(files, existing_parent(output)) if options.reflink else frozenset()
-    computed = (each for each in splice.operations if not isinstance(each, Copy))
+    computed = (each for each in splice.operations if not isinstance(each, Copy | Gate))
     arithmetics: frozenset[Arithmetic] = frozenset(
         arithmetic(each, options.device) for each in computed
     )

@@ -34,7 +34,7 @@ from frankenmerge.merging.small_files import small_files
 from frankenmerge.merging.write_plan import MergeOptions, WritePlan, planned
 from frankenmerge.progress import Advance, Progress, silent
 from frankenmerge.splicing.computing import Computation, computed, open_files, workers
-from frankenmerge.splicing.operations import Combine, Copy, Rotate
+from frankenmerge.splicing.operations import Computed, Copy
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.splicing.rotation import Fit
 from frankenmerge.storage.hashing import file_hash
@@ -187,7 +187,7 @@ def _copied(piece: Range, how: Computation, target: int, moved: Advance, *, clon
 
 
 def write_computed(
-    operation: Combine | Rotate, how: Computation, target: int, position: int, moved: Advance
+    operation: Computed, how: Computation, target: int, position: int, moved: Advance
 ) -> None:
     """Compute one tensor and write it to the open file `target` from byte `position` on.
 

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.shards import INDEX_NAME, SINGLE_NAME
 from frankenmerge.errors import FrankenmergeError, fail
@@ -105,7 +106,7 @@ def load_model(
     Raises:
         FrankenmergeError: when the weights do not fill the model exactly, or do not fit.
     """
-    _check_family(checkpoint)
+    check_family(checkpoint.config, str(checkpoint.path / "config.json"))
     placement.check()
     if untrained is not None:
         return untrained_model(checkpoint, untrained, placement)
@@ -208,7 +209,7 @@ def untrained_model(
         placement: type and device; weights are sampled in float32 and then rounded. `auto` is the
             CPU here.
     """
-    _check_family(checkpoint)
+    check_family(checkpoint.config, str(checkpoint.path / "config.json"))
     device = "cpu" if placement.device == "auto" else placement.device
     state = torch.get_rng_state()
     try:
@@ -232,9 +233,9 @@ def _check_index(checkpoint: Checkpoint) -> None:
         raise fail(str(path), "metadata, without which transformers loads no model", "none", remedy)
 
 
-def _check_family(checkpoint: Checkpoint) -> None:
-    if (name := checkpoint.config["model_type"]) not in CONFIG_MAPPING:
-        place = str(checkpoint.path / "config.json")
+def check_family(config: Config, place: str) -> None:
+    """Raise FrankenmergeError for a config whose family transformers does not have."""
+    if (name := config["model_type"]) not in CONFIG_MAPPING:
         remedy = "install a transformers that has it; inspect, check and merge work without"
         raise fail(place, "a model_type that transformers can run", name, remedy)
 

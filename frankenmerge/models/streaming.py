@@ -34,7 +34,11 @@ Donor = PreTrainedModel | Streamed
 
 
 def stream_model(
-    checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu"
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    embedding: Tensor | None = None,
 ) -> Streamed:
     """Open a donor to be run block by block; reads the modules before the first block.
 
@@ -43,6 +47,8 @@ def stream_model(
         dtype: `float32`, `bfloat16` or `float16`, to compute in.
         device: a torch device, on which the inputs' hidden states and one block must fit; `auto`
             for an accelerator, if there is one.
+        embedding: in the place of its embedding matrix, which is then not read; token ids are rows
+            of it.
 
     Raises:
         FrankenmergeError: if its tensors do not fill the model exactly.
@@ -52,6 +58,11 @@ def stream_model(
     for name, constant in list(model.named_buffers()):
         path, _, last = name.rpartition(".")
         setattr(model.get_submodule(path), last, constant.to(donor.device))
+    if embedding is not None:
+        table: Any = model.get_input_embeddings()
+        table.weight = nn.Parameter(embedding.to(donor.device, donor.dtype), requires_grad=False)
+        table.padding_idx = None  # another row here
+        return donor
     inner = body_of(model)
     for canonical, name in checkpoint.by_role["embedding", None].items():
         path, _, parameter = canonical.removeprefix(checkpoint.architecture.root).rpartition(".")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,6 +21,7 @@ from frankenmerge.models.hooks import blocks_of
 from frankenmerge.models.loading import (
     CPU,
     Placement,
+    check_family,
     explained,
     from_pretrained,
     load_tokenizer,
@@ -37,7 +39,15 @@ from frankenmerge.splicing.computing import (
     workers,
 )
 from frankenmerge.splicing.methods import METHODS
-from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate
+from frankenmerge.splicing.operations import (
+    Computed,
+    Copy,
+    Gate,
+    Input,
+    Operation,
+    Perturb,
+    Rotate,
+)
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.splicing.rotation import Fit
 from frankenmerge.splicing.tokenizer import tokenizer_content
@@ -100,6 +110,7 @@ def assemble(
     Raises:
         FrankenmergeError: for NaN and Inf in computed tensors, or too little memory.
     """
+    check_family(splice.config, "splice in memory")
     tensors = _tensors(splice, models, placement, fits or {}, shared, progress)
     with explained("splice in memory", "a config"):
         config = config_object(splice.config)
@@ -136,12 +147,15 @@ def prefix_of(splice: Splice) -> tuple[Hashable, ...]:
 def splice_tokenizer(splice: Splice) -> PreTrainedTokenizerBase:
     """Load the tokenizer that a merge of the splice would write."""
     donor = splice.tokenizer_donor
-    if splice.tokenizer == tokenizer_content(donor):
+    # Some tokenizers are chosen by the model's type, which a mixture changes.
+    changed = bool(splice.recipe.mixture) and splice.config["model_type"] in CONFIG_MAPPING
+    if splice.tokenizer == tokenizer_content(donor) and not changed:
         return load_tokenizer(donor)
     with scratch_folder() as folder:
         write_files(folder, splice.tokenizer)
-        # Some tokenizers are chosen by the model's type.
-        (folder / "config.json").write_bytes((donor.path / "config.json").read_bytes())
+        config = json.dumps(splice.config).encode() if changed else None
+        stored = config or (donor.path / "config.json").read_bytes()
+        (folder / "config.json").write_bytes(stored)
         return tokenizer_in(folder)
 
 
@@ -157,7 +171,7 @@ def _tensors(
     dtype = placement.torch_dtype
     loaded = {name: dict(_by_file_name(splice.donors[name], models[name])) for name in models}
     tensors: dict[str, Tensor] = {}
-    missing: dict[str, tuple[Hashable, Combine | Rotate]] = {}
+    missing: dict[str, tuple[Hashable, Computed]] = {}
     for operation in splice.operations:
         if isinstance(operation, Copy):
             found = loaded.get(operation.donor, {}).get(operation.source)
@@ -227,7 +241,7 @@ def separated(
 
 
 def computed_tensors(
-    operations: Sequence[Combine | Rotate],
+    operations: Sequence[Computed],
     fits: Mapping[int, Fit] | None = None,
     progress: Progress = silent,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -255,7 +269,7 @@ def computed_tensors(
                 future.cancel()
 
 
-def _computed_tensor(operation: Combine | Rotate, how: Computation) -> Tensor:
+def _computed_tensor(operation: Computed, how: Computation) -> Tensor:
     content = torch.empty(operation.bytes, dtype=torch.uint8)
     view, position = content.numpy().data, 0
     for chunk in computed(operation, how):
@@ -283,6 +297,11 @@ def _identity(operation: Operation, splice: Splice, fits: Mapping[int, Fit]) -> 
     if isinstance(operation, Rotate):
         rotation = fits[operation.part].at(operation.place).hash
         return part(operation.given), part(operation.gain), operation.use, rotation, operation.dtype
+    if isinstance(operation, Gate):
+        return operation.content, operation.shape, operation.dtype
+    if isinstance(operation, Perturb):
+        numbers = operation.deviation, operation.scale, operation.seed
+        return part(operation.given), operation.name, operation.dtype, numbers
     seed = (operation.seed, operation.name) if METHODS[operation.method].random else None
     parameters = tuple(sorted(operation.parameters.items()))
     inputs = tuple(part(given) for given in operation.inputs)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.splicing.methods.inputs import Operand, inputs_of
-from frankenmerge.splicing.operations import Combine, Input, Rotate
+from frankenmerge.splicing.operations import Combine, Computed, Gate, Input, Perturb, Rotate
 from frankenmerge.splicing.reading import (
     DonorFiles,
     all_finite,
@@ -76,10 +76,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def arithmetic(operation: Combine | Rotate, device: str) -> Arithmetic:
+def arithmetic(operation: Computed, device: str) -> Arithmetic:
     """What computes a tensor: C where it can, which is fastest and needs no torch; else torch."""
     from frankenmerge.splicing.methods import native
 
+    if isinstance(operation, Gate):
+        return "C"  # its bytes are there
     if device != "cpu" or not isinstance(operation, Combine):
         return "torch"
     method = _method(operation, lambda _: _unread)
@@ -90,7 +92,7 @@ def _unread(start: int, stop: int) -> NoReturn:
     raise AssertionError("how a tensor is computed does not depend on its elements")
 
 
-def computed(operation: Combine | Rotate, how: Computation) -> Iterator[memoryview]:
+def computed(operation: Computed, how: Computation) -> Iterator[memoryview]:
     """Yield the bytes of a tensor in order; each chunk is valid until the next is asked for.
 
     Methods compute in float32, rotations in float64, and each element is rounded once to the
@@ -99,8 +101,14 @@ def computed(operation: Combine | Rotate, how: Computation) -> Iterator[memoryvi
     Raises:
         FrankenmergeError: for NaN and Inf in an input or in the result, named, unless allowed.
     """
+    if isinstance(operation, Gate):
+        assert operation.content is not None, "gates are made before a splice is executed"
+        yield memoryview(operation.content)
+        return
     if isinstance(operation, Rotate):
         chunks, maker = _rotation_chunks(operation, how), "a rotation"
+    elif isinstance(operation, Perturb):
+        chunks, maker = _noisy_chunks(operation, how), "noise_scale and residual_scale"
     else:
         native = arithmetic(operation, how.device) == "C"
         chunks = (_native_chunks if native else _torch_chunks)(operation, how)
@@ -171,6 +179,26 @@ def _rotation_chunks(operation: Rotate, how: Computation) -> Chunks:
     gain = read(operation.gain) if operation.gain else None
     made = rotated(read(operation.given), operation.use, rotation, gain)
     return _rounded([made.flatten()], operation.dtype)
+
+
+def _noisy_chunks(operation: Perturb, how: Computation) -> Chunks:
+    """Add noise in float32, block by block of the random stream."""
+    import torch
+
+    from frankenmerge.splicing.methods.inputs import BLOCK
+    from frankenmerge.splicing.methods.noise import normals
+
+    read = tensor_reader(operation.given, how.files, device="cpu", allow_nan=how.allow_nan)
+    size = math.prod(operation.shape)
+
+    def chunks() -> "Iterator[torch.Tensor]":
+        for block, start in enumerate(range(0, size, BLOCK)):
+            stop = min(start + BLOCK, size)
+            noise = normals(operation.seed, operation.name, block, stop - start)
+            noisy = read(start, stop).add_(torch.from_numpy(noise), alpha=operation.deviation)
+            yield noisy.mul_(operation.scale)
+
+    return _rounded(chunks(), operation.dtype)
 
 
 def _rounded(chunks: "Iterable[torch.Tensor]", dtype: str) -> Chunks:

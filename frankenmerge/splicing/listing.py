@@ -212,7 +212,7 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
         if draft.vocabulary and first.rows:
             shape = (draft.vocabulary.rows, *shape[1:])
         parameters = common_parameters(recipe, part, name, place.t) if own else {}
-        base_input, seed = given(start) if start else None, _seed(recipe, name)
+        base_input, seed = given(start) if start else None, tensor_seed(recipe, name)
         yield Combine(name, draft.dtype, shape, method, inputs, base_input, parameters, seed)
 
 
@@ -271,7 +271,8 @@ def _has_row_per_token(donor: Checkpoint, role: str, canonical: str) -> bool:
     return architecture.listed or shape[:1] == (quantity(donor.config, "vocabulary"),)
 
 
-def _seed(recipe: Recipe, name: str) -> int:
+def tensor_seed(recipe: Recipe, name: str) -> int:
+    """The seed of the random choices in one tensor of the result."""
     digest = hashlib.sha256(f"{recipe.seed or 0} {name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -324,5 +325,6 @@ def _sources(operation: Operation) -> list[str]:
     """Names that parameters of single models may be filtered by: all inputs' but the base's."""
     if isinstance(operation, Copy):
         return [operation.source]
-    inputs = operation.inputs if isinstance(operation, Combine) else [operation.given]
-    return [given.source for given in inputs]
+    if isinstance(operation, Combine):
+        return [given.source for given in operation.inputs]
+    return [given.source for given in operation.read[:1]]

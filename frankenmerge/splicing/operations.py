@@ -118,7 +118,67 @@ class Rotate(NamedTuple):
         return (self.given, self.gain) if self.gain else (self.given,)
 
 
-Operation = Copy | Combine | Rotate
+class Perturb(NamedTuple):
+    """One tensor of the result: a donor's plus Gaussian noise, scaled, rounded once to `dtype`."""
+
+    name: str
+    dtype: str
+    """The type's name in safetensors."""
+    given: Input
+    deviation: float
+    """Standard deviation of the noise."""
+    scale: float
+    """Factor of the sum."""
+    seed: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The donor's."""
+        return self.given.tensor.shape
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return BYTES_OF[self.dtype] * math.prod(self.shape)
+
+    @property
+    def read(self) -> tuple[Input, ...]:
+        """Everything that it is computed from."""
+        return (self.given,)
+
+
+class Gate(NamedTuple):
+    """One tensor of the result: the gate of a block's experts, a row for each."""
+
+    name: str
+    dtype: str
+    """The type's name in safetensors."""
+    shape: tuple[int, ...]
+    """`[experts, width]`."""
+    block: int
+    mode: str
+    """What it is made from; a key of `mixture.GateMode`."""
+    seed: int
+    """Of random modes."""
+    shared: bool = False
+    """Whether it is that of the shared expert."""
+    content: bytes | None = None
+    """Its elements; None until `gates.with_gates` has made them."""
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return BYTES_OF[self.dtype] * math.prod(self.shape)
+
+    @property
+    def read(self) -> tuple[Input, ...]:
+        """No tensor of a donor."""
+        return ()
+
+
+Computed = Combine | Rotate | Perturb | Gate
+"""Tensors that are not a donor's bytes."""
+Operation = Copy | Computed
 
 
 class Reading(NamedTuple):
@@ -169,6 +229,10 @@ def rebound(operations: Sequence[Operation], rebind: Rebind) -> tuple[Operation,
         elif isinstance(operation, Rotate):
             gain = operation.gain and part(operation.gain)
             made.append(operation._replace(given=part(operation.given), gain=gain))
+        elif isinstance(operation, Perturb):
+            made.append(operation._replace(given=part(operation.given)))
+        elif isinstance(operation, Gate):
+            made.append(operation)
         else:
             inputs = tuple(part(given) for given in operation.inputs)
             base = operation.base and part(operation.base)

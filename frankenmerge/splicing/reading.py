@@ -18,6 +18,7 @@ from frankenmerge.storage.dtypes import BYTES_OF, torch_dtype
 from frankenmerge.storage.safetensors_header import Tensor
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 LIMIT = 16
@@ -119,6 +120,16 @@ def not_finite(donor: str, source: str) -> Fault:
         "NaN or Inf",
         "repair or replace the donor, or allow it with --allow-nan",
     )
+
+
+def decoded(content: bytes | bytearray, dtype: str) -> "np.ndarray":
+    """The elements of a floating type, in float64."""
+    import numpy as np
+
+    if dtype == "BF16":
+        upper = np.frombuffer(content, "<u2").astype("<u4") << 16
+        return upper.view("<f4").astype(np.float64)
+    return np.frombuffer(content, f"<f{BYTES_OF[dtype]}").astype(np.float64)
 
 
 # For torch

@@ -22,6 +22,7 @@ from frankenmerge.donors.views import seen_as, tower_remarks
 from frankenmerge.errors import FrankenmergeError, raise_all
 from frankenmerge.splicing.listing import Draft, filtered_names, operations_of
 from frankenmerge.splicing.methods import METHODS
+from frankenmerge.splicing.mixtures import mixture_donor_faults, with_experts
 from frankenmerge.splicing.moved_blocks import settled
 from frankenmerge.splicing.operations import HEALED, Copy, Operation, Rotate, rebound
 from frankenmerge.splicing.parameters import method_faults, recipe_remarks
@@ -275,6 +276,20 @@ def resolve(recipe: Recipe, donors: Donors, place: str = "recipe") -> Splice:
     Raises:
         FrankenmergeError: with everything that keeps the donors from being merged as it says.
     """
+    if recipe.mixture is None:
+        return _resolved(recipe, donors, place)
+    faults = tuple(mixture_donor_faults(recipe, donors, place))
+    dense = {name: donors[name] for name in recipe.dense.donors}
+    try:
+        splice = _resolved(recipe.dense, dense, place)
+    except FrankenmergeError as error:
+        raise FrankenmergeError(*error.faults, *faults) from error
+    raise_all(faults)
+    return with_experts(splice, recipe, donors)
+
+
+def _resolved(recipe: Recipe, donors: Donors, place: str) -> Splice:
+    """Resolve a recipe without experts."""
     opened, base = donors, donors[recipe.base]
     donors = {name: seen_as(donor, base) for name, donor in opened.items()}
     faults = method_faults(recipe, place)

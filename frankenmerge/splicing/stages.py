@@ -10,6 +10,8 @@ from typing import NamedTuple
 from frankenmerge.artefacts.recipe import Block, Recipe
 from frankenmerge.donors.checkpoint import SINGLE_NAME, Checkpoint
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.progress import Progress, silent
+from frankenmerge.splicing.gates import with_gates
 from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.parameters import method_faults
 from frankenmerge.splicing.resolve import Splice, resolve
@@ -191,16 +193,32 @@ Make = Callable[[Splice, ExitStack], Checkpoint]
 """Makes a stage and opens it; what must be closed in the end goes onto the stack."""
 
 
-def execute(stages: Stages, make: Make, closing: ExitStack) -> Splice:
+def execute(
+    stages: Stages,
+    make: Make,
+    closing: ExitStack,
+    *,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Splice:
     """Make every stage that others use, in order, and return the result, bound to what was made.
 
-    Keys stay those of the plans: it does not matter where a stage was made.
+    Gates of mixtures are made here, once for both executors. Keys stay those of the plans: it does
+    not matter where a stage was made.
+
+    Args:
+        stages: whose donors have their weights.
+        make: a stage.
+        closing: what `make` puts there.
+        device: the torch device on which bases of mixtures run.
+        progress: of the gates.
     """
     made: dict[str, Checkpoint] = {}
 
     def bound(splice: Splice) -> Splice:
         used = {name: made[name] for name in splice.donors if name in made}
-        return replace(splice.rebound(used), planned=splice) if used else splice
+        rebound = replace(splice.rebound(used), planned=splice) if used else splice
+        return with_gates(rebound, device=device, progress=progress)
 
     for stage in stages.before:
         made[str(stage.recipe.name)] = make(bound(stage), closing)

@@ -99,7 +99,7 @@ def merge_stages(
     """
     if len(stages.all) > 1:
         check_merge(stages, output, options, rank)
-    stages = _with_weights(stages, download, allow_pickle)
+    stages = with_weights(stages, download, allow_pickle)
     folder = output.with_name(f"{output.name}.stages")
 
     def make(splice: Splice, _closing: ExitStack) -> Checkpoint:
@@ -112,7 +112,8 @@ def merge_stages(
         return open_checkpoint(str(place))
 
     with ExitStack() as closing:
-        return merge(execute(stages, make, closing), output, options, rank=rank, progress=progress)
+        splice = execute(stages, make, closing, device=options.device, progress=progress)
+        return merge(splice, output, options, rank=rank, progress=progress)
 
 
 def write_stages_as_adapter(stages: Stages, output: Path, *, dry: bool = False) -> Unrepeated:
@@ -127,7 +128,7 @@ def write_stages_as_adapter(stages: Stages, output: Path, *, dry: bool = False) 
     return write_adapter(stages.result, output, dry=dry)
 
 
-def _with_weights(stages: Stages, download: bool, allow_pickle: bool) -> Stages:
+def with_weights(stages: Stages, download: bool, allow_pickle: bool) -> Stages:
     """The same stages of donors whose weights are there: fetched, converted, LoRAs folded in."""
     opened = {
         name: open_donor(name, download=download, allow_pickle=allow_pickle)

@@ -95,6 +95,9 @@ def patient_of(model: str | Path | Recipe, options: HealOptions) -> Patient:
             found = f"{len(recipes)} stages"
             remedy = "merge the recipe, and heal the checkpoint"
             raise fail(str(model), "a recipe of one stage", found, remedy)
+        if recipes[0].mixture:
+            found, remedy = "a mixture of experts", "heal its base, or a recipe that is an expert"
+            raise fail(str(model), "a recipe without experts", found, remedy)
         splice = resolve(recipes[0], open_donors(recipes[0], **opening))
         named = options.donors or list(splice.shares)
         donors = {name: splice.donors.get(name) or open_donor(name, **opening) for name in named}

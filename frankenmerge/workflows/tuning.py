@@ -124,10 +124,16 @@ def tune(
 
 
 def one_recipe(recipes: Sequence[Recipe], place: str) -> Recipe:
-    """The recipe of a file with a single stage. Raises FrankenmergeError for several."""
+    """The recipe of a file with a single stage.
+
+    Raises FrankenmergeError for several, and for a mixture of experts.
+    """
     if len(recipes) > 1:
         found, remedy = f"{len(recipes)} stages", "merge the earlier stages, and name their results"
         raise fail(place, "one recipe", found, remedy)
+    if recipes[0].mixture:
+        found, remedy = "a mixture of experts", "tune a recipe that is its base or an expert"
+        raise fail(place, "a recipe without experts", found, remedy)
     return recipes[0]
 
 

@@ -136,6 +136,22 @@ def test_inspect_reports_a_donor_without_its_weights(call, hub, folders):
     assert "weights not available" in call("inspect", "org/one")[1]
 
 
+def test_a_mixture_of_donors_on_the_hub_is_checked_by_headers(call, refused, tmp_path):
+    experts = [
+        {"source_model": f"org/{name}", "positive_prompts": [prompt]}
+        for name, prompt in (("one", "the quick"), ("sharded", "brown fox"))
+    ]
+    config = tmp_path / "moe.yaml"
+    config.write_text(yaml.safe_dump({"base_model": "org/one", "experts": experts}))
+    code, out, err = call("check", config, "--download", "--json")
+    assert code == 0, err
+    assert "--download" in refused("moe", config, tmp_path / "out")
+    code, written, err = call("moe", config, tmp_path / "out", "--download", "--json")
+    assert code == 0, err
+    assert json.loads(written)["experts"] == 2
+    assert json.loads(written)["bytes"] == json.loads(out)["bytes"]
+
+
 def test_a_merge_after_a_check_needs_the_weights_and_says_so(
     call, refused, hub, folders, recipe, tmp_path
 ):
