@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.splicing.methods.inputs import Operand, inputs_of
-from frankenmerge.splicing.operations import Combine, Computed, Gate, Input, Perturb, Rotate
+from frankenmerge.splicing.operations import (
+    Combine,
+    Computed,
+    Gate,
+    Input,
+    Perturb,
+    Rotate,
+    Transplant,
+)
 from frankenmerge.splicing.reading import (
     DonorFiles,
     all_finite,
@@ -107,6 +115,8 @@ def computed(operation: Computed, how: Computation) -> Iterator[memoryview]:
         return
     if isinstance(operation, Rotate):
         chunks, maker = _rotation_chunks(operation, how), "a rotation"
+    elif isinstance(operation, Transplant):
+        chunks, maker = _transplanted_chunks(operation, how), "approximated rows"
     elif isinstance(operation, Perturb):
         chunks, maker = _noisy_chunks(operation, how), "noise_scale and residual_scale"
     else:
@@ -178,6 +188,24 @@ def _rotation_chunks(operation: Rotate, how: Computation) -> Chunks:
 
     gain = read(operation.gain) if operation.gain else None
     made = rotated(read(operation.given), operation.use, rotation, gain)
+    return _rounded([made.flatten()], operation.dtype)
+
+
+def _transplanted_chunks(operation: Transplant, how: Computation) -> Chunks:
+    """Rows for another vocabulary; both matrices are held whole, in float32."""
+    from frankenmerge.splicing.transplanting import transplanted
+
+    def read(given: Input) -> "torch.Tensor":
+        reader = tensor_reader(given, how.files, device=how.device, allow_nan=how.allow_nan)
+        return reader(0, math.prod(given.tensor.shape)).view(given.tensor.shape)
+
+    made = transplanted(
+        read(operation.given),
+        read(operation.reference) if operation.reference else None,
+        operation.tokens,
+        operation.approximation,
+        operation.anchors,
+    )
     return _rounded([made.flatten()], operation.dtype)
 
 

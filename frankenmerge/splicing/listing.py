@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.artefacts.recipe_schema import Slice, Source
+from frankenmerge.artefacts.recipe_schema import ANCHORS, Slice, Source
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import is_multimodal, quantity
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.splicing.compatibility import tensor_names
 from frankenmerge.splicing.methods import faults, resolved
-from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate
+from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate, Transplant
 from frankenmerge.splicing.parameters import (
     PLAIN,
     common_parameters,
@@ -22,7 +22,7 @@ from frankenmerge.splicing.parameters import (
 )
 from frankenmerge.splicing.result import Donors, is_whole
 from frankenmerge.splicing.rotation import stream_use
-from frankenmerge.splicing.vocabulary import Rows, Vocabulary, rows_of
+from frankenmerge.splicing.vocabulary import Rows, TokenMap, Vocabulary, rows_of
 from frankenmerge.storage.dtypes import COMPUTED
 
 _ALIKE = "name donors with the same tensors; for other vocabularies set tokenizer_source"
@@ -196,6 +196,13 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
             return Input(entry.source.model, name, tensor, parameters, rows)
 
         name = canonical.format(place.position)
+        if by_token and (tokens := draft.vocabulary.maps.get(sources[0].model)):
+            if method != PLAIN or len(entries) > 1:
+                expected = "embedding and head of one donor each, with approximate"
+                remedy = "give the donors one tokenizer first, with transplant-tokenizer"
+                raise fail(f"recipe: {name}", expected, f"the method {method}", remedy)
+            yield _transplant(draft, name, entries[0], canonical, tokens, place.role)
+            continue
         chosen = [_selected(entries, canonical, place.offset)] if part.by_filter else entries
         inputs = tuple(given(entry) for entry in chosen)
         first = inputs[0]
@@ -214,6 +221,30 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
         parameters = common_parameters(recipe, part, name, place.t) if own else {}
         base_input, seed = given(start) if start else None, tensor_seed(recipe, name)
         yield Combine(name, draft.dtype, shape, method, inputs, base_input, parameters, seed)
+
+
+def _transplant(
+    draft: Draft, name: str, entry: _Entry, canonical: str, tokens: TokenMap, role: str
+) -> Transplant:
+    """One donor's embedding, head or its bias, with rows for the result's vocabulary."""
+    recipe, donors = draft.recipe, draft.donors
+    assert recipe.tokenizer and recipe.tokenizer.approximate
+
+    def part(donor: str, stored: str) -> Input:
+        return Input(donor, stored, donors[donor].tensors[stored], {})
+
+    given = part(entry.source.model, entry.names[canonical])
+    chosen = recipe.tokenizer_donor
+    matrices = [
+        stored
+        for canonical, stored in tensor_names(donors[chosen], role).items()
+        if _has_row_per_token(donors[chosen], role, canonical)
+        and len(donors[chosen].tensors[stored].shape) == len(given.tensor.shape) == 2
+    ]
+    reference = part(chosen, matrices[0]) if matrices else None
+    anchors = recipe.tokenizer.anchors or ANCHORS
+    approximation = recipe.tokenizer.approximate
+    return Transplant(name, draft.dtype, given, reference, tokens, approximation, anchors)
 
 
 def _names(donors: Donors, source: Source, place: _Place) -> dict[str, str]:
