@@ -1,4 +1,4 @@
-"""A mixture of experts as mergekit-moe's YAML writes it: dense donors, and prompts for the gates."""
+"""A mixture of experts as mergekit-moe's YAML writes it: donors, and prompts for the gates."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal

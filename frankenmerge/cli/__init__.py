@@ -15,6 +15,7 @@ from frankenmerge.cli.evaluate import evaluate
 from frankenmerge.cli.features import features
 from frankenmerge.cli.heal import heal
 from frankenmerge.cli.merge import check, merge, widen
+from frankenmerge.cli.moe import moe
 from frankenmerge.cli.plan import plan
 from frankenmerge.cli.report import report
 from frankenmerge.cli.tune import tune
@@ -58,6 +59,7 @@ for command in (
     tune,
     check,
     merge,
+    moe,
     heal,
     widen,
     evaluate,

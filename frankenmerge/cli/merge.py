@@ -1,7 +1,8 @@
-"""`check`, `merge` and `widen`: from recipes to checkpoints."""
+"""`check`, `merge` and `widen`: from recipes to checkpoints. `moe` writes as `merge` does."""
 
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from frankenmerge.distributed import own_rank
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
+    from frankenmerge.artefacts.recipe import Recipe
     from frankenmerge.merging.writer import Merged
     from frankenmerge.splicing.stages import Stages
 
@@ -70,7 +72,7 @@ def _verify(folder: Path, download: bool, allow_pickle: bool, as_json: bool) -> 
         console.print(f"Not compared: tensors from {name} ({reason}).", markup=False)
 
 
-def _print_stages(stages: "Stages", as_json: bool) -> None:
+def _print_stages(stages: "Stages", as_json: bool, more: Mapping[str, Any] | None = None) -> None:
     from frankenmerge.splicing.summary import summary
 
     found = [(splice.recipe, summary(splice)) for splice in stages.all]
@@ -78,7 +80,7 @@ def _print_stages(stages: "Stages", as_json: bool) -> None:
         (recipe, result), before = found[-1], found[:-1]
         named = {each.name: {"recipe": str(each), **size._asdict()} for each, size in before}
         also: dict[str, Any] = {"stages": named} if named else {}
-        also["remarks"] = list(stages.remarks)
+        also |= {"remarks": list(stages.remarks), **(more or {})}
         print_json({"recipe": str(recipe), **result._asdict()} | also)
         return
     console = out()
@@ -120,64 +122,72 @@ def size_in_bytes(
     return int(count)
 
 
+_WRITING = (
+    click.option(
+        "--dry-run", is_flag=True, help="Check everything and report what would be written."
+    ),
+    click.option(
+        "--resume",
+        is_flag=True,
+        help="Continue an interrupted merge, and keep finished shards if this one fails.",
+    ),
+    click.option(
+        "--shard-size",
+        default="5GB",
+        show_default=True,
+        callback=size_in_bytes,
+        help="Largest file of weights.",
+    ),
+    click.option(
+        "--reflink/--no-reflink",
+        default=True,
+        help="Share blocks with the donors where the file system can (XFS, btrfs).",
+    ),
+    click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        help="Torch device that computes tensors; copies need none.",
+    ),
+    click.option(
+        "--allow-nan", is_flag=True, help="Allow NaN and Inf in inputs and computed tensors."
+    ),
+    click.option(
+        "--check-finite",
+        is_flag=True,
+        help="Read all of the donors first, and refuse NaN and Inf in copied tensors too.",
+    ),
+    click.option(
+        "--checksums",
+        is_flag=True,
+        help="Record the SHA-256 of every file of weights in frankenmerge.json.",
+    ),
+    click.option(
+        "--push-to-hub",
+        metavar="REPOSITORY",
+        help="Upload the finished merge to a new repository of the hub, org/name.",
+    ),
+    click.option(
+        "--private", is_flag=True, help="With --push-to-hub: make the repository private."
+    ),
+    download_option,
+    pickle_option,
+    json_option,
+)
+
+
+def writing_options(command: Callable) -> Callable:
+    """Add the options of commands that write a checkpoint."""
+    for option in reversed(_WRITING):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--dry-run", is_flag=True, help="Check everything and report what would be written.")
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="Continue an interrupted merge, and keep finished shards if this one fails.",
-)
-@click.option(
-    "--shard-size",
-    default="5GB",
-    show_default=True,
-    callback=size_in_bytes,
-    help="Largest file of weights.",
-)
-@click.option(
-    "--reflink/--no-reflink",
-    default=True,
-    help="Share blocks with the donors where the file system can (XFS, btrfs).",
-)
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    help="Torch device that computes tensors; copies need none.",
-)
-@click.option("--allow-nan", is_flag=True, help="Allow NaN and Inf in inputs and computed tensors.")
-@click.option(
-    "--check-finite",
-    is_flag=True,
-    help="Read all of the donors first, and refuse NaN and Inf in copied tensors too.",
-)
-@click.option(
-    "--checksums",
-    is_flag=True,
-    help="Record the SHA-256 of every file of weights in frankenmerge.json.",
-)
-@click.option(
-    "--push-to-hub",
-    metavar="REPOSITORY",
-    help="Upload the finished merge to a new repository of the hub, org/name.",
-)
-@click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
-@download_option
-@pickle_option
-@json_option
-def merge(
-    recipe: Path,
-    output: Path,
-    dry_run: bool,
-    push_to_hub: str | None,
-    private: bool,
-    download: bool,
-    allow_pickle: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+@writing_options
+def merge(recipe: Path, output: Path, **options: Any) -> None:
     """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all.
 
     Stages that it uses are written to OUTPUT.stages, and made again only if their inputs have
@@ -185,6 +195,43 @@ def merge(
     shard by shard.
     """
     from frankenmerge.artefacts.recipe_file import load_recipes
+
+    write_checkpoint(load_recipes(recipe), str(recipe), output, **options)
+
+
+Before = Callable[["Stages"], dict[str, Any]]
+"""Called with the resolved recipes before anything is written; returns what JSON gets besides."""
+
+
+def write_checkpoint(
+    recipes: "Sequence[Recipe]",
+    place: str,
+    output: Path,
+    *,
+    dry_run: bool,
+    push_to_hub: str | None,
+    private: bool,
+    download: bool,
+    allow_pickle: bool,
+    as_json: bool,
+    before: Before = lambda _: {},
+    **options: Any,
+) -> None:
+    """Resolve recipes, write the result and print what was written.
+
+    Args:
+        recipes: the stages of one file.
+        place: where they are from.
+        output: a folder that does not exist yet.
+        dry_run: only check, and report what would be written.
+        push_to_hub: the repository to upload to.
+        private: whether that is private.
+        download: whether donors may be fetched.
+        allow_pickle: whether donors that have only pickles are converted.
+        as_json: print JSON.
+        before: what else is done and printed first.
+        options: those of `MergeOptions`.
+    """
     from frankenmerge.merging.write_plan import MergeOptions
     from frankenmerge.storage.hub import check_push, push
     from frankenmerge.workflows.merging import check_merge, merge_stages, resolved
@@ -193,9 +240,7 @@ def merge(
     if options["device"] == "cuda" and "LOCAL_RANK" in os.environ:
         options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     chosen = MergeOptions(**options)
-    with resolved(
-        load_recipes(recipe), download=download, allow_pickle=allow_pickle, place=str(recipe)
-    ) as stages:
+    with resolved(recipes, download=download, allow_pickle=allow_pickle, place=place) as stages:
         if len(stages.all) > 1 and not rank.first:
             return
         if dry_run or len(stages.all) > 1:
@@ -206,8 +251,9 @@ def merge(
         if push_to_hub and rank.first:
             check_push(push_to_hub)
         print_remarks(stages.remarks)
+        also = before(stages) if rank.first else {}
         if dry_run:
-            _print_stages(stages, as_json)
+            _print_stages(stages, as_json, also)
             return
         result = merge_stages(
             stages,
@@ -222,7 +268,7 @@ def merge(
         return
     address = push(result.output, push_to_hub, private=private) if push_to_hub else None
     if as_json:
-        also: dict[str, Any] = {"repository": address} if address else {}
+        also |= {"repository": address} if address else {}
         also["remarks"] = list(stages.remarks)
         print_json(result._asdict() | {"output": str(result.output)} | also)
         return

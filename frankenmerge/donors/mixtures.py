@@ -109,11 +109,12 @@ def _qwen3_moe(base: Config) -> dict[str, Any]:
 def _deepseek(base: Config) -> dict[str, Any]:
     settings = rope(base)
     kind = settings["rope_type"]
+    scaling = {} if kind == "default" else {"type": kind, "factor": settings["factor"]}
     repository = "deepseek-ai/deepseek-moe-16b-base"
     return {
         "attention_bias": base.get("attention_bias", False),
         "rope_theta": settings["rope_theta"],
-        "rope_scaling": None if kind == "default" else {"type": kind, "factor": settings["factor"]},
+        **({"rope_scaling": scaling} if scaling else {}),
         "first_k_dense_replace": 0,
         "moe_layer_freq": 1,
         "scoring_func": "softmax",
@@ -220,6 +221,9 @@ def mixture_config(
         "tie_word_embeddings": is_tied(base),
     }
     fields = kind.fields({**config, "model_type": name})
+    if "rope_theta" in fields:  # in the form of older versions alone
+        config.pop("rope_parameters", None)
+        config.pop("rope_scaling", None)
     for key in (*_OF_DENSE, "attention_bias", "use_sliding_window", "sliding_window"):
         config.pop(key, None)
     config |= dict.fromkeys(kind.counts[:1], experts) | dict.fromkeys(kind.counts[1:], inner)
@@ -227,4 +231,3 @@ def mixture_config(
     if kind.shared == "plain":
         config["n_shared_experts"] = 1 if shared else None
     return config | fields | {"model_type": kind.model_type, "architectures": [kind.class_name]}
-

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 import frankenmerge
+from frankenmerge.artefacts.mixture import Mixture
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.splicing import diagram
 from frankenmerge.splicing.resolve import Splice
@@ -33,15 +34,7 @@ def model_card(splice: Splice) -> str:
 {yaml.safe_dump(front_matter(splice.donors), sort_keys=False).strip()}
 ---
 
-# A frankenmodel of {len(splice.blocks)} blocks
-
-Made {_how(splice)}, by the method {recipe.merge_method}. {_since(splice)}
-
-![Which block comes from where; the table below says the same]({DIAGRAM})
-
-| blocks here | donor | its blocks |
-|---|---|---|
-{_slice_rows(splice)}
+{_made(splice)}
 
 {" ".join(f"{role}: {' + '.join(names)}." for role, names in ends.items())}
 
@@ -70,6 +63,40 @@ Merged by frankenmerge {frankenmerge.__version__} from the recipe with SHA-256 `
 |---|---|
 {fingerprints}
 """
+
+
+def _made(splice: Splice) -> str:
+    """What it is made of: slices of donors, or a base and experts."""
+    if mixture := splice.recipe.mixture:
+        return f"""# A mixture of {len(mixture.experts)} experts in {len(splice.blocks)} blocks
+
+Made from dense models: every expert is one donor's MLPs, everything else is from
+{splice.recipe.base}. {mixture.experts_per_token} experts a token; gates: {mixture.gate_mode}.
+{_since(splice)}
+
+| expert | donor | positive prompts |
+|---|---|---|
+{_expert_rows(mixture)}"""
+    return f"""# A frankenmodel of {len(splice.blocks)} blocks
+
+Made {_how(splice)}, by the method {splice.recipe.merge_method}. {_since(splice)}
+
+![Which block comes from where; the table below says the same]({DIAGRAM})
+
+| blocks here | donor | its blocks |
+|---|---|---|
+{_slice_rows(splice)}"""
+
+
+def _expert_rows(mixture: Mixture) -> str:
+    """The table of experts, with the number of their prompts."""
+    listed = [*map(str, range(len(mixture.experts)))] + ["shared"] * len(
+        mixture.shared_experts or []
+    )
+    return "\n".join(
+        f"| {name} | {expert.source_model} | {len(expert.positive_prompts or ())} |"
+        for name, expert in zip(listed, mixture.all_experts, strict=True)
+    )
 
 
 def _slice_rows(splice: Splice) -> str:

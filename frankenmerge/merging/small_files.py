@@ -35,7 +35,8 @@ def small_files(
     if splice.generation_config is not None:
         files["generation_config.json"] = splice.generation_config
     files["recipe.yaml"] = splice.recipe.dump().encode()
-    files[DIAGRAM] = card_diagram(splice).encode()
+    if not splice.recipe.mixture:
+        files[DIAGRAM] = card_diagram(splice).encode()
     files[PROVENANCE] = artefact.dump(provenance_of(plan, fits, checksums, files))
     files["README.md"] = model_card(splice).encode()
     return files

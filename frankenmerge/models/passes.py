@@ -226,7 +226,7 @@ def enter(
 
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.enter_context(_replaced(block, partial(passed, index)))
+            stack.enter_context(replaced(block, partial(passed, index)))
         stack.enter_context(suppress(_Enough))
         backbone(model)(input_ids=ids, use_cache=cache is not None, past_key_values=cache)
     return entered[0], calls
@@ -237,7 +237,7 @@ def leave(model: PreTrainedModel, ids: Tensor, states: Tensor) -> Tensor:
     output = states.as_subclass(_Output)
     with ExitStack() as stack:
         for block in blocks_of(model):
-            stack.enter_context(_replaced(block, lambda *_args, **_kwargs: output))
+            stack.enter_context(replaced(block, lambda *_args, **_kwargs: output))
         return model(input_ids=ids, use_cache=False).logits
 
 
@@ -248,7 +248,7 @@ def values_only(block: nn.Module, config: Config) -> Iterator[None]:
     with ExitStack() as stack:
         for name in architecture.queries_keys:
             projection: Any = attention.get_submodule(name)
-            stack.enter_context(_replaced(projection, partial(_zeros, len(projection.weight))))
+            stack.enter_context(replaced(projection, partial(_zeros, len(projection.weight))))
         if architecture.fused:
             projection: Any = attention.get_submodule(architecture.fused)
             transposed = not isinstance(projection, nn.Linear)  # GPT-2's
@@ -257,7 +257,7 @@ def values_only(block: nn.Module, config: Config) -> Iterator[None]:
             first = len(weight) - head * (quantity(config, "kv_heads") or 0)
             values = outputs // head % 3 == 2 if architecture.fused_by_head else outputs >= first
             bias = None if projection.bias is None else projection.bias[values]
-            stack.enter_context(_replaced(projection, partial(_some, weight[values], bias, values)))
+            stack.enter_context(replaced(projection, partial(_some, weight[values], bias, values)))
         yield
 
 
@@ -292,7 +292,7 @@ def _cache(count: int, keys: Tensor, values: Tensor) -> DynamicCache:
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Replace a module's `forward` within the context."""
     own = module.__dict__.get("forward")  # set by accelerate
     module.forward = forward

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -145,12 +146,15 @@ def prefix_of(splice: Splice) -> tuple[Hashable, ...]:
 def splice_tokenizer(splice: Splice) -> PreTrainedTokenizerBase:
     """Load the tokenizer that a merge of the splice would write."""
     donor = splice.tokenizer_donor
-    if splice.tokenizer == tokenizer_content(donor):
+    # Some tokenizers are chosen by the model's type, which a mixture changes.
+    changed = bool(splice.recipe.mixture) and splice.config["model_type"] in CONFIG_MAPPING
+    if splice.tokenizer == tokenizer_content(donor) and not changed:
         return load_tokenizer(donor)
     with scratch_folder() as folder:
         write_files(folder, splice.tokenizer)
-        # Some tokenizers are chosen by the model's type.
-        (folder / "config.json").write_bytes((donor.path / "config.json").read_bytes())
+        config = json.dumps(splice.config).encode() if changed else None
+        stored = config or (donor.path / "config.json").read_bytes()
+        (folder / "config.json").write_bytes(stored)
         return tokenizer_in(folder)
 
 

@@ -7,7 +7,8 @@ into it is routed to its expert. The base is read block by block.
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def prompt_vectors(
     assert mixture
     if not mixture.gates_from_prompts:
         return {}
-    tokens = tokens_of_prompts(splice.base, prompts_of(mixture))
+    tokens = tokens_of_prompts(splice, prompts_of(mixture))
     if mixture.gate_mode == "cheap_embed":
         return embedding_sums(splice.base, tokens)
     return last_states(splice.base, tokens, device=device, progress=progress)
@@ -82,23 +83,21 @@ def prompts_of(mixture: Mixture) -> list[str]:
     return list(dict.fromkeys(prompt for prompts in lists for prompt in prompts))
 
 
-def tokens_of_prompts(base: Checkpoint, prompts: Iterable[str]) -> Tokens:
+def tokens_of_prompts(splice: "Splice", prompts: Iterable[str]) -> Tokens:
     """The ids of prompts after BOS, where the tokenizer has one.
 
     Raises FrankenmergeError for a prompt without tokens.
     """
-    from frankenmerge.models.loading import load_tokenizer
+    from frankenmerge.splicing.assemble import splice_tokenizer
 
-    tokenizer = load_tokenizer(base)
-    start = tokenizer.bos_token or ""
-    tokens = {
-        prompt: tokenizer(start + prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        for prompt in prompts
-    }
+    tokenizer = splice_tokenizer(splice)
+    start = str(tokenizer.bos_token or "")
+    encode: Any = partial(tokenizer, add_special_tokens=False, verbose=False)
+    tokens = {prompt: encode(start + prompt)["input_ids"] for prompt in prompts}
     for prompt, ids in tokens.items():
         if not ids:
             remedy = "write another prompt"
-            raise fail(f"prompt {prompt!r}", f"tokens of {base.name}", "none", remedy)
+            raise fail(f"prompt {prompt!r}", f"tokens of {splice.base.name}", "none", remedy)
     return tokens
 
 
@@ -115,7 +114,7 @@ def embedding_sums(base: Checkpoint, tokens: Tokens) -> Vectors:
     finally:
         files.close()
     return {
-        prompt: np.sum([rows[index] for index in ids], axis=0, dtype=np.float64)[None]
+        prompt: np.sum([rows[index] for index in ids], axis=0, keepdims=True)
         for prompt, ids in tokens.items()
     }
 

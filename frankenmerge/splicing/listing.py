@@ -356,5 +356,6 @@ def _sources(operation: Operation) -> list[str]:
     """Names that parameters of single models may be filtered by: all inputs' but the base's."""
     if isinstance(operation, Copy):
         return [operation.source]
-    inputs = operation.inputs if isinstance(operation, Combine) else [operation.given]
-    return [given.source for given in inputs]
+    if isinstance(operation, Combine):
+        return [given.source for given in operation.inputs]
+    return [given.source for given in operation.read[:1]]

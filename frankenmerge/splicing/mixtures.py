@@ -3,9 +3,9 @@
 Attention, norms, embedding and head are the base's; every expert is one donor's MLPs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from frankenmerge.artefacts.mixture import Expert, Mixture
 from frankenmerge.artefacts.recipe import Recipe
@@ -19,7 +19,11 @@ from frankenmerge.splicing.listing import tensor_seed
 from frankenmerge.splicing.operations import Combine, Copy, Gate, Input, Operation, Perturb
 from frankenmerge.splicing.result import Donors
 from frankenmerge.splicing.similarity import alike
-from frankenmerge.splicing.token_differences import TOLERATED, token_difference
+from frankenmerge.splicing.token_differences import (
+    TOLERATED,
+    TokenDifference,
+    token_difference,
+)
 from frankenmerge.storage.dtypes import COMPUTED, DTYPES
 
 if TYPE_CHECKING:
@@ -172,7 +176,7 @@ def _expert_faults(
 
 def _function(donor: Checkpoint) -> str:
     """The name of the function between an MLP's maps."""
-    return donor.config.get("hidden_act", family(donor.config).defaults.get("hidden_act"))
+    return str(donor.config.get("hidden_act", family(donor.config).defaults.get("hidden_act")))
 
 
 def _type_faults(
@@ -206,7 +210,7 @@ def _token_faults(donor: Checkpoint, base: Checkpoint, where: str) -> Iterator[F
     yield Fault(where, expected, found, "use donors with one tokenizer")
 
 
-def _token_difference(donor: Checkpoint, base: Checkpoint):  # noqa: ANN202
+def _token_difference(donor: Checkpoint, base: Checkpoint) -> TokenDifference | None:
     """How the tokens differ; None where they are the same or cannot be compared."""
     both = donor.has_tokenizer and base.has_tokenizer
     if not both or donor.tokenizer_hash == base.tokenizer_hash:
@@ -315,16 +319,45 @@ def _expert_operations(
             yield Combine(name, splice.dtype, shape, "passthrough", (given,), None, {}, 0)
 
 
+class Maps(NamedTuple):
+    """What makes the maps of one expert in one block, by their names in a dense MLP."""
+
+    operations: Mapping[str, Operation]
+    shared: bool
+
+
+def expert_maps(splice: "Splice", index: int) -> list[Maps]:
+    """The experts of a block of a mixture in their order, then the shared one."""
+    kind, mixture = KINDS[splice.config["model_type"]], splice.recipe.mixture
+    assert mixture
+    architecture = splice.base.architecture
+    prefix = (architecture.root + architecture.block).format(index)
+    made = {operation.name: operation for operation in splice.operations}
+    names = [
+        ({name: kind.expert.format(number) + new for name, new in kind.names.items()}, False)
+        for number in range(len(mixture.experts))
+    ]
+    names += [
+        ({name: kind.shared_expert + name for name in MLP}, True)
+        for _ in mixture.shared_experts or []
+    ]
+    return [
+        Maps({name: made[f"{prefix}{within}.weight"] for name, within in maps.items()}, shared)
+        for maps, shared in names
+    ]
+
+
 def _remarks(mixture: Mixture, base: Checkpoint, donors: Donors) -> Iterator[str]:
     """What is worth knowing about the experts."""
     for _, expert in _places(mixture):
         donor = donors[expert.source_model]
         if donor.config["model_type"] != base.config["model_type"]:
             kinds = f"{donor.config['model_type']} and {base.config['model_type']}"
-            yield f"{donor.name} and {base.name} are of the families {kinds}; MLPs are alike in both"
+            yield f"{donor.name} and {base.name} are of the families {kinds}, with the same MLPs"
         if difference := _token_difference(donor, base):
-            shared = f"{difference.different:,} of {difference.shared:,} shared ids mean other tokens"
-            yield f"{donor.name} and {base.name} have different tokenizers: {shared}"
+            counted = f"{difference.different:,} of {difference.shared:,} shared ids"
+            names = f"{donor.name} and {base.name}"
+            yield f"{names} have different tokenizers: {counted} mean other tokens"
     yield from _alike_remarks(mixture, donors)
 
 

@@ -97,7 +97,7 @@ def merge_stages(
     """
     if len(stages.all) > 1:
         check_merge(stages, output, options, rank)
-    stages = _with_weights(stages, download, allow_pickle)
+    stages = with_weights(stages, download, allow_pickle)
     folder = output.with_name(f"{output.name}.stages")
 
     def make(splice: Splice, _closing: ExitStack) -> Checkpoint:
@@ -114,7 +114,7 @@ def merge_stages(
         return merge(splice, output, options, rank=rank, progress=progress)
 
 
-def _with_weights(stages: Stages, download: bool, allow_pickle: bool) -> Stages:
+def with_weights(stages: Stages, download: bool, allow_pickle: bool) -> Stages:
     """The same stages of donors whose weights are there: fetched, converted, LoRAs folded in."""
     opened = {
         name: open_donor(name, download=download, allow_pickle=allow_pickle)

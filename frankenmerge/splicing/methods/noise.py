@@ -40,9 +40,7 @@ def words(
     return np.concatenate(pieces) & (SCALE - 1)
 
 
-def normals(
-    seed: int, name: str, block: int, count: int
-) -> np.ndarray[Any, np.dtype[np.float32]]:
+def normals(seed: int, name: str, block: int, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Return standard normal numbers for the first `count` elements of one block."""
     generator = np.random.Generator(stream(seed, name, 0, block))
     return generator.standard_normal(count, dtype=np.float32)

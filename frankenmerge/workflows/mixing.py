@@ -1,0 +1,37 @@
+"""Measure how a mixture of experts routes, before it is written."""
+
+from contextlib import ExitStack
+
+from frankenmerge.evaluation.routing import Routing, measured_routing
+from frankenmerge.progress import Progress, silent
+from frankenmerge.splicing.stages import Stages, execute
+from frankenmerge.workflows.merging import with_weights
+from frankenmerge.workflows.stages_in_memory import make_in_memory
+
+
+def routing_of(
+    stages: Stages,
+    *,
+    device: str = "cpu",
+    download: bool = False,
+    allow_pickle: bool = False,
+    place: str = "recipe",
+    progress: Progress = silent,
+) -> Routing:
+    """Measure the routing of held-out prompts; stages that the mixture uses are made in memory.
+
+    Args:
+        stages: of which the result is a mixture.
+        device: a torch device.
+        download: whether weights may be fetched.
+        allow_pickle: whether donors that have only pickles are converted.
+        place: where the recipe is from.
+        progress: in blocks.
+
+    Raises:
+        FrankenmergeError: for experts with fewer than two positive prompts.
+    """
+    ready = with_weights(stages, download, allow_pickle)
+    with ExitStack() as closing:
+        splice = execute(ready, make_in_memory, closing, device=device, progress=progress)
+        return measured_routing(splice, device=device, place=place, progress=progress)
