@@ -22,7 +22,8 @@ from frankenmerge.splicing.parameters import (
 )
 from frankenmerge.splicing.result import Donors, is_whole
 from frankenmerge.splicing.rotation import stream_use
-from frankenmerge.splicing.vocabulary import Rows, TokenMap, Vocabulary, rows_of
+from frankenmerge.splicing.token_maps import TokenMap
+from frankenmerge.splicing.vocabulary import Rows, Vocabulary, rows_of
 from frankenmerge.storage.dtypes import COMPUTED
 
 _ALIKE = "name donors with the same tensors; for other vocabularies set tokenizer_source"
@@ -129,7 +130,7 @@ def _end(draft: Draft, place: _Place, donor: str | None) -> Iterator[Operation]:
 
 
 def _rotated(
-    operations: Iterable[Copy | Combine], draft: Draft, place: _Place
+    operations: Iterable[Copy | Combine | Transplant], draft: Draft, place: _Place
 ) -> Iterator[Operation]:
     """The operations of one place, as rotations where their slice has a gauge."""
     if draft.recipe.parts[place.number].gauge is None:
@@ -139,7 +140,7 @@ def _rotated(
         if isinstance(operation, Copy):
             given = Input(operation.donor, operation.source, operation.tensor, {})
         else:
-            given = operation.inputs[0]
+            given = operation.read[0]
         donor = draft.donors[given.donor]
         # A tied head is stored under the embedding's name: the name it gets says what it does.
         use = stream_use(donor.architecture, donor.architecture.role(operation.name)[2])
@@ -167,7 +168,7 @@ class _Entry(NamedTuple):
     names: Mapping[str, str]
 
 
-def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combine]:
+def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combine | Transplant]:
     """The tensors of one role, or of one block of a slice."""
     recipe, donors = draft.recipe, draft.donors
     method, sources, base = taken(recipe, part)
@@ -179,6 +180,16 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
         by_token = draft.vocabulary is not None and _has_row_per_token(
             donors[sources[0].model], place.role, canonical
         )
+        maps = draft.vocabulary.maps if draft.vocabulary and by_token else {}
+        if found := maps.get(sources[0].model):
+            if method != PLAIN or len(entries) > 1:
+                expected = "embedding and head of one donor each, with approximate"
+                remedy = "give the donors one tokenizer first, with transplant-tokenizer"
+                raise fail(f"recipe: {canonical}", expected, f"the method {method}", remedy)
+            yield _transplant(
+                draft, canonical.format(place.position), entries[0], canonical, found, place.role
+            )
+            continue
 
         def given(
             entry: _Entry,
@@ -196,13 +207,6 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
             return Input(entry.source.model, name, tensor, parameters, rows)
 
         name = canonical.format(place.position)
-        if by_token and (tokens := draft.vocabulary.maps.get(sources[0].model)):
-            if method != PLAIN or len(entries) > 1:
-                expected = "embedding and head of one donor each, with approximate"
-                remedy = "give the donors one tokenizer first, with transplant-tokenizer"
-                raise fail(f"recipe: {name}", expected, f"the method {method}", remedy)
-            yield _transplant(draft, name, entries[0], canonical, tokens, place.role)
-            continue
         chosen = [_selected(entries, canonical, place.offset)] if part.by_filter else entries
         inputs = tuple(given(entry) for entry in chosen)
         first = inputs[0]

@@ -5,13 +5,14 @@ memory. What both compute for one operation is in `splicing.computing`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from frankenmerge.artefacts.recipe_parameters import Value
 from frankenmerge.artefacts.recipe_schema import Approximation
 from frankenmerge.splicing.rotation import StreamUse
-from frankenmerge.splicing.vocabulary import Rows, TokenMap
+from frankenmerge.splicing.token_maps import TokenMap
+from frankenmerge.splicing.vocabulary import Rows, Vocabulary
 from frankenmerge.storage.dtypes import BYTES_OF
 from frankenmerge.storage.safetensors_header import Tensor
 
@@ -234,6 +235,28 @@ def readings(operation: Operation) -> list[Reading]:
             pairs = zip(part.rows.donors, part.rows.tensors, strict=True)
             found += [Reading(donor, part.source, tensor) for donor, tensor in pairs]
     return found
+
+
+def zero_row_remarks(
+    operations: Sequence[Operation], vocabulary: Vocabulary | None
+) -> Iterator[str]:
+    """Report tokens of the result that no donor has a row for."""
+    if vocabulary is None:
+        return
+    for operation in operations:
+        parts = operation.read if isinstance(operation, Combine) else ()
+        rows = next((part.rows for part in parts if part.rows), None)
+        if rows is None:
+            continue
+        empty = [token for token, index in vocabulary.tokens.items() if rows.origin[index] < 0]
+        if empty:
+            listed = ", ".join(map(repr, empty[:3])) + (", ..." if len(empty) > 3 else "")
+            yield (
+                f"{operation.name} has rows of zeros for {len(empty):,} of "
+                f"{len(vocabulary.tokens):,} tokens, which no donor has: {listed}; "
+                "tokenizer: {approximate: nearest} makes rows from those of known tokens"
+            )
+        return
 
 
 Rebind = Callable[[str, str], tuple[str, Tensor]]

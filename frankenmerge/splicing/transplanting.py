@@ -4,18 +4,15 @@ A token that both vocabularies have keeps the model's row. Any other is put toge
 that the model knows, or stands in the donor's embedding among tokens that both know, and gets the
 same place among their rows in the model: a sparse combination found by orthogonal matching pursuit
 (Pati et al. 1993; for tokenizers Goddard and Fernandes Neto 2025), an affine combination of
-neighbours (the weights of locally linear embedding, Roweis and Saul 2000), or the mean of the
-nearest.
+neighbours (the weights of locally linear embedding, Roweis and Saul 2000), or a mean of the
+nearest. Means are shorter than what they are taken of, which does no harm: the other combinations
+get the length of the donor's row, in units of the rows that both know.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from frankenmerge.artefacts.recipe_schema import Approximation
-from frankenmerge.donors.token_bytes import TokenBytes
-from frankenmerge.splicing.vocabulary import NO_ROW, TokenMap
+from frankenmerge.splicing.token_maps import NO_ROW, TokenMap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,55 +34,6 @@ class Weighted(NamedTuple):
     """float32 `[n, k]`."""
 
 
-def pieces(text: bytes, ids: Mapping[bytes, int]) -> list[int]:
-    """The fewest tokens that make up a text, the longer ones first; none where there are none.
-
-    Args:
-        text: of a token.
-        ids: tokens by their bytes.
-    """
-    best: list[tuple[int, int, int] | None] = [None] * len(text) + [(0, 0, 0)]
-    for start in reversed(range(len(text))):
-        for stop in range(len(text), start, -1):
-            rest, token = best[stop], ids.get(text[start:stop])
-            if rest is not None and token is not None:
-                count = rest[0] + 1
-                if (found := best[start]) is None or count < found[0]:
-                    best[start] = count, stop, token
-    made, place = [], 0
-    while place < len(text) and (step := best[place]) is not None:
-        made.append(step[2])
-        place = step[1]
-    return made if place == len(text) else []
-
-
-def token_map(model: TokenBytes, donor: TokenBytes, alike: Mapping[str, int], rows: int) -> TokenMap:
-    """Find every token of a donor's vocabulary in a model's.
-
-    Args:
-        model: the tokens that there are rows of.
-        donor: the tokens that rows are needed of.
-        alike: ids of the model's special tokens by the donor's names for what they do.
-        rows: of the result.
-    """
-    ids, special = model.ids, {token: index for index, token in model.special.items()}
-    bytewise = {model.plain[index]: index for index in model.single if index in model.plain}
-    exact, listed = np.full(rows, NO_ROW, np.int32), dict[int, list[int]]()
-    for index, text in donor.plain.items():
-        first = bytewise if index in donor.single else ids
-        if (found := first.get(text, ids.get(text))) is not None:
-            exact[index] = found
-        else:
-            listed[index] = pieces(text, ids)
-    for index, token in donor.special.items():
-        exact[index] = special.get(token, alike.get(token, NO_ROW))
-    longest = max(map(len, listed.values()), default=0)
-    made = np.full((rows, max(1, longest)), NO_ROW, np.int32)
-    for index, found in listed.items():
-        made[index, : len(found)] = found
-    return TokenMap(exact, made)
-
-
 def transplanted(
     matrix: "Tensor",
     reference: "Tensor | None",
@@ -101,7 +49,7 @@ def transplanted(
             are put together from pieces.
         tokens: of the result.
         approximation: for tokens that the model lacks; one without known pieces is approximated by
-            `omp`, the mean row where there is no reference.
+            `nearest`, the mean row where there is no reference.
         anchors: the most tokens that one is approximated by.
 
     Returns:
@@ -127,12 +75,18 @@ def transplanted(
     if reference is None:
         made[missing] = here.mean(0)
         return made
-    find = FINDERS.get(approximation, orthogonal_matching_pursuit)
+    find = FINDERS.get(approximation, nearest)
     shared = shared[shared < len(reference)]
     there, here = reference[shared], matrix[exact[shared]]
+    size = here.norm(dim=1).mean() / there.norm(dim=1).mean()
     for part in missing[missing < len(reference)].split(BATCH):
         found = find(reference[part], there, min(anchors, len(shared)))
-        made[part] = (found.weights[:, :, None] * here[found.rows]).sum(1)
+        rows = (found.weights[:, :, None] * here[found.rows]).sum(1)
+        if find is not nearest:
+            # Weights of any sign may add up to rows far longer than any the model has.
+            length = size * reference[part].norm(dim=1, keepdim=True)
+            rows = torch.nn.functional.normalize(rows, dim=1) * length
+        made[part] = rows
     return made
 
 
@@ -187,7 +141,9 @@ def barycentric(targets: "Tensor", anchors: "Tensor", count: int) -> Weighted:
     ridge = (RIDGE * size + torch.finfo(size.dtype).tiny)[:, None, None] * torch.eye(
         count, device=size.device
     )
-    weights = torch.linalg.solve(products + ridge, targets.new_ones(len(targets), count, 1)).squeeze(2)
+    weights = torch.linalg.solve(
+        products + ridge, targets.new_ones(len(targets), count, 1)
+    ).squeeze(2)
     return Weighted(rows, weights / weights.sum(1, keepdim=True))
 
 

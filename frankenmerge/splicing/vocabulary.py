@@ -10,28 +10,12 @@ from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
 from frankenmerge.donors.token_bytes import TokenBytes, roles, token_bytes
 from frankenmerge.donors.tokens import Tokens
-from frankenmerge.errors import Fault, FrankenmergeError, raise_all
+from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.splicing.token_maps import NO_ROW, TokenMap, token_map
 from frankenmerge.storage.safetensors_header import Tensor
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-NO_ROW = -1
-
-
-class TokenMap(NamedTuple):
-    """The tokens of a vocabulary in terms of those of a donor that has another one."""
-
-    exact: "np.ndarray"
-    """The donor's row of the same token, `NO_ROW` for a token that it lacks; int32 `[v]`."""
-    pieces: "np.ndarray"
-    """Rows of the known pieces of other tokens, `NO_ROW` behind the last; int32 `[v, p]`."""
-
-    @property
-    def composed(self) -> "np.ndarray":
-        """Tokens that the donor lacks, with pieces that it knows; bool `[v]`."""
-        return (self.exact == NO_ROW) & (self.pieces[:, 0] != NO_ROW)
 
 
 class Vocabulary(NamedTuple):
@@ -128,8 +112,6 @@ def _maps(
     rows: int,
 ) -> dict[str, TokenMap]:
     """Where missing rows are approximated: the result's tokens in terms of those of its donors."""
-    from frankenmerge.splicing.transplanting import token_map
-
     if recipe.tokenizer is None or recipe.tokenizer.approximate is None:
         return {}
     chosen = donors[recipe.tokenizer_donor]
@@ -150,6 +132,9 @@ def _maps(
         }
         known = parsed(donors[name]).below(_rows(donors[name]))
         maps[name] = token_map(known, wanted, alike, rows)
+        if (maps[name].exact == NO_ROW).all():
+            place, expected = f"{name}: tokenizer", f"tokens that {chosen.name} has, too"
+            raise fail(place, expected, "no token in common", "name another donor")
     return maps
 
 
