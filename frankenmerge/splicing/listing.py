@@ -22,7 +22,6 @@ from frankenmerge.splicing.parameters import (
 )
 from frankenmerge.splicing.result import Donors, is_whole
 from frankenmerge.splicing.rotation import stream_use
-from frankenmerge.splicing.token_maps import TokenMap
 from frankenmerge.splicing.vocabulary import Rows, Vocabulary, rows_of
 from frankenmerge.storage.dtypes import COMPUTED
 
@@ -126,7 +125,8 @@ def _end(draft: Draft, place: _Place, donor: str | None) -> Iterator[Operation]:
         part = Slice(sources=[Source(model=donor, layer_range=[0, 1])])
     elif part.by_filter:
         part = Slice(sources=part.sources[:1], parameters=part.parameters)
-    yield from _rotated(_tensors(draft, part, place), draft, place)
+    tensors = _approximated(_tensors(draft, part, place), draft, place.role)
+    yield from _rotated(tensors, draft, place)
 
 
 def _rotated(
@@ -168,7 +168,7 @@ class _Entry(NamedTuple):
     names: Mapping[str, str]
 
 
-def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combine | Transplant]:
+def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combine]:
     """The tensors of one role, or of one block of a slice."""
     recipe, donors = draft.recipe, draft.donors
     method, sources, base = taken(recipe, part)
@@ -180,16 +180,6 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
         by_token = draft.vocabulary is not None and _has_row_per_token(
             donors[sources[0].model], place.role, canonical
         )
-        maps = draft.vocabulary.maps if draft.vocabulary and by_token else {}
-        if found := maps.get(sources[0].model):
-            if method != PLAIN or len(entries) > 1:
-                expected = "embedding and head of one donor each, with approximate"
-                remedy = "give the donors one tokenizer first, with transplant-tokenizer"
-                raise fail(f"recipe: {canonical}", expected, f"the method {method}", remedy)
-            yield _transplant(
-                draft, canonical.format(place.position), entries[0], canonical, found, place.role
-            )
-            continue
 
         def given(
             entry: _Entry,
@@ -227,28 +217,42 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
         yield Combine(name, draft.dtype, shape, method, inputs, base_input, parameters, seed)
 
 
-def _transplant(
-    draft: Draft, name: str, entry: _Entry, canonical: str, tokens: TokenMap, role: str
-) -> Transplant:
-    """One donor's embedding, head or its bias, with rows for the result's vocabulary."""
+def _approximated(
+    operations: Iterable[Copy | Combine], draft: Draft, role: str
+) -> Iterator[Copy | Combine | Transplant]:
+    """The operations of one end, with rows made for tokens that its donor lacks where asked for."""
     recipe, donors = draft.recipe, draft.donors
-    assert recipe.tokenizer and recipe.tokenizer.approximate
-
-    def part(donor: str, stored: str) -> Input:
-        return Input(donor, stored, donors[donor].tensors[stored], {})
-
-    given = part(entry.source.model, entry.names[canonical])
     chosen = recipe.tokenizer_donor
-    matrices = [
-        stored
-        for canonical, stored in tensor_names(donors[chosen], role).items()
-        if _has_row_per_token(donors[chosen], role, canonical)
-        and len(donors[chosen].tensors[stored].shape) == len(given.tensor.shape) == 2
-    ]
-    reference = part(chosen, matrices[0]) if matrices else None
-    anchors = recipe.tokenizer.anchors or ANCHORS
-    approximation = recipe.tokenizer.approximate
-    return Transplant(name, draft.dtype, given, reference, tokens, approximation, anchors)
+    for operation in operations:
+        given = operation.inputs[0] if isinstance(operation, Combine) else None
+        if given is None or given.rows is None or not draft.vocabulary or not recipe.tokenizer:
+            yield operation
+            continue
+        approximation = recipe.tokenizer.approximate
+        tokens = draft.vocabulary.maps.get(given.donor)
+        if approximation is None or tokens is None:
+            yield operation
+            continue
+        assert isinstance(operation, Combine)
+        if operation.method != PLAIN or len(operation.inputs) > 1:
+            expected = "embedding and head of one donor each, with approximate"
+            remedy = "give the donors one tokenizer first, with transplant-tokenizer"
+            raise fail(f"recipe: {operation.name}", expected, operation.method, remedy)
+        matrices = [
+            Input(chosen, stored, donors[chosen].tensors[stored], {})
+            for canonical, stored in tensor_names(donors[chosen], role).items()
+            if _has_row_per_token(donors[chosen], role, canonical)
+            and len(donors[chosen].tensors[stored].shape) == len(given.tensor.shape) == 2
+        ]
+        yield Transplant(
+            operation.name,
+            draft.dtype,
+            given._replace(rows=None, parameters={}),
+            next(iter(matrices), None),
+            tokens,
+            approximation,
+            recipe.tokenizer.anchors or ANCHORS,
+        )
 
 
 def _names(donors: Donors, source: Source, place: _Place) -> dict[str, str]:
