@@ -5,7 +5,7 @@ memory. What both compute for one operation is in `splicing.computing`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from frankenmerge.artefacts.recipe_parameters import Value
@@ -238,9 +238,9 @@ def readings(operation: Operation) -> list[Reading]:
 
 
 def zero_row_remarks(
-    operations: Sequence[Operation], vocabulary: Vocabulary | None
+    operations: Sequence[Operation], vocabulary: Vocabulary | None, asked: Collection[str]
 ) -> Iterator[str]:
-    """Report tokens of the result that no donor has a row for."""
+    """Report tokens of the result that no donor has a row for, but those that the recipe sets."""
     if vocabulary is None:
         return
     for operation in operations:
@@ -248,7 +248,11 @@ def zero_row_remarks(
         rows = next((part.rows for part in parts if part.rows), None)
         if rows is None:
             continue
-        empty = [token for token, index in vocabulary.tokens.items() if rows.origin[index] < 0]
+        empty = [
+            token
+            for token, index in vocabulary.tokens.items()
+            if rows.origin[index] < 0 and token not in asked
+        ]
         if empty:
             listed = ", ".join(map(repr, empty[:3])) + (", ..." if len(empty) > 3 else "")
             yield (

@@ -342,7 +342,8 @@ def _resolved(recipe: Recipe, donors: Donors, place: str) -> Splice:
     listed = spelled_out(recipe, donors, place, with_base=True)
     operations = operations_of(Draft(listed, donors, vocabulary, dtype, tied), place)
     remarks += recipe_remarks(recipe, filtered_names(operations, donors))
-    remarks += zero_row_remarks(operations, vocabulary)
+    asked = (recipe.tokenizer and recipe.tokenizer.tokens) or {}
+    remarks += zero_row_remarks(operations, vocabulary, asked)
     return Splice(
         recipe,
         spelled,
