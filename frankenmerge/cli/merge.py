@@ -19,6 +19,7 @@ from frankenmerge.cli.console import (
     size,
     table,
 )
+from frankenmerge.cli.from_mergekit import mergekit_options
 from frankenmerge.distributed import own_rank
 from frankenmerge.errors import fail
 
@@ -133,6 +134,7 @@ _WRITING = (
     ),
     click.option(
         "--shard-size",
+        "--out-shard-size",
         default="5GB",
         show_default=True,
         callback=size_in_bytes,
@@ -180,14 +182,20 @@ def writing_options(command: Callable) -> Callable:
     """Add the options of commands that write a checkpoint."""
     for option in reversed(_WRITING):
         command = option(command)
-    return command
+    return mergekit_options(command)
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--seed",
+    "--random-seed",
+    type=click.IntRange(0),
+    help="Random seed of methods that drop elements at random. [default: the recipe's]",
+)
 @writing_options
-def merge(recipe: Path, output: Path, **options: Any) -> None:
+def merge(recipe: Path, output: Path, seed: int | None, **options: Any) -> None:
     """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all.
 
     Stages that it uses are written to OUTPUT.stages, and made again only if their inputs have
@@ -196,7 +204,10 @@ def merge(recipe: Path, output: Path, **options: Any) -> None:
     """
     from frankenmerge.artefacts.recipe_file import load_recipes
 
-    write_checkpoint(load_recipes(recipe), str(recipe), output, **options)
+    recipes = load_recipes(recipe)
+    if seed is not None:
+        recipes = [each.model_copy(update={"seed": seed}) for each in recipes]
+    write_checkpoint(recipes, str(recipe), output, **options)
 
 
 Before = Callable[["Stages"], dict[str, Any]]
@@ -214,6 +225,7 @@ def write_checkpoint(
     download: bool,
     allow_pickle: bool,
     as_json: bool,
+    cuda: bool = False,
     before: Before = lambda _: {},
     **options: Any,
 ) -> None:
@@ -229,6 +241,7 @@ def write_checkpoint(
         download: whether donors may be fetched.
         allow_pickle: whether donors that have only pickles are converted.
         as_json: print JSON.
+        cuda: compute on the first GPU.
         before: what else is done and printed first.
         options: those of `MergeOptions`.
     """
@@ -237,6 +250,8 @@ def write_checkpoint(
     from frankenmerge.workflows.merging import check_merge, merge_stages, resolved
 
     rank = own_rank()
+    if cuda:
+        options["device"] = "cuda"
     if options["device"] == "cuda" and "LOCAL_RANK" in os.environ:
         options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     chosen = MergeOptions(**options)
