@@ -246,6 +246,7 @@ def write_checkpoint(
         options: those of `MergeOptions`.
     """
     from frankenmerge.merging.write_plan import MergeOptions
+    from frankenmerge.splicing.computing import extension_remarks
     from frankenmerge.storage.hub import check_push, push
     from frankenmerge.workflows.merging import check_merge, merge_stages, resolved
 
@@ -266,6 +267,8 @@ def write_checkpoint(
         if push_to_hub and rank.first:
             check_push(push_to_hub)
         print_remarks(stages.remarks)
+        operations = [each for splice in stages.all for each in splice.operations]
+        print_remarks(extension_remarks(operations, chosen.device))
         also = before(stages) if rank.first else {}
         if dry_run:
             _print_stages(stages, as_json, also)
