@@ -7,7 +7,7 @@ export NO_MKDOCS_2_WARNING = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check slow docs clean
+.PHONY: help demo test check slow docs wheel clean
 
 help: ## Show the targets
 	@echo "The first target you make sets up .venv, which takes some minutes."
@@ -28,6 +28,9 @@ check: $(READY) ## Run ruff, pyright, the documentation's build and the test of 
 	$(BIN)/pyright
 	$(BIN)/mkdocs build --strict --quiet
 	$(BIN)/pytest tests/test_imports.py
+
+wheel: $(READY) ## Build an sdist and, with a C compiler, a wheel with the extension into dist/
+	$(BIN)/python -m build --outdir dist
 
 slow: $(READY) ## Run the slow tests
 	$(TESTS) -m slow

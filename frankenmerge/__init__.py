@@ -23,6 +23,7 @@ _OFFERED = (
     "report",
     "save_alignment",
     "save_atlas",
+    "transplant_recipe",
     "tune",
     "verify",
     "write_adapter",

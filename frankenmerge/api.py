@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from frankenmerge.artefacts.alignment import Alignment, load_alignment, save_alignment
 from frankenmerge.artefacts.atlas import Atlas, load_atlas, save_atlas
-from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.recipe import Recipe, transplant_recipe
 from frankenmerge.artefacts.recipe_file import load_recipe, load_recipes
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.progress import Progress, silent
@@ -54,6 +54,7 @@ __all__ = [
     "routing",
     "save_alignment",
     "save_atlas",
+    "transplant_recipe",
     "tune",
     "verify",
     "write_adapter",

@@ -15,6 +15,8 @@ from pydantic import Field, StrictInt, model_validator
 
 from frankenmerge.artefacts.mixture import Mixture
 from frankenmerge.artefacts.recipe_schema import (
+    ANCHORS,
+    Approximation,
     Dtype,
     Model,
     Module,
@@ -256,6 +258,28 @@ class Recipe(Part):
         return " ".join(
             told if self.merge_method == "passthrough" else [f"{self.merge_method}:", *told]
         )
+
+
+def transplant_recipe(
+    model: str, donor: str, approximate: Approximation = "nearest", anchors: int = ANCHORS
+) -> Recipe:
+    """The recipe of `model` with the tokenizer of `donor`.
+
+    Args:
+        model: keeps all its tensors but embedding and head.
+        donor: of the tokenizer.
+        approximate: how rows are made for tokens that the model lacks.
+        anchors: the most tokens that one is approximated by.
+    """
+    return Recipe(
+        merge_method="passthrough",
+        models=[Whole(model=model)],
+        tokenizer=Tokenizer(
+            source=donor,
+            approximate=approximate,
+            anchors=None if approximate == "pieces" else anchors,
+        ),
+    )
 
 
 def recipe_of(blocks: list[Block], **fields: Any) -> Recipe:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -278,6 +278,14 @@ class Token(Part):
     """Whether it replaces the embedding also in the donors that have the token."""
 
 
+Approximation = Literal["pieces", "omp", "barycentric", "nearest"]
+"""How the row of a token that a model lacks is made: the mean of pieces that it knows, or a
+combination of rows of tokens that both vocabularies have.
+"""
+APPROXIMATIONS: tuple[Approximation, ...] = get_args(Approximation)
+ANCHORS = 16
+
+
 class Tokenizer(Part):
     """The result's tokenizer, where its name alone does not tell it."""
 
@@ -286,3 +294,21 @@ class Tokenizer(Part):
     tokens: dict[str, Token] | None = None
     pad_to_multiple_of: Annotated[StrictInt, Field(ge=1, le=1 << 16)] | None = None
     """The embedding's rows are padded with zeros up to a multiple of it."""
+    approximate: Approximation | None = None
+    """How rows are made for tokens of `source` that a donor lacks, from its own rows. Without it
+    they are other donors' rows, or zeros.
+    """
+    anchors: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
+    """The most tokens that one is approximated by; `ANCHORS` when absent."""
+
+    @model_validator(mode="after")
+    def _of_one_donor(self) -> Self:
+        if self.anchors is not None and self.approximate in (None, "pieces"):
+            raise ValueError("anchors belong to approximate: omp, barycentric or nearest")
+        if self.approximate is None:
+            return self
+        if self.source == "union":
+            raise ValueError("approximate needs a source: base, or the donor of the tokenizer")
+        if self.tokens:
+            raise ValueError("approximate leaves no tokens to be set one by one")
+        return self

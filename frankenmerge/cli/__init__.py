@@ -18,6 +18,7 @@ from frankenmerge.cli.merge import check, merge, widen
 from frankenmerge.cli.moe import moe
 from frankenmerge.cli.plan import plan
 from frankenmerge.cli.report import report
+from frankenmerge.cli.transplant import transplant_tokenizer
 from frankenmerge.cli.tune import tune
 from frankenmerge.errors import Fault, FrankenmergeError
 
@@ -61,6 +62,7 @@ for command in (
     merge,
     moe,
     heal,
+    transplant_tokenizer,
     widen,
     evaluate,
     report,

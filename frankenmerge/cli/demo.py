@@ -12,7 +12,7 @@ from frankenmerge.cli.console import json_option, out, print_json, progress, tab
 from frankenmerge.cli.demo_evaluation import evaluate, held_out_json, print_measured
 from frankenmerge.cli.gain import print_gains
 from frankenmerge.cli.measuring import SAMPLED
-from frankenmerge.cli.plan import print_damping
+from frankenmerge.cli.tables import print_damping
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:

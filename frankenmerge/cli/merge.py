@@ -19,6 +19,7 @@ from frankenmerge.cli.console import (
     size,
     table,
 )
+from frankenmerge.cli.from_mergekit import mergekit_options
 from frankenmerge.distributed import own_rank
 from frankenmerge.errors import fail
 
@@ -133,6 +134,7 @@ _WRITING = (
     ),
     click.option(
         "--shard-size",
+        "--out-shard-size",
         default="5GB",
         show_default=True,
         callback=size_in_bytes,
@@ -180,7 +182,7 @@ def writing_options(command: Callable) -> Callable:
     """Add the options of commands that write a checkpoint."""
     for option in reversed(_WRITING):
         command = option(command)
-    return command
+    return mergekit_options(command)
 
 
 @click.command()
@@ -192,8 +194,14 @@ def writing_options(command: Callable) -> Callable:
     help="Write a self-merge as a LoRA of zeros for its unrepeated donor (peft's "
     "layer_replication), a few kB.",
 )
+@click.option(
+    "--seed",
+    "--random-seed",
+    type=click.IntRange(0),
+    help="Random seed of methods that drop elements at random. [default: the recipe's]",
+)
 @writing_options
-def merge(recipe: Path, output: Path, **options: Any) -> None:
+def merge(recipe: Path, output: Path, seed: int | None, **options: Any) -> None:
     """Write the checkpoint that RECIPE describes to the new folder OUTPUT, complete or not at all.
 
     Stages that it uses are written to OUTPUT.stages, and made again only if their inputs have
@@ -202,7 +210,10 @@ def merge(recipe: Path, output: Path, **options: Any) -> None:
     """
     from frankenmerge.artefacts.recipe_file import load_recipes
 
-    write_checkpoint(load_recipes(recipe), str(recipe), output, **options)
+    recipes = load_recipes(recipe)
+    if seed is not None:
+        recipes = [each.model_copy(update={"seed": seed}) for each in recipes]
+    write_checkpoint(recipes, str(recipe), output, **options)
 
 
 Before = Callable[["Stages"], dict[str, Any]]
@@ -221,6 +232,7 @@ def write_checkpoint(
     allow_pickle: bool,
     as_json: bool,
     adapter: bool = False,
+    cuda: bool = False,
     before: Before = lambda _: {},
     **options: Any,
 ) -> None:
@@ -237,14 +249,18 @@ def write_checkpoint(
         allow_pickle: whether donors that have only pickles are converted.
         as_json: print JSON.
         adapter: write an adapter of a self-merge in place of a checkpoint.
+        cuda: compute on the first GPU.
         before: what else is done and printed first.
         options: those of `MergeOptions`.
     """
     from frankenmerge.merging.write_plan import MergeOptions
+    from frankenmerge.splicing.computing import extension_remarks
     from frankenmerge.storage.hub import check_push, push
     from frankenmerge.workflows.merging import check_merge, merge_stages, resolved
 
     rank = own_rank()
+    if cuda:
+        options["device"] = "cuda"
     if options["device"] == "cuda" and "LOCAL_RANK" in os.environ:
         options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     chosen = MergeOptions(**options)
@@ -265,6 +281,8 @@ def write_checkpoint(
         if push_to_hub and rank.first:
             check_push(push_to_hub)
         print_remarks(stages.remarks)
+        operations = [each for splice in stages.all for each in splice.operations]
+        print_remarks(extension_remarks(operations, chosen.device))
         also = before(stages) if rank.first else {}
         if dry_run:
             _print_stages(stages, as_json, also)

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     help="First report where held-out prompts of every expert are routed; with --dry-run write "
     "nothing.",
 )
-@click.option("--seed", type=click.IntRange(0), help="Random seed of random gates and of noise.")
+@click.option(
+    "--seed",
+    "--random-seed",
+    type=click.IntRange(0),
+    help="Random seed of random gates and of noise.",
+)
 @writing_options
 def moe(config: Path, output: Path, measure: bool, seed: int | None, **options: Any) -> None:
     """Write a mixture of experts of dense donors to the new folder OUTPUT.

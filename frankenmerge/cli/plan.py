@@ -1,7 +1,6 @@
 """`plan`: from alignments to recipes."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,13 +19,13 @@ from frankenmerge.cli.console import (
     table,
 )
 from frankenmerge.cli.measuring import SAMPLED, gain_option, measured_on, measuring_option
+from frankenmerge.cli.tables import print_damping, print_seams
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
     from frankenmerge.planning.plan import Plan
-    from frankenmerge.planning.seams import SeamEvidence
     from frankenmerge.planning.search import Constraints
-    from frankenmerge.workflows.planning import Damped, Planned
+    from frankenmerge.workflows.planning import Planned
 
 
 class _Named(NamedTuple):
@@ -169,6 +168,12 @@ _OF_DAMAGE = ("use", "avoid", "shares", "differ", "calibrate", "verify", "damp")
     help="Of one DONOR: run every window of its blocks twice, with several scales, and show which "
     "gain on --on.",
 )
+@click.option(
+    "--random",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Of DONORS: write N random recipes within --max-seams and --min-slice, as controls.",
+)
 @gain_option("--on", "With --objective gain or --sweep, measure on this. [default: sampled]")
 @click.option(
     "--base",
@@ -180,7 +185,7 @@ _OF_DAMAGE = ("use", "avoid", "shares", "differ", "calibrate", "verify", "damp")
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="With --objective gain, of sampled tokens and resamples.",
+    help="With --objective gain, of sampled tokens and resamples; with --random, of the recipes.",
 )
 @measuring_option(
     "--calibrate",
@@ -213,8 +218,13 @@ def plan(
     gain is shown is an answer as any other. Without --depth recipes of every depth are searched.
 
     With --sweep, give a donor in place of alignments; what was measured is written as
-    NAME.sweep.json. A sweep that was interrupted goes on where it was.
+    NAME.sweep.json. A sweep that was interrupted goes on where it was. With --random, give donors.
     """
+    if options["random"]:
+        from frankenmerge.cli.random_plans import plan_random
+
+        plan_random(alignments, output, options, as_json=as_json)
+        return
     if options["sweep"]:
         from frankenmerge.cli.gain import plan_sweep
 
@@ -361,33 +371,3 @@ def _print_plans(
             name,
         )
     console.print(made)
-
-
-def print_damping(console: Console, damped: "Damped") -> None:
-    """Show what damping the best plan's repeated blocks gained."""
-    ways = ", ".join(f"{name} {value:z.3f}" for name, value in damped.damage.items())
-    used = f"Using {damped.kept}." if damped.kept else "Not damped."
-    console.print(f"Damping of repeated blocks (loss in nats/token): {ways}. {used}")
-
-
-def print_seams(console: Console, seams: "Sequence[SeamEvidence]") -> None:
-    """Show every seam: what it joins, its cost alone, and the donors' token overlap there."""
-    for number, seam in enumerate(seams, 1):
-        after, before = (f"{Path(block.model).name} block {block.index}" for block in seam.seam)
-        kind = "same depth"
-        if seam.skipped:
-            kind = f"{abs(seam.skipped)} {'skipped' if seam.skipped > 0 else 'repeated'}"
-        overlap, chance = seam.scores["jaccard"], seam.nulls["jaccard"]["permuted_neurons"]
-        values = f"alone {seam.cost:.3f}; token overlap {overlap:.3f}, by chance {chance:.3f}"
-        console.print(f"Seam {number}: {after} -> {before} ({kind}): {values}", markup=False)
-        if seam.gauged:
-            console.print(
-                "  Agreement is at chance level in the donors' own bases; "
-                "the recipe rotates this slice (gauge)."
-            )
-        elif seam.by_chance:
-            console.print(
-                "  [bold red]Agreement is at chance level:[/] these donors share no basis here; "
-                "expect noise after this seam.",
-                markup=True,
-            )

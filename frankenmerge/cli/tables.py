@@ -1,4 +1,4 @@
-"""Results of an evaluation as tables of at most 80 columns."""
+"""Results of an evaluation and of a plan as tables and lines of at most 80 columns."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from frankenmerge.evaluation.retention import Retention
     from frankenmerge.evaluation.samples import Sample
     from frankenmerge.evaluation.seams import BlockComparison
+    from frankenmerge.planning.seams import SeamEvidence
+    from frankenmerge.workflows.planning import Damped
 
 FEW = 2
 """Up to this many texts have a column each in the first table."""
@@ -212,3 +214,33 @@ def print_samples(console: Console, samples: "Mapping[str, list[Sample]]") -> No
                     f"    not in the reference words: {', '.join(dict.fromkeys(sample.invalid))}",
                     markup=False,
                 )
+
+
+def print_damping(console: Console, damped: "Damped") -> None:
+    """Show what damping the best plan's repeated blocks gained."""
+    ways = ", ".join(f"{name} {value:z.3f}" for name, value in damped.damage.items())
+    used = f"Using {damped.kept}." if damped.kept else "Not damped."
+    console.print(f"Damping of repeated blocks (loss in nats/token): {ways}. {used}")
+
+
+def print_seams(console: Console, seams: "Sequence[SeamEvidence]") -> None:
+    """Show every seam: what it joins, its cost alone, and the donors' token overlap there."""
+    for number, seam in enumerate(seams, 1):
+        after, before = (f"{Path(block.model).name} block {block.index}" for block in seam.seam)
+        kind = "same depth"
+        if seam.skipped:
+            kind = f"{abs(seam.skipped)} {'skipped' if seam.skipped > 0 else 'repeated'}"
+        overlap, chance = seam.scores["jaccard"], seam.nulls["jaccard"]["permuted_neurons"]
+        values = f"alone {seam.cost:.3f}; token overlap {overlap:.3f}, by chance {chance:.3f}"
+        console.print(f"Seam {number}: {after} -> {before} ({kind}): {values}", markup=False)
+        if seam.gauged:
+            console.print(
+                "  Agreement is at chance level in the donors' own bases; "
+                "the recipe rotates this slice (gauge)."
+            )
+        elif seam.by_chance:
+            console.print(
+                "  [bold red]Agreement is at chance level:[/] these donors share no basis here; "
+                "expect noise after this seam.",
+                markup=True,
+            )

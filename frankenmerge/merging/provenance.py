@@ -23,6 +23,7 @@ from frankenmerge.splicing.operations import (
     Operation,
     Perturb,
     Rotate,
+    Transplant,
 )
 from frankenmerge.splicing.rotation import Fit
 
@@ -102,6 +103,12 @@ def origin(operation: Operation) -> TensorRecord:
         )
     if isinstance(operation, Gate):
         return TensorRecord.of(method=f"gate {operation.mode}", seed=operation.seed)
+    if isinstance(operation, Transplant):
+        return TensorRecord.of(
+            method=f"transplant {operation.approximation}",
+            parameters={"anchors": operation.anchors},
+            inputs=[_input(each) for each in operation.read],
+        )
     if isinstance(operation, Perturb):
         return TensorRecord.of(
             method="noise",
@@ -135,4 +142,6 @@ def plan_hash(shards: Sequence[Shard]) -> str:
             for part in operation.read if isinstance(operation, Combine) else ():
                 if part.rows:
                     digest.update(part.rows.origin.tobytes() + part.rows.row.tobytes())
+            if isinstance(operation, Transplant):
+                digest.update(b"".join(each.tobytes() for each in operation.tokens))
     return digest.hexdigest()

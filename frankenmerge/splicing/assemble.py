@@ -47,6 +47,7 @@ from frankenmerge.splicing.operations import (
     Operation,
     Perturb,
     Rotate,
+    Transplant,
 )
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.splicing.rotation import Fit
@@ -299,6 +300,10 @@ def _identity(operation: Operation, splice: Splice, fits: Mapping[int, Fit]) -> 
         return part(operation.given), part(operation.gain), operation.use, rotation, operation.dtype
     if isinstance(operation, Gate):
         return operation.content, operation.shape, operation.dtype
+    if isinstance(operation, Transplant):
+        numbers = operation.approximation, operation.anchors, operation.dtype
+        maps = operation.tokens.exact.tobytes(), operation.tokens.pieces.tobytes()
+        return part(operation.given), part(operation.reference), maps, numbers
     if isinstance(operation, Perturb):
         numbers = operation.deviation, operation.scale, operation.seed
         return part(operation.given), operation.name, operation.dtype, numbers

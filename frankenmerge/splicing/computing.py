@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.splicing.methods.inputs import Operand, inputs_of
-from frankenmerge.splicing.operations import Combine, Computed, Gate, Input, Perturb, Rotate
+from frankenmerge.splicing.operations import (
+    Combine,
+    Computed,
+    Gate,
+    Input,
+    Operation,
+    Perturb,
+    Rotate,
+    Transplant,
+)
 from frankenmerge.splicing.reading import (
     DonorFiles,
     all_finite,
@@ -88,6 +97,21 @@ def arithmetic(operation: Computed, device: str) -> Arithmetic:
     return "C" if method and native.can(method) else "torch"
 
 
+def extension_remarks(operations: Iterable[Operation], device: str) -> Iterator[str]:
+    """Report that torch has to compute what the extension in C would, if it were built."""
+    from frankenmerge.splicing.methods import native, native_chunks
+
+    if native_chunks.extension is not None or device != "cpu":
+        return
+    combined = (each for each in operations if isinstance(each, Combine))
+    methods = (_method(each, lambda _: _unread) for each in combined)
+    if any(method and native.supports(method) for method in methods):
+        yield (
+            "the C extension is not installed: torch computes, three to four times as slowly and "
+            "in several times the memory; install a wheel, or a C compiler and frankenmerge again"
+        )
+
+
 def _unread(start: int, stop: int) -> NoReturn:
     raise AssertionError("how a tensor is computed does not depend on its elements")
 
@@ -107,6 +131,8 @@ def computed(operation: Computed, how: Computation) -> Iterator[memoryview]:
         return
     if isinstance(operation, Rotate):
         chunks, maker = _rotation_chunks(operation, how), "a rotation"
+    elif isinstance(operation, Transplant):
+        chunks, maker = _transplanted_chunks(operation, how), "approximated rows"
     elif isinstance(operation, Perturb):
         chunks, maker = _noisy_chunks(operation, how), "noise_scale and residual_scale"
     else:
@@ -178,6 +204,24 @@ def _rotation_chunks(operation: Rotate, how: Computation) -> Chunks:
 
     gain = read(operation.gain) if operation.gain else None
     made = rotated(read(operation.given), operation.use, rotation, gain)
+    return _rounded([made.flatten()], operation.dtype)
+
+
+def _transplanted_chunks(operation: Transplant, how: Computation) -> Chunks:
+    """Rows for another vocabulary; both matrices are held whole, in float32."""
+    from frankenmerge.splicing.transplanting import transplanted
+
+    def read(given: Input) -> "torch.Tensor":
+        reader = tensor_reader(given, how.files, device=how.device, allow_nan=how.allow_nan)
+        return reader(0, math.prod(given.tensor.shape)).view(given.tensor.shape)
+
+    made = transplanted(
+        read(operation.given),
+        read(operation.reference) if operation.reference else None,
+        operation.tokens,
+        operation.approximation,
+        operation.anchors,
+    )
     return _rounded([made.flatten()], operation.dtype)
 
 

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.artefacts.recipe_schema import Slice, Source
+from frankenmerge.artefacts.recipe_schema import ANCHORS, Slice, Source
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import is_multimodal, quantity
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.splicing.compatibility import tensor_names
 from frankenmerge.splicing.methods import faults, resolved
-from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate
+from frankenmerge.splicing.operations import Combine, Copy, Input, Operation, Rotate, Transplant
 from frankenmerge.splicing.parameters import (
     PLAIN,
     common_parameters,
@@ -125,11 +125,12 @@ def _end(draft: Draft, place: _Place, donor: str | None) -> Iterator[Operation]:
         part = Slice(sources=[Source(model=donor, layer_range=[0, 1])])
     elif part.by_filter:
         part = Slice(sources=part.sources[:1], parameters=part.parameters)
-    yield from _rotated(_tensors(draft, part, place), draft, place)
+    tensors = _approximated(_tensors(draft, part, place), draft, place.role)
+    yield from _rotated(tensors, draft, place)
 
 
 def _rotated(
-    operations: Iterable[Copy | Combine], draft: Draft, place: _Place
+    operations: Iterable[Copy | Combine | Transplant], draft: Draft, place: _Place
 ) -> Iterator[Operation]:
     """The operations of one place, as rotations where their slice has a gauge."""
     if draft.recipe.parts[place.number].gauge is None:
@@ -139,7 +140,7 @@ def _rotated(
         if isinstance(operation, Copy):
             given = Input(operation.donor, operation.source, operation.tensor, {})
         else:
-            given = operation.inputs[0]
+            given = operation.read[0]
         donor = draft.donors[given.donor]
         # A tied head is stored under the embedding's name: the name it gets says what it does.
         use = stream_use(donor.architecture, donor.architecture.role(operation.name)[2])
@@ -214,6 +215,44 @@ def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combin
         parameters = common_parameters(recipe, part, name, place.t) if own else {}
         base_input, seed = given(start) if start else None, tensor_seed(recipe, name)
         yield Combine(name, draft.dtype, shape, method, inputs, base_input, parameters, seed)
+
+
+def _approximated(
+    operations: Iterable[Copy | Combine], draft: Draft, role: str
+) -> Iterator[Copy | Combine | Transplant]:
+    """The operations of one end, with rows made for tokens that its donor lacks where asked for."""
+    recipe, donors = draft.recipe, draft.donors
+    chosen = recipe.tokenizer_donor
+    for operation in operations:
+        given = operation.inputs[0] if isinstance(operation, Combine) else None
+        if given is None or given.rows is None or not draft.vocabulary or not recipe.tokenizer:
+            yield operation
+            continue
+        approximation = recipe.tokenizer.approximate
+        tokens = draft.vocabulary.maps.get(given.donor)
+        if approximation is None or tokens is None:
+            yield operation
+            continue
+        assert isinstance(operation, Combine)
+        if operation.method != PLAIN or len(operation.inputs) > 1:
+            expected = "embedding and head of one donor each, with approximate"
+            remedy = "give the donors one tokenizer first, with transplant-tokenizer"
+            raise fail(f"recipe: {operation.name}", expected, operation.method, remedy)
+        matrices = [
+            Input(chosen, stored, donors[chosen].tensors[stored], {})
+            for canonical, stored in tensor_names(donors[chosen], role).items()
+            if _has_row_per_token(donors[chosen], role, canonical)
+            and len(donors[chosen].tensors[stored].shape) == len(given.tensor.shape) == 2
+        ]
+        yield Transplant(
+            operation.name,
+            draft.dtype,
+            given._replace(rows=None, parameters={}),
+            next(iter(matrices), None),
+            tokens,
+            approximation,
+            recipe.tokenizer.anchors or ANCHORS,
+        )
 
 
 def _names(donors: Donors, source: Source, place: _Place) -> dict[str, str]:

@@ -5,12 +5,14 @@ memory. What both compute for one operation is in `splicing.computing`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from frankenmerge.artefacts.recipe_parameters import Value
+from frankenmerge.artefacts.recipe_schema import Approximation
 from frankenmerge.splicing.rotation import StreamUse
-from frankenmerge.splicing.vocabulary import Rows
+from frankenmerge.splicing.token_maps import TokenMap
+from frankenmerge.splicing.vocabulary import Rows, Vocabulary
 from frankenmerge.storage.dtypes import BYTES_OF
 from frankenmerge.storage.safetensors_header import Tensor
 
@@ -176,7 +178,38 @@ class Gate(NamedTuple):
         return ()
 
 
-Computed = Combine | Rotate | Perturb | Gate
+class Transplant(NamedTuple):
+    """Embedding or head of the result: a donor's, with rows for another vocabulary."""
+
+    name: str
+    dtype: str
+    """The type's name in safetensors."""
+    given: Input
+    """The donor's, `[v_m, d]`, or `[v_m]` for a bias."""
+    reference: Input | None
+    """That of the donor of the vocabulary; None for a bias."""
+    tokens: TokenMap
+    approximation: Approximation
+    anchors: int
+    """The most tokens that one is approximated by."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[v, d]`, or `[v]` for a bias."""
+        return (len(self.tokens.exact), *self.given.tensor.shape[1:])
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return BYTES_OF[self.dtype] * math.prod(self.shape)
+
+    @property
+    def read(self) -> tuple[Input, ...]:
+        """Everything that it is computed from."""
+        return (self.given, self.reference) if self.reference else (self.given,)
+
+
+Computed = Combine | Rotate | Perturb | Gate | Transplant
 """Tensors that are not a donor's bytes."""
 Operation = Copy | Computed
 
@@ -202,6 +235,32 @@ def readings(operation: Operation) -> list[Reading]:
             pairs = zip(part.rows.donors, part.rows.tensors, strict=True)
             found += [Reading(donor, part.source, tensor) for donor, tensor in pairs]
     return found
+
+
+def zero_row_remarks(
+    operations: Sequence[Operation], vocabulary: Vocabulary | None, asked: Collection[str]
+) -> Iterator[str]:
+    """Report tokens of the result that no donor has a row for, but those that the recipe sets."""
+    if vocabulary is None:
+        return
+    for operation in operations:
+        parts = operation.read if isinstance(operation, Combine) else ()
+        rows = next((part.rows for part in parts if part.rows), None)
+        if rows is None:
+            continue
+        empty = [
+            token
+            for token, index in vocabulary.tokens.items()
+            if rows.origin[index] < 0 and token not in asked
+        ]
+        if empty:
+            listed = ", ".join(map(repr, empty[:3])) + (", ..." if len(empty) > 3 else "")
+            yield (
+                f"{operation.name} has rows of zeros for {len(empty):,} of "
+                f"{len(vocabulary.tokens):,} tokens, which no donor has: {listed}; "
+                "tokenizer: {approximate: nearest} makes rows from those of known tokens"
+            )
+        return
 
 
 Rebind = Callable[[str, str], tuple[str, Tensor]]
@@ -233,6 +292,9 @@ def rebound(operations: Sequence[Operation], rebind: Rebind) -> tuple[Operation,
             made.append(operation._replace(given=part(operation.given)))
         elif isinstance(operation, Gate):
             made.append(operation)
+        elif isinstance(operation, Transplant):
+            reference = operation.reference and part(operation.reference)
+            made.append(operation._replace(given=part(operation.given), reference=reference))
         else:
             inputs = tuple(part(given) for given in operation.inputs)
             base = operation.base and part(operation.base)

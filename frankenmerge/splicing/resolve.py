@@ -24,7 +24,14 @@ from frankenmerge.splicing.listing import Draft, filtered_names, operations_of
 from frankenmerge.splicing.methods import METHODS
 from frankenmerge.splicing.mixtures import mixture_donor_faults, with_experts
 from frankenmerge.splicing.moved_blocks import settled
-from frankenmerge.splicing.operations import HEALED, Copy, Operation, Rotate, rebound
+from frankenmerge.splicing.operations import (
+    HEALED,
+    Copy,
+    Operation,
+    Rotate,
+    rebound,
+    zero_row_remarks,
+)
 from frankenmerge.splicing.parameters import method_faults, recipe_remarks
 from frankenmerge.splicing.result import (
     Donors,
@@ -335,6 +342,8 @@ def _resolved(recipe: Recipe, donors: Donors, place: str) -> Splice:
     listed = spelled_out(recipe, donors, place, with_base=True)
     operations = operations_of(Draft(listed, donors, vocabulary, dtype, tied), place)
     remarks += recipe_remarks(recipe, filtered_names(operations, donors))
+    asked = (recipe.tokenizer and recipe.tokenizer.tokens) or {}
+    remarks += zero_row_remarks(operations, vocabulary, asked)
     return Splice(
         recipe,
         spelled,

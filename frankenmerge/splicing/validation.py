@@ -22,9 +22,10 @@ from frankenmerge.splicing.vocabulary import Vocabulary
 from frankenmerge.storage.dtypes import COMPUTED, DTYPES
 
 _INDICES = ("I32", "I64")
+_SHARE = "use donors that share a tokenizer, or give one the other's with transplant-tokenizer"
 _MATCH_TOKENS = (
-    "begin and end with slices of the same donor, or set tokenizer_source to base or union "
-    "to match rows by their tokens"
+    "begin and end with slices of the same donor, set tokenizer_source to base or union to match "
+    "rows by their tokens, or give one the other's tokenizer with transplant-tokenizer"
 )
 
 
@@ -205,7 +206,7 @@ def _gauge_donor_faults(recipe: Recipe, donors: Donors, number: int, where: str)
     other = donors[recipe.base if part.gauge and part.gauge.to == "base" else before]
     if donor.tokenizer_hash != other.tokenizer_hash:
         expected = f"the tokenizer of {other.name}, so that both see the same tokens"
-        yield Fault(where, expected, "another one", "use donors that share a tokenizer")
+        yield Fault(where, expected, "another one", _SHARE)
     indices = range(*part.sources[0].layer_range)
     roles = [*(("block", index) for index in indices)]
     roles += [("embedding", None), ("final", None), ("head", None)]

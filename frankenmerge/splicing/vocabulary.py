@@ -8,8 +8,10 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_schema import Row, Zero
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
+from frankenmerge.donors.token_bytes import TokenBytes, roles, token_bytes
 from frankenmerge.donors.tokens import Tokens
-from frankenmerge.errors import Fault, FrankenmergeError, raise_all
+from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.splicing.token_maps import NO_ROW, TokenMap, token_map
 from frankenmerge.storage.safetensors_header import Tensor
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ class Vocabulary(NamedTuple):
     donors: dict[str, Tokens]
     rows: int
     """Of embedding and head: one for every id, and the padding."""
+    maps: Mapping[str, TokenMap] = {}
+    """Of donors whose missing rows are approximated."""
 
 
 def known_tokens(donor: Checkpoint) -> Tokens:
@@ -97,7 +101,41 @@ def result_vocabulary(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> Vocab
     # Unless padding is asked for, rows that pad the tokenizer's own matrix stay, as they do where
     # all rows stay.
     rows = -(-rows // padding) * padding if padding else max(rows, _rows(chosen))
-    return Vocabulary(tokens, read, rows)
+    return Vocabulary(tokens, read, rows, _maps(recipe, donors, read, tokens, rows))
+
+
+def _maps(
+    recipe: Recipe,
+    donors: Mapping[str, Checkpoint],
+    read: Mapping[str, Tokens],
+    tokens: Tokens,
+    rows: int,
+) -> dict[str, TokenMap]:
+    """Where missing rows are approximated: the result's tokens in terms of those of its donors."""
+    if recipe.tokenizer is None or recipe.tokenizer.approximate is None:
+        return {}
+    chosen = donors[recipe.tokenizer_donor]
+
+    def parsed(donor: Checkpoint) -> TokenBytes:
+        return token_bytes(donor.tokenizer_json, donor.path / "tokenizer.json")
+
+    wanted, named = parsed(chosen), roles(chosen.tokenizer_settings)
+    maps = {}
+    for name in {*recipe.embedding_donors, *recipe.head_donors}:
+        if read[name] == tokens:
+            continue
+        own = roles(donors[name].tokenizer_settings)
+        alike = {
+            token: read[name][own[role]]
+            for role, token in named.items()
+            if own.get(role) in read[name]
+        }
+        known = parsed(donors[name]).below(_rows(donors[name]))
+        maps[name] = token_map(known, wanted, alike, rows)
+        if (maps[name].exact == NO_ROW).all():
+            place, expected = f"{name}: tokenizer", f"tokens that {chosen.name} has, too"
+            raise fail(place, expected, "no token in common", "name another donor")
+    return maps
 
 
 def _read(recipe: Recipe, donors: Mapping[str, Checkpoint]) -> dict[str, Tokens]:

@@ -405,7 +405,7 @@ def check_same_tokens(loaded: Sequence[Loaded]) -> None:
         if other.tokenizer.get_vocab() != first.tokenizer.get_vocab():
             place = f"{other.checkpoint.name}: tokenizer"
             expected = f"the tokens of {first.checkpoint.name}"
-            remedy = "losses are compared token by token: name donors of one tokenizer"
+            remedy = "give one the other's tokenizer first, with transplant-tokenizer"
             raise fail(place, expected, "other tokens", remedy)
 
 

@@ -138,3 +138,15 @@ def test_what_one_arithmetic_began_the_other_does_not_resume(
     without_extension()
     with pytest.raises(FrankenmergeError, match="another arithmetic"):
         linear(*pair["BF16"], tmp_path / "out", options=options)
+
+
+def test_a_missing_extension_is_told_before_a_computed_merge(donors, run, tmp_path, monkeypatch):
+    from frankenmerge.splicing.methods import native_chunks
+
+    monkeypatch.setattr(native_chunks, "extension", None)
+    models = [{"model": str(donors[name]), "parameters": {"weight": 1}} for name in ("a", "b")]
+    for method, told in (("linear", True), ("passthrough", False)):
+        recipe = tmp_path / f"{method}.yaml"
+        recipe.write_text(json.dumps({"merge_method": method, "models": models[: 1 + told]}))
+        code, _, err = run("merge", recipe, tmp_path / method)
+        assert code == 0 and err.count("the C extension is not installed") == told

@@ -8,10 +8,13 @@ from frankenmerge.splicing.methods.sparse import Thinned
 
 
 def can(method: Combination | Thinned) -> bool:
-    """Whether the extension is built and supports this: coefficients per tensor only."""
-    return native_chunks.extension is not None and (
-        isinstance(method, Thinned) or method.per == "tensor"
-    )
+    """Whether the extension is built and supports this."""
+    return native_chunks.extension is not None and supports(method)
+
+
+def supports(method: Combination | Thinned) -> bool:
+    """Whether the extension supports this, if it is built: coefficients per tensor only."""
+    return isinstance(method, Thinned) or method.per == "tensor"
 
 
 def rounded(
