@@ -19,6 +19,7 @@ from frankenmerge.splicing.opening import open_donor
 
 if TYPE_CHECKING:
     from frankenmerge.evaluation.bench import Text
+    from frankenmerge.merging.lora_plan import LoraOptions
     from frankenmerge.merging.verify import Verified
     from frankenmerge.merging.write_plan import MergeOptions
     from frankenmerge.merging.writer import Merged
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from frankenmerge.splicing.compatibility import Compatibility
     from frankenmerge.workflows.aligning import AlignOptions
     from frankenmerge.workflows.evaluating import Evaluated, EvaluateOptions
+    from frankenmerge.workflows.extracting import Extracted
     from frankenmerge.workflows.gaining import GainOptions, Gains
     from frankenmerge.workflows.healing import Healed, HealOptions
     from frankenmerge.workflows.planning import Planned
@@ -38,6 +40,7 @@ __all__ = [
     "check",
     "compare_donors",
     "evaluate",
+    "extract_lora",
     "heal",
     "load_alignment",
     "load_atlas",
@@ -304,6 +307,40 @@ def heal(
     from frankenmerge.workflows.healing import heal as healed
 
     return healed(model, Path(output), options or HealOptions(), progress=progress)
+
+
+def extract_lora(
+    model: Donor,
+    base: Donor,
+    output: str | Path,
+    options: "LoraOptions | None" = None,
+    *,
+    progress: Progress = silent,
+) -> "Extracted":
+    """Write what makes `base` into `model` as a LoRA for peft to the new folder `output`.
+
+    Args:
+        model: a checkpoint.
+        base: the one that it was trained from.
+        output: a folder that does not exist yet.
+        options: `frankenmerge.merging.lora_plan.LoraOptions`; rank 32 by default.
+        progress: in parameters compared and decomposed.
+
+    Returns:
+        What was written, with rank and error of every matrix.
+
+    Raises:
+        FrankenmergeError: for checkpoints of other architectures or shapes, equal ones, options
+            that cannot be kept, and an output that exists or has no room.
+    """
+    from frankenmerge.merging.lora_plan import LoraOptions
+    from frankenmerge.workflows.extracting import extract_lora as extracted
+    from frankenmerge.workflows.extracting import planned_lora
+
+    chosen = options or LoraOptions()
+    opened = _opened(model), _opened(base)
+    plan = planned_lora(*opened, Path(output), chosen, progress=progress)
+    return extracted(plan, Path(output), chosen, progress=progress)
 
 
 def verify(folder: str | Path, *, progress: Progress = silent) -> "Verified":

@@ -85,9 +85,7 @@ class HostMatrix:
 
     def squared_distance(self, left: "np.ndarray", right: "np.ndarray") -> float:
         """Of rows by rows."""
-        return sum(
-            _squared(self.values[span] - left[span] @ right) for span in _spans(*self.shape)
-        )
+        return sum(_squared(self.values[span] - left[span] @ right) for span in _spans(*self.shape))
 
     def squared_norm(self) -> float:
         """Of rows by rows."""

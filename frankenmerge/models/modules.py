@@ -1,0 +1,70 @@
+"""What kind of module each parameter of a model belongs to, as transformers builds the model."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from frankenmerge.donors.architecture import Config
+from frankenmerge.donors.checkpoint import Checkpoint
+
+Kind = Literal["linear", "transposed", "leaf", "inner"]
+"""A linear map, one that is stored `[in, out]`, any other module, or one with modules inside."""
+
+
+def listed_kind(canonical: str, shape: tuple[int, ...], *, transposed: bool) -> Kind:
+    """The kind of a tensor in a family of the table whose blocks have no experts.
+
+    There every matrix is a linear map but for embeddings and gains of norms, and what has one
+    dimension is a norm's, or the bias of a map: `weight` decides for both.
+
+    Args:
+        canonical: the name of the module's weight.
+        shape: of the weight.
+        transposed: whether the family stores maps `[in, out]`.
+    """
+    module = canonical.removesuffix(".weight").rpartition(".")[2]
+    if len(shape) != 2 or "norm" in module:
+        return "leaf"
+    return "transposed" if transposed else "linear"
+
+
+def kinds_in_memory(config: Config) -> dict[str, Kind]:
+    """The kind of every parameter, by its name in memory; imports transformers.
+
+    Raises whatever transformers raises for a config that it cannot build.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from frankenmerge.models.blank import blank_model
+
+    kinds: dict[str, Kind] = {}
+    for path, module in blank_model(config).named_modules():
+        kind = "inner" if any(module.children()) else "leaf"
+        kind = "linear" if isinstance(module, nn.Linear) else kind
+        kind = "transposed" if isinstance(module, Conv1D) else kind
+        stored = module.state_dict().keys() - {
+            f"{name}.{key}" for name, child in module.named_children() for key in child.state_dict()
+        }
+        kinds |= dict.fromkeys((f"{path}.{name}" for name in stored), kind)
+    return kinds
+
+
+def kinds_of(donor: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Kind]:
+    """The kind of the tensors of a donor's blocks; those that are packed in memory are left out.
+
+    Families of the table need no transformers for that, unless they have experts.
+
+    Args:
+        donor: whose family it is.
+        shapes: of the tensors, by their names in memory.
+    """
+    architecture = donor.architecture
+    if not architecture.listed or any("experts" in name for name in shapes):
+        return kinds_in_memory(donor.config)
+    transposed = architecture.stream is not None and architecture.stream.transposed
+    kinds: dict[str, Kind] = {}
+    for name in shapes:
+        weight = f"{name.rpartition('.')[0]}.weight"
+        shape = shapes.get(weight, ())
+        kinds[name] = listed_kind(weight, shape, transposed=transposed)
+    return kinds
