@@ -20,6 +20,7 @@ from frankenmerge.cli.console import (
 )
 from frankenmerge.distributed import own_rank
 from frankenmerge.errors import fail
+from frankenmerge.models.lora import CONFIG_NAME
 
 if TYPE_CHECKING:
     from frankenmerge.merging.writer import Merged
@@ -36,8 +37,12 @@ def check(target: Path, download: bool, allow_pickle: bool, as_json: bool) -> No
 
     For a RECIPE only configs and headers are read, and the size of its result is reported. For the
     folder MERGED every file is compared with its frankenmerge.json, and copied tensors with their
-    donors' bytes, where these donors are available.
+    donors' bytes, where these donors are available. For the folder of a LoRA that `extract-lora`
+    wrote every file is compared.
     """
+    if (target / CONFIG_NAME).is_file():
+        _verify_lora(target, as_json)
+        return
     if target.is_dir():
         _verify(target, download, allow_pickle, as_json)
         return
@@ -68,6 +73,17 @@ def _verify(folder: Path, download: bool, allow_pickle: bool, as_json: bool) -> 
     for name in found.absent:
         reason = "not found, or changed since the merge"
         console.print(f"Not compared: tensors from {name} ({reason}).", markup=False)
+
+
+def _verify_lora(folder: Path, as_json: bool) -> None:
+    from frankenmerge.merging.lora_files import verify_lora
+
+    count = verify_lora(folder)
+    if as_json:
+        print_json({"output": str(folder), "hashed": count})
+        return
+    found = f"{folder}: {count} files match their checksum in {folder / 'frankenmerge.json'}"
+    out().print(found, markup=False)
 
 
 def _print_stages(stages: "Stages", as_json: bool) -> None:

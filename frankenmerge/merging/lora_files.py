@@ -18,17 +18,23 @@ from frankenmerge.artefacts import lora as artefact
 from frankenmerge.artefacts.lora import LoraProvenance, ModuleRecord
 from frankenmerge.artefacts.provenance import PROVENANCE, DonorRecord
 from frankenmerge.artefacts.recipe_schema import reference
+from frankenmerge.errors import Fault, raise_all
 from frankenmerge.merging.card import front_matter
 from frankenmerge.merging.lora_plan import LoraOptions, LoraPlan
 from frankenmerge.merging.lora_writer import Module
 from frankenmerge.models.lora import CONFIG_NAME
+from frankenmerge.storage.hashing import file_hash
 from frankenmerge.storage.hub import is_folder
 
 ERRORS = "errors.svg"
 
 
 def lora_files(
-    plan: LoraPlan, modules: Sequence[Module], options: LoraOptions, figure: bytes | None
+    plan: LoraPlan,
+    modules: Sequence[Module],
+    options: LoraOptions,
+    weights: Path,
+    figure: bytes | None,
 ) -> dict[str, bytes]:
     """The contents by name.
 
@@ -36,7 +42,8 @@ def lora_files(
         plan: what the adapter holds.
         modules: its linear maps.
         options: how they were extracted.
-        figure: their errors as a file of SVG.
+        weights: the file of weights.
+        figure: the errors as a file of SVG.
     """
     files = {CONFIG_NAME: _json(adapter_config(plan, modules))}
     files |= {
@@ -45,7 +52,9 @@ def lora_files(
         if not _same(path, plan.base.path / path.relative_to(plan.model.path))
     }
     files |= {ERRORS: figure} if figure else {}
-    files[PROVENANCE] = artefact.dump(_provenance(plan, modules, options, files))
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    hashes[weights.name] = file_hash(weights)
+    files[PROVENANCE] = artefact.dump(_provenance(plan, modules, options, hashes))
     files["README.md"] = card(plan, modules, options).encode()
     return files
 
@@ -67,7 +76,9 @@ def adapter_config(plan: LoraPlan, modules: Sequence[Module]) -> dict[str, Any]:
     usual = max(ranks, key=lambda rank: (ranks[rank], rank), default=1)
     others = {module.name: module.rank for module in modules if module.rank != usual}
     path, revision, _ = reference(plan.base.name)
-    return {
+    # Both copies are in the file, so that versions of peft that do not know the key load it too.
+    tied = {"ensure_weight_tying": True} if plan.tied else {}
+    return tied | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": path,
@@ -79,7 +90,7 @@ def adapter_config(plan: LoraPlan, modules: Sequence[Module]) -> dict[str, Any]:
         "alpha_pattern": others,
         "lora_dropout": 0.0,
         "bias": "all" if plan.biases else "none",
-        "fan_in_fan_out": plan.transposed,
+        "fan_in_fan_out": bool(plan.transposed),
         "target_modules": target_modules(plan),
         "modules_to_save": list(plan.saved_modules) or None,
     }
@@ -94,7 +105,7 @@ def target_modules(plan: LoraPlan) -> list[str]:
 
 
 def _provenance(
-    plan: LoraPlan, modules: Sequence[Module], options: LoraOptions, files: Mapping[str, bytes]
+    plan: LoraPlan, modules: Sequence[Module], options: LoraOptions, hashes: Mapping[str, str]
 ) -> LoraProvenance:
     from importlib.metadata import version
 
@@ -112,7 +123,7 @@ def _provenance(
             for donor in (plan.model, plan.base)
         },
         options={name: value for name, value in chosen.items() if value is not None},
-        files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        files=dict(hashes),
         modules={
             module.name: ModuleRecord.of(rank=module.rank, error=module.error, norm=module.norm)
             for module in modules
@@ -217,3 +228,17 @@ def total_error(modules: Sequence[Module]) -> float:
     total = math.sqrt(sum(module.norm**2 for module in modules))
     left = math.sqrt(sum((module.error * module.norm) ** 2 for module in modules))
     return left / total if total else 0.0
+
+
+def verify_lora(folder: Path) -> int:
+    """Compare an adapter's files with its frankenmerge.json; returns how many there are.
+
+    Raises FrankenmergeError with all that differ or are missing. The card may be edited.
+    """
+    record = artefact.load(folder)
+    raise_all(
+        Fault(str(folder / name), "the file that was written", "another, or none", "extract again")
+        for name, expected in record.files.items()
+        if not (folder / name).is_file() or file_hash(folder / name) != expected
+    )
+    return len(record.files)

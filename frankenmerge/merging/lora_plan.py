@@ -13,7 +13,7 @@ from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import differences, family, language, quantity
 from frankenmerge.errors import Fault, fail, raise_all
-from frankenmerge.models.modules import kinds_of
+from frankenmerge.models.modules import Kind, modules_of
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.compatibility import tensor_names
 from frankenmerge.splicing.computing import open_files
@@ -91,9 +91,14 @@ class LoraPlan(NamedTuple):
     """All tensors of the modules that are held in full."""
     linear: tuple[str, ...]
     """Paths of all linear maps of the blocks, also those that do not differ."""
-    transposed: bool
-    """Whether the maps are stored `[in, out]`."""
+    transposed: frozenset[str]
+    """Those of the maps that are stored `[in, out]`, by their modules' paths."""
     remarks: tuple[str, ...]
+
+    @property
+    def tied(self) -> bool:
+        """Whether a head in full is the embedding."""
+        return self.model.tied and self.base.tied and any(p.role == "head" for p in self.saved)
 
     @property
     def saved_modules(self) -> tuple[str, ...]:
@@ -129,22 +134,22 @@ def lora_plan(model: Checkpoint, base: Checkpoint, progress: Progress = silent) 
     raise_all([*_config_faults(model, base), *_type_faults(model), *_type_faults(base)])
     pairs, faults = _pairs(model, base)
     raise_all(faults)
-    inner = {pair.name: pair.base.shape for pair in pairs if pair.role in ("block", "rest")}
-    kinds = kinds_of(base, inner)
+    kinds, head = modules_of(base, {pair.name: pair.base.shape for pair in pairs})
+    pairs = [_in_memory(pair, kinds, head) for pair in pairs]
+    inner = {pair.name for pair in pairs if pair.role in ("block", "rest")}
     unlike = _unlike(pairs, progress)
     if not unlike:
         expected, found = f"a model that differs from {base.name}", "equal in every tensor"
         raise fail(model.name, expected, found, "name the model that was trained from the base")
-    raise_all(
-        Fault(
-            f"{model.name}: {pair.name}",
-            f"the same as in {base.name}: peft reaches no single tensor of this module",
-            "another one",
+    if beyond := [pair.name for pair in unlike if kinds.get(pair.name, "inner") == "inner"]:
+        others = f", and {len(beyond) - 1} more such tensors" if len(beyond) > 1 else ""
+        raise fail(
+            f"{model.name}: {beyond[0]}",
+            f"the same as in {base.name}: in memory it is a part of a module that peft can only "
+            "change as a whole",
+            f"another one{others}",
             "keep the model as it is; a LoRA cannot hold this difference",
         )
-        for pair in unlike
-        if pair.name in inner and kinds.get(pair.name, "inner") == "inner"
-    )
 
     def is_map(pair: Pair) -> bool:
         return pair.name in inner and kinds[pair.name] in ("linear", "transposed")
@@ -163,9 +168,16 @@ def lora_plan(model: Checkpoint, base: Checkpoint, progress: Progress = silent) 
             for name, kind in kinds.items()
             if kind in ("linear", "transposed") and name.endswith(".weight") and name in inner
         ),
-        any(kinds[pair.name] == "transposed" for pair in maps),
+        frozenset(pair.module for pair in maps if kinds[pair.name] == "transposed"),
         tuple(_remarks(model, base)),
     )
+
+
+def _in_memory(pair: Pair, kinds: Mapping[str, Kind], head: str) -> Pair:
+    """A head under the name that it has in memory, where its file has another."""
+    renamed = f"{head}.{pair.name.rpartition('.')[2]}"
+    known = pair.role != "head" or pair.name in kinds or renamed not in kinds
+    return pair if known else pair._replace(name=renamed)
 
 
 def rank_remarks(plan: LoraPlan, options: LoraOptions) -> Iterator[str]:
@@ -179,6 +191,11 @@ def rank_remarks(plan: LoraPlan, options: LoraOptions) -> Iterator[str]:
 
 def _remarks(model: Checkpoint, base: Checkpoint) -> Iterator[str]:
     yield from (*model.remarks, *base.remarks)
+    if base.tied and not model.tied:
+        yield (
+            f"{model.name} has a head of its own, {base.name} has not: peft loads the LoRA with a "
+            "warning, and recipes cannot name it"
+        )
     for remark in differences(model.config, base.config)[1]:
         yield f"{model.name} and {base.name}: {remark}; an adapter computes with the base's"
 

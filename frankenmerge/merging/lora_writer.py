@@ -61,8 +61,8 @@ class Module(NamedTuple):
     """With the factors."""
 
 
-SmallFiles = Callable[[Sequence[Module]], Mapping[str, bytes]]
-"""What else an adapter's folder holds, by name."""
+SmallFiles = Callable[[Sequence[Module], Path], Mapping[str, bytes]]
+"""From the maps and the file of weights to what else an adapter's folder holds, by name."""
 
 
 def check_lora(plan: LoraPlan, output: Path, options: LoraOptions) -> None:
@@ -101,8 +101,9 @@ def write_lora(
             begin(folder, _inputs(plan, options), [WEIGHTS_NAME])
             (folder / _PARTS).mkdir(exist_ok=True)
             modules = _modules(plan, folder / _PARTS, options, progress)
-            size = _assembled(plan, modules, folder / GROWING / WEIGHTS_NAME, progress)
-            finish(folder, output, small(modules))
+            weights = folder / GROWING / WEIGHTS_NAME
+            size = _assembled(plan, modules, weights, progress)
+            finish(folder, output, small(modules, weights))
     except OSError as error:
         raise unwritable(output, error, resume=options.resume) from error
     return modules, size
@@ -166,7 +167,7 @@ def difference(pair: Pair, plan: LoraPlan, files: DonorFiles) -> "np.ndarray":
                 raise FrankenmergeError(fault._replace(remedy="repair or replace the model"))
         made[start:stop] = model - base
     made = made.reshape(pair.base.shape)
-    return made.T if plan.transposed else made
+    return made.T if pair.module in plan.transposed else made
 
 
 def fitted(matrix: Matrix, options: LoraOptions, name: str) -> tuple[Approximation, float]:

@@ -1,10 +1,11 @@
 """What kind of module each parameter of a model belongs to, as transformers builds the model."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.families import USUAL
 
 Kind = Literal["linear", "transposed", "leaf", "inner"]
 """A linear map, one that is stored `[in, out]`, any other module, or one with modules inside."""
@@ -27,8 +28,17 @@ def listed_kind(canonical: str, shape: tuple[int, ...], *, transposed: bool) -> 
     return "transposed" if transposed else "linear"
 
 
-def kinds_in_memory(config: Config) -> dict[str, Kind]:
-    """The kind of every parameter, by its name in memory; imports transformers.
+class Modules(NamedTuple):
+    """The modules of a model in memory."""
+
+    kinds: dict[str, Kind]
+    """By the names of their tensors; those that are packed in memory are left out."""
+    head: str
+    """The path of the head."""
+
+
+def modules_in_memory(config: Config) -> Modules:
+    """The modules as transformers builds them.
 
     Raises whatever transformers raises for a config that it cannot build.
     """
@@ -38,7 +48,9 @@ def kinds_in_memory(config: Config) -> dict[str, Kind]:
     from frankenmerge.models.blank import blank_model
 
     kinds: dict[str, Kind] = {}
-    for path, module in blank_model(config).named_modules():
+    model = blank_model(config)
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
         kind = "inner" if any(module.children()) else "leaf"
         kind = "linear" if isinstance(module, nn.Linear) else kind
         kind = "transposed" if isinstance(module, Conv1D) else kind
@@ -46,25 +58,26 @@ def kinds_in_memory(config: Config) -> dict[str, Kind]:
             f"{name}.{key}" for name, child in module.named_children() for key in child.state_dict()
         }
         kinds |= dict.fromkeys((f"{path}.{name}" for name in stored), kind)
-    return kinds
+    return Modules(kinds, next((n for n, each in model.named_modules() if each is head), ""))
 
 
-def kinds_of(donor: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Kind]:
-    """The kind of the tensors of a donor's blocks; those that are packed in memory are left out.
+def modules_of(donor: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Modules:
+    """The modules of a donor's family, by the table where it suffices.
 
-    Families of the table need no transformers for that, unless they have experts.
+    That is a family whose head has transformers' usual name, without experts.
 
     Args:
         donor: whose family it is.
-        shapes: of the tensors, by their names in memory.
+        shapes: of the tensors, by their names in the donor.
     """
     architecture = donor.architecture
-    if not architecture.listed or any("experts" in name for name in shapes):
-        return kinds_in_memory(donor.config)
+    usual = architecture.listed and architecture.head == USUAL.head
+    if not usual or any("experts" in name for name in shapes):
+        return modules_in_memory(donor.config)
     transposed = architecture.stream is not None and architecture.stream.transposed
     kinds: dict[str, Kind] = {}
     for name in shapes:
         weight = f"{name.rpartition('.')[0]}.weight"
         shape = shapes.get(weight, ())
         kinds[name] = listed_kind(weight, shape, transposed=transposed)
-    return kinds
+    return Modules(kinds, architecture.head.removesuffix("."))
