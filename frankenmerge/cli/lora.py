@@ -161,13 +161,13 @@ def _print_extracted(result: "Extracted") -> None:
             shown = row.kind, str(row.count), row.ranks, f"{row.mean:.3g}", f"{row.largest:.3g}"
             made.add_row(*shown)
         console.print(made)
-    elif modules:
+    else:
         made = table("Relative error", "matrix", "rank", "error")
         for module in sorted(modules, key=lambda module: -module.error):
             made.add_row(module.name, str(module.rank), f"{module.error:.3g}")
         console.print(made)
     if result.saved:
         console.print(f"Held in full: {', '.join(result.saved)}", markup=False)
-    left = f"{total_error(modules):.3g} of the maps' difference is left out; " if modules else ""
+    left = f"{total_error(modules):.3g} of the maps' difference is left out; "
     rate = f"{size(result.bytes)} in {result.seconds:.1f} s"
     console.print(f"{result.output}: {result.tensors} tensors; {left}{rate}", markup=False)

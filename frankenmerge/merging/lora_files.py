@@ -34,7 +34,7 @@ def lora_files(
     modules: Sequence[Module],
     options: LoraOptions,
     weights: Path,
-    figure: bytes | None,
+    figure: bytes,
 ) -> dict[str, bytes]:
     """The contents by name.
 
@@ -51,7 +51,7 @@ def lora_files(
         for path in plan.model.tokenizer_files
         if not _same(path, plan.base.path / path.relative_to(plan.model.path))
     }
-    files |= {ERRORS: figure} if figure else {}
+    files[ERRORS] = figure
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     hashes[weights.name] = file_hash(weights)
     files[PROVENANCE] = artefact.dump(_provenance(plan, modules, options, hashes))
@@ -73,7 +73,7 @@ def adapter_config(plan: LoraPlan, modules: Sequence[Module]) -> dict[str, Any]:
     The most frequent rank is that of the whole, the others are in patterns.
     """
     ranks = Counter(module.rank for module in modules)
-    usual = max(ranks, key=lambda rank: (ranks[rank], rank), default=1)
+    usual = max(ranks, key=lambda rank: (ranks[rank], rank))
     others = {module.name: module.rank for module in modules if module.rank != usual}
     path, revision, _ = reference(plan.base.name)
     # Both copies are in the file, so that versions of peft that do not know the key load it too.
@@ -144,8 +144,7 @@ def card(plan: LoraPlan, modules: Sequence[Module], options: LoraOptions) -> str
         f"| {row.kind} | {row.count} | {row.ranks} | {row.mean:.3g} | {row.largest:.3g} |"
         for row in by_kind(modules)
     )
-    table = f"""
-![Relative error by block]({ERRORS})
+    table = f"""![Relative error by block]({ERRORS})
 
 | map | matrices | rank | mean error | largest error |
 |---|---|---|---|---|
@@ -164,7 +163,8 @@ Of all differences together {total_error(modules):.3g} is left out.
 # {_shown(plan.model.name)} as a LoRA of {_shown(plan.base.name)}
 
 {_goal(options)}
-{table if modules else ""}{full}
+
+{table}{full}
 ## Loading it
 
 ```python
@@ -227,7 +227,7 @@ def total_error(modules: Sequence[Module]) -> float:
     """The relative error of all matrices together, in the Frobenius norm."""
     total = math.sqrt(sum(module.norm**2 for module in modules))
     left = math.sqrt(sum((module.error * module.norm) ** 2 for module in modules))
-    return left / total if total else 0.0
+    return left / total
 
 
 def verify_lora(folder: Path) -> int:

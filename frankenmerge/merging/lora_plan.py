@@ -155,6 +155,10 @@ def lora_plan(model: Checkpoint, base: Checkpoint, progress: Progress = silent) 
         return pair.name in inner and kinds[pair.name] in ("linear", "transposed")
 
     maps = tuple(pair for pair in unlike if is_map(pair) and pair.name.endswith(".weight"))
+    if not maps:
+        found = f"{len(unlike)} other tensors, such as {unlike[0].name}"
+        expected = f"linear maps that differ from those of {base.name}: peft loads no LoRA without"
+        raise fail(model.name, expected, found, "keep the model as it is")
     biases = tuple(pair for pair in unlike if is_map(pair) and not pair.name.endswith(".weight"))
     held = {pair.module for pair in unlike if not is_map(pair)}
     return LoraPlan(

@@ -66,8 +66,7 @@ def extract_lora(
     started = time.perf_counter()
 
     def small(modules: Sequence[Module], weights: Path) -> dict[str, bytes]:
-        figure = error_chart(modules).encode() if modules else None
-        return lora_files(plan, modules, options, weights, figure)
+        return lora_files(plan, modules, options, weights, error_chart(modules).encode())
 
     modules, size = write_lora(plan, output, options, small, progress)
     tensors = 2 * len(modules) + len(plan.biases) + len(plan.saved)
