@@ -24,6 +24,8 @@ LARGE, THIN = 256, 4
 """A subspace is sampled for matrices with at least `LARGE` rows and columns and at least `THIN`
 times its dimensions; otherwise the exact decomposition is as fast.
 """
+_FIRST = 40
+"""Dimensions of the first subspace that is tried where the rank is not given."""
 _UNSURE = 1e-5
 """Share of the squared norm that float32 arithmetic may be wrong by, with room to spare."""
 
@@ -67,9 +69,11 @@ def approximation(matrix: Matrix, goal: Goal, seed: tuple[int, ...]) -> Approxim
             return _truncated(*_subspace(matrix, sampled, seed), goal.rank)
         return _exact(matrix, goal)
     if smaller >= LARGE and (goal.left_out or 0) > _UNSURE:
-        basis, rest = _subspace(matrix, smaller // (2 * THIN), seed)
-        if rank := _proven_rank(rest, matrix.squared_norm(), goal.left_out or 0):
-            return _truncated(basis, rest, rank)
+        total = matrix.squared_norm()
+        for dimensions in (_FIRST, smaller // (2 * THIN)):
+            basis, rest = _subspace(matrix, min(dimensions, smaller), seed)
+            if rank := _proven_rank(rest, total, goal.left_out or 0):
+                return _truncated(basis, rest, rank)
     return _exact(matrix, goal)
 
 
