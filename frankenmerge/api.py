@@ -239,15 +239,19 @@ def tune(
     return tuned(chosen, options, opened=opened, progress=progress)
 
 
-def check(recipe: Recipe | str | Path) -> None:
+def check(recipe: Recipe | str | Path, *, raw: bool = False) -> None:
     """Validate a recipe, or a file of several stages, from configs and headers alone.
+
+    Args:
+        recipe: a recipe, or its file.
+        raw: whether its models are safetensors files, or folders of them, without a config.
 
     Raises:
         FrankenmergeError: with everything that is wrong with it.
     """
     from frankenmerge.workflows.merging import resolved
 
-    with resolved(_recipes(recipe)):
+    with resolved(_recipes(recipe), raw=raw):
         pass
 
 
@@ -257,6 +261,7 @@ def merge(
     options: "MergeOptions | None" = None,
     *,
     donors: Sequence[Checkpoint] = (),
+    raw: bool = False,
     progress: Progress = silent,
 ) -> "Merged":
     """Write the checkpoint of a recipe to the new folder `output`, complete or not at all.
@@ -266,6 +271,8 @@ def merge(
         output: a folder that does not exist yet.
         options: `frankenmerge.merging.write_plan.MergeOptions`.
         donors: checkpoints that are open already; others are opened.
+        raw: whether the recipe's models are safetensors files, or folders of them, without a
+            config, whose tensors are matched by name.
         progress: in bytes written.
 
     Raises:
@@ -276,7 +283,7 @@ def merge(
     from frankenmerge.workflows.merging import merge_stages, resolved
 
     opened = {donor.name: donor for donor in donors}
-    with resolved(_recipes(recipe), opened=opened) as stages:
+    with resolved(_recipes(recipe), opened=opened, raw=raw) as stages:
         return merge_stages(stages, Path(output), options or MergeOptions(), progress=progress)
 
 

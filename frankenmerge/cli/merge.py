@@ -27,12 +27,21 @@ if TYPE_CHECKING:
     from frankenmerge.splicing.stages import Stages
 
 
+raw_option = click.option(
+    "--raw",
+    is_flag=True,
+    help="The recipe's models are safetensors files, or folders of them, without a config: tensors "
+    "are matched by name.",
+)
+
+
 @click.command()
 @click.argument("target", metavar="RECIPE|MERGED", type=click.Path(path_type=Path))
+@raw_option
 @download_option
 @pickle_option
 @json_option
-def check(target: Path, download: bool, allow_pickle: bool, as_json: bool) -> None:
+def check(target: Path, raw: bool, download: bool, allow_pickle: bool, as_json: bool) -> None:
     """Validate a recipe against its donors, or verify a finished merge.
 
     For a RECIPE only configs and headers are read, and the size of its result is reported. For the
@@ -50,7 +59,11 @@ def check(target: Path, download: bool, allow_pickle: bool, as_json: bool) -> No
     from frankenmerge.workflows.merging import resolved
 
     with resolved(
-        load_recipes(target), download=download, allow_pickle=allow_pickle, place=str(target)
+        load_recipes(target),
+        download=download,
+        allow_pickle=allow_pickle,
+        place=str(target),
+        raw=raw,
     ) as stages:
         print_remarks(stages.remarks)
         _print_stages(stages, as_json)
@@ -95,14 +108,15 @@ def _print_stages(stages: "Stages", as_json: bool) -> None:
         named = {each.name: {"recipe": str(each), **size._asdict()} for each, size in before}
         also: dict[str, Any] = {"stages": named} if named else {}
         also["remarks"] = list(stages.remarks)
-        print_json({"recipe": str(recipe), **result._asdict()} | also)
+        shown = {key: value for key, value in result._asdict().items() if value is not None}
+        print_json({"recipe": str(recipe), **shown} | also)
         return
     console = out()
     for recipe, result in found:
         last = recipe is stages.result.recipe
         title = "The recipe is valid. Its result:" if last else f"Result of stage {recipe.name}"
         made = table(title, "", "")
-        memory = result.memory.items()
+        memory, cache = result.memory.items(), result.kv_cache_per_token
         rows = {
             "blocks": result.depth,
             "seams": result.seams,
@@ -111,10 +125,11 @@ def _print_stages(stages: "Stages", as_json: bool) -> None:
             "parameters": f"{result.parameters:,}",
             "weights": f"{size(result.bytes)}, {result.dtype}",
             "memory to load": ", ".join(f"{size(count)} in {dtype}" for dtype, count in memory),
-            "KV cache per token": size(result.kv_cache_per_token),
+            "KV cache per token": cache if cache is None else size(cache),
         }
         for name, value in rows.items():
-            made.add_row(name, str(value))
+            if value is not None:
+                made.add_row(name, str(value))
         console.print(made)
         console.print(str(recipe), markup=False)
 
@@ -139,6 +154,7 @@ def size_in_bytes(
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
+@raw_option
 @click.option("--dry-run", is_flag=True, help="Check everything and report what would be written.")
 @click.option(
     "--resume",
@@ -186,6 +202,7 @@ def size_in_bytes(
 def merge(
     recipe: Path,
     output: Path,
+    raw: bool,
     dry_run: bool,
     push_to_hub: str | None,
     private: bool,
@@ -210,7 +227,11 @@ def merge(
         options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     chosen = MergeOptions(**options)
     with resolved(
-        load_recipes(recipe), download=download, allow_pickle=allow_pickle, place=str(recipe)
+        load_recipes(recipe),
+        download=download,
+        allow_pickle=allow_pickle,
+        place=str(recipe),
+        raw=raw,
     ) as stages:
         if len(stages.all) > 1 and not rank.first:
             return
