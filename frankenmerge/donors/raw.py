@@ -39,6 +39,8 @@ def open_raw(name: str, *, download: bool = False) -> Checkpoint:
         path = resolve(name, (WEIGHTS, INDEX_NAME), download)
         raise_all(link_faults(path))
         tensors = _folder_tensors(path)
+    if not tensors:
+        raise fail(name, "tensors", "none", "name another file")
     return raw_checkpoint(name, path, tensors)
 
 
