@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from frankenmerge.artefacts.recipe_schema import reference
 from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import differences, family, language, quantity
@@ -132,6 +133,9 @@ def lora_plan(model: Checkpoint, base: Checkpoint, progress: Progress = silent) 
         FrankenmergeError: with everything that keeps an adapter of `base` from being `model`.
     """
     raise_all([*_config_faults(model, base), *_type_faults(model), *_type_faults(base)])
+    if reference(base.name).lora is not None:
+        remedy = "merge it first (a passthrough of its name), and name the result"
+        raise fail(base.name, "a base without a LoRA, which peft loads by its name", "one", remedy)
     pairs, faults = _pairs(model, base)
     raise_all(faults)
     kinds, head = modules_of(base, {pair.name: pair.base.shape for pair in pairs})

@@ -72,6 +72,18 @@ def check_lora(plan: LoraPlan, output: Path, options: LoraOptions) -> None:
     raise_all([*output_faults(output, donors), *room_faults(output, least_bytes(plan, options))])
     if options.device != "cpu":
         check_device(options.device)
+        _check_double(options.device)
+
+
+def _check_double(device: str) -> None:
+    """Raise FrankenmergeError for a device without float64, such as Apple's."""
+    import torch
+
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError) as error:
+        expected, remedy = "a device that computes in float64", "leave --device out"
+        raise fail(f"device {device}", expected, str(error), remedy) from error
 
 
 def least_bytes(plan: LoraPlan, options: LoraOptions) -> int:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.families import USUAL
 
@@ -37,18 +36,20 @@ class Modules(NamedTuple):
     """The path of the head."""
 
 
-def modules_in_memory(config: Config) -> Modules:
+def modules_in_memory(donor: Checkpoint) -> Modules:
     """The modules as transformers builds them.
 
-    Raises whatever transformers raises for a config that it cannot build.
+    Raises FrankenmergeError for a config that transformers cannot build.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     from frankenmerge.models.blank import blank_model
+    from frankenmerge.models.loading import explained
 
     kinds: dict[str, Kind] = {}
-    model = blank_model(config)
+    with explained(str(donor.path / "config.json"), "the config of a model"):
+        model = blank_model(donor.config)
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
         kind = "inner" if any(module.children()) else "leaf"
@@ -73,7 +74,7 @@ def modules_of(donor: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Modu
     architecture = donor.architecture
     usual = architecture.listed and architecture.head == USUAL.head
     if not usual or any("experts" in name for name in shapes):
-        return modules_in_memory(donor.config)
+        return modules_in_memory(donor)
     transposed = architecture.stream is not None and architecture.stream.transposed
     kinds: dict[str, Kind] = {}
     for name in shapes:

@@ -341,6 +341,13 @@ def test_numbers_that_are_not_finite(tmp_path, donors):
     assert "NaN or Inf" in found
 
 
+def test_a_base_that_is_a_lora_itself(tmp_path, donors):
+    model = write_donor(tmp_path / "model", seed=9)
+    extracted(model, donors["a"], tmp_path / "lora")
+    with pytest.raises(FrankenmergeError, match="a base without a LoRA"):
+        fm.extract_lora(donors["a"], f"{donors['a']}+{tmp_path / 'lora'}", tmp_path / "out")
+
+
 # The command
 
 
