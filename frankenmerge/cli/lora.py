@@ -131,6 +131,7 @@ def _as_json(result: "Extracted") -> dict[str, Any]:
 
 
 def _print_plan(plan: "LoraPlan", options: "LoraOptions", as_json: bool) -> None:
+    from frankenmerge.merging.lora_files import saved_kinds
     from frankenmerge.merging.lora_writer import least_bytes
 
     found = {
@@ -144,7 +145,7 @@ def _print_plan(plan: "LoraPlan", options: "LoraOptions", as_json: bool) -> None
         return
     made = table("The LoRA can be extracted. It has:", "", "")
     made.add_row("matrices as factors", str(len(plan.maps)))
-    made.add_row("modules in full", ", ".join(plan.saved_modules) or "none")
+    made.add_row("modules in full", ", ".join(saved_kinds(plan.saved_modules)) or "none")
     made.add_row("biases", str(len(plan.biases)))
     least = "" if options.fixed_rank else "at least "
     made.add_row("weights", f"{least}{size(least_bytes(plan, options))}")
@@ -152,7 +153,7 @@ def _print_plan(plan: "LoraPlan", options: "LoraOptions", as_json: bool) -> None
 
 
 def _print_extracted(result: "Extracted") -> None:
-    from frankenmerge.merging.lora_files import by_kind, total_error
+    from frankenmerge.merging.lora_files import by_kind, saved_kinds, total_error
 
     console, modules = out(), result.modules
     if len(modules) > _LISTED:
@@ -167,7 +168,7 @@ def _print_extracted(result: "Extracted") -> None:
             made.add_row(module.name, str(module.rank), f"{module.error:.3g}")
         console.print(made)
     if result.saved:
-        console.print(f"Held in full: {', '.join(result.saved)}", markup=False)
+        console.print(f"Held in full: {', '.join(saved_kinds(result.saved))}", markup=False)
     left = f"{total_error(modules):.3g} of the maps' difference is left out; "
     rate = f"{size(result.bytes)} in {result.seconds:.1f} s"
     console.print(f"{result.output}: {result.tensors} tensors; {left}{rate}", markup=False)

@@ -154,7 +154,7 @@ The error of a matrix is the Frobenius norm of what its factors leave out of the
 the difference's own, computed from the factors as they are written ({options.dtype}).
 Of all differences together {total_error(modules):.3g} is left out.
 """
-    full = "\n".join(f"- `{name}`" for name in plan.saved_modules)
+    full = "\n".join(f"- {kind}" for kind in saved_kinds(plan.saved_modules))
     full = f"\nHeld in full:\n\n{full}\n" if full else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -216,6 +216,12 @@ def _row(kind: str, group: Sequence[Module]) -> Row:
     ranks, errors = [each.rank for each in group], [each.error for each in group]
     span = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}-{max(ranks)}"
     return Row(kind, len(group), span, sum(errors) / len(errors), max(errors))
+
+
+def saved_kinds(modules: Sequence[str]) -> list[str]:
+    """Modules in words: those of one kind in several blocks together."""
+    counts = Counter(map(kind_of, modules))
+    return [kind if count == 1 else f"{kind} in {count} blocks" for kind, count in counts.items()]
 
 
 def kind_of(module: str) -> str:

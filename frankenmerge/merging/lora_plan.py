@@ -132,7 +132,7 @@ def lora_plan(model: Checkpoint, base: Checkpoint, progress: Progress = silent) 
     Raises:
         FrankenmergeError: with everything that keeps an adapter of `base` from being `model`.
     """
-    raise_all([*_config_faults(model, base), *_type_faults(model), *_type_faults(base)])
+    raise_all(_config_faults(model, base))
     if reference(base.name).lora is not None:
         remedy = "merge it first (a passthrough of its name), and name the result"
         raise fail(base.name, "a base without a LoRA, which peft loads by its name", "one", remedy)
@@ -145,6 +145,7 @@ def lora_plan(model: Checkpoint, base: Checkpoint, progress: Progress = silent) 
     if not unlike:
         expected, found = f"a model that differs from {base.name}", "equal in every tensor"
         raise fail(model.name, expected, found, "name the model that was trained from the base")
+    raise_all(_type_faults(model, unlike))
     if beyond := [pair.name for pair in unlike if kinds.get(pair.name, "inner") == "inner"]:
         others = f", and {len(beyond) - 1} more such tensors" if len(beyond) > 1 else ""
         raise fail(
@@ -193,8 +194,8 @@ def rank_remarks(plan: LoraPlan, options: LoraOptions) -> Iterator[str]:
     rank = options.fixed_rank
     small = [pair for pair in plan.maps if rank is not None and rank > min(pair.base.shape)]
     if small:
-        first = f"{small[0].module} {list(small[0].base.shape)}"
-        yield f"rank {rank} is above that of {len(small)} matrices, such as {first}: they have less"
+        which = f"{len(small)} matrices, such as {small[0].module} {list(small[0].base.shape)}"
+        yield f"rank {rank} is above that of {which}: these are written at their own rank"
 
 
 def _remarks(model: Checkpoint, base: Checkpoint) -> Iterator[str]:
@@ -234,9 +235,18 @@ def _settings(config: Config, index: int) -> tuple[Any, ...]:
     return tuple(entries[index] for entries in lists if len(entries) == depth)
 
 
-def _type_faults(donor: Checkpoint) -> Iterator[Fault]:
-    for dtype in sorted(set(donor.dtypes) - set(COMPUTED)):
-        yield Fault(donor.name, "tensors of floating types", dtype, "use an unquantised model")
+def _type_faults(model: Checkpoint, unlike: Sequence[Pair]) -> Iterator[Fault]:
+    for pair in unlike:
+        if not _types(pair) <= set(COMPUTED):
+            expected = "differences of floating types alone"
+            found = " and ".join(sorted(_types(pair)))
+            remedy = "use unquantised models"
+            yield Fault(f"{model.name}: {pair.name}", expected, found, remedy)
+            return
+
+
+def _types(pair: Pair) -> set[str]:
+    return {pair.model.dtype, pair.base.dtype}
 
 
 def _pairs(model: Checkpoint, base: Checkpoint) -> tuple[list[Pair], list[Fault]]:
@@ -289,6 +299,8 @@ def _unlike(pairs: Sequence[Pair], progress: Progress) -> list[Pair]:
 
 
 def _equal(pair: Pair, files: DonorFiles) -> bool:
+    if len(_types(pair)) > 1 and not _types(pair) <= set(COMPUTED):
+        return False
     for start in range(0, pair.size, CHUNK):
         stop = min(start + CHUNK, pair.size)
         if pair.model.dtype == pair.base.dtype:

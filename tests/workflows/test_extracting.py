@@ -331,6 +331,20 @@ def test_options_that_cannot_be_kept(options, words, tmp_path, donors):
     assert words in refused(model, donors["a"], tmp_path / "out", options)
 
 
+def test_quantised_weights_and_equal_integers(tmp_path, donors):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def with_integers(value):
+        return lambda tensors: tensors | {name: np.full(tensors[name].shape, value, np.int8)}
+
+    base = changed(donors["a"], tmp_path / "base", with_integers(1))
+    model = changed(donors["a"], tmp_path / "model", with_integers(2))
+    assert "I8" in refused(model, base, tmp_path / "out")
+    other = write_donor(tmp_path / "other", seed=9)
+    alike = changed(other, tmp_path / "alike", with_integers(1))
+    assert len(extracted(alike, base, tmp_path / "lora").modules) == 27
+
+
 def test_numbers_that_are_not_finite(tmp_path, donors):
     def broken(tensors):
         tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
@@ -402,7 +416,11 @@ def test_the_card_and_the_chart_show_the_errors(tmp_path, donors):
     extracted(model, donors["a"], tmp_path / "lora", LoraOptions(error=0.2))
     card = (tmp_path / "lora" / "README.md").read_text()
     assert "library_name: peft" in card and "relative error of 0.2" in card
-    assert "| self_attn.q_proj | 4 |" in card and "- `lm_head`" in card
+    assert (
+        "| self_attn.q_proj | 4 |" in card
+        and "- lm_head\n" in card
+        and "- input_layernorm in 4 blocks\n" in card
+    )
     chart = (tmp_path / "lora" / "errors.svg").read_text()
     ElementTree.fromstring(chart)
     assert "mlp.down_proj" in chart
