@@ -152,6 +152,30 @@ def test_norms_and_biases_are_held_in_full(tmp_path):
     assert "linear maps that differ" in refused(alone, base, tmp_path / "out")
 
 
+@pytest.mark.parametrize("tied", ["model", "base"])
+def test_a_head_of_its_own_and_a_tied_one(tied, tmp_path):
+    from peft import PeftModel
+
+    base, model = (
+        write_donor(tmp_path / name, seed=len(name), tie_word_embeddings=name == tied)
+        for name in ("base", "model")
+    )
+    result = extracted(model, base, tmp_path / "lora")
+    assert {"lm_head", "model.embed_tokens"} <= set(result.saved)
+    if tied == "model":
+        same_logits(base, tmp_path / "lora", model)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, of the tied base: the remark says so
+        wrapped = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "lora")
+        )
+    expected = logits(AutoModelForCausalLM.from_pretrained(model))
+    assert float((logits(wrapped) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    with pytest.raises(FrankenmergeError, match="can fold"):
+        fm.open_donor(f"{base}+{tmp_path / 'lora'}")
+
+
 def test_bfloat16_comes_back_to_the_bit(tmp_path):
     base, model = (
         write_donor(tmp_path / name, seed=len(name), dtype="bfloat16") for name in ("base", "model")
