@@ -20,6 +20,7 @@ from frankenmerge.splicing.opening import open_donor
 if TYPE_CHECKING:
     from frankenmerge.evaluation.bench import Text
     from frankenmerge.evaluation.routing import Routing
+    from frankenmerge.merging.lora_plan import LoraOptions
     from frankenmerge.merging.verify import Verified
     from frankenmerge.merging.write_plan import MergeOptions
     from frankenmerge.merging.writer import Merged
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from frankenmerge.splicing.replication import Unrepeated
     from frankenmerge.workflows.aligning import AlignOptions
     from frankenmerge.workflows.evaluating import Evaluated, EvaluateOptions
+    from frankenmerge.workflows.extracting import Extracted
     from frankenmerge.workflows.gaining import GainOptions, Gains
     from frankenmerge.workflows.healing import Healed
     from frankenmerge.workflows.patients import HealOptions
@@ -41,6 +43,7 @@ __all__ = [
     "check",
     "compare_donors",
     "evaluate",
+    "extract_lora",
     "heal",
     "load_alignment",
     "load_atlas",
@@ -242,15 +245,19 @@ def tune(
     return tuned(chosen, options, opened=opened, progress=progress)
 
 
-def check(recipe: Recipe | str | Path) -> None:
+def check(recipe: Recipe | str | Path, *, raw: bool = False) -> None:
     """Validate a recipe, or a file of several stages, from configs and headers alone.
+
+    Args:
+        recipe: a recipe, or its file.
+        raw: whether its models are safetensors files, or folders of them, without a config.
 
     Raises:
         FrankenmergeError: with everything that is wrong with it.
     """
     from frankenmerge.workflows.merging import resolved
 
-    with resolved(_recipes(recipe)):
+    with resolved(_recipes(recipe), raw=raw):
         pass
 
 
@@ -260,6 +267,7 @@ def merge(
     options: "MergeOptions | None" = None,
     *,
     donors: Sequence[Checkpoint] = (),
+    raw: bool = False,
     progress: Progress = silent,
 ) -> "Merged":
     """Write the checkpoint of a recipe to the new folder `output`, complete or not at all.
@@ -269,6 +277,8 @@ def merge(
         output: a folder that does not exist yet.
         options: `frankenmerge.merging.write_plan.MergeOptions`.
         donors: checkpoints that are open already; others are opened.
+        raw: whether the recipe's models are safetensors files, or folders of them, without a
+            config, whose tensors are matched by name.
         progress: in bytes written.
 
     Raises:
@@ -279,7 +289,7 @@ def merge(
     from frankenmerge.workflows.merging import merge_stages, resolved
 
     opened = {donor.name: donor for donor in donors}
-    with resolved(_recipes(recipe), opened=opened) as stages:
+    with resolved(_recipes(recipe), opened=opened, raw=raw) as stages:
         return merge_stages(stages, Path(output), options or MergeOptions(), progress=progress)
 
 
@@ -349,6 +359,40 @@ def heal(
     from frankenmerge.workflows.patients import HealOptions
 
     return healed(model, Path(output), options or HealOptions(), progress=progress)
+
+
+def extract_lora(
+    model: Donor,
+    base: Donor,
+    output: str | Path,
+    options: "LoraOptions | None" = None,
+    *,
+    progress: Progress = silent,
+) -> "Extracted":
+    """Write what makes `base` into `model` as a LoRA for peft to the new folder `output`.
+
+    Args:
+        model: a checkpoint.
+        base: the one that it was trained from.
+        output: a folder that does not exist yet.
+        options: `frankenmerge.merging.lora_plan.LoraOptions`; rank 32 by default.
+        progress: in parameters compared and decomposed.
+
+    Returns:
+        What was written, with rank and error of every matrix.
+
+    Raises:
+        FrankenmergeError: for checkpoints of other architectures or shapes, equal ones, options
+            that cannot be kept, and an output that exists or has no room.
+    """
+    from frankenmerge.merging.lora_plan import LoraOptions
+    from frankenmerge.workflows.extracting import extract_lora as extracted
+    from frankenmerge.workflows.extracting import planned_lora
+
+    chosen = options or LoraOptions()
+    opened = _opened(model), _opened(base)
+    plan = planned_lora(*opened, Path(output), chosen, progress=progress)
+    return extracted(plan, Path(output), chosen, progress=progress)
 
 
 def verify(folder: str | Path, *, progress: Progress = silent) -> "Verified":

@@ -154,6 +154,8 @@ class Provenance(Record):
     """By the number of the slice."""
     texts: dict[str, str] | None = None
     """SHA-256 of the texts that gauges were fitted on, by path."""
+    raw: bool | None = None
+    """Whether the donors are tensors without a model."""
     healing: HealingRecord | None = None
     """Where tensors were trained after merging."""
 

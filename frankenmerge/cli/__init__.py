@@ -14,6 +14,7 @@ from frankenmerge.cli.donors import analyze, inspect
 from frankenmerge.cli.evaluate import evaluate
 from frankenmerge.cli.features import features
 from frankenmerge.cli.heal import heal
+from frankenmerge.cli.lora import extract_lora
 from frankenmerge.cli.merge import check, merge, widen
 from frankenmerge.cli.moe import moe
 from frankenmerge.cli.plan import plan
@@ -64,6 +65,7 @@ for command in (
     heal,
     transplant_tokenizer,
     widen,
+    extract_lora,
     evaluate,
     report,
     demo,

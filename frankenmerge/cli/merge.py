@@ -22,6 +22,7 @@ from frankenmerge.cli.console import (
 from frankenmerge.cli.from_mergekit import mergekit_options
 from frankenmerge.distributed import own_rank
 from frankenmerge.errors import fail
+from frankenmerge.models.lora import CONFIG_NAME
 
 if TYPE_CHECKING:
     from frankenmerge.artefacts.recipe import Recipe
@@ -29,18 +30,31 @@ if TYPE_CHECKING:
     from frankenmerge.splicing.stages import Stages
 
 
+raw_option = click.option(
+    "--raw",
+    is_flag=True,
+    help="The recipe's models are safetensors files, or folders of them, without a config: tensors "
+    "are matched by name.",
+)
+
+
 @click.command()
 @click.argument("target", metavar="RECIPE|MERGED", type=click.Path(path_type=Path))
+@raw_option
 @download_option
 @pickle_option
 @json_option
-def check(target: Path, download: bool, allow_pickle: bool, as_json: bool) -> None:
+def check(target: Path, raw: bool, download: bool, allow_pickle: bool, as_json: bool) -> None:
     """Validate a recipe against its donors, or verify a finished merge.
 
     For a RECIPE only configs and headers are read, and the size of its result is reported. For the
     folder MERGED every file is compared with its frankenmerge.json, and copied tensors with their
-    donors' bytes, where these donors are available.
+    donors' bytes, where these donors are available. For the folder of a LoRA that `extract-lora`
+    wrote every file is compared.
     """
+    if (target / CONFIG_NAME).is_file():
+        _verify_lora(target, as_json)
+        return
     if target.is_dir():
         _verify(target, download, allow_pickle, as_json)
         return
@@ -48,7 +62,11 @@ def check(target: Path, download: bool, allow_pickle: bool, as_json: bool) -> No
     from frankenmerge.workflows.merging import resolved
 
     with resolved(
-        load_recipes(target), download=download, allow_pickle=allow_pickle, place=str(target)
+        load_recipes(target),
+        download=download,
+        allow_pickle=allow_pickle,
+        place=str(target),
+        raw=raw,
     ) as stages:
         print_remarks(stages.remarks)
         _print_stages(stages, as_json)
@@ -73,6 +91,17 @@ def _verify(folder: Path, download: bool, allow_pickle: bool, as_json: bool) -> 
         console.print(f"Not compared: tensors from {name} ({reason}).", markup=False)
 
 
+def _verify_lora(folder: Path, as_json: bool) -> None:
+    from frankenmerge.merging.lora_files import verify_lora
+
+    count = verify_lora(folder)
+    if as_json:
+        print_json({"output": str(folder), "hashed": count})
+        return
+    found = f"{folder}: {count} files match their checksum in {folder / 'frankenmerge.json'}"
+    out().print(found, markup=False)
+
+
 def _print_stages(stages: "Stages", as_json: bool, more: Mapping[str, Any] | None = None) -> None:
     from frankenmerge.splicing.summary import summary
 
@@ -82,14 +111,15 @@ def _print_stages(stages: "Stages", as_json: bool, more: Mapping[str, Any] | Non
         named = {each.name: {"recipe": str(each), **size._asdict()} for each, size in before}
         also: dict[str, Any] = {"stages": named} if named else {}
         also |= {"remarks": list(stages.remarks), **(more or {})}
-        print_json({"recipe": str(recipe), **result._asdict()} | also)
+        shown = {key: value for key, value in result._asdict().items() if value is not None}
+        print_json({"recipe": str(recipe), **shown} | also)
         return
     console = out()
     for recipe, result in found:
         last = recipe is stages.result.recipe
         title = "The recipe is valid. Its result:" if last else f"Result of stage {recipe.name}"
         made = table(title, "", "")
-        memory = result.memory.items()
+        memory, cache = result.memory.items(), result.kv_cache_per_token
         rows = {
             "blocks": result.depth,
             "seams": result.seams,
@@ -98,10 +128,11 @@ def _print_stages(stages: "Stages", as_json: bool, more: Mapping[str, Any] | Non
             "parameters": f"{result.parameters:,}",
             "weights": f"{size(result.bytes)}, {result.dtype}",
             "memory to load": ", ".join(f"{size(count)} in {dtype}" for dtype, count in memory),
-            "KV cache per token": size(result.kv_cache_per_token),
+            "KV cache per token": cache if cache is None else size(cache),
         }
         for name, value in rows.items():
-            made.add_row(name, str(value))
+            if value is not None:
+                made.add_row(name, str(value))
         console.print(made)
         console.print(str(recipe), markup=False)
 
@@ -188,6 +219,7 @@ def writing_options(command: Callable) -> Callable:
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
+@raw_option
 @click.option(
     "--adapter",
     is_flag=True,
@@ -231,6 +263,7 @@ def write_checkpoint(
     download: bool,
     allow_pickle: bool,
     as_json: bool,
+    raw: bool = False,
     adapter: bool = False,
     cuda: bool = False,
     before: Before = lambda _: {},
@@ -248,6 +281,7 @@ def write_checkpoint(
         download: whether donors may be fetched.
         allow_pickle: whether donors that have only pickles are converted.
         as_json: print JSON.
+        raw: models are files of tensors without a config.
         adapter: write an adapter of a self-merge in place of a checkpoint.
         cuda: compute on the first GPU.
         before: what else is done and printed first.
@@ -264,7 +298,9 @@ def write_checkpoint(
     if options["device"] == "cuda" and "LOCAL_RANK" in os.environ:
         options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     chosen = MergeOptions(**options)
-    with resolved(recipes, download=download, allow_pickle=allow_pickle, place=place) as stages:
+    with resolved(
+        recipes, download=download, allow_pickle=allow_pickle, place=place, raw=raw
+    ) as stages:
         if (adapter or len(stages.all) > 1) and not rank.first:
             return
         if adapter:

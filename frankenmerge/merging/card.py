@@ -27,9 +27,6 @@ def model_card(splice: Splice) -> str:
     }
     if recipe.vocabulary == "union":
         ends["Tokenizer"] = ["union of all"]
-    fingerprints = "\n".join(
-        f"| {name} | `{donor.fingerprint}` |" for name, donor in splice.donors.items()
-    )
     return f"""---
 {yaml.safe_dump(front_matter(splice.donors), sort_keys=False).strip()}
 ---
@@ -48,7 +45,30 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-## Recipe
+{_recipe_and_origin(splice)}"""
+
+
+def raw_card(splice: Splice) -> str:
+    """Return the card of tensors without a model."""
+    front = {"base_model": named} if (named := hub_ids(splice.donors)) else {}
+    front |= {"tags": ["merge", "frankenmerge"]}
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {len(splice.operations)} tensors merged by {splice.recipe.merge_method}
+
+They are matched by their names; there is no config.
+
+{_recipe_and_origin(splice)}"""
+
+
+def _recipe_and_origin(splice: Splice) -> str:
+    recipe = splice.recipe
+    fingerprints = "\n".join(
+        f"| {name} | `{donor.fingerprint}` |" for name, donor in splice.donors.items()
+    )
+    return f"""## Recipe
 
 ```yaml
 {recipe.dump().strip()}

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from frankenmerge.distributed import Rank
-from frankenmerge.errors import fail
+from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.merging.shards import Shard
 
 JOURNAL, GROWING = "journal.json", "checkpoint"
@@ -134,11 +134,11 @@ def _read(folder: Path) -> dict:
     return journal if isinstance(journal, dict) else {}
 
 
-def begin(folder: Path, inputs: Mapping[str, str], shards: Sequence[Shard]) -> None:
+def begin(folder: Path, inputs: Mapping[str, str], shards: Sequence[str]) -> None:
     """Write the journal, or compare the one that is there with this merge.
 
-    `inputs` names everything that the bytes depend on, each with a hash. Raises FrankenmergeError
-    where a merge of other inputs was left unfinished.
+    `inputs` names everything that the bytes depend on, each with a hash, `shards` the files of
+    weights. Raises FrankenmergeError where a merge of other inputs was left unfinished.
     """
     journal = _read(folder)
     if not journal:
@@ -147,9 +147,7 @@ def begin(folder: Path, inputs: Mapping[str, str], shards: Sequence[Shard]) -> N
         (folder / GROWING).mkdir()
         write_synced(
             folder / JOURNAL,
-            json.dumps(
-                {"inputs": dict(inputs), "shards": [shard.name for shard in shards]}
-            ).encode(),
+            json.dumps({"inputs": dict(inputs), "shards": list(shards)}).encode(),
         )
         return
     _agree(folder, journal, inputs)
@@ -253,6 +251,25 @@ def _written(folder: Path, shard: Shard, fill: Callable[[Shard, int], None]) -> 
         return True
     finally:
         os.close(handle)
+
+
+def finish(folder: Path, output: Path, contents: Mapping[str, bytes]) -> None:
+    """Write the small files by their names in the output, and move what has grown to its place."""
+    grown = folder / GROWING
+    for name, content in contents.items():
+        (grown / name).parent.mkdir(exist_ok=True)
+        write_synced(grown / name, content)
+    for parent in {(grown / name).parent for name in contents}:
+        sync(parent)
+    grown.rename(output)
+    sync(output.absolute().parent)
+
+
+def unwritable(output: Path, error: OSError, *, resume: bool) -> FrankenmergeError:
+    """The error of an output that could not be written to its end."""
+    left = f"finished shards are kept in {work_folder(output)}" if resume else "no files were left"
+    expected = "disk space and permission to write the checkpoint"
+    return fail(str(output), expected, str(error), f"fix this and merge again; {left}")
 
 
 def write_synced(path: Path, content: bytes) -> None:

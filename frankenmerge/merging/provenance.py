@@ -68,6 +68,7 @@ def provenance_of(
         tensors={operation.name: origin(operation) for operation in operations},
         gauges=gauges or None,
         texts=splice.texts or None,
+        raw=splice.raw or None,
         healing=splice.healing,
     )
 

@@ -1,16 +1,16 @@
 """Which tensor goes into which file of the result, and where. Reads and writes nothing."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from frankenmerge.donors.shards import SINGLE_NAME
 from frankenmerge.errors import Fault
 from frankenmerge.splicing.operations import Combine, Computed, Copy, Operation, readings
 from frankenmerge.storage.dtypes import BYTES_OF, COMPUTED
+from frankenmerge.storage.safetensors_header import header_of
 
 BLOCK = 4096
 """File systems clone whole blocks of this many bytes."""
@@ -204,18 +204,12 @@ def _chained(
 
 def _header(operations: Sequence[Operation], residue: int | None) -> bytes:
     """A safetensors header, padded with a `residue` so that data begin at that byte of a block."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for operation in operations:
-        stop = position + operation.bytes
-        entries[operation.name] = {
-            "dtype": operation.dtype,
-            "shape": operation.shape,
-            "data_offsets": [position, stop],
-        }
-        position = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8 if residue is None else (residue - 8 - len(text)) % BLOCK)
+    entries = ((operation.name, operation.dtype, operation.shape) for operation in operations)
+    header = header_of(entries, {"format": "pt"})
+    if residue is None:
+        return header
+    text = header[8:].rstrip()
+    text += b" " * ((residue - 8 - len(text)) % BLOCK)
     return len(text).to_bytes(8, "little") + text
 
 

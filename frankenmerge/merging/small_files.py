@@ -7,7 +7,7 @@ from typing import Any
 from frankenmerge.artefacts import provenance as artefact
 from frankenmerge.artefacts.provenance import PROVENANCE
 from frankenmerge.donors.checkpoint import INDEX_NAME
-from frankenmerge.merging.card import DIAGRAM, card_diagram, model_card
+from frankenmerge.merging.card import DIAGRAM, card_diagram, model_card, raw_card
 from frankenmerge.merging.provenance import provenance_of
 from frankenmerge.merging.write_plan import WritePlan
 from frankenmerge.splicing.rotation import Fit
@@ -24,7 +24,7 @@ def small_files(
         checksums: SHA-256 of whole shards, where they were asked for.
     """
     splice = plan.splice
-    files = {"config.json": _json(splice.config)}
+    files = {} if splice.raw else {"config.json": _json(splice.config)}
     if len(plan.shards) > 1:
         weight_map = {each.name: shard.name for shard in plan.shards for each in shard.operations}
         files[INDEX_NAME] = _json(
@@ -35,10 +35,10 @@ def small_files(
     if splice.generation_config is not None:
         files["generation_config.json"] = splice.generation_config
     files["recipe.yaml"] = splice.recipe.dump().encode()
-    if not splice.recipe.mixture:
+    if not splice.raw and not splice.recipe.mixture:
         files[DIAGRAM] = card_diagram(splice).encode()
     files[PROVENANCE] = artefact.dump(provenance_of(plan, fits, checksums, files))
-    files["README.md"] = model_card(splice).encode()
+    files["README.md"] = (raw_card if splice.raw else model_card)(splice).encode()
     return files
 
 

@@ -10,12 +10,14 @@ from frankenmerge.artefacts import provenance as artefact
 from frankenmerge.artefacts.provenance import PROVENANCE, Provenance
 from frankenmerge.artefacts.recipe_file import parse_recipe
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
+from frankenmerge.donors.raw import open_raw
 from frankenmerge.donors.shards import TEMPLATES_FOLDER
 from frankenmerge.errors import Fault, FrankenmergeError, raise_all
 from frankenmerge.merging.copying import CHUNK
 from frankenmerge.merging.provenance import origin
 from frankenmerge.progress import Advance, Progress, silent
 from frankenmerge.splicing.opening import open_donor
+from frankenmerge.splicing.raw import resolve_raw
 from frankenmerge.splicing.reading import read_fully
 from frankenmerge.splicing.resolve import resolve
 from frankenmerge.storage.hashing import file_hash
@@ -61,10 +63,10 @@ def verify(
         FrankenmergeError: with all that differs.
     """
     record = artefact.load(folder / PROVENANCE)
-    checkpoint = open_checkpoint(str(folder))
+    checkpoint = open_raw(str(folder)) if record.raw else open_checkpoint(str(folder))
     raise_all([*_file_faults(folder, record), *_name_faults(checkpoint, record)])
     opened = {
-        name: _donor(name, donor.fingerprint, download, allow_pickle)
+        name: _donor(name, donor.fingerprint, download, allow_pickle, raw=bool(record.raw))
         for name, donor in record.donors.items()
     }
     available = {name: donor for name, donor in opened.items() if donor}
@@ -131,7 +133,8 @@ def _origin_faults(
 ) -> Iterator[Fault]:
     """Compare the recorded origin of every tensor with what the recipe makes of the donors."""
     path = folder / "recipe.yaml"
-    splice = resolve(parse_recipe(path.read_text(encoding="utf-8"), str(path)), donors, str(path))
+    recipe = parse_recipe(path.read_text(encoding="utf-8"), str(path))
+    splice = (resolve_raw if record.raw else resolve)(recipe, donors, str(path))
     for operation in splice.operations:
         expected, found = origin(operation).as_json(), record.tensors.get(operation.name)
         if found is not None and record.healing:
@@ -142,9 +145,15 @@ def _origin_faults(
             yield Fault(f"{folder / PROVENANCE}: {operation.name}", wanted, given, _REMEDY)
 
 
-def _donor(name: str, fingerprint: str, download: bool, allow_pickle: bool) -> Checkpoint | None:
+def _donor(
+    name: str, fingerprint: str, download: bool, allow_pickle: bool, *, raw: bool
+) -> Checkpoint | None:
     try:
-        donor = open_donor(name, download=download, allow_pickle=allow_pickle)
+        donor = (
+            open_raw(name, download=download)
+            if raw
+            else open_donor(name, download=download, allow_pickle=allow_pickle)
+        )
         return donor if donor.fingerprint == fingerprint else None
     except FrankenmergeError:
         return None

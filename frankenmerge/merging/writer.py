@@ -14,19 +14,17 @@ from typing import NamedTuple
 
 import frankenmerge
 from frankenmerge.distributed import Rank
-from frankenmerge.errors import fail
 from frankenmerge.merging.copying import CHUNK, copy_range, flush, pieces, write_fully
 from frankenmerge.merging.fits import awaited_fits, fits_in
 from frankenmerge.merging.journal import (
     GROWING,
     begin,
+    finish,
     is_finished,
     joined,
-    sync,
-    work_folder,
+    unwritable,
     workplace,
     write_shards,
-    write_synced,
 )
 from frankenmerge.merging.provenance import plan_hash
 from frankenmerge.merging.shards import Range, Shard, ranges_of
@@ -89,7 +87,7 @@ def merge(
                     _write(plan, fits, folder, options, rank, advance)
             else:
                 with workplace(output, resume=options.resume) as folder:
-                    begin(folder, inputs, plan.shards)
+                    begin(folder, inputs, [shard.name for shard in plan.shards])
                     fits = fits_in(folder, splice, progress)
                     kept = sum(is_finished(folder, shard) for shard in plan.shards)
                     _write(plan, fits, folder, options, rank, advance)
@@ -97,11 +95,7 @@ def merge(
     except OSError as error:
         finished = not rank.first and output.is_dir()  # the first process has finished meanwhile
         if not finished:
-            left = "no files were left"
-            left = f"finished shards are kept in {work_folder(output)}" if options.resume else left
-            expected = "disk space and permission to write the checkpoint"
-            remedy = f"fix this and merge again; {left}"
-            raise fail(str(output), expected, str(error), remedy) from error
+            raise unwritable(output, error, resume=options.resume) from error
     seconds, tensors = time.perf_counter() - started, len(splice.operations)
     return Merged(output, tensors, plan.bytes, seconds, splice.computed, kept)
 
@@ -125,14 +119,7 @@ def _finish(
     grown, checksums = folder / GROWING, {}
     if options.checksums:
         checksums = {shard.name: file_hash(grown / shard.name) for shard in plan.shards}
-    small = {grown / name: each for name, each in small_files(plan, fits, checksums).items()}
-    for path, content in small.items():
-        path.parent.mkdir(exist_ok=True)
-        write_synced(path, content)
-    for parent in {path.parent for path in small}:
-        sync(parent)
-    grown.rename(output)
-    sync(output.absolute().parent)
+    finish(folder, output, small_files(plan, fits, checksums))
 
 
 def _write(

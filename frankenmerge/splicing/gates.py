@@ -108,7 +108,9 @@ def embedding_rows(base: Checkpoint, tokens: Tokens) -> dict[int, Array]:
     files = DonorFiles()
     try:
         return {
-            index: decoded(read_stretch(files, matrix, index * width, (index + 1) * width), dtype)
+            index: decoded(
+                read_stretch(files, matrix, index * width, (index + 1) * width), dtype
+            ).astype(np.float64)
             for index in sorted({index for ids in tokens.values() for index in ids})
         }
     finally:

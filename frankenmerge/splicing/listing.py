@@ -40,7 +40,7 @@ class Draft(NamedTuple):
     tied: bool
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Which tensors of a slice are listed."""
 
     number: int
@@ -73,17 +73,17 @@ def operations_of(draft: Draft, place: str) -> tuple[Operation, ...]:
 
 def _operations(draft: Draft) -> Iterator[Operation]:
     recipe, last = draft.recipe, len(draft.recipe.parts) - 1
-    yield from _end(draft, _Place(0, "embedding", 0.0), recipe.embedding)
+    yield from _end(draft, Place(0, "embedding", 0.0), recipe.embedding)
     position = 0
     for number, part in enumerate(recipe.parts):
         for offset in range(part.length):
             t = offset / (part.length - 1) if part.length > 1 else 1.0
-            place = _Place(number, "block", t, offset, position)
-            yield from _rotated(_tensors(draft, part, place), draft, place)
+            place = Place(number, "block", t, offset, position)
+            yield from _rotated(listed_tensors(draft, part, place), draft, place)
             position += 1
-    yield from _end(draft, _Place(last, "final", 0.0, offset=-1), recipe.final_norm)
+    yield from _end(draft, Place(last, "final", 0.0, offset=-1), recipe.final_norm)
     ties = draft.donors[recipe.base].architecture.tied_names
-    for operation in _end(draft, _Place(last, "head", 0.0, offset=-1), recipe.head):
+    for operation in _end(draft, Place(last, "head", 0.0, offset=-1), recipe.head):
         # The weight of a tied head is the embedding; it may have a bias of its own.
         if not (draft.tied and operation.name in ties):
             yield operation
@@ -96,7 +96,7 @@ def _rest(draft: Draft) -> Iterator[Operation]:
     The towers of multimodal models are merged only where the recipe says so.
     """
     recipe, base = draft.recipe, draft.donors[draft.recipe.base]
-    place = _Place(0, "rest", 0.0)
+    place = Place(0, "rest", 0.0)
     kept = is_multimodal(base.config) and recipe.towers != "merge"
     root = base.architecture.root
 
@@ -111,7 +111,7 @@ def _rest(draft: Draft) -> Iterator[Operation]:
             yield operation
 
 
-def _end(draft: Draft, place: _Place, donor: str | None) -> Iterator[Operation]:
+def _end(draft: Draft, place: Place, donor: str | None) -> Iterator[Operation]:
     """Embedding, final norm or head: merged as their slice is, or copied from `donor`."""
     part = draft.recipe.parts[place.number]
     if donor:
@@ -125,12 +125,12 @@ def _end(draft: Draft, place: _Place, donor: str | None) -> Iterator[Operation]:
         part = Slice(sources=[Source(model=donor, layer_range=[0, 1])])
     elif part.by_filter:
         part = Slice(sources=part.sources[:1], parameters=part.parameters)
-    tensors = _approximated(_tensors(draft, part, place), draft, place.role)
+    tensors = _approximated(listed_tensors(draft, part, place), draft, place.role)
     yield from _rotated(tensors, draft, place)
 
 
 def _rotated(
-    operations: Iterable[Copy | Combine | Transplant], draft: Draft, place: _Place
+    operations: Iterable[Copy | Combine | Transplant], draft: Draft, place: Place
 ) -> Iterator[Operation]:
     """The operations of one place, as rotations where their slice has a gauge."""
     if draft.recipe.parts[place.number].gauge is None:
@@ -168,7 +168,7 @@ class _Entry(NamedTuple):
     names: Mapping[str, str]
 
 
-def _tensors(draft: Draft, part: Slice, place: _Place) -> Iterator[Copy | Combine]:
+def listed_tensors(draft: Draft, part: Slice, place: Place) -> Iterator[Copy | Combine]:
     """The tensors of one role, or of one block of a slice."""
     recipe, donors = draft.recipe, draft.donors
     method, sources, base = taken(recipe, part)
@@ -255,7 +255,7 @@ def _approximated(
         )
 
 
-def _names(donors: Donors, source: Source, place: _Place) -> dict[str, str]:
+def _names(donors: Donors, source: Source, place: Place) -> dict[str, str]:
     index = source.layer_range[0] + place.offset if place.role == "block" else None
     return tensor_names(donors[source.model], place.role, index)
 
@@ -317,7 +317,14 @@ def tensor_seed(recipe: Recipe, name: str) -> int:
 
 
 def _operation_faults(draft: Draft, operations: Sequence[Operation], place: str) -> Iterator[Fault]:
-    """Parameters that are missing, weights that cannot be normalised, filters for no tensor."""
+    """Faults of parameters, and filters for no tensor."""
+    yield from parameter_faults(operations, place)
+    yield from filter_faults(draft.recipe, filtered_names(operations, draft.donors), place)
+    yield from _source_filter_faults(draft, place)
+
+
+def parameter_faults(operations: Sequence[Operation], place: str) -> Iterator[Fault]:
+    """Parameters that are missing, and weights that cannot be normalised."""
     reported: dict[tuple[str, ...], Fault] = {}
     for operation in operations:
         if isinstance(operation, Combine):
@@ -330,8 +337,6 @@ def _operation_faults(draft: Draft, operations: Sequence[Operation], place: str)
                 # What is wrong with one tensor is wrong with many: only the first is reported.
                 reported.setdefault(fault[1:], fault)
     yield from reported.values()
-    yield from filter_faults(draft.recipe, filtered_names(operations, draft.donors), place)
-    yield from _source_filter_faults(draft, place)
 
 
 def filtered_names(operations: Sequence[Operation], donors: Donors) -> list[str]:

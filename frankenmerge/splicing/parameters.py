@@ -259,6 +259,16 @@ def filter_faults(recipe: Recipe, tensors: Sequence[str], place: str = "recipe")
             yield Fault(f"{place}: {where}", expected, part, remedy)
 
 
+def gradients(recipe: Recipe) -> Iterator[str]:
+    """The places of settings that change with depth."""
+    for level in _levels(recipe):
+        for name, written in level.parameters.items():
+            entries = written if isinstance(written, list) else []
+            plain = [part["value"] if isinstance(part, Mapping) else part for part in entries]
+            if any(isinstance(part, list) for part in plain) or plain == entries != []:
+                yield f"{level.place}parameters.{name}"
+
+
 def recipe_remarks(recipe: Recipe, tensors: Sequence[str]) -> Iterator[str]:
     """What a recipe says and has no effect, with the reason.
 

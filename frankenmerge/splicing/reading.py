@@ -1,4 +1,4 @@
-"""Read elements of donors' tensors: as float32 tensors for torch, as raw bytes for C."""
+"""Read elements of donors' tensors: as tensors for torch, arrays for numpy, raw bytes for C."""
 
 import math
 import os
@@ -122,16 +122,6 @@ def not_finite(donor: str, source: str) -> Fault:
     )
 
 
-def decoded(content: bytes | bytearray, dtype: str) -> "np.ndarray":
-    """The elements of a floating type, in float64."""
-    import numpy as np
-
-    if dtype == "BF16":
-        upper = np.frombuffer(content, "<u2").astype("<u4") << 16
-        return upper.view("<f4").astype(np.float64)
-    return np.frombuffer(content, f"<f{BYTES_OF[dtype]}").astype(np.float64)
-
-
 # For torch
 
 
@@ -189,6 +179,36 @@ def all_finite(values: "torch.Tensor") -> bool:
     import torch
 
     return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(values.isfinite().all())
+
+
+# For numpy
+
+
+def decoded(content: "bytes | bytearray | memoryview", dtype: str) -> "np.ndarray":
+    """The elements of these bytes in float32, or in float64 if that is their type."""
+    import numpy as np
+
+    if dtype == "BF16":
+        bits = np.frombuffer(content, "<u2").astype(np.uint32)
+        return np.left_shift(bits, 16, out=bits).view(np.float32)
+    stored = np.frombuffer(content, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])
+    return stored.astype(np.float32) if dtype == "F16" else stored
+
+
+def encoded(values: "np.ndarray", dtype: str) -> bytes:
+    """The bytes of finite float32 elements, rounded to the nearest of a narrower type."""
+    import numpy as np
+
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        return (((bits >> 16 & 1) + 0x7FFF + bits) >> 16).astype("<u2").tobytes()
+    return values.astype({"F16": "<f2", "F32": "<f4"}[dtype]).tobytes()
+
+
+def values_of(tensor: Tensor, files: DonorFiles, start: int, stop: int) -> "np.ndarray":
+    """Flat elements [start, stop) of a tensor, as `decoded` gives them."""
+    width = BYTES_OF[tensor.dtype]
+    return decoded(read_stretch(files, tensor, start * width, stop * width), tensor.dtype)
 
 
 # For C

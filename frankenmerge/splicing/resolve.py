@@ -95,6 +95,8 @@ class Splice:
     """The same before its stages were made, which identifies it."""
     healing: HealingRecord | None = None
     """How some of its tensors were trained."""
+    raw: bool = False
+    """Whether it is of tensors without a model, matched by their names: see `resolve_raw`."""
 
     @property
     def slices(self) -> Sequence[Slice]:

@@ -61,4 +61,4 @@ def _sample(tensor: Tensor, files: DonorFiles) -> "np.ndarray":
         read_stretch(files, tensor, start * width, (start + size) * width)
         for start in (0, (count - size) // 2, count - size)
     ]
-    return decoded(b"".join(parts), tensor.dtype)
+    return decoded(b"".join(parts), tensor.dtype).astype("float64")

@@ -9,11 +9,11 @@ from frankenmerge.storage.dtypes import DTYPES
 
 
 class Summary(NamedTuple):
-    """The size of a result."""
+    """The size of a result; what only a model has is None for tensors alone."""
 
-    depth: int
+    depth: int | None
     """In blocks."""
-    seams: int
+    seams: int | None
     tensors: int
     computed: int
     """Tensors that are not a donor's bytes."""
@@ -23,7 +23,7 @@ class Summary(NamedTuple):
     dtype: str
     memory: dict[str, int]
     """Bytes to load it, by the type it is loaded in."""
-    kv_cache_per_token: int
+    kv_cache_per_token: int | None
     """Bytes that keys and values of one token take in all blocks, in the result's type, no window
     regarded.
     """
@@ -33,15 +33,19 @@ def summary(splice: Splice) -> Summary:
     """Count what a splice's operations make."""
     parameters = sum(prod(made.shape) for made in splice.operations)
     dtype = DTYPES[splice.dtype]
-    heads, width = quantity(splice.config, "kv_heads") or 0, head_width(splice.config) or 0
     return Summary(
-        depth=len(splice.blocks),
-        seams=len(splice.seams),
+        depth=None if splice.raw else len(splice.blocks),
+        seams=None if splice.raw else len(splice.seams),
         tensors=len(splice.operations),
         computed=splice.computed,
         parameters=parameters,
         bytes=splice.bytes,
         dtype=dtype.torch_name,
         memory={dtype.torch_name: splice.bytes, "float32": 4 * parameters},
-        kv_cache_per_token=2 * len(splice.blocks) * heads * width * dtype.bytes,
+        kv_cache_per_token=None if splice.raw else _kv_cache_per_token(splice, dtype.bytes),
     )
+
+
+def _kv_cache_per_token(splice: Splice, width: int) -> int:
+    heads, head = quantity(splice.config, "kv_heads") or 0, head_width(splice.config) or 0
+    return 2 * len(splice.blocks) * heads * head * width

@@ -39,9 +39,8 @@ def resolve(name: str, patterns: Iterable[str], download: bool) -> Path:
     if is_folder(name):
         return Path(name).expanduser()
     if os.path.exists(os.path.expanduser(name)):
-        raise fail(
-            name, "a checkpoint's folder", "a file", "give the folder that contains config.json"
-        )
+        remedy = "give the folder that contains config.json; to merge tensors alone, use --raw"
+        raise fail(name, "a checkpoint's folder", "a file", remedy)
     if not _ID.fullmatch(name):
         raise fail(
             name, "a checkpoint's folder or a hub id such as org/name", "neither", "check the path"

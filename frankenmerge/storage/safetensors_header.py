@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +78,26 @@ def read_header(file: Path) -> dict[str, Tensor]:
             str(file), "a safetensors header", str(error), "download the shard again"
         ) from error
     return tensors_of(text, size, file)
+
+
+def header_of(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The header of a file of tensors in this order, the eight bytes of its length included.
+
+    Args:
+        tensors: name, type and shape of each.
+        metadata: what else the header says.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, dtype, shape in tensors:
+        stop = position + BYTES_OF[dtype] * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def header_length(first: bytes, size: int, place: str) -> int:

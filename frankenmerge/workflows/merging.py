@@ -16,6 +16,7 @@ from frankenmerge.merging.write_plan import MergeOptions, planned
 from frankenmerge.merging.writer import Merged, merge
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.opening import open_donor
+from frankenmerge.splicing.raw import open_all, recipe_faults, resolve_raw
 from frankenmerge.splicing.replication import Unrepeated
 from frankenmerge.splicing.resolve import Splice
 from frankenmerge.splicing.stages import Stages, execute, resolve_stages, with_donors
@@ -30,6 +31,7 @@ def resolved(
     allow_pickle: bool = False,
     opened: Mapping[str, Checkpoint] | None = None,
     place: str = "recipe",
+    raw: bool = False,
 ) -> Iterator[Stages]:
     """Resolve the recipes of one file from configs and headers alone.
 
@@ -39,7 +41,11 @@ def resolved(
         allow_pickle: whether donors that have only pickles are converted.
         opened: donors that are open already, by name.
         place: where faults are.
+        raw: whether the donors are tensors without a model.
     """
+    if raw:
+        yield Stages((), _resolved_raw(recipes, download, opened, place))
+        return
     with scratch_folder() as scratch:
         yield resolve_stages(
             recipes,
@@ -50,6 +56,15 @@ def resolved(
             opened=opened,
             place=place,
         )
+
+
+def _resolved_raw(
+    recipes: Sequence[Recipe], download: bool, opened: Mapping[str, Checkpoint] | None, place: str
+) -> Splice:
+    if len(recipes) > 1:
+        raise fail(place, "one recipe", f"{len(recipes)} stages", "merge them one by one")
+    raise_all(recipe_faults(recipes[0], place))
+    return resolve_raw(recipes[0], open_all(recipes[0], download=download, opened=opened), place)
 
 
 def check_merge(stages: Stages, output: Path, options: MergeOptions, rank: Rank) -> None:

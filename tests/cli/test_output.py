@@ -79,13 +79,14 @@ def test_help_imports_nothing_heavy():
         "check",
         "merge",
         "widen",
+        "extract-lora",
         "evaluate",
         "report",
         "demo",
     ]
     assert (
         alone(["--help"], ["--version"], *([command, "--help"] for command in commands))
-        == [[0, []]] * 12
+        == [[0, []]] * 13
     )
 
 
@@ -98,9 +99,10 @@ def test_commands_that_run_no_model_import_nothing_heavy(donors, recipe, alignme
         ["merge", recipe, tmp_path / "out", "--dry-run"],
         ["merge", recipe, tmp_path / "out"],
         ["report", tmp_path, "-o", tmp_path / "report.html"],
+        ["extract-lora", donors["g"], donors["h"], tmp_path / "lora"],
         ["merge", recipe, tmp_path / "out"],
     ]
-    assert alone(*commands) == [[0, []]] * 7 + [[2, []]]
+    assert alone(*commands) == [[0, []]] * 8 + [[2, []]]
     assert not alone(["merge", recipe, tmp_path / "again"], heavy=("matplotlib", "jinja2"))[0][1]
 
 
@@ -180,6 +182,7 @@ def test_help_names_every_command(run):
         "check",
         "merge",
         "widen",
+        "extract-lora",
         "evaluate",
         "demo",
     ):
