@@ -285,12 +285,15 @@ def merge(
         FrankenmergeError: for a recipe that cannot become a model, or an output that exists or has
             no room.
     """
+    from frankenmerge.artefacts.evaluation import beside
     from frankenmerge.merging.write_plan import MergeOptions
     from frankenmerge.workflows.merging import merge_stages, resolved
 
     opened = {donor.name: donor for donor in donors}
+    measured = [] if isinstance(recipe, Recipe) else beside(Path(recipe))
     with resolved(_recipes(recipe), opened=opened, raw=raw) as stages:
-        return merge_stages(stages, Path(output), options or MergeOptions(), progress=progress)
+        chosen = options or MergeOptions()
+        return merge_stages(stages, Path(output), chosen, progress=progress, measured=measured)
 
 
 def write_adapter(recipe: Recipe | str | Path, output: str | Path) -> "Unrepeated":

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from frankenmerge.artefacts.bootstrap import COVERAGE
 from frankenmerge.artefacts.json_files import Record, is_kind, load_json, parse_json, save_json
+from frankenmerge.errors import FrankenmergeError
 
 KIND = "frankenmerge.evaluation/1"
 _EXPECTED = "an evaluation written by `frankenmerge evaluate -o`"
@@ -297,6 +298,17 @@ def save(evaluation: Evaluation, path: Path) -> None:
 def load(path: Path) -> Evaluation:
     """Read the file. Raises FrankenmergeError for anything else."""
     return load_json(path, Evaluation, KIND, _EXPECTED)
+
+
+def beside(file: Path) -> list[Evaluation]:
+    """The evaluations in the folder of a file, by name; what is no evaluation is passed over."""
+    found = []
+    for path in sorted(file.parent.glob("*.json")):
+        try:
+            found.append(load(path))
+        except FrankenmergeError:
+            continue
+    return found
 
 
 def parse(content: Any, place: str) -> Evaluation:

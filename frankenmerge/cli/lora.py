@@ -16,6 +16,7 @@ from frankenmerge.cli.console import (
     size,
     table,
 )
+from frankenmerge.cli.from_mergekit import mergekit_options
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ _LISTED = 24
 @click.argument("model")
 @click.argument("base")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--rank", type=int, help="Rank of every matrix; 32 if nothing else is given.")
+@click.option(
+    "--rank", "--max-rank", type=int, help="Rank of every matrix; 32 if nothing else is given."
+)
 @click.option(
     "--energy",
     type=float,
@@ -74,6 +77,7 @@ _LISTED = 24
 @download_option
 @pickle_option
 @json_option
+@mergekit_options
 def extract_lora(
     model: str,
     base: str,
@@ -84,6 +88,7 @@ def extract_lora(
     download: bool,
     allow_pickle: bool,
     as_json: bool,
+    cuda: bool,
     **options: Any,
 ) -> None:
     """Write what makes BASE into MODEL as a LoRA for peft to the new folder OUTPUT.
@@ -98,6 +103,8 @@ def extract_lora(
     from frankenmerge.workflows.extracting import extract_lora as extracted
     from frankenmerge.workflows.extracting import planned_lora
 
+    if cuda:
+        options["device"] = "cuda"
     chosen = LoraOptions(**options)
     if private and not push_to_hub:
         remedy = "name the repository, or leave --private out"

@@ -287,6 +287,7 @@ def write_checkpoint(
         before: what else is done and printed first.
         options: those of `MergeOptions`.
     """
+    from frankenmerge.artefacts import evaluation as evaluations
     from frankenmerge.merging.write_plan import MergeOptions
     from frankenmerge.splicing.computing import extension_remarks
     from frankenmerge.storage.hub import check_push, push
@@ -331,6 +332,7 @@ def write_checkpoint(
             download=download,
             allow_pickle=allow_pickle,
             progress=progress,
+            measured=evaluations.beside(Path(place)),
         )
     if not rank.first:
         return
@@ -392,8 +394,8 @@ def widen(
     made = open_donor(str(output))
     count, total = made.parameters, made.bytes
     if as_json:
-        found = {"output": str(output), "tensors": len(made.tensors)}
-        print_json(found | {"bytes": total, "parameters": count})
+        sizes = {"tensors": len(made.tensors), "bytes": total, "parameters": count}
+        print_json({"output": str(output)} | sizes)
         return
     shape = f"{narrow} in the shape of {wide}"
     out().print(f"{output}: {shape}, {count:,} parameters, {size(total)}", markup=False)

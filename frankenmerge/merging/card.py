@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -45,7 +46,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-{_recipe_and_origin(splice)}"""
+{_measured(splice)}{_recipe_and_origin(splice)}"""
 
 
 def raw_card(splice: Splice) -> str:
@@ -106,6 +107,39 @@ Made {_how(splice)}, by the method {splice.recipe.merge_method}. {_since(splice)
 | blocks here | donor | its blocks |
 |---|---|---|
 {_slice_rows(splice)}"""
+
+
+def _measured(splice: Splice) -> str:
+    """The figures of its evaluations, beside those of the other models in them."""
+    tables = []
+    for evaluation in splice.evaluations:
+        rows = [
+            f"| {'**this model**' if model.key == splice.key else model.name} "
+            f"| {model.bits_per_byte:.4f} | {_between(model.intervals.get('bits_per_byte'))} |"
+            for model in evaluation.models
+            if model.bits_per_byte is not None
+        ]
+        if rows:
+            names = ", ".join(Path(text.path).name for text in evaluation.texts)
+            head = "| model | bits per byte | 95 % |\n|---|---|---|\n"
+            tables.append(f"On {names}:\n\n{head}" + "\n".join(rows))
+        named = {model.name for model in evaluation.models if model.key == splice.key}
+        tests = [each for each in evaluation.task_differences if each.model in named]
+        if tests:
+            head = "| task | than | difference | 95 % | p (Holm) |\n|---|---|---|---|---|\n"
+            tables.append(
+                head
+                + "\n".join(
+                    f"| {each.task} {each.metric} | {each.donor} | {each.difference:+.3f} "
+                    f"| {_between(each.interval)} | {each.p_holm:.2g} |"
+                    for each in tests
+                )
+            )
+    return "## Measured\n\n" + "\n\n".join(tables) + "\n\n" if tables else ""
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    return f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
 
 
 def _expert_rows(mixture: Mixture) -> str:

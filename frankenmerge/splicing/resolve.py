@@ -5,12 +5,13 @@ executors, summaries, cards, diagrams, lineages, provenance.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from frankenmerge.artefacts.evaluation import Evaluation
 from frankenmerge.artefacts.json_files import dump_json
 from frankenmerge.artefacts.provenance import HealingRecord
 from frankenmerge.artefacts.recipe import Block, Recipe, Seam, key_of, renamed
@@ -95,6 +96,8 @@ class Splice:
     """The same before its stages were made, which identifies it."""
     healing: HealingRecord | None = None
     """How some of its tensors were trained."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """What was measured of it, for its card."""
     raw: bool = False
     """Whether it is of tensors without a model, matched by their names: see `resolve_raw`."""
 
@@ -204,6 +207,11 @@ class Splice:
             return self.planned.key
         fingerprints = {name: donor.fingerprint for name, donor in self.donors.items()}
         return key_of(self.recipe, fingerprints, self.texts)
+
+    def measured(self, evaluations: Iterable[Evaluation]) -> "Splice":
+        """The same with those of `evaluations` in which it was measured."""
+        own = [each for each in evaluations if any(model.key == self.key for model in each.models)]
+        return replace(self, evaluations=tuple(own))
 
     @property
     def without_gauges(self) -> "Splice":

@@ -1,10 +1,11 @@
 """Merge the recipes of one file: donors opened once, stages made in order, the result last."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from frankenmerge.artefacts.evaluation import Evaluation
 from frankenmerge.artefacts.provenance import PROVENANCE, load_provenance
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.distributed import Rank
@@ -93,6 +94,7 @@ def merge_stages(
     allow_pickle: bool = False,
     progress: Progress = silent,
     unchanged: Callable[[str], None] = lambda _: None,
+    measured: Iterable[Evaluation] = (),
 ) -> Merged:
     """Merge stages in order: the result into `output`, the others into `OUTPUT.stages/NAME`.
 
@@ -108,6 +110,7 @@ def merge_stages(
         allow_pickle: whether donors that have only pickles are converted.
         progress: of each checkpoint.
         unchanged: called with the names of the stages that were kept.
+        measured: evaluations; those of the result go into its card.
 
     Raises:
         FrankenmergeError: before anything is written, for an output that exists or has no room.
@@ -128,6 +131,7 @@ def merge_stages(
 
     with ExitStack() as closing:
         splice = execute(stages, make, closing, device=options.device, progress=progress)
+        splice = splice.measured(measured)
         return merge(splice, output, options, rank=rank, progress=progress)
 
 

@@ -1,5 +1,6 @@
 """The model card: what the hub reads of it, and what people see."""
 
+import json
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -86,3 +87,22 @@ def test_the_diagram_shows_every_donor(splice):
     assert {"4 blocks", "result", "A 0–1", "B 1–2"} <= {
         text.text for text in root.iter("{http://www.w3.org/2000/svg}text")
     }
+
+
+def test_what_was_measured_of_a_recipe_is_in_its_card(donors, run, text, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(recipe_of([Block(str(donors["a"]), 0), Block(str(donors["b"]), 3)]).dump())
+    code, out, err = run("evaluate", recipe, "--text", text, "-o", tmp_path / "e.json", "--json")
+    assert code == 0, err
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe_of([Block(str(donors["a"]), 0)] * 2).dump())
+    (tmp_path / "broken.json").write_text("{")
+    for path, shown in ((recipe, True), (other, False)):
+        assert run("merge", path, tmp_path / path.stem)[0] == 0
+        made = (tmp_path / path.stem / "README.md").read_text()
+        assert ("## Measured" in made) is shown
+        for model in json.loads(out)["models"]:
+            low, high = model["intervals"]["bits_per_byte"]
+            row = f"| {model['bits_per_byte']:.4f} | {low:.4f} to {high:.4f} |"
+            assert (row in made) is shown
+        assert ("**this model**" in made and text.name in made) is shown
