@@ -15,12 +15,13 @@ from frankenmerge.cli.evaluate import evaluate
 from frankenmerge.cli.features import features
 from frankenmerge.cli.heal import heal
 from frankenmerge.cli.lora import extract_lora
-from frankenmerge.cli.merge import check, merge, widen
+from frankenmerge.cli.merge import check, merge
 from frankenmerge.cli.moe import moe
 from frankenmerge.cli.plan import plan
 from frankenmerge.cli.report import report
 from frankenmerge.cli.transplant import transplant_tokenizer
 from frankenmerge.cli.tune import tune
+from frankenmerge.cli.widen import widen
 from frankenmerge.errors import Fault, FrankenmergeError
 
 MISTAKE, INTERRUPTED = 2, 130
