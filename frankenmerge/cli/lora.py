@@ -1,5 +1,6 @@
 """`extract-lora`: the difference of two checkpoints as a LoRA."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ def extract_lora(
     biases that differ are held in full. `BASE+OUTPUT` then is MODEL in recipes, as far as the rank
     allows.
     """
-    from frankenmerge.merging.lora_plan import LoraOptions
+    from frankenmerge.merging.lora_plan import LoraOptions, compared_headers
     from frankenmerge.splicing.opening import open_named
     from frankenmerge.storage.hub import check_push, push
     from frankenmerge.workflows.extracting import extract_lora as extracted
@@ -109,10 +110,13 @@ def extract_lora(
     if private and not push_to_hub:
         remedy = "name the repository, or leave --private out"
         raise fail("--private", "--push-to-hub", "none", remedy)
-    opened = open_named((model, base), download=download, allow_pickle=allow_pickle)
-    plan = planned_lora(opened[model], opened[base], output, chosen, progress=progress)
     if push_to_hub:
         check_push(push_to_hub)
+    opening = partial(open_named, (model, base), download=download, allow_pickle=allow_pickle)
+    headers = opening(weights=False)
+    compared_headers(headers[model], headers[base])  # before weights are fetched
+    opened = opening()
+    plan = planned_lora(opened[model], opened[base], output, chosen, progress=progress)
     print_remarks(plan.remarks)
     if dry_run:
         _print_plan(plan, chosen, as_json)

@@ -126,11 +126,11 @@ def option_faults(options: LoraOptions) -> Iterator[Fault]:
         yield Fault("--error", expected, str(options.error), remedy)
 
 
-def lora_plan(model: Checkpoint, base: Checkpoint, progress: Progress = silent) -> LoraPlan:
-    """Compare two checkpoints tensor by tensor; those that are equal are read to their end.
+def compared_headers(model: Checkpoint, base: Checkpoint) -> list[Pair]:
+    """The tensors of both, in the order of the base's; configs and headers are enough.
 
     Raises:
-        FrankenmergeError: with everything that keeps an adapter of `base` from being `model`.
+        FrankenmergeError: for other architectures and shapes, and tensors that only one has.
     """
     raise_all(_config_faults(model, base))
     if reference(base.name).lora is not None:
@@ -138,6 +138,16 @@ def lora_plan(model: Checkpoint, base: Checkpoint, progress: Progress = silent) 
         raise fail(base.name, "a base without a LoRA, which peft loads by its name", "one", remedy)
     pairs, faults = _pairs(model, base)
     raise_all(faults)
+    return pairs
+
+
+def lora_plan(model: Checkpoint, base: Checkpoint, progress: Progress = silent) -> LoraPlan:
+    """Compare two checkpoints tensor by tensor; those that are equal are read to their end.
+
+    Raises:
+        FrankenmergeError: with everything that keeps an adapter of `base` from being `model`.
+    """
+    pairs = compared_headers(model, base)
     kinds, head = modules_of(base, {pair.name: pair.base.shape for pair in pairs})
     pairs = [_in_memory(pair, kinds, head) for pair in pairs]
     inner = {pair.name for pair in pairs if pair.role in ("block", "rest")}

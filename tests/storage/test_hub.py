@@ -369,6 +369,37 @@ def test_a_merge_that_was_put_there_is_a_donor(call, hub, local, tmp_path):
     assert json.loads(out)["donors"][0]["blocks"] == 8
 
 
+def test_a_lora_is_extracted_from_donors_of_the_hub_and_put_there(call, hub, tmp_path):
+    code, out, err = call(
+        "extract-lora",
+        "org/one",
+        "org/sharded@v1",
+        tmp_path / "out",
+        "--push-to-hub",
+        "me/lora",
+        "--download",
+        "--json",
+        HF_TOKEN=TOKEN,
+    )
+    assert code == 0, err
+    assert json.loads(out)["repository"] == f"{hub.address}/me/lora"
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.repositories["me/lora"].files == files
+    config = json.loads(files["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/sharded", "v1")
+    assert b"base_model:\n- org/sharded\n" in files["README.md"]
+    assert b"base_model_relation: adapter" in files["README.md"]
+
+
+def test_a_lora_of_another_shape_is_refused_by_headers(refused, hub, folders, tmp_path):
+    from conftest import write_donor
+
+    other = write_donor(tmp_path / "wide", seed=1, hidden_size=32)
+    hub.repositories["org/wide"] = Repository(other)
+    found = refused("extract-lora", "org/one", "org/wide", tmp_path / "out", "--download")
+    assert "hidden_size" in found and not list((tmp_path / "hf").rglob("*.safetensors"))
+
+
 def test_nothing_is_put_anywhere_unless_it_was_asked_for(call, hub, local, tmp_path):
     assert call("merge", local, tmp_path / "out", HF_TOKEN=TOKEN)[0] == 0
     assert (
