@@ -76,10 +76,12 @@ def _print_stages(stages: "Stages", as_json: bool, more: Mapping[str, Any] | Non
     from frankenmerge.splicing.summary import summary
 
     found = [(splice.recipe, summary(splice)) for splice in stages.all]
+    mixture = stages.result.recipe.mixture
     if as_json:
         (recipe, result), before = found[-1], found[:-1]
         named = {each.name: {"recipe": str(each), **size._asdict()} for each, size in before}
         also: dict[str, Any] = {"stages": named} if named else {}
+        also |= {"experts": len(mixture.experts)} if mixture else {}
         also |= {"remarks": list(stages.remarks), **(more or {})}
         print_json({"recipe": str(recipe), **result._asdict()} | also)
         return
@@ -99,6 +101,9 @@ def _print_stages(stages: "Stages", as_json: bool, more: Mapping[str, Any] | Non
             "memory to load": ", ".join(f"{size(count)} in {dtype}" for dtype, count in memory),
             "KV cache per token": size(result.kv_cache_per_token),
         }
+        if mixture and last:
+            count = f"{len(mixture.experts)}, {mixture.experts_per_token} a token"
+            rows = {"experts": f"{count} ({stages.result.config['model_type']})"} | rows
         for name, value in rows.items():
             made.add_row(name, str(value))
         console.print(made)
