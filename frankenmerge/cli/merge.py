@@ -106,10 +106,12 @@ def _print_stages(stages: "Stages", as_json: bool, more: Mapping[str, Any] | Non
     from frankenmerge.splicing.summary import summary
 
     found = [(splice.recipe, summary(splice)) for splice in stages.all]
+    mixture = stages.result.recipe.mixture
     if as_json:
         (recipe, result), before = found[-1], found[:-1]
         named = {each.name: {"recipe": str(each), **size._asdict()} for each, size in before}
         also: dict[str, Any] = {"stages": named} if named else {}
+        also |= {"experts": len(mixture.experts)} if mixture else {}
         also |= {"remarks": list(stages.remarks), **(more or {})}
         shown = {key: value for key, value in result._asdict().items() if value is not None}
         print_json({"recipe": str(recipe), **shown} | also)
@@ -130,6 +132,9 @@ def _print_stages(stages: "Stages", as_json: bool, more: Mapping[str, Any] | Non
             "memory to load": ", ".join(f"{size(count)} in {dtype}" for dtype, count in memory),
             "KV cache per token": cache if cache is None else size(cache),
         }
+        if mixture and last:
+            count = f"{len(mixture.experts)}, {mixture.experts_per_token} a token"
+            rows = {"experts": f"{count} ({stages.result.config['model_type']})"} | rows
         for name, value in rows.items():
             if value is not None:
                 made.add_row(name, str(value))

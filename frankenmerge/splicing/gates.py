@@ -14,6 +14,7 @@ import numpy as np
 
 from frankenmerge.artefacts.mixture import Expert, Mixture
 from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.config import quantity
 from frankenmerge.errors import fail
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.operations import Gate
@@ -170,24 +171,25 @@ def last_states(
     from frankenmerge.models.streaming import each_block
 
     donor, batches = entering(base, tokens, device)
-    states: dict[str, list[Array]] = {prompt: [] for prompt in tokens}
+    # Made before any block is read: small arrays between large ones would fragment the memory.
+    shape = base.blocks, quantity(base.config, "width") or 0
+    vectors = {prompt: np.empty(shape) for prompt in tokens}
 
-    def keep() -> None:
+    def keep(place: int) -> None:
         for prompts, passage in batches:
             for row, prompt in enumerate(prompts):
                 last = passage.states[row, len(tokens[prompt]) - 1]
-                states[prompt].append(last.double().cpu().numpy())
+                vectors[prompt][place] = last.double().cpu().numpy()
 
-    keep()
+    keep(0)
     with progress("prompts through the base", base.blocks - 1, "blocks") as advance:
-        # Nothing reads what leaves the last block, which comes second in `zip`, so is not read.
-        for _, (index, block) in zip(range(base.blocks - 1), each_block(donor), strict=False):
+        # Nothing needs what leaves the last block: `zip` ends before it is read.
+        for place, (index, block) in zip(range(1, base.blocks), each_block(donor), strict=False):
             for _, passage in batches:
                 for _ in passage.through(index, block):
                     pass
-            keep()
+            keep(place)
             advance(1)
-    vectors = {prompt: np.stack(rows) for prompt, rows in states.items()}
     for prompt, rows in vectors.items():
         if not np.isfinite(rows).all():
             place, remedy = f"{base.name} on the prompt {prompt!r}"[:200], "use another base"

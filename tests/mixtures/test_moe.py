@@ -198,6 +198,14 @@ def test_json_names_what_was_written(experts, tmp_path, run):
     assert found["bytes"] == dry["bytes"] and found["tensors"] == len(tensors_of(tmp_path / "out"))
 
 
+def test_check_says_what_a_mixture_becomes(experts, tmp_path, run):
+    config = write_config(tmp_path / "m.yaml", mixture("qwen2_moe", experts["qwen2"]))
+    code, out, _ = run("check", config)
+    assert code == 0 and "3, 2 a token (qwen2_moe)" in out
+    code, out, _ = run("check", config, "--json")
+    assert json.loads(out)["experts"] == 3
+
+
 def test_the_written_recipe_makes_the_same_again(experts, write, tmp_path, run):
     folder = write(mixture("qwen2_moe", experts["qwen2"]))
     code, out, err = run("check", folder)
