@@ -104,7 +104,7 @@ def check_comparable(a: Atlas, b: Atlas, context: str = "plain") -> None:
                 place,
                 "donors with the same vocabulary",
                 found,
-                "align donors that share a tokenizer",
+                f"give one the other's tokenizer: transplant-tokenizer {a.donor} {b.donor} OUT",
             )
         )
     if a.provenance["probes"] != b.provenance["probes"]:

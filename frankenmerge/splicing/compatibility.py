@@ -57,7 +57,10 @@ def _remarks(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
         types = f"{', '.join(first.dtypes)} and {', '.join(other.dtypes)}"
         yield f"types {types}; the recipe has to set dtype"
     if first.tokenizer_hash != other.tokenizer_hash:
-        yield "tokenizer: not the same; the result gets one of them"
+        yield (
+            "tokenizer: not the same; the result gets one of them, and transplant-tokenizer gives "
+            "one the other's"
+        )
     for key in ("vocabulary", "positions"):
         sizes = quantity(first.config, key), quantity(other.config, key)
         if sizes[0] != sizes[1]:
