@@ -21,6 +21,7 @@ _OFFERED = (
     "plan",
     "plan_gains",
     "report",
+    "routing",
     "save_alignment",
     "save_atlas",
     "transplant_recipe",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from frankenmerge.artefacts.mixture import Mixture
-from frankenmerge.errors import Fault, raise_all
+from frankenmerge.errors import Fault
 from frankenmerge.evaluation.intervals import Interval
 from frankenmerge.models.passes import Passage, replaced
 from frankenmerge.models.streaming import each_block, read_tensor
@@ -109,22 +109,17 @@ def _held(mixture: Mixture, fold: int) -> set[str]:
 
 @torch.no_grad()
 def measured_routing(
-    splice: Splice, *, device: str = "cpu", place: str = "recipe", progress: Progress = silent
+    splice: Splice, *, device: str = "cpu", progress: Progress = silent
 ) -> Routing:
     """Route every positive prompt by gates that it has no part in; computes in float32.
 
     Args:
-        splice: of a mixture whose donors have their weights.
+        splice: of a mixture without `routing_faults` whose donors have their weights.
         device: a torch device.
-        place: where the recipe is from, for faults.
         progress: in blocks.
-
-    Raises:
-        FrankenmergeError: for experts with fewer than two positive prompts.
     """
     mixture = splice.recipe.mixture
     assert mixture
-    raise_all(routing_faults(mixture, place))
     vectors = prompt_vectors(splice, device=device, progress=progress)
     tokens = tokens_of_prompts(splice, prompts_of(mixture))
     first = 1 if splice_tokenizer(splice).bos_token else 0

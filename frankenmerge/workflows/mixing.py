@@ -3,7 +3,8 @@
 from contextlib import ExitStack
 
 from frankenmerge.artefacts.mixture import without_experts
-from frankenmerge.evaluation.routing import Routing, measured_routing
+from frankenmerge.errors import raise_all
+from frankenmerge.evaluation.routing import Routing, measured_routing, routing_faults
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.stages import Stages, execute
 from frankenmerge.workflows.merging import with_weights
@@ -32,9 +33,11 @@ def routing_of(
     Raises:
         FrankenmergeError: for a recipe without experts, and experts with fewer than two prompts.
     """
-    if stages.result.recipe.mixture is None:
+    mixture = stages.result.recipe.mixture
+    if mixture is None:
         raise without_experts(place)
+    raise_all(routing_faults(mixture, place))
     ready = with_weights(stages, download, allow_pickle)
     with ExitStack() as closing:
         splice = execute(ready, make_in_memory, closing, device=device, progress=progress)
-        return measured_routing(splice, device=device, place=place, progress=progress)
+        return measured_routing(splice, device=device, progress=progress)

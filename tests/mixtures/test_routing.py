@@ -4,12 +4,23 @@ import json
 
 import pytest
 import torch
-from conftest import resolved
-from mixture_cases import CASES, PROMPTS, RUNNABLE, loaded, mixture, write_config
+from conftest import meter, resolved
+from mixture_cases import (
+    CASES,
+    PROMPTS,
+    RUNNABLE,
+    loaded,
+    mixture,
+    tensors_of,
+    write_config,
+)
 from transformers import AutoTokenizer
 
+import frankenmerge as fm
 from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.evaluation.routing import measured_routing
+from frankenmerge.merging.write_plan import MergeOptions
+from frankenmerge.merging.writer import merge
 from frankenmerge.models.loading import load_model
 from frankenmerge.splicing.assemble import assemble
 from frankenmerge.splicing.gates import with_gates
@@ -83,6 +94,35 @@ def test_routing_is_that_of_mixtures_made_without_the_prompts(case, experts, tmp
     expected = [float(torch.cat(each).double().mean()) for each in hits]
     assert [each.tokens for each in found.experts] == pytest.approx(expected)
     assert found.chance == pytest.approx(1 / 3)
+
+
+def test_routing_is_measured_from_python(experts, tmp_path):
+    config = write_config(tmp_path / "m.yaml", mixture("qwen3_moe", experts["qwen3"]))
+    found = fm.routing(config)
+    assert found.total.prompts == sum(map(len, PROMPTS)) and len(found.blocks) == 2
+
+
+def test_an_interrupted_mixture_is_finished(experts, tmp_path):
+    config = write_config(tmp_path / "m.yaml", mixture("mixtral", experts["llama"]))
+    options = MergeOptions(resume=True, shard_size=4000)
+    done = []
+
+    def interrupt(count: int) -> None:
+        done.append(count)
+        if sum(done) > 20_000:
+            raise KeyboardInterrupt
+
+    def splice():
+        return with_gates(resolved(load_recipe(config)))
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(splice(), tmp_path / "out", options, progress=meter(interrupt))
+    assert not (tmp_path / "out").exists()
+    assert merge(splice(), tmp_path / "out", options).kept > 0
+    merge(splice(), tmp_path / "whole")
+    ours, whole = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "whole")
+    assert ours.keys() == whole.keys()
+    assert all(torch.equal(ours[name], whole[name]) for name in ours)
 
 
 def test_measure_reports_intervals_and_writes_nothing_in_a_dry_run(experts, tmp_path, run):
