@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from frankenmerge.artefacts.evaluation import Evaluation
 from frankenmerge.artefacts.json_files import dump_json
 from frankenmerge.artefacts.provenance import HealingRecord
 from frankenmerge.artefacts.recipe import Block, Recipe, Seam, key_of, renamed
@@ -63,6 +62,9 @@ from frankenmerge.splicing.vocabulary import (
 from frankenmerge.storage.hashing import file_hash
 from frankenmerge.storage.safetensors_header import Tensor
 
+if TYPE_CHECKING:
+    from frankenmerge.artefacts.evaluation import Evaluation
+
 
 @dataclass(frozen=True, eq=False)
 class Splice:
@@ -96,7 +98,7 @@ class Splice:
     """The same before its stages were made, which identifies it."""
     healing: HealingRecord | None = None
     """How some of its tensors were trained."""
-    evaluations: tuple[Evaluation, ...] = ()
+    evaluations: "tuple[Evaluation, ...]" = ()
     """What was measured of it, for its card."""
     raw: bool = False
     """Whether it is of tensors without a model, matched by their names: see `resolve_raw`."""
@@ -208,7 +210,7 @@ class Splice:
         fingerprints = {name: donor.fingerprint for name, donor in self.donors.items()}
         return key_of(self.recipe, fingerprints, self.texts)
 
-    def measured(self, evaluations: Iterable[Evaluation]) -> "Splice":
+    def measured(self, evaluations: "Iterable[Evaluation]") -> "Splice":
         """The same with those of `evaluations` in which it was measured."""
         own = [each for each in evaluations if any(model.key == self.key for model in each.models)]
         return replace(self, evaluations=tuple(own))
