@@ -148,7 +148,7 @@ def killed(recipe: Path, output: Path, after: int, scope: str) -> int:
     return subprocess.run(command, capture_output=True).returncode
 
 
-@pytest.mark.parametrize("scope", ["seams", "lora"])
+@pytest.mark.parametrize("scope", ["seams", pytest.param("lora", marks=pytest.mark.slow)])
 def test_killed_at_any_step_and_resumed_gives_the_same_bytes(taller, tmp_path, scope):
     assert killed(taller, tmp_path / "whole", -1, scope) == 0
     output = tmp_path / "whole"
