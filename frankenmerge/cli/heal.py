@@ -90,6 +90,12 @@ if TYPE_CHECKING:
     help="Compute activations twice instead of keeping them (gradient checkpointing).",
 )
 @click.option(
+    "--offload",
+    is_flag=True,
+    help="With an accelerator: keep the optimiser, the best weights and activations in the memory "
+    "of the CPU.",
+)
+@click.option(
     "--memory",
     callback=size_in_bytes,
     help="Refuse what needs more than this, such as 20GB. [default: what is free]",

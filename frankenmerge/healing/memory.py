@@ -53,30 +53,42 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def memory_of(sizes: Sizes, scope: Scope, *, checkpointing: bool = False) -> Memory:
-    """The memory of one process; under `accelerate launch` every process takes as much."""
+def memory_of(
+    sizes: Sizes, scope: Scope, *, checkpointing: bool = False, offload: bool = False
+) -> Memory:
+    """The memory of one process; under `accelerate launch` every process takes as much.
+
+    With `offload` that of its accelerator: the parameters and their gradient, and activations of
+    one block at a time.
+    """
     trained = PARAMETER * sizes.trained[scope]
     tokens = sizes.rows * sizes.length
     per_block = sizes.width if checkpointing else 10 * sizes.width + 4 * sizes.inner
     return Memory(
         weights=sizes.weights,
-        trained=2 * trained,
+        trained=trained if offload else 2 * trained,
         gradients=trained,
-        optimiser=2 * trained,
-        activations=4 * tokens * sizes.blocks * per_block,
+        optimiser=0 if offload else 2 * trained,
+        activations=4 * tokens * (1 if offload else sizes.blocks) * per_block,
         logits=4 * tokens * sizes.vocabulary * (3 + 2 * sizes.teachers),
         probabilities=sizes.probabilities,
     )
 
 
 def check_memory(
-    sizes: Sizes, scope: Scope, available: int | None, *, checkpointing: bool = False
+    sizes: Sizes,
+    scope: Scope,
+    available: int | None,
+    *,
+    checkpointing: bool = False,
+    offload: bool = False,
 ) -> Memory:
     """The plan of a scope; raises FrankenmergeError, with a scope that fits, if it does not."""
-    plan = memory_of(sizes, scope, checkpointing=checkpointing)
+    saving = {"checkpointing": checkpointing, "offload": offload}
+    plan = memory_of(sizes, scope, **saving)
     if available is None or plan.total <= available:
         return plan
-    plans = {each: memory_of(sizes, each, checkpointing=checkpointing).total for each in SCOPES}
+    plans = {each: memory_of(sizes, each, **saving).total for each in SCOPES}
     smaller: list[Scope] = [
         each for each in SCOPES if plans[each] <= available and sizes.trained[each]
     ]
@@ -84,7 +96,9 @@ def check_memory(
     if smaller:
         chosen = max(smaller, key=lambda each: sizes.trained[each])
         remedy = f"--scope {chosen} fits, with {_size(plans[chosen])}"
-    elif not checkpointing and memory_of(sizes, scope, checkpointing=True).total <= available:
+    elif not checkpointing and (
+        memory_of(sizes, scope, checkpointing=True, offload=offload).total <= available
+    ):
         remedy = "--checkpointing makes it fit"
     expected = f"{_size(plan.total)} of memory"
     raise fail(f"--scope {scope}", expected, f"{_size(available)} available", remedy)

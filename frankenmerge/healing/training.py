@@ -6,10 +6,10 @@ holds.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +45,8 @@ class TrainOptions:
     """Most rows in one pass; gradients of more are accumulated."""
     checkpointing: bool = False
     """Compute activations again instead of keeping them."""
+    offload: bool = False
+    """Keep the optimiser, the best weights and activations in the memory of the CPU."""
 
 
 class Training(NamedTuple):
@@ -111,7 +113,7 @@ def train(
     found = load_state(kept, identity)
     if found is None:
         state = State(identity, descent.rate_found())
-        best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        best = descent.weights()
         state.curve.append((0, _shared_loss(stopping_loss(), accelerator)))
         descent.restart(state.rate)
     else:
@@ -132,16 +134,14 @@ def train(
             state.curve.append((state.step, now))
             if now < loss:
                 loss, state.kept, state.since = now, state.step, 0
-                best = {name: value.detach().clone() for name, value in parameters.items()}
+                best = descent.weights()
             else:
                 state.since += 1
             state.finished = state.step >= options.steps or state.since >= PATIENCE
             if accelerator.is_main_process:
                 save_state(kept, state, descent.tensors(best))
             accelerator.wait_for_everyone()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(best[name])
+    descent.put(best)
     model.requires_grad_(False)
     tokens = sum(
         objective.weight(batch)
@@ -164,11 +164,29 @@ class _Descent:
     ) -> None:
         self.model, self.parameters, self.objective = model, parameters, objective
         self.options, self.accelerator = options, accelerator
+        # What the optimiser moves: the parameters, or copies of them on the CPU.
+        self.held = dict(parameters)
+        if options.offload:
+            self.held = {
+                name: nn.Parameter(value.detach().to("cpu", copy=True))
+                for name, value in parameters.items()
+            }
         self.restart(RATES[0])
 
     def restart(self, rate: float) -> None:
         """Forget the moments."""
-        self.adam = torch.optim.AdamW(list(self.parameters.values()), rate, weight_decay=0.0)
+        self.adam = torch.optim.AdamW(list(self.held.values()), rate, weight_decay=0.0)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the weights as they are."""
+        return {name: value.detach().clone() for name, value in self.held.items()}
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on with these weights."""
+        for name, value in weights.items():
+            self.held[name].copy_(value)
+            self.parameters[name].copy_(value)
 
     def rate(self, rate: float) -> None:
         """Set the learning rate."""
@@ -177,16 +195,14 @@ class _Descent:
 
     def rate_found(self) -> float:
         """The rate of `RATES` that lowers the loss most in a few steps; weights are restored."""
-        start = {name: value.detach().clone() for name, value in self.parameters.items()}
+        start = self.weights()
         losses = {}
         for rate in RATES:
             self.restart(rate)
             for step in range(TRIED):
                 self.step((self.options.seed, 2), step)
             losses[rate] = self._probe()
-            with torch.no_grad():
-                for name, value in self.parameters.items():
-                    value.copy_(start[name])
+            self.put(start)
         finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
         return min(finite, key=finite.__getitem__) if finite else RATES[0]
 
@@ -207,20 +223,35 @@ class _Descent:
         batches = self.objective.batches(seed, number, ROWS)
         weight = sum(self.objective.weight(batch) for batch in batches)
         mine = list(_pieces(batches, self.options.micro, self.accelerator))
-        self.adam.zero_grad(set_to_none=True)
+        for value in self.parameters.values():
+            value.grad = None
         for place, piece in enumerate(mine):
             last = place == len(mine) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with nullcontext() if last else self.accelerator.no_sync(self.model), self._kept():
                 loss = self.objective.loss(self.model, piece.batch) * piece.counts
                 # Processes' gradients are averaged, and these losses are parts of one sum.
                 (loss * self.accelerator.num_processes / weight).backward()
-        nn.utils.clip_grad_norm_(list(self.parameters.values()), CLIP)
+        if self.options.offload:
+            for name, value in self.parameters.items():
+                self.held[name].grad = None if value.grad is None else value.grad.to("cpu")
+                value.grad = None
+        nn.utils.clip_grad_norm_(list(self.held.values()), CLIP)
         self.adam.step()
+        if self.options.offload:
+            with torch.no_grad():
+                for name, value in self.parameters.items():
+                    value.copy_(self.held[name])
+
+    def _kept(self) -> AbstractContextManager[Any]:
+        """Where activations are kept for the backward pass."""
+        if self.options.offload and self.accelerator.device.type != "cpu":
+            return torch.autograd.graph.save_on_cpu()
+        return nullcontext()
 
     def tensors(self, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Everything that a state holds."""
         made: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.held.items():
             moments = self.adam.state[parameter]
             made[f"weight {name}"] = parameter
             made[f"mean {name}"] = moments["exp_avg"]
@@ -232,8 +263,8 @@ class _Descent:
     def restore(self, state: State, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Continue from a state; returns the kept weights."""
         self.restart(state.rate)
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"weight {name}"])
+        self.put({name: tensors[f"weight {name}"] for name in self.held})
+        for name, parameter in self.held.items():
             self.adam.state[parameter] = {
                 "step": torch.tensor(float(state.step)),
                 "exp_avg": tensors[f"mean {name}"].to(parameter.device),
@@ -241,7 +272,7 @@ class _Descent:
             }
         return {
             name: tensors[f"best {name}"].to(parameter.device)
-            for name, parameter in self.parameters.items()
+            for name, parameter in self.held.items()
         }
 
 

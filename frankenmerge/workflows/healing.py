@@ -284,7 +284,9 @@ class _Healing:
             parameters,
             self.objective,
             lambda: mean_loss(model_losses(model, self.tokens.stopping)),
-            TrainOptions(self.steps, options.seed, options.micro, options.checkpointing),
+            TrainOptions(
+                self.steps, options.seed, options.micro, options.checkpointing, options.offload
+            ),
             self.accelerator,
             kept=self.folder / kept,
             identity=self._identity(splice, blocks),
@@ -318,6 +320,7 @@ class _Healing:
             "seed": options.seed,
             "micro": options.micro,
             "checkpointing": options.checkpointing,
+            "offload": options.offload,
             "placement": asdict(options.placement),
             "processes": self.accelerator.num_processes,
             "versions": [frankenmerge.__version__, torch.__version__, transformers.__version__],

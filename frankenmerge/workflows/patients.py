@@ -57,6 +57,7 @@ class HealOptions:
     micro: int = ROWS
     """Most rows in one pass."""
     checkpointing: bool = False
+    offload: bool = False
     """Compute activations again instead of keeping them."""
     memory: int | None = None
     """Bytes that may be used; what is free if None."""
@@ -212,7 +213,8 @@ def memory_needed(patient: Patient, scope: Scope, options: HealOptions) -> Memor
         kept if options.placement.device == "cpu" else 0,
     )
     limit = options.memory or available_memory(options.placement.device)
-    return check_memory(sizes, scope, limit, checkpointing=options.checkpointing)
+    offload = options.offload and options.placement.device != "cpu"
+    return check_memory(sizes, scope, limit, checkpointing=options.checkpointing, offload=offload)
 
 
 def _trained(splice: Splice, scope: Scope, seams: Sequence[int]) -> int:

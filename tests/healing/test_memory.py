@@ -57,3 +57,9 @@ def test_what_does_not_fit_is_refused_with_the_scope_that_does():
         check_memory(sizes("70B"), "norms", 40 * GB)
     assert "--dtype bfloat16" in str(caught.value)
     assert check_memory(sizes("7B"), "all", None).total > 100 * GB
+
+
+def test_an_offloaded_optimiser_leaves_parameters_and_gradients():
+    whole, found = (memory_of(sizes("7B"), "all", offload=offload) for offload in (False, True))
+    assert found.optimiser == 0 and found.trained == found.gradients == whole.gradients
+    assert found.activations == whole.activations // sizes("7B").blocks

@@ -370,6 +370,13 @@ def test_what_saves_memory_changes_nothing_but_rounding(run, taller, tmp_path, m
     assert all(np.allclose(ours[name], theirs[name], atol=2e-3) for name in ours)
 
 
+def test_an_optimiser_of_its_own_memory_gives_the_same_bytes(run, taller, tmp_path):
+    for name, more in (("one", ()), ("two", ("--offload",))):
+        assert run("heal", taller, tmp_path / name, "--steps", 30, *more)[0] == 0
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_bfloat16(run, taller, tmp_path):
     arguments = ("heal", taller, tmp_path / "out", "--steps", 25, "--dtype", "bfloat16", "--json")
     status, printed, error = run(*arguments)
