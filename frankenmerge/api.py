@@ -18,7 +18,7 @@ from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.opening import open_donor
 
 if TYPE_CHECKING:
-    from frankenmerge.evaluation.bench import Text
+    from frankenmerge.evaluation.documents import Text
     from frankenmerge.evaluation.routing import Routing
     from frankenmerge.merging.lora_plan import LoraOptions
     from frankenmerge.merging.verify import Verified
@@ -464,7 +464,7 @@ def _recipes(given: Recipe | str | Path) -> list[Recipe]:
 
 
 def _texts(texts: Mapping[str, str] | Iterable[str | Path]) -> "list[Text]":
-    from frankenmerge.evaluation.bench import Text, read_text
+    from frankenmerge.evaluation.documents import Text, read_text
 
     if isinstance(texts, Mapping):
         return [Text(str(name), content) for name, content in texts.items()]

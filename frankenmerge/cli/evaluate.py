@@ -146,7 +146,7 @@ def evaluate(
     if threshold is not None and not math.isfinite(threshold):
         raise fail("--compare", "a number of bits per byte", str(threshold), "give one such as 0.1")
     from frankenmerge.artefacts.evaluation import save
-    from frankenmerge.evaluation.bench import read_text
+    from frankenmerge.evaluation.documents import read_text
     from frankenmerge.workflows.evaluating import evaluate as evaluated
 
     chosen = _options(options)

@@ -52,7 +52,7 @@ def measured_on(values: tuple[str, ...]) -> "On | None":
         return None
     if values == (SAMPLED,):
         return "sampled"
-    from frankenmerge.evaluation.bench import read_text
+    from frankenmerge.evaluation.documents import read_text
 
     return [read_text(Path(value)) for value in values]
 

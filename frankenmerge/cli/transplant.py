@@ -58,7 +58,7 @@ def transplant_tokenizer(
     these. All other tensors are copied. Then the two models can be spliced.
     """
     from frankenmerge.artefacts.recipe import transplant_recipe
-    from frankenmerge.evaluation.bench import read_text
+    from frankenmerge.evaluation.documents import read_text
     from frankenmerge.workflows.merging import with_weights
     from frankenmerge.workflows.transplanting import measured, tokens_of
 

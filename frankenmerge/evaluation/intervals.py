@@ -8,6 +8,7 @@ measured in bytes, so that models with different tokenizers are compared on the 
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -39,11 +40,12 @@ class Difference(NamedTuple):
 def segment_sums(loss: Loss) -> np.ndarray:
     """Nats, hits, tokens and bytes of every segment of a text, `[4, n]`.
 
-    A token belongs to the segment in which it ends. Tokens without known ends are assumed to be
+    No segment crosses documents; a short document is one. A token belongs to the segment in which
+    it ends. Tokens without known ends are assumed to be
     equally long; unknown hits are NaN.
     """
-    count = max(loss.bytes // SEGMENT, min(FEWEST, loss.bytes))
-    edges = np.linspace(0, loss.bytes, count + 1).round()
+    edges = _segment_edges(np.array([0, loss.bytes]) if loss.bounds is None else loss.bounds)
+    count = len(edges) - 1
     ends = np.linspace(0, loss.bytes, loss.tokens + 1)[1:] if loss.ends is None else loss.ends
     place = np.clip(np.searchsorted(edges, ends, side="left") - 1, 0, count - 1)
     hits = np.full(loss.tokens, np.nan) if loss.hits is None else loss.hits
@@ -52,6 +54,17 @@ def segment_sums(loss: Loss) -> np.ndarray:
         for values in (loss.nats, hits, np.ones(loss.tokens))
     )
     return np.stack([*sums, np.diff(edges)])
+
+
+def _segment_edges(bounds: np.ndarray) -> np.ndarray:
+    """Where segments begin, and the last ends, of documents at these byte offsets."""
+    size = int(bounds[-1])
+    segments = max(size // SEGMENT, min(FEWEST, size))
+    edges = [np.zeros(1)]
+    for begin, end in pairwise(bounds.tolist()):
+        count = max(1, round((end - begin) * segments / size))
+        edges.append(np.linspace(begin, end, count + 1).round()[1:])
+    return np.concatenate(edges)
 
 
 def resampled(losses: Mapping[str, Loss], seed: int) -> dict[str, np.ndarray]:

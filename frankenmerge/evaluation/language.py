@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frankenmerge.errors import fail
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.models.hooks import embedding_of
 from frankenmerge.progress import Advance, ignore
 
@@ -26,9 +28,38 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     """Token ids `[s]`; the first is not predicted."""
     bytes: int
-    """UTF-8 bytes of the text."""
+    """UTF-8 bytes of the text that is predicted."""
     ends: np.ndarray | None = None
-    """Byte offset where each predicted token ends, `[s-1]`; None if the tokenizer has none."""
+    """Byte offset where each token that counts ends, `[tokens]`; None if the tokenizer has none."""
+    starts: tuple[int, ...] = (0,)
+    """Where documents begin in `ids`; their first tokens are not predicted."""
+    bounds: np.ndarray | None = None
+    """Byte offsets where documents begin, and the last ends, `[documents + 1]`; None for one."""
+    counted: np.ndarray | None = None
+    """Which of the predicted tokens count, bool `[s - documents]`; None for all."""
+
+    @property
+    def predicted(self) -> int:
+        """Number of predicted tokens."""
+        return len(self.ids) - len(self.starts)
+
+
+class Window(NamedTuple):
+    """Tokens of a document that are read at once."""
+
+    start: int
+    """Its first token, in the ids of a text."""
+    width: int
+    """Number of predicted tokens: it has `width + 1` ids."""
+    kept: int
+    """How many of them count, at its end."""
+    place: int
+    """The number of the first that counts, among the text's predicted tokens."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of its predictions count."""
+        return self.kept == self.width
 
 
 class Loss(NamedTuple):
@@ -41,6 +72,13 @@ class Loss(NamedTuple):
     """Whether each token was the likeliest one, bool `[tokens]`; None if that was not measured."""
     ends: np.ndarray | None = None
     """As in `Encoded`."""
+    bounds: np.ndarray | None = None
+    """As in `Encoded`."""
+
+    @property
+    def documents(self) -> int:
+        """Number of documents, which share no context."""
+        return 1 if self.bounds is None else len(self.bounds) - 1
 
     @property
     def tokens(self) -> int:
@@ -84,6 +122,58 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> Encoded
 
     Raises FrankenmergeError for fewer than two tokens, including BOS.
     """
+    encoded = _encode_document(tokenizer, text)
+    _check_predicted(encoded, place)
+    return encoded
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> Encoded:
+    """Tokenize the documents of a text, each as `encode` does.
+
+    Raises FrankenmergeError where no token is predicted.
+    """
+    documents = encode_documents(tokenizer, text)
+    encoded = documents[0] if len(documents) == 1 else concatenated(documents)
+    _check_predicted(encoded, text.name)
+    return encoded
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[Encoded]:
+    """Tokenize the documents of a text one by one.
+
+    Raises FrankenmergeError for a document without tokens.
+    """
+    documents = [_encode_document(tokenizer, document) for document in text.documents]
+    for number, each in enumerate(documents, 1):
+        if not len(each.ids):
+            place = f"{text.name}, document {number}"
+            raise fail(place, "a document with tokens", "none", "leave it out")
+    return documents
+
+
+def concatenated(documents: Sequence[Encoded]) -> Encoded:
+    """One text of documents that were encoded one by one."""
+    bounds = np.cumsum([0, *(each.bytes for each in documents)])
+    starts = np.cumsum([0, *(len(each.ids) for each in documents)])
+    return Encoded(
+        np.concatenate([each.ids for each in documents]),
+        int(bounds[-1]),
+        np.concatenate(
+            [first + _own_ends(each) for first, each in zip(bounds, documents, strict=False)]
+        ),
+        tuple(starts[:-1].tolist()),
+        bounds,
+    )
+
+
+def _own_ends(document: Encoded) -> np.ndarray:
+    """Where the tokens of a document end, all in its own bytes; equally long if not known."""
+    if document.ends is None:
+        return np.linspace(0, document.bytes, document.predicted + 1)[1:]
+    return np.maximum(document.ends, 1)
+
+
+def _encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
     has_offsets = bool(tokenizer.is_fast)
     encoding: Any = tokenizer(
         text, add_special_tokens=False, verbose=False, return_offsets_mapping=has_offsets
@@ -91,17 +181,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> Encoded
     ids = encoding["input_ids"]
     start = start_token(tokenizer)
     line = np.array(ids if start is None else [start, *ids], dtype=np.int64)
-    if len(line) < 2:
-        raise fail(
-            place, "a text of at least two tokens", f"{len(ids)} tokens", "give a longer text"
-        )
     ends = None
-    if has_offsets:
-        characters = np.array([stop for _, stop in encoding["offset_mapping"]])[
-            len(ids) - len(line) + 1 :
-        ]
-        ends = _byte_ends(text)[characters]
+    if has_offsets and len(line):
+        characters = np.array([stop for _, stop in encoding["offset_mapping"]], dtype=np.int64)
+        ends = _byte_ends(text)[characters[len(ids) - len(line) + 1 :]]
     return Encoded(line, len(text.encode()), ends)
+
+
+def _check_predicted(encoded: Encoded, place: str) -> None:
+    """Raise FrankenmergeError for a text of which no token is predicted."""
+    if encoded.predicted < 1:
+        found = f"{len(encoded.ids)} tokens"
+        raise fail(place, "a text of at least two tokens", found, "give a longer text")
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -117,10 +208,20 @@ def _byte_ends(text: str) -> np.ndarray:
     )
 
 
-def windows(length: int, context: int) -> tuple[int, list[int]]:
-    """Width and starts of the windows over `length` tokens; see `measure`."""
-    width = min(context, length - 1)
-    return width, [*range(0, length - 1 - width, max(1, width // 2)), length - 1 - width]
+def windows(encoded: Encoded, context: int) -> list[Window]:
+    """The windows over the documents of a text, the longest first; see `measure`."""
+    made = []
+    edges = [*encoded.starts, len(encoded.ids)]
+    for number, (begin, end) in enumerate(pairwise(edges)):
+        last = end - begin - 1
+        width = min(context, last)
+        offsets = [*range(0, last - width, max(1, width // 2)), last - width] if width else []
+        before = 0
+        for offset in offsets:
+            kept = offset + width - before
+            made.append(Window(begin + offset, width, kept, begin - number + before))
+            before += kept
+    return sorted(made, key=lambda window: -window.width)
 
 
 def measure(
@@ -134,29 +235,34 @@ def measure(
 
     Windows of `context` tokens advance by half of it; only tokens that no earlier window predicted
     count, so every token after the first window has at least half a window of context. The last
-    window is moved back to be as long as the others. `advance` is called with
-    the number of tokens done since its last call.
+    window of a document is moved back to be as long as its others; none crosses documents.
+    `advance` is called with the number of tokens done since its last call.
 
     Raises:
         FrankenmergeError: for a loss that is not finite, or too little memory for a single window.
     """
-    ids = torch.from_numpy(encoded.ids)
-    width, starts = windows(len(ids), context)
-    nats = torch.full((len(ids) - 1,), torch.nan, dtype=torch.float64)
-    hits, done = torch.zeros(len(ids) - 1, dtype=torch.bool), 0
-    remaining = iter(starts)
-    for batch in predictions(model, [ids[start : start + width + 1] for start in starts]):
-        before = done
+    ids, placed = torch.from_numpy(encoded.ids), windows(encoded, context)
+    nats = torch.full((encoded.predicted,), torch.nan, dtype=torch.float64)
+    hits, remaining = torch.zeros(len(nats), dtype=torch.bool), iter(placed)
+    rows = [ids[each.start : each.start + each.width + 1] for each in placed]
+    for batch in predictions(model, rows):
+        done = 0
         for losses, right in zip(*batch, strict=True):
-            start = next(remaining)
-            nats[done : start + width], hits[done : start + width] = (
-                losses[done - start :],
-                right[done - start :],
-            )
-            done = start + width
-        advance(done - before)
+            window = next(remaining)
+            counted = slice(window.width - window.kept, window.width)
+            target = slice(window.place, window.place + window.kept)
+            nats[target], hits[target] = losses[counted], right[counted]
+            done += window.kept
+        advance(done)
     check_finite(model, nats)
-    return Loss(nats.numpy(), encoded.bytes, hits.numpy(), encoded.ends)
+    return loss_of(encoded, nats.numpy(), hits.numpy())
+
+
+def loss_of(encoded: Encoded, nats: np.ndarray, hits: np.ndarray | None = None) -> Loss:
+    """The losses of a text, of those `[s - documents]` of its predicted tokens."""
+    if encoded.counted is not None:
+        nats, hits = nats[encoded.counted], None if hits is None else hits[encoded.counted]
+    return Loss(nats, encoded.bytes, hits, encoded.ends, encoded.bounds)
 
 
 @torch.no_grad()

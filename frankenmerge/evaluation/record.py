@@ -29,8 +29,9 @@ from frankenmerge.artefacts.evaluation import (
     TextRecord,
 )
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.evaluation.bench import Bench, Result, Text
+from frankenmerge.evaluation.bench import Bench, Result
 from frankenmerge.evaluation.checks import Checks, Findings
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.intervals import difference, intervals, pooled, resampled
 from frankenmerge.evaluation.non_inferiority import Comparison, merges
 from frankenmerge.evaluation.paired import ItemResults, paired_tests

@@ -11,8 +11,9 @@ from frankenmerge.analysis.complete import complete_search
 from frankenmerge.artefacts.evaluation import Evaluation, GainCheck, PredictionCheck
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
-from frankenmerge.evaluation.bench import Bench, Result, Subject, Text
+from frankenmerge.evaluation.bench import Bench, Result, Subject
 from frankenmerge.evaluation.checks import Checks, Findings, examine
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.items import encoded_items, read_items
 from frankenmerge.evaluation.lineage import checkpoint_lineage
 from frankenmerge.evaluation.non_inferiority import Comparison, judge

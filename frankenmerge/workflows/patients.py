@@ -11,7 +11,7 @@ from frankenmerge.artefacts.recipe_file import load_recipes
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
 from frankenmerge.errors import FrankenmergeError, fail, raise_all
-from frankenmerge.evaluation.bench import Text
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.domains import LENGTH
 from frankenmerge.healing.adapters import RANK
 from frankenmerge.healing.memory import Memory, Sizes, available_memory, check_memory

@@ -16,7 +16,7 @@ from conftest import write_donor, written
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.evaluation.bench import Text, read_text
+from frankenmerge.evaluation.documents import Text, read_text
 from frankenmerge.evaluation.language import encode, measure
 from frankenmerge.models.loading import load_model, load_tokenizer
 from frankenmerge.workflows.evaluating import EvaluateOptions, evaluate
