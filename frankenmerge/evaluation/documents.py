@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,11 @@ class Text:
         """What it consists of; documents share no context."""
         return self.parts or (self.content,)
 
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of what is predicted."""
+        return sum(len(predicted_text(document).encode()) for document in self.documents)
+
 
 def read_text(path: Path, separator: str | None = None) -> Text:
     """Read a text: a file, or a folder of `.txt`, `.jsonl` and `.parquet` files.
@@ -71,7 +76,18 @@ def read_text(path: Path, separator: str | None = None) -> Text:
         except FrankenmergeError as error:
             faults += error.faults
     raise_all(faults)
-    return Text(str(path), "\n".join(map(_words, documents)), tuple(documents))
+    return text_of(str(path), documents)
+
+
+def text_of(name: str, documents: Sequence[Document]) -> Text:
+    """A text of documents."""
+    return Text(name, "\n".join(map(_words, documents)), tuple(documents))
+
+
+def has_documents(file: Path) -> bool:
+    """Whether the first row of a `.jsonl` file is a document, and no item of a task."""
+    row = next((row for _, row in _jsonl_rows(file)), None) if file.is_file() else None
+    return isinstance(row, dict) and "choices" not in row and any(each in row for each in FIELDS)
 
 
 def _field_of(path: Path) -> tuple[Path, str | None]:
@@ -121,7 +137,7 @@ def _document(row: Mapping[str, Any], field: str | None, place: str) -> Document
             return Fault(place, "text", "a lone surrogate", "correct this row")
         return value
     if isinstance(value, list) and all(_is_message(each) for each in value):
-        if any(each["role"] == "assistant" for each in value):
+        if predicted_text(Chat(tuple(value))).strip():
             return Chat(tuple(value))
         found = "no turn of the assistant"
         return Fault(place, "turns of the assistant, to be predicted", found, "leave it out")
@@ -132,6 +148,14 @@ def _document(row: Mapping[str, Any], field: str | None, place: str) -> Document
 def _is_message(value: Any) -> bool:
     texts = [value.get(key) for key in ("role", "content")] if isinstance(value, dict) else [None]
     return all(isinstance(text, str) and not _SURROGATE.search(text) for text in texts)
+
+
+def predicted_text(document: Document) -> str:
+    """What is predicted of a document: all of it, or the assistant's turns one after another."""
+    if isinstance(document, str):
+        return document
+    turns = (each["content"] for each in document.messages if each["role"] == "assistant")
+    return "".join(turns)
 
 
 def _words(document: Document) -> str:
@@ -184,7 +208,10 @@ def _json_row(line: str, place: str) -> dict[str, Any] | Fault:
 def _parquet_rows(file: Path) -> Rows:
     """The rows of a file."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import (  # pyright: ignore[reportMissingImports]
+            ArrowException,
+            parquet,
+        )
     except ImportError as error:
         remedy = "pip install 'frankenmerge[parquet]', or convert the file to .jsonl"
         raise fail(str(file), "pyarrow, to read it", "not installed", remedy) from error

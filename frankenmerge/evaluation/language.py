@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frankenmerge.errors import fail
-from frankenmerge.evaluation.documents import Text
+from frankenmerge.evaluation.chats import chat_tokens
+from frankenmerge.evaluation.documents import Document, Text, predicted_text, text_of
 from frankenmerge.models.hooks import embedding_of
 from frankenmerge.progress import Advance, ignore
 
@@ -42,6 +43,11 @@ class Encoded(NamedTuple):
     def predicted(self) -> int:
         """Number of predicted tokens."""
         return len(self.ids) - len(self.starts)
+
+    @property
+    def tokens(self) -> int:
+        """Number of predicted tokens that count."""
+        return self.predicted if self.counted is None else int(self.counted.sum())
 
 
 class Window(NamedTuple):
@@ -122,58 +128,106 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> Encoded
 
     Raises FrankenmergeError for fewer than two tokens, including BOS.
     """
-    encoded = _encode_document(tokenizer, text)
-    _check_predicted(encoded, place)
-    return encoded
+    return encode_text(tokenizer, Text(place, text))
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> Encoded:
-    """Tokenize the documents of a text, each as `encode` does.
+    """Tokenize the documents of a text: each after BOS, or through the model's chat template.
 
-    Raises FrankenmergeError where no token is predicted.
+    Raises FrankenmergeError where no token is predicted, and for a conversation that has no
+    template.
     """
     documents = encode_documents(tokenizer, text)
     encoded = documents[0] if len(documents) == 1 else concatenated(documents)
-    _check_predicted(encoded, text.name)
+    if encoded.predicted < 1:
+        found = f"{len(encoded.ids)} tokens"
+        raise fail(text.name, "a text of at least two tokens", found, "give a longer text")
     return encoded
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[Encoded]:
     """Tokenize the documents of a text one by one.
 
-    Raises FrankenmergeError for a document without tokens.
+    Raises FrankenmergeError for a document without tokens, unless it is the only one.
     """
-    documents = [_encode_document(tokenizer, document) for document in text.documents]
-    for number, each in enumerate(documents, 1):
-        if not len(each.ids):
+    found = list(_encoded_documents(tokenizer, text))
+    for number, each in enumerate(found, 1):
+        if len(found) > 1 and not len(each.ids):
             place = f"{text.name}, document {number}"
             raise fail(place, "a document with tokens", "none", "leave it out")
-    return documents
+    return found
+
+
+def limited(tokenizer: PreTrainedTokenizerBase, text: Text, tokens: int) -> Text:
+    """The beginning of a text: documents of at most so many predicted tokens, the last one cut.
+
+    A conversation is not cut: it ends the text where it does not fit.
+
+    Raises FrankenmergeError for a tokenizer that does not know where its tokens end, and for a
+    first conversation that does not fit.
+    """
+    kept: list[Document] = []
+    pairs = zip(text.documents, _encoded_documents(tokenizer, text), strict=True)
+    for document, encoded in pairs:
+        if encoded.tokens <= tokens:
+            kept.append(document)
+            tokens -= encoded.tokens
+            continue
+        if isinstance(document, str) and tokens:
+            if encoded.ends is None:
+                expected, found = "a fast tokenizer", "one that has no offsets"
+                raise fail(f"--tokens on {text.name}", expected, found, "leave it out")
+            part = document.encode()[: int(encoded.ends[tokens - 1])].decode()
+            kept += [part] if part.strip() else []
+        if kept:
+            return text_of(text.name, kept)
+        place, found = f"--tokens on {text.name}", f"{encoded.tokens} tokens"
+        raise fail(place, f"a first document of at most {tokens} tokens", found, "allow more")
+    return text
 
 
 def concatenated(documents: Sequence[Encoded]) -> Encoded:
     """One text of documents that were encoded one by one."""
     bounds = np.cumsum([0, *(each.bytes for each in documents)])
     starts = np.cumsum([0, *(len(each.ids) for each in documents)])
+    ends = [first + _own_ends(each) for first, each in zip(bounds, documents, strict=False)]
+    counted = None
+    if any(each.counted is not None for each in documents):
+        counted = np.concatenate([_counted(each) for each in documents])
     return Encoded(
         np.concatenate([each.ids for each in documents]),
         int(bounds[-1]),
-        np.concatenate(
-            [first + _own_ends(each) for first, each in zip(bounds, documents, strict=False)]
-        ),
+        np.concatenate(ends),
         tuple(starts[:-1].tolist()),
         bounds,
+        counted,
     )
+
+
+def _counted(document: Encoded) -> np.ndarray:
+    """Which of a document's predicted tokens count, bool `[s-1]`."""
+    every = np.ones(document.predicted, dtype=bool)
+    return every if document.counted is None else document.counted
 
 
 def _own_ends(document: Encoded) -> np.ndarray:
     """Where the tokens of a document end, all in its own bytes; equally long if not known."""
     if document.ends is None:
-        return np.linspace(0, document.bytes, document.predicted + 1)[1:]
+        return np.linspace(0, document.bytes, document.tokens + 1)[1:]
     return np.maximum(document.ends, 1)
 
 
-def _encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
+def _encoded_documents(tokenizer: PreTrainedTokenizerBase, text: Text) -> Iterator[Encoded]:
+    for number, document in enumerate(text.documents, 1):
+        if isinstance(document, str):
+            yield _encoded_string(tokenizer, document)
+        else:
+            ids, mask = chat_tokens(tokenizer, document, f"{text.name}, document {number}")
+            size = len(predicted_text(document).encode())
+            yield Encoded(ids, size, counted=mask[1:])
+
+
+def _encoded_string(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
     has_offsets = bool(tokenizer.is_fast)
     encoding: Any = tokenizer(
         text, add_special_tokens=False, verbose=False, return_offsets_mapping=has_offsets
@@ -186,13 +240,6 @@ def _encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
         characters = np.array([stop for _, stop in encoding["offset_mapping"]], dtype=np.int64)
         ends = _byte_ends(text)[characters[len(ids) - len(line) + 1 :]]
     return Encoded(line, len(text.encode()), ends)
-
-
-def _check_predicted(encoded: Encoded, place: str) -> None:
-    """Raise FrankenmergeError for a text of which no token is predicted."""
-    if encoded.predicted < 1:
-        found = f"{len(encoded.ids)} tokens"
-        raise fail(place, "a text of at least two tokens", found, "give a longer text")
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -13,8 +13,9 @@ from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
 from frankenmerge.evaluation.bench import Bench, Result, Subject
 from frankenmerge.evaluation.checks import Checks, Findings, examine
-from frankenmerge.evaluation.documents import Text
+from frankenmerge.evaluation.documents import Text, predicted_text
 from frankenmerge.evaluation.items import encoded_items, read_items
+from frankenmerge.evaluation.language import limited
 from frankenmerge.evaluation.lineage import checkpoint_lineage
 from frankenmerge.evaluation.non_inferiority import Comparison, judge
 from frankenmerge.evaluation.record import evaluation_record
@@ -40,6 +41,8 @@ class EvaluateOptions:
 
     context: int | None = None
     """Tokens in a window; by default what every model was made for, at most 2048."""
+    tokens: int | None = None
+    """Measure at most so many tokens of every text, counted by the first model's tokenizer."""
     samples: int = 0
     """Continuations of so many prompts taken from the texts."""
     prompts: tuple[str, ...] = ()
@@ -160,6 +163,11 @@ def _evaluated(
     # Missing tokenizers and faulty items are reported before anything is measured.
     tokenizers = {name: load_tokenizer(each) for name, each in checkpoints.items()}
     tokenizers |= {name: splice_tokenizer(each) for name, each in subjects.splices.items()}
+    if options.tokens:
+        # One tokenizer counts for all, so that every model is measured on the same bytes.
+        first = tokenizers[subjects.names[0]]
+        texts = [limited(first, text, options.tokens) for text in texts]
+        bench = bench.on(texts)
     checks, findings = _checks(texts, options), Findings()
     remarks = _cut_items(checks, tokenizers, bench.context)
     needed = _needed(subjects, recorded if options.seams else None)
@@ -291,9 +299,9 @@ def _donors(
 
 
 def _checks(texts: Sequence[Text], options: EvaluateOptions) -> Checks:
-    contents = [text.content for text in texts]
-    prompts = [*options.prompts, *sample_prompts(contents, options.samples, options.seed)]
-    words = [*map(words_of, contents), *map(read_words, options.words)]
+    passages = _passages(texts, options.samples)
+    prompts = [*options.prompts, *sample_prompts(passages, options.samples, options.seed)]
+    words = [*(words_of(text.content) for text in texts), *map(read_words, options.words)]
     return Checks(
         prompts=prompts,
         vocabulary=frozenset().union(*words),
@@ -305,6 +313,15 @@ def _checks(texts: Sequence[Text], options: EvaluateOptions) -> Checks:
         else None,
         seed=options.seed,
     )
+
+
+def _passages(texts: Sequence[Text], count: int) -> list[str]:
+    """Where each of `count` prompts is from: the texts in turn, of each evenly spaced documents."""
+    passages = []
+    for number in range(count):
+        documents = texts[number % len(texts)].documents
+        passages.append(predicted_text(documents[number * len(documents) // count]))
+    return passages
 
 
 def _retention(

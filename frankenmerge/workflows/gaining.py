@@ -28,7 +28,7 @@ from frankenmerge.artefacts.recipe_label import label
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.evaluation.bench import Bench, Loaded
-from frankenmerge.evaluation.documents import Text
+from frankenmerge.evaluation.documents import Chat, Text
 from frankenmerge.evaluation.domains import (
     ROWS,
     Domain,
@@ -419,6 +419,9 @@ def _domain(each: Text | Task, tokenizer: PreTrainedTokenizerBase, bench: Bench)
         return task_domain(each.name, rows)
     context = min(bench.context, CONTEXT)
     start = start_token(tokenizer)
+    if any(isinstance(document, Chat) for document in each.documents):
+        expected, remedy = "documents of plain text", "measure conversations with evaluate --text"
+        raise fail(each.name, expected, "conversations", remedy)
     skipped = 0 if start is None else 1
     documents = [document.ids[skipped:] for document in encode_documents(tokenizer, each)]
     if (tokens := sum(map(len, documents))) < 4 * context:

@@ -160,7 +160,7 @@ def check_patient(patient: Patient, scope: Scope, options: HealOptions, output: 
         expected = "a teacher, where only a share of the loss is the tokens' own"
         raise fail("--mix", expected, "--teacher none", "omit --mix, or name a teacher")
     if not isinstance(options.on, str):
-        same = {text.content for text in options.on} & {text.content for text in options.text}
+        same = {text.documents for text in options.on} & {text.documents for text in options.text}
         if same:
             expected = "a text that the model is not trained on"
             raise fail("--text", expected, "one of --on", "give another --text")

@@ -1,6 +1,7 @@
 """Texts of documents: what is read, and that nothing crosses documents."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.bench import Bench
-from frankenmerge.evaluation.documents import Chat, Text, read_text
+from frankenmerge.evaluation.documents import Chat, Text, read_text, text_of
 from frankenmerge.evaluation.domains import text_domain
 from frankenmerge.evaluation.intervals import segment_sums
-from frankenmerge.evaluation.language import encode_text, measure
+from frankenmerge.evaluation.language import encode_text, limited, measure
 from frankenmerge.evaluation.seams import windows_of
 from frankenmerge.models.loading import load_model, load_tokenizer
 from frankenmerge.splicing.resolve import resolve
@@ -189,10 +190,110 @@ MODEL, STORIES = DATA / "models" / "stories260K", DATA / "text" / "tinystories.t
 
 @pytest.mark.skipif(not STORIES.exists(), reason="no stories beside the repository")
 def test_a_real_model_predicts_stories_better_than_one_stream(tmp_path):
+    """The model has read stories, each after BOS, and none for longer than a story is."""
     file = tmp_path / "stories.txt"
     file.write_text(STORIES.read_text()[:60_000])
     bench = Bench([read_text(file)], {"m": open_checkpoint(str(MODEL))})
     stream = bench.checkpoint("m").total
     stories = bench.on([read_text(file, "<|endoftext|>")]).checkpoint("m").total
-    assert stream.bits_per_byte == pytest.approx(1.41, abs=0.03)
-    assert stories.bits_per_byte == pytest.approx(0.89, abs=0.03)
+    assert stream.bits_per_byte == pytest.approx(1.609, abs=0.001)
+    assert stories.bits_per_byte == pytest.approx(0.969, abs=0.001)
+    model, tokenizer = bench.load("m").model, bench.load("m").tokenizer
+    pieces = [piece.strip("\n") for piece in file.read_text().split("<|endoftext|>")]
+    nats = [
+        each for piece in pieces for each in plain_losses(model, tokenizer, piece, bench.context)
+    ]
+    np.testing.assert_allclose(stories.nats, nats, atol=1e-4)
+
+
+MESSAGES = (
+    {"role": "user", "content": "tell me a story"},
+    {"role": "assistant", "content": "the fox jumps"},
+    {"role": "user", "content": "more"},
+    {"role": "assistant", "content": "and runs"},
+)
+APPENDING = (
+    "{% for m in messages %}{{ m.role[0] }} {{ m.content }}T {% endfor %}"
+    "{% if add_generation_prompt %}a {% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ m.role[0] + ' ' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + 'T' }}{% endgeneration %}{% else %}{{ m.content + 'T' }}"
+    "{% endif %}{{ ' ' }}{% endfor %}"
+)
+REWRITING = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+CONVERSATION = "u tell me a storyT a the fox jumpsT u moreT a and runsT "
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("template", [APPENDING, MARKED])
+def test_only_the_turns_of_the_assistant_count(donors, template):
+    checkpoint = open_checkpoint(str(donors["a"]))
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    tokenizer.chat_template = template
+    ids = torch.tensor([tokenizer(CONVERSATION, add_special_tokens=False)["input_ids"]])
+    logits = model(input_ids=ids[:, :-1]).logits[0].log_softmax(-1)
+    nats = -logits.gather(1, ids[0, 1:, None])[:, 0]
+    expected = []
+    for turn in ("the fox jumpsT", "and runsT"):
+        first = CONVERSATION.index(turn)
+        expected += nats[first - 1 : first - 1 + len(turn)].tolist()
+    chat = Chat(MESSAGES)
+    loss = measure(model, encode_text(tokenizer, text_of("t", [chat])), context=64)
+    np.testing.assert_allclose(loss.nats, expected, atol=1e-4)
+    assert loss.bytes == len("the fox jumps" + "and runs")
+    mixed = measure(model, encode_text(tokenizer, text_of("t", ["abc", chat])), context=64)
+    np.testing.assert_allclose(mixed.nats[3:], expected, atol=1e-4)
+    assert mixed.documents == 2 and segment_sums(mixed)[2].sum() == mixed.tokens == 3 + 23
+
+
+@pytest.mark.parametrize("template", [None, REWRITING, "{{ raise_exception('no') }}", "x"])
+def test_conversations_that_cannot_be_told_apart_are_refused(donors, template):
+    tokenizer = load_tokenizer(open_checkpoint(str(donors["a"])))
+    tokenizer.chat_template = template
+    with pytest.raises(FrankenmergeError, match="t, document 1") as refused:
+        encode_text(tokenizer, text_of("t", [Chat(MESSAGES)]))
+    assert "template" in str(refused.value)
+
+
+@pytest.mark.parametrize("tokens", [1, 150, 155, 165, 168, 10_000])
+def test_a_text_is_limited_to_its_beginning(donors, tokens):
+    tokenizer = load_tokenizer(open_checkpoint(str(donors["a"])))
+    text = limited(tokenizer, text_of("t", DOCUMENTS), tokens)
+    whole = "".join(DOCUMENTS)
+    assert "".join(text.documents) == whole[:tokens]  # tokens are letters
+    assert all(map(str.startswith, DOCUMENTS, text.documents))
+
+
+def test_a_conversation_is_not_cut(donors):
+    tokenizer = load_tokenizer(open_checkpoint(str(donors["a"])))
+    tokenizer.chat_template = APPENDING
+    text = text_of("t", ["abc", Chat(MESSAGES)])
+    assert limited(tokenizer, text, 20).documents == ("abc",)
+    assert limited(tokenizer, text, 26) == text
+    with pytest.raises(FrankenmergeError, match="at most 2 tokens"):
+        limited(tokenizer, text_of("t", [Chat(MESSAGES)]), 2)
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(FrankenmergeError, match=r"frankenmerge\[parquet\]"):
+        read_text(tmp_path / "a.parquet")
+
+
+def test_rows_of_parquet_are_documents(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["one", "two"], "body": ["three", None]}), file)
+    assert read_text(file).documents == ("one", "two")
+    with pytest.raises(FrankenmergeError, match="row 2"):
+        read_text(tmp_path / "a.parquet:body")
+    rows = pyarrow.table({"messages": [list(MESSAGES)]})
+    parquet.write_table(rows, file)
+    assert read_text(file).documents == (Chat(MESSAGES),)
+    file.write_bytes(b"PAR1 and no more")
+    with pytest.raises(FrankenmergeError, match="a Parquet file"):
+        read_text(file)
