@@ -160,8 +160,8 @@ def check_patient(patient: Patient, scope: Scope, options: HealOptions, output: 
         expected = "a teacher, where only a share of the loss is the tokens' own"
         raise fail("--mix", expected, "--teacher none", "omit --mix, or name a teacher")
     if not isinstance(options.on, str):
-        same = {text.documents for text in options.on} & {text.documents for text in options.text}
-        if same:
+        trained = [text.documents for text in options.on]
+        if any(text.documents in trained for text in options.text):
             expected = "a text that the model is not trained on"
             raise fail("--text", expected, "one of --on", "give another --text")
     if patient.splice.vocabulary is not None:
