@@ -24,7 +24,7 @@ from frankenmerge.cli.console import (
     print_remarks,
     progress,
 )
-from frankenmerge.cli.measuring import TEXT_HELP, separator_option
+from frankenmerge.cli.measuring import TEXT_HELP, read_texts, separator_option
 from frankenmerge.cli.tables import (
     differences_table,
     further_tables,
@@ -155,7 +155,6 @@ def evaluate(
     if threshold is not None and not math.isfinite(threshold):
         raise fail("--compare", "a number of bits per byte", str(threshold), "give one such as 0.1")
     from frankenmerge.artefacts.evaluation import save
-    from frankenmerge.evaluation.documents import read_text
     from frankenmerge.workflows.evaluating import evaluate as evaluated
 
     separator = options.pop("separator")
@@ -168,7 +167,7 @@ def evaluate(
         check_tasks(chosen.harness_tasks)
     found = evaluated(
         models,
-        [read_text(text, separator) for text in texts],
+        read_texts(texts, separator),
         chosen,
         arguments=_arguments(invocation),
         progress=progress,

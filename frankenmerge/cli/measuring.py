@@ -5,9 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from frankenmerge.cli.console import print_remarks
 from frankenmerge.errors import fail
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from frankenmerge.evaluation.documents import Text
     from frankenmerge.evaluation.items import Item
     from frankenmerge.workflows.measuring import GainOn, On
 
@@ -77,9 +81,21 @@ def measured_on(values: tuple[str, ...], separator: str | None) -> "On | None":
         return None
     if values == (SAMPLED,):
         return "sampled"
+    return read_texts(values, separator)
+
+
+def read_texts(values: "Sequence[str | Path]", separator: str | None) -> "list[Text]":
+    """The texts of files and folders; remarks on those in which `separator` does not occur."""
     from frankenmerge.evaluation.documents import read_text
 
-    return [read_text(Path(value), separator) for value in values]
+    texts = [read_text(Path(value), separator) for value in values]
+    if separator:
+        print_remarks(
+            f"{text.name}: --separator {separator!r} does not occur, and all of it is one document"
+            for text in texts
+            if not text.parts
+        )
+    return texts
 
 
 def gains_on(values: tuple[str, ...], separator: str | None) -> "GainOn":

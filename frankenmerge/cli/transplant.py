@@ -7,7 +7,7 @@ import click
 
 from frankenmerge.artefacts.recipe_schema import ANCHORS, APPROXIMATIONS
 from frankenmerge.cli.console import out, progress, table
-from frankenmerge.cli.measuring import separator_option
+from frankenmerge.cli.measuring import read_texts, separator_option
 from frankenmerge.cli.merge import write_checkpoint, writing_options
 
 if TYPE_CHECKING:
@@ -61,11 +61,10 @@ def transplant_tokenizer(
     these. All other tensors are copied. Then the two models can be spliced.
     """
     from frankenmerge.artefacts.recipe import transplant_recipe
-    from frankenmerge.evaluation.documents import read_text
     from frankenmerge.workflows.merging import with_weights
     from frankenmerge.workflows.transplanting import measured, tokens_of
 
-    read = [read_text(text, separator) for text in texts]
+    read = read_texts(texts, separator)
     if anchors is not None and method == "pieces":
         raise click.UsageError("--anchors belongs to --method omp, barycentric or nearest")
     recipe = transplant_recipe(model, donor, method, anchors or ANCHORS)

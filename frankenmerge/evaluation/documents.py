@@ -67,8 +67,10 @@ def read_text(path: Path, separator: str | None = None) -> Text:
             raise fail(str(file), expected, "none", "give another folder")
     else:
         files = [file]
-        if file.suffix not in ROWS and not separator:
-            return Text(str(path), _content(file))
+        if file.suffix not in ROWS:
+            content = _content(file)
+            if not separator or separator not in content:
+                return Text(str(path), content)
     documents, faults = [], []
     for each in files:
         try:

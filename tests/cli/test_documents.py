@@ -136,6 +136,15 @@ def test_tune_and_heal_read_documents(planted, run, tmp_path):
     assert code == 2 and "not trained on" in err
 
 
+def test_a_separator_that_does_not_occur_is_mentioned(planted, run, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("one story\n~~\n")
+    for separator, notes in (("~~", 0), ("||", 1)):
+        arguments = ("--text", text, "--separator", separator)
+        code, _, err = run("evaluate", planted["first"], *arguments)
+        assert code == 0 and err.count("does not occur") == notes
+
+
 @pytest.mark.parametrize("command", ["evaluate", "plan", "tune"])
 def test_faulty_documents_are_reported_with_their_line(planted, run, tmp_path, command):
     text = tmp_path / "rows.jsonl"
