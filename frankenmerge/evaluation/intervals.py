@@ -19,6 +19,8 @@ from frankenmerge.evaluation.language import Loss
 RESAMPLES = 1000
 SEGMENT, FEWEST = 2048, 20
 """Bytes of a segment; fewer if the text would have fewer than `FEWEST` segments."""
+COUNTS = 10_000_000
+"""Most numbers in memory that say how often a segment is in a resample."""
 _NATS, _HITS, _TOKENS, _BYTES = range(4)
 
 
@@ -76,8 +78,17 @@ def resampled(losses: Mapping[str, Loss], seed: int) -> dict[str, np.ndarray]:
     result = {}
     for position, (name, loss) in enumerate(losses.items()):
         sums = segment_sums(loss)
-        result[name] = sums @ resample_counts(sums.shape[1], RESAMPLES, [seed, position]).T
+        result[name] = _resampled_sums(sums, np.random.default_rng([seed, position]))
     return result
+
+
+def _resampled_sums(sums: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Sums of every resample, `[4, RESAMPLES]`; a part at a time, as there may be many segments."""
+    count = sums.shape[1]
+    size = max(1, COUNTS // count)
+    parts = [min(size, RESAMPLES - first) for first in range(0, RESAMPLES, size)]
+    made = [sums @ resample_counts(count, part, generator).T for part in parts]
+    return np.concatenate(made, axis=1)
 
 
 def pooled(sums: Mapping[str, np.ndarray]) -> np.ndarray:
