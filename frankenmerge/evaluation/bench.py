@@ -135,6 +135,12 @@ class Bench:
         other.texts, other._encodings = list(texts), {}
         return other
 
+    def within(self, context: int) -> "Bench":
+        """The same with windows of `context` tokens."""
+        other = copy(self)
+        other.context = context
+        return other
+
     def load(self, name: str) -> Loaded:
         """A checkpoint in memory."""
         if name not in self._loaded:

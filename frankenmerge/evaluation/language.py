@@ -23,6 +23,10 @@ POSITIONS = 4096
 """Most positions in one forward pass, unless a window is longer; halved if memory is short."""
 
 
+PARTS = 16
+"""Parts of a window whose losses are compared."""
+
+
 class Encoded(NamedTuple):
     """A text as a model reads it."""
 
@@ -80,6 +84,8 @@ class Loss(NamedTuple):
     """As in `Encoded`."""
     bounds: np.ndarray | None = None
     """As in `Encoded`."""
+    by_position: np.ndarray | None = None
+    """Mean loss in `PARTS` equal parts of each window of full length, `[windows, PARTS]`."""
 
     @property
     def documents(self) -> int:
@@ -292,6 +298,7 @@ def measure(
     nats = torch.full((encoded.predicted,), torch.nan, dtype=torch.float64)
     hits, remaining = torch.zeros(len(nats), dtype=torch.bool), iter(placed)
     rows = [ids[each.start : each.start + each.width + 1] for each in placed]
+    by_position = []
     for batch in predictions(model, rows):
         done = 0
         for losses, right in zip(*batch, strict=True):
@@ -300,9 +307,13 @@ def measure(
             target = slice(window.place, window.place + window.kept)
             nats[target], hits[target] = losses[counted], right[counted]
             done += window.kept
+            if window.width == context >= PARTS:
+                parts = losses[: window.width].tensor_split(PARTS)
+                by_position.append([float(part.mean()) for part in parts])
         advance(done)
     check_finite(model, nats)
-    return loss_of(encoded, nats.numpy(), hits.numpy())
+    loss = loss_of(encoded, nats.numpy(), hits.numpy())
+    return loss._replace(by_position=np.array(by_position).reshape(-1, PARTS))
 
 
 def loss_of(encoded: Encoded, nats: np.ndarray, hits: np.ndarray | None = None) -> Loss:
@@ -331,7 +342,10 @@ def predictions(model: PreTrainedModel, rows: Sequence[Tensor]) -> Iterator[tupl
     while rows:
         width = max(1, len(rows[0]) - 1)
         group = rows[: max(1, positions // width)]
-        predicted = _batch_losses(model, pad_sequence(list(group), batch_first=True))
+        # Any id will do; transformers warns of rows that end in the model's padding token.
+        padding = float(group[0][0])
+        padded = pad_sequence(list(group), batch_first=True, padding_value=padding)
+        predicted = _batch_losses(model, padded)
         if predicted is not None:
             yield predicted
             rows = rows[len(group) :]

@@ -21,6 +21,7 @@ from frankenmerge.evaluation.non_inferiority import Comparison, judge
 from frankenmerge.evaluation.record import evaluation_record
 from frankenmerge.evaluation.retention import retained
 from frankenmerge.evaluation.samples import read_words, sample_prompts, words_of
+from frankenmerge.evaluation.usable_context import Rise, rise_of
 from frankenmerge.models.loading import CPU, Placement, load_tokenizer
 from frankenmerge.models.lora import WEIGHTS_NAME
 from frankenmerge.progress import Progress, silent
@@ -172,6 +173,16 @@ def _evaluated(
     remarks = _cut_items(checks, tokenizers, bench.context)
     needed = _needed(subjects, recorded if options.seams else None)
     results = _results(bench, subjects, donors, needed, checks, findings, progress)
+    if texts and not options.context and (rises := _rises(results, bench)):
+        remarks += tuple(
+            f"{name}: behind {rise.position} tokens of context it loses {rise.nats:.2f} nats per "
+            f"token more on {texts[0].name}"
+            for name, rise in rises.items()
+        )
+        bench = bench.within(min(rise.position for rise in rises.values()))
+        remarks += (f"all windows have {bench.context} tokens; --context sets another number",)
+        findings = Findings()
+        results = _results(bench, subjects, donors, needed, checks, findings, progress)
     findings.retention = _retention(findings, checkpoints, options, progress)
     comparison = None
     if options.compare is not None:
@@ -265,6 +276,13 @@ def _results(
         later = order[number:]
         bench.keep({*later, *(donor for other in later for donor in needed.get(other, ()))})
     return results
+
+
+def _rises(results: Sequence[Result], bench: Bench) -> dict[str, Rise]:
+    """By model, where its loss on the first text rises within the windows."""
+    losses = {result.name: result.losses[bench.texts[0].name] for result in results}
+    found = {name: rise_of(loss, bench.context) for name, loss in losses.items()}
+    return {name: rise for name, rise in found.items() if rise}
 
 
 def _numbered(progress: Progress, number: int, models: int) -> Progress:
