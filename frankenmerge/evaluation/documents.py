@@ -61,7 +61,7 @@ def read_text(path: Path, separator: str | None = None) -> Text:
         raise fail(str(path), "a file or a folder", "a dataset of the hub", remedy)
     file, field = _field_of(path)
     if file.is_dir():
-        files = [each for each in sorted(file.rglob("*")) if each.suffix in SUFFIXES]
+        files = [each for each in sorted(file.rglob("*")) if _is_text(each, file)]
         if not files:
             expected = f"a folder of {', '.join(SUFFIXES)} files"
             raise fail(str(file), expected, "none", "give another folder")
@@ -84,6 +84,12 @@ def read_text(path: Path, separator: str | None = None) -> Text:
 def text_of(name: str, documents: Sequence[Document]) -> Text:
     """A text of documents."""
     return Text(name, "\n".join(map(_words, documents)), tuple(documents))
+
+
+def _is_text(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder is a text; hidden ones are none."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix in SUFFIXES and not hidden and file.is_file()
 
 
 def has_documents(file: Path) -> bool:

@@ -63,7 +63,9 @@ def test_conversations_are_read_from_messages(tmp_path):
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path):
-    (tmp_path / "deeper").mkdir()
+    for name in ("deeper", ".hidden", "folder.txt"):
+        (tmp_path / name).mkdir()
+    written(tmp_path / ".hidden", d_txt="hidden")
     written(tmp_path, b_jsonl='{"text": "two"}', a_txt="one", c_md="ignored")
     written(tmp_path / "deeper", c_txt="three")
     assert read_text(tmp_path).documents == ("one", "two", "three")

@@ -201,7 +201,12 @@ def test_the_command_line_prints_what_was_measured(donors, text, run):
     content = text.read_bytes()
     assert code == 0 and record["context"] == 16
     assert record["texts"] == [
-        {"path": str(text), "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        {
+            "path": str(text),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content),
+            "documents": 1,
+        }
     ]
     (model,) = record["models"]
     assert (model["name"], model["role"]) == (str(donors["a"]), "model")
