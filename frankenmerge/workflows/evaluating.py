@@ -174,13 +174,16 @@ def _evaluated(
     needed = _needed(subjects, recorded if options.seams else None)
     results = _results(bench, subjects, donors, needed, checks, findings, progress)
     if texts and not options.context and (rises := _rises(results, bench)):
-        remarks += tuple(
-            f"{name}: behind {rise.position} tokens of context it loses {rise.nats:.2f} nats per "
-            f"token more on {texts[0].name}"
-            for name, rise in rises.items()
-        )
         bench = bench.within(min(rise.position for rise in rises.values()))
-        remarks += (f"all windows have {bench.context} tokens; --context sets another number",)
+        remarks = (
+            *_cut_items(checks, tokenizers, bench.context),
+            *(
+                f"{name}: behind {rise.position} tokens of context it loses {rise.nats:.2f} nats "
+                f"per token more on {texts[0].name}"
+                for name, rise in rises.items()
+            ),
+            f"all windows have {bench.context} tokens; --context sets another number",
+        )
         findings = Findings()
         results = _results(bench, subjects, donors, needed, checks, findings, progress)
     findings.retention = _retention(findings, checkpoints, options, progress)
