@@ -136,6 +136,28 @@ def test_tune_and_heal_read_documents(planted, run, tmp_path):
     assert code == 2 and "not trained on" in err
 
 
+def test_conversations_go_through_the_template(planted, run, tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "good day"}]
+    text, model = tmp_path / "chats.jsonl", write_donor(tmp_path / "chatty", seed=4)
+    text.write_text(f"{json.dumps({'messages': turns})}\n" * 3)
+    code, _, err = run("evaluate", model, "--text", text)
+    assert code == 2 and f"{text}, document 1" in err and "chat template" in err
+    (model / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role[0] }} {{ m.content }}T{% endfor %}"
+        "{% if add_generation_prompt %}a {% endif %}"
+    )
+    found = answered(run, "evaluate", model, "--text", text)["models"][0]
+    row = torch.tensor([[0, *(LETTERS.index(letter) + 1 for letter in "u hiTa good dayT")]])
+    labels = torch.where(torch.arange(row.shape[1]) < 8, -100, row)
+    with torch.no_grad():
+        loss = load_model(open_checkpoint(str(model)))(input_ids=row, labels=labels).loss
+    assert found["nats_per_token"] == pytest.approx(float(loss), abs=1e-4)
+    assert (found["tokens"], found["bytes"]) == (3 * 9, 3 * 8)
+    gain = ("--objective", "gain", "--on", text, "-o", tmp_path / "r.yaml")
+    code, _, err = run("plan", planted["alignment"], *gain)
+    assert code == 2 and "documents of plain text" in err
+
+
 def test_a_separator_that_does_not_occur_is_mentioned(planted, run, tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("one story\n~~\n")
