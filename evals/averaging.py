@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from frankenmerge.donors.architecture import Architecture
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.bench import read_text, shared_context
+from frankenmerge.evaluation.bench import shared_context
+from frankenmerge.evaluation.documents import read_text
 from frankenmerge.evaluation.language import encode
 from frankenmerge.models.loading import load_model, load_tokenizer
 from frankenmerge.models.sampling import sample_tokens

@@ -14,7 +14,8 @@ import click
 import torch
 
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.bench import Bench, read_text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import read_text
 from frankenmerge.evaluation.domains import split
 from frankenmerge.evaluation.gains import losses_in_turn
 from frankenmerge.planning.candidates import REPEATED, repeated_window, windows

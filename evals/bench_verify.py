@@ -12,7 +12,8 @@ import click
 from splices import excerpts, single_seams
 
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.bench import Bench, read_text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import read_text
 from frankenmerge.splicing.resolve import resolve
 
 

@@ -22,7 +22,7 @@ from splices import Bank, excerpts, random_seams, single_seams
 import frankenmerge
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.evaluation.bench import Text, read_text
+from frankenmerge.evaluation.documents import Text, read_text
 from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.prediction import (
     FLOOR,

@@ -20,7 +20,8 @@ from frankenmerge.analysis.analyze import analyze
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_schema import Whole
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
-from frankenmerge.evaluation.bench import Bench, read_text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import read_text
 from frankenmerge.evaluation.gains import donor_losses, gain_of, losses_together, mean_loss
 from frankenmerge.planning.candidates import candidates, uniform_average
 from frankenmerge.planning.numbers import Per

@@ -14,7 +14,8 @@ import click
 import numpy as np
 
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.bench import Bench, read_text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import read_text
 from frankenmerge.evaluation.domains import Domain
 from frankenmerge.evaluation.gains import (
     Sums,

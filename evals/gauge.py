@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
-from frankenmerge.evaluation.bench import read_text, shared_context
+from frankenmerge.evaluation.bench import shared_context
+from frankenmerge.evaluation.documents import read_text
 from frankenmerge.evaluation.language import encode
 from frankenmerge.models.hooks import block_outputs, forward
 from frankenmerge.models.loading import load_model, load_tokenizer

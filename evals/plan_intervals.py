@@ -19,7 +19,7 @@ from splices import Bank, excerpts
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
-from frankenmerge.evaluation.bench import read_text
+from frankenmerge.evaluation.documents import read_text
 from frankenmerge.evaluation.sampled_damage import cross_losses, disagreement
 from frankenmerge.planning.plan import plan
 from frankenmerge.planning.prediction import default_model, donor_loss

@@ -24,7 +24,7 @@ from frankenmerge.analysis.analyze import analyze
 from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.evaluation.bench import read_text
+from frankenmerge.evaluation.documents import read_text
 from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.controls import (
     goliath,

@@ -25,7 +25,7 @@ from frankenmerge.analysis.analyze import analyze
 from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.bootstrap import percentile_interval, resample_indices
 from frankenmerge.artefacts.recipe import Recipe
-from frankenmerge.evaluation.bench import read_text
+from frankenmerge.evaluation.documents import read_text
 from frankenmerge.models.hooks import blocks_of
 from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.prediction import FLOOR, default_model, donor_loss, features

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.sampled_damage import damage_on_sampled
 from frankenmerge.splicing.resolve import Splice, resolve
 

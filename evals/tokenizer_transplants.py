@@ -14,7 +14,8 @@ from mergekit_peer import checked_run, peer_version
 from frankenmerge.artefacts.recipe import transplant_recipe
 from frankenmerge.artefacts.recipe_schema import Approximation
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.bench import Bench, Text, read_text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import Text, read_text
 from frankenmerge.splicing.resolve import resolve
 from frankenmerge.workflows.transplanting import measured, tokens_of
 

@@ -18,7 +18,7 @@ from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.opening import open_donor
 
 if TYPE_CHECKING:
-    from frankenmerge.evaluation.bench import Text
+    from frankenmerge.evaluation.documents import Text
     from frankenmerge.evaluation.routing import Routing
     from frankenmerge.merging.lora_plan import LoraOptions
     from frankenmerge.merging.verify import Verified
@@ -66,7 +66,9 @@ __all__ = [
 
 Donor = str | Path | Checkpoint
 """A folder, a hub id that is in the local cache, or a checkpoint that is open."""
-On = Literal["sampled"] | Mapping[str, str] | Iterable[str | Path]
+Texts = Mapping[str, str | Sequence[str]] | Iterable[str | Path]
+"""Texts by name, each a string or a list of documents; or files and folders."""
+On = Literal["sampled"] | Texts
 """What recipes are measured on: tokens that the donors generate, texts by name, or files."""
 
 
@@ -411,7 +413,7 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> "Verified":
 
 def evaluate(
     *models: Donor | Recipe,
-    texts: Mapping[str, str] | Iterable[str | Path] = (),
+    texts: Texts = (),
     options: "EvaluateOptions | None" = None,
     donors: Sequence[Checkpoint] = (),
     progress: Progress = silent,
@@ -420,7 +422,8 @@ def evaluate(
 
     Args:
         models: folders, hub ids in the local cache, checkpoints, recipes or their files.
-        texts: texts by name, or files; none are needed where `options` name tasks.
+        texts: texts by name, each a string or a list of documents, or files and folders; none are
+            needed where `options` name tasks.
         options: `frankenmerge.workflows.evaluating.EvaluateOptions`.
         donors: checkpoints that are open already; others are opened.
         progress: in every model.
@@ -463,11 +466,14 @@ def _recipes(given: Recipe | str | Path) -> list[Recipe]:
     return [given] if isinstance(given, Recipe) else load_recipes(Path(given))
 
 
-def _texts(texts: Mapping[str, str] | Iterable[str | Path]) -> "list[Text]":
-    from frankenmerge.evaluation.bench import Text, read_text
+def _texts(texts: Texts) -> "list[Text]":
+    from frankenmerge.evaluation.documents import Text, read_text, text_of
 
     if isinstance(texts, Mapping):
-        return [Text(str(name), content) for name, content in texts.items()]
+        return [
+            Text(str(name), content) if isinstance(content, str) else text_of(str(name), content)
+            for name, content in texts.items()
+        ]
     return [read_text(Path(text)) for text in texts]
 
 

@@ -243,3 +243,11 @@ def test_importing_it_imports_nothing_heavy():
         ).stdout.strip()
         == "set()"
     )
+
+
+def test_texts_are_given_as_lists_of_documents(donors):
+    documents = ["the quick brown fox", "jumps over the dog"]
+    lists, *_ = fm.evaluate(donors["a"], texts={"text": documents}).results
+    apart, *_ = fm.evaluate(donors["a"], texts=dict(zip("ab", documents, strict=True))).results
+    assert lists.losses["text"].documents == 2
+    np.testing.assert_allclose(lists.total.nats, apart.total.nats, atol=1e-5)

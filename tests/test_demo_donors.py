@@ -6,7 +6,8 @@ from conftest import DEMO, in_memory, written
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.models.loading import load_model
 
 NAMES = ("base", "code", "prose", "stranger", "wide", "gpt2")

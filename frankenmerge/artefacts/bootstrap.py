@@ -12,7 +12,9 @@ COVERAGE = 0.95
 """The share of the resamples within an interval."""
 
 
-def resample_counts(count: int, resamples: int, seed: int | Sequence[int]) -> np.ndarray:
+def resample_counts(
+    count: int, resamples: int, seed: int | Sequence[int] | np.random.Generator
+) -> np.ndarray:
     """How often each of `count` items is in each resample of `count` items, `[resamples, count]`.
 
     For statistics that are functions of sums: the sums of all resamples are one product of

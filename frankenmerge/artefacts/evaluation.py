@@ -32,6 +32,16 @@ class LossRecord(Record):
     """By figure."""
 
 
+class DomainRecord(Record):
+    """The documents of a text, together."""
+
+    name: str
+    documents: int
+    tokens: int
+    bits_per_byte: float
+    nats_per_token: float
+
+
 class SampleRecord(Record):
     """A greedy continuation of a prompt."""
 
@@ -55,6 +65,8 @@ class ModelRecord(LossRecord, _ModelName):
     """The results of one model, on all texts together and on each."""
 
     texts: dict[str, LossRecord] = {}
+    domains: list[DomainRecord] = []
+    """Each a text."""
     invalid_words: float | None = None
     """The share of words in the samples that the reference vocabulary lacks."""
     repetition: float | None = None
@@ -250,6 +262,7 @@ class TextRecord(Record):
     path: str
     sha256: str | None = None
     bytes: int | None = None
+    documents: int | None = None
 
 
 class OriginRecord(Record):

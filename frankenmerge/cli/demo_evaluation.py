@@ -45,8 +45,9 @@ def evaluate(
     """Measure the checkpoint in `output`, the stack, donors and controls; write the evaluation."""
     from frankenmerge.artefacts.evaluation import save
     from frankenmerge.donors.checkpoint import open_checkpoint
-    from frankenmerge.evaluation.bench import Bench, Subject, Text
+    from frankenmerge.evaluation.bench import Bench, Subject
     from frankenmerge.evaluation.checks import Checks, Findings, examine
+    from frankenmerge.evaluation.documents import Text
     from frankenmerge.evaluation.record import evaluation_record
     from frankenmerge.evaluation.samples import sample_prompts, words_of
     from frankenmerge.planning.controls import random_recipe

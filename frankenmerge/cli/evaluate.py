@@ -24,6 +24,7 @@ from frankenmerge.cli.console import (
     print_remarks,
     progress,
 )
+from frankenmerge.cli.measuring import TEXT_HELP, read_texts, separator_option
 from frankenmerge.cli.tables import (
     differences_table,
     further_tables,
@@ -51,7 +52,15 @@ WORSE = 3
     "texts",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A UTF-8 text file. May be repeated.",
+    help=f"{TEXT_HELP} May be repeated.",
+)
+@separator_option
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Measure at most N tokens of every text, from its beginning, counted by the first model's "
+    "tokenizer.",
 )
 @click.option(
     "--context",
@@ -146,9 +155,9 @@ def evaluate(
     if threshold is not None and not math.isfinite(threshold):
         raise fail("--compare", "a number of bits per byte", str(threshold), "give one such as 0.1")
     from frankenmerge.artefacts.evaluation import save
-    from frankenmerge.evaluation.bench import read_text
     from frankenmerge.workflows.evaluating import evaluate as evaluated
 
+    separator = options.pop("separator")
     chosen = _options(options)
     if chosen.harness_tasks:
         from frankenmerge.evaluation.harness import check_tasks, stay_offline
@@ -158,7 +167,7 @@ def evaluate(
         check_tasks(chosen.harness_tasks)
     found = evaluated(
         models,
-        [read_text(text) for text in texts],
+        read_texts(texts, separator),
         chosen,
         arguments=_arguments(invocation),
         progress=progress,
@@ -278,10 +287,12 @@ def _print_size(found: "Evaluated") -> None:
     """Say how much text was measured, and how."""
     record, totals = found.record, [result.total for result in found.results]
     tokens = sorted({total.tokens for total in totals})
+    documents = sum(text.documents or 1 for text in record.texts)
+    parts = f" in {documents:,} documents" if documents > len(record.texts) else ""
     counted = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
     out().print(
         f"Windows of {record.context} tokens, {record.dtype}; {counted} tokens of "
-        f"{totals[0].bytes:,} bytes."
+        f"{totals[0].bytes:,} bytes{parts}."
     )
 
 

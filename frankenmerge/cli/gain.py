@@ -35,7 +35,7 @@ def plan_gain(
 
     started = perf_counter()
     chosen = GainOptions(
-        gains_on(options["on"]),
+        gains_on(options["on"], options["separator"]),
         constraints,
         any_depth=not (options["depth"] or options["parameters"]),
         base=options["base"],
@@ -77,7 +77,7 @@ def plan_sweep(
     if len(donors) != 1:
         found, remedy = f"{len(donors)}", "sweep one donor after the other"
         raise fail("plan --sweep", "one donor", found, remedy)
-    on = gains_on(options["on"])
+    on = gains_on(options["on"], options["separator"])
     chosen = SweepOptions(on, options["seed"], Placement(dtype, device))
     made, recipe = sweep(open_donor(str(donors[0])), chosen, output, progress=progress)
     write_file(output, recipe.dump().encode())

@@ -17,7 +17,7 @@ from frankenmerge.cli.console import (
     size,
     table,
 )
-from frankenmerge.cli.measuring import measured_on, measuring_option
+from frankenmerge.cli.measuring import measured_on, measuring_option, separator_option
 from frankenmerge.cli.merge import size_in_bytes
 from frankenmerge.cli.tables import signed_interval
 from frankenmerge.distributed import own_rank
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     help="A donor of MODEL, where its frankenmerge.json does not name them. May be repeated.",
 )
 @measuring_option("--text", "Measure before and after on this text, which is not trained on.")
+@separator_option
 @click.option(
     "--control",
     is_flag=True,
@@ -134,8 +135,9 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
 
     started = perf_counter()
     rank = own_rank()
-    options["on"] = measured_on(options["on"]) or "sampled"
-    options["text"] = _texts(options["text"])
+    separator = options.pop("separator")
+    options["on"] = measured_on(options["on"], separator) or "sampled"
+    options["text"] = _texts(options["text"], separator)
     chosen = HealOptions(placement=Placement(dtype, _device(device)), **options)
     planned = _print_plan if rank.first and not as_json else lambda _memory, _scope: None
     found = healed(model, output, chosen, planned=planned, progress=progress)
@@ -147,8 +149,8 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
         _print(found, perf_counter() - started)
 
 
-def _texts(values: tuple[str, ...]) -> list[Any]:
-    found = measured_on(values)
+def _texts(values: tuple[str, ...], separator: str | None) -> list[Any]:
+    found = measured_on(values, separator)
     if isinstance(found, str):
         raise click.BadParameter("name a text; sampled tokens are the default", param_hint="--text")
     return list(found or ())

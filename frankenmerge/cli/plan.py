@@ -18,7 +18,13 @@ from frankenmerge.cli.console import (
     progress,
     table,
 )
-from frankenmerge.cli.measuring import SAMPLED, gain_option, measured_on, measuring_option
+from frankenmerge.cli.measuring import (
+    SAMPLED,
+    gain_option,
+    measured_on,
+    measuring_option,
+    separator_option,
+)
 from frankenmerge.cli.tables import print_damping, print_seams
 from frankenmerge.errors import fail
 
@@ -194,6 +200,7 @@ _OF_DAMAGE = ("use", "avoid", "shares", "differ", "calibrate", "verify", "damp")
 )
 @measuring_option("--verify", "Measure the plans on this, and rank them by the result.")
 @measuring_option("--damp", "Scale what repeated blocks write where that loses less on this.")
+@separator_option
 @device_option
 @dtype_option
 @json_option
@@ -255,8 +262,10 @@ def plan(
     if options["on"] or options["base"]:
         expected = "--objective gain beside --on and --base"
         raise fail("plan", expected, "--objective damage", "add --objective gain")
-    calibrate, verify = measured_on(options["calibrate"]), measured_on(options["verify"])
-    damp = measured_on(options["damp"])
+    separator = options["separator"]
+    calibrate = measured_on(options["calibrate"], separator)
+    verify = measured_on(options["verify"], separator)
+    damp = measured_on(options["damp"], separator)
     placement = None
     if calibrate or verify or damp:
         from frankenmerge.models.loading import Placement

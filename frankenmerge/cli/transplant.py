@@ -7,6 +7,7 @@ import click
 
 from frankenmerge.artefacts.recipe_schema import ANCHORS, APPROXIMATIONS
 from frankenmerge.cli.console import out, progress, table
+from frankenmerge.cli.measuring import read_texts, separator_option
 from frankenmerge.cli.merge import write_checkpoint, writing_options
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     help="Measure bits per byte before and after on this text; may be repeated. With --dry-run "
     "write nothing.",
 )
+@separator_option
 @writing_options
 def transplant_tokenizer(
     model: str,
@@ -50,6 +52,7 @@ def transplant_tokenizer(
     method: Any,
     anchors: int | None,
     texts: tuple[Path, ...],
+    separator: str | None,
     **options: Any,
 ) -> None:
     """Write MODEL with the tokenizer of DONOR to the new folder OUTPUT.
@@ -58,11 +61,10 @@ def transplant_tokenizer(
     these. All other tensors are copied. Then the two models can be spliced.
     """
     from frankenmerge.artefacts.recipe import transplant_recipe
-    from frankenmerge.evaluation.bench import read_text
     from frankenmerge.workflows.merging import with_weights
     from frankenmerge.workflows.transplanting import measured, tokens_of
 
-    read = [read_text(text) for text in texts]
+    read = read_texts(texts, separator)
     if anchors is not None and method == "pieces":
         raise click.UsageError("--anchors belongs to --method omp, barycentric or nearest")
     recipe = transplant_recipe(model, donor, method, anchors or ANCHORS)

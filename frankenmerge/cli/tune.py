@@ -18,7 +18,7 @@ from frankenmerge.cli.console import (
     progress,
     table,
 )
-from frankenmerge.cli.measuring import gain_option, gains_on
+from frankenmerge.cli.measuring import gain_option, gains_on, separator_option
 from frankenmerge.cli.tables import signed_interval, task_differences_tables
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @output_option("Where to write the recipe with its new numbers.")
 @gain_option("--on", "Tune on this. [default: sampled]")
+@separator_option
 @click.option(
     "--per",
     type=click.Choice(["setting", "block", "map"]),
@@ -73,7 +74,7 @@ def tune(
 
     started = perf_counter()
     given = one_recipe(load_recipes(recipe), str(recipe))
-    options["on"] = gains_on(options["on"])
+    options["on"] = gains_on(options["on"], options.pop("separator"))
     chosen = TuneOptions(placement=Placement(dtype, device), **options)
     found = tuned(given, chosen, progress=progress)
     write_file(output, found.recipe.dump().encode())

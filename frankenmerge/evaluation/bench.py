@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
 from frankenmerge.errors import fail
-from frankenmerge.evaluation.language import Encoded, Loss, encode, measure
+from frankenmerge.evaluation.documents import Text
+from frankenmerge.evaluation.language import Encoded, Loss, encode_text, measure
 from frankenmerge.evaluation.lineage import Lineage, checkpoint_lineage, splice_lineage
 from frankenmerge.evaluation.prefix_sharing import measure_together
 from frankenmerge.models.loading import CPU, Placement, load_model, load_tokenizer
@@ -24,13 +25,6 @@ from frankenmerge.splicing.resolve import Splice
 
 LONGEST_CONTEXT = 2048
 """Longest window used without being asked for, in tokens."""
-
-
-class Text(NamedTuple):
-    """A text to be predicted."""
-
-    name: str
-    content: str
 
 
 class Result(NamedTuple):
@@ -87,20 +81,6 @@ def _nothing(_subject: Subject) -> None:
     """Do nothing else."""
 
 
-def read_text(path: Path) -> Text:
-    """Read a text file as it is, including its line ends.
-
-    Raises FrankenmergeError when it is absent, empty or not UTF-8.
-    """
-    try:
-        content = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise fail(str(path), "a UTF-8 text file", str(error), "give another file") from error
-    if not content.strip():
-        raise fail(str(path), "a text", "an empty file", "give another file")
-    return Text(str(path), content)
-
-
 def shared_context(checkpoints: Iterable[Checkpoint]) -> int:
     """The longest window that every checkpoint was made for, at most `LONGEST_CONTEXT`."""
     sizes = (quantity(checkpoint.config, "positions") for checkpoint in checkpoints)
@@ -155,6 +135,12 @@ class Bench:
         other.texts, other._encodings = list(texts), {}
         return other
 
+    def within(self, context: int) -> "Bench":
+        """The same with windows of `context` tokens."""
+        other = copy(self)
+        other.context = context
+        return other
+
     def load(self, name: str) -> Loaded:
         """A checkpoint in memory."""
         if name not in self._loaded:
@@ -170,7 +156,7 @@ class Bench:
         return self._encodings[name]
 
     def _encoded(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Encoded]:
-        return {text.name: encode(tokenizer, text.content, text.name) for text in self.texts}
+        return {text.name: encode_text(tokenizer, text) for text in self.texts}
 
     def keep(self, names: Iterable[str]) -> None:
         """Release all models but those of `names`."""
@@ -265,7 +251,7 @@ class Bench:
         return Result(subject.name, subject.role, losses, subject.lineage)
 
     def _losses(self, subject: Subject, progress: Progress) -> dict[str, Loss]:
-        tokens = sum(len(line.ids) - 1 for line in subject.texts.values())
+        tokens = sum(line.predicted for line in subject.texts.values())
         with progress(f"{Path(subject.name).name} on text", tokens, "tokens") as advance:
             return {
                 text: measure(subject.model, line, context=self.context, advance=advance)

@@ -126,29 +126,39 @@ def task_domain(name: str, rows: ItemRows) -> Domain:
     return Domain(name, ids, counted, rows.items, right=right)
 
 
-def text_domain(name: str, ids: np.ndarray, start: int | None, context: int) -> Domain:
+def text_domain(
+    name: str, documents: np.ndarray | Sequence[np.ndarray], start: int | None, context: int
+) -> Domain:
     """Cut a text into rows of `context` tokens, each after the token `start`; at most `MOST_ROWS`.
+
+    Neither rows nor units cross documents.
 
     Args:
         name: of the text.
-        ids: its token ids, without `start`.
+        documents: the token ids of each document, without `start`; an array is a single one.
         start: what precedes a text for the model, if anything.
         context: tokens in a row, `start` among them.
     """
+    documents = [documents] if isinstance(documents, np.ndarray) else documents
     first = [] if start is None else [start]
     taken = context - len(first)
-    rows = [[*first, *ids[begin : begin + taken]] for begin in range(0, len(ids), taken)]
-    rows = [row for row in rows if len(row) > 1]
+    rows = [
+        (number, torch.tensor([*first, *ids[begin : begin + taken]]))
+        for number, ids in enumerate(documents)
+        for begin in range(0, len(ids), taken)
+    ]
+    rows = [(number, row) for number, row in rows if len(row) > 1]
     if len(rows) > MOST_ROWS:
         pieces, length = MOST_ROWS // LONGEST_UNIT, LONGEST_UNIT
         begins = np.linspace(0, len(rows) - length, pieces).astype(int)
         rows = [row for begin in begins for row in rows[begin : begin + length]]
-    lengths = torch.tensor([len(row) for row in rows])
-    padded = [torch.tensor(row) for row in rows]
-    made = pad_sequence(padded, batch_first=True)
+    lengths = torch.tensor([len(row) for _, row in rows])
+    made = pad_sequence([row for _, row in rows], batch_first=True)
     counted = torch.arange(1, made.shape[1])[None] < lengths[:, None]
     unit = int(np.clip(len(rows) // FEWEST_UNITS, 1, LONGEST_UNIT))
-    return Domain(name, made, counted, np.arange(len(rows)) // unit)
+    pairs = [(number, place // unit) for place, (number, _) in enumerate(rows)]
+    numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+    return Domain(name, made, counted, np.array([numbers[pair] for pair in pairs]))
 
 
 def sampled_domain(name: str, model: PreTrainedModel, seed: int, rows: int = ROWS) -> Domain:

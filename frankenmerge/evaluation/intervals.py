@@ -8,6 +8,7 @@ measured in bytes, so that models with different tokenizers are compared on the 
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from frankenmerge.evaluation.language import Loss
 RESAMPLES = 1000
 SEGMENT, FEWEST = 2048, 20
 """Bytes of a segment; fewer if the text would have fewer than `FEWEST` segments."""
+COUNTS = 10_000_000
+"""Most numbers in memory that say how often a segment is in a resample."""
 _NATS, _HITS, _TOKENS, _BYTES = range(4)
 
 
@@ -39,11 +42,12 @@ class Difference(NamedTuple):
 def segment_sums(loss: Loss) -> np.ndarray:
     """Nats, hits, tokens and bytes of every segment of a text, `[4, n]`.
 
-    A token belongs to the segment in which it ends. Tokens without known ends are assumed to be
+    No segment crosses documents; a short document is one. A token belongs to the segment in which
+    it ends. Tokens without known ends are assumed to be
     equally long; unknown hits are NaN.
     """
-    count = max(loss.bytes // SEGMENT, min(FEWEST, loss.bytes))
-    edges = np.linspace(0, loss.bytes, count + 1).round()
+    edges = _segment_edges(np.array([0, loss.bytes]) if loss.bounds is None else loss.bounds)
+    count = len(edges) - 1
     ends = np.linspace(0, loss.bytes, loss.tokens + 1)[1:] if loss.ends is None else loss.ends
     place = np.clip(np.searchsorted(edges, ends, side="left") - 1, 0, count - 1)
     hits = np.full(loss.tokens, np.nan) if loss.hits is None else loss.hits
@@ -52,6 +56,17 @@ def segment_sums(loss: Loss) -> np.ndarray:
         for values in (loss.nats, hits, np.ones(loss.tokens))
     )
     return np.stack([*sums, np.diff(edges)])
+
+
+def _segment_edges(bounds: np.ndarray) -> np.ndarray:
+    """Where segments begin, and the last ends, of documents at these byte offsets."""
+    size = int(bounds[-1])
+    segments = max(size // SEGMENT, min(FEWEST, size))
+    edges = [np.zeros(1)]
+    for begin, end in pairwise(bounds.tolist()):
+        count = max(1, round((end - begin) * segments / size))
+        edges.append(np.linspace(begin, end, count + 1).round()[1:])
+    return np.concatenate(edges)
 
 
 def resampled(losses: Mapping[str, Loss], seed: int) -> dict[str, np.ndarray]:
@@ -63,8 +78,17 @@ def resampled(losses: Mapping[str, Loss], seed: int) -> dict[str, np.ndarray]:
     result = {}
     for position, (name, loss) in enumerate(losses.items()):
         sums = segment_sums(loss)
-        result[name] = sums @ resample_counts(sums.shape[1], RESAMPLES, [seed, position]).T
+        result[name] = _resampled_sums(sums, np.random.default_rng([seed, position]))
     return result
+
+
+def _resampled_sums(sums: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Sums of every resample, `[4, RESAMPLES]`; a part at a time, as there may be many segments."""
+    count = sums.shape[1]
+    size = max(1, COUNTS // count)
+    parts = [min(size, RESAMPLES - first) for first in range(0, RESAMPLES, size)]
+    made = [sums @ resample_counts(count, part, generator).T for part in parts]
+    return np.concatenate(made, axis=1)
 
 
 def pooled(sums: Mapping[str, np.ndarray]) -> np.ndarray:

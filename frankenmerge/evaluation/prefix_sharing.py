@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from frankenmerge.artefacts.recipe import Block
-from frankenmerge.evaluation.language import POSITIONS, Encoded, Loss, windows
+from frankenmerge.evaluation.language import POSITIONS, Encoded, Loss, Window, loss_of, windows
 from frankenmerge.models.hooks import blocks_of
 from frankenmerge.models.passes import enter, leave, run_block
 from frankenmerge.splicing.assemble import prefix_of
@@ -17,14 +18,6 @@ from frankenmerge.splicing.resolve import Splice
 
 Assemble = Callable[[Splice], PreTrainedModel]
 """Gives the model of a splice."""
-
-
-class _Group(NamedTuple):
-    """Windows that are run as one batch: the same number of tokens count in each."""
-
-    starts: list[int]
-    kept: int
-    """Number of tokens that count, at the end of each window."""
 
 
 @torch.no_grad()
@@ -44,12 +37,12 @@ def measure_together(
         context: tokens in a window.
     """
     ids = torch.from_numpy(encoded.ids)
-    width, groups = _groups(len(ids), context)
-    nats = torch.full((len(stacks), len(ids) - 1), torch.nan, dtype=torch.float64)
-    for starts, kept in groups:
-        rows = torch.stack([ids[start : start + width + 1] for start in starts])
-        places = torch.tensor(
-            [[start + width - kept + offset for offset in range(kept)] for start in starts]
+    nats = torch.full((len(stacks), encoded.predicted), torch.nan, dtype=torch.float64)
+    for group in _groups(windows(encoded, context)):
+        kept = group[0].kept
+        # Shorter windows are padded on the right, where their predictions do not count.
+        rows = pad_sequence(
+            [ids[each.start : each.start + each.width + 1] for each in group], batch_first=True
         )
         for index, logits in logits_together(stacks, models, rows[:, :-1], kept):
             losses = functional.cross_entropy(
@@ -57,20 +50,23 @@ def measure_together(
                 rows[:, -kept:].flatten().to(logits.device),
                 reduction="none",
             )
-            nats[index, places.flatten()] = losses.double().cpu()
-    return [Loss(line.numpy(), encoded.bytes) for line in nats]
+            measured = losses.double().cpu().view(len(group), kept)
+            for window, line in zip(group, measured, strict=True):
+                nats[index, window.place : window.place + window.kept] = line[: window.kept]
+    return [loss_of(encoded, line.numpy()) for line in nats]
 
 
-def _groups(length: int, context: int) -> tuple[int, list[_Group]]:
-    width, starts = windows(length, context)
-    kept = [width, *(later - earlier for earlier, later in zip(starts, starts[1:], strict=False))]
-    size, groups = max(1, POSITIONS // width), []
-    for start, count in zip(starts, kept, strict=True):
-        if groups and groups[-1].kept == count and len(groups[-1].starts) < size:
-            groups[-1].starts.append(start)
+def _groups(placed: Sequence[Window]) -> list[list[Window]]:
+    """Windows that are run as one batch: as many tokens count in each, or all of them."""
+    groups: list[list[Window]] = []
+    for window in sorted(placed, key=lambda each: (not each.whole, -each.width, -each.kept)):
+        first = groups[-1][0] if groups else window
+        alike = window.whole if first.whole else window[1:3] == first[1:3]
+        if groups and alike and len(groups[-1]) < max(1, POSITIONS // first.width):
+            groups[-1].append(window)
         else:
-            groups.append(_Group([start], count))
-    return width, groups
+            groups.append([window])
+    return groups
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from frankenmerge.artefacts.evaluation import (
     KIND,
     BlockRecord,
     DifferenceRecord,
+    DomainRecord,
     Evaluation,
     GainCheck,
     HealingCheck,
@@ -29,8 +30,9 @@ from frankenmerge.artefacts.evaluation import (
     TextRecord,
 )
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.evaluation.bench import Bench, Result, Text
+from frankenmerge.evaluation.bench import Bench, Result
 from frankenmerge.evaluation.checks import Checks, Findings
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.intervals import difference, intervals, pooled, resampled
 from frankenmerge.evaluation.non_inferiority import Comparison, merges
 from frankenmerge.evaluation.paired import ItemResults, paired_tests
@@ -177,6 +179,16 @@ def _losses(result: Result, seed: int) -> dict[str, Any]:
             name: loss.as_json() | {"intervals": intervals(sums[name])}
             for name, loss in result.losses.items()
         },
+        "domains": [
+            DomainRecord(
+                name=name,
+                documents=loss.documents,
+                tokens=loss.tokens,
+                bits_per_byte=loss.bits_per_byte,
+                nats_per_token=loss.nats_per_token,
+            )
+            for name, loss in result.losses.items()
+        ],
     }
 
 
@@ -201,9 +213,9 @@ def _retention(model: str, entry: Retention) -> RetentionRecord:
 
 
 def _text(text: Text) -> TextRecord:
-    content = text.content.encode()
-    digest = hashlib.sha256(content).hexdigest()
-    return TextRecord(path=text.name, sha256=digest, bytes=len(content))
+    digest = hashlib.sha256(text.content.encode()).hexdigest()
+    documents = len(text.documents)
+    return TextRecord(path=text.name, sha256=digest, bytes=text.bytes, documents=documents)
 
 
 def _origin(

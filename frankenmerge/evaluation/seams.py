@@ -4,6 +4,7 @@ Predictions after a block are read with the logit lens: the model's own final no
 as if the block were the last one.
 """
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -49,12 +50,15 @@ class BlockComparison(NamedTuple):
 
 
 def windows_of(texts: Mapping[str, Encoded], context: int) -> list[Tensor]:
-    """`WINDOWS` evenly spaced windows of every text, token ids `[1, s]`."""
+    """`WINDOWS` evenly spaced windows of every text, token ids `[1, s]`, each in one document."""
     rows = []
     for encoded in texts.values():
-        width = min(WIDTH, context, len(encoded.ids))
-        starts = sorted(set(np.linspace(0, len(encoded.ids) - width, WINDOWS).astype(int).tolist()))
-        rows += [torch.from_numpy(encoded.ids[start : start + width])[None] for start in starts]
+        width, edges = min(WIDTH, context, len(encoded.ids)), [*encoded.starts, len(encoded.ids)]
+        for start in sorted(set(np.linspace(0, edges[-1] - width, WINDOWS).astype(int).tolist())):
+            number = bisect_right(edges, start)
+            end = edges[number]  # of the document
+            first = max(edges[number - 1], min(start, end - width))
+            rows.append(torch.from_numpy(encoded.ids[first : min(first + width, end)])[None])
     return [row for row in rows if row.shape[1] > 1]
 
 

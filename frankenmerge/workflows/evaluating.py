@@ -11,14 +11,17 @@ from frankenmerge.analysis.complete import complete_search
 from frankenmerge.artefacts.evaluation import Evaluation, GainCheck, PredictionCheck
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import fail
-from frankenmerge.evaluation.bench import Bench, Result, Subject, Text
+from frankenmerge.evaluation.bench import Bench, Result, Subject
 from frankenmerge.evaluation.checks import Checks, Findings, examine
+from frankenmerge.evaluation.documents import Text, predicted_text
 from frankenmerge.evaluation.items import encoded_items, read_items
+from frankenmerge.evaluation.language import limited
 from frankenmerge.evaluation.lineage import checkpoint_lineage
 from frankenmerge.evaluation.non_inferiority import Comparison, judge
 from frankenmerge.evaluation.record import evaluation_record
 from frankenmerge.evaluation.retention import retained
 from frankenmerge.evaluation.samples import read_words, sample_prompts, words_of
+from frankenmerge.evaluation.usable_context import Rise, rise_of
 from frankenmerge.models.loading import CPU, Placement, load_tokenizer
 from frankenmerge.models.lora import WEIGHTS_NAME
 from frankenmerge.progress import Progress, silent
@@ -39,6 +42,8 @@ class EvaluateOptions:
 
     context: int | None = None
     """Tokens in a window; by default what every model was made for, at most 2048."""
+    tokens: int | None = None
+    """Measure at most so many tokens of every text, counted by the first model's tokenizer."""
     samples: int = 0
     """Continuations of so many prompts taken from the texts."""
     prompts: tuple[str, ...] = ()
@@ -159,10 +164,28 @@ def _evaluated(
     # Missing tokenizers and faulty items are reported before anything is measured.
     tokenizers = {name: load_tokenizer(each) for name, each in checkpoints.items()}
     tokenizers |= {name: splice_tokenizer(each) for name, each in subjects.splices.items()}
+    if options.tokens:
+        # One tokenizer counts for all, so that every model is measured on the same bytes.
+        first = tokenizers[subjects.names[0]]
+        texts = [limited(first, text, options.tokens) for text in texts]
+        bench = bench.on(texts)
     checks, findings = _checks(texts, options), Findings()
     remarks = _cut_items(checks, tokenizers, bench.context)
     needed = _needed(subjects, recorded if options.seams else None)
     results = _results(bench, subjects, donors, needed, checks, findings, progress)
+    if texts and not options.context and (rises := _rises(results, bench)):
+        bench = bench.within(min(rise.position for rise in rises.values()))
+        remarks = (
+            *_cut_items(checks, tokenizers, bench.context),
+            *(
+                f"{name}: behind {rise.position} tokens of context it loses {rise.nats:.2f} nats "
+                f"per token more on {texts[0].name}"
+                for name, rise in rises.items()
+            ),
+            f"all windows have {bench.context} tokens; --context sets another number",
+        )
+        findings = Findings()
+        results = _results(bench, subjects, donors, needed, checks, findings, progress)
     findings.retention = _retention(findings, checkpoints, options, progress)
     comparison = None
     if options.compare is not None:
@@ -258,6 +281,13 @@ def _results(
     return results
 
 
+def _rises(results: Sequence[Result], bench: Bench) -> dict[str, Rise]:
+    """By model, where its loss on the first text rises within the windows."""
+    losses = {result.name: result.losses[bench.texts[0].name] for result in results}
+    found = {name: rise_of(loss, bench.context) for name, loss in losses.items()}
+    return {name: rise for name, rise in found.items() if rise}
+
+
 def _numbered(progress: Progress, number: int, models: int) -> Progress:
     """Progress that says which of the models it is about."""
     if models == 1:
@@ -290,9 +320,9 @@ def _donors(
 
 
 def _checks(texts: Sequence[Text], options: EvaluateOptions) -> Checks:
-    contents = [text.content for text in texts]
-    prompts = [*options.prompts, *sample_prompts(contents, options.samples, options.seed)]
-    words = [*map(words_of, contents), *map(read_words, options.words)]
+    passages = _passages(texts, options.samples)
+    prompts = [*options.prompts, *sample_prompts(passages, options.samples, options.seed)]
+    words = [*(words_of(text.content) for text in texts), *map(read_words, options.words)]
     return Checks(
         prompts=prompts,
         vocabulary=frozenset().union(*words),
@@ -304,6 +334,15 @@ def _checks(texts: Sequence[Text], options: EvaluateOptions) -> Checks:
         else None,
         seed=options.seed,
     )
+
+
+def _passages(texts: Sequence[Text], count: int) -> list[str]:
+    """Where each of `count` prompts is from: the texts in turn, of each evenly spaced documents."""
+    passages = []
+    for number in range(count):
+        documents = texts[number % len(texts)].documents
+        passages.append(predicted_text(documents[number * len(documents) // count]))
+    return passages
 
 
 def _retention(

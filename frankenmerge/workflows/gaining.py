@@ -27,7 +27,8 @@ from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_label import label
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import FrankenmergeError, fail
-from frankenmerge.evaluation.bench import Bench, Loaded, Text
+from frankenmerge.evaluation.bench import Bench, Loaded
+from frankenmerge.evaluation.documents import Chat, Text
 from frankenmerge.evaluation.domains import (
     ROWS,
     Domain,
@@ -51,7 +52,7 @@ from frankenmerge.evaluation.gains import (
     mean_loss,
 )
 from frankenmerge.evaluation.items import Task, encoded_items
-from frankenmerge.evaluation.language import start_token
+from frankenmerge.evaluation.language import encode_documents, start_token
 from frankenmerge.evaluation.record import library_versions, task_differences
 from frankenmerge.evaluation.sampled_damage import disagreement
 from frankenmerge.models.loading import CPU, Placement
@@ -417,12 +418,16 @@ def _domain(each: Text | Task, tokenizer: PreTrainedTokenizerBase, bench: Bench)
         rows = encoded_items(tokenizer, each.items, context=bench.context, place=each.name)
         return task_domain(each.name, rows)
     context = min(bench.context, CONTEXT)
-    encoding = tokenizer(each.content, add_special_tokens=False, verbose=False)
-    ids = np.array(encoding["input_ids"], dtype=np.int64)
-    if len(ids) < 4 * context:
+    start = start_token(tokenizer)
+    if any(isinstance(document, Chat) for document in each.documents):
+        expected, remedy = "documents of plain text", "measure conversations with evaluate --text"
+        raise fail(each.name, expected, "conversations", remedy)
+    skipped = 0 if start is None else 1
+    documents = [document.ids[skipped:] for document in encode_documents(tokenizer, each)]
+    if (tokens := sum(map(len, documents))) < 4 * context:
         expected = f"at least {4 * context} tokens: some to choose by, others to confirm with"
-        raise fail(each.name, expected, str(len(ids)), "give a longer text")
-    return text_domain(each.name, ids, start_token(tokenizer), context)
+        raise fail(each.name, expected, str(tokens), "give a longer text")
+    return text_domain(each.name, documents, start, context)
 
 
 def parts_of(donors: Mapping[str, Checkpoint], base: str | None) -> Donors:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.gains import (
     Gain,
     best_of,

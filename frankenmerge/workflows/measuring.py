@@ -8,7 +8,8 @@ from typing import Literal
 from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.items import Task
 from frankenmerge.evaluation.sampled_damage import cross_losses, damage_on_sampled, disagreement
 from frankenmerge.models.loading import CPU, Placement

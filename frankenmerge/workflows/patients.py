@@ -11,7 +11,7 @@ from frankenmerge.artefacts.recipe_file import load_recipes
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
 from frankenmerge.errors import FrankenmergeError, fail, raise_all
-from frankenmerge.evaluation.bench import Text
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.domains import LENGTH
 from frankenmerge.healing.adapters import RANK
 from frankenmerge.healing.memory import Memory, Sizes, available_memory, check_memory
@@ -161,8 +161,8 @@ def check_patient(patient: Patient, scope: Scope, options: HealOptions, output: 
         expected = "a teacher, where only a share of the loss is the tokens' own"
         raise fail("--mix", expected, "--teacher none", "omit --mix, or name a teacher")
     if not isinstance(options.on, str):
-        same = {text.content for text in options.on} & {text.content for text in options.text}
-        if same:
+        trained = [text.documents for text in options.on]
+        if any(text.documents in trained for text in options.text):
             expected = "a text that the model is not trained on"
             raise fail("--text", expected, "one of --on", "give another --text")
     if patient.splice.vocabulary is not None:

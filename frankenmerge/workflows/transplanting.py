@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from frankenmerge.errors import fail
-from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.models.loading import CPU, Placement
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.operations import Transplant

@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
-from frankenmerge.evaluation.bench import Bench, read_text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import read_text
 from frankenmerge.splicing.opening import open_donors
 from frankenmerge.splicing.resolve import resolve
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from frankenmerge.evaluation import intervals as intervals_module
 from frankenmerge.evaluation.intervals import (
     FEWEST,
     SEGMENT,
@@ -124,3 +125,10 @@ def test_models_of_different_tokenizers_are_compared_on_the_same_bytes():
     assert total.interval == pytest.approx((0, 0), abs=1e-3)
     low, high = bits(long)
     assert high - low > 0.02
+
+
+def test_resamples_in_parts_are_the_same(monkeypatch):
+    loss = text_like(np.random.default_rng(0), 15_000)
+    whole = resampled({"text": loss}, 3)["text"]
+    monkeypatch.setattr(intervals_module, "COUNTS", 70)
+    np.testing.assert_allclose(resampled({"text": loss}, 3)["text"], whole)

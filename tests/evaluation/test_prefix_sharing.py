@@ -6,7 +6,8 @@ from conftest import resolved
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.artefacts.recipe_schema import Gauge
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import Text
 
 SPLICES = ["a0 a1 a2 a3", "a0 a1 b2 b3", "a0 a1 b1 b2 b3", "a0 a0 a1 b2 a3", "b0 a1 a3", "a0"]
 

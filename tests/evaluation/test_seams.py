@@ -6,8 +6,9 @@ from conftest import resolved, write_donor, written
 
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.bench import Bench
 from frankenmerge.evaluation.checks import Checks, Findings, examine
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.language import encode
 from frankenmerge.evaluation.seams import WIDTH, WINDOWS, compared_blocks, windows_of
 from frankenmerge.models.loading import load_tokenizer

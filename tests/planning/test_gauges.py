@@ -10,7 +10,8 @@ from frankenmerge.analysis.analyze import analyze
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.bench import Bench, read_text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import read_text
 from frankenmerge.planning.gauges import needs_gauge, rotated_where_needed, with_gauges
 from frankenmerge.planning.plan import plan
 from frankenmerge.planning.search import Constraints

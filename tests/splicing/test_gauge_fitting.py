@@ -170,7 +170,8 @@ def test_a_gauge_fitted_on_text_is_found_as_well(twins, text, tmp_path):
 
 @pytest.mark.slow
 def test_strangers_understand_each_other_in_one_basis():
-    from frankenmerge.evaluation.bench import Bench, Text
+    from frankenmerge.evaluation.bench import Bench
+    from frankenmerge.evaluation.documents import Text
 
     base, stranger = (DEMO / "donors" / name for name in ("base", "stranger"))
     prose = (DEMO / "text" / "prose.txt").read_text()[:6000]

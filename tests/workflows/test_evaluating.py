@@ -16,7 +16,7 @@ from conftest import write_donor, written
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
-from frankenmerge.evaluation.bench import Text, read_text
+from frankenmerge.evaluation.documents import Text, read_text
 from frankenmerge.evaluation.language import encode, measure
 from frankenmerge.models.loading import load_model, load_tokenizer
 from frankenmerge.workflows.evaluating import EvaluateOptions, evaluate
@@ -201,7 +201,12 @@ def test_the_command_line_prints_what_was_measured(donors, text, run):
     content = text.read_bytes()
     assert code == 0 and record["context"] == 16
     assert record["texts"] == [
-        {"path": str(text), "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        {
+            "path": str(text),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content),
+            "documents": 1,
+        }
     ]
     (model,) = record["models"]
     assert (model["name"], model["role"]) == (str(donors["a"]), "model")

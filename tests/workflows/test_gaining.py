@@ -13,7 +13,7 @@ from frankenmerge.artefacts.alignment import save_alignment
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.bench import Text
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.models.loading import load_model
 from frankenmerge.planning.candidates import uniform_average
 from frankenmerge.planning.search import Constraints

@@ -18,7 +18,7 @@ from relatives import noisy, text_from
 from safetensors.numpy import load_file
 
 from frankenmerge.artefacts.recipe_file import load_recipe
-from frankenmerge.evaluation.bench import Text
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.healing import tokens
 from frankenmerge.workflows.healing import HealOptions, heal
 from frankenmerge.workflows.patients import patient_of

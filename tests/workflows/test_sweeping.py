@@ -12,7 +12,7 @@ from frankenmerge.artefacts import sweep as artefact
 from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
-from frankenmerge.evaluation.bench import Text
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.models.loading import load_model
 from frankenmerge.planning.candidates import REPEATED
 from frankenmerge.workflows.sweeping import SweepOptions, sweep

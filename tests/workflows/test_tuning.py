@@ -12,7 +12,8 @@ from relatives import noisy, opened, text_from
 
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_file import load_recipe
-from frankenmerge.evaluation.bench import Bench, Text
+from frankenmerge.evaluation.bench import Bench
+from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.domains import split, text_domain
 from frankenmerge.evaluation.gains import losses_together, mean_loss
 from frankenmerge.planning.numbers import Per, numbers_of, refined
