@@ -144,6 +144,7 @@ def on_terminal(*arguments: object, **environment: str) -> tuple[str, str]:
     return done.stdout, received.decode()
 
 
+@pytest.mark.slow
 def test_quiet_shows_results_and_no_progress(recipe, text):
     (loud, progress), (quiet, nothing) = (
         on_terminal("evaluate", recipe, "--text", text, *more) for more in ((), ("--quiet",))

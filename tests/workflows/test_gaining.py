@@ -222,6 +222,7 @@ def test_what_cannot_be_measured_is_refused(case, donors, run, tmp_path):
     assert said[case] in " ".join(err.split())
 
 
+@pytest.mark.slow
 def test_python_plans_and_tunes_as_the_command_line_does(planted, run, tmp_path):
     text = [Text("text", planted["text"].read_text())]
     alignment = frankenmerge.load_alignment(planted["alignment"])

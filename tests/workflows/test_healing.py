@@ -148,7 +148,8 @@ def killed(recipe: Path, output: Path, after: int, scope: str) -> int:
     return subprocess.run(command, capture_output=True).returncode
 
 
-@pytest.mark.parametrize("scope", ["seams", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["seams", "lora"])
 def test_killed_at_any_step_and_resumed_gives_the_same_bytes(taller, tmp_path, scope):
     assert killed(taller, tmp_path / "whole", -1, scope) == 0
     output = tmp_path / "whole"
@@ -264,7 +265,7 @@ KINDS = "plain", "healed"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_evaluate_shows_before_and_after(run, pair, tmp_path, adapter):
     text = tmp_path / "text.txt"
     text.write_text(text_from(pair["one"], 64))
@@ -361,6 +362,7 @@ def test_teachers_and_texts(run, pair, taller, tmp_path, teacher):
     assert len(record["teachers"]) == (0 if teacher == "none" else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [("--micro-batch", 3), ("--checkpointing",)])
 def test_what_saves_memory_changes_nothing_but_rounding(run, taller, tmp_path, more):
     arguments = ("heal", taller, tmp_path / "one", "--steps", 10)

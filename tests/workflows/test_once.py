@@ -119,7 +119,7 @@ def test_two_recipes_of_the_same_donors(counts, pair, recipe, run, text, tmp_pat
         assert counts["open_checkpoint", str(donor)] == 1
 
 
-@pytest.mark.parametrize("on", ["sampled", "text"])
+@pytest.mark.parametrize("on", [pytest.param("sampled", marks=pytest.mark.slow), "text"])
 def test_plan_verify(counts, donors, run, text, tmp_path, on):
     a, deep = donors["a"], donors["deep"]
     code, _, err = run("align", a, deep, "-o", tmp_path / "x.alignment.safetensors")
