@@ -120,6 +120,7 @@ def test_everything_at_once(splice, run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_tables_fit_eighty_columns(splice, run, tmp_path):
     path, texts, _ = splice
     third = tmp_path / "a-rather-long-name-of-a-text.txt"

@@ -68,6 +68,7 @@ def test_400_shards_are_merged_with_64_open_files(pair, tmp_path, method):
                 assert value.equal(source)
 
 
+@pytest.mark.slow
 def test_400_shards_are_evaluated_with_64_open_files(pair, tmp_path):
     a, b = map(str, pair)
     half = BLOCKS // 2

@@ -415,6 +415,7 @@ def test_what_is_refused(run, pair, taller, tmp_path, donors):
     assert "for the state" in refused(run, taller, tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_other_options_do_not_continue_a_state(taller, tmp_path):
     output = tmp_path / "out"
     assert killed(taller, output, 80, "seams") == -signal.SIGKILL
