@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import yaml
-from mergekit_peer import peer_python
+from mergekit_peer import environment_option, peer_python
 from rich.console import Console
 from rich.table import Table
 
@@ -317,14 +317,7 @@ METHODS = list(recipes("a", "b", "c", 4))
 @click.option(
     "--rounds", default=3, show_default=True, help="Number of times that everything is timed."
 )
-@click.option(
-    "--venv",
-    "environment",
-    type=click.Path(path_type=Path),
-    default=Path(".mergekit"),
-    show_default=True,
-    help="Virtual environment with mergekit; created if it does not exist.",
-)
+@environment_option
 @click.option(
     "--mergekit/--no-mergekit",
     "with_mergekit",

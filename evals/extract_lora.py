@@ -21,7 +21,7 @@ import click
 import numpy as np
 import torch
 from bench_merge import blocks_for, timed, warm, write_donor
-from mergekit_peer import checked_run, peer_python, peer_version, tensors_of
+from mergekit_peer import checked_run, environment_option, peer_python, peer_version, tensors_of
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -178,14 +178,7 @@ def cost(
 @click.option("--gigabytes", default=1.0, show_default=True, help="Size of each donor; 0 for none.")
 @click.option("--rank", default=32, show_default=True, help="Rank of the LoRAs of large donors.")
 @click.option("--rounds", default=1, show_default=True, help="How often everything is timed.")
-@click.option(
-    "--venv",
-    "environment",
-    type=click.Path(path_type=Path),
-    default=Path(".mergekit"),
-    show_default=True,
-    help="Virtual environment with mergekit; created if it does not exist.",
-)
+@environment_option
 @click.option(
     "--scratch", type=click.Path(path_type=Path, exists=True), help="For temporary files."
 )

@@ -6,6 +6,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import yaml
 from parity_cases import Case
@@ -13,6 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 MERGEKIT = "0.1.5"
+environment_option = click.option(
+    "--venv",
+    "environment",
+    type=click.Path(path_type=Path),
+    default=Path(".mergekit"),
+    show_default=True,
+    help="Virtual environment with mergekit; created if it does not exist.",
+)
 NEEDS = (
     "accelerate",
     "click",

@@ -22,7 +22,7 @@ import click
 import torch
 import yaml
 from bench_merge import blocks_for, timed, warm, write_donor
-from mergekit_peer import checked_run, peer_python, peer_version, tensors_of
+from mergekit_peer import checked_run, environment_option, peer_python, peer_version, tensors_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -202,14 +202,7 @@ def speed(folder: Path, mergekit: Path, gigabytes: float, rounds: int) -> dict[s
 
 
 @click.command()
-@click.option(
-    "--venv",
-    "environment",
-    type=click.Path(path_type=Path),
-    default=Path(".mergekit"),
-    show_default=True,
-    help="Virtual environment with mergekit; created if it does not exist.",
-)
+@environment_option
 @click.option("--gigabytes", default=1.0, show_default=True, help="Size of each large donor.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds of timing; 0 for none.")
 @click.option(

@@ -23,7 +23,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from mergekit_peer import merged, peer_python, peer_version, recipes_in, theirs
+from mergekit_peer import environment_option, merged, peer_python, peer_version, recipes_in, theirs
 from parity_cases import SEED, Case, cases, made_donors, write_donors
 from rich.console import Console
 from rich.table import Table
@@ -154,14 +154,7 @@ def compare(
 
 
 @click.command()
-@click.option(
-    "--venv",
-    "environment",
-    type=click.Path(path_type=Path),
-    default=Path(".mergekit"),
-    show_default=True,
-    help="Virtual environment with mergekit; created if it does not exist.",
-)
+@environment_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(environment: Path, as_json: bool) -> None:
     """Merge by every method with frankenmerge and mergekit, and print how far results differ."""

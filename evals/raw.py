@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 import yaml
-from mergekit_peer import checked_run, peer_python, peer_version, tensors_of
+from mergekit_peer import checked_run, environment_option, peer_python, peer_version, tensors_of
 from parity import compare
 from parity_cases import Case, cases, made_donors
 from rich.console import Console
@@ -47,14 +47,7 @@ def recipe_of(case: Case, folder: Path) -> dict[str, Any]:
 
 
 @click.command()
-@click.option(
-    "--venv",
-    "environment",
-    type=click.Path(path_type=Path),
-    default=Path(".mergekit"),
-    show_default=True,
-    help="Virtual environment with mergekit; created if it does not exist.",
-)
+@environment_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(environment: Path, as_json: bool) -> None:
     """Merge raw tensors with both programs, and print how far results differ."""

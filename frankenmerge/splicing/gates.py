@@ -18,8 +18,7 @@ from frankenmerge.donors.config import quantity
 from frankenmerge.errors import fail
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.operations import Gate
-from frankenmerge.splicing.reading import DonorFiles, decoded, read_stretch
-from frankenmerge.storage.dtypes import BYTES_OF
+from frankenmerge.splicing.reading import DonorFiles, encoded, values_of
 
 if TYPE_CHECKING:
     from frankenmerge.models.passes import Passage
@@ -53,7 +52,7 @@ def with_gates(splice: "Splice", *, device: str = "cpu", progress: Progress = si
     assert mixture
     vectors = prompt_vectors(splice, device=device, progress=progress)
     made = {
-        gate.name: gate._replace(content=stored(gate_rows(gate, mixture, vectors), gate.dtype))
+        gate.name: gate._replace(content=encoded(gate_rows(gate, mixture, vectors), gate.dtype))
         for gate in missing
     }
     operations = tuple(made.get(each.name, each) for each in splice.operations)
@@ -105,13 +104,11 @@ def tokens_of_prompts(splice: "Splice", prompts: Iterable[str]) -> Tokens:
 def embedding_rows(base: Checkpoint, tokens: Tokens) -> dict[int, Array]:
     """The embeddings `[d]` of all tokens of prompts, by id, in float64; no other row is read."""
     matrix = base.tensors[base.by_role["embedding", None][base.architecture.matrix]]
-    dtype, width = matrix.dtype, matrix.shape[1] * BYTES_OF[matrix.dtype]
+    width = matrix.shape[1]
     files = DonorFiles()
     try:
         return {
-            index: decoded(
-                read_stretch(files, matrix, index * width, (index + 1) * width), dtype
-            ).astype(np.float64)
+            index: values_of(matrix, files, index * width, (index + 1) * width).astype(np.float64)
             for index in sorted({index for ids in tokens.values() for index in ids})
         }
     finally:
@@ -239,11 +236,3 @@ def _direction(expert: Expert, gate: Gate, vectors: Vectors, without: Collection
 
 def _unit(vector: Array) -> Array:
     return vector / max(float(np.linalg.norm(vector)), 1e-8)
-
-
-def stored(values: Array, dtype: str) -> bytes:
-    """Float32 values as a file of a type has them, rounded to the nearest even."""
-    if dtype != "BF16":
-        return values.astype(f"<f{BYTES_OF[dtype]}").tobytes()
-    bits = np.ascontiguousarray(values, "<f4").view("<u4")
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()

@@ -196,13 +196,13 @@ def decoded(content: "bytes | bytearray | memoryview", dtype: str) -> "np.ndarra
 
 
 def encoded(values: "np.ndarray", dtype: str) -> bytes:
-    """The bytes of finite float32 elements, rounded to the nearest of a narrower type."""
+    """The bytes of finite float32 elements in a floating type, rounded to the nearest."""
     import numpy as np
 
     if dtype == "BF16":
         bits = np.ascontiguousarray(values).view(np.uint32)
         return (((bits >> 16 & 1) + 0x7FFF + bits) >> 16).astype("<u2").tobytes()
-    return values.astype({"F16": "<f2", "F32": "<f4"}[dtype]).tobytes()
+    return values.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).tobytes()
 
 
 def values_of(tensor: Tensor, files: DonorFiles, start: int, stop: int) -> "np.ndarray":

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from frankenmerge.splicing.reading import DonorFiles, decoded, read_stretch
+from frankenmerge.splicing.reading import DonorFiles, values_of
 from frankenmerge.storage.dtypes import BYTES_OF
 from frankenmerge.storage.safetensors_header import Tensor
 
@@ -54,11 +54,10 @@ def _samples(blocks: Blocks) -> "list[np.ndarray]":
 
 def _sample(tensor: Tensor, files: DonorFiles) -> "np.ndarray":
     """Elements from the beginning, the middle and the end of a tensor."""
-    width = BYTES_OF[tensor.dtype]
-    count = tensor.bytes // width
+    import numpy as np
+
+    count = tensor.bytes // BYTES_OF[tensor.dtype]
     size = min(_SAMPLE, count)
-    parts = [
-        read_stretch(files, tensor, start * width, (start + size) * width)
-        for start in (0, (count - size) // 2, count - size)
-    ]
-    return decoded(b"".join(parts), tensor.dtype).astype("float64")
+    starts = (0, (count - size) // 2, count - size)
+    parts = [values_of(tensor, files, start, start + size) for start in starts]
+    return np.concatenate(parts).astype(np.float64)
