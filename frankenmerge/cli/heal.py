@@ -127,9 +127,10 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
     training stops when it no longer helps on tokens that it does not train on.
 
     An interrupted run is continued by the same command; until then its state is in OUTPUT.heal.
-    Under `accelerate launch` or `torchrun` the processes share the rows of every step.
+    Under `accelerate launch` or `torchrun` the processes share the rows of every step; a single
+    process with --device auto spreads the models over all GPUs.
     """
-    from frankenmerge.models.loading import Placement
+    from frankenmerge.models.loading import Placement, devices_of
     from frankenmerge.workflows.healing import heal as healed
     from frankenmerge.workflows.patients import HealOptions
 
@@ -139,7 +140,12 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
     options["on"] = measured_on(options["on"], separator) or "sampled"
     options["text"] = _texts(options["text"], separator)
     chosen = HealOptions(placement=Placement(dtype, _device(device)), **options)
-    planned = _print_plan if rank.first and not as_json else lambda _memory, _scope: None
+    devices = devices_of(chosen.placement.device)
+
+    def planned(memory: "Memory", scope: str) -> None:
+        if rank.first and not as_json:
+            _print_plan(memory, scope, devices)
+
     found = healed(model, output, chosen, planned=planned, progress=progress)
     if found is None:
         return
@@ -157,12 +163,14 @@ def _texts(values: tuple[str, ...], separator: str | None) -> list[Any]:
 
 
 def _device(device: str) -> str:
-    """The device of this process: one accelerator each."""
+    """The device of this process: one accelerator each, or with `auto` all for a single one."""
     import os
 
     if device == "auto":
-        from frankenmerge.models.loading import one_device
+        from frankenmerge.models.loading import devices_of, one_device
 
+        if own_rank().count == 1 and devices_of(device) > 1:
+            return device
         device = str(one_device(device))
     if device == "cuda":
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -188,8 +196,9 @@ def _as_json(found: "Healed", seconds: float) -> dict[str, Any]:
     }
 
 
-def _print_plan(memory: "Memory", scope: str) -> None:
-    made = table(f"Memory of one process, --scope {scope}", "", "")
+def _print_plan(memory: "Memory", scope: str, devices: int) -> None:
+    place = "one process" if devices == 1 else f"each of {devices} devices"
+    made = table(f"Memory of {place}, --scope {scope}", "", "")
     for name, count in memory._asdict().items():
         made.add_row(name, size(count))
     made.add_row("total", size(memory.total))

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from frankenmerge.models.lora import CONFIG_NAME
 
 if TYPE_CHECKING:
     from frankenmerge.artefacts.recipe import Recipe
+    from frankenmerge.merging.write_plan import MergeOptions
     from frankenmerge.merging.writer import Merged
     from frankenmerge.splicing.stages import Stages
 
@@ -312,6 +314,7 @@ def write_checkpoint(
         if adapter:
             if push_to_hub or private:
                 raise fail("--adapter", "no upload", "--push-to-hub", "upload it with hf upload")
+            _check_adapter_options(chosen)
             print_remarks(stages.remarks)
             _write_adapter(stages, output, dry_run, as_json)
             return
@@ -350,6 +353,18 @@ def write_checkpoint(
     _print_merged(result)
     if address:
         out().print(f"Uploaded to {address}", markup=False)
+
+
+def _check_adapter_options(options: "MergeOptions") -> None:
+    """Refuse options of shards and arithmetic: an adapter is one small file of zeros."""
+    given = [
+        "--" + field.name.replace("_", "-")
+        for field in fields(options)
+        if getattr(options, field.name) != field.default
+    ]
+    if given:
+        expected = "no options of how tensors are computed and divided into files"
+        raise fail("--adapter", expected, ", ".join(given), "leave them out")
 
 
 def _write_adapter(stages: "Stages", output: Path, dry_run: bool, as_json: bool) -> None:

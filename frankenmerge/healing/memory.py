@@ -17,7 +17,7 @@ class Sizes(NamedTuple):
     weights: int
     """Bytes of the tensors that are in memory and not trained: donors, and what was computed."""
     trained: Mapping[Scope, int]
-    """Parameters that each scope trains."""
+    """Parameters that each scope trains, on the device that has most of them."""
     width: int
     blocks: int
     inner: int
@@ -30,10 +30,12 @@ class Sizes(NamedTuple):
     """How many run."""
     probabilities: int = 0
     """Bytes of the teachers' and donors' probabilities that are computed once."""
+    devices: int = 1
+    """Over which the models of a process are spread."""
 
 
 class Memory(NamedTuple):
-    """Bytes of one process, by use."""
+    """Bytes of one process, by use; of one of its devices, where there are several."""
 
     weights: int
     trained: int
@@ -58,18 +60,19 @@ def memory_of(
 ) -> Memory:
     """The memory of one process; under `accelerate launch` every process takes as much.
 
-    With `offload` that of its accelerator: the parameters and their gradient, and activations of
-    one block at a time.
+    With several devices that of one: blocks are spread evenly, and logits are on one device. With
+    `offload` that of the accelerator: the parameters and their gradient, and activations of one
+    block at a time.
     """
     trained = PARAMETER * sizes.trained[scope]
     tokens = sizes.rows * sizes.length
     per_block = sizes.width if checkpointing else 10 * sizes.width + 4 * sizes.inner
     return Memory(
-        weights=sizes.weights,
+        weights=-(-sizes.weights // sizes.devices),
         trained=trained if offload else 2 * trained,
         gradients=trained,
         optimiser=0 if offload else 2 * trained,
-        activations=4 * tokens * (1 if offload else sizes.blocks) * per_block,
+        activations=4 * tokens * (1 if offload else -(-sizes.blocks // sizes.devices)) * per_block,
         logits=4 * tokens * sizes.vocabulary * (3 + 2 * sizes.teachers),
         probabilities=sizes.probabilities,
     )
@@ -92,7 +95,7 @@ def check_memory(
     smaller: list[Scope] = [
         each for each in SCOPES if plans[each] <= available and sizes.trained[each]
     ]
-    remedy = "compute in --dtype bfloat16, or on a device with more memory"
+    remedy = "compute in --dtype bfloat16, on a larger device, or on several with --device auto"
     if smaller:
         chosen = max(smaller, key=lambda each: sizes.trained[each])
         remedy = f"--scope {chosen} fits, with {_size(plans[chosen])}"
@@ -100,16 +103,22 @@ def check_memory(
         memory_of(sizes, scope, checkpointing=True, offload=offload).total <= available
     ):
         remedy = "--checkpointing makes it fit"
-    expected = f"{_size(plan.total)} of memory"
+    each = f" on each of {sizes.devices} devices" if sizes.devices > 1 else ""
+    expected = f"{_size(plan.total)} of memory{each}"
     raise fail(f"--scope {scope}", expected, f"{_size(available)} available", remedy)
 
 
 def available_memory(device: str) -> int | None:
-    """Bytes that are free on a device; None where that cannot be known."""
+    """Bytes that are free on a device, with `auto` on every GPU; None where that is not known."""
     if device.startswith("cuda"):
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
+    if device == "auto":
+        import torch
+
+        count = torch.cuda.device_count()
+        return min((torch.cuda.mem_get_info(number)[0] for number in range(count)), default=None)
     if device != "cpu":
         return None
     try:

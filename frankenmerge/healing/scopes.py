@@ -4,8 +4,6 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
-import numpy as np
-
 from frankenmerge.artefacts.recipe import Block, Recipe
 from frankenmerge.errors import fail
 from frankenmerge.splicing.operations import Operation
@@ -90,6 +88,9 @@ def is_norm(operation: Operation) -> bool:
     return len(operation.shape) == 1 and bool(_NORM.search(operation.name))
 
 
-def size_of(operations: Sequence[Operation], names: Collection[str]) -> int:
-    """How many parameters some tensors have."""
-    return sum(int(np.prod(each.shape)) for each in operations if each.name in names)
+def device_of(splice: Splice, operation: Operation, devices: int) -> int:
+    """The number of the device that a tensor is on: blocks are spread evenly, in their order."""
+    role, position, _ = splice.base.architecture.role(operation.name)
+    if position is None:
+        return 0 if role == "embedding" else devices - 1
+    return position * devices // len(splice.blocks)

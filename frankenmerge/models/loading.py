@@ -198,6 +198,11 @@ def one_device(device: str) -> torch.device:
         raise fail(f"device {device}", expected, str(error), remedy) from error
 
 
+def devices_of(device: str) -> int:
+    """How many devices a model is spread over: with `auto` all accelerators there are."""
+    return max(1, torch.accelerator.device_count()) if device == "auto" else 1
+
+
 def untrained_model(
     checkpoint: Checkpoint, seed: int, placement: Placement = CPU
 ) -> PreTrainedModel:

@@ -328,6 +328,13 @@ def _share_blocks(splice: Splice, models: Models, model: PreTrainedModel) -> Non
         copied = all(isinstance(each, Copy) and each.donor == origin.model for each in operations)
         if not copied or origin.model not in models:
             continue
+        block = blocks_of(model)[position]
         state: dict[str, Any] = blocks_of(models[origin.model])[origin.index].state_dict()
-        if not any(tensor.is_meta for tensor in state.values()):
-            blocks_of(model)[position].load_state_dict(state, assign=True)
+        # Where models are spread over devices, a block may run elsewhere than its donor's.
+        devices = _devices(state)
+        if torch.device("meta") not in devices and devices == _devices(block.state_dict()):
+            block.load_state_dict(state, assign=True)
+
+
+def _devices(state: Mapping[str, Tensor]) -> set[torch.device]:
+    return {tensor.device for tensor in state.values()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,11 @@ from frankenmerge.evaluation.domains import LENGTH
 from frankenmerge.healing.adapters import RANK
 from frankenmerge.healing.memory import Memory, Sizes, available_memory, check_memory
 from frankenmerge.healing.objective import TeacherKind
-from frankenmerge.healing.scopes import SCOPES, Scope, seam_blocks, size_of, trained_names
+from frankenmerge.healing.scopes import SCOPES, Scope, device_of, seam_blocks, trained_names
 from frankenmerge.healing.tokens import fitting_rows, probability_bytes
 from frankenmerge.healing.training import ROWS
 from frankenmerge.merging.output import check_output
-from frankenmerge.models.loading import CPU, Placement
+from frankenmerge.models.loading import CPU, Placement, devices_of
 from frankenmerge.splicing.opening import open_donor, open_donors
 from frankenmerge.splicing.operations import Copy, Operation
 from frankenmerge.splicing.replication import Unrepeated, unrepeated
@@ -185,15 +186,21 @@ def state_folder(output: Path) -> Path:
 
 
 def memory_needed(patient: Patient, scope: Scope, options: HealOptions) -> Memory:
-    """The memory of one process. Raises FrankenmergeError where less is available."""
-    splice = patient.splice
+    """The memory of one process, or of each of its devices.
+
+    Raises FrankenmergeError where less is available.
+    """
+    splice, devices = patient.splice, devices_of(options.placement.device)
     number = torch_dtype(options.placement.dtype).itemsize
     donors = {**patient.donors, **{name: splice.donors[name] for name in splice.copied_donors}}
-    computed = sum(
-        size_of([each], [each.name]) for each in splice.operations if not isinstance(each, Copy)
+    # Copied tensors are shared with a donor only where they are on its device.
+    own = sum(
+        prod(each.shape) for each in splice.operations if devices > 1 or not isinstance(each, Copy)
     )
-    weights = number * (sum(donor.parameters for donor in donors.values()) + computed)
-    trained: dict[Scope, int] = {each: _trained(splice, each, patient.seams) for each in SCOPES}
+    weights = number * (sum(donor.parameters for donor in donors.values()) + own)
+    trained: dict[Scope, int] = {
+        each: _trained(splice, each, patient.seams, devices) for each in SCOPES
+    }
     config = splice.config
     width, vocabulary = quantity(config, "width") or 0, quantity(config, "vocabulary") or 0
     taught = options.teacher != "none"
@@ -211,20 +218,28 @@ def memory_needed(patient: Patient, scope: Scope, options: HealOptions) -> Memor
         len(patient.donors) if taught else 0,
         # They are in the memory of the CPU, whatever computes.
         kept if options.placement.device == "cpu" else 0,
+        devices,
     )
     limit = options.memory or available_memory(options.placement.device)
     offload = options.offload and options.placement.device != "cpu"
     return check_memory(sizes, scope, limit, checkpointing=options.checkpointing, offload=offload)
 
 
-def _trained(splice: Splice, scope: Scope, seams: Sequence[int]) -> int:
-    """How many parameters a scope trains; 0 where it has none."""
+def _trained(splice: Splice, scope: Scope, seams: Sequence[int], devices: int) -> int:
+    """How many parameters a scope trains on the device that has most; 0 where it has none."""
+    counts = [0] * devices
     if scope == "lora":
-        return sum(RANK * sum(each.shape) for each in block_maps(splice))
+        for each in block_maps(splice):
+            counts[device_of(splice, each, devices)] += RANK * sum(each.shape)
+        return max(counts)
     try:
-        return size_of(splice.operations, set(trained_names(splice, scope, seams)))
+        names = set(trained_names(splice, scope, seams))
     except FrankenmergeError:
         return 0
+    for each in splice.operations:
+        if each.name in names:
+            counts[device_of(splice, each, devices)] += prod(each.shape)
+    return max(counts)
 
 
 def block_maps(splice: Splice) -> list[Operation]:

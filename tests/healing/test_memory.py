@@ -63,3 +63,12 @@ def test_an_offloaded_optimiser_leaves_parameters_and_gradients():
     whole, found = (memory_of(sizes("7B"), "all", offload=offload) for offload in (False, True))
     assert found.optimiser == 0 and found.trained == found.gradients == whole.gradients
     assert found.activations == whole.activations // sizes("7B").blocks
+
+
+def test_several_devices_hold_a_share_of_everything_but_the_logits():
+    one, four = (memory_of(sizes("70B")._replace(devices=count), "norms") for count in (1, 4))
+    assert four.weights == one.weights / 4 and four.activations == one.activations / 4
+    assert four.logits == one.logits
+    with pytest.raises(FrankenmergeError) as caught:
+        check_memory(sizes("70B")._replace(devices=4), "norms", 20 * GB)
+    assert "on each of 4 devices" in str(caught.value)

@@ -379,6 +379,20 @@ def test_an_optimiser_of_its_own_memory_gives_the_same_bytes(run, taller, tmp_pa
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
+def test_a_model_spread_over_devices_gives_the_same_bytes(run, taller, tmp_path, monkeypatch):
+    # Without accelerators, accelerate spreads a model over the CPU alone.
+    arguments = ("heal", taller, tmp_path / "one", "--steps", 25)
+    assert run(*arguments)[0] == 0
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    arguments = ("heal", taller, tmp_path / "two", "--steps", 25, "--device", "auto")
+    status, printed, error = run(*arguments)
+    assert status == 0, error
+    assert "Memory of each of 2 devices" in printed
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_bfloat16(run, taller, tmp_path):
     arguments = ("heal", taller, tmp_path / "out", "--steps", 25, "--dtype", "bfloat16", "--json")
     status, printed, error = run(*arguments)

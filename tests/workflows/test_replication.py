@@ -175,6 +175,9 @@ def test_what_no_adapter_expresses_is_refused(run, donor, tmp_path):
     assert "o_proj" in error and "merge the recipe" in error
     whole = recipe_of(tmp_path, donor, [(0, 4)])
     assert "use the donor" in refused(run, "merge", whole, out, "--adapter")
+    recipe = recipe_of(tmp_path, donor)
+    error = refused(run, "merge", recipe, out, "--adapter", "--resume", "--shard-size", "1MB")
+    assert "--shard-size, --resume" in error and "leave them out" in error
     assert not out.exists()
 
 
