@@ -190,7 +190,16 @@ def memory_needed(patient: Patient, scope: Scope, options: HealOptions) -> Memor
 
     Raises FrankenmergeError where less is available.
     """
-    splice, devices = patient.splice, devices_of(options.placement.device)
+    device = options.placement.device
+    limit = options.memory or available_memory(device)
+    offload = options.offload and device != "cpu"
+    sizes = sizes_of(patient, options, devices_of(device))
+    return check_memory(sizes, scope, limit, checkpointing=options.checkpointing, offload=offload)
+
+
+def sizes_of(patient: Patient, options: HealOptions, devices: int = 1) -> Sizes:
+    """What the memory of healing depends on; models are spread over so many devices."""
+    splice = patient.splice
     number = torch_dtype(options.placement.dtype).itemsize
     donors = {**patient.donors, **{name: splice.donors[name] for name in splice.copied_donors}}
     # Copied tensors are shared with a donor only where they are on its device.
@@ -206,7 +215,7 @@ def memory_needed(patient: Patient, scope: Scope, options: HealOptions) -> Memor
     taught = options.teacher != "none"
     rows = fitting_rows(patient.steps(options), len(patient.donors))
     kept = probability_bytes(rows, len(patient.donors), vocabulary, taught=taught)
-    sizes = Sizes(
+    return Sizes(
         weights,
         trained,
         width,
@@ -220,9 +229,6 @@ def memory_needed(patient: Patient, scope: Scope, options: HealOptions) -> Memor
         kept if options.placement.device == "cpu" else 0,
         devices,
     )
-    limit = options.memory or available_memory(options.placement.device)
-    offload = options.offload and options.placement.device != "cpu"
-    return check_memory(sizes, scope, limit, checkpointing=options.checkpointing, offload=offload)
 
 
 def _trained(splice: Splice, scope: Scope, seams: Sequence[int], devices: int) -> int:
