@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from frankenmerge.donors.architecture import Architecture
 from frankenmerge.donors.checkpoint import Checkpoint
@@ -217,22 +218,29 @@ def names_as_stored(model: PreTrainedModel, architecture: Architecture) -> dict[
     }
 
 
-def separated(
-    model: PreTrainedModel, stored: Mapping[str, str], names: Collection[str]
-) -> dict[str, nn.Parameter]:
+def unpacked(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors of the file that a tensor in memory packs, such as all experts of a block.
+
+    Args:
+        model: what `assemble` returned.
+        name: of one of its parameters.
+        tensor: of that parameter's shape.
+
+    Returns:
+        Tensors by their names in the file.
+    """
+    with quiet():
+        return revert_weight_conversion(model, {name: tensor})
+
+
+def separated(model: PreTrainedModel, names: Collection[str]) -> dict[str, nn.Parameter]:
     """Parameters of an assembled model to be trained, no longer shared with donors in memory.
 
     Args:
         model: what `assemble` returned.
-        stored: as `names_as_stored` returns them.
-        names: of the parameters, in the file; those that memory has packed are left out.
-
-    Returns:
-        Parameters by their names in memory.
+        names: of the parameters, in memory.
     """
-    chosen = {
-        name: parameter for name, parameter in model.named_parameters() if stored[name] in names
-    }
+    chosen = {name: parameter for name, parameter in model.named_parameters() if name in names}
     for parameter in chosen.values():
         parameter.data = parameter.data.clone()
     for module in model.modules():

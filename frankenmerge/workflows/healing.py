@@ -49,7 +49,7 @@ from frankenmerge.healing.training import Training, TrainOptions, accelerator_of
 from frankenmerge.merging.writer import merge
 from frankenmerge.models.hooks import embedding_of
 from frankenmerge.progress import Progress, silent
-from frankenmerge.splicing.assemble import names_as_stored, separated
+from frankenmerge.splicing.assemble import names_as_stored, separated, unpacked
 from frankenmerge.splicing.resolve import Splice, resolve
 from frankenmerge.storage.atomic import moved, new_folder, replacing_file
 from frankenmerge.storage.dtypes import torch_dtype
@@ -270,7 +270,7 @@ class _Healing:
     ) -> _Trained:
         """Train the scope's tensors of a splice; `kept` names the file of the state."""
         options = self.options
-        stored = names_as_stored(model, splice.base.architecture)
+        files = _names_in_file(model, splice)
         adapter = None
         if self.scope == "lora":
             adapter = Adapter(model, options.seed)
@@ -278,7 +278,7 @@ class _Healing:
             check_types(block_maps(splice))
         else:
             names = set(trained_names(splice, self.scope, blocks))
-            parameters = _separate(model, stored, names)
+            parameters = _separate(model, files, names)
         training = train(
             model,
             parameters,
@@ -294,13 +294,14 @@ class _Healing:
         )
         made = adapter.folded() if adapter else parameters.items()
         dtypes = {each.name: torch_dtype(each.dtype) for each in splice.operations}
-        tensors = {
-            stored.get(name, name): tensor.detach().to("cpu", dtypes[stored.get(name, name)])
-            for name, tensor in made
-        }
+        rounded = {name: tensor.detach().to("cpu", dtypes[files[name][0]]) for name, tensor in made}
         after = self._model(splice)
-        _fill(after, names_as_stored(after, splice.base.architecture), tensors)
+        _fill(after, rounded)
         sums = model_losses(after, self.tokens.confirming)
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in rounded.items():
+            packs = len(files[name]) > 1
+            tensors |= unpacked(after, name, tensor) if packs else {files[name][0]: tensor}
         count = sum(parameter.numel() for parameter in parameters.values())
         return _Trained(tensors, training, sums, count, adapter)
 
@@ -359,25 +360,38 @@ class _Healing:
                 path.unlink()
 
 
+def _names_in_file(model: PreTrainedModel, splice: Splice) -> dict[str, list[str]]:
+    """Of every parameter in memory, the names in the file: several where it packs experts."""
+    known = {operation.name for operation in splice.operations}
+    stored = names_as_stored(model, splice.base.architecture)
+    return {
+        name: [stored[name]]
+        if stored[name] in known
+        else list(unpacked(model, name, parameter.detach().to("meta")))
+        for name, parameter in model.named_parameters()
+    }
+
+
 def _separate(
-    model: PreTrainedModel, stored: Mapping[str, str], names: set[str]
+    model: PreTrainedModel, files: Mapping[str, Sequence[str]], names: set[str]
 ) -> dict[str, nn.Parameter]:
     """The parameters of these names in the file, in float32, no longer shared with donors.
 
-    Raises FrankenmergeError for tensors that are no parameters of their own in memory.
+    Raises FrankenmergeError for tensors that no parameters in memory have.
     """
-    parameters = separated(model, stored, names)
-    if missing := sorted(names - {stored[name] for name in parameters}):
-        found = f"packed with others in memory: {', '.join(missing[:3])}"
+    chosen = {name: found for name, found in files.items() if names.issuperset(found)}
+    if missing := sorted(names.difference(*chosen.values())):
+        found = f"in no parameter of their own: {', '.join(missing[:3])}"
         remedy = "use --scope norms"
         raise fail("scope", "tensors that are parameters of the model", found, remedy)
+    parameters = separated(model, chosen)
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
     return parameters
 
 
-def _fill(model: PreTrainedModel, stored: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Replace parameters of a model by tensors, given by their names in the file."""
+def _fill(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Replace parameters of a model by tensors, given by their names in memory."""
     for name, parameter in model.named_parameters():
-        if (tensor := tensors.get(stored[name])) is not None:
+        if (tensor := tensors.get(name)) is not None:
             parameter.data = tensor.to(parameter.device, parameter.dtype)

@@ -250,7 +250,7 @@ class _Gradient:
         self.groups = _apart(self.affected)
         self.model = tuning.bench.assemble(base).requires_grad_(False)
         stored = names_as_stored(self.model, base.base.architecture)
-        own = separated(self.model, stored, names)
+        own = separated(self.model, {name for name, each in stored.items() if each in names})
         self.parameters = {stored[name]: parameter for name, parameter in own.items()}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)

@@ -93,10 +93,13 @@ def test_a_scope_changes_its_tensors_and_no_others(run, taller, tmp_path, scope)
     assert "No control was run" in card and "has not been trained" not in card
 
 
-def test_the_figures_are_those_of_the_checkpoint_that_is_written(pair, taller, tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])  # whose experts are packed in memory
+def test_the_figures_are_those_of_the_checkpoint_that_is_written(tmp_path, kind):
     from transformers import AutoModelForCausalLM
 
-    text = Text("t", text_from(pair["one"], 32, seed=5))
+    one, other = (write_donor(tmp_path / str(seed), kind, seed=seed) for seed in (1, 2))
+    taller = stack(tmp_path, (one, 0, 3), (other, 1, 4))
+    text = Text("t", text_from(one, 32, seed=5))
     found = heal(taller, tmp_path / "out", HealOptions(steps=25, text=[text], scope="seams"))
     assert found is not None
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -328,11 +331,18 @@ def test_transposed_maps_tied_heads_and_learned_positions(run, donors, tmp_path,
     assert run("check", tmp_path / "out")[0] == 0
 
 
-def test_packed_experts_are_refused_but_not_their_norms(run, tmp_path):
+def test_experts_that_are_packed_in_memory_are_healed(run, tmp_path):
     paths = [write_donor(tmp_path / str(seed), "mixtral", seed=seed) for seed in (1, 2)]
     recipe = stack(tmp_path, (paths[0], 0, 3), (paths[1], 1, 4))
-    assert "--scope norms" in refused(run, recipe, tmp_path / "out")
-    assert run("heal", recipe, tmp_path / "out", "--scope", "norms", "--steps", 5)[0] == 0
+    assert run("merge", recipe, tmp_path / "merged")[0] == 0
+    status, printed, error = run("heal", recipe, tmp_path / "out", "--steps", 25, "--json")
+    assert status == 0, error
+    found = json.loads(printed)
+    assert found["after"]["nats"] < found["before"]["nats"]
+    changed = changed_names(tmp_path / "out", tmp_path / "merged")
+    assert any("experts.0." in name for name in changed)
+    assert all(".layers.2." in name or ".layers.3." in name for name in changed)
+    assert run("check", tmp_path / "out")[0] == 0
 
 
 def test_a_slice_in_another_basis_is_healed(run, pair, tmp_path):
