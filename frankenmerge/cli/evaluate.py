@@ -167,7 +167,7 @@ def evaluate(
         check_tasks(chosen.harness_tasks)
     found = evaluated(
         models,
-        read_texts(texts, separator),
+        read_texts(texts, separator, download=chosen.download),
         chosen,
         arguments=_arguments(invocation),
         progress=progress,

@@ -1,5 +1,6 @@
 """`heal`: a short training of what a splice broke."""
 
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,10 @@ from frankenmerge.cli.tables import signed_interval
 from frankenmerge.distributed import own_rank
 
 if TYPE_CHECKING:
+    from frankenmerge.evaluation.documents import Text
     from frankenmerge.healing.memory import Memory
     from frankenmerge.workflows.healing import Healed
+    from frankenmerge.workflows.measuring import On
 
 
 @click.command()
@@ -135,9 +138,9 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
 
     started = perf_counter()
     rank = own_rank()
-    separator = options.pop("separator")
-    options["on"] = measured_on(options["on"], separator) or "sampled"
-    options["text"] = _texts(options["text"], separator)
+    read = partial(measured_on, separator=options.pop("separator"), download=options["download"])
+    options["on"] = read(options["on"]) or "sampled"
+    options["text"] = _texts(read(options["text"]))
     chosen = HealOptions(placement=Placement(dtype, _device(device)), **options)
     planned = _print_plan if rank.first and not as_json else lambda _memory, _scope: None
     found = healed(model, output, chosen, planned=planned, progress=progress)
@@ -149,8 +152,7 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
         _print(found, perf_counter() - started)
 
 
-def _texts(values: tuple[str, ...], separator: str | None) -> list[Any]:
-    found = measured_on(values, separator)
+def _texts(found: "On | None") -> "list[Text]":
     if isinstance(found, str):
         raise click.BadParameter("name a text; sampled tokens are the default", param_hint="--text")
     return list(found or ())
