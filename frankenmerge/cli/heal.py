@@ -18,6 +18,7 @@ from frankenmerge.cli.console import (
     size,
     table,
 )
+from frankenmerge.cli.dry_run import dry_run_option, print_cost
 from frankenmerge.cli.measuring import measured_on, measuring_option, separator_option
 from frankenmerge.cli.merge import size_in_bytes
 from frankenmerge.cli.tables import signed_interval
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from frankenmerge.healing.memory import Memory
     from frankenmerge.workflows.healing import Healed
     from frankenmerge.workflows.measuring import On
+    from frankenmerge.workflows.patients import HealOptions
 
 
 @click.command()
@@ -111,6 +113,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of sampled tokens, batches, the LoRA and resamples.",
 )
+@dry_run_option
 @device_option
 @click.option(
     "--dtype",
@@ -122,7 +125,15 @@ if TYPE_CHECKING:
 @download_option
 @pickle_option
 @json_option
-def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **options: Any) -> None:
+def heal(
+    model: str,
+    output: Path,
+    dry_run: bool,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Train MODEL or RECIPE for some steps towards its donors, and write it to the folder OUTPUT.
 
     By default no text is needed: the donors generate the tokens, and the mean of their
@@ -142,6 +153,9 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
     options["on"] = read(options["on"]) or "sampled"
     options["text"] = _texts(read(options["text"]))
     chosen = HealOptions(placement=Placement(dtype, _device(device)), **options)
+    if dry_run:
+        _print_cost(model, chosen, as_json=as_json)
+        return
     planned = _print_plan if rank.first and not as_json else lambda _memory, _scope: None
     found = healed(model, output, chosen, planned=planned, progress=progress)
     if found is None:
@@ -150,6 +164,24 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
         print_json(_as_json(found, perf_counter() - started))
     else:
         _print(found, perf_counter() - started)
+
+
+def _print_cost(model: str, chosen: "HealOptions", *, as_json: bool) -> None:
+    """What the command would take."""
+    from frankenmerge.workflows.costs import heal_cost
+    from frankenmerge.workflows.patients import check_patient, patient_of, scope_of
+
+    patient = patient_of(model, chosen, weights=False)
+    scope = scope_of(patient, chosen)
+    check_patient(patient, scope, chosen, None)
+    placement = chosen.placement
+    print_cost(
+        f"heal --scope {scope}",
+        heal_cost(patient, scope, chosen),
+        dtype=placement.dtype,
+        device=placement.device,
+        as_json=as_json,
+    )
 
 
 def _texts(found: "On | None") -> "list[Text]":
