@@ -43,7 +43,7 @@ def planned(folder: Path, llama: Llama, dtype: str) -> Iterator[dict[str, Any]]:
     recipe.write_text(recipe_of(blocks).dump())
     for name, arguments in {
         "analyze": ["analyze", a, "-o", folder / "a.atlas.safetensors"],
-        "align, both analyzed": ["align", a, b, "-o", folder / "ab.alignment.safetensors"],
+        "align, with both analyses": ["align", a, b, "-o", folder / "ab.alignment.safetensors"],
         "evaluate, recipe and donors": ["evaluate", recipe, "--text", TEXT],
         "heal --scope norms": ["heal", recipe, folder / "healed", "--scope", "norms"],
         "heal --scope lora": ["heal", recipe, folder / "healed", "--scope", "lora"],

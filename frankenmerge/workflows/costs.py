@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from frankenmerge.analysis.analyze import TOP, contexts_of
+from frankenmerge.analysis.gauges import MOST_DIRECTIONS
 from frankenmerge.analysis.inputs import NEURONS, TOKENS
 from frankenmerge.analysis.probes import COUNT, LENGTH
 from frankenmerge.donors.checkpoint import Checkpoint
@@ -42,8 +43,10 @@ from frankenmerge.workflows.patients import (
 )
 from frankenmerge.workflows.subjects import Model, opened_subjects
 
-SCORES = 6
-"""Copies of a donor's probe activations, in float64, that the scores of `align` need at most."""
+SCORES, SCORES_NARROW = 3, 6
+"""Copies of a donor's probe activations, in float64, that the scores of `align` need at most: of
+one that is rotated within its leading directions, and of a narrower one.
+"""
 
 
 def analyze_cost(
@@ -110,10 +113,12 @@ def align_cost(
         for donor in opened.values()
         if method != "complete" or not is_cached(donor, dtype=dtype)
     ]
-    probes = [_probe_elements(donor) for donor in donors]
+    probes = [_probed(donor) for donor in donors]
+    elements, width = max(probes)
+    copies = SCORES if width > MOST_DIRECTIONS else SCORES_NARROW
     scores = {
-        "atlases": sum(2 * elements for elements in probes),
-        "scores": SCORES * 8 * max(probes),
+        "atlases": sum(2 * each for each, _ in probes),
+        "scores": copies * 8 * elements,
     }
     notes = ["the scores themselves take time in proportion to the pairs of blocks; not counted"]
     if runs:
@@ -135,12 +140,13 @@ def align_cost(
     )
 
 
-def _probe_elements(donor: Checkpoint | Path) -> int:
-    """Numbers in the activations on the probes."""
+def _probed(donor: Checkpoint | Path) -> tuple[int, int]:
+    """Numbers in the activations on the probes, and the donor's width."""
     if isinstance(donor, Checkpoint):
         shape = checkpoint_shape(donor)
-        return (len(shape.blocks) + 1) * COUNT * (LENGTH - 1) * shape.width
-    return math.prod(read_header(donor)["probes"].shape)
+        return (len(shape.blocks) + 1) * COUNT * (LENGTH - 1) * shape.width, shape.width
+    found = read_header(donor)["probes"].shape
+    return math.prod(found), found[-1]
 
 
 def evaluate_cost(models: Sequence[Model], texts: Sequence[Text], options: EvaluateOptions) -> Cost:
