@@ -5,6 +5,7 @@ random: time and memory do not depend on them.
 """
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -12,52 +13,73 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-WIDTH, INNER, HEADS, KV_HEADS = 2048, 5632, 16, 4
-BLOCK = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH * KV_HEADS // HEADS + 3 * WIDTH * INNER + 2 * WIDTH
-"""Parameters per block, of two bytes each."""
+
+class Llama(NamedTuple):
+    """The shape of a made-up Llama."""
+
+    width: int = 2048
+    inner: int = 5632
+    heads: int = 16
+    kv_heads: int = 4
+    blocks: int = 1
+    vocabulary: int = 1024
+
+    @property
+    def block_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of a block."""
+        keys = self.width * self.kv_heads // self.heads
+        return {
+            "self_attn.q_proj": (self.width, self.width),
+            "self_attn.k_proj": (keys, self.width),
+            "self_attn.v_proj": (keys, self.width),
+            "self_attn.o_proj": (self.width, self.width),
+            "mlp.gate_proj": (self.inner, self.width),
+            "mlp.up_proj": (self.inner, self.width),
+            "mlp.down_proj": (self.width, self.inner),
+            "input_layernorm": (self.width,),
+            "post_attention_layernorm": (self.width,),
+        }
+
+    @property
+    def block(self) -> int:
+        """Parameters of a block, of two bytes each."""
+        return sum(math.prod(shape) for shape in self.block_shapes.values())
 
 
-def make_donor(folder: Path, blocks: int, vocabulary: int) -> int:
-    """Write a random bfloat16 Llama, one shard per block; return its size in bytes."""
+def make_donor(folder: Path, llama: Llama, *, hollow: bool = False) -> int:
+    """Write a random bfloat16 Llama, one shard per block; return its size in bytes.
+
+    Of a `hollow` one only the headers are written: its shards have their size, and no data (sparse
+    files, which take no space).
+    """
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     # bfloat16 is the upper half of float32. All tensors share the same numbers: only sizes matter.
-    stock = (generator.standard_normal(INNER * WIDTH, dtype=np.float32) * 0.02).view(
-        np.uint32
-    ) >> 16
+    count = 0 if hollow else max(llama.inner, llama.vocabulary) * llama.width
+    stock = (generator.standard_normal(count, dtype=np.float32) * 0.02).view(np.uint32) >> 16
     stock = stock.astype(np.uint16)
-    head = WIDTH * KV_HEADS // HEADS
-    shapes = {
-        "self_attn.q_proj": (WIDTH, WIDTH),
-        "self_attn.k_proj": (head, WIDTH),
-        "self_attn.v_proj": (head, WIDTH),
-        "self_attn.o_proj": (WIDTH, WIDTH),
-        "mlp.gate_proj": (INNER, WIDTH),
-        "mlp.up_proj": (INNER, WIDTH),
-        "mlp.down_proj": (WIDTH, INNER),
-        "input_layernorm": (WIDTH,),
-        "post_attention_layernorm": (WIDTH,),
-    }
     shards = [
-        {f"model.layers.{index}.{name}.weight": shape for name, shape in shapes.items()}
-        for index in range(blocks)
+        {f"model.layers.{index}.{name}.weight": shape for name, shape in llama.block_shapes.items()}
+        for index in range(llama.blocks)
     ]
+    table = (llama.vocabulary, llama.width)
     shards.append(
-        {name: (vocabulary, WIDTH) for name in ("model.embed_tokens.weight", "lm_head.weight")}
-        | {"model.norm.weight": (WIDTH,)}
+        dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), table)
+        | {"model.norm.weight": (llama.width,)}
     )
     weight_map, total = {}, 0
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header, position = {}, 0
         for tensor, shape in tensors.items():
-            size = 2 * int(np.prod(shape))
+            size = 2 * math.prod(shape)
             header[tensor] = {
                 "dtype": "BF16",
                 "shape": shape,
@@ -67,27 +89,30 @@ def make_donor(folder: Path, blocks: int, vocabulary: int) -> int:
         text = json.dumps(header).encode()
         with (folder / name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for shape in tensors.values():
-                file.write(stock[: int(np.prod(shape))].tobytes())
+            if hollow:
+                file.truncate(8 + len(text) + position)
+            else:
+                for shape in tensors.values():
+                    file.write(stock[: math.prod(shape)].tobytes())
         weight_map |= dict.fromkeys(tensors, name)
         total += position
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    _write_small_files(folder, blocks, vocabulary)
+    _write_small_files(folder, llama)
     return total
 
 
-def _write_small_files(folder: Path, blocks: int, vocabulary: int) -> None:
+def _write_small_files(folder: Path, llama: Llama) -> None:
     """Write config and tokenizer; the tokenizer is that of a demo donor."""
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": vocabulary,
+        "hidden_size": llama.width,
+        "intermediate_size": llama.inner,
+        "num_hidden_layers": llama.blocks,
+        "num_attention_heads": llama.heads,
+        "num_key_value_heads": llama.kv_heads,
+        "vocab_size": llama.vocabulary,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -124,9 +149,10 @@ def main(
     folder: Path, gigabytes: float, vocabulary: int, limit: float, dtype: str, as_json: bool
 ) -> None:
     """Analyze a random donor in less memory than its size."""
-    blocks = max(1, round(gigabytes * 1e9 / (2 * BLOCK)))
+    blocks = max(1, round(gigabytes * 1e9 / (2 * Llama().block)))
+    llama = Llama(blocks=blocks, vocabulary=vocabulary)
     try:
-        size = make_donor(folder / "donor", blocks, vocabulary)
+        size = make_donor(folder / "donor", llama)
         command = [
             sys.executable,
             "-m",
@@ -159,7 +185,7 @@ def main(
         "dtype": dtype,
         "seconds": seconds,
         "peak_rss_gb": peak / 1e9,
-        "block_gb": BLOCK * (4 if dtype == "float32" else 2) / 1e9,
+        "block_gb": llama.block * (4 if dtype == "float32" else 2) / 1e9,
     }
     if as_json:
         click.echo(json.dumps(result))

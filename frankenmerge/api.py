@@ -67,7 +67,7 @@ __all__ = [
 Donor = str | Path | Checkpoint
 """A folder, a hub id that is in the local cache, or a checkpoint that is open."""
 Texts = Mapping[str, str | Sequence[str]] | Iterable[str | Path]
-"""Texts by name, each a string or a list of documents; or files and folders."""
+"""Texts by name, each a string or a list of documents; or files, folders, `hub:OWNER/NAME/PATH`."""
 On = Literal["sampled"] | Texts
 """What recipes are measured on: tokens that the donors generate, texts by name, or files."""
 
@@ -438,10 +438,9 @@ def evaluate(
     from frankenmerge.workflows.evaluating import EvaluateOptions
     from frankenmerge.workflows.evaluating import evaluate as evaluated
 
-    opened = {donor.name: donor for donor in donors}
-    return evaluated(
-        models, _texts(texts), options or EvaluateOptions(), opened=opened, progress=progress
-    )
+    opened, chosen = {donor.name: donor for donor in donors}, options or EvaluateOptions()
+    read = _texts(texts, chosen.download)
+    return evaluated(models, read, chosen, opened=opened, progress=progress)
 
 
 def report(run: str | Path, output: str | Path) -> Path:
@@ -466,7 +465,7 @@ def _recipes(given: Recipe | str | Path) -> list[Recipe]:
     return [given] if isinstance(given, Recipe) else load_recipes(Path(given))
 
 
-def _texts(texts: Texts) -> "list[Text]":
+def _texts(texts: Texts, download: bool = False) -> "list[Text]":
     from frankenmerge.evaluation.documents import Text, read_text, text_of
 
     if isinstance(texts, Mapping):
@@ -474,7 +473,7 @@ def _texts(texts: Texts) -> "list[Text]":
             Text(str(name), content) if isinstance(content, str) else text_of(str(name), content)
             for name, content in texts.items()
         ]
-    return [read_text(Path(text)) for text in texts]
+    return [read_text(Path(text), download=download) for text in texts]
 
 
 def _on(on: On | None) -> "Literal['sampled'] | list[Text] | None":

@@ -28,7 +28,14 @@ class Repository:
 
     def names(self) -> list[str]:
         return sorted(
-            {*self.files, *(path.name for path in self.folder.iterdir() if path.is_file())}
+            {
+                *self.files,
+                *(
+                    path.relative_to(self.folder).as_posix()
+                    for path in self.folder.rglob("*")
+                    if path.is_file()
+                ),
+            }
         )
 
     def content(self, name: str) -> bytes | None:
@@ -96,9 +103,9 @@ def serving():
             if self.command in ("POST", "PUT") or path == "/api/whoami-v2":
                 return self.written(path, body)
             for pattern, answer in (
-                (r"/api/models/(\w+/[\w-]+)/(revision|tree)/([^/]+)", self.told),
-                (r"/api/models/(\w+/[\w-]+)()()", self.told),
-                (r"/(\w+/[\w-]+)/resolve/([^/]+)/(.+)", self.file),
+                (r"/api/(?:models|datasets)/(\w+/[\w-]+)/(revision|tree)/([^/]+)", self.told),
+                (r"/api/(?:models|datasets)/(\w+/[\w-]+)()()", self.told),
+                (r"(?:/datasets)?/(\w+/[\w-]+)/resolve/([^/]+)/(.+)", self.file),
             ):
                 if match := re.fullmatch(pattern, path):
                     repository = hub.repositories.get(match[1])

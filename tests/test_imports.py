@@ -36,6 +36,7 @@ MAY_BE_HEAVY = (
     "models.hooks",
     "models.loading",
     "models.passes",
+    "models.rates",
     "models.quiet",
     "models.sampling",
     "models.streaming",

@@ -275,8 +275,18 @@ def probe_correlation(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 
 def rank_correlation(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """Spearman's correlation instead: large activations have no more weight than others."""
-    ranked = (rankdata(_activations(atlas, width), axis=1).astype(np.float32) for atlas in (a, b))
-    return _correlation_score(*(_standardised(ranks)[0] for ranks in ranked), {})
+    return _correlation_score(*(_standardised(_ranks(each, width))[0] for each in (a, b)), {})
+
+
+def _ranks(atlas: Atlas, width: int) -> np.ndarray:
+    """The probes' ranks in every neuron of every block, float32 `[l+1, n, width]`."""
+    # Block by block: ranking takes several times the memory of what is ranked.
+    return np.stack(
+        [
+            rankdata(atlas.activations(block)[:, :width], axis=0).astype(np.float32)
+            for block in range(atlas.blocks + 1)
+        ]
+    )
 
 
 def _correlation_score(a: np.ndarray, b: np.ndarray, nulls: dict[str, np.ndarray]) -> Score:

@@ -108,7 +108,7 @@ def analyze(
             saved = time.monotonic()
     top = {
         context: _best_of_all(run.keys(context, k), rank, len(vocabulary))
-        for context in _contexts(checkpoint)
+        for context in contexts_of(checkpoint)
     }
     if under_way:
         shutil.rmtree(under_way, ignore_errors=True)
@@ -221,7 +221,7 @@ class _Run:
 def _run_of(donor: Donor, checkpoint: Checkpoint, probes: np.ndarray, k: int, rank: Rank) -> _Run:
     batches = searched(donor).split(BATCH)[rank.number :: rank.count]
     tokens = torch.cat(batches) if batches else torch.empty(0, dtype=torch.long)
-    contexts = _contexts(checkpoint) if batches else {}
+    contexts = contexts_of(checkpoint) if batches else {}
     passages = {
         name: Passage(donor, tokens[:, None], prefix=prefix) for name, prefix in contexts.items()
     }
@@ -250,20 +250,11 @@ def _tensor_of(content: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(content).view(like.dtype).to(like.device)
 
 
-def cached_analyze(
-    checkpoint: Checkpoint,
-    *,
-    cache: Path,
-    untrained: int | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
-    advance: Advance = ignore,
-) -> Atlas:
-    """Return the donor's atlas from the folder `cache`, or analyze the donor and save it there.
+def cached_path(checkpoint: Checkpoint, cache: Path, *, untrained: int | None, dtype: str) -> Path:
+    """Where the donor's atlas is kept in the folder `cache`.
 
     The fingerprint, the tokenizer, the dtype, the seed of random weights and the versions that
-    could change a value are part of the key. An interrupted analysis leaves its finished blocks
-    there, and the next one continues after them.
+    could change a value are part of the name.
     """
     key = [
         checkpoint.fingerprint,
@@ -275,10 +266,27 @@ def cached_analyze(
         torch.__version__,
         transformers.__version__,
     ]
-    name, rank = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32], own_rank()
-    path = cache / f"{name}{SUFFIX}"
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    return cache / f"{name}{SUFFIX}"
+
+
+def cached_analyze(
+    checkpoint: Checkpoint,
+    *,
+    cache: Path,
+    untrained: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    advance: Advance = ignore,
+) -> Atlas:
+    """Return the donor's atlas from the folder `cache`, or analyze the donor and save it there.
+
+    An interrupted analysis leaves its finished blocks there, and the next one continues after them.
+    """
+    path, rank = cached_path(checkpoint, cache, untrained=untrained, dtype=dtype), own_rank()
     if path.exists():
         return replace(load_atlas(path), donor=_name(checkpoint, untrained))
+    name = path.name.removesuffix(SUFFIX)
     under_way = cache / f"{name}.{rank.number}-of-{rank.count}.under-way"
     atlas = analyze(
         checkpoint,
@@ -302,7 +310,8 @@ def _name(checkpoint: Checkpoint, untrained: int | None) -> str:
     )
 
 
-def _contexts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def contexts_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The tokens before every token that is searched: none, and BOS where the donor has one."""
     contexts: dict[str, tuple[int, ...]] = {"plain": ()}
     bos = checkpoint.config.get("bos_token_id")
     if isinstance(bos, int) and 0 <= bos < (quantity(checkpoint.config, "vocabulary") or 0):
@@ -314,5 +323,5 @@ def work(checkpoint: Checkpoint) -> int:
     """Inputs times blocks in `analyze`, the total of a progress bar."""
     vocabulary = quantity(checkpoint.config, "vocabulary") or 0
     return (
-        vocabulary * len(_contexts(checkpoint)) + len(random_probes(vocabulary))
+        vocabulary * len(contexts_of(checkpoint)) + len(random_probes(vocabulary))
     ) * checkpoint.blocks

@@ -23,6 +23,7 @@ from frankenmerge.cli.console import (
     table,
 )
 from frankenmerge.cli.donors import MEANT_FOR, method_option, neurons_option, tokens_option
+from frankenmerge.cli.dry_run import dry_run_option, print_cost
 from frankenmerge.distributed import own_rank
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ WIDEST = 12
     type=click.Path(path_type=Path),
     help="Plot the scores to this SVG or PNG file (PNG needs frankenmerge[plots]).",
 )
+@dry_run_option
 @device_option
 @dtype_option
 @download_option
@@ -83,6 +85,7 @@ def align(
     b: str,
     output: Path,
     plot: Path | None,
+    dry_run: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -90,6 +93,9 @@ def align(
     refuse_others(context, options["method"], {**MEANT_FOR, "bos": ("complete",)})
     if plot:
         check_plot("--plot", plot)
+    if dry_run:
+        _print_plan(a, b, options, as_json=as_json)
+        return
     from frankenmerge.artefacts.alignment import save_alignment
     from frankenmerge.workflows.aligning import AlignOptions, align_donors
 
@@ -108,6 +114,22 @@ def align(
     else:
         _print(alignment, options["bos"])
         out().print(f"Written to {output}", markup=False)
+
+
+def _print_plan(a: str, b: str, options: dict[str, Any], *, as_json: bool) -> None:
+    """What the command would take."""
+    from frankenmerge.splicing.opening import open_donor
+    from frankenmerge.workflows.costs import align_cost
+
+    opening = {key: options[key] for key in ("download", "allow_pickle")}
+    donors = [
+        Path(name) if Path(name).is_file() else open_donor(name, **opening, weights=False)
+        for name in (a, b)
+    ]
+    dtype, device = options["dtype"], options["device"]
+    runs = options["sampled"] or options["exchange"]
+    cost = align_cost(donors, dtype=dtype, method=options["method"], runs=runs)
+    print_cost("align", cost, dtype=dtype, device=device, as_json=as_json)
 
 
 def _as_json(alignment: "Alignment") -> dict[str, Any]:

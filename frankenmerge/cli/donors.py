@@ -21,6 +21,7 @@ from frankenmerge.cli.console import (
     size,
     table,
 )
+from frankenmerge.cli.dry_run import dry_run_option, print_cost
 from frankenmerge.distributed import own_rank
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def _describe(donor: "Checkpoint") -> dict[str, Any]:
     metavar="SEED",
     help="Analyze random weights of the same config instead: the control.",
 )
+@dry_run_option
 @device_option
 @dtype_option
 @download_option
@@ -155,6 +157,7 @@ def analyze(
     neurons: list[int] | None,
     tokens: int | None,
     untrained: int | None,
+    dry_run: bool,
     device: str,
     dtype: str,
     download: bool,
@@ -171,6 +174,14 @@ def analyze(
     from frankenmerge.workflows.atlases import add_inputs, atlas_of
 
     refuse_others(context, method, MEANT_FOR)
+    if dry_run:
+        from frankenmerge.splicing.opening import open_donor
+        from frankenmerge.workflows.costs import analyze_cost
+
+        opened = open_donor(donor, download=download, allow_pickle=allow_pickle, weights=False)
+        cost = analyze_cost(opened, dtype=dtype, method=method, neurons=neurons, tokens=tokens)
+        print_cost("analyze", cost, dtype=dtype, device=device, as_json=as_json)
+        return
     run: dict[str, Any] = {
         "device": device,
         "dtype": dtype,

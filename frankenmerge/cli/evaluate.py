@@ -24,6 +24,7 @@ from frankenmerge.cli.console import (
     print_remarks,
     progress,
 )
+from frankenmerge.cli.dry_run import dry_run_option, print_cost
 from frankenmerge.cli.measuring import TEXT_HELP, read_texts, separator_option
 from frankenmerge.cli.tables import (
     differences_table,
@@ -121,6 +122,7 @@ WORSE = 3
     help="Random seed for bootstrap resamples, prompts and lm-evaluation-harness.",
 )
 @output_option("Where to write all results, as NAME.evaluation.json.", required=False)
+@dry_run_option
 @device_option
 @max_memory_option
 @offload_option
@@ -134,6 +136,7 @@ def evaluate(
     models: tuple[str, ...],
     texts: tuple[Path, ...],
     output: Path | None,
+    dry_run: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -165,9 +168,22 @@ def evaluate(
         if not chosen.download:
             stay_offline()
         check_tasks(chosen.harness_tasks)
+    read = read_texts(texts, separator, download=chosen.download)
+    if dry_run:
+        from frankenmerge.workflows.costs import evaluate_cost
+
+        placement = chosen.placement
+        print_cost(
+            "evaluate",
+            evaluate_cost(models, read, chosen),
+            dtype=placement.dtype,
+            device=placement.device,
+            as_json=as_json,
+        )
+        return
     found = evaluated(
         models,
-        read_texts(texts, separator),
+        read,
         chosen,
         arguments=_arguments(invocation),
         progress=progress,

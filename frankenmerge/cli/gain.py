@@ -35,13 +35,14 @@ def plan_gain(
 
     started = perf_counter()
     chosen = GainOptions(
-        gains_on(options["on"], options["separator"]),
+        gains_on(options["on"], options["separator"], download=options["download"]),
         constraints,
         any_depth=not (options["depth"] or options["parameters"]),
         base=options["base"],
         top=options["top"],
         seed=options["seed"],
         placement=Placement(dtype, device),
+        download=options["download"],
     )
     gains = plan_gains(alignments, chosen, progress=progress)
     found, paths = write_gains(gains, chosen, output)
@@ -77,9 +78,10 @@ def plan_sweep(
     if len(donors) != 1:
         found, remedy = f"{len(donors)}", "sweep one donor after the other"
         raise fail("plan --sweep", "one donor", found, remedy)
-    on = gains_on(options["on"], options["separator"])
+    on = gains_on(options["on"], options["separator"], download=options["download"])
     chosen = SweepOptions(on, options["seed"], Placement(dtype, device))
-    made, recipe = sweep(open_donor(str(donors[0])), chosen, output, progress=progress)
+    donor = open_donor(str(donors[0]), download=options["download"])
+    made, recipe = sweep(donor, chosen, output, progress=progress)
     write_file(output, recipe.dump().encode())
     if as_json:
         print_json(made.as_json() | {"seconds": perf_counter() - started})

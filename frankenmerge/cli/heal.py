@@ -1,5 +1,6 @@
 """`heal`: a short training of what a splice broke."""
 
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,18 @@ from frankenmerge.cli.console import (
     size,
     table,
 )
+from frankenmerge.cli.dry_run import dry_run_option, print_cost
 from frankenmerge.cli.measuring import measured_on, measuring_option, separator_option
 from frankenmerge.cli.merge import size_in_bytes
 from frankenmerge.cli.tables import signed_interval
 from frankenmerge.distributed import own_rank
 
 if TYPE_CHECKING:
+    from frankenmerge.evaluation.documents import Text
     from frankenmerge.healing.memory import Memory
     from frankenmerge.workflows.healing import Healed
+    from frankenmerge.workflows.measuring import On
+    from frankenmerge.workflows.patients import HealOptions
 
 
 @click.command()
@@ -108,6 +113,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of sampled tokens, batches, the LoRA and resamples.",
 )
+@dry_run_option
 @device_option
 @click.option(
     "--dtype",
@@ -119,7 +125,15 @@ if TYPE_CHECKING:
 @download_option
 @pickle_option
 @json_option
-def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **options: Any) -> None:
+def heal(
+    model: str,
+    output: Path,
+    dry_run: bool,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Train MODEL or RECIPE for some steps towards its donors, and write it to the folder OUTPUT.
 
     By default no text is needed: the donors generate the tokens, and the mean of their
@@ -136,10 +150,13 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
 
     started = perf_counter()
     rank = own_rank()
-    separator = options.pop("separator")
-    options["on"] = measured_on(options["on"], separator) or "sampled"
-    options["text"] = _texts(options["text"], separator)
+    read = partial(measured_on, separator=options.pop("separator"), download=options["download"])
+    options["on"] = read(options["on"]) or "sampled"
+    options["text"] = _texts(read(options["text"]))
     chosen = HealOptions(placement=Placement(dtype, _device(device)), **options)
+    if dry_run:
+        _print_cost(model, chosen, as_json=as_json)
+        return
     devices = devices_of(chosen.placement.device)
 
     def planned(memory: "Memory", scope: str) -> None:
@@ -155,8 +172,25 @@ def heal(model: str, output: Path, device: str, dtype: str, as_json: bool, **opt
         _print(found, perf_counter() - started)
 
 
-def _texts(values: tuple[str, ...], separator: str | None) -> list[Any]:
-    found = measured_on(values, separator)
+def _print_cost(model: str, chosen: "HealOptions", *, as_json: bool) -> None:
+    """What the command would take."""
+    from frankenmerge.workflows.costs import heal_cost
+    from frankenmerge.workflows.patients import check_patient, patient_of, scope_of
+
+    patient = patient_of(model, chosen, weights=False)
+    scope = scope_of(patient, chosen)
+    check_patient(patient, scope, chosen, None)
+    placement = chosen.placement
+    print_cost(
+        f"heal --scope {scope}",
+        heal_cost(patient, scope, chosen),
+        dtype=placement.dtype,
+        device=placement.device,
+        as_json=as_json,
+    )
+
+
+def _texts(found: "On | None") -> "list[Text]":
     if isinstance(found, str):
         raise click.BadParameter("name a text; sampled tokens are the default", param_hint="--text")
     return list(found or ())

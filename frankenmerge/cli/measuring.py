@@ -20,8 +20,8 @@ SAMPLED = "sampled"
 
 
 TEXT_HELP = (
-    "A text: a file, or a folder of .txt, .jsonl and .parquet. A row is a document: its field "
-    "'text' or 'messages', or FIELD as in FILE.jsonl:FIELD."
+    "A text: a file, a folder of .txt, .jsonl and .parquet, or hub:OWNER/NAME/PATH. A row is a "
+    "document: its field 'text' or 'messages', or FIELD as in FILE.jsonl:FIELD."
 )
 """What a text is."""
 
@@ -75,20 +75,22 @@ def gain_option(option: str, description: str) -> Any:
     )
 
 
-def measured_on(values: tuple[str, ...], separator: str | None) -> "On | None":
+def measured_on(values: tuple[str, ...], separator: str | None, *, download: bool) -> "On | None":
     """What to measure on: None for nothing, `sampled`, or texts of documents."""
     if not values:
         return None
     if values == (SAMPLED,):
         return "sampled"
-    return read_texts(values, separator)
+    return read_texts(values, separator, download=download)
 
 
-def read_texts(values: "Sequence[str | Path]", separator: str | None) -> "list[Text]":
+def read_texts(
+    values: "Sequence[str | Path]", separator: str | None, *, download: bool
+) -> "list[Text]":
     """The texts of files and folders; remarks on those in which `separator` does not occur."""
     from frankenmerge.evaluation.documents import read_text
 
-    texts = [read_text(Path(value), separator) for value in values]
+    texts = [read_text(Path(value), separator, download=download) for value in values]
     if separator:
         print_remarks(
             f"{text.name}: --separator {separator!r} does not occur, and all of it is one document"
@@ -98,14 +100,14 @@ def read_texts(values: "Sequence[str | Path]", separator: str | None) -> "list[T
     return texts
 
 
-def gains_on(values: tuple[str, ...], separator: str | None) -> "GainOn":
+def gains_on(values: tuple[str, ...], separator: str | None, *, download: bool) -> "GainOn":
     """What to measure gains on; `sampled` where nothing is named.
 
     Raises FrankenmergeError for texts beside tasks: their losses have no common unit.
     """
     tasks = [value for value in values if _is_task(value)]
     if not tasks:
-        return measured_on(values, separator) or "sampled"
+        return measured_on(values, separator, download=download) or "sampled"
     if len(tasks) < len(values):
         expected, found = "either texts or tasks", ", ".join(values)
         raise fail("--on", expected, found, "measure on one kind at a time")
@@ -116,10 +118,12 @@ def gains_on(values: tuple[str, ...], separator: str | None) -> "GainOn":
 
 def _is_task(value: str) -> bool:
     """Whether a value is a task: a file of items, a task's YAML, or a name that is no file's."""
-    from frankenmerge.evaluation.documents import has_documents
+    from frankenmerge.evaluation.documents import has_documents, is_on_hub
 
     path = Path(value)
-    named = not (value == SAMPLED or path.suffix or path.exists() or value.startswith("hub:"))
+    if is_on_hub(path):
+        return False
+    named = not (value == SAMPLED or path.suffix or path.exists())
     items = path.suffix == ".jsonl" and not has_documents(path)
     return named or items or path.suffix in (".yaml", ".yml")
 

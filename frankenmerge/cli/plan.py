@@ -1,6 +1,7 @@
 """`plan`: from alignments to recipes."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from frankenmerge.cli.console import (
     device_option,
+    download_option,
     dtype_option,
     json_option,
     out,
@@ -203,6 +205,7 @@ _OF_DAMAGE = ("use", "avoid", "shares", "differ", "calibrate", "verify", "damp")
 @separator_option
 @device_option
 @dtype_option
+@download_option
 @json_option
 def plan(
     alignments: tuple[Path, ...],
@@ -262,10 +265,10 @@ def plan(
     if options["on"] or options["base"]:
         expected = "--objective gain beside --on and --base"
         raise fail("plan", expected, "--objective damage", "add --objective gain")
-    separator = options["separator"]
-    calibrate = measured_on(options["calibrate"], separator)
-    verify = measured_on(options["verify"], separator)
-    damp = measured_on(options["damp"], separator)
+    read = partial(measured_on, separator=options["separator"], download=options["download"])
+    calibrate = read(options["calibrate"])
+    verify = read(options["verify"])
+    damp = read(options["damp"])
     placement = None
     if calibrate or verify or damp:
         from frankenmerge.models.loading import Placement
@@ -279,6 +282,7 @@ def plan(
         verify=verify,
         damp=damp,
         placement=placement,
+        download=options["download"],
     )
     planned = plan_recipes(loaded, chosen, progress=progress)
     paths = write_plans(planned, output)
@@ -300,7 +304,7 @@ def _constraints(options: dict[str, Any], alignments: list) -> "Constraints":
     if depth and parameters:
         raise fail("plan", "either --depth or --parameters", "both", "leave one out")
     if parameters:
-        depth = depth_for(parameters, alignments)
+        depth = depth_for(parameters, alignments, download=options["download"])
     return Constraints(
         depth=depth or deepest * 3 // 2,
         max_seams=options["max_seams"],

@@ -22,7 +22,7 @@ def plan_random(
     from frankenmerge.workflows.planning import recipe_paths
 
     count, seed = options["random"], options["seed"]
-    opened = open_named([str(donor) for donor in donors])
+    opened = open_named([str(donor) for donor in donors], download=options["download"])
     blocks = {name: donor.blocks for name, donor in opened.items()}
     depth = options["depth"] or max(blocks.values()) * 3 // 2
     limits = {name: options[name] for name in ("max_seams", "min_slice")}

@@ -64,7 +64,7 @@ def transplant_tokenizer(
     from frankenmerge.workflows.merging import with_weights
     from frankenmerge.workflows.transplanting import measured, tokens_of
 
-    read = read_texts(texts, separator)
+    read = read_texts(texts, separator, download=options["download"])
     if anchors is not None and method == "pieces":
         raise click.UsageError("--anchors belongs to --method omp, barycentric or nearest")
     recipe = transplant_recipe(model, donor, method, anchors or ANCHORS)

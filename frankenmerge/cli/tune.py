@@ -74,7 +74,7 @@ def tune(
 
     started = perf_counter()
     given = one_recipe(load_recipes(recipe), str(recipe))
-    options["on"] = gains_on(options["on"], options.pop("separator"))
+    options["on"] = gains_on(options["on"], options.pop("separator"), download=options["download"])
     chosen = TuneOptions(placement=Placement(dtype, device), **options)
     found = tuned(given, chosen, progress=progress)
     write_file(output, found.recipe.dump().encode())

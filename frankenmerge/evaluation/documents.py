@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from frankenmerge.errors import Fault, FrankenmergeError, fail, raise_all
+from frankenmerge.storage.hub_texts import PREFIX, files_of, parsed
 
 FIELDS = ("text", "messages")
 """Fields of a row that are read where none is named: the first that a row has."""
@@ -45,8 +46,11 @@ class Text:
         return sum(len(predicted_text(document).encode()) for document in self.documents)
 
 
-def read_text(path: Path, separator: str | None = None) -> Text:
+def read_text(path: Path, separator: str | None = None, *, download: bool = False) -> Text:
     """Read a text: a file, or a folder of `.txt`, `.jsonl` and `.parquet` files.
+
+    `hub:OWNER/NAME`, with a file or split and a field as in `hub:OWNER/NAME/PATH:FIELD`, is a data
+    set of the hub; files that are not in the local cache are fetched with `download`.
 
     A row of `.jsonl` or `.parquet` is a document: its field `text`, a conversation in `messages`,
     or the field that is named after a colon, as in `file.jsonl:field`. Any other file is UTF-8
@@ -56,11 +60,10 @@ def read_text(path: Path, separator: str | None = None) -> Text:
     Raises:
         FrankenmergeError: for a file that is absent, empty, not UTF-8, or has faulty rows.
     """
-    if str(path).startswith("hub:"):
-        remedy = "download the dataset, and give its .jsonl or .parquet file"
-        raise fail(str(path), "a file or a folder", "a dataset of the hub", remedy)
     file, field = _field_of(path)
-    if file.is_dir():
+    if is_on_hub(path):
+        files, field = files_of(str(path), SUFFIXES, download), parsed(str(path)).field
+    elif file.is_dir():
         files = [each for each in sorted(file.rglob("*")) if _is_text(each, file)]
         if not files:
             expected = f"a folder of {', '.join(SUFFIXES)} files"
@@ -90,6 +93,11 @@ def _is_text(file: Path, folder: Path) -> bool:
     """Whether a file of a folder is a text; hidden ones are none."""
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return file.suffix in SUFFIXES and not hidden and file.is_file()
+
+
+def is_on_hub(path: Path) -> bool:
+    """Whether a text is a data set of the hub."""
+    return str(path).startswith(PREFIX)
 
 
 def has_documents(file: Path) -> bool:

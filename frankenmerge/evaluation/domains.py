@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from frankenmerge.evaluation.items import ItemRows
+from frankenmerge.evaluation.language import Encoded, windows
 from frankenmerge.models.hooks import embedding_of
 from frankenmerge.models.sampling import sample_unprompted
 
@@ -127,38 +128,73 @@ def task_domain(name: str, rows: ItemRows) -> Domain:
 
 
 def text_domain(
-    name: str, documents: np.ndarray | Sequence[np.ndarray], start: int | None, context: int
+    name: str,
+    documents: np.ndarray | Sequence[np.ndarray | Encoded],
+    start: int | None,
+    context: int,
 ) -> Domain:
-    """Cut a text into rows of `context` tokens, each after the token `start`; at most `MOST_ROWS`.
+    """Cut a text into rows of `context` tokens; at most `MOST_ROWS`.
 
-    Neither rows nor units cross documents.
+    Neither rows nor units cross documents. Rows of plain text follow each other, each after the
+    token `start`. A conversation is cut into windows as `measure` has them: what is answered is
+    read with what was asked, as far as a row is long.
 
     Args:
         name: of the text.
-        documents: the token ids of each document, without `start`; an array is a single one.
+        documents: the token ids of each document, without `start`, or a conversation as the model
+            reads it; an array is a single document.
         start: what precedes a text for the model, if anything.
         context: tokens in a row, `start` among them.
     """
     documents = [documents] if isinstance(documents, np.ndarray) else documents
-    first = [] if start is None else [start]
-    taken = context - len(first)
     rows = [
-        (number, torch.tensor([*first, *ids[begin : begin + taken]]))
-        for number, ids in enumerate(documents)
-        for begin in range(0, len(ids), taken)
+        (number, row)
+        for number, document in enumerate(documents)
+        for row in (
+            _plain_rows(document, start, context)
+            if isinstance(document, np.ndarray)
+            else _chat_rows(document, context)
+        )
     ]
-    rows = [(number, row) for number, row in rows if len(row) > 1]
     if len(rows) > MOST_ROWS:
         pieces, length = MOST_ROWS // LONGEST_UNIT, LONGEST_UNIT
         begins = np.linspace(0, len(rows) - length, pieces).astype(int)
         rows = [row for begin in begins for row in rows[begin : begin + length]]
-    lengths = torch.tensor([len(row) for _, row in rows])
-    made = pad_sequence([row for _, row in rows], batch_first=True)
-    counted = torch.arange(1, made.shape[1])[None] < lengths[:, None]
+    made = pad_sequence([row.ids for _, row in rows], batch_first=True)
+    counted = pad_sequence([row.counted for _, row in rows], batch_first=True)
     unit = int(np.clip(len(rows) // FEWEST_UNITS, 1, LONGEST_UNIT))
     pairs = [(number, place // unit) for place, (number, _) in enumerate(rows)]
     numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
     return Domain(name, made, counted, np.array([numbers[pair] for pair in pairs]))
+
+
+class _Row(NamedTuple):
+    """Tokens `[s]`, and which of those after the first count, bool `[s-1]`."""
+
+    ids: Tensor
+    counted: Tensor
+
+
+def _plain_rows(ids: np.ndarray, start: int | None, context: int) -> Iterator[_Row]:
+    first = [] if start is None else [start]
+    taken = context - len(first)
+    for begin in range(0, len(ids), taken):
+        row = torch.tensor([*first, *ids[begin : begin + taken]])
+        if len(row) > 1:
+            yield _Row(row, torch.ones(len(row) - 1, dtype=torch.bool))
+
+
+def _chat_rows(chat: Encoded, context: int) -> Iterator[_Row]:
+    """The windows of a conversation in which something counts, in its order."""
+    for window in sorted(windows(chat, context - 1)):
+        counted = torch.ones(chat.predicted, dtype=torch.bool)
+        if chat.counted is not None:
+            counted = torch.from_numpy(chat.counted)
+        own = torch.zeros(window.width, dtype=torch.bool)
+        own[window.width - window.kept :] = counted[window.place : window.place + window.kept]
+        if own.any():
+            stop = window.start + window.width + 1
+            yield _Row(torch.from_numpy(chat.ids[window.start : stop]), own)
 
 
 def sampled_domain(name: str, model: PreTrainedModel, seed: int, rows: int = ROWS) -> Domain:

@@ -64,11 +64,12 @@ class Tokens(NamedTuple):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the token ids of all parts."""
+        """SHA-256 of the token ids of all parts, and of which count."""
         digest = hashlib.sha256()
         for domain in (*self.fitting, *self.stopping, *self.confirming):
             digest.update(json.dumps([domain.name, list(domain.ids.shape)]).encode())
             digest.update(domain.ids.numpy().tobytes())
+            digest.update(domain.counted.numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -1,4 +1,6 @@
-"""The Hugging Face hub: downloads of donors and uploads of merges. No other module uses a network.
+"""The Hugging Face hub: downloads of donors and uploads of merges.
+
+Only this module and `hub_texts` use a network.
 
 A donor's header is fetched by two range requests, one for the eight bytes of its length and one for
 itself, and cached by commit.
@@ -59,7 +61,7 @@ def resolve(name: str, patterns: Iterable[str], download: bool) -> Path:
         )
         return Path(folder)
     except (HTTPError, OSError, ValueError) as error:
-        raise FrankenmergeError(_fault(name, error, download)) from error
+        raise FrankenmergeError(fault_of(name, error, download)) from error
 
 
 def repository_of(name: str, weights: bool) -> str | None:
@@ -67,8 +69,8 @@ def repository_of(name: str, weights: bool) -> str | None:
     return None if weights or is_folder(name) else name.partition("@")[0]
 
 
-def _fault(name: str, error: Exception, download: bool) -> Fault:
-    """An error of the hub's client as a fault."""
+def fault_of(name: str, error: Exception, download: bool, local: str = "a folder") -> Fault:
+    """An error of the hub's client as a fault; `local` is what may be given instead of a hub id."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -100,8 +102,8 @@ def _fault(name: str, error: Exception, download: bool) -> Fault:
             "allow the download of the rest with --download",
         )
     if not download:
-        remedy = "give the path of a folder, or allow the download with --download"
-        return Fault(name, "a folder, or a hub id that is in the local cache", "neither", remedy)
+        remedy = f"give the path of {local}, or allow the download with --download"
+        return Fault(name, f"{local}, or a hub id that is in the local cache", "neither", remedy)
     # The last lines of the client's message are about the client's own options.
     return Fault(
         name,
@@ -167,7 +169,7 @@ def _fetched(repository: str, commit: str, name: str, place: str) -> Header | No
     except EntryNotFoundError:
         return None
     except (HTTPError, OSError) as error:
-        raise FrankenmergeError(_fault(place, error, True)) from error
+        raise FrankenmergeError(fault_of(place, error, True)) from error
 
 
 def _range(url: str, start: int, stop: int, place: str) -> tuple[bytes, int]:
@@ -250,7 +252,7 @@ def check_push(repository: str) -> None:
     except RepositoryNotFoundError:
         return
     except (HTTPError, OSError, ValueError) as error:
-        raise FrankenmergeError(_fault(repository, error, True)) from error
+        raise FrankenmergeError(fault_of(repository, error, True)) from error
     if existing:
         found = f"one with {', '.join(sorted(existing)[:3])}"
         raise fail(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from frankenmerge.analysis.analyze import cached_analyze, work
+from frankenmerge.analysis.analyze import cached_analyze, cached_path, work
 from frankenmerge.analysis.inputs import TOKENS, even_neurons, with_inputs
 from frankenmerge.artefacts.atlas import Atlas, load_atlas
 from frankenmerge.donors.checkpoint import Checkpoint
@@ -51,6 +51,11 @@ def atlas_of(
             dtype=dtype,
             advance=advance,
         )
+
+
+def is_cached(donor: Checkpoint, *, dtype: str) -> bool:
+    """Whether the donor's atlas is in the package's cache folder."""
+    return donor.whole and cached_path(donor, cache_folder(), untrained=None, dtype=dtype).exists()
 
 
 def add_inputs(

@@ -146,14 +146,8 @@ def _evaluated(
     arguments: Mapping[str, Any],
     progress: Progress,
 ) -> Evaluated:
-    with_donors = options.seams or options.retention
-    with_donors |= options.compare is not None and not options.against
-    recorded = _recorded_donors(subjects) if with_donors else {}
-    if with_donors and not subjects.splices and not any(recorded.values()):
-        expected = "a recipe, or a checkpoint with a frankenmerge.json that names its donors"
-        raise fail("evaluate", expected, ", ".join(subjects.names), "name one")
-    donors = _donors(subjects, recorded, options)
-    checkpoints = {**subjects.checkpoints, **donors}
+    order = order_of(subjects, options)
+    checkpoints = {**subjects.checkpoints, **order.donors}
     bench = Bench(
         texts,
         checkpoints,
@@ -171,8 +165,7 @@ def _evaluated(
         bench = bench.on(texts)
     checks, findings = _checks(texts, options), Findings()
     remarks = _cut_items(checks, tokenizers, bench.context)
-    needed = _needed(subjects, recorded if options.seams else None)
-    results = _results(bench, subjects, donors, needed, checks, findings, progress)
+    results = _results(bench, subjects, order, checks, findings, progress)
     if texts and not options.context and (rises := _rises(results, bench)):
         bench = bench.within(min(rise.position for rise in rises.values()))
         remarks = (
@@ -185,7 +178,7 @@ def _evaluated(
             f"all windows have {bench.context} tokens; --context sets another number",
         )
         findings = Findings()
-        results = _results(bench, subjects, donors, needed, checks, findings, progress)
+        results = _results(bench, subjects, order, checks, findings, progress)
     findings.retention = _retention(findings, checkpoints, options, progress)
     comparison = None
     if options.compare is not None:
@@ -234,6 +227,34 @@ def _cut_items(
     return tuple(remarks)
 
 
+class Order(NamedTuple):
+    """What is measured one after another, and what must be in memory then."""
+
+    names: list[str]
+    donors: dict[str, Checkpoint]
+    """Of the names those that were not given: donors of recipes and of merged checkpoints."""
+    needed: dict[str, tuple[str, ...]]
+    """The donors that must be in memory for a model, besides itself."""
+
+    def kept_after(self, number: int) -> set[str]:
+        """What stays in memory when so many are measured."""
+        later = self.names[number:]
+        return {*later, *(donor for other in later for donor in self.needed.get(other, ()))}
+
+
+def order_of(subjects: Subjects, options: EvaluateOptions, *, weights: bool = True) -> Order:
+    """The order of measuring; raises FrankenmergeError where donors are needed and not known."""
+    with_donors = options.seams or options.retention
+    with_donors |= options.compare is not None and not options.against
+    recorded = _recorded_donors(subjects) if with_donors else {}
+    if with_donors and not subjects.splices and not any(recorded.values()):
+        expected = "a recipe, or a checkpoint with a frankenmerge.json that names its donors"
+        raise fail("evaluate", expected, ", ".join(subjects.names), "name one")
+    donors = _donors(subjects, recorded, options, weights)
+    needed = _needed(subjects, recorded if options.seams else None)
+    return Order([*subjects.names, *donors], donors, needed)
+
+
 def _needed(
     subjects: Subjects, recorded: Mapping[str, tuple[str, ...]] | None
 ) -> dict[str, tuple[str, ...]]:
@@ -251,16 +272,15 @@ def _needed(
 def _results(
     bench: Bench,
     subjects: Subjects,
-    donors: Mapping[str, Checkpoint],
-    needed: Mapping[str, tuple[str, ...]],
+    order: Order,
     checks: Checks,
     findings: Findings,
     progress: Progress,
 ) -> list[Result]:
     """Measure and examine one model after another; releases those that none needs any more."""
-    results, order = [], [*subjects.names, *donors]
-    for number, name in enumerate(order, 1):
-        shown = _numbered(progress, number, len(order))
+    results = []
+    for number, name in enumerate(order.names, 1):
+        shown = _numbered(progress, number, len(order.names))
 
         def visit(subject: Subject, shown: Progress = shown) -> None:
             examine(subject, bench, checks, findings, shown)
@@ -274,10 +294,9 @@ def _results(
                 )
             )
         else:
-            role = "donor" if name in donors else "model"
+            role = "donor" if name in order.donors else "model"
             results.append(bench.checkpoint(name, role=role, progress=shown, visit=visit))
-        later = order[number:]
-        bench.keep({*later, *(donor for other in later for donor in needed.get(other, ()))})
+        bench.keep(order.kept_after(number))
     return results
 
 
@@ -306,17 +325,21 @@ def _recorded_donors(subjects: Subjects) -> dict[str, tuple[str, ...]]:
 
 
 def _donors(
-    subjects: Subjects, recorded: Mapping[str, tuple[str, ...]], options: EvaluateOptions
+    subjects: Subjects,
+    recorded: Mapping[str, tuple[str, ...]],
+    options: EvaluateOptions,
+    weights: bool,
 ) -> dict[str, Checkpoint]:
     """What is measured in addition to the models that were named."""
     names = [*subjects.donors, *(name for donors in recorded.values() for name in donors)]
     names += [options.against] if options.against else []
     wanted = (name for name in dict.fromkeys(names) if name not in subjects.names)
-    return {
-        name: subjects.donors.get(name)
-        or open_donor(name, download=options.download, allow_pickle=options.allow_pickle)
-        for name in wanted
+    opening: Any = {
+        "download": options.download,
+        "allow_pickle": options.allow_pickle,
+        "weights": weights,
     }
+    return {name: subjects.donors.get(name) or open_donor(name, **opening) for name in wanted}
 
 
 def _checks(texts: Sequence[Text], options: EvaluateOptions) -> Checks:

@@ -385,7 +385,6 @@ def domains_on(
     """
     loaded = {name: bench.load(name) for name in names}
     check_same_tokens(list(loaded.values()))
-    first = next(iter(loaded.values()))
     if isinstance(on, str):
         if len(loaded) == 1:
             expected = "a text or a task: a donor predicts its own tokens best"
@@ -396,7 +395,8 @@ def domains_on(
                 made.append(sampled_domain(name, each.model, seed, times * ROWS))
                 advance(1)
         return made
-    return [_domain(each, first.tokenizer, bench) for each in on]
+    tokenizers = [each.tokenizer for each in loaded.values()]
+    return [_domain(each, tokenizers, bench) for each in on]
 
 
 def check_same_tokens(loaded: Sequence[Loaded]) -> None:
@@ -410,7 +410,11 @@ def check_same_tokens(loaded: Sequence[Loaded]) -> None:
             raise fail(place, expected, "other tokens", remedy)
 
 
-def _domain(each: Text | Task, tokenizer: PreTrainedTokenizerBase, bench: Bench) -> Domain:
+def _domain(
+    each: Text | Task, tokenizers: Sequence[PreTrainedTokenizerBase], bench: Bench
+) -> Domain:
+    """A text or a task as the donors read it, by their tokenizers, which have the same tokens."""
+    tokenizer = tokenizers[0]
     if isinstance(each, Task):
         if len(each.items) < FEWEST_ITEMS:
             expected = f"at least {FEWEST_ITEMS} items: some to choose by, others to confirm with"
@@ -418,15 +422,19 @@ def _domain(each: Text | Task, tokenizer: PreTrainedTokenizerBase, bench: Bench)
         rows = encoded_items(tokenizer, each.items, context=bench.context, place=each.name)
         return task_domain(each.name, rows)
     context = min(bench.context, CONTEXT)
-    start = start_token(tokenizer)
     if any(isinstance(document, Chat) for document in each.documents):
-        expected, remedy = "documents of plain text", "measure conversations with evaluate --text"
-        raise fail(each.name, expected, "conversations", remedy)
+        # Of a base and what was tuned from it, only one may have a chat template.
+        tokenizer = next((own for own in tokenizers if own.chat_template), tokenizer)
+    start = start_token(tokenizer)
     skipped = 0 if start is None else 1
-    documents = [document.ids[skipped:] for document in encode_documents(tokenizer, each)]
-    if (tokens := sum(map(len, documents))) < 4 * context:
+    encoded = encode_documents(tokenizer, each)
+    if (tokens := sum(document.tokens for document in encoded)) < 4 * context:
         expected = f"at least {4 * context} tokens: some to choose by, others to confirm with"
         raise fail(each.name, expected, str(tokens), "give a longer text")
+    documents = [
+        found if isinstance(document, Chat) else found.ids[skipped:]
+        for document, found in zip(each.documents, encoded, strict=True)
+    ]
     return text_domain(each.name, documents, start, context)
 
 

@@ -63,6 +63,7 @@ from frankenmerge.workflows.patients import (
     check_patient,
     memory_needed,
     patient_of,
+    scope_of,
     state_folder,
 )
 
@@ -113,7 +114,7 @@ def heal(
             without tensors, too little memory, and an output that cannot be written.
     """
     patient = patient_of(model, options)
-    scope: Scope = options.scope or ("seams" if patient.seams else "norms")
+    scope = scope_of(patient, options)
     check_patient(patient, scope, options, output)
     memory = memory_needed(patient, scope, options)
     planned(memory, scope)

@@ -10,7 +10,7 @@ from frankenmerge.artefacts.provenance import load_provenance
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.artefacts.recipe_file import load_recipes
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.config import quantity
+from frankenmerge.donors.costs import Shape, shape_of
 from frankenmerge.errors import FrankenmergeError, fail, raise_all
 from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.domains import LENGTH
@@ -84,13 +84,20 @@ class Patient(NamedTuple):
         return options.steps or (STEPS_SHORTENED if shortened else STEPS)
 
 
-def patient_of(model: str | Path | Recipe, options: HealOptions) -> Patient:
+def patient_of(
+    model: str | Path | Recipe, options: HealOptions, *, weights: bool = True
+) -> Patient:
     """Open a recipe or a checkpoint, and the donors that it is healed towards.
+
+    Args:
+        model: a recipe, its file, or a checkpoint.
+        options: where donors are named.
+        weights: whether they will be read; if not, headers suffice.
 
     Raises:
         FrankenmergeError: for what cannot be opened, and a checkpoint whose donors are not known.
     """
-    opening: Any = {"download": options.download, "allow_pickle": options.allow_pickle}
+    opening = _opening(options, weights)
     if isinstance(model, Recipe) or is_recipe(str(model)):
         recipes = [model] if isinstance(model, Recipe) else load_recipes(Path(model))
         if len(recipes) > 1:
@@ -106,15 +113,24 @@ def patient_of(model: str | Path | Recipe, options: HealOptions) -> Patient:
         depths = {name: donor.blocks for name, donor in splice.donors.items()}
         return Patient(splice, seam_blocks(splice.spelled, depths), donors)
     checkpoint = open_donor(str(model), **opening)
-    donors = _donors_of(checkpoint, options)
+    donors = _donors_of(checkpoint, options, opening)
     blocks = [Block(checkpoint.name, index) for index in range(checkpoint.blocks)]
     splice = resolve(recipe_of(blocks), {checkpoint.name: checkpoint})
     return Patient(splice, _seams_in(checkpoint, donors), donors)
 
 
-def _donors_of(checkpoint: Checkpoint, options: HealOptions) -> dict[str, Checkpoint]:
+def _opening(options: HealOptions, weights: bool) -> dict[str, Any]:
+    return {
+        "download": options.download,
+        "allow_pickle": options.allow_pickle,
+        "weights": weights,
+    }
+
+
+def _donors_of(
+    checkpoint: Checkpoint, options: HealOptions, opening: dict[str, Any]
+) -> dict[str, Checkpoint]:
     """The donors that are named, or those that the checkpoint's provenance names."""
-    opening: Any = {"download": options.download, "allow_pickle": options.allow_pickle}
     if options.donors:
         return {name: open_donor(name, **opening) for name in options.donors}
     record = load_provenance(checkpoint.path)
@@ -126,7 +142,7 @@ def _donors_of(checkpoint: Checkpoint, options: HealOptions) -> dict[str, Checkp
     for name, donor in record.donors.items():
         try:
             donors[name] = open_donor(name, **opening)
-            if donors[name].fingerprint != donor.fingerprint:
+            if opening["weights"] and donors[name].fingerprint != donor.fingerprint:
                 place = f"{checkpoint.name}: donor {name}"
                 raise fail(place, "the donor of the merge", "another model", remedy)
         except FrankenmergeError as error:
@@ -149,8 +165,18 @@ def _seams_in(checkpoint: Checkpoint, donors: Mapping[str, Checkpoint]) -> list[
     return seam_blocks(recipe, depths | {name: donor.blocks for name, donor in donors.items()})
 
 
-def check_patient(patient: Patient, scope: Scope, options: HealOptions, output: Path) -> None:
-    """Refuse what cannot be healed in this way, before anything is loaded."""
+def scope_of(patient: Patient, options: HealOptions) -> Scope:
+    """What is trained, where it is not said: the seams, or norms where there are none."""
+    return options.scope or ("seams" if patient.seams else "norms")
+
+
+def check_patient(
+    patient: Patient, scope: Scope, options: HealOptions, output: Path | None
+) -> None:
+    """Refuse what cannot be healed in this way, before anything is loaded.
+
+    Without an `output` only the model and the options are checked.
+    """
     if scope == "seams" and not patient.seams:
         found = "none: whole models, or blocks as they follow in one donor"
         raise fail("--scope seams", "a model with seams", found, "use --scope norms, lora or all")
@@ -169,6 +195,8 @@ def check_patient(patient: Patient, scope: Scope, options: HealOptions, output: 
     if patient.splice.vocabulary is not None:
         expected, found = "a result with its donors' tokens", "rows matched token by token"
         raise fail("heal", expected, found, "merge donors of one tokenizer")
+    if output is None:
+        return
     state = state_folder(output)
     if state.exists() and not state.is_dir():
         raise fail(str(state), "a folder, for the state", "a file", "move it away")
@@ -185,43 +213,34 @@ def state_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.heal")
 
 
-def memory_needed(patient: Patient, scope: Scope, options: HealOptions) -> Memory:
-    """The memory of one process, or of each of its devices.
+def splice_shape(splice: Splice) -> Shape:
+    """The shape of a splice's result."""
+    shapes = {each.name: each.shape for each in splice.operations}
+    return shape_of(shapes, splice.base.architecture, splice.config)
 
-    Raises FrankenmergeError where less is available.
-    """
-    device = options.placement.device
-    limit = options.memory or available_memory(device)
-    offload = options.offload and device != "cpu"
-    sizes = sizes_of(patient, options, devices_of(device))
-    return check_memory(sizes, scope, limit, checkpointing=options.checkpointing, offload=offload)
+
+def computed_elements(splice: Splice) -> int:
+    """Elements of the tensors of a splice that are not copied, and share no donor's memory."""
+    return sum(prod(each.shape) for each in splice.operations if not isinstance(each, Copy))
 
 
 def sizes_of(patient: Patient, options: HealOptions, devices: int = 1) -> Sizes:
     """What the memory of healing depends on; models are spread over so many devices."""
-    splice = patient.splice
+    splice, shape = patient.splice, splice_shape(patient.splice)
     number = torch_dtype(options.placement.dtype).itemsize
     donors = {**patient.donors, **{name: splice.donors[name] for name in splice.copied_donors}}
     # Copied tensors are shared with a donor only where they are on its device.
-    own = sum(
-        prod(each.shape) for each in splice.operations if devices > 1 or not isinstance(each, Copy)
-    )
-    weights = number * (sum(donor.parameters for donor in donors.values()) + own)
-    trained: dict[Scope, int] = {
-        each: _trained(splice, each, patient.seams, devices) for each in SCOPES
-    }
-    config = splice.config
-    width, vocabulary = quantity(config, "width") or 0, quantity(config, "vocabulary") or 0
+    own = computed_elements(splice) if devices == 1 else shape.parameters
     taught = options.teacher != "none"
     rows = fitting_rows(patient.steps(options), len(patient.donors))
-    kept = probability_bytes(rows, len(patient.donors), vocabulary, taught=taught)
+    kept = probability_bytes(rows, len(patient.donors), shape.vocabulary, taught=taught)
     return Sizes(
-        weights,
-        trained,
-        width,
-        len(splice.blocks),
-        quantity(config, "inner") or 4 * width,
-        vocabulary,
+        number * (sum(donor.parameters for donor in donors.values()) + own),
+        {each: _trained(splice, each, patient.seams, devices) for each in SCOPES},
+        shape.width,
+        len(shape.blocks),
+        shape.inner,
+        shape.vocabulary,
         min(options.micro, ROWS),
         LENGTH,
         len(patient.donors) if taught else 0,
@@ -229,6 +248,22 @@ def sizes_of(patient: Patient, options: HealOptions, devices: int = 1) -> Sizes:
         kept if options.placement.device == "cpu" else 0,
         devices,
     )
+
+
+def memory_needed(patient: Patient, scope: Scope, options: HealOptions) -> Memory:
+    """The memory of one process, or of each of its devices.
+
+    Raises FrankenmergeError where less is available.
+    """
+    device = options.placement.device
+    limit = options.memory or available_memory(device)
+    saving = {"checkpointing": options.checkpointing, "offload": offloads(options)}
+    return check_memory(sizes_of(patient, options, devices_of(device)), scope, limit, **saving)
+
+
+def offloads(options: HealOptions) -> bool:
+    """Whether anything is kept in the memory of the CPU instead of an accelerator's."""
+    return options.offload and options.placement.device != "cpu"
 
 
 def _trained(splice: Splice, scope: Scope, seams: Sequence[int], devices: int) -> int:

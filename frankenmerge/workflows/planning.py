@@ -143,12 +143,17 @@ def least_damage_by_depth(
 
 
 def depth_for(
-    parameters: int, alignments: Sequence[Alignment], opened: Mapping[str, Checkpoint] | None = None
+    parameters: int,
+    alignments: Sequence[Alignment],
+    opened: Mapping[str, Checkpoint] | None = None,
+    *,
+    download: bool = False,
 ) -> int:
     """The most blocks that a parameter budget allows, besides embedding, final norm and head."""
     known = opened or {}
     names = dict.fromkeys(name for alignment in alignments for name in alignment.donors)
-    return depth_within(parameters, [known.get(name) or open_donor(name) for name in names])
+    donors = [known.get(name) or open_donor(name, download=download) for name in names]
+    return depth_within(parameters, donors)
 
 
 def write_plans(planned: Planned, output: Path) -> list[Path]:

@@ -54,6 +54,7 @@ def opened_subjects(
     *,
     download: bool = False,
     allow_pickle: bool = False,
+    weights: bool = True,
     opened: Mapping[str, Checkpoint] | None = None,
 ) -> Iterator[Subjects]:
     """Open every checkpoint once, and resolve every recipe once.
@@ -62,6 +63,7 @@ def opened_subjects(
         models: what is to be evaluated; the same one given twice is evaluated once.
         download: whether donors may be fetched.
         allow_pickle: whether donors that have only pickles are converted.
+        weights: whether they will be read; if not, headers suffice, and no stage is made.
         opened: donors that are open already, by name.
 
     Raises:
@@ -72,24 +74,25 @@ def opened_subjects(
         subjects = Subjects({}, {}, [], {}, {}, {}, {}, {})
         known = dict(opened or {})
         known |= {model.name: model for model in models if isinstance(model, Checkpoint)}
+        opening: Any = {"download": download, "allow_pickle": allow_pickle, "weights": weights}
         faults = []
         for number, model in enumerate(models):
             try:
                 if (recipes := _recipes(model)) is None:
-                    name = _add_model(subjects, model, known, download, allow_pickle)
+                    name = _add_model(subjects, model, known, opening)
                 else:
                     folder = scratch / str(number)
                     folder.mkdir()
                     stages = resolve_stages(
                         recipes,
                         folder,
-                        download=download,
-                        allow_pickle=allow_pickle,
                         opened=known,
                         place=str(model) if isinstance(model, str | Path) else "recipe",
+                        **opening,
                     )
                     known |= stages.opened
-                    name = _add_recipe(subjects, model, stages, closing)
+                    made = execute(stages, make_in_memory, closing) if weights else stages.result
+                    name = _add_recipe(subjects, model, stages, made)
                 if name not in subjects.names:
                     subjects.names.append(name)
             except FrankenmergeError as error:
@@ -98,9 +101,8 @@ def opened_subjects(
         yield subjects
 
 
-def _add_recipe(subjects: Subjects, model: Model, stages: Stages, closing: ExitStack) -> str:
-    """Make the stages of a recipe, and add its result; returns its name."""
-    splice = execute(stages, make_in_memory, closing)
+def _add_recipe(subjects: Subjects, model: Model, stages: Stages, splice: Splice) -> str:
+    """Add the result of a recipe; returns its name."""
     name = _unique(model, splice, subjects.splices)
     subjects.splices[name] = splice
     subjects.donors.update(stages.opened)
@@ -126,14 +128,14 @@ def _add_model(
     subjects: Subjects,
     model: Model,
     known: dict[str, Checkpoint],
-    download: bool,
-    allow_pickle: bool,
+    opening: dict[str, Any],
 ) -> str:
     """Open a checkpoint, or a LoRA with its base, and add it; returns its name."""
     name = model.name if isinstance(model, Checkpoint) else str(model)
+    download: bool = opening["download"]
     if name not in known:
-        opening: Any = {"download": download, "allow_pickle": allow_pickle}
-        if repeated := open_repeated(name, opened=known, **opening):
+        fetching = {key: value for key, value in opening.items() if key != "weights"}
+        if repeated := open_repeated(name, opened=known, **fetching):
             known |= repeated.splice.donors
             subjects.donors.update(repeated.splice.donors)
             subjects.splices[name], subjects.adapters[name] = repeated.splice, repeated.adapter.path

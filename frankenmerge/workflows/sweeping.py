@@ -144,6 +144,7 @@ def _identity(donor: Checkpoint, domains: Sequence[Domain], options: SweepOption
     digest = hashlib.sha256(f"{donor.fingerprint} {options.placement.dtype}".encode())
     for domain in domains:
         digest.update(domain.ids.numpy().tobytes())
+        digest.update(domain.counted.numpy().tobytes())
     return digest.hexdigest()
 
 

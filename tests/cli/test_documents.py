@@ -9,6 +9,7 @@ from relatives import aligned, noisy, text_from
 
 from frankenmerge.artefacts.alignment import save_alignment
 from frankenmerge.artefacts.recipe import Block, recipe_of
+from frankenmerge.artefacts.recipe_file import load_recipe
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.models.loading import load_model
 
@@ -153,9 +154,70 @@ def test_conversations_go_through_the_template(planted, run, tmp_path):
         loss = load_model(open_checkpoint(str(model)))(input_ids=row, labels=labels).loss
     assert found["nats_per_token"] == pytest.approx(float(loss), abs=1e-4)
     assert (found["tokens"], found["bytes"]) == (3 * 9, 3 * 8)
-    gain = ("--objective", "gain", "--on", text, "-o", tmp_path / "r.yaml")
-    code, _, err = run("plan", planted["alignment"], *gain)
-    assert code == 2 and "documents of plain text" in err
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role[0] }} {{ m.content }}T{% endfor %}"
+    "{% if add_generation_prompt %}a {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chats(planted):
+    """Conversations whose answers are what the model generates; the models have a template."""
+    text = planted["first"].with_name("chats.jsonl")
+    turns = [
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": row[:40]}]
+        for row in planted["rows"]
+    ]
+    text.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    for name in ("first", "second"):
+        (planted["first"].with_name(name) / "chat_template.jinja").write_text(CHAT)
+    rendered = [f"u hiTa {messages[1]['content']}T" for messages in turns]
+    yield text, rendered
+    for name in ("first", "second"):
+        (planted["first"].with_name(name) / "chat_template.jinja").unlink()
+
+
+def answer_loss(model, rows) -> float:
+    """The mean loss of the answers, with their end markers, as transformers has it."""
+    ids = torch.tensor([[0, *(LETTERS.index(letter) + 1 for letter in row)] for row in rows])
+    labels = torch.where(torch.arange(ids.shape[1]) < 1 + len("u hiTa "), -100, ids)
+    with torch.no_grad():
+        return float(load_model(open_checkpoint(str(model)))(input_ids=ids, labels=labels).loss)
+
+
+def test_plans_are_verified_on_conversations(planted, chats, run, tmp_path):
+    text, rows = chats
+    arguments = planted["alignment"], "--depth", 4, "--verify", text, "-o", tmp_path / "r.yaml"
+    (plan, *_) = answered(run, "plan", *arguments)["plans"]
+    measured = answered(run, "evaluate", tmp_path / "r.yaml", "--text", text)["models"]
+    losses = {each["name"]: each["nats_per_token"] for each in measured}
+    donors = {
+        str(path): answer_loss(path, rows)
+        for path in (planted["first"], planted["first"].with_name("second"))
+    }
+    assert {name: losses[name] for name in donors} == pytest.approx(donors, abs=1e-4)
+    own = sum(donors[block.model] / 4 for block in load_recipe(tmp_path / "r.yaml").blocks)
+    found = losses[str(tmp_path / "r.yaml")] - own
+    assert plan["measured_damage"] == pytest.approx(found, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_gains_and_healing_count_the_answers_alone(planted, chats, run, tmp_path):
+    text, rows = chats
+    first = planted["first"]
+    # A template that one of them has is enough: their tokens are the same.
+    (first / "chat_template.jinja").unlink()
+    gain = ("--objective", "gain", "--depth", 4, "--on", text, "-o", tmp_path / "r.yaml")
+    found = answered(run, "plan", planted["alignment"], *gain)
+    (first / "chat_template.jinja").write_text(CHAT)
+    best = min(answer_loss(first.with_name(name), rows[1::2]) for name in ("first", "second"))
+    assert found["controls"]["best_donor"]["nats"] == pytest.approx(best, abs=1e-4)
+    assert found["tokens"] == 60 * 41
+    options = ("--on", text, "--steps", 2, "--scope", "norms", "--teacher", "none")
+    healed = answered(run, "heal", planted["recipe"], tmp_path / "healed", *options)
+    assert healed["tokens"] == 2 * 16 * 41
 
 
 def test_a_separator_that_does_not_occur_is_mentioned(planted, run, tmp_path):

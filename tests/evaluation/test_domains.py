@@ -22,6 +22,7 @@ from frankenmerge.evaluation.domains import (
     text_domain,
 )
 from frankenmerge.evaluation.items import ItemRows
+from frankenmerge.evaluation.language import Encoded
 from frankenmerge.models.loading import load_model
 
 
@@ -215,3 +216,15 @@ def test_an_item_of_a_task_loses_what_its_right_choice_lacks():
     # Items stay whole, and the order of batches does not matter.
     second = domain.of_units(np.array([1]))
     assert second.sums(nats[3:])[0] == pytest.approx(losses[1:])
+
+
+def test_of_a_conversation_every_token_that_counts_is_predicted_once():
+    ids = np.arange(1, 31)
+    counted = (ids[1:] > 9) & (ids[1:] < 20)
+    chat = Encoded(ids, 0, counted=counted)
+    domain = text_domain("chats", [np.arange(100, 105), chat, chat], 0, 8)
+    answers = list(range(10, 20))
+    assert predicted_tokens(domain) == [*range(100, 105), *answers, *answers]
+    for row in domain.ids[1:]:  # as they follow each other, with no start token between
+        assert (row.diff() == 1).all()
+    assert domain.size == len(domain.ids) == 9
