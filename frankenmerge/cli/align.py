@@ -21,7 +21,13 @@ from frankenmerge.cli.console import (
     refuse_others,
     table,
 )
-from frankenmerge.cli.donors import MEANT_FOR, method_option, neurons_option, tokens_option
+from frankenmerge.cli.donors import (
+    INPUT_METHODS,
+    MEANT_FOR,
+    method_option,
+    neurons_option,
+    tokens_option,
+)
 from frankenmerge.distributed import own_rank
 
 if TYPE_CHECKING:
@@ -29,7 +35,7 @@ if TYPE_CHECKING:
 
     from frankenmerge.artefacts.alignment import Alignment
 
-SHOWN = {"complete": "jaccard", "greedy": "greedy", "gradient": "gradient"}
+SHOWN = {"complete": "jaccard", **{method: method for method in INPUT_METHODS}}
 """The score whose matrix `align` prints, by method."""
 WIDEST = 12
 """Blocks up to which a matrix is printed."""
