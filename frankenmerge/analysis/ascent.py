@@ -36,7 +36,7 @@ from frankenmerge.progress import Advance, ignore
 
 STARTS = 8
 """Inputs to climb from, for each feature."""
-EXPLORED = 32
+EXPLORED = 16
 """Candidates at a position of every start, before the best one climbs by all tokens."""
 RECALL_SAMPLE = 16
 """Number of exchanges that are also made exactly, to measure the recall of the screen."""

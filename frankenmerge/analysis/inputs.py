@@ -1,4 +1,4 @@
-"""Inputs of several tokens for some neurons of every block, by greedy search, ascent or gradients."""
+"""Inputs of several tokens for some neurons of every block, by one of several searches."""
 
 import hashlib
 import json

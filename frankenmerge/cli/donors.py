@@ -38,7 +38,8 @@ method_option = click.option(
 neurons_option = click.option(
     "--neurons",
     callback=numbers,
-    help="Neurons, such as 0-3 or 1,4,8 (greedy, ascent and gradient). [default: 16, evenly spaced]",
+    help="Neurons, such as 0-3 or 1,4,8 (greedy, ascent and gradient). [default: 16, evenly "
+    "spaced]",
 )
 tokens_option = click.option(
     "--tokens",

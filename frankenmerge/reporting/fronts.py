@@ -1,15 +1,13 @@
 """Pareto fronts of activation against cross-entropy as charts: data in, a drawing out."""
 
-from collections.abc import Sequence
-from typing import TypeVar
-
 from frankenmerge.artefacts.features import FeatureRecord
 from frankenmerge.reporting.charts import WIDTH, axis_scale, short_number
 from frankenmerge.reporting.labels import token
 from frankenmerge.reporting.svg import Drawing, text
 
-_T = TypeVar("_T")
-_LEFT, _RIGHT, _TOP, _HEIGHT, _LABELS = 44, 14, 12, 190, 6
+_LEFT, _RIGHT, _TOP, _HEIGHT = 44, 14, 12, 190
+_LINE, _LETTER = 15, 6.5
+"""Distance of labels, and the width of a letter."""
 
 
 def front_chart(feature: FeatureRecord) -> Drawing:
@@ -41,11 +39,16 @@ def front_chart(feature: FeatureRecord) -> Drawing:
         f'<circle class="dot" cx="{x(nats):.1f}" cy="{y(value):.1f}" r="4"/>'
         for nats, value, _ in points
     ]
-    for nats, value, each in some(points, _LABELS):
+    free = float("-inf")
+    for nats, value, each in reversed(points):  # the highest first; labels below one another
+        if y(value) < free:
+            continue
+        free = y(value) + _LINE
         words = "".join(map(token, each.texts))
-        room = (x(nats) - _LEFT) / 6.5
-        side, shift = ("finish", -8) if len(words) < room else ("start", 8)
-        elements.append(text(x(nats) + shift, y(value) + 4, words, side))
+        left = len(words) * _LETTER < x(nats) - _LEFT
+        elements.append(
+            text(x(nats) + (-8 if left else 8), y(value) + 4, words, "finish" if left else "start")
+        )
     axis = "cross-entropy of the input, nats per token"
     elements.append(text((_LEFT + WIDTH) / 2, bottom + 34, axis, "soft"))
     (least, lowest, _), (most, highest, _) = points[0], points[-1]
@@ -55,10 +58,3 @@ def front_chart(feature: FeatureRecord) -> Drawing:
     )
     title = f"Activation of {feature.name}, against fluency"
     return Drawing("chart", title, described, WIDTH, bottom + 42, "".join(elements))
-
-
-def some(items: Sequence[_T], count: int) -> Sequence[_T]:
-    """At most so many, evenly spaced, the first and the last included."""
-    if len(items) <= count:
-        return items
-    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
