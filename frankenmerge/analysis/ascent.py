@@ -11,6 +11,7 @@ position, and inputs of several features that differ in that position alone are 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,8 @@ from frankenmerge.progress import Advance, ignore
 
 STARTS = 8
 """Inputs to climb from, for each feature."""
+KEPT = 2
+"""How many of them, the best after one visit of every position, climb on."""
 EXPLORED = 16
 """Candidates at a position of every start, before the best one climbs by all tokens."""
 RECALL_SAMPLE = 16
@@ -104,14 +107,15 @@ def ascent_search(
     check_search(model, features, n, counts, start)
     runs = Runs(model, features, start, site, isolated, positions, advance)
     begun = _starts(runs, n, starts, candidates, seed)
-    owners = torch.arange(len(features)).repeat_interleave(starts)
-    climbed, scores = climb(runs, owners, begun, _screened(runs, candidates or EXPLORED))
-    best = scores.view(len(features), starts).argmax(dim=1)
-    found = climbed.view(len(features), starts, n)[torch.arange(len(features)), best]
+    owners, screen = torch.arange(len(features)), _screened(runs, candidates or EXPLORED)
+    several = owners.repeat_interleave(starts)
+    climbed = _best(KEPT, *climb(runs, several, begun, screen, rounds=1), len(features))
+    kept = owners.repeat_interleave(len(climbed) // len(features))
+    found = _best(1, *climb(runs, kept, climbed, screen), len(features))
     if candidates is None:
-        found, _ = climb(runs, torch.arange(len(features)), found)
-    inputs = runs.count
-    recall = None if candidates is None else _recall(runs, owners, begun, candidates)
+        found, _ = climb(runs, owners, found)
+    inputs = runs.total
+    recall = None if candidates is None else _recall(runs, several, begun, candidates)
     values = own_activations(model, features, runs.after_start(found), site=site, isolated=isolated)
     return AscentResult(
         found.numpy().astype(np.int32),
@@ -142,6 +146,14 @@ def _starts(runs: "Runs", n: int, starts: int, candidates: int | None, seed: int
     return torch.cat([first, others], dim=1).flatten(0, 1)
 
 
+def _best(count: int, inputs: Tensor, scores: Tensor, features: int) -> Tensor:
+    """The `count` best inputs of each feature, of as many `[r, n]` for each."""
+    scores = scores.view(features, -1)
+    best = scores.topk(min(count, scores.shape[1]), dim=1).indices
+    rows = best + torch.arange(features)[:, None] * scores.shape[1]
+    return inputs[rows.flatten()]
+
+
 Propose = Callable[[Tensor, Tensor, int], Tensor]
 """Candidates `[r, c]` for a position, from features' indices `[r]` and their inputs `[r, n]`."""
 
@@ -158,7 +170,11 @@ def _screened(runs: "Runs", count: int) -> Propose:
 
 
 def climb(
-    runs: "Runs", owners: Tensor, inputs: Tensor, propose: Propose | None = None
+    runs: "Runs",
+    owners: Tensor,
+    inputs: Tensor,
+    propose: Propose | None = None,
+    rounds: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exchange single tokens for the best candidates until no exchange improves an input.
 
@@ -170,6 +186,7 @@ def climb(
         owners: the index of each input's feature `[r]`.
         inputs: token ids `[r, n]`.
         propose: chooses candidates; all tokens by default.
+        rounds: visit every position at most so many times.
 
     Returns:
         Inputs `[r, n]` and their scores `[r]`, float32.
@@ -177,7 +194,9 @@ def climb(
     inputs = inputs.clone()
     scores = torch.full((len(inputs),), -torch.inf)
     settled = torch.zeros_like(inputs, dtype=torch.bool)
-    while not settled.all():
+    for _ in count() if rounds is None else range(rounds):
+        if settled.all():
+            break
         for position in reversed(range(inputs.shape[1])):
             rows = (~settled[:, position]).nonzero()[:, 0]
             if not len(rows):
@@ -218,7 +237,7 @@ class Runs:
     isolated: bool
     positions: Positions
     advance: Advance
-    count: int = 0
+    total: int = 0
     """Inputs run so far, a gradient counted as `GRADIENT_COST`."""
     table: Tensor = field(init=False)
     """Every token as `inputs_embeds` `[v, d]`, float32."""
@@ -228,7 +247,7 @@ class Runs:
 
     def ran(self, count: int) -> None:
         """Count inputs that were run."""
-        self.count += count
+        self.total += count
         self.advance(count)
 
     def after_start(self, inputs: Tensor) -> Tensor:
