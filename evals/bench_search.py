@@ -4,7 +4,8 @@ Every section is a function of the options that returns its figures; `SECTIONS` 
 are medians over the rounds, ratios are medians of the ratios in each round, so that other load
 affects both alike. Complete search and dtypes are measured on a random GPT-2 of the `--shape`,
 gradient search on a random Llama (the time does not depend on the weights), greedy search on the
-`--donor`, because the number of prefixes that its features share depends on its weights.
+`--donor`, because the number of prefixes that its features share depends on its weights. `strength`
+compares what the searches find on the `--donor`, not their times.
 """
 
 import json
@@ -23,6 +24,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from search_strength import strength
 from search_timing import (
     LISTING_BATCH,
     SEED,
@@ -285,6 +287,7 @@ SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "greedy": greedy,
     "gradient": gradient,
     "dtype": dtype,
+    "strength": strength,
 }
 
 

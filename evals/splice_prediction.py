@@ -20,16 +20,21 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from splices import Bank, excerpts, random_seams, single_seams
 
-from frankenmerge.analysis.align import align
+from frankenmerge.analysis.align import INPUT_METHODS, align
 from frankenmerge.analysis.analyze import analyze
+from frankenmerge.analysis.inputs import even_neurons, with_inputs
 from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.atlas import Atlas
 from frankenmerge.artefacts.bootstrap import percentile_interval, resample_indices
 from frankenmerge.artefacts.recipe import Recipe
+from frankenmerge.artefacts.token_overlap import token_agreement
+from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.evaluation.documents import read_text
 from frankenmerge.models.hooks import blocks_of
 from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.prediction import FLOOR, default_model, donor_loss, features
 from frankenmerge.planning.states import states_of
+from frankenmerge.storage.atomic import cache_folder
 
 RESAMPLES = 1000
 KINDS = {"predicted": "predicted", "from_probes": "from probes", "drawn": "sampled"}
@@ -62,6 +67,13 @@ KINDS = {"predicted": "predicted", "from_probes": "from probes", "drawn": "sampl
     help="Number of random recipes of two or three seams.",
 )
 @click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    type=click.Choice(INPUT_METHODS),
+    help="A search whose inputs are compared, too, for 16 neurons of every block; may be repeated.",
+)
+@click.option(
     "--cache",
     type=click.Path(path_type=Path),
     help="A file that keeps measurements, to continue from after an interruption.",
@@ -74,6 +86,7 @@ def main(
     characters: int,
     context: int | None,
     several: int,
+    methods: tuple[str, ...],
     cache: Path | None,
     as_json: bool,
 ) -> None:
@@ -94,7 +107,7 @@ def main(
     measured = nats - [donor_loss(recipe.blocks, own) for recipe in chosen]
     seamed = np.array([bool(recipe.seams) for recipe in chosen])
     keeps, first = np.array([i >= j for i, j in pairs]), nats[: len(pairs)]
-    scores = _scores(bank, atlases, pairs)
+    scores = _scores(bank, atlases, pairs) | _of_inputs([a, b], atlases, pairs, methods)
     result = {
         "spearman": {
             name: {
@@ -212,6 +225,35 @@ def _scores(bank: Bank, atlases: list, pairs: list[tuple[int, int]]) -> dict[str
                 )
     scores["-abs(i-j)"] = scores.pop("distance")
     return scores
+
+
+def _of_inputs(
+    donors: list[Checkpoint],
+    atlases: list[Atlas],
+    pairs: list[tuple[int, int]],
+    methods: tuple[str, ...],
+) -> dict[str, np.ndarray]:
+    """The scores of searches for inputs, each with its null, and of single tokens alike.
+
+    All are of the same neurons.
+    """
+    if not methods:
+        return {}
+    neurons = even_neurons(min(atlas.width for atlas in atlases))
+    scores = {}
+    for method in methods:
+        found = [
+            with_inputs(atlas, donor, method, neurons, cache=cache_folder())
+            for atlas, donor in zip(atlases, donors, strict=True)
+        ]
+        score = align(*found, method=method).scores[method]
+        scores |= {method: score.matrix, f"{method}, null": score.nulls["permuted_neurons"]}
+    best = token_agreement(*(atlas.top["plain"].tokens[:, neurons, :1] for atlas in atlases))
+    scores |= {"single tokens": best.matrix, "single tokens, null": best.permuted}
+    return {
+        f"{name} ({len(neurons)} neurons)": np.array([matrix[pair] for pair in pairs])
+        for name, matrix in scores.items()
+    }
 
 
 def _rho(one: np.ndarray, other: np.ndarray) -> float:

@@ -20,7 +20,7 @@ from frankenmerge.artefacts.atlas import Atlas
 from frankenmerge.artefacts.token_overlap import token_agreement
 from frankenmerge.errors import Fault, raise_all
 
-INPUT_METHODS = ("greedy", "gradient")
+INPUT_METHODS = ("greedy", "ascent", "gradient")
 """Searches whose inputs an atlas may lack; their scores are computed on request."""
 
 
@@ -39,8 +39,8 @@ def align(
         b: another donor's atlas, with the same vocabulary and the same probes. If its width
             differs, the neurons with an index below both widths are compared.
         context: which complete search to compare, `plain` or `bos`.
-        method: `greedy` or `gradient` adds the score of that name, over the neurons for which both
-            atlases have such inputs.
+        method: `greedy`, `ascent` or `gradient` adds the score of that name, over the neurons for
+            which both atlases have such inputs.
         states: both donors' states `[l+1, n, d]` by name, such as `sampling.states_on_sampled`
             returns them: predictions use these instead of the states on random probes.
 

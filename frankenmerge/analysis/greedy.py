@@ -7,7 +7,7 @@ values are computed once, and no deeper than the deepest block that one of them 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -116,7 +116,8 @@ def greedy_search(
         FrankenmergeError: for features, tokens or lengths that the donor does not have, or
             activations that are not finite.
     """
-    _check(model, features, n, beam, candidates, start)
+    counts = {"n": n, "beam": beam, "candidates": 1 if candidates is None else candidates}
+    check_search(model, features, n, counts, start)
     runs = _Runs(model, site, isolated, positions, advance)
     tokens, prefixes = _search(runs, features, n, beam, candidates, start)
     recall = None
@@ -126,9 +127,8 @@ def greedy_search(
         recall = _shared_steps(tokens[sample], exact)
     passes = 2 if candidates else sum(prefixes)
     begun = torch.tensor(start, dtype=torch.long).expand(len(features), -1)
-    values = runs.values(features, torch.cat([begun, torch.from_numpy(tokens)], dim=1))[
-        :, len(start) :
-    ]
+    whole = torch.cat([begun, torch.from_numpy(tokens)], dim=1)
+    values = own_activations(model, features, whole, site=site, isolated=isolated)[:, len(start) :]
     return GreedyResult(tokens.astype(np.int32), values.numpy(), prefixes, passes, recall)
 
 
@@ -265,22 +265,6 @@ class _Runs:
         )
         return cache, _activations(states, features).sum(2) if self.positions == "all" else 0.0
 
-    def values(self, features: Sequence[Feature], inputs: Tensor) -> Tensor:
-        """Each feature's activations on its own input: both `[features, s]`, float32."""
-        parts = []
-        with self._collecting(features) as states:
-            for start in range(0, len(features), BATCH):
-                forward(
-                    self.model,
-                    input_ids=inputs[start : start + BATCH].to(embedding_of(self.model).device),
-                )
-                own = features[start : start + BATCH]
-                parts += [
-                    states[feature.block][row, :, feature.neuron].float().cpu()
-                    for row, feature in enumerate(own)
-                ]
-        return torch.stack(parts)
-
     def _collecting(self, features: Sequence[Feature]) -> AbstractContextManager[list[Tensor]]:
         """Collects block outputs as deep as the deepest feature."""
         deepest = max(feature.block for feature in features)
@@ -305,18 +289,43 @@ def _expanded(cache: DynamicCache, size: int) -> DynamicCache:
     )
 
 
-def _check(
+@torch.no_grad()
+def own_activations(
+    model: PreTrainedModel,
+    features: Sequence[Feature],
+    inputs: Tensor,
+    *,
+    site: Site = "block",
+    isolated: bool = False,
+) -> Tensor:
+    """Each feature's activations on its own input: both `[features, s]`, float32."""
+    parts = []
+    deepest = max(feature.block for feature in features)
+    with block_outputs(model, site=site, isolated=isolated, last=max(1, deepest)) as states:
+        for first in range(0, len(features), BATCH):
+            rows = inputs[first : first + BATCH]
+            forward(model, input_ids=rows.to(embedding_of(model).device))
+            parts += [
+                states[feature.block][row, :, feature.neuron].float().cpu()
+                for row, feature in enumerate(features[first : first + BATCH])
+            ]
+    return torch.stack(parts)
+
+
+def check_search(
     model: PreTrainedModel,
     features: Sequence[Feature],
     n: int,
-    beam: int,
-    candidates: int | None,
+    counts: Mapping[str, int],
     start: Tokens,
 ) -> None:
+    """Check what a search of inputs of `n` tokens after `start` is asked for.
+
+    `counts` are further numbers of at least 1, by name. Raises FrankenmergeError with every fault.
+    """
     vocabulary, width = embedding_of(model).shape
     check_features(features, blocks=len(blocks_of(model)), width=width, tokens=max(n, 1))
     check_single(features, WHY_SINGLE)
-    counts = {"n": n, "beam": beam, "candidates": 1 if candidates is None else candidates}
     faults = [
         Fault(name, "at least 1", str(count), "ask for more")
         for name, count in counts.items()

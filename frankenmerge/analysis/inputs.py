@@ -1,4 +1,4 @@
-"""Inputs of several tokens for some neurons of every block, by greedy or gradient search."""
+"""Inputs of several tokens for some neurons of every block, by one of several searches."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import frankenmerge
+from frankenmerge.analysis.ascent import STARTS, ascent_search
 from frankenmerge.analysis.features import Feature, check_features
 from frankenmerge.analysis.gradient import gradient_search
 from frankenmerge.analysis.greedy import greedy_search
@@ -28,6 +29,7 @@ NEURONS = 16
 TOKENS = 4
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
+    "ascent": {"starts": STARTS, "seed": 0},
     "gradient": {"steps": 100, "target": 100.0, "optimizer": "descent", "seed": 0},
 }
 """The settings of each method, recorded in the provenance. For donors with the same vocabulary, the
@@ -54,11 +56,11 @@ def search_inputs(
 
     Args:
         model: the donor.
-        method: `greedy` or `gradient`.
+        method: `greedy`, `ascent` or `gradient`.
         neurons: which neurons, the same in every block.
         tokens: the length of the inputs.
-        advance: called with the number of inputs run (greedy) or of features done (gradient) since
-            its last call.
+        advance: called with the number of inputs run (greedy, ascent) or of features done
+            (gradient) since its last call.
 
     Raises:
         FrankenmergeError: if the donor lacks the neurons, or positions for the tokens.
@@ -71,6 +73,8 @@ def search_inputs(
     settings = SETTINGS[method]
     if method == "greedy":
         found = greedy_search(model, features, n=tokens, advance=advance, **settings).tokens
+    elif method == "ascent":
+        found = ascent_search(model, features, n=tokens, advance=advance, **settings).tokens
     else:
         found = (
             gradient_search(model, features, tokens=tokens, advance=advance, **settings)

@@ -56,7 +56,7 @@ class Atlas:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions, dtype, seed, probe hash, tokenizer hash, blocks that text skips (1-based)."""
     inputs: dict[str, Inputs] = field(default_factory=dict)
-    """The inputs of other searches by method: `greedy`, `gradient`."""
+    """The inputs of other searches by method: `greedy`, `ascent`, `gradient`."""
 
     @property
     def blocks(self) -> int:

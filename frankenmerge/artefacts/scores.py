@@ -117,6 +117,12 @@ SCORES: dict[str, ScoreInfo] = {
         "share of tokens",
         "same tokens by greedy search",
     ),
+    "ascent": ScoreInfo(
+        "Ascent inputs shared",
+        "The share of positions at which ascent finds the same token for both donors.",
+        "share of tokens",
+        "same tokens by ascent",
+    ),
     "gradient": ScoreInfo(
         "Gradient inputs shared",
         "The share of positions at which gradient search finds the same token for both donors.",

@@ -32,6 +32,14 @@ SEARCHES: dict[str, SearchInfo] = {
         "one pass of the vocabulary per distinct prefix",
         ("neurons", "notation", "tokens", "bos", "beam", "candidates", "positions"),
     ),
+    "ascent": SearchInfo(
+        "Ascent",
+        "exchange single tokens until none is better",
+        "about 10 passes of the vocabulary per feature; with --candidates N about N / 2 % of one "
+        "per start",
+        ("neurons", "notation", "tokens", "bos", "candidates", "positions", "starts", "fluent")
+        + ("steps",),
+    ),
     "gradient": SearchInfo(
         "Gradient search",
         "descend on the embeddings of an input",

@@ -22,7 +22,13 @@ from frankenmerge.cli.console import (
     refuse_others,
     table,
 )
-from frankenmerge.cli.donors import MEANT_FOR, method_option, neurons_option, tokens_option
+from frankenmerge.cli.donors import (
+    INPUT_METHODS,
+    MEANT_FOR,
+    method_option,
+    neurons_option,
+    tokens_option,
+)
 from frankenmerge.cli.dry_run import dry_run_option, print_cost
 from frankenmerge.distributed import own_rank
 
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
 
     from frankenmerge.artefacts.alignment import Alignment
 
-SHOWN = {"complete": "jaccard", "greedy": "greedy", "gradient": "gradient"}
+SHOWN = {"complete": "jaccard", **{method: method for method in INPUT_METHODS}}
 """The score whose matrix `align` prints, by method."""
 WIDEST = 12
 """Blocks up to which a matrix is printed."""
@@ -127,7 +133,7 @@ def _print_plan(a: str, b: str, options: dict[str, Any], *, as_json: bool) -> No
         for name in (a, b)
     ]
     dtype, device = options["dtype"], options["device"]
-    runs = options["sampled"] or options["exchange"]
+    runs = any(options[key] for key in ("sampled", "exchange", "modules"))
     cost = align_cost(donors, dtype=dtype, method=options["method"], runs=runs)
     print_cost("align", cost, dtype=dtype, device=device, as_json=as_json)
 

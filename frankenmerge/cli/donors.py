@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from frankenmerge.artefacts.atlas import Atlas
     from frankenmerge.donors.checkpoint import Checkpoint
 
-INPUT_METHODS = ("greedy", "gradient")
+INPUT_METHODS = ("greedy", "ascent", "gradient")
 method_option = click.option(
     "--method",
     type=click.Choice(["complete", *INPUT_METHODS]),
@@ -39,12 +39,13 @@ method_option = click.option(
 neurons_option = click.option(
     "--neurons",
     callback=numbers,
-    help="Neurons, such as 0-3 or 1,4,8 (greedy and gradient). [default: 16, evenly spaced]",
+    help="Neurons, such as 0-3 or 1,4,8 (greedy, ascent and gradient). [default: 16, evenly "
+    "spaced]",
 )
 tokens_option = click.option(
     "--tokens",
     type=click.IntRange(1),
-    help="Number of tokens in an input (greedy and gradient). [default: 4]",
+    help="Number of tokens in an input (greedy, ascent and gradient). [default: 4]",
 )
 MEANT_FOR: dict[str, tuple[str, ...]] = dict.fromkeys(("neurons", "tokens"), INPUT_METHODS)
 

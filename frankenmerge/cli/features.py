@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
+from rich.text import Text as RichText
 
 from frankenmerge.artefacts.searches import SEARCHES, searches_with
 from frankenmerge.cli.console import (
@@ -19,17 +20,18 @@ from frankenmerge.cli.console import (
     numbers,
     offload_option,
     out,
+    output_option,
     pickle_option,
     print_json,
     progress,
     refuse_others,
     table,
 )
-from frankenmerge.errors import fail
+from frankenmerge.cli.measuring import TEXT_HELP, read_texts, separator_option
+from frankenmerge.errors import fail, visible
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from frankenmerge.artefacts.features import ExampleRecord, FeatureRecord
     from frankenmerge.artefacts.token_overlap import Agreement
     from frankenmerge.workflows.searches import SearchResult
 
@@ -38,8 +40,12 @@ MEANT_FOR: dict[str, tuple[str, ...]] = {
     for option in dict.fromkeys(option for info in SEARCHES.values() for option in info.options)
 }
 """The methods that an option applies to; options that are missing here apply to all."""
+_OF_FEATURES = tuple(method for method in SEARCHES if method != "inversion")
+MEANT_FOR |= dict.fromkeys(("texts", "separator", "output"), _OF_FEATURES)
 MOST_COLUMNS = 12
 """How many blocks the table of their agreement has at most."""
+_FRONT_ROWS = 8
+"""Rows of a printed front at most."""
 
 
 def _method_help() -> str:
@@ -126,7 +132,24 @@ def _help(text: str, option: str) -> str:
 @click.option(
     "--candidates",
     type=click.IntRange(1),
-    help=_help("Try only this many tokens at each later step, and report the recall", "candidates"),
+    help=_help(
+        "Try only this many tokens at each later step, or at a position, and report the recall",
+        "candidates",
+    ),
+)
+@click.option(
+    "--starts",
+    type=click.IntRange(1),
+    help=_help("Number of inputs to begin from, the first that of greedy search", "starts")[:-1]
+    + ". [default: 8]",
+)
+@click.option(
+    "--fluent",
+    is_flag=True,
+    help=_help(
+        "Also search the front of activation against the model's cross-entropy of the input",
+        "fluent",
+    ),
 )
 @click.option(
     "--optimizer",
@@ -136,7 +159,8 @@ def _help(text: str, option: str) -> str:
 @click.option(
     "--steps",
     type=click.IntRange(1),
-    help="[default: 100 for gradient, 60 for softmax-prior, 300 for inversion]",
+    help="[default: 100 for gradient, 60 for softmax-prior, 300 for inversion, 40 generations for "
+    "--fluent]",
 )
 @click.option(
     "--target",
@@ -167,6 +191,18 @@ def _help(text: str, option: str) -> str:
     show_default=True,
     help=_help("Distance between outputs", "distance"),
 )
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help=f"Also show the places of a text with the highest activation. {TEXT_HELP} May be "
+    "repeated.",
+)
+@separator_option
+@output_option(
+    "Also write what was found to NAME.features.json, which `report` shows.", required=False
+)
 @device_option
 @max_memory_option
 @offload_option
@@ -182,6 +218,9 @@ def features(
     untrained: int | None,
     download: bool,
     allow_pickle: bool,
+    texts: tuple[Path, ...],
+    separator: str | None,
+    output: Path | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -191,8 +230,10 @@ def features(
     output.
     """
     from frankenmerge.analysis.analyze import token_texts
+    from frankenmerge.artefacts.features import save
     from frankenmerge.models.loading import Placement
     from frankenmerge.splicing.opening import open_donor
+    from frankenmerge.workflows.feature_records import features_file
     from frankenmerge.workflows.searches import SearchOptions, search
 
     refuse_others(context, method, MEANT_FOR)
@@ -210,7 +251,17 @@ def features(
         given["dtype"], given["device"], given["max_memory"] or {}, given["offload"]
     )
     vocabulary = token_texts(checkpoint)
-    result = search(checkpoint, method, options, placement, untrained=untrained, progress=progress)
+    result = search(
+        checkpoint,
+        method,
+        options,
+        placement,
+        untrained=untrained,
+        texts=read_texts(texts, separator),
+        progress=progress,
+    )
+    if output:
+        save(features_file(checkpoint, method, options, result, vocabulary, untrained), output)
     record = {
         "donor": donor,
         "method": method,
@@ -224,6 +275,8 @@ def features(
         print_json(shown.json())
     else:
         shown.print()
+        if output:
+            out().print(f"Written to {output}", markup=False)
 
 
 @dataclass(frozen=True)
@@ -246,7 +299,27 @@ class _Shown:
     @property
     def texts(self) -> list[list[list[str]]]:
         """Of the tokens, block by block and feature by feature."""
-        return [texts_of(tokens, self.vocabulary) for tokens in self.result.tokens]
+        from frankenmerge.workflows.feature_records import texts_of
+
+        return [
+            [texts_of(tokens, self.vocabulary) for tokens in of_block.tolist()]
+            for of_block in self.result.tokens
+        ]
+
+    @property
+    def features(self) -> "list[FeatureRecord]":
+        """The features with their inputs."""
+        from frankenmerge.workflows.feature_records import feature_records
+
+        return feature_records(self.result, self.vocabulary)
+
+    @property
+    def input_texts(self) -> list[str]:
+        """For inversion: the texts of the true tokens."""
+        from frankenmerge.workflows.feature_records import texts_of
+
+        assert self.result.target is not None
+        return texts_of(self.result.target.tolist(), self.vocabulary)
 
     @property
     def recalls(self) -> list[tuple[float, float | None]]:
@@ -265,19 +338,7 @@ class _Shown:
         return {**self.record, **found, **self.result.record, "agreement": agreement}
 
     def _features(self) -> dict[str, Any]:
-        tokens = self.result.tokens.reshape(len(self.result.features), -1).tolist()
-        texts = [own for of_block in self.texts for own in of_block]
-        rows = [
-            {
-                "block": feature.block,
-                "feature": feature.notation,
-                "neuron": feature.neuron if len(feature.neurons) == 1 else None,
-                "tokens": own,
-                "texts": text,
-            }
-            for feature, own, text in zip(self.result.features, tokens, texts, strict=True)
-        ]
-        return {"features": rows}
+        return {"features": [feature.as_json() for feature in self.features]}
 
     def _recovered(self) -> dict[str, Any]:
         result, target = self.result, self.result.target
@@ -291,7 +352,7 @@ class _Shown:
         return {
             "input": {
                 "tokens": target.tolist(),
-                "texts": texts_of(target[None], self.vocabulary)[0],
+                "texts": self.input_texts,
             },
             "recovered": rows,
             "chance": 1 / len(self.vocabulary),
@@ -314,6 +375,11 @@ class _Shown:
                 "they say nothing about the donor.",
                 markup=True,
             )
+        for feature in self.features:
+            if feature.front:
+                _print_front(feature)
+            if feature.examples:
+                _print_examples(feature)
         permuted = "features" if result.target is None else "positions"
         _print_agreement(result.blocks, self.agreement, permuted)
 
@@ -326,7 +392,7 @@ class _Shown:
                 rows.add_row(str(block), *map(_quoted, texts))
             return rows
         rows = table(self.title, "block", "recovered", "recall", "permuted")
-        rows.add_row("input", _quoted(texts_of(result.target[None], self.vocabulary)[0]), "", "")
+        rows.add_row("input", _quoted(self.input_texts), "", "")
         for block, (texts,), (share, chance) in zip(
             result.blocks, self.texts, self.recalls, strict=True
         ):
@@ -339,12 +405,34 @@ def _quoted(texts: Sequence[str]) -> str:
     return " ".join(map(repr, texts))
 
 
-def texts_of(tokens: "np.ndarray", vocabulary: list[str]) -> list[list[str]]:
-    """The texts of tokens `[m, n]`, row by row; ids beyond the vocabulary are shown as `<id>`."""
-    return [
-        [vocabulary[token] if token < len(vocabulary) else f"<{token}>" for token in row]
-        for row in tokens.tolist()
-    ]
+def _print_front(feature: "FeatureRecord") -> None:
+    """Print some inputs of a front, evenly spaced, the highest activation first."""
+    assert feature.front
+    title = f"Fluent inputs of {feature.name}: some of {len(feature.front)}"
+    rows = table(title, "tokens", "activation", "nats per token")
+    last = len(feature.front) - 1
+    count = min(last, _FRONT_ROWS - 1)
+    for step in range(count + 1):
+        point = feature.front[round(step * last / max(1, count))]
+        numbers = f"{point.activation:.3f}", f"{point.cross_entropy:.2f}"
+        rows.add_row(_quoted(point.texts), *numbers)
+    out().print(rows)
+
+
+def _print_examples(feature: "FeatureRecord") -> None:
+    assert feature.examples is not None
+    rows = table(f"Examples of {feature.name}", "place", "activation")
+    for example in feature.examples:
+        rows.add_row(_highlighted(example), f"{example.activation:.3f}")
+    out().print(rows)
+
+
+def _highlighted(example: "ExampleRecord") -> RichText:
+    """The passage, with its token in brackets and bold."""
+    texts, place = list(map(visible, example.texts)), example.place
+    shown = RichText("".join(texts[:place]))
+    shown.append(f"[{texts[place]}]", style="bold")
+    return shown.append("".join(texts[place + 1 :]))
 
 
 def _known(value: float) -> float | None:

@@ -58,7 +58,7 @@ def bars(
     numbers = [
         part for row in rows for part in (row.value, row.low, row.high, row.other) if _finite(part)
     ]
-    low, high, ticks = _scale([*numbers, 0.0])
+    low, high, ticks = axis_scale([*numbers, 0.0])
     top, step, margin = 30 if other else 10, 46, 10
     bottom = top + step * len(rows)
 
@@ -82,7 +82,7 @@ def bars(
             elements.append(_mark("diamond", x(row.other), y + 30, "hit"))
     for tick in ticks:
         place = min(max(x(tick), 14), WIDTH - 14)
-        elements.append(text(place, bottom + 16, _number(tick), "soft"))
+        elements.append(text(place, bottom + 16, short_number(tick), "soft"))
     elements.append(text(WIDTH / 2, bottom + 34, axis, "soft"))
     if other:
         elements += [
@@ -96,10 +96,10 @@ def bars(
 
 
 def _in_words(row: Bar, other: str) -> str:
-    words = _number(row.value)
+    words = short_number(row.value)
     if _finite(row.low) and _finite(row.high):
-        words += f", from {_number(row.low)} to {_number(row.high)}"
-    return words + (f", {other} {_number(row.other)}" if _finite(row.other) else "")
+        words += f", from {short_number(row.low)} to {short_number(row.high)}"
+    return words + (f", {other} {short_number(row.other)}" if _finite(row.other) else "")
 
 
 class _Frame(NamedTuple):
@@ -144,14 +144,16 @@ def lines(
     """
     values = [value for line in series for _, value in line.points if _finite(value)]
     blocks = [block for line in series for block, _ in line.points]
-    low, high, ticks = _scale([*values, 0.0])
+    low, high, ticks = axis_scale([*values, 0.0])
     columns = 1 if any(len(line.label) > 22 for line in series) else 2
     top = 26 + 18 * math.ceil(len(series) / columns)
     frame = _Frame(min(blocks, default=0), max(blocks, default=1), low, high, top)
     elements = [
         f'<path class="grid" d="M{_LEFT} {frame.y(tick):.1f}H{WIDTH - _RIGHT}"/>' for tick in ticks
     ]
-    elements += [text(_LEFT - 6, frame.y(tick) + 4, _number(tick), "finish soft") for tick in ticks]
+    elements += [
+        text(_LEFT - 6, frame.y(tick) + 4, short_number(tick), "finish soft") for tick in ticks
+    ]
     for block, label in seams:
         seam = f"M{frame.x(block):.1f} {top - 4}V{frame.bottom}"
         elements.append(f'<path class="seamline" d="{seam}"/>')
@@ -179,7 +181,7 @@ def _line(line: Line, frame: _Frame) -> Iterator[str]:
     if line.broken:
         return
     for block, value in known if len(known) <= 40 else known[:: len(known) // 20]:
-        title = f"<title>{escape(line.label)}, block {block:g}: {_number(value)}</title>"
+        title = f"<title>{escape(line.label)}, block {block:g}: {short_number(value)}</title>"
         yield _symbol(line, frame.x(block), frame.y(value), title)
 
 
@@ -213,8 +215,8 @@ def _extremes(line: Line, unit: str) -> str:
     if not known:
         return "no values"
     (low, low_block), (high, high_block) = min(known), max(known)
-    lowest = f"lowest {_number(low)} at {unit} {low_block:g}"
-    return f"{lowest}, highest {_number(high)} at {unit} {high_block:g}"
+    lowest = f"lowest {short_number(low)} at {unit} {low_block:g}"
+    return f"{lowest}, highest {short_number(high)} at {unit} {high_block:g}"
 
 
 def _mark(shape: str, x: float, y: float, style: str, inner: str = "") -> str:
@@ -230,7 +232,7 @@ def _mark(shape: str, x: float, y: float, style: str, inner: str = "") -> str:
     return f'<path class="mark {shape} {style}" d="M{x:.1f} {y:.1f}{path}">{inner}</path>'
 
 
-def _scale(values: Sequence[float]) -> tuple[float, float, list[float]]:
+def axis_scale(values: Sequence[float]) -> tuple[float, float, list[float]]:
     """The ends of an axis with all values on it, and its ticks."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     if high - low < 1e-9 * max(abs(low), abs(high), 1e-12):
@@ -246,5 +248,6 @@ def _finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def _number(value: float | None) -> str:
+def short_number(value: float | None) -> str:
+    """Four digits, or `none`."""
     return "none" if value is None else f"{value + 0:.4g}"

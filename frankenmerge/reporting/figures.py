@@ -14,6 +14,7 @@ from frankenmerge.artefacts.evaluation import (
     SeamsRecord,
     TaskDifferenceRecord,
 )
+from frankenmerge.artefacts.features import SUFFIX as FEATURES_SUFFIX
 from frankenmerge.artefacts.gain import SUFFIX as GAIN_SUFFIX
 from frankenmerge.artefacts.gain import GainFile
 from frankenmerge.artefacts.provenance import HealingRecord
@@ -21,6 +22,7 @@ from frankenmerge.artefacts.sweep import SUFFIX as SWEEP_SUFFIX
 from frankenmerge.errors import fail
 from frankenmerge.reporting import svg
 from frankenmerge.reporting.charts import Bar, Line, bars, lines
+from frankenmerge.reporting.fronts import front_chart
 from frankenmerge.reporting.heatmaps import Mark, alignment_figure
 from frankenmerge.reporting.labels import recipe_name, shortened, task_name
 from frankenmerge.reporting.run import Run
@@ -38,6 +40,8 @@ from frankenmerge.reporting.sections import (
 from frankenmerge.reporting.svg import Drawing
 from frankenmerge.reporting.windows import sweep_figure
 from frankenmerge.splicing import diagram
+
+_CHARTS = 4
 
 
 class BlockChart(NamedTuple):
@@ -251,6 +255,13 @@ def _figures(run: Run) -> Iterator[tuple[str, str]]:
             yield f"gain-tasks-{stem}", svg.standalone(task_differences(found.tasks))
     for file, sweep in run.sweeps.items():
         yield f"sweep-{file.removesuffix(SWEEP_SUFFIX)}", svg.standalone(sweep_figure(sweep))
+    for file, searched in run.searched.items():
+        if fronts := [front_chart(each) for each in searched.features if each.front]:
+            title = f"Activation and fluency of inputs of {shortened(searched.donor)}"
+            yield (
+                f"fronts-{file.removesuffix(FEATURES_SUFFIX)}",
+                svg.standalone(_row(fronts, title)),
+            )
     for file, merged in run.merges.items():
         if merged.healing:
             yield f"healing-{Path(file).parent.name}", svg.standalone(healing(merged.healing))
@@ -272,6 +283,8 @@ def _figures(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _row(charts: Sequence[Drawing], title: str) -> Drawing:
-    """Charts side by side, each under its title."""
+    """Charts side by side, at most `_CHARTS` in a row, each under its title."""
     described = "; ".join(f"{chart.title}: {chart.description}" for chart in charts)
-    return svg.combined([[svg.titled(chart) for chart in charts]], title, described)
+    rows = [charts[first : first + _CHARTS] for first in range(0, len(charts), _CHARTS)]
+    shown = [[svg.titled(chart) for chart in row] for row in rows]
+    return svg.combined(shown, title, described)

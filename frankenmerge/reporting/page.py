@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 import frankenmerge
 from frankenmerge.artefacts.scores import NULLS
-from frankenmerge.reporting import figures, labels, sections, svg, windows
+from frankenmerge.reporting import figures, fronts, labels, sections, svg, windows
 from frankenmerge.reporting.heatmaps import scale
 from frankenmerge.reporting.run import Run
 from frankenmerge.splicing import diagram
@@ -56,7 +56,7 @@ def _content(run: Run) -> dict[str, Any]:
         "recipes": run.recipes,
         "evidence": run.evidence,
         "alignments": run.alignments,
-        "features": tables,
+        "features": tables or run.searched,
         "evaluations": run.evaluations,
         "merges": run.merges,
     }
@@ -79,6 +79,7 @@ def _content(run: Run) -> dict[str, Any]:
         "sections": sections,
         "figures": figures,
         "windows": windows,
+        "fronts": fronts,
         "labels": labels,
     }
 

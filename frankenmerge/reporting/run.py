@@ -8,11 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from frankenmerge.artefacts import evaluation, evidence, gain, provenance, sweep
+from frankenmerge.artefacts import evaluation, evidence, features, gain, provenance, sweep
 from frankenmerge.artefacts.alignment import Alignment, load_alignment
 from frankenmerge.artefacts.atlas import load_atlas
 from frankenmerge.artefacts.evaluation import Evaluation
 from frankenmerge.artefacts.evidence import Evidence
+from frankenmerge.artefacts.features import FeaturesFile
 from frankenmerge.artefacts.gain import GainFile
 from frankenmerge.artefacts.provenance import PROVENANCE, Provenance
 from frankenmerge.artefacts.recipe import Recipe
@@ -40,6 +41,7 @@ class Run:
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     alignments: dict[str, Alignment] = field(default_factory=dict)
     features: list[Features] = field(default_factory=list)
+    searched: dict[str, FeaturesFile] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     merges: dict[str, Provenance] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)
@@ -69,7 +71,7 @@ def read_run(folder: Path) -> Run:
         except (FrankenmergeError, ValidationError, OSError, ValueError, RecursionError) as error:
             run.refused[name] = _reason(error)
     found = (run.recipes, run.evidence, run.gains, run.sweeps, run.alignments, run.features)
-    if not (any(found) or run.evaluations):
+    if not (any(found) or run.searched or run.evaluations):
         broken = "; ".join(f"{name}: {reason}" for name, reason in run.refused.items())
         raise fail(
             str(folder),
@@ -141,6 +143,8 @@ def _json(run: Run, name: str, path: Path) -> None:
         run.evaluations[name] = evaluation.parse(content, name)
     elif evidence.is_evidence(content):
         run.evidence[name] = evidence.parse(content, name)
+    elif features.is_features(content):
+        run.searched[name] = features.parse(content, name)
     elif gain.is_gain(content):
         run.gains[name] = gain.parse(content, name)
     elif sweep.is_sweep(content):

@@ -30,11 +30,11 @@ class AlignOptions:
     """What is compared, and how donors are run."""
 
     method: str = "complete"
-    """`complete`, or a search for inputs of several tokens: `greedy`, `gradient`."""
+    """`complete`, or a search for inputs of several tokens: `greedy`, `ascent`, `gradient`."""
     neurons: tuple[int, ...] | None = None
-    """Neurons that are searched (greedy, gradient); 16, evenly spaced, by default."""
+    """Neurons that are searched (not complete); 16, evenly spaced, by default."""
     tokens: int | None = None
-    """Tokens in an input (greedy, gradient); 4 by default."""
+    """Tokens in an input (not complete); 4 by default."""
     bos: bool = False
     """Compare tokens after BOS, not alone (complete)."""
     sampled: bool = False

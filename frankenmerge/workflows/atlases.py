@@ -78,7 +78,7 @@ def add_inputs(
     Args:
         donor: the donor, by name or open.
         atlas: its atlas.
-        method: `greedy` or `gradient`.
+        method: `greedy`, `ascent` or `gradient`.
         neurons: which neurons, the same in every block; by default 16, evenly spaced.
         tokens: the length of the inputs; 4 by default.
         device: as for `atlas_of`, like the remaining arguments.
@@ -87,7 +87,7 @@ def add_inputs(
         allow_pickle: see `device`.
         untrained: see `device`.
         cache: see `device`.
-        progress: reports inputs (greedy) or features (gradient).
+        progress: reports inputs (greedy, ascent) or features (gradient).
 
     Raises:
         FrankenmergeError: if the donor cannot be opened, or lacks the neurons or positions.
@@ -96,7 +96,9 @@ def add_inputs(
         donor = open_donor(donor, download=download, allow_pickle=allow_pickle)
     neurons = neurons or even_neurons(atlas.width)
     total, unit = (
-        (None, "inputs") if method == "greedy" else ((atlas.blocks + 1) * len(neurons), "features")
+        ((atlas.blocks + 1) * len(neurons), "features")
+        if method == "gradient"
+        else (None, "inputs")
     )
     with progress(f"{method} search in {Path(donor.name).name}", total, unit) as advance:
         return with_inputs(

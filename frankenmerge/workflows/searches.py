@@ -1,6 +1,6 @@
 """Run a search for features by name: from a donor and options to the tokens found."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from frankenmerge.analysis.ascent import ascent_search
 from frankenmerge.analysis.complete import complete_search
 from frankenmerge.analysis.decode import decoder_of, embedding_table
+from frankenmerge.analysis.examples import Example, Stretch, text_examples
 from frankenmerge.analysis.features import Feature, check_features, check_single, parse_features
+from frankenmerge.analysis.fluent import FrontPoint, fluent_search
 from frankenmerge.analysis.gradient import check_length, gradient_search
 from frankenmerge.analysis.greedy import WHY_SINGLE, greedy_search
 from frankenmerge.analysis.inversion import invert, outputs_of
@@ -20,14 +23,19 @@ from frankenmerge.artefacts.searches import SEARCHES
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
 from frankenmerge.errors import fail
+from frankenmerge.evaluation.documents import Text
+from frankenmerge.evaluation.language import encode_text, windows
 from frankenmerge.models.hooks import embedding_of
 from frankenmerge.models.loading import CPU, Placement, load_model, load_tokenizer
 from frankenmerge.progress import Advance, Progress, silent
 
+CONTEXT = 128
+"""Most tokens in a window of a text of which examples are taken."""
 RecordValue = int | float | bool | list[int] | None
 
 WHY_COMPLETE = "use gradient or softmax-prior: this search ranks single tokens for single neurons"
-WHY_ONE_NEURON = {"complete": WHY_COMPLETE, "greedy": WHY_SINGLE}
+WHY_EXAMPLES = "search without --text: examples are of single neurons"
+WHY_ONE_NEURON = {"complete": WHY_COMPLETE, "greedy": WHY_SINGLE, "ascent": WHY_SINGLE}
 """Why some searches take only features of one neuron at all positions."""
 
 
@@ -58,7 +66,11 @@ class SearchOptions:
     positions: Literal["last", "all"] = "last"
     """Whether a token is chosen by the activation at its own position or summed over all."""
     candidates: int | None = None
-    """Tokens to try after the first one; all by default."""
+    """Tokens to try after the first one, or at a position; all by default."""
+    starts: int | None = None
+    """Inputs that ascent begins from; by default its own."""
+    fluent: bool = False
+    """Whether to search the front of activation against the model's cross-entropy of the input."""
     optimizer: Literal["descent", "adam"] | None = None
     """By default the search's own."""
     steps: int | None = None
@@ -95,6 +107,14 @@ class SearchResult:
     """Further results, such as a recall, by name."""
     target: np.ndarray | None = None
     """For inversion, the true tokens `[n]`."""
+    activations: np.ndarray | None = None
+    """Of features of single neurons: at the last token of each input `[blocks, m]`, or of the best
+    token of a complete search.
+    """
+    fronts: list[list[FrontPoint]] | None = None
+    """With `fluent`, in the order of the features."""
+    examples: list[list[Example]] | None = None
+    """Where a text was given, in the order of the features."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +132,10 @@ class _Search:
         by_block = tokens.reshape(len(self.blocks), -1, self.options.tokens)
         return SearchResult(self.blocks, self.features, by_block, by_block, record)
 
+    def by_block(self, values: np.ndarray) -> np.ndarray:
+        """Values of all features `[blocks, m]`."""
+        return values.reshape(len(self.blocks), -1)
+
 
 def search(
     checkpoint: Checkpoint,
@@ -120,6 +144,7 @@ def search(
     placement: Placement = CPU,
     *,
     untrained: int | None = None,
+    texts: Sequence[Text] = (),
     progress: Progress = silent,
 ) -> SearchResult:
     """Load a donor and search the inputs with the highest activation of its features.
@@ -130,6 +155,7 @@ def search(
         options: what to search for; options of other searches are ignored.
         placement: type and devices of the model.
         untrained: a seed: search a model with random weights of the same config, the control.
+        texts: also find the windows of these in which the features have the highest activation.
         progress: reports the inputs, features or blocks done.
 
     Raises:
@@ -142,10 +168,20 @@ def search(
     if method == "inversion" and not options.text:
         expected, remedy = "a text to recover", 'add one, such as --input "the quick brown fox"'
         raise fail("--input", expected, "none", remedy)
+    if texts:
+        check_single(features, WHY_EXAMPLES)
+    if options.fluent and options.isolated:
+        expected, remedy = "blocks in their order, for its cross-entropy", "leave one of them out"
+        raise fail("--fluent", expected, "--isolated", remedy)
     model = load_model(checkpoint, placement, untrained=untrained)
     total, unit = _work(method, prepared)
     with progress(SEARCHES[method].title, total, unit) as advance:
-        return METHODS[method](prepared, model, advance)
+        result = METHODS[method](prepared, model, advance)
+    if texts:
+        with progress("reading the text", None, "tokens") as advance:
+            examples = _examples(prepared, model, texts, advance)
+        result = replace(result, examples=examples)
+    return result
 
 
 def default_blocks(count: int) -> list[int]:
@@ -190,7 +226,7 @@ def _work(method: str, search: _Search) -> tuple[int | None, str]:
     """How many units of what a search runs, for a progress bar; None if that is unknown."""
     if method == "complete":
         return quantity(search.checkpoint.config, "vocabulary"), "inputs"
-    if method == "greedy":
+    if method in ("greedy", "ascent"):
         return None, "inputs"
     if method == "inversion":
         return len(search.blocks), "blocks"
@@ -216,7 +252,9 @@ def _complete(search: _Search, model: PreTrainedModel, advance: Advance) -> Sear
     of_one_block = search.features[: len(search.features) // len(search.blocks)]
     tokens = top.tokens[search.blocks][:, [feature.neuron for feature in of_one_block]]
     record = {"masked_tokens": masked} if options.mask_special else {}
-    return SearchResult(search.blocks, search.features, tokens, tokens[:, :, :1], record)
+    values = top.values[search.blocks][:, [feature.neuron for feature in of_one_block], 0]
+    result = SearchResult(search.blocks, search.features, tokens, tokens[:, :, :1], record)
+    return replace(result, activations=values)
 
 
 def _greedy(search: _Search, model: PreTrainedModel, advance: Advance) -> SearchResult:
@@ -234,7 +272,45 @@ def _greedy(search: _Search, model: PreTrainedModel, advance: Advance) -> Search
         advance=advance,
     )
     recall = {} if found.recall is None else {"recall": found.recall}
-    return search.result(found.tokens, vocabulary_passes=found.passes, **recall)
+    result = search.result(found.tokens, vocabulary_passes=found.passes, **recall)
+    return replace(result, activations=search.by_block(found.values[:, -1]))
+
+
+def _ascent(search: _Search, model: PreTrainedModel, advance: Advance) -> SearchResult:
+    options = search.options
+    found = ascent_search(
+        model,
+        search.features,
+        n=options.tokens,
+        site=options.site,
+        isolated=options.isolated,
+        positions=options.positions,
+        candidates=options.candidates,
+        start=search.prefix,
+        advance=advance,
+        **options.set_values("starts"),
+    )
+    recall = {} if found.recall is None else {"recall": found.recall}
+    record = {"inputs": found.inputs, "vocabulary_passes": round(found.passes, 1), **recall}
+    if not options.fluent:
+        result = search.result(found.tokens, **record)
+        return replace(result, activations=search.by_block(found.values[:, -1]))
+    evolved = fluent_search(
+        model,
+        search.features,
+        torch.from_numpy(found.tokens).long(),
+        site=options.site,
+        positions=options.positions,
+        start=search.prefix,
+        advance=advance,
+        **options.set_values("steps"),
+    )
+    best = [front[0] for front in evolved.fronts]
+    result = search.result(
+        np.array([point.tokens for point in best]), **record, fluent_inputs=evolved.inputs
+    )
+    activations = search.by_block(np.array([point.activation for point in best]))
+    return replace(result, activations=activations, fronts=evolved.fronts)
 
 
 def _gradient(search: _Search, model: PreTrainedModel, advance: Advance) -> SearchResult:
@@ -299,9 +375,33 @@ def _inversion(search: _Search, model: PreTrainedModel, advance: Advance) -> Sea
     return replace(result, record={"excluded_tokens": len(decoder.left_out)}, target=true.numpy())
 
 
+def _examples(
+    search: _Search, model: PreTrainedModel, texts: Sequence[Text], advance: Advance
+) -> list[list[Example]]:
+    """The windows of texts with the highest activation of each feature."""
+    options, tokenizer = search.options, load_tokenizer(search.checkpoint)
+    context = min(CONTEXT, quantity(search.checkpoint.config, "positions") or CONTEXT) - 1
+    stretches = []
+    for text in texts:
+        encoded = encode_text(tokenizer, text)
+        for window in windows(encoded, context):
+            end = window.start + window.width + 1
+            ids = torch.from_numpy(encoded.ids[window.start : end])
+            stretches.append(Stretch(ids, window.kept, text.name))
+    return text_examples(
+        model,
+        search.features,
+        stretches,
+        site=options.site,
+        isolated=options.isolated,
+        advance=advance,
+    )
+
+
 METHODS: dict[str, Callable[[_Search, PreTrainedModel, Advance], SearchResult]] = {
     "complete": _complete,
     "greedy": _greedy,
+    "ascent": _ascent,
     "gradient": _gradient,
     "softmax-prior": _softmax_prior,
     "inversion": _inversion,
