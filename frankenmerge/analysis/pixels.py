@@ -7,21 +7,32 @@ has neither shifts nor blur: patches do not move with the image, and what excite
 average over the shifts may be what it likes least where it is.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 from transformers import PreTrainedModel
 
-from frankenmerge.analysis.features import Feature
-from frankenmerge.donors.images import ImageShape
-from frankenmerge.models.hooks import Site, blocks_of
+import frankenmerge
+from frankenmerge.analysis.features import Feature, check_features
+from frankenmerge.artefacts.atlas import Atlas, Pictures
+from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.images import ImageShape, image_shape
+from frankenmerge.models.hooks import Site
 from frankenmerge.models.images import noise_images, patch_states
+from frankenmerge.models.loading import Placement, load_model
 from frankenmerge.progress import Advance, ignore
+from frankenmerge.storage.arrays import read_arrays, write_arrays
 
+_KIND = "frankenmerge.pictures/1"
 BATCH = 16
 """Images that are optimised together."""
 _REFERENCE = 256
@@ -192,7 +203,48 @@ def blurred(pixels: Tensor, deviation: float) -> Tensor:
     return conv2d(rows, line.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)
 
 
-def neurons_of_all_blocks(model: PreTrainedModel, neurons: Sequence[int]) -> list[Feature]:
-    """A feature for each of some neurons in every block, from what enters the first one on."""
-    count = len(blocks_of(model)) + 1
-    return [Feature.of(block, neuron) for block in range(count) for neuron in neurons]
+def bytes_of(pixels: Tensor) -> np.ndarray:
+    """Pixels `[..., c, h, w]` from 0 to 1 as `[..., h, w, c]`, uint8."""
+    return (255 * pixels.clamp(0, 1)).round().byte().movedim(-3, -1).contiguous().numpy()
+
+
+def with_pictures(
+    atlas: Atlas,
+    checkpoint: Checkpoint,
+    neurons: Sequence[int],
+    *,
+    cache: Path,
+    untrained: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    advance: Advance = ignore,
+) -> Atlas:
+    """A vision transformer's atlas with an image for some neurons of every block.
+
+    They come from `cache` or are searched now. `untrained`, `dtype` and `device` as for `analyze`.
+
+    Raises:
+        FrankenmergeError: if the donor lacks the neurons.
+    """
+    shape = image_shape(checkpoint)
+    blocks = range(atlas.blocks + 1)
+    features = [Feature.of(block, neuron) for block in blocks for neuron in neurons]
+    check_features(features, blocks=atlas.blocks, width=atlas.width, tokens=shape.patches)
+    settings = asdict(Ascent())
+    key = [checkpoint.fingerprint, asdict(shape), untrained, dtype, settings, list(neurons)]
+    key += [frankenmerge.__version__, torch.__version__, transformers.__version__]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    path = cache / f"{name}.pictures.safetensors"
+    if path.exists():
+        pictures = Pictures(**read_arrays(path, _KIND, "images saved by an earlier command")[0])
+    else:
+        model = load_model(checkpoint, Placement(dtype, device), untrained=untrained)
+        found = pixel_search(model, features, shape, advance=advance)
+        pixels = bytes_of(found.pixels)
+        pictures = Pictures(
+            np.array(neurons, dtype=np.int32),
+            pixels.reshape(len(blocks), len(neurons), *pixels.shape[1:]),
+            found.activations.reshape(len(blocks), len(neurons)).numpy(),
+        )
+        write_arrays(path, _KIND, pictures._asdict(), {"key": key})
+    return replace(atlas, pictures=pictures, provenance=atlas.provenance | {"pixels": settings})

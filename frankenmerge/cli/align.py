@@ -21,7 +21,13 @@ from frankenmerge.cli.console import (
     refuse_others,
     table,
 )
-from frankenmerge.cli.donors import MEANT_FOR, method_option, neurons_option, tokens_option
+from frankenmerge.cli.donors import (
+    MEANT_FOR,
+    images_option,
+    method_option,
+    neurons_option,
+    tokens_option,
+)
 from frankenmerge.distributed import own_rank
 
 if TYPE_CHECKING:
@@ -29,7 +35,7 @@ if TYPE_CHECKING:
 
     from frankenmerge.artefacts.alignment import Alignment
 
-SHOWN = {"complete": "jaccard", "greedy": "greedy", "gradient": "gradient"}
+SHOWN = {"complete": "jaccard", "greedy": "greedy", "gradient": "gradient", "pixels": "pixels"}
 """The score whose matrix `align` prints, by method."""
 WIDEST = 12
 """Blocks up to which a matrix is printed."""
@@ -42,6 +48,7 @@ WIDEST = 12
 @method_option
 @neurons_option
 @tokens_option
+@images_option
 @click.option(
     "--bos/--no-bos",
     default=False,
@@ -144,7 +151,8 @@ def _print(alignment: "Alignment", bos: bool) -> None:
     narrow = min(alignment.widths)
     if searched := alignment.provenance["searched"]:
         neurons, tokens = len(searched["neurons"]), searched["tokens"]
-        console.print(f"{method}: {neurons} of {narrow} neurons, {tokens} tokens each.")
+        each = f", {tokens} tokens each" if tokens else ""
+        console.print(f"{method}: {neurons} of {narrow} neurons{each}.")
     if alignment.widths[0] != alignment.widths[1]:
         widths = " and ".join(map(str, alignment.widths))
         console.print(f"Widths {widths}: the first {narrow} neurons are compared.")

@@ -30,22 +30,32 @@ if TYPE_CHECKING:
 INPUT_METHODS = ("greedy", "gradient")
 method_option = click.option(
     "--method",
-    type=click.Choice(["complete", *INPUT_METHODS]),
+    type=click.Choice(["complete", *INPUT_METHODS, "pixels"]),
     default="complete",
     show_default=True,
-    help="Search to add to the complete one: inputs of several tokens, for some neurons.",
+    help="Search to add to the complete one, for some neurons: inputs of several tokens; images "
+    "(pixels, for vision transformers).",
+)
+images_option = click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of PNG and JPEG files that vision transformers are shown. "
+    "[default: 1,024 images of noise]",
 )
 neurons_option = click.option(
     "--neurons",
     callback=numbers,
-    help="Neurons, such as 0-3 or 1,4,8 (greedy and gradient). [default: 16, evenly spaced]",
+    help="Neurons, such as 0-3 or 1,4,8 (for all but complete). [default: 16, evenly spaced]",
 )
 tokens_option = click.option(
     "--tokens",
     type=click.IntRange(1),
     help="Number of tokens in an input (greedy and gradient). [default: 4]",
 )
-MEANT_FOR: dict[str, tuple[str, ...]] = dict.fromkeys(("neurons", "tokens"), INPUT_METHODS)
+MEANT_FOR: dict[str, tuple[str, ...]] = {
+    "neurons": (*INPUT_METHODS, "pixels"),
+    "tokens": INPUT_METHODS,
+}
 
 
 @click.command()
@@ -89,6 +99,8 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
         "tokenizer": str,
         "fingerprint": lambda text: text[:12] if text else "weights not available",
     }
+    if any(row["images"] for row in rows):
+        formats = {"family": str, "images": _images} | formats
     for key, text in formats.items():
         summary.add_row(key.replace("_", " "), *(text(row[key]) for row in rows))
     console = out()
@@ -108,19 +120,32 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
             console.print(f"  - {line}", markup=False)
 
 
+def _images(images: dict[str, int] | None) -> str:
+    """What a vision transformer is shown."""
+    if images is None:
+        return "none: a language model"
+    return "{height} x {width}, {channels} channels, patches of {patch}".format(**images)
+
+
 def _describe(donor: "Checkpoint") -> dict[str, Any]:
     from frankenmerge.donors.config import head_width, quantity
+    from frankenmerge.donors.images import image_shape, is_vision
 
     sizes = {
         key: quantity(donor.config, key)
         for key in ("blocks", "width", "heads", "kv_heads", "inner", "vocabulary", "positions")
     }
+    images = None
+    if is_vision(donor.config):
+        shape = image_shape(donor)
+        images = {key: getattr(shape, key) for key in ("height", "width", "channels", "patch")}
     return {
         "name": donor.name,
         "family": donor.config["model_type"],
+        "images": images,
         **sizes,
         "head_width": head_width(donor.config),
-        "tied": donor.tied,
+        "tied": donor.tied and not images,
         "dtype": ", ".join(donor.dtypes),
         "parameters": donor.parameters,
         "bytes": donor.bytes,
@@ -141,6 +166,7 @@ def _describe(donor: "Checkpoint") -> dict[str, Any]:
     metavar="SEED",
     help="Analyze random weights of the same config instead: the control.",
 )
+@images_option
 @device_option
 @dtype_option
 @download_option
@@ -155,6 +181,7 @@ def analyze(
     neurons: list[int] | None,
     tokens: int | None,
     untrained: int | None,
+    images: Path | None,
     device: str,
     dtype: str,
     download: bool,
@@ -166,6 +193,8 @@ def analyze(
     Blocks are read one at a time, so the donor may be larger than memory. After an interruption,
     the same command continues from the last finished block. Under `accelerate launch` every process
     searches its share of the vocabulary.
+
+    Of a vision transformer, the features are searched among the images of a folder, or of noise.
     """
     from frankenmerge.artefacts.atlas import save_atlas
     from frankenmerge.workflows.atlases import add_inputs, atlas_of
@@ -179,7 +208,7 @@ def analyze(
         "untrained": untrained,
         "progress": progress,
     }
-    atlas = atlas_of(donor, **run)
+    atlas = atlas_of(donor, images=images, **run)
     if not own_rank().first:
         return
     if method != "complete":

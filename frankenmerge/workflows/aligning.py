@@ -6,7 +6,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from frankenmerge.analysis.align import align, check_comparable, missing_inputs
+from frankenmerge.analysis.align import (
+    align,
+    check_comparable,
+    missing_inputs,
+    searched_neurons,
+)
 from frankenmerge.analysis.inputs import even_neurons
 from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.atlas import Atlas
@@ -28,9 +33,11 @@ class AlignOptions:
     """What is compared, and how donors are run."""
 
     method: str = "complete"
-    """`complete`, or a search for inputs of several tokens: `greedy`, `gradient`."""
+    """`complete`, or a search for inputs of several tokens: `greedy`, `gradient`; for vision
+    transformers `pixels`.
+    """
     neurons: tuple[int, ...] | None = None
-    """Neurons that are searched (greedy, gradient); 16, evenly spaced, by default."""
+    """Neurons that are searched (greedy, gradient, pixels); 16, evenly spaced, by default."""
     tokens: int | None = None
     """Tokens in an input (greedy, gradient); 4 by default."""
     bos: bool = False
@@ -39,6 +46,8 @@ class AlignOptions:
     """Base predictions on tokens that the donors generate, not on random ones."""
     exchange: bool = False
     """Measure what exchanging blocks costs, on random tokens."""
+    images: Path | None = None
+    """A folder of images that vision transformers are shown; images of noise by default."""
     device: str = "cpu"
     dtype: str = "float32"
     download: bool = False
@@ -68,6 +77,9 @@ def align_donors(
     if options.sampled or options.exchange:
         _check_runnable(pair)
     atlases = [_atlas(donor, options, progress) for donor in pair]
+    if (options.sampled or options.exchange) and any(atlas.of_images for atlas in atlases):
+        expected, remedy = "language models, which predict tokens", "leave the option out"
+        raise fail("--sampled, --exchange", expected, "vision transformers", remedy)
     if options.method != "complete":
         atlases = _with_same_inputs(pair, atlases, options, progress)
     runs = options.sampled or options.exchange
@@ -112,6 +124,7 @@ def _atlas(donor: Donor, options: AlignOptions, progress: Progress) -> Atlas:
         dtype=options.dtype,
         download=options.download,
         allow_pickle=options.allow_pickle,
+        images=options.images,
         progress=progress,
     )
 
@@ -139,15 +152,17 @@ def _with_same_inputs(
     raise_all(fault for atlas in given for fault in missing_inputs(atlas, options.method))
     neurons, tokens = options.neurons, options.tokens
     if given:
-        inputs = given[0].inputs[options.method]
+        searched = searched_neurons(given[0], options.method)
+        inputs = given[0].inputs.get(options.method)
+        length = inputs.tokens.shape[2] if inputs else None
         if neurons or tokens:
-            found = f"{len(inputs.neurons)} neurons, {inputs.tokens.shape[2]} tokens"
+            found = f"{len(searched)} neurons" + (f", {length} tokens" if length else "")
             expected = "the ones that the atlas was made with"
             remedy = "leave them out"
             raise fail(
                 "--neurons, --tokens", expected, f"others than the atlas has: {found}", remedy
             )
-        neurons, tokens = tuple(inputs.neurons.tolist()), inputs.tokens.shape[2]
+        neurons, tokens = tuple(searched.tolist()), length
     neurons = neurons or tuple(even_neurons(min(atlas.width for atlas in atlases)))
     made = []
     for donor, atlas in zip(pair, atlases, strict=True):
