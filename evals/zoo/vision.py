@@ -39,7 +39,7 @@ class Training:
     seed: int
     width: int
     heads: int
-    steps: int = 3000
+    steps: int = 1200
     rate: float = 1e-3
 
 

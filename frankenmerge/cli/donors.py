@@ -227,6 +227,9 @@ def analyze(
         console.print(
             f"{name}: inputs of {n} tokens for {m} of {atlas.width} neurons in every block"
         )
+    if atlas.pictures:
+        count = len(atlas.pictures.neurons)
+        console.print(f"pixels: images for {count} of {atlas.width} neurons in every block")
     console.print(f"Written to {output}", markup=False)
 
 
@@ -242,7 +245,8 @@ def _atlas_as_json(atlas: "Atlas", output: Path, untrained: int | None) -> dict[
         "untrained": untrained,
         "searched_neurons": {
             name: inputs.neurons.tolist() for name, inputs in atlas.inputs.items()
-        },
+        }
+        | ({"pixels": atlas.pictures.neurons.tolist()} if atlas.pictures else {}),
     }
 
 
@@ -250,7 +254,9 @@ def _best_tokens(atlas: "Atlas"):
     """A table of the best tokens of a few neurons in a few blocks."""
     blocks = sorted({0, 1, atlas.blocks // 2, atlas.blocks})
     rows = table(
-        f"Top-activating tokens of {Path(atlas.donor).name}, without BOS",
+        f"Top-activating images of {Path(atlas.donor).name}"
+        if atlas.of_images
+        else f"Top-activating tokens of {Path(atlas.donor).name}, without BOS",
         "neuron",
         *(f"block {b}" if b else "embedding" for b in blocks),
     )

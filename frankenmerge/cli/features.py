@@ -19,6 +19,7 @@ from frankenmerge.cli.console import (
     numbers,
     offload_option,
     out,
+    output_option,
     pickle_option,
     print_json,
     progress,
@@ -167,6 +168,16 @@ def _help(text: str, option: str) -> str:
     show_default=True,
     help=_help("Distance between outputs", "distance"),
 )
+@click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of PNG and JPEG files to rank, for vision transformers "
+    "(complete). [default: 1,024 images of noise]",
+)
+@output_option(
+    "Write the images found to this PNG file, a row for each block (vision transformers).",
+    required=False,
+)
 @device_option
 @max_memory_option
 @offload_option
@@ -180,6 +191,7 @@ def features(
     donor: str,
     method: str,
     untrained: int | None,
+    output: Path | None,
     download: bool,
     allow_pickle: bool,
     as_json: bool,
@@ -188,9 +200,11 @@ def features(
     """Show the tokens with the highest activation of the neurons of DONOR's blocks.
 
     With `--method inversion`, show instead how much of a text can be recovered from each block's
-    output.
+    output. Of a vision transformer, show the images of a folder with the highest activation, or
+    with `--method pixels` images that are optimised.
     """
     from frankenmerge.analysis.analyze import token_texts
+    from frankenmerge.donors.images import is_vision, need_vision
     from frankenmerge.models.loading import Placement
     from frankenmerge.splicing.opening import open_donor
     from frankenmerge.workflows.searches import SearchOptions, search
@@ -209,7 +223,9 @@ def features(
     placement = Placement(
         given["dtype"], given["device"], given["max_memory"] or {}, given["offload"]
     )
-    vocabulary = token_texts(checkpoint)
+    if output:
+        need_vision(checkpoint, "-o")
+    vocabulary = [] if is_vision(checkpoint.config) else token_texts(checkpoint)
     result = search(checkpoint, method, options, placement, untrained=untrained, progress=progress)
     record = {
         "donor": donor,
@@ -219,6 +235,18 @@ def features(
     }
     title = f"{Path(donor).name}, {method}, {'after BOS' if options.bos else 'plain'}"
     title += "" if untrained is None else f", random weights (seed {untrained})"
+    if result.pictures is not None:
+        from frankenmerge.cli.pictures import ShownPictures, write_sheet
+
+        if output:
+            write_sheet(result.pictures, output)
+            record["output"] = str(output)
+        if result.pictures.activations is not None:
+            pictures = ShownPictures(result, result.pictures, title, record)
+            print_json(pictures.json()) if as_json else pictures.print()
+            return
+        del record["context"]
+        title, vocabulary = title.replace(", plain", ""), result.pictures.names
     shown = _Shown(result, vocabulary, title, record)
     if as_json:
         print_json(shown.json())
@@ -315,7 +343,8 @@ class _Shown:
                 markup=True,
             )
         permuted = "features" if result.target is None else "positions"
-        _print_agreement(result.blocks, self.agreement, permuted)
+        what = "tokens" if result.pictures is None else "images"
+        _print_agreement(result.blocks, self.agreement, permuted, what)
 
     def _table(self):
         result = self.result
@@ -356,15 +385,17 @@ def _agreement_as_json(layers: list[int], agreement: "Agreement") -> dict[str, A
     return {"blocks": layers, "same_tokens": agreement.matrix.tolist(), "permuted": permuted}
 
 
-def _print_agreement(layers: list[int], agreement: "Agreement", permuted: str) -> None:
+def _print_agreement(
+    layers: list[int], agreement: "Agreement", permuted: str, what: str = "tokens"
+) -> None:
     """Print a table of all pairs of blocks.
 
-    Above the diagonal is the share of tokens that are the same, below it that of permuted features.
+    Above the diagonal is the share of tokens (or of `what` it is) that are the same, below it that of permuted features.
     """
     if not 2 <= len(layers) <= MOST_COLUMNS:
         return
     rows = table(
-        f"Same tokens in two blocks (above the diagonal); with {permuted} permuted (below)",
+        f"Same {what} in two blocks (above the diagonal); with {permuted} permuted (below)",
         "block",
         *map(str, layers),
     )

@@ -31,7 +31,10 @@ from frankenmerge.progress import Advance, Progress, silent
 
 RecordValue = int | float | bool | list[int] | None
 
-WHY_COMPLETE = "use gradient or softmax-prior: this search ranks single tokens for single neurons"
+WHY_COMPLETE = (
+    "use gradient or softmax-prior (pixels for images): this search ranks single inputs for single "
+    "neurons"
+)
 WHY_ONE_NEURON = {"complete": WHY_COMPLETE, "greedy": WHY_SINGLE}
 """Why some searches take only features of one neuron at all positions."""
 
@@ -328,7 +331,7 @@ def _ranked_images(search: _Search, model: PreTrainedModel, advance: Advance) ->
     )
     of_one_block = search.features[: len(search.features) // len(search.blocks)]
     found = top.tokens[search.blocks][:, [feature.neuron for feature in of_one_block]]
-    small = np.stack([thumbnail(images.read(index, shape)) for index in found.flat])
+    small = np.stack([thumbnail(images.read(index, shape)) for index in found.ravel().tolist()])
     pictures = FoundPictures(
         list(images.names), small.reshape(*found.shape, *small.shape[1:]), None
     )
