@@ -215,7 +215,10 @@ def input_agreement(a: Atlas, b: Atlas, context: str, width: int, *, method: str
 
 
 def picture_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
-    """Correlation of the pixels of A's and B's image for the same neuron; NaN for other neurons."""
+    """Correlation of the pixels of A's and B's image for the same neuron; NaN for other neurons.
+
+    It is 0 for an image of a single value.
+    """
     assert a.pictures is not None and b.pictures is not None
     neurons, rows_a, rows_b = np.intersect1d(
         a.pictures.neurons, b.pictures.neurons, return_indices=True

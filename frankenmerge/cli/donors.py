@@ -243,9 +243,7 @@ def _atlas_as_json(atlas: "Atlas", output: Path, untrained: int | None) -> dict[
         "width": atlas.width,
         "vocabulary": len(atlas.vocabulary),
         "untrained": untrained,
-        "searched_neurons": {
-            name: inputs.neurons.tolist() for name, inputs in atlas.inputs.items()
-        }
+        "searched_neurons": {name: inputs.neurons.tolist() for name, inputs in atlas.inputs.items()}
         | ({"pixels": atlas.pictures.neurons.tolist()} if atlas.pictures else {}),
     }
 

@@ -390,7 +390,8 @@ def _print_agreement(
 ) -> None:
     """Print a table of all pairs of blocks.
 
-    Above the diagonal is the share of tokens (or of `what` it is) that are the same, below it that of permuted features.
+    Above the diagonal is the share of tokens (or images: `what`) that are the same, below it that
+    of permuted features.
     """
     if not 2 <= len(layers) <= MOST_COLUMNS:
         return
