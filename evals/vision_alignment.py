@@ -39,7 +39,7 @@ DEMO = Path(__file__).parents[1] / "frankenmerge" / "demo" / "donors"
 IMAGES = 1024
 SCORES = ("jaccard", "argmax", "correlation")
 SEARCHED = list(range(0, 64, 4))
-"""Neurons whose inputs are searched."""
+"""Neurons for which images are searched."""
 Pairs = list[tuple[int, int]]
 """Blocks of A and of B."""
 
@@ -113,19 +113,16 @@ def comparisons(
     yield from rows_of(domain, same, model, start, depths(model, start))
 
 
-def searched(
-    domain: str, method: str, model: Atlas, other_size: Atlas, start: Atlas
-) -> Iterator[Row]:
-    """Rows of inputs that were searched: tokens by greedy search, images by ascent."""
-    width = min(model.width, other_size.width)
+def searched(model: Atlas, other_size: Atlas, start: Atlas) -> Iterator[Row]:
+    """Rows of images by gradient ascent."""
     for comparison, b, pairs in (
         ("blocks of a model", model, layers(model)),
         ("neighbouring blocks", model, layers(model, 1)),
         ("two sizes", other_size, depths(model, other_size)),
         ("trained and untrained, same start", start, depths(model, start)),
     ):
-        score = FUNCTIONS[method](model, b, "plain", min(width, b.width))
-        yield row_of(domain, comparison, "searched inputs", score, pairs)
+        score = FUNCTIONS["pixels"](model, b, "plain", min(model.width, b.width))
+        yield row_of("vision", comparison, "images by ascent", score, pairs)
 
 
 @torch.no_grad()
@@ -206,14 +203,7 @@ def main(vision: Path, language: Path, out: Path) -> None:
         name: add_inputs(str(vision / name), atlas, "pixels", SEARCHED, cache=cache)
         for name, atlas in (("vit", vit), ("vit-wide", wide), ("vit-untrained", start))
     }
-    rows += searched("vision", "pixels", *pictured.values())
-    texts = [
-        add_inputs(str(donor), atlas, "greedy", SEARCHED, untrained=seed, cache=cache)
-        for donor, atlas, seed in zip(
-            (base, large, base), (*text[:2], text[3]), (None, None, 0), strict=True
-        )
-    ]
-    rows += searched("language", "greedy", *texts)
+    rows += searched(*pictured.values())
     write_maps(pictured, out)
     click.echo(markdown(rows))
     (out / "table.json").write_text(json.dumps([row._asdict() for row in rows], indent=1))

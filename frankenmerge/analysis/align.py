@@ -162,7 +162,7 @@ def _input_faults(a: Atlas, b: Atlas, method: str) -> list[Fault]:
         f"{a.donor} | {b.donor}: {method}",
         "search both with the same --neurons and --tokens",
     )
-    shared = np.intersect1d(*(searched_neurons(atlas, method) for atlas in (a, b)))
+    shared = np.intersect1d(searched_neurons(a, method), searched_neurons(b, method))
     sizes = [atlas.pictures.pixels.shape[2:] for atlas in (a, b) if atlas.pictures is not None]
     if method == "pixels" and sizes[0] != sizes[1]:
         found = " and ".join(" x ".join(map(str, size)) for size in sizes)
@@ -191,7 +191,7 @@ def _input_faults(a: Atlas, b: Atlas, method: str) -> list[Fault]:
 
 
 def _searched(a: Atlas, b: Atlas, method: str) -> dict[str, Any]:
-    neurons = np.intersect1d(*(searched_neurons(atlas, method) for atlas in (a, b)))
+    neurons = np.intersect1d(searched_neurons(a, method), searched_neurons(b, method))
     tokens = None if method == "pixels" else a.inputs[method].tokens.shape[2]
     return {"neurons": neurons.tolist(), "tokens": tokens}
 

@@ -129,7 +129,8 @@ def _faults(shape: ImageShape, patch: tuple[int, int], place: str) -> list[Fault
 
 def _pair(value: Any) -> tuple[int, int]:
     """Height and width, from one number or two."""
-    return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else (int(value),) * 2
+    height, width = value if isinstance(value, list | tuple) else (value, value)
+    return int(height), int(width)
 
 
 def _size(value: Any) -> tuple[int, int] | int | None:
