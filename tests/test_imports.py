@@ -34,6 +34,7 @@ HEAVY = ("torch", "transformers", "accelerate", "safetensors.torch")
 MAY_BE_HEAVY = (
     "models.blank",
     "models.hooks",
+    "models.images",
     "models.loading",
     "models.passes",
     "models.rates",

@@ -18,9 +18,9 @@ from frankenmerge.analysis.nulls import derangement, mean_interval, mean_over, r
 from frankenmerge.artefacts.alignment import Alignment, Score
 from frankenmerge.artefacts.atlas import Atlas
 from frankenmerge.artefacts.token_overlap import token_agreement
-from frankenmerge.errors import Fault, raise_all
+from frankenmerge.errors import Fault, fail, raise_all
 
-INPUT_METHODS = ("greedy", "ascent", "gradient")
+INPUT_METHODS = ("greedy", "ascent", "gradient", "pixels")
 """Searches whose inputs an atlas may lack; their scores are computed on request."""
 
 
@@ -39,8 +39,8 @@ def align(
         b: another donor's atlas, with the same vocabulary and the same probes. If its width
             differs, the neurons with an index below both widths are compared.
         context: which complete search to compare, `plain` or `bos`.
-        method: `greedy`, `ascent` or `gradient` adds the score of that name, over the neurons for
-            which both atlases have such inputs.
+        method: `greedy`, `ascent`, `gradient` or `pixels` adds the score of that name, over the
+            neurons for which both atlases have such inputs.
         states: both donors' states `[l+1, n, d]` by name, such as `sampling.states_on_sampled`
             returns them: predictions use these instead of the states on random probes.
 
@@ -73,6 +73,7 @@ def align(
             "shared_neurons": width,
             "null_seed": 0,
             "predicted_from": "drawn tokens" if states else "random probes",
+            **({"images": True} if a.of_images else {}),
             "atlases": [a.provenance, b.provenance],
         },
         gram=geometry.gram(*compared),
@@ -97,6 +98,12 @@ def check_comparable(a: Atlas, b: Atlas, context: str = "plain") -> None:
     """
     place = f"{a.donor} | {b.donor}"
     faults = []
+    if a.of_images != b.of_images:
+        expected = "two language models, or two vision transformers"
+        raise fail(place, expected, "one of each", "choose another donor")
+    if a.of_images and a.provenance["probes"] != b.provenance["probes"]:
+        found, remedy = "different images", "analyze both with the same --images"
+        raise fail(place, "atlases made with the same images", found, remedy)
     if a.vocabulary != b.vocabulary:
         found = f"{len(a.vocabulary)} and {len(b.vocabulary)} tokens, or different texts for them"
         faults.append(
@@ -132,7 +139,7 @@ def check_comparable(a: Atlas, b: Atlas, context: str = "plain") -> None:
 
 def missing_inputs(atlas: Atlas, method: str) -> list[Fault]:
     """The fault of an atlas without the inputs of a method; empty if it has them."""
-    if method in atlas.inputs:
+    if atlas.pictures is not None if method == "pixels" else method in atlas.inputs:
         return []
     remedy = (
         f"run frankenmerge analyze DONOR --method {method} -o NAME.atlas.safetensors, "
@@ -155,9 +162,14 @@ def _input_faults(a: Atlas, b: Atlas, method: str) -> list[Fault]:
         f"{a.donor} | {b.donor}: {method}",
         "search both with the same --neurons and --tokens",
     )
-    one, other = (atlas.inputs[method] for atlas in (a, b))
-    shared = np.intersect1d(one.neurons, other.neurons)
-    if one.tokens.shape[2] != other.tokens.shape[2]:
+    shared = np.intersect1d(searched_neurons(a, method), searched_neurons(b, method))
+    sizes = [atlas.pictures.pixels.shape[2:] for atlas in (a, b) if atlas.pictures is not None]
+    if method == "pixels" and sizes[0] != sizes[1]:
+        found = " and ".join(" x ".join(map(str, size)) for size in sizes)
+        remedy = "align without --method pixels"
+        faults.append(Fault(place, "donors of images of the same size", found, remedy))
+    if method != "pixels" and len({atlas.inputs[method].tokens.shape[2] for atlas in (a, b)}) > 1:
+        one, other = (atlas.inputs[method] for atlas in (a, b))
         faults.append(
             Fault(
                 place,
@@ -179,8 +191,17 @@ def _input_faults(a: Atlas, b: Atlas, method: str) -> list[Fault]:
 
 
 def _searched(a: Atlas, b: Atlas, method: str) -> dict[str, Any]:
-    neurons = np.intersect1d(a.inputs[method].neurons, b.inputs[method].neurons)
-    return {"neurons": neurons.tolist(), "tokens": a.inputs[method].tokens.shape[2]}
+    neurons = np.intersect1d(searched_neurons(a, method), searched_neurons(b, method))
+    tokens = None if method == "pixels" else a.inputs[method].tokens.shape[2]
+    return {"neurons": neurons.tolist(), "tokens": tokens}
+
+
+def searched_neurons(atlas: Atlas, method: str) -> np.ndarray:
+    """The neurons for which an atlas has inputs of a method."""
+    if method == "pixels":
+        assert atlas.pictures is not None
+        return atlas.pictures.neurons
+    return atlas.inputs[method].neurons
 
 
 def input_agreement(a: Atlas, b: Atlas, context: str, width: int, *, method: str) -> Score:
@@ -191,6 +212,26 @@ def input_agreement(a: Atlas, b: Atlas, context: str, width: int, *, method: str
     detail = np.full((*score.matrix.shape, width), np.nan, dtype=np.float16)
     detail[:, :, neurons] = score.detail
     return score._replace(detail=detail, interval=mean_interval(score.detail))
+
+
+def picture_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
+    """Correlation of the pixels of A's and B's image for the same neuron; NaN for other neurons.
+
+    It is 0 for an image of a single value.
+    """
+    assert a.pictures is not None and b.pictures is not None
+    neurons, rows_a, rows_b = np.intersect1d(
+        a.pictures.neurons, b.pictures.neurons, return_indices=True
+    )
+    one, other = (
+        _standardised(pixels[:, rows].reshape(len(pixels), len(rows), -1).transpose(0, 2, 1))[0]
+        for pixels, rows in ((a.pictures.pixels, rows_a), (b.pictures.pixels, rows_b))
+    )
+    score = _correlation_score(one, other, {})
+    detail = np.full((*score.matrix.shape, width), np.nan, dtype=np.float16)
+    detail[:, :, neurons] = score.detail
+    nulls = {"permuted_neurons": score.nulls["permuted_neurons"]}
+    return Score(score.matrix, nulls, detail, mean_interval(score.detail))
 
 
 def argmax_agreement(a: Atlas, b: Atlas, context: str, width: int) -> Score:
@@ -314,7 +355,7 @@ def _standardised(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Over the probes, the mean is 0 and the norm 1, or 0 for a constant.
     """
-    largest = np.abs(states).max(axis=1)
+    largest = np.abs(states.astype(np.float32, copy=False)).max(axis=1)
     states = states - states.mean(axis=1, keepdims=True, dtype=np.float64)
     variance = (states**2).mean(axis=1)
     variance[variance <= (1e-6 * largest) ** 2] = 0  # rounding errors of a constant
@@ -346,7 +387,8 @@ FUNCTIONS: dict[str, Callable[[Atlas, Atlas, str, int], Score]] = {
     "distance": geometry.distance,
     "relative_depth": geometry.relative_depth,
     "gauge": gauge_agreement,
-    **{method: partial(input_agreement, method=method) for method in INPUT_METHODS},
+    **{method: partial(input_agreement, method=method) for method in ("greedy", "gradient")},
+    "pixels": picture_agreement,
 }
 """From two atlases, the context and the number of shared neurons to a score; words for each are in
 `artefacts.scores.SCORES`.

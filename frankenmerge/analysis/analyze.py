@@ -18,6 +18,7 @@ from torch import Tensor
 
 import frankenmerge
 from frankenmerge.analysis.complete import Ranked, searched
+from frankenmerge.analysis.images import analyze_images
 from frankenmerge.analysis.probes import LENGTH, SEED, probe_hash, probe_states, random_probes
 from frankenmerge.analysis.ranking import top_tokens
 from frankenmerge.artefacts.atlas import SUFFIX, Atlas, TopTokens, load_atlas, save_atlas
@@ -25,6 +26,7 @@ from frankenmerge.distributed import Rank, gathered, own_rank
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
 from frankenmerge.errors import FrankenmergeError, fail
+from frankenmerge.models.images import ImageSet
 from frankenmerge.models.loading import Placement, load_model, load_tokenizer
 from frankenmerge.models.passes import BATCH, Passage
 from frankenmerge.models.streaming import Donor, each_block, stream_model, streamable
@@ -250,11 +252,18 @@ def _tensor_of(content: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(content).view(like.dtype).to(like.device)
 
 
-def cached_path(checkpoint: Checkpoint, cache: Path, *, untrained: int | None, dtype: str) -> Path:
+def cached_path(
+    checkpoint: Checkpoint,
+    cache: Path,
+    *,
+    images: ImageSet | None = None,
+    untrained: int | None,
+    dtype: str,
+) -> Path:
     """Where the donor's atlas is kept in the folder `cache`.
 
-    The fingerprint, the tokenizer, the dtype, the seed of random weights and the versions that
-    could change a value are part of the name.
+    The fingerprint, the tokenizer, the dtype, the seed of random weights, the images and the
+    versions that could change a value are part of the name.
     """
     key = [
         checkpoint.fingerprint,
@@ -265,6 +274,7 @@ def cached_path(checkpoint: Checkpoint, cache: Path, *, untrained: int | None, d
         frankenmerge.__version__,
         torch.__version__,
         transformers.__version__,
+        *([images.identity, images.names] if images else []),
     ]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     return cache / f"{name}{SUFFIX}"
@@ -274,6 +284,7 @@ def cached_analyze(
     checkpoint: Checkpoint,
     *,
     cache: Path,
+    images: ImageSet | None = None,
     untrained: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
@@ -282,11 +293,25 @@ def cached_analyze(
     """Return the donor's atlas from the folder `cache`, or analyze the donor and save it there.
 
     An interrupted analysis leaves its finished blocks there, and the next one continues after them.
+    `images` are for vision transformers.
     """
-    path, rank = cached_path(checkpoint, cache, untrained=untrained, dtype=dtype), own_rank()
+    path = cached_path(checkpoint, cache, images=images, untrained=untrained, dtype=dtype)
+    rank = own_rank()
     if path.exists():
         return replace(load_atlas(path), donor=_name(checkpoint, untrained))
     name = path.name.removesuffix(SUFFIX)
+    if images:
+        atlas = analyze_images(
+            checkpoint,
+            images,
+            k=TOP,
+            untrained=untrained,
+            dtype=dtype,
+            device=device,
+            advance=advance,
+        )
+        save_atlas(atlas, path)
+        return atlas
     under_way = cache / f"{name}.{rank.number}-of-{rank.count}.under-way"
     atlas = analyze(
         checkpoint,

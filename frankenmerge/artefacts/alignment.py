@@ -1,14 +1,14 @@
 """The alignment: how two atlases agree, block by block; `align` writes it, `plan` reads it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from frankenmerge.errors import fail
+from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.storage.arrays import read_arrays, write_arrays
 
 SUFFIX = ".alignment.safetensors"
@@ -110,6 +110,11 @@ class Alignment:
         return rows - 1, columns - 1
 
     @property
+    def of_images(self) -> bool:
+        """Whether it is of two vision transformers."""
+        return bool(self.provenance.get("images"))
+
+    @property
     def transposed(self) -> "Alignment":
         """The same with A and B exchanged; every score is symmetric."""
         return replace(
@@ -152,6 +157,20 @@ def save_alignment(alignment: Alignment, path: str | Path) -> None:
         key: getattr(alignment, key) for key in ("donors", "fingerprints", "widths", "provenance")
     }
     write_arrays(path, _KIND, arrays, metadata)
+
+
+def need_language_alignments(alignments: Iterable[Alignment]) -> None:
+    """Raise FrankenmergeError for alignments of vision transformers, which no plan is made of."""
+    raise_all(
+        Fault(
+            " | ".join(alignment.donors),
+            "an alignment of language models",
+            "one of vision transformers",
+            "write a recipe that merges whole models by hand",
+        )
+        for alignment in alignments
+        if alignment.of_images
+    )
 
 
 def load_alignment(path: str | Path) -> Alignment:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from frankenmerge.storage.arrays import read_arrays, write_arrays
 
 SUFFIX = ".atlas.safetensors"
 _KIND = "frankenmerge.atlas/1"
+_Part = TypeVar("_Part", "Pictures", "Thumbnails")
 
 
 class TopTokens(NamedTuple):
@@ -30,6 +31,26 @@ class Inputs(NamedTuple):
     """Which neurons were searched `[m]`, int32."""
     tokens: np.ndarray
     """Token ids `[l+1, m, n]`, int32: the `n` tokens found for each of them in every block."""
+
+
+class Pictures(NamedTuple):
+    """Images that were optimised for some neurons of every block of a vision transformer."""
+
+    neurons: np.ndarray
+    """Which neurons `[m]`, int32."""
+    pixels: np.ndarray
+    """`[l+1, m, h, w, c]`, uint8."""
+    activations: np.ndarray
+    """`[l+1, m]`, float32: standard deviations above the mean of images of noise."""
+
+
+class Thumbnails(NamedTuple):
+    """Small copies of some of the images that a vision transformer was shown."""
+
+    images: np.ndarray
+    """Their indices in the vocabulary, ascending `[t]`, int32."""
+    pixels: np.ndarray
+    """`[t, h, w, c]`, uint8."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +73,17 @@ class Atlas:
     keeps 11 bits of all.
     """
     vocabulary: list[str]
-    """The text of every token."""
+    """The text of every token; the name of every image, for a vision transformer, whose tokens are
+    images.
+    """
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions, dtype, seed, probe hash, tokenizer hash, blocks that text skips (1-based)."""
     inputs: dict[str, Inputs] = field(default_factory=dict)
     """The inputs of other searches by method: `greedy`, `ascent`, `gradient`."""
+    pictures: Pictures | None = None
+    """A vision transformer's optimised images, if they were searched."""
+    thumbnails: Thumbnails | None = None
+    """A vision transformer's top-activating images, of its first neurons."""
 
     @property
     def blocks(self) -> int:
@@ -67,6 +94,11 @@ class Atlas:
     def width(self) -> int:
         """Neurons of its residual stream."""
         return self.probes.shape[2]
+
+    @property
+    def of_images(self) -> bool:
+        """Whether it is a vision transformer's."""
+        return self.thumbnails is not None
 
     def activations(self, block: int) -> np.ndarray:
         """The residual stream after `block` on the probes, `[n, d]` float32."""
@@ -84,6 +116,8 @@ def save_atlas(atlas: Atlas, path: str | Path) -> None:
             f"inputs.{method}.neurons": inputs.neurons,
             f"inputs.{method}.tokens": inputs.tokens,
         }
+    for name, part in (("pictures", atlas.pictures), ("thumbnails", atlas.thumbnails)):
+        arrays |= {f"{name}.{key}": value for key, value in part._asdict().items()} if part else {}
     arrays["vocabulary"] = np.frombuffer(json.dumps(atlas.vocabulary).encode(), dtype=np.uint8)
     metadata = {
         "donor": atlas.donor,
@@ -118,6 +152,8 @@ def load_atlas(path: str | Path) -> Atlas:
                 )
                 for method in metadata.get("inputs", [])  # earlier atlases have none
             },
+            pictures=_part(Pictures, "pictures", arrays),
+            thumbnails=_part(Thumbnails, "thumbnails", arrays),
         )
     except (KeyError, ValueError) as error:
         raise fail(
@@ -126,3 +162,10 @@ def load_atlas(path: str | Path) -> Atlas:
             f"{error} missing or broken",
             "analyze the donor again",
         ) from error
+
+
+def _part(kind: type[_Part], name: str, arrays: dict[str, np.ndarray]) -> _Part | None:
+    """A part that only a vision transformer's atlas has."""
+    if not any(key.startswith(f"{name}.") for key in arrays):
+        return None
+    return kind(**{key: arrays[f"{name}.{key}"] for key in kind._fields})

@@ -129,6 +129,13 @@ SCORES: dict[str, ScoreInfo] = {
         "share of tokens",
         "same tokens by gradient search",
     ),
+    "pixels": ScoreInfo(
+        "Optimised images alike",
+        "The correlation between the pixels of the images that gradient ascent finds for the same "
+        "neuron in two vision transformers.",
+        "Pearson's r",
+        "images by ascent on pixels",
+    ),
 }
 """In the order in which they are presented."""
 

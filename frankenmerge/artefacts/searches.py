@@ -22,9 +22,9 @@ class SearchInfo(NamedTuple):
 SEARCHES: dict[str, SearchInfo] = {
     "complete": SearchInfo(
         "Complete search",
-        "rank all single tokens",
+        "rank all single tokens; for vision transformers, all images",
         "one pass of the vocabulary",
-        ("neurons", "notation", "tokens", "bos", "bottom", "mask_special"),
+        ("neurons", "notation", "tokens", "bos", "bottom", "mask_special", "images"),
     ),
     "greedy": SearchInfo(
         "Greedy search",
@@ -51,6 +51,12 @@ SEARCHES: dict[str, SearchInfo] = {
         "descend on weights over the vocabulary",
         "--steps passes per feature",
         ("neurons", "notation", "tokens", "steps", "target"),
+    ),
+    "pixels": SearchInfo(
+        "Gradient ascent on pixels",
+        "optimise an image, for vision transformers",
+        "--steps passes per 16 features",
+        ("neurons", "notation", "steps"),
     ),
     "inversion": SearchInfo(
         "Inversion",

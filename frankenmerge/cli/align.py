@@ -25,6 +25,7 @@ from frankenmerge.cli.console import (
 from frankenmerge.cli.donors import (
     INPUT_METHODS,
     MEANT_FOR,
+    images_option,
     method_option,
     neurons_option,
     tokens_option,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from frankenmerge.artefacts.alignment import Alignment
 
-SHOWN = {"complete": "jaccard", **{method: method for method in INPUT_METHODS}}
+SHOWN = {"complete": "jaccard", **{method: method for method in (*INPUT_METHODS, "pixels")}}
 """The score whose matrix `align` prints, by method."""
 WIDEST = 12
 """Blocks up to which a matrix is printed."""
@@ -50,6 +51,7 @@ WIDEST = 12
 @method_option
 @neurons_option
 @tokens_option
+@images_option
 @click.option(
     "--bos/--no-bos",
     default=False,
@@ -186,7 +188,8 @@ def _print(alignment: "Alignment", bos: bool) -> None:
     narrow = min(alignment.widths)
     if searched := alignment.provenance["searched"]:
         neurons, tokens = len(searched["neurons"]), searched["tokens"]
-        console.print(f"{method}: {neurons} of {narrow} neurons, {tokens} tokens each.")
+        each = f", {tokens} tokens each" if tokens else ""
+        console.print(f"{method}: {neurons} of {narrow} neurons{each}.")
     if alignment.widths[0] != alignment.widths[1]:
         widths = " and ".join(map(str, alignment.widths))
         console.print(f"Widths {widths}: the first {narrow} neurons are compared.")

@@ -31,23 +31,32 @@ if TYPE_CHECKING:
 INPUT_METHODS = ("greedy", "ascent", "gradient")
 method_option = click.option(
     "--method",
-    type=click.Choice(["complete", *INPUT_METHODS]),
+    type=click.Choice(["complete", *INPUT_METHODS, "pixels"]),
     default="complete",
     show_default=True,
-    help="Search to add to the complete one: inputs of several tokens, for some neurons.",
+    help="Search to add to the complete one, for some neurons: inputs of several tokens; images "
+    "(pixels, for vision transformers).",
+)
+images_option = click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of PNG and JPEG files that vision transformers are shown. "
+    "[default: 1,024 images of noise]",
 )
 neurons_option = click.option(
     "--neurons",
     callback=numbers,
-    help="Neurons, such as 0-3 or 1,4,8 (greedy, ascent and gradient). [default: 16, evenly "
-    "spaced]",
+    help="Neurons, such as 0-3 or 1,4,8 (for all but complete). [default: 16, evenly spaced]",
 )
 tokens_option = click.option(
     "--tokens",
     type=click.IntRange(1),
     help="Number of tokens in an input (greedy, ascent and gradient). [default: 4]",
 )
-MEANT_FOR: dict[str, tuple[str, ...]] = dict.fromkeys(("neurons", "tokens"), INPUT_METHODS)
+MEANT_FOR: dict[str, tuple[str, ...]] = {
+    "neurons": (*INPUT_METHODS, "pixels"),
+    "tokens": INPUT_METHODS,
+}
 
 
 @click.command()
@@ -91,6 +100,8 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
         "tokenizer": str,
         "fingerprint": lambda text: text[:12] if text else "weights not available",
     }
+    if any(row["images"] for row in rows):
+        formats = {"family": str, "images": _images} | formats
     for key, text in formats.items():
         summary.add_row(key.replace("_", " "), *(text(row[key]) for row in rows))
     console = out()
@@ -110,19 +121,32 @@ def inspect(donors: tuple[str, ...], download: bool, allow_pickle: bool, as_json
             console.print(f"  - {line}", markup=False)
 
 
+def _images(images: dict[str, int] | None) -> str:
+    """What a vision transformer is shown."""
+    if images is None:
+        return "none: a language model"
+    return "{height} x {width}, {channels} channels, patches of {patch}".format(**images)
+
+
 def _describe(donor: "Checkpoint") -> dict[str, Any]:
     from frankenmerge.donors.config import head_width, quantity
+    from frankenmerge.donors.images import image_shape, is_vision
 
     sizes = {
         key: quantity(donor.config, key)
         for key in ("blocks", "width", "heads", "kv_heads", "inner", "vocabulary", "positions")
     }
+    images = None
+    if is_vision(donor.config):
+        shape = image_shape(donor)
+        images = {key: getattr(shape, key) for key in ("height", "width", "channels", "patch")}
     return {
         "name": donor.name,
         "family": donor.config["model_type"],
+        "images": images,
         **sizes,
         "head_width": head_width(donor.config),
-        "tied": donor.tied,
+        "tied": donor.tied and not images,
         "dtype": ", ".join(donor.dtypes),
         "parameters": donor.parameters,
         "bytes": donor.bytes,
@@ -144,6 +168,7 @@ def _describe(donor: "Checkpoint") -> dict[str, Any]:
     help="Analyze random weights of the same config instead: the control.",
 )
 @dry_run_option
+@images_option
 @device_option
 @dtype_option
 @download_option
@@ -159,6 +184,7 @@ def analyze(
     tokens: int | None,
     untrained: int | None,
     dry_run: bool,
+    images: Path | None,
     device: str,
     dtype: str,
     download: bool,
@@ -170,6 +196,8 @@ def analyze(
     Blocks are read one at a time, so the donor may be larger than memory. After an interruption,
     the same command continues from the last finished block. Under `accelerate launch` every process
     searches its share of the vocabulary.
+
+    Of a vision transformer, the features are searched among the images of a folder, or of noise.
     """
     from frankenmerge.artefacts.atlas import save_atlas
     from frankenmerge.workflows.atlases import add_inputs, atlas_of
@@ -191,7 +219,7 @@ def analyze(
         "untrained": untrained,
         "progress": progress,
     }
-    atlas = atlas_of(donor, **run)
+    atlas = atlas_of(donor, images=images, **run)
     if not own_rank().first:
         return
     if method != "complete":
@@ -210,6 +238,9 @@ def analyze(
         console.print(
             f"{name}: inputs of {n} tokens for {m} of {atlas.width} neurons in every block"
         )
+    if atlas.pictures:
+        count = len(atlas.pictures.neurons)
+        console.print(f"pixels: images for {count} of {atlas.width} neurons in every block")
     console.print(f"Written to {output}", markup=False)
 
 
@@ -223,9 +254,8 @@ def _atlas_as_json(atlas: "Atlas", output: Path, untrained: int | None) -> dict[
         "width": atlas.width,
         "vocabulary": len(atlas.vocabulary),
         "untrained": untrained,
-        "searched_neurons": {
-            name: inputs.neurons.tolist() for name, inputs in atlas.inputs.items()
-        },
+        "searched_neurons": {name: inputs.neurons.tolist() for name, inputs in atlas.inputs.items()}
+        | ({"pixels": atlas.pictures.neurons.tolist()} if atlas.pictures else {}),
     }
 
 
@@ -233,7 +263,9 @@ def _best_tokens(atlas: "Atlas"):
     """A table of the best tokens of a few neurons in a few blocks."""
     blocks = sorted({0, 1, atlas.blocks // 2, atlas.blocks})
     rows = table(
-        f"Top-activating tokens of {Path(atlas.donor).name}, without BOS",
+        f"Top-activating images of {Path(atlas.donor).name}"
+        if atlas.of_images
+        else f"Top-activating tokens of {Path(atlas.donor).name}, without BOS",
         "neuron",
         *(f"block {b}" if b else "embedding" for b in blocks),
     )

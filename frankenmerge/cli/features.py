@@ -200,8 +200,16 @@ def _help(text: str, option: str) -> str:
     "repeated.",
 )
 @separator_option
+@click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of PNG and JPEG files to rank, for vision transformers "
+    "(complete). [default: 1,024 images of noise]",
+)
 @output_option(
-    "Also write what was found to NAME.features.json, which `report` shows.", required=False
+    "Also write what was found: NAME.features.json, which `report` shows; of a vision transformer, "
+    "the images, a row for each block, to a PNG file.",
+    required=False,
 )
 @device_option
 @max_memory_option
@@ -216,21 +224,23 @@ def features(
     donor: str,
     method: str,
     untrained: int | None,
+    output: Path | None,
     download: bool,
     allow_pickle: bool,
     texts: tuple[Path, ...],
     separator: str | None,
-    output: Path | None,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Show the tokens with the highest activation of the neurons of DONOR's blocks.
 
     With `--method inversion`, show instead how much of a text can be recovered from each block's
-    output.
+    output. Of a vision transformer, show the images of a folder with the highest activation, or
+    with `--method pixels` images that are optimised.
     """
     from frankenmerge.analysis.analyze import token_texts
     from frankenmerge.artefacts.features import save
+    from frankenmerge.donors.images import is_vision
     from frankenmerge.models.loading import Placement
     from frankenmerge.splicing.opening import open_donor
     from frankenmerge.workflows.feature_records import features_file
@@ -250,7 +260,7 @@ def features(
     placement = Placement(
         given["dtype"], given["device"], given["max_memory"] or {}, given["offload"]
     )
-    vocabulary = token_texts(checkpoint)
+    vocabulary = [] if is_vision(checkpoint.config) else token_texts(checkpoint)
     result = search(
         checkpoint,
         method,
@@ -260,7 +270,7 @@ def features(
         texts=read_texts(texts, separator),
         progress=progress,
     )
-    if output:
+    if output and not is_vision(checkpoint.config):
         save(features_file(checkpoint, method, options, result, vocabulary, untrained), output)
     record = {
         "donor": donor,
@@ -270,6 +280,18 @@ def features(
     }
     title = f"{Path(donor).name}, {method}, {'after BOS' if options.bos else 'plain'}"
     title += "" if untrained is None else f", random weights (seed {untrained})"
+    if result.pictures is not None:
+        from frankenmerge.cli.pictures import ShownPictures, write_sheet
+
+        if output:
+            write_sheet(result.pictures, output)
+            record["output"] = str(output)
+        if result.pictures.activations is not None:
+            pictures = ShownPictures(result, result.pictures, title, record)
+            print_json(pictures.json()) if as_json else pictures.print()
+            return
+        del record["context"]
+        title, vocabulary = title.replace(", plain", ""), result.pictures.names
     shown = _Shown(result, vocabulary, title, record)
     if as_json:
         print_json(shown.json())
@@ -381,7 +403,8 @@ class _Shown:
             if feature.examples:
                 _print_examples(feature)
         permuted = "features" if result.target is None else "positions"
-        _print_agreement(result.blocks, self.agreement, permuted)
+        what = "tokens" if result.pictures is None else "images"
+        _print_agreement(result.blocks, self.agreement, permuted, what)
 
     def _table(self):
         result = self.result
@@ -444,15 +467,18 @@ def _agreement_as_json(layers: list[int], agreement: "Agreement") -> dict[str, A
     return {"blocks": layers, "same_tokens": agreement.matrix.tolist(), "permuted": permuted}
 
 
-def _print_agreement(layers: list[int], agreement: "Agreement", permuted: str) -> None:
+def _print_agreement(
+    layers: list[int], agreement: "Agreement", permuted: str, what: str = "tokens"
+) -> None:
     """Print a table of all pairs of blocks.
 
-    Above the diagonal is the share of tokens that are the same, below it that of permuted features.
+    Above the diagonal is the share of tokens (or images: `what`) that are the same, below it that
+    of permuted features.
     """
     if not 2 <= len(layers) <= MOST_COLUMNS:
         return
     rows = table(
-        f"Same tokens in two blocks (above the diagonal); with {permuted} permuted (below)",
+        f"Same {what} in two blocks (above the diagonal); with {permuted} permuted (below)",
         "block",
         *map(str, layers),
     )

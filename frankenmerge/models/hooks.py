@@ -89,7 +89,7 @@ def block_outputs(
     input.
 
     Args:
-        model: any causal language model; the hooks are removed when the context ends.
+        model: any transformer; the hooks are removed when the context ends.
         site: `block` for the residual stream after each block, `attention` for the output of its
             attention.
         isolated: whether every block gets the input of the first one, instead of its predecessor's

@@ -19,10 +19,10 @@ from transformers import (
 
 from frankenmerge.donors.architecture import Config
 from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.images import UNREAD, is_vision, need_language
 from frankenmerge.donors.shards import INDEX_NAME, SINGLE_NAME
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.models.blank import build, config_object, model_class, unquantised
-from frankenmerge.models.hooks import embedding_of
 from frankenmerge.models.quiet import quiet
 from frankenmerge.storage.dtypes import torch_dtype
 from frankenmerge.storage.safetensors_header import read_json
@@ -111,9 +111,11 @@ def load_model(
     if untrained is not None:
         return untrained_model(checkpoint, untrained, placement)
     _check_index(checkpoint)
-    unread = checkpoint.architecture.unread
+    unread, spare = checkpoint.architecture.unread, r"(?!)"
+    if is_vision(checkpoint.config):
+        unread, spare = f"{unread}|{UNREAD}", UNREAD
     kind = model_class(checkpoint.config)
-    model = from_pretrained(kind, checkpoint.path, placement, unread=unread)
+    model = from_pretrained(kind, checkpoint.path, placement, unread=unread, spare=spare)
     if checkpoint.quantisation:
         _convert(model, placement.torch_dtype)
     return model
@@ -135,6 +137,7 @@ def from_pretrained(
     placement: Placement,
     *,
     unread: str = r"(?!)",
+    spare: str = r"(?!)",
     **more: Any,
 ) -> PreTrainedModel:
     """Call `auto_class.from_pretrained` safely, and require weights that fill the model exactly.
@@ -144,6 +147,7 @@ def from_pretrained(
         source: a folder, or None where `config` and `state_dict` are among `more`.
         placement: type and devices.
         unread: pattern of the names of tensors that the model need not have, such as buffers.
+        spare: pattern of the names of those that the file need not have, as no pass reads them.
         more: further arguments of `from_pretrained`.
 
     Raises:
@@ -172,13 +176,13 @@ def from_pretrained(
         raise _loading_fault(place, "a checkpoint", error) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(map(str, info[kind]))
-        if kind == "unexpected_keys":
-            names = [name for name in names if not re.search(unread, name)]
+        pattern = {"unexpected_keys": unread, "missing_keys": spare}.get(kind)
+        names = [name for name in names if pattern is None or not re.search(pattern, name)]
         if names:
             found = f"{kind.replace('_', ' ')}: {', '.join(names[:5])}"
             expected, remedy = "weights that fill the model exactly", "use a complete checkpoint"
             raise fail(place, expected, found, remedy)
-    if embedding_of(model).is_meta:
+    if next(model.get_input_embeddings().parameters()).is_meta:
         expected = "memory for the embedding on a device"
         raise fail(place, expected, "less", "raise --max-memory")
     return model.eval()
@@ -247,6 +251,7 @@ def check_family(config: Config, place: str) -> None:
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer. Raises FrankenmergeError when there is none."""
+    need_language(checkpoint)
     if not checkpoint.has_tokenizer:
         remedy = "put the donor's tokenizer.json there"
         raise fail(str(checkpoint.path), "a tokenizer", "none of its files", remedy)

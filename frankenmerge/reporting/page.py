@@ -56,7 +56,7 @@ def _content(run: Run) -> dict[str, Any]:
         "recipes": run.recipes,
         "evidence": run.evidence,
         "alignments": run.alignments,
-        "features": tables or run.searched,
+        "features": tables or run.searched or run.pictures,
         "evaluations": run.evaluations,
         "merges": run.merges,
     }

@@ -21,6 +21,7 @@ from frankenmerge.artefacts.recipe_file import parse_recipes
 from frankenmerge.artefacts.sweep import Sweep
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.reporting.features import Features, features_of
+from frankenmerge.reporting.pictures import PictureTable, picture_tables
 from frankenmerge.storage.arrays import kind_of
 
 LARGEST = 200_000_000
@@ -42,6 +43,8 @@ class Run:
     alignments: dict[str, Alignment] = field(default_factory=dict)
     features: list[Features] = field(default_factory=list)
     searched: dict[str, FeaturesFile] = field(default_factory=dict)
+    pictures: list[PictureTable] = field(default_factory=list)
+    """Feature maps of vision transformers."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     merges: dict[str, Provenance] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)
@@ -71,7 +74,7 @@ def read_run(folder: Path) -> Run:
         except (FrankenmergeError, ValidationError, OSError, ValueError, RecursionError) as error:
             run.refused[name] = _reason(error)
     found = (run.recipes, run.evidence, run.gains, run.sweeps, run.alignments, run.features)
-    if not (any(found) or run.searched or run.evaluations):
+    if not (any(found) or run.searched or run.pictures or run.evaluations):
         broken = "; ".join(f"{name}: {reason}" for name, reason in run.refused.items())
         raise fail(
             str(folder),
@@ -116,7 +119,10 @@ def _tensors(run: Run, name: str, path: Path) -> None:
     elif kind and kind.startswith("frankenmerge.atlas/"):
         atlas = load_atlas(path)
         run.depths[atlas.donor] = atlas.blocks
-        run.features.append(features_of(atlas))
+        if atlas.of_images:
+            run.pictures += picture_tables(atlas)
+        else:
+            run.features.append(features_of(atlas))
 
 
 def _check_shapes(alignment: Alignment) -> None:

@@ -246,6 +246,8 @@ def features(run: Run) -> tuple[list[str], list[Table]]:
     """Donors and their tables of features, from atlases or else from alignments."""
     donors = list(run.features)
     for alignment in run.alignments.values():
+        if alignment.of_images:  # their top-activating images are in their atlases
+            continue
         known = {donor.fingerprint for donor in donors}
         donors += [donor for donor in aligned_features(alignment) if donor.fingerprint not in known]
     return [shortened(donor.donor) for donor in donors], feature_tables(donors) if donors else []

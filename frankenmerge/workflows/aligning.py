@@ -7,7 +7,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from frankenmerge.analysis.align import align, check_comparable, missing_inputs
+from frankenmerge.analysis.align import (
+    align,
+    check_comparable,
+    missing_inputs,
+    searched_neurons,
+)
 from frankenmerge.analysis.inputs import even_neurons
 from frankenmerge.analysis.modules import module_damage
 from frankenmerge.artefacts.alignment import Alignment, ModuleDamage
@@ -30,7 +35,9 @@ class AlignOptions:
     """What is compared, and how donors are run."""
 
     method: str = "complete"
-    """`complete`, or a search for inputs of several tokens: `greedy`, `ascent`, `gradient`."""
+    """`complete`, or a search for inputs of several tokens: `greedy`, `ascent`, `gradient`; for
+    vision transformers `pixels`.
+    """
     neurons: tuple[int, ...] | None = None
     """Neurons that are searched (not complete); 16, evenly spaced, by default."""
     tokens: int | None = None
@@ -43,6 +50,8 @@ class AlignOptions:
     """Measure what exchanging blocks costs, on random tokens."""
     modules: bool = False
     """Predict what exchanging single modules costs, on tokens that the donors generate."""
+    images: Path | None = None
+    """A folder of images that vision transformers are shown; images of noise by default."""
     device: str = "cpu"
     dtype: str = "float32"
     download: bool = False
@@ -73,6 +82,9 @@ def align_donors(
     if runs:
         _check_runnable(pair)
     atlases = [_atlas(donor, options, progress) for donor in pair]
+    if runs and any(atlas.of_images for atlas in atlases):
+        expected, remedy = "language models, which predict tokens", "leave the option out"
+        raise fail("--sampled, --exchange, --modules", expected, "vision transformers", remedy)
     if options.method != "complete":
         atlases = _with_same_inputs(pair, atlases, options, progress)
     models = _loaded(pair, options) if runs else {}
@@ -130,6 +142,7 @@ def _atlas(donor: Donor, options: AlignOptions, progress: Progress) -> Atlas:
         dtype=options.dtype,
         download=options.download,
         allow_pickle=options.allow_pickle,
+        images=options.images,
         progress=progress,
     )
 
@@ -157,15 +170,17 @@ def _with_same_inputs(
     raise_all(fault for atlas in given for fault in missing_inputs(atlas, options.method))
     neurons, tokens = options.neurons, options.tokens
     if given:
-        inputs = given[0].inputs[options.method]
+        searched = searched_neurons(given[0], options.method)
+        inputs = given[0].inputs.get(options.method)
+        length = inputs.tokens.shape[2] if inputs else None
         if neurons or tokens:
-            found = f"{len(inputs.neurons)} neurons, {inputs.tokens.shape[2]} tokens"
+            found = f"{len(searched)} neurons" + (f", {length} tokens" if length else "")
             expected = "the ones that the atlas was made with"
             remedy = "leave them out"
             raise fail(
                 "--neurons, --tokens", expected, f"others than the atlas has: {found}", remedy
             )
-        neurons, tokens = tuple(inputs.neurons.tolist()), inputs.tokens.shape[2]
+        neurons, tokens = tuple(searched.tolist()), length
     neurons = neurons or tuple(even_neurons(min(atlas.width for atlas in atlases)))
     made = []
     for donor, atlas in zip(pair, atlases, strict=True):

@@ -5,8 +5,11 @@ from pathlib import Path
 
 from frankenmerge.analysis.analyze import cached_analyze, cached_path, work
 from frankenmerge.analysis.inputs import TOKENS, even_neurons, with_inputs
+from frankenmerge.analysis.pixels import with_pictures
 from frankenmerge.artefacts.atlas import Atlas, load_atlas
 from frankenmerge.donors.checkpoint import Checkpoint
+from frankenmerge.donors.images import is_vision, need_language, need_vision
+from frankenmerge.models.images import images_in, noise_images
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.opening import open_donor
 from frankenmerge.storage.atomic import cache_folder
@@ -20,6 +23,7 @@ def atlas_of(
     download: bool = False,
     allow_pickle: bool = False,
     untrained: int | None = None,
+    images: Path | None = None,
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> Atlas:
@@ -32,6 +36,7 @@ def atlas_of(
         download: whether the donor may be fetched from the hub.
         allow_pickle: whether a donor without safetensors is converted.
         untrained: a seed: analyze random weights of the same config, the control.
+        images: a folder of images that a vision transformer is shown; images of noise by default.
         cache: where finished atlases are kept; the package's cache folder by default.
         progress: reports inputs times blocks.
 
@@ -42,10 +47,18 @@ def atlas_of(
         if Path(donor).is_file():
             return load_atlas(Path(donor))
         donor = open_donor(donor, download=download, allow_pickle=allow_pickle)
-    with progress(f"analyzing {Path(donor.name).name}", work(donor), "inputs x blocks") as advance:
+    shown, total, unit = None, 0, "images"
+    if images or is_vision(donor.config):
+        need_vision(donor, "--images")
+        shown = images_in(images) if images else noise_images()
+        total = len(shown.names)
+    else:
+        total, unit = work(donor), "inputs x blocks"
+    with progress(f"analyzing {Path(donor.name).name}", total, unit) as advance:
         return cached_analyze(
             donor,
             cache=cache or cache_folder(),
+            images=shown,
             untrained=untrained,
             device=device,
             dtype=dtype,
@@ -78,7 +91,7 @@ def add_inputs(
     Args:
         donor: the donor, by name or open.
         atlas: its atlas.
-        method: `greedy`, `ascent` or `gradient`.
+        method: `greedy`, `ascent` or `gradient`; for vision transformers `pixels`.
         neurons: which neurons, the same in every block; by default 16, evenly spaced.
         tokens: the length of the inputs; 4 by default.
         device: as for `atlas_of`, like the remaining arguments.
@@ -95,6 +108,21 @@ def add_inputs(
     if not isinstance(donor, Checkpoint):
         donor = open_donor(donor, download=download, allow_pickle=allow_pickle)
     neurons = neurons or even_neurons(atlas.width)
+    if method == "pixels":
+        need_vision(donor, "--method pixels")
+        total = (atlas.blocks + 1) * len(neurons)
+        with progress(f"ascent in {Path(donor.name).name}", total, "features") as advance:
+            return with_pictures(
+                atlas,
+                donor,
+                neurons,
+                cache=cache or cache_folder(),
+                untrained=untrained,
+                dtype=dtype,
+                device=device,
+                advance=advance,
+            )
+    need_language(donor)
     total, unit = (
         ((atlas.blocks + 1) * len(neurons), "features")
         if method == "gradient"

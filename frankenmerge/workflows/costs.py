@@ -14,6 +14,7 @@ from frankenmerge.analysis.inputs import NEURONS, TOKENS
 from frankenmerge.analysis.probes import COUNT, LENGTH
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.costs import Cost, checkpoint_shape
+from frankenmerge.donors.images import need_language
 from frankenmerge.evaluation.bench import shared_context
 from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.domains import LENGTH as ROW
@@ -66,6 +67,7 @@ def analyze_cost(
         neurons: that a greedy or gradient search is for.
         tokens: of its inputs.
     """
+    need_language(donor)
     shape, size = checkpoint_shape(donor), torch_dtype(dtype).itemsize
     contexts = len(contexts_of(donor))
     probes = COUNT * LENGTH

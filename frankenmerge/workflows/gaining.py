@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from frankenmerge.artefacts import gain as artefact
-from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.alignment import Alignment, need_language_alignments
 from frankenmerge.artefacts.evaluation import TaskDifferenceRecord
 from frankenmerge.artefacts.gain import (
     ControlsRecord,
@@ -175,6 +175,7 @@ def plan_gains(
         FrankenmergeError: for donors that cannot be opened or do not read the same tokens, and for
             a single donor on its own tokens.
     """
+    need_language_alignments(alignments)
     names = list(dict.fromkeys(name for each in alignments for name in each.donors))
     if options.base and options.base not in names:
         names.append(options.base)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from frankenmerge.artefacts import evidence as artefact
-from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.alignment import Alignment, need_language_alignments
 from frankenmerge.artefacts.evidence import Evidence
 from frankenmerge.artefacts.recipe import key_of
 from frankenmerge.donors.checkpoint import Checkpoint
@@ -93,6 +93,7 @@ def plan_recipes(
     Raises:
         FrankenmergeError: when no recipe satisfies the constraints, or donors cannot be opened.
     """
+    need_language_alignments(alignments)
     model, measure = default_model(), None
     if any(on is not None for on in (options.calibrate, options.verify, options.damp)):
         measure = _measure(alignments, options, opened, progress)

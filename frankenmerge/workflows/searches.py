@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +17,20 @@ from frankenmerge.analysis.features import Feature, check_features, check_single
 from frankenmerge.analysis.fluent import FrontPoint, fluent_search
 from frankenmerge.analysis.gradient import check_length, gradient_search
 from frankenmerge.analysis.greedy import WHY_SINGLE, greedy_search
+from frankenmerge.analysis.images import thumbnail, top_images
 from frankenmerge.analysis.inversion import invert, outputs_of
 from frankenmerge.analysis.masks import meaningless_tokens
+from frankenmerge.analysis.pixels import Ascent, bytes_of, pixel_search
 from frankenmerge.analysis.prior import prior_search
 from frankenmerge.artefacts.searches import SEARCHES
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
+from frankenmerge.donors.images import image_shape, is_vision, need_language, need_vision
 from frankenmerge.errors import fail
 from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.language import encode_text, windows
 from frankenmerge.models.hooks import embedding_of
+from frankenmerge.models.images import images_in, noise_images
 from frankenmerge.models.loading import CPU, Placement, load_model, load_tokenizer
 from frankenmerge.progress import Advance, Progress, silent
 
@@ -33,7 +38,10 @@ CONTEXT = 128
 """Most tokens in a window of a text of which examples are taken."""
 RecordValue = int | float | bool | list[int] | None
 
-WHY_COMPLETE = "use gradient or softmax-prior: this search ranks single tokens for single neurons"
+WHY_COMPLETE = (
+    "use gradient or softmax-prior (pixels for images): this search ranks single inputs for single "
+    "neurons"
+)
 WHY_EXAMPLES = "search without --text: examples are of single neurons"
 WHY_ONE_NEURON = {"complete": WHY_COMPLETE, "greedy": WHY_SINGLE, "ascent": WHY_SINGLE}
 """Why some searches take only features of one neuron at all positions."""
@@ -83,10 +91,23 @@ class SearchOptions:
     """The text that inversion recovers."""
     distance: Literal["l1", "cosine"] = "l1"
     """The distance between outputs that inversion minimises."""
+    images: Path | None = None
+    """A folder of images that a vision transformer is shown; images of noise by default."""
 
     def set_values(self, *names: str) -> dict[str, Any]:
         """Those of some options that are not None; the search knows the defaults of the others."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class FoundPictures(NamedTuple):
+    """The images that a search in a vision transformer found."""
+
+    names: list[str]
+    """Of the images that were ranked; empty where images were optimised."""
+    pixels: np.ndarray
+    """`[blocks, m, n, h, w, c]`, uint8: `n` images for each feature, the best first."""
+    activations: np.ndarray | None
+    """`[blocks, m]`, float32, of optimised images: standard deviations above images of noise."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +136,10 @@ class SearchResult:
     """With `fluent`, in the order of the features."""
     examples: list[list[Example]] | None = None
     """Where a text was given, in the order of the features."""
+    pictures: FoundPictures | None = None
+    """For vision transformers, the images that were found; `tokens` are their indices among those
+    that were ranked, and `[blocks, m, 0]` where images were optimised.
+    """
 
 
 @dataclass(frozen=True)
@@ -162,6 +187,7 @@ def search(
         FrankenmergeError: for features, tokens or an input that the donor or the search does not
             have, before the model is loaded where that can be known.
     """
+    _check_kind(checkpoint, method, options)
     blocks = options.layers or default_blocks(checkpoint.blocks)
     features = [] if method == "inversion" else features_of(checkpoint, method, options, blocks)
     prepared = _Search(checkpoint, options, blocks, features, _prefix(checkpoint, options))
@@ -169,19 +195,31 @@ def search(
         expected, remedy = "a text to recover", 'add one, such as --input "the quick brown fox"'
         raise fail("--input", expected, "none", remedy)
     if texts:
+        need_language(checkpoint)
         check_single(features, WHY_EXAMPLES)
     if options.fluent and options.isolated:
         expected, remedy = "blocks in their order, for its cross-entropy", "leave one of them out"
         raise fail("--fluent", expected, "--isolated", remedy)
     model = load_model(checkpoint, placement, untrained=untrained)
     total, unit = _work(method, prepared)
+    ranks_images = method == "complete" and is_vision(checkpoint.config)
     with progress(SEARCHES[method].title, total, unit) as advance:
-        result = METHODS[method](prepared, model, advance)
+        result = (_ranked_images if ranks_images else METHODS[method])(prepared, model, advance)
     if texts:
         with progress("reading the text", None, "tokens") as advance:
             examples = _examples(prepared, model, texts, advance)
         result = replace(result, examples=examples)
     return result
+
+
+def _check_kind(checkpoint: Checkpoint, method: str, options: SearchOptions) -> None:
+    """Refuse searches for tokens in vision transformers, and for images in language models."""
+    if method == "pixels":
+        need_vision(checkpoint, "--method pixels")
+    elif options.images:
+        need_vision(checkpoint, "--images")
+    elif method != "complete" or options.bos or options.mask_special:
+        need_language(checkpoint)
 
 
 def default_blocks(count: int) -> list[int]:
@@ -208,7 +246,10 @@ def features_of(
         ]
     if why := WHY_ONE_NEURON.get(method):
         check_single(features, why)
-    check_features(features, blocks=checkpoint.blocks, width=width, tokens=options.tokens)
+    positions = options.tokens
+    if is_vision(checkpoint.config):
+        positions = image_shape(checkpoint).patches
+    check_features(features, blocks=checkpoint.blocks, width=width, tokens=positions)
     return features
 
 
@@ -225,7 +266,9 @@ def _prefix(checkpoint: Checkpoint, options: SearchOptions) -> tuple[int, ...]:
 def _work(method: str, search: _Search) -> tuple[int | None, str]:
     """How many units of what a search runs, for a progress bar; None if that is unknown."""
     if method == "complete":
-        return quantity(search.checkpoint.config, "vocabulary"), "inputs"
+        images = is_vision(search.checkpoint.config)
+        count = None if images else quantity(search.checkpoint.config, "vocabulary")
+        return count, "images" if images else "inputs"
     if method in ("greedy", "ascent"):
         return None, "inputs"
     if method == "inversion":
@@ -349,6 +392,49 @@ def _softmax_prior(search: _Search, model: PreTrainedModel, advance: Advance) ->
     return search.result(found.tokens.numpy(), mean_gap_from_one_hot=float(found.gap.mean()))
 
 
+def _ranked_images(search: _Search, model: PreTrainedModel, advance: Advance) -> SearchResult:
+    """The complete search of a vision transformer: of all images."""
+    options, shape = search.options, image_shape(search.checkpoint)
+    images = images_in(options.images) if options.images else noise_images()
+    top, _ = top_images(
+        model,
+        images,
+        shape,
+        k=options.tokens,
+        site=options.site,
+        isolated=options.isolated,
+        bottom=options.bottom,
+        advance=advance,
+    )
+    of_one_block = search.features[: len(search.features) // len(search.blocks)]
+    found = top.tokens[search.blocks][:, [feature.neuron for feature in of_one_block]]
+    small = np.stack([thumbnail(images.read(index, shape)) for index in found.ravel().tolist()])
+    pictures = FoundPictures(
+        list(images.names), small.reshape(*found.shape, *small.shape[1:]), None
+    )
+    return SearchResult(
+        search.blocks, search.features, found, found[:, :, :1], {}, pictures=pictures
+    )
+
+
+def _pixels(search: _Search, model: PreTrainedModel, advance: Advance) -> SearchResult:
+    options = search.options
+    found = pixel_search(
+        model,
+        search.features,
+        image_shape(search.checkpoint),
+        Ascent(**options.set_values("steps")),
+        site=options.site,
+        isolated=options.isolated,
+        advance=advance,
+    )
+    pixels, size = bytes_of(found.pixels), (len(search.blocks), -1)
+    activations = found.activations.reshape(size).numpy()
+    pictures = FoundPictures([], pixels.reshape(*size, 1, *pixels.shape[1:]), activations)
+    none = np.zeros((*activations.shape, 0), dtype=np.int32)
+    return SearchResult(search.blocks, search.features, none, none, {}, pictures=pictures)
+
+
 def _inversion(search: _Search, model: PreTrainedModel, advance: Advance) -> SearchResult:
     options = search.options
     encoded = load_tokenizer(search.checkpoint).encode(options.text or "", add_special_tokens=False)
@@ -404,6 +490,7 @@ METHODS: dict[str, Callable[[_Search, PreTrainedModel, Advance], SearchResult]] 
     "ascent": _ascent,
     "gradient": _gradient,
     "softmax-prior": _softmax_prior,
+    "pixels": _pixels,
     "inversion": _inversion,
 }
 """The function of every entry of `artefacts.searches.SEARCHES`."""
