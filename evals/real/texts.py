@@ -13,7 +13,7 @@ import numpy as np
 
 from evals.zoo.corpus import KINDS, Document, documents, of_kind
 
-CHARACTERS, SHORT, EXCERPT = 40_000, 2_000, 4_000
+CHARACTERS, SHORT, EXCERPT = 40_000, 1_500, 4_000
 """Of each held-out text, of the beginning that sweeps are on, and of any single file."""
 WIKITEXT, PIQA = Path("text/wikitext2-valid.txt"), Path("tasks/piqa-valid-400.jsonl")
 
@@ -22,7 +22,7 @@ WIKITEXT, PIQA = Path("text/wikitext2-valid.txt"), Path("tasks/piqa-valid-400.js
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path))
 def main(out: Path, data: Path) -> None:
-    """Write `train-KIND.txt`, `NAME.txt`, `NAME-short.txt` and `piqa*.jsonl` to the folder OUT."""
+    """Write `train-KIND*.txt`, `NAME.txt`, `NAME-short.txt` and `piqa*.jsonl` to the folder OUT."""
     out.mkdir(parents=True, exist_ok=True)
     found = documents()
     held_out = {}
@@ -30,6 +30,8 @@ def main(out: Path, data: Path) -> None:
         train, others = (of_kind(found, kind, side) for side in (False, True))
         text = "\n\n".join(document.text.strip() for document in train)
         (out / f"train-{kind}.txt").write_text(text, "utf-8")
+        text = "\n\n".join(excerpts(train, CHARACTERS))
+        (out / f"train-{kind}-short.txt").write_text(text, "utf-8")
         held_out[kind] = "\n\n".join(excerpts(others, CHARACTERS))
     if (data / WIKITEXT).exists():
         held_out["wikitext"] = (data / WIKITEXT).read_text("utf-8")[:CHARACTERS].strip()
