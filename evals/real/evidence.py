@@ -1,7 +1,7 @@
 """The steps of the evidence on real models, after those of `make real`.
 
 `python -m evals.real --evidence`. What `docs/prediction.md`, `docs/gain.md` and `docs/heal.md` find
-in small donors is measured of the fine-tunes of SmolLM2, on fewer splices and tokens.
+in small donors is measured of SmolLM2 and a fine-tune of it, on fewer splices and tokens.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 from evals.real.pipeline import HALF, Folder, frankenmerge_command, module_command, script_command
 from evals.real.steps import Step
 
-SPLICES, SEVERAL, RANDOM, CHARACTERS = 60, 30, 60, 1_500
+SPLICES, SEVERAL, RANDOM, CHARACTERS = 60, 20, 60, 1_000
 HEALING = 25
 """Steps of healing."""
 
@@ -17,21 +17,21 @@ HEALING = 25
 def evidence(cache: Path, data: Path) -> list[Step]:
     """Every step, in an order in which each finds its inputs."""
     folder = Folder(cache, data)
-    base, (code, prose) = folder.base, folder.tuned.values()
-    atlases = ("--atlas", folder.atlas(code), folder.atlas(prose))
-    pair = ("--donor-a", code, "--donor-b", prose)
+    base, code = folder.base, folder.tuned["code"]
+    atlases = ("--atlas", folder.atlas(base), folder.atlas(code))
+    pair = ("--donor-a", base, "--donor-b", code)
     texts = [word for text in folder.text() for word in ("--text", text)]
     short = [word for text in folder.text("-short") for word in ("--text", text)]
     limits = ("--characters", CHARACTERS, "--context", 256, *HALF, "--json")
     count = ("--splices", SPLICES, "--several", SEVERAL)
     random = ("--depth", 36, "--random", RANDOM, "--no-regret")
-    aligned = ("--base", base, "--alignment", folder.pair, *HALF, "--json")
+    aligned = ("--alignment", folder.pair, *HALF, "--json")
     on = [word for text in folder.training() for word in ("--on", text)]
     judged = [word for text in folder.text()[:2] for word in ("--text", text)]
     how = ("--steps", HEALING, "--control", *HALF, "--json")
     planned, swept = folder.run / "plan.yaml", folder.run / "repeat.sweep.json"
     healed = folder.run / "healed"
-    donors, measured = (code, prose, *folder.text()), (base, swept, *folder.text())
+    donors, measured = (base, code, *folder.text()), (base, swept, *folder.text())
     steps = [
         Step(
             "prediction",
@@ -43,7 +43,7 @@ def evidence(cache: Path, data: Path) -> list[Step]:
             script_command("plan_quality", *pair, *texts, *random, *atlases, *limits),
             donors,
         ),
-        Step("gain", script_command("gain", *pair, *short, *aligned), (base, folder.pair, *donors)),
+        Step("gain", script_command("gain", *pair, *short, *aligned), (folder.pair, *donors)),
         Step(
             "heal",
             frankenmerge_command("heal", planned, healed, *on, *judged, *how),

@@ -102,46 +102,50 @@ class Folder:
 
     def first_looks(self) -> list[Step]:
         """Donors, their features and how they agree."""
-        base, run, tuned = self.base, self.run, tuple(self.tuned.values())
+        base, code, run = self.base, self.tuned["code"], self.run
+        everyone = (base, *self.tuned.values())
         shown = ("features", base, "--layers", BLOCKS, "--neurons", "0-3", "--tokens", 8, *HALF)
-        itself, pair = run / "itself.alignment.safetensors", self.pair
+        itself, first, second = run / "itself.alignment.safetensors", *map(self.atlas, (base, code))
         floor = "forward-vocabulary"
-        atlases = tuple(map(self.atlas, tuned))
         return [
-            Step("inspect", frankenmerge_command("inspect", base, *tuned), (base, *tuned)),
-            Step(floor, module_command("evals.real.floors", "vocabulary", base, *HALF), (base,)),
-            Step("features", frankenmerge_command(*shown), (base,), (), floor),
+            Step("inspect", frankenmerge_command("inspect", *everyone), everyone),
             Step(
-                "align-itself",
-                frankenmerge_command("align", base, base, *HALF, "-o", itself),
+                "analyze",
+                frankenmerge_command("analyze", base, *HALF, "-o", first),
                 (base,),
-                (itself,),
+                (first,),
                 floor,
             ),
-            *(
-                Step(
-                    f"analyze-{kind}",
-                    frankenmerge_command("analyze", donor, *HALF, "-o", atlas),
-                    (donor,),
-                    (atlas,),
-                )
-                for (kind, donor), atlas in zip(self.tuned.items(), atlases, strict=True)
+            Step(floor, module_command("evals.real.floors", "vocabulary", base, *HALF), (base,)),
+            Step(
+                "analyze-code",
+                frankenmerge_command("analyze", code, *HALF, "-o", second),
+                (code,),
+                (second,),
+                floor,
+            ),
+            Step(
+                "align-itself",
+                frankenmerge_command("align", first, first, "-o", itself),
+                (first,),
+                (itself,),
             ),
             Step(
                 "align",
-                frankenmerge_command("align", *atlases, "-o", pair),
-                (*atlases, *tuned),
-                (pair,),
+                frankenmerge_command("align", first, second, "-o", self.pair),
+                (first, second),
+                (self.pair,),
             ),
+            Step("features", frankenmerge_command(*shown), (base,)),
         ]
 
     def splices(self) -> list[Step]:
         """Plans, what is built of one, and what it is worth."""
-        base, run, pair, tuned = self.base, self.run, self.pair, tuple(self.tuned.values())
+        base, run, pair, code = self.base, self.run, self.pair, self.tuned["code"]
         short = self.text("-short")
         planned, damped, repeated = (run / f"{name}.yaml" for name in ("plan", "damped", "repeat"))
         merged, copied = run / "merged", self.cache / "copy.safetensors"
-        models = (merged, *tuned)
+        models = (merged, base, *self.tuned.values())
         on = [word for text in short for word in ("--on", text)]
         sweep = ("plan", base, "--sweep", *on, *HALF, "-o", repeated)
         plan = ("plan", pair, "--depth", DEPTH, "-o")
@@ -150,13 +154,13 @@ class Folder:
             Step(
                 "damp",
                 frankenmerge_command(*plan, damped, "--damp", "sampled"),
-                (pair, *tuned),
+                (pair, base, code),
                 (damped,),
             ),
             Step(
                 "merge",
                 frankenmerge_command("merge", damped, merged),
-                (damped, *tuned),
+                (damped, base, code),
                 (merged,),
                 "copy",
             ),
@@ -223,10 +227,7 @@ class Folder:
                 module_command("evals.real.floors", "text", other, *limits),
                 (other,),
             ),
-            Step("forward-gemma", module_command("evals.real.floors", *floor), (other,)),
-            Step(
-                "align-gemma", frankenmerge_command(*align), (other,), (aligned,), "forward-gemma"
-            ),
+            Step("align-gemma", frankenmerge_command(*align), (other,), (aligned,)),
         ]
 
     def report(self) -> Step:
