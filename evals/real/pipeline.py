@@ -145,7 +145,7 @@ class Folder:
         short = self.text("-short")
         planned, damped, repeated = (run / f"{name}.yaml" for name in ("plan", "damped", "repeat"))
         merged, copied = run / "merged", self.cache / "copy.safetensors"
-        models = (merged, base, *self.tuned.values())
+        models = (merged, base, code)
         on = [word for text in short for word in ("--on", text)]
         sweep = ("plan", base, "--sweep", *on, *HALF, "-o", repeated)
         plan = ("plan", pair, "--depth", DEPTH, "-o")
