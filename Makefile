@@ -7,7 +7,7 @@ export NO_MKDOCS_2_WARNING = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check slow docs wheel clean
+.PHONY: help demo real test check slow docs wheel clean
 
 help: ## Show the targets
 	@echo "The first target you make sets up .venv, which takes some minutes."
@@ -15,6 +15,9 @@ help: ## Show the targets
 
 demo: $(READY) ## Splice the two demo donors, from first look to evaluation, into demo-run/
 	$(BIN)/frankenmerge demo --out demo-run
+
+real: $(READY) ## Run the pipeline on real models of the package index, in build/real (an hour)
+	$(BIN)/python -m evals.real --cache build/real
 
 test: $(READY) ## Run the tests, without the slow ones
 	$(TESTS)

@@ -17,12 +17,14 @@ from rich.table import Table
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
+from frankenmerge.artefacts.alignment import load_alignment
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.recipe_schema import Whole
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
 from frankenmerge.evaluation.bench import Bench
 from frankenmerge.evaluation.documents import read_text
 from frankenmerge.evaluation.gains import donor_losses, gain_of, losses_together, mean_loss
+from frankenmerge.models.loading import Placement
 from frankenmerge.planning.candidates import candidates, uniform_average
 from frankenmerge.planning.numbers import Per
 from frankenmerge.planning.search import Constraints
@@ -50,6 +52,12 @@ from frankenmerge.workflows.tuning import TuneOptions, tune
     type=click.Choice(["setting", "block", "map"]),
     help="Tune the uniform average, too, with a number for each of these; may be repeated.",
 )
+@click.option("--dtype", default="float32", show_default=True, help="To compute in.")
+@click.option(
+    "--alignment",
+    type=click.Path(path_type=Path),
+    help="The donors' alignment, where `align` has written it.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
@@ -58,22 +66,31 @@ def main(
     base: str | None,
     texts: tuple[Path, ...],
     tuned: tuple[Per, ...],
+    dtype: str,
+    alignment: Path | None,
     seed: int,
     as_json: bool,
 ) -> None:
     """Measure a plan that gains, and all that it has to be compared with."""
     names = [donor_a, donor_b]
     donors = {name: open_checkpoint(name) for name in [*names, *([base] if base else [])]}
-    alignment = align(*(analyze(donors[name]) for name in names))
+    aligned = (
+        load_alignment(alignment)
+        if alignment
+        else align(*(analyze(donors[name]) for name in names))
+    )
+    placement = Placement(dtype)
     constraints = Constraints(max(donor.blocks for donor in donors.values()) * 3 // 2)
-    options = GainOptions("sampled", constraints, any_depth=True, base=base, top=3, seed=seed)
-    plans = plan_gains([alignment], options, opened=donors)
+    options = GainOptions(
+        "sampled", constraints, any_depth=True, base=base, top=3, seed=seed, placement=placement
+    )
+    plans = plan_gains([aligned], options, opened=donors)
 
-    bench = Bench((), donors)
+    bench = Bench((), donors, placement=placement)
     domains = domains_on([read_text(text) for text in texts], bench, names, seed)
     models = {name: bench.load(name).model for name in names}
     alone, ensemble = donor_losses(models, domains)
-    listed = candidates([alignment], parts_of(donors, base), constraints, any_depth=True)
+    listed = candidates([aligned], parts_of(donors, base), constraints, any_depth=True)
     chosen, average = plans.plans[0].candidate.recipe, uniform_average(names)
     tunings = _tunings(donors, names, base, seed, tuned)
     recipes = [*(each.recipe for each in listed), chosen, average, *tunings.values()]

@@ -22,6 +22,7 @@ from splices import Bank, excerpts, single_seams
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.artefacts.alignment import Alignment
+from frankenmerge.artefacts.atlas import load_atlas
 from frankenmerge.artefacts.recipe import Block, Recipe, recipe_of
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.evaluation.documents import read_text
@@ -37,7 +38,7 @@ from frankenmerge.planning.damping import damped, dampings
 from frankenmerge.planning.plan import plan
 from frankenmerge.planning.search import Constraints
 
-EVALUATIONS, RANDOM = 16, 200
+EVALUATIONS = 16
 
 
 @click.command()
@@ -65,6 +66,21 @@ EVALUATIONS, RANDOM = 16, 200
     type=click.IntRange(2),
     help="Tokens in a window. [default: the longest that both donors support]",
 )
+@click.option("--random", default=200, show_default=True, help="Number of random recipes.")
+@click.option(
+    "--regret/--no-regret",
+    default=True,
+    show_default=True,
+    help="Whether every single-seam recipe is measured, too.",
+)
+@click.option(
+    "--atlas",
+    "files",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    help="The donors' atlases, where `analyze` has written them.",
+)
+@click.option("--dtype", default="float32", show_default=True, help="To compute losses in.")
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),
@@ -78,26 +94,40 @@ def main(
     depth: int,
     characters: int,
     context: int | None,
+    random: int,
+    regret: bool,
+    files: tuple[Path, Path] | None,
+    dtype: str,
     cache: Path | None,
     as_json: bool,
 ) -> None:
     """Measure the plan of a depth and everything it has to beat, in nats per token."""
     names = [donor_a, donor_b]
     read = [read_text(text) for text in texts]
-    judge = Bank(excerpts(read, 0, characters), names, cache, context=context)
-    trial = Bank(excerpts(read, characters, characters), names, cache, context=context)
-    result = _result(judge, trial, names, depth)
+    judge = Bank(excerpts(read, 0, characters), names, cache, context=context, dtype=dtype)
+    trial = Bank(excerpts(read, characters, characters), names, cache, context=context, dtype=dtype)
+    atlases = (
+        [load_atlas(file) for file in files]
+        if files
+        else [analyze(judge.checkpoints[name]) for name in names]
+    )
+    alignment = align(*atlases, states=states_on_sampled(judge.models))
+    result = _result(judge, trial, alignment, depth, random)
+    if regret:
+        ours, on_sampled = _regret(judge, names, alignment)
+        result |= {"regret": ours, "regret_drawn": on_sampled}
     if as_json:
         click.echo(json.dumps(result))
     else:
         _print(result, depth)
 
 
-def _result(judge: Bank, trial: Bank, names: list[str], depth: int) -> dict[str, Any]:
-    """All figures: losses on `judge`; searches that need a text measure on `trial`."""
+def _result(
+    judge: Bank, trial: Bank, alignment: Alignment, depth: int, random: int
+) -> dict[str, Any]:
+    """All figures but regret: on `judge`; searches that need a text measure on `trial`."""
+    names = list(judge.names)
     donors = {name: judge.checkpoints[name].blocks for name in names}
-    states = states_on_sampled(judge.models)
-    alignment = align(*(analyze(judge.checkpoints[name]) for name in names), states=states)
     plans = [entry.recipe for entry in plan([alignment], Constraints(depth), top=EVALUATIONS)]
     best_on_sampled = _best_on_sampled(judge, plans)
     stream = judge.checkpoints[names[0]].architecture.stream
@@ -112,17 +142,14 @@ def _result(judge: Bank, trial: Bank, names: list[str], depth: int) -> dict[str,
         "uniform repetition": uniform_repetition(donors, depth),
         "evolution": _evolved(donors, depth, trial),
     }
-    randoms = np.array(judge.losses([random_recipe(donors, depth, seed) for seed in range(RANDOM)]))
+    randoms = np.array(judge.losses([random_recipe(donors, depth, seed) for seed in range(random)]))
     ours, on_sampled, best, *others = judge.losses(
         [plans[0], best_on_sampled, verified, *rules.values()]
     )
-    regret, regret_on_sampled = _regret(judge, names, alignment)
     return {
-        "regret": regret,
-        "regret_drawn": regret_on_sampled,
         "rank_among_random": int((randoms < ours).sum()) + 1,
         "random": {
-            "count": RANDOM,
+            "count": random,
             "best": randoms.min(),
             "median": float(np.median(randoms)),
             "worst": randoms.max(),
@@ -147,11 +174,11 @@ def _result(judge: Bank, trial: Bank, names: list[str], depth: int) -> dict[str,
 
 
 def _print(result: dict[str, Any], depth: int) -> None:
-    rank, regret = result["rank_among_random"], result["regret"]
-    table = Table(
-        title=f"{depth} blocks: rank {rank} among {RANDOM} random recipes; "
-        f"single-seam regret {regret:.1%}"
-    )
+    rank, count = result["rank_among_random"], result["random"]["count"]
+    title = f"{depth} blocks: rank {rank} among {count} random recipes"
+    if "regret" in result:
+        title += f"; single-seam regret {result['regret']:.1%}"
+    table = Table(title=title)
     for column in ("recipe", "nats/token"):
         table.add_column(column, justify="left" if column == "recipe" else "right")
     rows = {

@@ -1,12 +1,12 @@
 """Does the planner predict what a splice costs? Measures single-seam splices and random recipes.
 
-A splice is A's blocks `[0, i)` and B's blocks `[j, L)`, for every `i >= 1` and `j < L`; the truth
-is its loss on the texts. Prints Spearman's rho of every score at the seam with minus that loss:
-over the splices that skip no depth (`i >= j`), and over all. The predictions for whole recipes by
-the default weights follow, also for recipes of two and three seams: `predicted` from the donors'
-states on tokens that they generated, `from_probes` from their states on random tokens; and `drawn`
-(in the table: sampled), the damage that the splices themselves do on the sampled tokens. None of
-the three reads a text.
+A splice is A's blocks `[0, i)` and B's blocks `[j, L)`, for every `i >= 1` and `j < L`, or for some
+of them at random; the truth is its loss on the texts. Prints Spearman's rho of every score at the
+seam with minus that loss: over the splices that skip no depth (`i >= j`), and over all. The
+predictions for whole recipes by the default weights follow, also for recipes of two and three
+seams: `predicted` from the donors' states on tokens that they generated, `from_probes` from their
+states on random tokens; and `drawn` (in the table: sampled), the damage that the splices themselves
+do on the sampled tokens. None of the three reads a text.
 """
 
 import json
@@ -18,13 +18,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
-from splices import Bank, excerpts, random_seams, single_seams
+from splices import Bank, excerpts, random_seams, sample, single_seams
 
 from frankenmerge.analysis.align import INPUT_METHODS, align
 from frankenmerge.analysis.analyze import analyze
 from frankenmerge.analysis.inputs import even_neurons, with_inputs
 from frankenmerge.artefacts.alignment import Alignment
-from frankenmerge.artefacts.atlas import Atlas
+from frankenmerge.artefacts.atlas import Atlas, load_atlas
 from frankenmerge.artefacts.bootstrap import percentile_interval, resample_indices
 from frankenmerge.artefacts.recipe import Recipe
 from frankenmerge.artefacts.token_overlap import token_agreement
@@ -60,6 +60,7 @@ KINDS = {"predicted": "predicted", "from_probes": "from probes", "drawn": "sampl
     type=click.IntRange(2),
     help="Tokens in a window. [default: the longest that both donors support]",
 )
+@click.option("--splices", type=click.IntRange(2), help="Number of splices. [default: all]")
 @click.option(
     "--several",
     default=200,
@@ -74,6 +75,14 @@ KINDS = {"predicted": "predicted", "from_probes": "from probes", "drawn": "sampl
     help="A search whose inputs are compared, too, for 16 neurons of every block; may be repeated.",
 )
 @click.option(
+    "--atlas",
+    "files",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    help="The donors' atlases, where `analyze` has written them.",
+)
+@click.option("--dtype", default="float32", show_default=True, help="To compute losses in.")
+@click.option(
     "--cache",
     type=click.Path(path_type=Path),
     help="A file that keeps measurements, to continue from after an interruption.",
@@ -85,18 +94,25 @@ def main(
     texts: tuple[Path, ...],
     characters: int,
     context: int | None,
+    splices: int | None,
     several: int,
     methods: tuple[str, ...],
+    files: tuple[Path, Path] | None,
+    dtype: str,
     cache: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure every single-seam splice, and how well each score ranks them."""
+    """Measure single-seam splices, and how well each score ranks them."""
     bank = Bank(
-        excerpts(map(read_text, texts), 0, characters), [donor_a, donor_b], cache, context=context
+        excerpts(map(read_text, texts), 0, characters),
+        [donor_a, donor_b],
+        cache,
+        context=context,
+        dtype=dtype,
     )
     a, b = bank.checkpoints[donor_a], bank.checkpoints[donor_b]
-    atlases = [analyze(a), analyze(b)]
-    single = single_seams(donor_a, donor_b, (a.blocks, b.blocks))
+    atlases = [load_atlas(file) for file in files] if files else [analyze(a), analyze(b)]
+    single = sample(single_seams(donor_a, donor_b, (a.blocks, b.blocks)), splices)
     pairs, chosen = (
         list(single),
         [*single.values(), *random_seams(donor_a, donor_b, (a.blocks, b.blocks), several)],

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -15,8 +16,10 @@ from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.evaluation.bench import Bench
 from frankenmerge.evaluation.documents import Text
 from frankenmerge.evaluation.sampled_damage import damage_on_sampled
+from frankenmerge.models.loading import Placement
 from frankenmerge.splicing.resolve import Splice, resolve
 
+T = TypeVar("T")
 CHUNK = 64
 """Recipes measured between two saves."""
 
@@ -36,6 +39,15 @@ def single_seams(a: str, b: str, blocks: tuple[int, int]) -> dict[tuple[int, int
         for i in range(1, blocks[0] + 1)
         for j in range(blocks[1])
     }
+
+
+def sample(recipes: Mapping[T, Recipe], count: int | None, *, seed: int = 0) -> dict[T, Recipe]:
+    """`count` of the recipes at random, or all where there are not as many; their order is kept."""
+    if count is None or count >= len(recipes):
+        return dict(recipes)
+    places = np.random.default_rng(seed).choice(len(recipes), count, replace=False)
+    keys = list(recipes)
+    return {keys[place]: recipes[keys[place]] for place in sorted(places.tolist())}
 
 
 def random_seams(
@@ -84,12 +96,14 @@ class Bank:
         cache: Path | None = None,
         *,
         context: int | None = None,
+        dtype: str = "float32",
     ) -> None:
         self.names = list(dict.fromkeys(names))
         self.checkpoints = {name: open_checkpoint(name) for name in self.names}
-        self.bench = Bench(texts, self.checkpoints, context=context)
+        self.bench = Bench(texts, self.checkpoints, context=context, placement=Placement(dtype))
         content = "\0".join(text.content for text in texts)
-        self.place = hashlib.sha256(f"{self.bench.context} {content}".encode()).hexdigest()[:16]
+        place = f"{self.bench.context} {dtype} {content}"
+        self.place = hashlib.sha256(place.encode()).hexdigest()[:16]
         self.cache = cache
         self.known: dict[str, float] = (
             json.loads(cache.read_text()) if cache and cache.exists() else {}

@@ -267,7 +267,7 @@ def features(
         options,
         placement,
         untrained=untrained,
-        texts=read_texts(texts, separator),
+        texts=read_texts(texts, separator, download=download),
         progress=progress,
     )
     if output and not is_vision(checkpoint.config):

@@ -15,14 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from frankenmerge.evaluation.items import ItemRows
-from frankenmerge.evaluation.language import Encoded, windows
+from frankenmerge.evaluation.language import POSITIONS, Encoded, windows
 from frankenmerge.models.hooks import embedding_of
 from frankenmerge.models.sampling import sample_unprompted
 
 ROWS, LENGTH = 96, 128
 """Rows and tokens that each donor generates."""
-POSITIONS = 4096
-"""Most positions in one forward pass."""
 FEWEST_UNITS, LONGEST_UNIT = 48, 8
 """A text has so many units where it has as many rows; a unit has at most so many rows."""
 TARGET_BYTES = 2 << 30
@@ -45,6 +43,8 @@ class Domain(NamedTuple):
     """The probabilities of the model that generated the rows, `[n, s-1, v]`."""
     right: np.ndarray | None = None
     """Of a task, whose units are items and whose rows are their choices: the right ones, `[n]`."""
+    positions: int | None = None
+    """Most positions in one forward pass; None for `POSITIONS`."""
 
     @property
     def size(self) -> int:
@@ -52,8 +52,8 @@ class Domain(NamedTuple):
         return int(self.units.max()) + 1
 
     def batches(self) -> list["Domain"]:
-        """Its rows in batches of at most `POSITIONS` positions."""
-        rows = max(1, POSITIONS // self.ids.shape[1])
+        """Its rows in batches of at most so many positions."""
+        rows = max(1, (self.positions or POSITIONS) // self.ids.shape[1])
         starts = range(0, len(self.ids), rows)
         return [self.of_rows(slice(start, start + rows)) for start in starts]
 
@@ -69,7 +69,7 @@ class Domain(NamedTuple):
         target = None if self.target is None else self.target[rows]
         right = None if self.right is None else self.right[rows]
         ids, counted = self.ids[rows], self.counted[rows]
-        return Domain(self.name, ids, counted, self.units[rows], target, right)
+        return Domain(self.name, ids, counted, self.units[rows], target, right, self.positions)
 
     def nats(self, logits: Tensor) -> Tensor:
         """The loss of every predicted token `[n, s-1]`, 0 where it does not count.

@@ -98,10 +98,13 @@ def donor_losses(
     names = [*models, ""]
     nats: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for _, batch in batches:
-        predicted = [_predicted(model, batch.ids) for model in models.values()]
-        mean = torch.logsumexp(torch.stack(predicted), 0)  # its constant does not count
-        for name, logits in zip(names, [*predicted, mean], strict=True):
-            nats[name].append(batch.nats(logits).double().cpu().numpy())
+        total: Tensor | None = None  # in turn: all predictions at once would take much memory
+        for name, model in models.items():
+            predicted = _predicted(model, batch.ids)
+            nats[name].append(batch.nats(predicted).double().cpu().numpy())
+            total = predicted if total is None else torch.logaddexp(total, predicted)
+        if total is not None:  # the constant of the mean does not count
+            nats[""].append(batch.nats(total).double().cpu().numpy())
     sums = {name: _sums(domains, batches, each) for name, each in nats.items()}
     return {name: sums[name] for name in models}, sums[""]
 

@@ -21,7 +21,8 @@ from frankenmerge.progress import Advance, ignore
 
 POSITIONS = 4096
 """Most positions in one forward pass, unless a window is longer; halved if memory is short."""
-
+LOGITS_BYTES = 1 << 30
+"""Most memory for the logits of one pass, in float32: of large vocabularies fewer positions."""
 
 PARTS = 16
 """Parts of a window whose losses are compared."""
@@ -323,13 +324,18 @@ def loss_of(encoded: Encoded, nats: np.ndarray, hits: np.ndarray | None = None) 
     return Loss(nats, encoded.bytes, hits, encoded.ends, encoded.bounds)
 
 
+def positions_for(vocabulary: int) -> int:
+    """Most positions in one forward pass of a model with so many tokens in its vocabulary."""
+    return min(POSITIONS, max(1, LOGITS_BYTES // (4 * vocabulary)))
+
+
 @torch.no_grad()
 def predictions(model: PreTrainedModel, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Predict rows of token ids, each `[s]`, after their first token, in batches.
 
     Yields nats float64 and hits bool, `[b, s-1]`, for the next `b` rows. Shorter rows of a batch
     are padded on the right: what is predicted there means nothing. A batch has as many rows as
-    `POSITIONS` and memory allow.
+    `positions_for` and memory allow.
 
     Raises:
         FrankenmergeError: for ids that the model lacks, or too little memory for a single row.
@@ -338,7 +344,7 @@ def predictions(model: PreTrainedModel, rows: Sequence[Tensor]) -> Iterator[tupl
     if (largest := max((int(row.max()) for row in rows), default=0)) >= size:
         expected = f"token ids below {size}, its vocabulary"
         raise fail(_name(model), expected, str(largest), "use the model's own tokenizer")
-    positions = POSITIONS
+    positions = positions_for(size)
     while rows:
         width = max(1, len(rows[0]) - 1)
         group = rows[: max(1, positions // width)]

@@ -52,9 +52,10 @@ from frankenmerge.evaluation.gains import (
     mean_loss,
 )
 from frankenmerge.evaluation.items import Task, encoded_items
-from frankenmerge.evaluation.language import encode_documents, start_token
+from frankenmerge.evaluation.language import encode_documents, positions_for, start_token
 from frankenmerge.evaluation.record import library_versions, task_differences
 from frankenmerge.evaluation.sampled_damage import disagreement
+from frankenmerge.models.hooks import embedding_of
 from frankenmerge.models.loading import CPU, Placement
 from frankenmerge.planning.candidates import (
     Candidate,
@@ -395,9 +396,12 @@ def domains_on(
             for name, each in loaded.items():
                 made.append(sampled_domain(name, each.model, seed, times * ROWS))
                 advance(1)
-        return made
-    tokenizers = [each.tokenizer for each in loaded.values()]
-    return [_domain(each, tokenizers, bench) for each in on]
+    else:
+        tokenizers = [each.tokenizer for each in loaded.values()]
+        made = [_domain(each, tokenizers, bench) for each in on]
+    first = next(iter(loaded.values()))
+    positions = positions_for(embedding_of(first.model).shape[0])
+    return [domain._replace(positions=positions) for domain in made]
 
 
 def check_same_tokens(loaded: Sequence[Loaded]) -> None:

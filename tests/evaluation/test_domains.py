@@ -22,7 +22,7 @@ from frankenmerge.evaluation.domains import (
     text_domain,
 )
 from frankenmerge.evaluation.items import ItemRows
-from frankenmerge.evaluation.language import Encoded
+from frankenmerge.evaluation.language import LOGITS_BYTES, Encoded, positions_for
 from frankenmerge.models.loading import load_model
 
 
@@ -132,6 +132,14 @@ def test_batches_are_all_rows_in_order_within_the_most_positions():
     assert torch.equal(torch.cat([batch.ids for batch in batches]), domain.ids)
     assert np.array_equal(np.concatenate([batch.units for batch in batches]), domain.units)
     assert all(batch.ids.numel() <= POSITIONS for batch in batches)
+
+
+def test_batches_are_smaller_where_logits_would_be_large():
+    assert positions_for(49_152) == POSITIONS
+    assert 4 * 262_144 * positions_for(262_144) == LOGITS_BYTES
+    domain = numbered(8 * 100)._replace(positions=20)  # two rows of 9
+    (half,) = split([domain], 2)[0]
+    assert [len(batch.ids) for batch in half.batches()] == [2] * 25
 
 
 def test_the_loss_of_a_text_is_torchs_cross_entropy():

@@ -1,0 +1,1 @@
+"""The whole pipeline on language models that others trained: `python -m evals.real`."""
