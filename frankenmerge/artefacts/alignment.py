@@ -1,7 +1,7 @@
 """The alignment: how two atlases agree, block by block; `align` writes it, `plan` reads it."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,23 +60,6 @@ class Exchange(NamedTuple):
         return Exchange((replaced_b, replaced_a), (swapped_b, swapped_a))
 
 
-class ModuleDamage(NamedTuple):
-    """What a module of the other donor costs, predicted, see `analysis.modules`.
-
-    Nats per token by path of the module; NaN for blocks that were not compared.
-    """
-
-    a: dict[str, np.ndarray]
-    """`[l_a, l_b]`: A's block `i` with the module of B's block `j`."""
-    b: dict[str, np.ndarray]
-    """`[l_b, l_a]`: B's block with A's."""
-
-    @property
-    def transposed(self) -> "ModuleDamage":
-        """The same with A and B exchanged."""
-        return ModuleDamage(self.b, self.a)
-
-
 @dataclass(frozen=True)
 class Alignment:
     """The agreement of donor A after `i` blocks with donor B after `j`, neuron by neuron."""
@@ -100,8 +83,6 @@ class Alignment:
     """
     exchange: Exchange | None = None
     """None if it was not measured."""
-    modules: ModuleDamage | None = None
-    """None if it was not predicted."""
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -128,7 +109,6 @@ class Alignment:
             gram=self._swapped(self.gram),
             rotated_gram=self._swapped(self.rotated_gram),
             exchange=None if self.exchange is None else self.exchange.transposed,
-            modules=None if self.modules is None else self.modules.transposed,
         )
 
     def _swapped(self, gram: np.ndarray | None) -> np.ndarray | None:
@@ -150,8 +130,6 @@ def save_alignment(alignment: Alignment, path: str | Path) -> None:
         {} if alignment.exchange is None else alignment.exchange._asdict().items()
     ):
         arrays |= {f"{name}.a": of_a, f"{name}.b": of_b}
-    for donor, tables in {} if alignment.modules is None else alignment.modules._asdict().items():
-        arrays |= {f"module.{donor}.{path}": table for path, table in tables.items()}
     arrays["vocabulary"] = np.frombuffer(json.dumps(alignment.vocabulary).encode(), dtype=np.uint8)
     metadata = {
         key: getattr(alignment, key) for key in ("donors", "fingerprints", "widths", "provenance")
@@ -208,7 +186,6 @@ def load_alignment(path: str | Path) -> Alignment:
             if f"{name}.a" in arrays
         ]
         exchange = Exchange(*tables) if tables else None
-        modules = ModuleDamage(*(_modules(arrays, donor) for donor in ModuleDamage._fields))
         grams = arrays.get("standard_gram"), arrays.get("turned_gram")
         return Alignment(
             (a, b),
@@ -220,7 +197,6 @@ def load_alignment(path: str | Path) -> Alignment:
             metadata["provenance"],
             *grams,
             exchange,
-            modules if modules.a else None,
         )
     except (KeyError, ValueError) as error:
         raise fail(
@@ -229,9 +205,3 @@ def load_alignment(path: str | Path) -> Alignment:
             f"{error} missing or broken",
             "align the donors again",
         ) from error
-
-
-def _modules(arrays: Mapping[str, np.ndarray], donor: str) -> dict[str, np.ndarray]:
-    prefix = f"module.{donor}."
-    found = {key: table for key, table in arrays.items() if key.startswith(prefix)}
-    return {key.removeprefix(prefix): table for key, table in found.items()}

@@ -1,6 +1,5 @@
 """`align`: score how two donors agree, block by block."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +67,6 @@ WIDEST = 12
     "--exchange",
     is_flag=True,
     help="Also measure what exchanging blocks costs. Both donors must fit into memory.",
-)
-@click.option(
-    "--modules",
-    is_flag=True,
-    help="Also predict what exchanging single attentions, MLPs and linear maps costs, between "
-    "blocks of one index or the next. Both donors must fit into memory.",
 )
 @click.option(
     "--plot",
@@ -154,11 +147,6 @@ def _as_json(alignment: "Alignment") -> dict[str, Any]:
             name: [matrix.tolist() for matrix in pair]
             for name, pair in alignment.exchange._asdict().items()
         }
-    if alignment.modules:
-        found["modules"] = {
-            donor: {path: _finite(table) for path, table in tables.items()}
-            for donor, tables in alignment.modules._asdict().items()
-        }
     found["scores"] = {
         name: {
             "matrix": score.matrix.tolist(),
@@ -183,8 +171,6 @@ def _print(alignment: "Alignment", bos: bool) -> None:
         replaced, swapped = alignment.exchange.replacement[0], alignment.exchange.interchange[0]
         console.print(matrix_table(f"A's block (row) replaced by B's (column), {unit}", replaced))
         console.print(matrix_table(f"A's blocks interchanged, {unit}", swapped))
-    if alignment.modules is not None:
-        console.print(_modules(alignment.modules.a))
     narrow = min(alignment.widths)
     if searched := alignment.provenance["searched"]:
         neurons, tokens = len(searched["neurons"]), searched["tokens"]
@@ -193,22 +179,6 @@ def _print(alignment: "Alignment", bos: bool) -> None:
     if alignment.widths[0] != alignment.widths[1]:
         widths = " and ".join(map(str, alignment.widths))
         console.print(f"Widths {widths}: the first {narrow} neurons are compared.")
-
-
-def _finite(table: "np.ndarray") -> list[list[float | None]]:
-    return [[None if value != value else value for value in row] for row in table.tolist()]
-
-
-def _modules(tables: "Mapping[str, np.ndarray]") -> Table:
-    """What modules cost, from the block of the same index and from its neighbours."""
-    import numpy as np
-
-    title = "A's module replaced by B's: predicted damage, nats per token, mean over blocks"
-    made = table(title, "module", "same index", "next", "previous")
-    for path, costs in tables.items():
-        means = [np.nanmean(costs.diagonal(offset)) for offset in (0, 1, -1)]
-        made.add_row(path or "whole block", *(f"{mean:.4f}" for mean in means))
-    return made
 
 
 def matrix_table(title: str, matrix: "np.ndarray") -> Table:

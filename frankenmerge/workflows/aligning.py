@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from frankenmerge.analysis.align import (
@@ -14,14 +13,13 @@ from frankenmerge.analysis.align import (
     searched_neurons,
 )
 from frankenmerge.analysis.inputs import even_neurons
-from frankenmerge.analysis.modules import module_damage
-from frankenmerge.artefacts.alignment import Alignment, ModuleDamage
+from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.atlas import Atlas
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.errors import Fault, fail, raise_all
 from frankenmerge.evaluation.block_swaps import exchange
 from frankenmerge.models.loading import Placement, load_model
-from frankenmerge.models.sampling import sample_unprompted, states_on_sampled
+from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.progress import Progress, silent
 from frankenmerge.splicing.opening import open_donor
 from frankenmerge.workflows.atlases import add_inputs, atlas_of
@@ -48,8 +46,6 @@ class AlignOptions:
     """Base predictions on tokens that the donors generate, not on random ones."""
     exchange: bool = False
     """Measure what exchanging blocks costs, on random tokens."""
-    modules: bool = False
-    """Predict what exchanging single modules costs, on tokens that the donors generate."""
     images: Path | None = None
     """A folder of images that vision transformers are shown; images of noise by default."""
     device: str = "cpu"
@@ -78,15 +74,15 @@ def align_donors(
             where atlases are given.
     """
     pair = (a, b)
-    runs = options.sampled or options.exchange or options.modules
-    if runs:
+    if options.sampled or options.exchange:
         _check_runnable(pair)
     atlases = [_atlas(donor, options, progress) for donor in pair]
-    if runs and any(atlas.of_images for atlas in atlases):
+    if (options.sampled or options.exchange) and any(atlas.of_images for atlas in atlases):
         expected, remedy = "language models, which predict tokens", "leave the option out"
-        raise fail("--sampled, --exchange, --modules", expected, "vision transformers", remedy)
+        raise fail("--sampled, --exchange", expected, "vision transformers", remedy)
     if options.method != "complete":
         atlases = _with_same_inputs(pair, atlases, options, progress)
+    runs = options.sampled or options.exchange
     models = _loaded(pair, options) if runs else {}
     alignment = align(
         *atlases,
@@ -99,15 +95,6 @@ def align_donors(
         with progress("exchanging blocks", None, "changes") as advance:
             costs = exchange(first, second, models, advance=advance)
         alignment = replace(alignment, exchange=costs)
-    if options.modules:
-        of_a, of_b = (models[name] for name in alignment.donors)
-        ids = torch.cat([sample_unprompted(model) for model in (of_a, of_b)])
-        with progress("exchanging modules", 2 * len(ids), "rows") as advance:
-            found = ModuleDamage(
-                module_damage(of_a, of_b, ids, advance=advance),
-                module_damage(of_b, of_a, ids, advance=advance),
-            )
-        alignment = replace(alignment, modules=found)
     return alignment
 
 
@@ -117,12 +104,7 @@ def _is_atlas(donor: Donor) -> bool:
 
 def _check_runnable(pair: tuple[Donor, Donor]) -> None:
     raise_all(
-        Fault(
-            "--sampled, --exchange, --modules",
-            "donors, which are run",
-            f"an atlas: {name}",
-            "give donors",
-        )
+        Fault("--sampled, --exchange", "donors, which are run", f"an atlas: {name}", "give donors")
         for name in (_name(donor) for donor in pair if _is_atlas(donor))
     )
 
