@@ -1,6 +1,7 @@
 """Scores of single modules, beside models in which the module was really replaced."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from conftest import write_donor
 
 from frankenmerge.analysis.modules import module_scores, modules_of_block
 from frankenmerge.analysis.probes import random_probes
+from frankenmerge.artefacts.alignment import load_alignment
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.models.hooks import block_outputs, blocks_of, forward
@@ -61,3 +63,15 @@ def test_blocks_of_other_shapes_are_refused(models, tmp_path):
     wide = write_donor(tmp_path / "wide", intermediate_size=32)
     with pytest.raises(FrankenmergeError, match="mlp"):
         module_scores(models[0], load_model(open_checkpoint(str(wide))))
+
+
+def test_align_writes_them(donors, run, tmp_path):
+    path = tmp_path / "ab.alignment.safetensors"
+    code, out, err = run("align", donors["a"], donors["b"], "--modules", "-o", path, "--json")
+    assert code == 0, err
+    printed, found = json.loads(out)["modules"], load_alignment(path).modules
+    assert printed["mlp.up_proj"][1][0][3] is None
+    row = found.names.index("mlp.up_proj")
+    assert printed["mlp.up_proj"][0][1][2] == pytest.approx(found.replacement[0][row, 1, 2])
+    swapped = load_alignment(path).transposed.modules.replacement[0]
+    np.testing.assert_array_equal(swapped, found.replacement[1])
