@@ -2,7 +2,8 @@
 
 Every linear map of A's block `i` is replaced by the same map of B's block `i`, `i - 1` and `i + 1`,
 and the loss on a text measured, as well as the divergence from A's own predictions. Scores are
-computed on random tokens, as those of `align`, and no exchanged model is run for them. Prints
+computed on random tokens, as those of `align`, and no exchanged model is run for them: "stream
+after the block" is the score of `align --modules`. Prints
 Spearman's rho of every score with minus the loss and with minus the divergence. Usage:
 
     python evals/module_swaps.py --donor-a A --donor-b B --text FILE [--text FILE]
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from frankenmerge.analysis.align import align
+from frankenmerge.analysis.modules import module_scores
 from frankenmerge.analysis.probes import random_probes
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.models.hooks import blocks_of, embedding_of
@@ -161,7 +163,6 @@ def scores_of(a, b, swap: Swap, of_a: Recorded, of_b: Recorded) -> dict[str, flo
     found["block's write on A's inputs"] = nearness(
         (after - before)[:, 1:], (changed - before)[:, 1:]
     )
-    found["stream on A's inputs"] = nearness(after[:, 1:], changed[:, 1:])
     return found
 
 
@@ -212,7 +213,11 @@ def main(donor_a: str, donor_b: str, texts: tuple[Path, ...], output: Path | Non
     swaps = swaps_of(blocks_of(a), blocks_of(b))
     scores = defaultdict(list)
     blocks = align(*(atlas_of(donor) for donor in donors)).scores
+    modules = module_scores(a, b)
     for swap in swaps:
+        row = modules.names.index(swap.name)
+        own = modules.replacement[0][row, swap.block, swap.other]
+        scores["stream after the block"].append(own)
         for name, value in scores_of(a, b, swap, of_a, of_b).items():
             scores[name].append(value)
         for name in ("correlation", "jaccard", "relative_error", "influence"):
@@ -256,7 +261,7 @@ def tables(found: Measured, swaps: list[Swap]) -> dict[str, dict[str, dict[str, 
             cost: {
                 name: rho(values[chosen], getattr(found, cost)[chosen])
                 for name, values in found.scores.items()
-                if np.ptp(values[chosen]) > 0
+                if np.ptp(values[chosen]) > 1e-6
             }
             for cost in ("loss", "divergence")
         }

@@ -52,7 +52,7 @@ class Ascent:
     """The longest shift, in patches, within the first three quarters of the steps."""
     blur: float = 0.25
     """Standard deviation of the first blur, in patches; it falls to 0 over the same steps."""
-    variation: float = 2.0
+    variation: float = 8.0
     """What a mean absolute difference of 1 between neighbouring pixels costs, in standard
     deviations of the activation.
     """

@@ -60,6 +60,22 @@ class Exchange(NamedTuple):
         return Exchange((replaced_b, replaced_a), (swapped_b, swapped_a))
 
 
+class ModuleScores(NamedTuple):
+    """How little a block's result changes with another donor's module, see `analysis.modules`."""
+
+    names: list[str]
+    """Of attention, MLP and linear maps, within a block."""
+    replacement: tuple[np.ndarray, np.ndarray]
+    """`[modules, l_a, l_b]` float32: a module of A's block `i` replaced by that of B's `j`, 1 for
+    no change, NaN where blocks are not neighbours; and B's by A's, `[modules, l_b, l_a]`.
+    """
+
+    @property
+    def transposed(self) -> "ModuleScores":
+        """The same with A and B exchanged."""
+        return ModuleScores(self.names, self.replacement[::-1])
+
+
 @dataclass(frozen=True)
 class Alignment:
     """The agreement of donor A after `i` blocks with donor B after `j`, neuron by neuron."""
@@ -83,6 +99,8 @@ class Alignment:
     """
     exchange: Exchange | None = None
     """None if it was not measured."""
+    modules: ModuleScores | None = None
+    """None if they were not scored."""
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -109,6 +127,7 @@ class Alignment:
             gram=self._swapped(self.gram),
             rotated_gram=self._swapped(self.rotated_gram),
             exchange=None if self.exchange is None else self.exchange.transposed,
+            modules=None if self.modules is None else self.modules.transposed,
         )
 
     def _swapped(self, gram: np.ndarray | None) -> np.ndarray | None:
@@ -130,10 +149,15 @@ def save_alignment(alignment: Alignment, path: str | Path) -> None:
         {} if alignment.exchange is None else alignment.exchange._asdict().items()
     ):
         arrays |= {f"{name}.a": of_a, f"{name}.b": of_b}
+    if alignment.modules is not None:
+        of_a, of_b = alignment.modules.replacement
+        arrays |= {"modules.a": of_a, "modules.b": of_b}
     arrays["vocabulary"] = np.frombuffer(json.dumps(alignment.vocabulary).encode(), dtype=np.uint8)
     metadata = {
         key: getattr(alignment, key) for key in ("donors", "fingerprints", "widths", "provenance")
     }
+    if alignment.modules is not None:
+        metadata["modules"] = alignment.modules.names
     write_arrays(path, _KIND, arrays, metadata)
 
 
@@ -186,6 +210,9 @@ def load_alignment(path: str | Path) -> Alignment:
             if f"{name}.a" in arrays
         ]
         exchange = Exchange(*tables) if tables else None
+        modules = None
+        if "modules" in metadata:
+            modules = ModuleScores(metadata["modules"], (arrays["modules.a"], arrays["modules.b"]))
         grams = arrays.get("standard_gram"), arrays.get("turned_gram")
         return Alignment(
             (a, b),
@@ -197,6 +224,7 @@ def load_alignment(path: str | Path) -> Alignment:
             metadata["provenance"],
             *grams,
             exchange,
+            modules,
         )
     except (KeyError, ValueError) as error:
         raise fail(

@@ -35,7 +35,7 @@ from frankenmerge.distributed import own_rank
 if TYPE_CHECKING:
     import numpy as np
 
-    from frankenmerge.artefacts.alignment import Alignment
+    from frankenmerge.artefacts.alignment import Alignment, ModuleScores
 
 SHOWN = {"complete": "jaccard", **{method: method for method in (*INPUT_METHODS, "pixels")}}
 """The score whose matrix `align` prints, by method."""
@@ -67,6 +67,12 @@ WIDEST = 12
     "--exchange",
     is_flag=True,
     help="Also measure what exchanging blocks costs. Both donors must fit into memory.",
+)
+@click.option(
+    "--modules",
+    is_flag=True,
+    help="Also score the exchange of attention, MLP and every linear map with those of the same "
+    "block and its neighbours. Both donors must fit into memory.",
 )
 @click.option(
     "--plot",
@@ -147,6 +153,11 @@ def _as_json(alignment: "Alignment") -> dict[str, Any]:
             name: [matrix.tolist() for matrix in pair]
             for name, pair in alignment.exchange._asdict().items()
         }
+    if alignment.modules:
+        found["modules"] = {
+            name: [_known(table[row]) for table in alignment.modules.replacement]
+            for row, name in enumerate(alignment.modules.names)
+        }
     found["scores"] = {
         name: {
             "matrix": score.matrix.tolist(),
@@ -155,6 +166,11 @@ def _as_json(alignment: "Alignment") -> dict[str, Any]:
         for name, score in alignment.scores.items()
     }
     return found
+
+
+def _known(matrix: "np.ndarray") -> list[list[float | None]]:
+    """A matrix with None for what was not scored."""
+    return [[None if value != value else value for value in row] for row in matrix.tolist()]
 
 
 def _print(alignment: "Alignment", bos: bool) -> None:
@@ -171,6 +187,8 @@ def _print(alignment: "Alignment", bos: bool) -> None:
         replaced, swapped = alignment.exchange.replacement[0], alignment.exchange.interchange[0]
         console.print(matrix_table(f"A's block (row) replaced by B's (column), {unit}", replaced))
         console.print(matrix_table(f"A's blocks interchanged, {unit}", swapped))
+    if alignment.modules is not None and min(alignment.blocks) <= WIDEST:
+        console.print(_modules_table(alignment.modules))
     narrow = min(alignment.widths)
     if searched := alignment.provenance["searched"]:
         neurons, tokens = len(searched["neurons"]), searched["tokens"]
@@ -186,6 +204,16 @@ def matrix_table(title: str, matrix: "np.ndarray") -> Table:
     made = table(title, "", *map(str, range(matrix.shape[1])))
     for number, row in enumerate(matrix):
         made.add_row(str(number), *(f"{value:.2f}" for value in row))
+    return made
+
+
+def _modules_table(modules: "ModuleScores") -> Table:
+    """How little A's blocks change with a module of B's same block."""
+    count = min(modules.replacement[0].shape[1:])
+    title = "A's module replaced by B's of the same block: 1 - relative change of the stream after"
+    made = table(title, "module", *map(str, range(count)))
+    for name, matrix in zip(modules.names, modules.replacement[0], strict=True):
+        made.add_row(name, *(f"{value:.2f}" for value in matrix.diagonal()))
     return made
 
 

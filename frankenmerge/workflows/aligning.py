@@ -13,6 +13,7 @@ from frankenmerge.analysis.align import (
     searched_neurons,
 )
 from frankenmerge.analysis.inputs import even_neurons
+from frankenmerge.analysis.modules import module_scores
 from frankenmerge.artefacts.alignment import Alignment
 from frankenmerge.artefacts.atlas import Atlas
 from frankenmerge.donors.checkpoint import Checkpoint
@@ -46,6 +47,8 @@ class AlignOptions:
     """Base predictions on tokens that the donors generate, not on random ones."""
     exchange: bool = False
     """Measure what exchanging blocks costs, on random tokens."""
+    modules: bool = False
+    """Score the exchange of attention, MLP and single linear maps, on random tokens."""
     images: Path | None = None
     """A folder of images that vision transformers are shown; images of noise by default."""
     device: str = "cpu"
@@ -74,15 +77,15 @@ def align_donors(
             where atlases are given.
     """
     pair = (a, b)
-    if options.sampled or options.exchange:
+    runs = options.sampled or options.exchange or options.modules
+    if runs:
         _check_runnable(pair)
     atlases = [_atlas(donor, options, progress) for donor in pair]
-    if (options.sampled or options.exchange) and any(atlas.of_images for atlas in atlases):
+    if runs and any(atlas.of_images for atlas in atlases):
         expected, remedy = "language models, which predict tokens", "leave the option out"
-        raise fail("--sampled, --exchange", expected, "vision transformers", remedy)
+        raise fail("--sampled, --exchange, --modules", expected, "vision transformers", remedy)
     if options.method != "complete":
         atlases = _with_same_inputs(pair, atlases, options, progress)
-    runs = options.sampled or options.exchange
     models = _loaded(pair, options) if runs else {}
     alignment = align(
         *atlases,
@@ -95,6 +98,10 @@ def align_donors(
         with progress("exchanging blocks", None, "changes") as advance:
             costs = exchange(first, second, models, advance=advance)
         alignment = replace(alignment, exchange=costs)
+    if options.modules:
+        first, second = (models[name] for name in alignment.donors)
+        with progress("exchanging modules", None, "changes") as advance:
+            alignment = replace(alignment, modules=module_scores(first, second, advance=advance))
     return alignment
 
 
@@ -104,7 +111,12 @@ def _is_atlas(donor: Donor) -> bool:
 
 def _check_runnable(pair: tuple[Donor, Donor]) -> None:
     raise_all(
-        Fault("--sampled, --exchange", "donors, which are run", f"an atlas: {name}", "give donors")
+        Fault(
+            "--sampled, --exchange, --modules",
+            "donors, which are run",
+            f"an atlas: {name}",
+            "give donors",
+        )
         for name in (_name(donor) for donor in pair if _is_atlas(donor))
     )
 
