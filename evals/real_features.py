@@ -244,7 +244,16 @@ def show(found: dict[str, Any], console: Console) -> None:
         table.add_row(*map(_cell, row.values()))
     console.print(table)
     table = Table(
-        *("", f"to block {SHALLOW}", "95 %", "permuted", "all blocks", "95 %", "permuted", "commonest"),
+        *(
+            "",
+            f"to block {SHALLOW}",
+            "95 %",
+            "permuted",
+            "all blocks",
+            "95 %",
+            "permuted",
+            "commonest",
+        ),
         title="The same best token in several blocks: share of neurons",
         box=None,
     )
