@@ -32,7 +32,7 @@ from frankenmerge.splicing.assemble import splice_tokenizer
 from frankenmerge.storage.dtypes import torch_dtype
 from frankenmerge.storage.safetensors_header import read_header
 from frankenmerge.workflows.atlases import is_cached
-from frankenmerge.workflows.evaluating import EvaluateOptions, order_of
+from frankenmerge.workflows.evaluating import EvaluateOptions, check_texts, order_of
 from frankenmerge.workflows.patients import (
     HealOptions,
     Patient,
@@ -154,6 +154,7 @@ def evaluate_cost(models: Sequence[Model], texts: Sequence[Text], options: Evalu
 
     Raises FrankenmergeError as that does for models that cannot be opened.
     """
+    check_texts(texts, options)
     with opened_subjects(
         models, download=options.download, allow_pickle=options.allow_pickle, weights=False
     ) as subjects:
