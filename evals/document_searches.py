@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from document import ARTEFACT, FIRST_NEURON, Table, Verdict, split, squeezed, verdict
+from document_claims import claims
 from transformers import PreTrainedModel
 
 from frankenmerge.analysis.complete import complete_search
@@ -160,6 +161,12 @@ def filled(table: Table, donor: Donor, texts: list[str], page: str | None) -> di
         "features": notation,
         "untrained": table.untrained,
         "notes": notes + missing,
+        "claims": [
+            each._asdict()
+            for each in claims(
+                table, [feature.spec for feature in asked], found, lambda: donor.best, len(texts)
+            )
+        ],
         "cells": cells,
     }
 

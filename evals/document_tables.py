@@ -3,6 +3,9 @@
 If the document used the model, each result is printed next to the document's own string: `agrees`
 or `differs`, ignoring white space; `not comparable` if the document has no such cell, or leaves out
 what the result depends on.
+
+Of any model, each table is followed by what it claims, and whether that is true of this one: a
+share, its interval, and the share by chance (`document_claims`).
 """
 
 import platform
@@ -106,6 +109,13 @@ def show(result: dict[str, Any], out: Console) -> None:
             printed.add_row(*map(escape, row))
         if rows:
             out.print(printed)
+        for each in table["claims"]:
+            low, high = each["interval"]
+            out.print(
+                f"{each['claim']}: {each['verdict']} ({each['share']:.3f} of {each['count']}, "
+                f"{low:.3f} to {high:.3f}; by chance {each['null']:.3f})",
+                markup=False,
+            )
         for note in table["notes"]:
             out.print(note, style="dim", markup=False)
         out.print()

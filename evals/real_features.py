@@ -10,6 +10,7 @@ features: the first token is that of all the vocabulary, the others are the best
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from frankenmerge.analysis.align import probe_correlation, top_jaccard
 from frankenmerge.analysis.features import Feature
 from frankenmerge.analysis.greedy import greedy_search
-from frankenmerge.artefacts.atlas import Atlas
+from frankenmerge.artefacts.atlas import Atlas, TopTokens
 from frankenmerge.artefacts.token_overlap import token_agreement
 from frankenmerge.cli.console import numbers
 from frankenmerge.donors.checkpoint import Checkpoint, open_checkpoint
@@ -60,6 +61,15 @@ def best_tokens(atlas: Atlas, blocks: Sequence[int], name: str, context: str = "
     return Best(name, atlas.top[context].tokens[list(blocks), :, 0])
 
 
+def at_blocks(atlas: Atlas, blocks: Sequence[int]) -> Atlas:
+    """An atlas of these blocks alone."""
+    chosen = list(blocks)
+    top = {name: TopTokens(*(part[chosen] for part in each)) for name, each in atlas.top.items()}
+    return replace(
+        atlas, top=top, probes=atlas.probes[chosen], probe_scale=atlas.probe_scale[chosen]
+    )
+
+
 def agreement(best: Best) -> tuple[np.ndarray, np.ndarray]:
     """Whether each neuron has the same token in two blocks, `[b, b, d]`, and for other neurons."""
     found = token_agreement(best.tokens[..., None], best.tokens[..., None])
@@ -87,17 +97,21 @@ def layers(
     bos = agreement(best_tokens(trained, blocks, "bos", "bos"))[0] if "bos" in trained.top else None
     others = np.mean([agreement(best_tokens(each, blocks, ""))[0] for each in untrained], axis=0)
     width = trained.width
+    here = at_blocks(trained, blocks)
     jaccard, correlation = (
-        score(trained, trained, "plain", width) for score in (top_jaccard, probe_correlation)
+        score(here, here, "plain", width) for score in (top_jaccard, probe_correlation)
     )
-    control = [probe_correlation(each, each, "plain", width) for each in untrained]
+    control = [
+        probe_correlation(each, each, "plain", width)
+        for each in (at_blocks(atlas, blocks) for atlas in untrained)
+    ]
     rows = []
     for i, j in pairs_of(blocks):
-        pair = blocks[i], blocks[j]
+        pair = i, j
         low, high = interval(own[i, j] - others[i, j])
         rows.append(
             {
-                "blocks": pair,
+                "blocks": (blocks[i], blocks[j]),
                 "same token": float(own[i, j].mean()),
                 "after BOS": None if bos is None else float(bos[i, j].mean()),
                 "untrained": float(others[i, j].mean()),
@@ -304,7 +318,7 @@ def _cell(value: Any) -> str:
 )
 @click.option(
     "--sample",
-    default=1024,
+    default=256,
     show_default=True,
     help="Tokens of the vocabulary for greedy inputs; 0 for none.",
 )

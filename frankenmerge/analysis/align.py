@@ -316,8 +316,8 @@ def probe_correlation(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 
 def rank_correlation(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """Spearman's correlation instead: large activations have no more weight than others."""
-    of_a, of_b = (_standardised(_ranks(each, width))[0] for each in (a, b))
-    return _correlation_score(of_a, of_b, {})
+    standard_a, standard_b = (_standardised(_ranks(each, width))[0] for each in (a, b))
+    return _correlation_score(standard_a, standard_b, {})
 
 
 def _ranks(atlas: Atlas, width: int) -> np.ndarray:

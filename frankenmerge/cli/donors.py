@@ -208,7 +208,14 @@ def analyze(
         from frankenmerge.workflows.costs import analyze_cost
 
         opened = open_donor(donor, download=download, allow_pickle=allow_pickle, weights=False)
-        cost = analyze_cost(opened, dtype=dtype, method=method, neurons=neurons, tokens=tokens)
+        cost = analyze_cost(
+            opened,
+            dtype=dtype,
+            method=method,
+            neurons=neurons,
+            tokens=tokens,
+            untrained=untrained is not None,
+        )
         print_cost("analyze", cost, dtype=dtype, device=device, as_json=as_json)
         return
     run: dict[str, Any] = {

@@ -5,15 +5,17 @@ libraries comes on top of it, about 0.3 GB.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from frankenmerge.analysis.analyze import TOP, contexts_of
 from frankenmerge.analysis.gauges import MOST_DIRECTIONS
 from frankenmerge.analysis.inputs import NEURONS, TOKENS
 from frankenmerge.analysis.probes import COUNT, LENGTH
 from frankenmerge.donors.checkpoint import Checkpoint
-from frankenmerge.donors.costs import Cost, checkpoint_shape
+from frankenmerge.donors.costs import Cost, Shape, checkpoint_shape
 from frankenmerge.donors.images import need_language
 from frankenmerge.evaluation.bench import shared_context
 from frankenmerge.evaluation.documents import Text
@@ -29,11 +31,12 @@ from frankenmerge.healing.training import CHECK, RATES, ROWS, TRIED
 from frankenmerge.models.loading import devices_of, load_tokenizer
 from frankenmerge.models.passes import BATCH
 from frankenmerge.models.rates import LARGEST
+from frankenmerge.models.streaming import streamable
 from frankenmerge.splicing.assemble import splice_tokenizer
 from frankenmerge.storage.dtypes import torch_dtype
 from frankenmerge.storage.safetensors_header import read_header
 from frankenmerge.workflows.atlases import is_cached
-from frankenmerge.workflows.evaluating import EvaluateOptions, order_of
+from frankenmerge.workflows.evaluating import EvaluateOptions, Order, check_texts, order_of
 from frankenmerge.workflows.patients import (
     HealOptions,
     Patient,
@@ -42,7 +45,7 @@ from frankenmerge.workflows.patients import (
     sizes_of,
     splice_shape,
 )
-from frankenmerge.workflows.subjects import Model, opened_subjects
+from frankenmerge.workflows.subjects import Model, Subjects, opened_subjects
 
 SCORES, SCORES_NARROW = 3, 6
 """Copies of a donor's probe activations, in float64, that the scores of `align` need at most: of
@@ -57,6 +60,7 @@ def analyze_cost(
     method: str = "complete",
     neurons: Sequence[int] | None = None,
     tokens: int | None = None,
+    untrained: bool = False,
 ) -> Cost:
     """The cost of an atlas.
 
@@ -66,6 +70,7 @@ def analyze_cost(
         method: of the search.
         neurons: that a greedy or gradient search is for.
         tokens: of its inputs.
+        untrained: whether random weights are analyzed.
     """
     need_language(donor)
     shape, size = checkpoint_shape(donor), torch_dtype(dtype).itemsize
@@ -78,14 +83,19 @@ def analyze_cost(
     results = (len(shape.blocks) + 1) * shape.width
     # Inside a block: what its feed-forward maps read and write, and the keys that rank a batch.
     inside = BATCH * (size * (6 * shape.width + 3 * shape.inner) + 4 * 8 * shape.width)
-    memory = {
-        "embedding": size * shape.embedding,
-        "one block": size * max(shape.blocks),
+    whole = untrained or method != "complete" or not streamable(donor)
+    memory = (
+        {"weights": size * shape.parameters}
+        if whole
+        else {"embedding": size * shape.embedding, "one block": size * max(shape.blocks)}
+    )
+    memory |= {
         "hidden states": size * shape.width * positions,
         "one batch": inside,
         "results": results * (2 * COUNT * (LENGTH - 1) + 3 * 8 * TOP * contexts),
     }
-    read = donor.bytes - donor.bytes * (shape.ends - shape.embedding) // shape.parameters
+    unread = 0 if whole else shape.ends - shape.embedding
+    read = 0 if untrained else donor.bytes - donor.bytes * unread // shape.parameters
     counts, notes = {"positions": positions}, []
     if method != "complete":
         searched, length = len(neurons) if neurons else NEURONS, tokens or TOKENS
@@ -94,7 +104,6 @@ def analyze_cost(
             f"the {method} search of {features} features of {length} tokens, which runs the whole "
             "model, is not counted"
         )
-        memory["weights"] = size * shape.parameters
     return Cost(operations, memory, read, counts, (shape.width, shape.inner), tuple(notes))
 
 
@@ -156,53 +165,81 @@ def evaluate_cost(models: Sequence[Model], texts: Sequence[Text], options: Evalu
 
     Raises FrankenmergeError as that does for models that cannot be opened.
     """
+    check_texts(texts, options)
     with opened_subjects(
         models, download=options.download, allow_pickle=options.allow_pickle, weights=False
     ) as subjects:
         order = order_of(subjects, options, weights=False)
-        checkpoints = {**subjects.checkpoints, **subjects.donors, **order.donors}
-        context = options.context or shared_context(checkpoints.values())
-        size = torch_dtype(options.placement.dtype).itemsize
-        weights = {name: size * donor.parameters for name, donor in checkpoints.items()}
-        operations, read, peak, widest, product = 0, 0, 0, 0, (0, 0)
-        counts: dict[str, int] = dict.fromkeys(("models", "tokens", "positions"), 0)
-        loaded: set[str] = set()
-        for number, name in enumerate(order.names, 1):
+        donors = {**subjects.checkpoints, **subjects.donors, **order.donors}
+        context = options.context or shared_context(donors.values())
+        costs = []
+        for name in order.names:
             splice = subjects.splices.get(name)
-            shape = splice_shape(splice) if splice else checkpoint_shape(checkpoints[name])
-            tokenizer = splice_tokenizer(splice) if splice else load_tokenizer(checkpoints[name])
-            if number == 1 and options.tokens:
+            shape = splice_shape(splice) if splice else checkpoint_shape(donors[name])
+            tokenizer = splice_tokenizer(splice) if splice else load_tokenizer(donors[name])
+            if options.tokens and not costs:
                 texts = [limited(tokenizer, text, options.tokens) for text in texts]
-            encoded = [encode_text(tokenizer, text) for text in texts]
-            rows = [each.width for text in encoded for each in windows(text, context)]
-            for task in options.item_files:
-                items = encoded_items(tokenizer, read_items(Path(task)), context=context)
-                rows += (items.counted.shape[1],) * len(items.ids)
-            operations += sum(shape.forward(width, width) for width in rows)
-            generated = GENERATED * (options.samples + len(options.prompts))
-            operations += shape.forward(generated, 1)
-            if options.retention:
-                operations += shape.through_blocks(shape.vocabulary, alone=True)
-            needed = {*order.needed.get(name, ()), *([] if splice else [name])}
-            read += sum(checkpoints[each].bytes for each in needed - loaded if each in checkpoints)
-            loaded |= needed & weights.keys()
-            made = size * computed_elements(splice) if splice else 0
-            peak = max(peak, sum(weights[each] for each in loaded) + made)
-            loaded &= order.kept_after(number)
-            batch = max([*rows, min(POSITIONS, sum(rows))])
-            inside = size * (6 * shape.width + 3 * shape.inner) + (size + 8) * shape.vocabulary
-            widest = max(widest, batch * inside)
-            product = max(product, (shape.width, shape.inner))
-            counts["models"] += 1
-            counts["tokens"] += sum(text.tokens for text in encoded)
-            counts["positions"] += sum(rows)
-    notes = [f"the tasks {', '.join(options.harness_tasks)} are not counted"] * bool(
-        options.harness_tasks
-    )
+            costs.append(_measuring_cost(shape, tokenizer, texts, context, options))
+        weights, read = _loaded(subjects, order, donors, options.placement.dtype)
+    notes = []
+    if options.harness_tasks:
+        notes.append(f"the tasks {', '.join(options.harness_tasks)} are not counted")
     if options.seams:
         notes.append("--seams adds a pass over at most 1,024 tokens of every text")
-    memory = {"weights": peak, "one batch": widest}
-    return Cost(operations, memory, read, counts, product, tuple(notes))
+    counted = ("tokens", "positions")
+    return Cost(
+        sum(each.operations for each in costs),
+        {"weights": weights, "one batch": max(each.memory["one batch"] for each in costs)},
+        read,
+        {"models": len(costs)}
+        | {name: sum(each.counts[name] for each in costs) for name in counted},
+        max(each.product for each in costs),
+        tuple(notes),
+    )
+
+
+def _measuring_cost(
+    shape: Shape,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    context: int,
+    options: EvaluateOptions,
+) -> Cost:
+    """The cost of one model that is in memory."""
+    size = torch_dtype(options.placement.dtype).itemsize
+    encoded = [encode_text(tokenizer, text) for text in texts]
+    rows = [each.width for text in encoded for each in windows(text, context)]
+    for task in options.item_files:
+        items = encoded_items(tokenizer, read_items(Path(task)), context=context, place=task)
+        rows += [items.counted.shape[1]] * len(items.ids)
+    operations = sum(shape.forward(width, width) for width in rows)
+    operations += shape.forward(GENERATED * (options.samples + len(options.prompts)), 1)
+    if options.retention:
+        operations += shape.through_blocks(shape.vocabulary, alone=True)
+    batch = max([*rows, min(POSITIONS, sum(rows))])
+    # Logits in the type that is computed in, in float32, and their exponentials.
+    inside = size * (6 * shape.width + 3 * shape.inner) + (size + 8) * shape.vocabulary
+    counts = {"tokens": sum(text.tokens for text in encoded), "positions": sum(rows)}
+    product = shape.width, shape.inner
+    return Cost(operations, {"one batch": batch * inside}, 0, counts, product)
+
+
+def _loaded(
+    subjects: Subjects, order: Order, donors: Mapping[str, Checkpoint], dtype: str
+) -> tuple[int, int]:
+    """The most bytes of weights in memory, and the bytes that are read, model after model."""
+    size = torch_dtype(dtype).itemsize
+    loaded: set[str] = set()
+    most = read = 0
+    for number, name in enumerate(order.names, 1):
+        splice = subjects.splices.get(name)
+        needed = donors.keys() & {*order.needed.get(name, ()), *([] if splice else [name])}
+        read += sum(donors[each].bytes for each in needed - loaded)
+        loaded |= needed
+        made = computed_elements(splice) if splice else 0
+        most = max(most, size * (made + sum(donors[each].parameters for each in loaded)))
+        loaded &= order.kept_after(number)
+    return most, read
 
 
 def heal_cost(patient: Patient, scope: Scope, options: HealOptions) -> Cost:
@@ -237,13 +274,13 @@ def heal_cost(patient: Patient, scope: Scope, options: HealOptions) -> Cost:
     if isinstance(options.on, str):
         positions["sampled"] = (fitting + STOPPING + CONFIRMING) * len(donors) * ROW
         operations += sum(each.forward(positions["sampled"] // len(donors), 1) for each in donors)
-    taught = 0
     if options.teacher != "none":
+        teachers = donors if options.teacher == "ensemble" else donors[:1]
         # The teachers' probabilities are kept where they fit, and computed at every step elsewhere.
         kept = rows * ROW * shape.vocabulary * 4 <= TARGET_BYTES
         taught = rows * ROW if kept else positions["trained"]
         positions["taught"] = taught
-        operations += sum(each.forward(taught, ROW) for each in donors)
+        operations += sum(each.forward(taught, ROW) for each in teachers)
     read = sum(donor.bytes for donor in {**patient.splice.donors, **patient.donors}.values())
     notes = ["training stops earlier where it no longer helps"]
     if not isinstance(options.on, str):

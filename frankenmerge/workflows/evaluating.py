@@ -118,14 +118,14 @@ def evaluate(
     Raises:
         FrankenmergeError: for models that cannot be opened, and recipes that cannot be resolved.
     """
-    _check_texts(texts, options)
+    check_texts(texts, options)
     with opened_subjects(
         models, download=options.download, allow_pickle=options.allow_pickle, opened=opened
     ) as subjects:
         return _evaluated(subjects, texts, options, arguments or {}, progress)
 
 
-def _check_texts(texts: Sequence[Text], options: EvaluateOptions) -> None:
+def check_texts(texts: Sequence[Text], options: EvaluateOptions) -> None:
     """Raise FrankenmergeError for what needs a text, if there is none."""
     needing = {
         "--samples": options.samples,

@@ -2,9 +2,11 @@
 
 import json
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -341,6 +343,49 @@ def test_random_weights_in_a_shape_of_the_document(document, printed, donors, mo
         == [cell["tokens"] for cell in other[:4]]
         != [cell["tokens"] for cell in ids[:4]]
     )
+
+
+def test_claims_are_shares_with_an_interval_and_a_null(document):
+    import document_claims
+
+    from frankenmerge.artefacts.atlas import TopTokens
+
+    # scipy.stats.binomtest(7, 20).proportion_ci(method="wilson")
+    assert document_claims.wilson(7 / 20, 20) == pytest.approx((0.18119, 0.56715), abs=1e-4)
+    generator = np.random.default_rng(0)
+    aligned = np.tile(generator.permutation(400), (5, 1))[:, :, None]
+    aligned[3] = generator.permutation(400)[:, None]
+    specs = [spec for block in (1, 2, 3, 4) for spec in parse_features("[:, :, 0-3]", block, 400)]
+    for blocks, untrained, expected in (
+        ((1, 2), False, "true"),
+        ((1, 2, 3), False, "true"),
+        ((3, 4), False, "not shown"),
+        ((3, 4), True, "true"),
+        ((1, 2), True, "false"),
+    ):
+        table = document.Table("x", "complete", "[:, :, 0-3]", blocks, untrained=untrained)
+        own = [spec for spec in specs if spec.block in blocks]
+        (found,) = document_claims.claims(table, own, {}, lambda: TopTokens(aligned, aligned), 400)
+        assert found.verdict == expected
+    assert found.share == 1 and found.null == 0 and found.count == 400
+
+
+def test_claims_of_a_model_that_is_not_the_documents_own(printed, donors):
+    names = ("greedy search", "gradient, single neurons", "complete search")
+    asked = [option for name in names for option in ("--table", name)]
+    (result,) = printed("--model", donors["a"], *asked)["models"]
+    tables = {table["table"]: table for table in result["tables"]}
+    ways = [
+        [cell["tokens"] for cell in tables["greedy search"]["cells"] if cell["way"] == way]
+        for way in ("last position", "all positions")
+    ]
+    same, *_ = tables["greedy search"]["claims"]
+    assert same["share"] == pytest.approx(np.mean([a == b for a, b in zip(*ways, strict=True)]))
+    (own, repeated) = tables["gradient, single neurons"]["claims"]
+    cells = [cell for cell in tables["gradient, single neurons"]["cells"] if not cell["artefact"]]
+    pairs = [a == b for cell in cells for a, b in combinations(cell["tokens"], 2)]
+    assert repeated["share"] == pytest.approx(np.mean(pairs))
+    assert own["null"] == pytest.approx(1 / VOCABULARY)
 
 
 @pytest.mark.parametrize(

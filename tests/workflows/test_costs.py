@@ -55,16 +55,25 @@ def planned(run, *arguments):
     return found
 
 
+def recipe_blocks(donors):
+    return [Block(str(donors["a"]), 0), Block(str(donors["a"]), 1), Block(str(donors["b"]), 2)]
+
+
 def test_a_plan_counts_what_the_commands_do(run, donors, tmp_path):
     recipe, text = tmp_path / "r.yaml", tmp_path / "text.txt"
-    blocks = [Block(str(donors["a"]), 0), Block(str(donors["a"]), 1), Block(str(donors["b"]), 2)]
-    recipe.write_text(recipe_of(blocks).dump())
+    recipe.write_text(recipe_of(recipe_blocks(donors)).dump())
     text.write_text("the quick brown fox jumps over the lazy dog " * 8)
     arguments = "evaluate", recipe, "--text", text
     plan = planned(run, *arguments)
     measured = json.loads(run(*arguments, "--json")[1])["models"]
     assert plan["counts"]["models"] == len(measured) == 3
     assert plan["counts"]["tokens"] == sum(model["tokens"] for model in measured)
+
+
+@pytest.mark.slow
+def test_a_plan_of_healing_has_the_memory_that_healing_reports(run, donors, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(recipe_of(recipe_blocks(donors)).dump())
     options = "heal", recipe, tmp_path / "out", "--steps", 2, "--scope", "norms"
     plan = planned(run, *options)
     assert not list(tmp_path.glob("out*"))
