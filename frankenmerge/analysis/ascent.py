@@ -1,11 +1,12 @@
 """Ascent: exchange single tokens of an input for better ones, until none is better.
 
 Coordinate ascent over the positions of an input. From several starts (greedy search's input and
-random ones) each position is given the best of some candidates, which the gradient at the one-hot
-token chooses (to first order, as in GCG: Zou et al. 2023, arXiv:2307.15043). The best input of each
-feature then climbs by all tokens of the vocabulary, so that no exchange of one token improves it.
-All activations are exact: candidates are run, after the keys and values of the tokens before their
-position, and inputs of several features that differ in that position alone are run once.
+random ones; only these where the vocabulary is large) each position is given the best of some
+candidates, which the gradient at the one-hot token chooses (to first order, as in GCG: Zou et al.
+2023, arXiv:2307.15043). The best starts climb on, and the best input of each feature then climbs by
+all tokens of the vocabulary, so that no exchange of one token improves it. All activations are
+exact: candidates are run after the keys and values of the tokens before their position, and inputs
+of several features that differ in that position alone are run once.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ KEPT = 2
 """How many of them, the best after one visit of every position, climb on."""
 EXPLORED = 16
 """Candidates at a position of every start, before the best one climbs by all tokens."""
-RECALL_SAMPLE = 16
+RECALL_SAMPLE = 8
 """Number of exchanges that are also made exactly, to measure the recall of the screen."""
 GRADIENT_COST = 3
 """Inputs that a forward and a backward pass of one input count as."""
@@ -92,8 +93,8 @@ def ascent_search(
         isolated: whether every block is fed the embedding instead of its predecessor's output.
         positions: what to maximise: the feature at the `last` position, or its sum over `all`,
             including those of `start`.
-        candidates: try only this many tokens at a position, and omit the climb by all tokens, for
-            large vocabularies.
+        candidates: try only this many tokens at a position, and omit what runs all tokens: greedy
+            search, and the last climb. For large vocabularies.
         starts: how many inputs to climb from: the one that greedy search finds, and random ones.
         seed: of the random starts.
         start: tokens before the searched ones, such as BOS.
@@ -106,7 +107,7 @@ def ascent_search(
     counts = {"n": n, "starts": starts, "candidates": 1 if candidates is None else candidates}
     check_search(model, features, n, counts, start)
     runs = Runs(model, features, start, site, isolated, positions, advance)
-    begun = _starts(runs, n, starts, candidates, seed)
+    begun = _starts(runs, n, starts, candidates is None, seed)
     owners, screen = torch.arange(len(features)), _screened(runs, candidates or EXPLORED)
     several = owners.repeat_interleave(starts)
     climbed = _best(KEPT, *climb(runs, several, begun, screen, rounds=1), len(features))
@@ -126,24 +127,23 @@ def ascent_search(
     )
 
 
-def _starts(runs: "Runs", n: int, starts: int, candidates: int | None, seed: int) -> Tensor:
-    """Tokens `[features * starts, n]`: for each feature greedy search's, then random ones."""
-    greedy = greedy_search(
-        runs.model,
-        runs.features,
-        n=n,
-        site=runs.site,
-        isolated=runs.isolated,
-        positions=runs.positions,
-        candidates=candidates,
-        start=runs.start,
-        advance=runs.ran,
-    )
-    size = (len(runs.features), starts - 1, n)
-    generator = torch.Generator().manual_seed(seed)
-    others = torch.randint(len(embedding_of(runs.model)), size, generator=generator)
-    first = torch.from_numpy(greedy.tokens).long()[:, None]
-    return torch.cat([first, others], dim=1).flatten(0, 1)
+def _starts(runs: "Runs", n: int, starts: int, greedy: bool, seed: int) -> Tensor:
+    """Tokens `[features * starts, n]`, random, but the first of each feature if `greedy`."""
+    size, generator = (len(runs.features), starts, n), torch.Generator().manual_seed(seed)
+    tokens = torch.randint(len(embedding_of(runs.model)), size, generator=generator)
+    if greedy:
+        found = greedy_search(
+            runs.model,
+            runs.features,
+            n=n,
+            site=runs.site,
+            isolated=runs.isolated,
+            positions=runs.positions,
+            start=runs.start,
+            advance=runs.ran,
+        )
+        tokens[:, 0] = torch.from_numpy(found.tokens)
+    return tokens.flatten(0, 1)
 
 
 def _best(count: int, inputs: Tensor, scores: Tensor, features: int) -> Tensor:

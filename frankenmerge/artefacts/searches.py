@@ -35,8 +35,7 @@ SEARCHES: dict[str, SearchInfo] = {
     "ascent": SearchInfo(
         "Ascent",
         "exchange single tokens until none is better",
-        "about 10 passes of the vocabulary per feature; with --candidates N about N / 2 % of one "
-        "per start",
+        "about 10 passes of the vocabulary per feature; with --candidates N about 60 N inputs",
         ("neurons", "notation", "tokens", "bos", "candidates", "positions", "starts", "fluent")
         + ("steps",),
     ),

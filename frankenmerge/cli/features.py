@@ -140,7 +140,10 @@ def _help(text: str, option: str) -> str:
 @click.option(
     "--starts",
     type=click.IntRange(1),
-    help=_help("Number of inputs to begin from, the first that of greedy search", "starts")[:-1]
+    help=_help(
+        "Number of inputs to begin from; without --candidates the first is that of greedy search",
+        "starts",
+    )[:-1]
     + ". [default: 8]",
 )
 @click.option(

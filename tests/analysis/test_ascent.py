@@ -64,8 +64,8 @@ def test_comes_within_two_percent_of_the_best_of_all_inputs(model):
     assert found.recall is None
 
 
-MISSES = 1
-"""Features of which ascent ends lower: 2.2 % below. Of 14 of the 16 it finds the best input."""
+MISSES = 0
+"""Features of which ascent ends lower than that."""
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_inputs_are_counted(model):
     found = ascent_search(model, FEATURES, n=1, candidates=5, advance=reported.append)
     hook.remove()
     counted = sum(reported)
-    # Each search runs what it found once more for its values, and recall is measured apart.
+    # What was found is run once more for its values, and recall is measured apart.
     sample = ascent.RECALL_SAMPLE
-    assert counted == ran["forward"] + 3 * ran["gradient"] - 2 * len(FEATURES)
+    assert counted == ran["forward"] + 3 * ran["gradient"] - len(FEATURES)
     assert sample * ascent.GRADIENT_COST < counted - found.inputs <= sample * (TOKENS + 3)
     assert found.passes == found.inputs / TOKENS
 
