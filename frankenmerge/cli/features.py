@@ -424,7 +424,10 @@ def _print_front(feature: "FeatureRecord") -> None:
 
 def _print_examples(feature: "FeatureRecord") -> None:
     assert feature.examples is not None
-    rows = table(f"Examples of {feature.name}", "place", "activation")
+    title = f"Examples of {feature.name}"
+    if feature.activation is not None:
+        title += f"; of what it likes most {feature.activation:.3f}"
+    rows = table(title, "place", "activation")
     for example in feature.examples:
         rows.add_row(_highlighted(example), f"{example.activation:.3f}")
     out().print(rows)
