@@ -87,7 +87,12 @@ class Comparison:
             "ascent": self.row(ascent.values[:, -1], ascent.passes),
         }
         ratios = ((ascent.values[:, -1] - self.mean) / (np.array(plain) - self.mean)).tolist()
+        improvable = [
+            self.improvable(number, torch.from_numpy(tokens).long())
+            for number, tokens in enumerate(ascent.tokens)
+        ]
         rows["ascent"] |= {
+            "improvable": float(np.mean(improvable)),
             "over_plain": rows["ascent"]["activation"] / rows["plain_ascent"]["activation"],
             "worst_over_plain": min(ratios),
             "better_than_greedy": float((ascent.values > greedy.values)[:, -1].mean()),
@@ -117,6 +122,11 @@ class Comparison:
     def score(self, number: int) -> Callable[[Tensor], Tensor]:
         """The activation of one feature on inputs `[r, n]`."""
         return lambda inputs: torch.from_numpy(self.activations(inputs)[:, number])
+
+    def improvable(self, number: int, tokens: Tensor) -> bool:
+        """Whether an exchange of one token of `[n]` by any other gives a higher activation."""
+        _, passes = plain_ascent(self.score(number), self.vocabulary, tokens)
+        return passes > len(tokens)
 
     def best_random(self, passes: float) -> np.ndarray:
         """The best of as many random inputs, each feature its own."""

@@ -1,11 +1,12 @@
 """Ascent: exchange single tokens of an input for better ones, until none is better.
 
 Coordinate ascent over the positions of an input. From several starts (greedy search's input and
-random ones) each position is given the best of some candidates, which the gradient at the one-hot
-token chooses (to first order, as in GCG: Zou et al. 2023, arXiv:2307.15043). The best input of each
-feature then climbs by all tokens of the vocabulary, so that no exchange of one token improves it.
-All activations are exact: candidates are run, after the keys and values of the tokens before their
-position, and inputs of several features that differ in that position alone are run once.
+random ones; only these where the vocabulary is large) each position is given the best of some
+candidates, which the gradient at the one-hot token chooses (to first order, as in GCG: Zou et al.
+2023, arXiv:2307.15043). The best starts climb on, and the best input of each feature is then given
+the best of all tokens at every position, and climbs by those that were best there. All activations
+are exact: candidates are run after the keys and values of the tokens before their position, and
+inputs of several features that differ in that position alone are run once.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from frankenmerge.analysis.greedy import (
     greedy_search,
     own_activations,
 )
-from frankenmerge.analysis.ranking import pack, unpack
+from frankenmerge.analysis.ranking import merge, pack, unpack
 from frankenmerge.models.hooks import Site, block_outputs, embedding_of, forward
 from frankenmerge.models.passes import caches_keys
 from frankenmerge.progress import Advance, ignore
@@ -40,8 +41,10 @@ STARTS = 8
 KEPT = 2
 """How many of them, the best after one visit of every position, climb on."""
 EXPLORED = 16
-"""Candidates at a position of every start, before the best one climbs by all tokens."""
-RECALL_SAMPLE = 16
+"""Candidates at a position of every start, before all tokens are tried in the best one."""
+REMEMBERED = 64
+"""The best of all tokens at a position, which are tried when others have changed."""
+RECALL_SAMPLE = 8
 """Number of exchanges that are also made exactly, to measure the recall of the screen."""
 GRADIENT_COST = 3
 """Inputs that a forward and a backward pass of one input count as."""
@@ -92,8 +95,8 @@ def ascent_search(
         isolated: whether every block is fed the embedding instead of its predecessor's output.
         positions: what to maximise: the feature at the `last` position, or its sum over `all`,
             including those of `start`.
-        candidates: try only this many tokens at a position, and omit the climb by all tokens, for
-            large vocabularies.
+        candidates: try only this many tokens at a position, and omit what runs all tokens: greedy
+            search, and the end. For large vocabularies.
         starts: how many inputs to climb from: the one that greedy search finds, and random ones.
         seed: of the random starts.
         start: tokens before the searched ones, such as BOS.
@@ -106,14 +109,14 @@ def ascent_search(
     counts = {"n": n, "starts": starts, "candidates": 1 if candidates is None else candidates}
     check_search(model, features, n, counts, start)
     runs = Runs(model, features, start, site, isolated, positions, advance)
-    begun = _starts(runs, n, starts, candidates, seed)
+    begun = _starts(runs, n, starts, candidates is None, seed)
     owners, screen = torch.arange(len(features)), _screened(runs, candidates or EXPLORED)
     several = owners.repeat_interleave(starts)
     climbed = _best(KEPT, *climb(runs, several, begun, screen, rounds=1), len(features))
     kept = owners.repeat_interleave(len(climbed) // len(features))
     found = _best(1, *climb(runs, kept, climbed, screen), len(features))
     if candidates is None:
-        found, _ = climb(runs, owners, found)
+        found = _polished(runs, owners, found)
     inputs = runs.total
     recall = None if candidates is None else _recall(runs, several, begun, candidates)
     values = own_activations(model, features, runs.after_start(found), site=site, isolated=isolated)
@@ -126,24 +129,23 @@ def ascent_search(
     )
 
 
-def _starts(runs: "Runs", n: int, starts: int, candidates: int | None, seed: int) -> Tensor:
-    """Tokens `[features * starts, n]`: for each feature greedy search's, then random ones."""
-    greedy = greedy_search(
-        runs.model,
-        runs.features,
-        n=n,
-        site=runs.site,
-        isolated=runs.isolated,
-        positions=runs.positions,
-        candidates=candidates,
-        start=runs.start,
-        advance=runs.ran,
-    )
-    size = (len(runs.features), starts - 1, n)
-    generator = torch.Generator().manual_seed(seed)
-    others = torch.randint(len(embedding_of(runs.model)), size, generator=generator)
-    first = torch.from_numpy(greedy.tokens).long()[:, None]
-    return torch.cat([first, others], dim=1).flatten(0, 1)
+def _starts(runs: "Runs", n: int, starts: int, greedy: bool, seed: int) -> Tensor:
+    """Tokens `[features * starts, n]`, random, but the first of each feature if `greedy`."""
+    size, generator = (len(runs.features), starts, n), torch.Generator().manual_seed(seed)
+    tokens = torch.randint(len(embedding_of(runs.model)), size, generator=generator)
+    if greedy:
+        found = greedy_search(
+            runs.model,
+            runs.features,
+            n=n,
+            site=runs.site,
+            isolated=runs.isolated,
+            positions=runs.positions,
+            start=runs.start,
+            advance=runs.ran,
+        )
+        tokens[:, 0] = torch.from_numpy(found.tokens)
+    return tokens.flatten(0, 1)
 
 
 def _best(count: int, inputs: Tensor, scores: Tensor, features: int) -> Tensor:
@@ -152,6 +154,20 @@ def _best(count: int, inputs: Tensor, scores: Tensor, features: int) -> Tensor:
     best = scores.topk(min(count, scores.shape[1]), dim=1).indices
     rows = best + torch.arange(features)[:, None] * scores.shape[1]
     return inputs[rows.flatten()]
+
+
+def _polished(runs: "Runs", owners: Tensor, inputs: Tensor) -> Tensor:
+    """Try all tokens at every position of the features' inputs `[features, n]`, then climb.
+
+    Where others have changed since, the tokens are tried that were the best then.
+    """
+    inputs, count = inputs.clone(), min(REMEMBERED, len(runs.table))
+    best = inputs.new_empty((*inputs.shape, count))
+    for position in reversed(range(inputs.shape[1])):
+        best[:, position], _ = runs.exchange(owners, inputs, position, None, count)
+        inputs[:, position] = best[:, position, 0]
+    climbed, _ = climb(runs, owners, inputs, lambda some, _inputs, position: best[some, position])
+    return climbed
 
 
 Propose = Callable[[Tensor, Tensor, int], Tensor]
@@ -173,7 +189,7 @@ def climb(
     runs: "Runs",
     owners: Tensor,
     inputs: Tensor,
-    propose: Propose | None = None,
+    propose: Propose,
     rounds: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exchange single tokens for the best candidates until no exchange improves an input.
@@ -185,7 +201,7 @@ def climb(
         runs: runs the model.
         owners: the index of each input's feature `[r]`.
         inputs: token ids `[r, n]`.
-        propose: chooses candidates; all tokens by default.
+        propose: chooses candidates.
         rounds: visit every position at most so many times.
 
     Returns:
@@ -202,8 +218,8 @@ def climb(
             if not len(rows):
                 continue
             some, own = owners[rows], inputs[rows]
-            candidates = propose(some, own, position) if propose else None
-            tokens, values = runs.exchange(some, own, position, candidates)
+            best = runs.exchange(some, own, position, propose(some, own, position))
+            tokens, values = (each[:, 0] for each in best)
             better = values > scores[rows]  # strictly, so that it ends
             moved = rows[better & (tokens != own[:, position])]
             inputs[rows[better], position] = tokens[better]
@@ -222,7 +238,7 @@ def _recall(runs: "Runs", owners: Tensor, inputs: Tensor, candidates: int) -> fl
         if len(some):
             screen = _screened(runs, candidates)(owners[some], inputs[some], position)
             best, _ = runs.exchange(owners[some], inputs[some], position, None)
-            hits += (screen == best[:, None]).any(dim=1).tolist()
+            hits += (screen == best).any(dim=1).tolist()
     return float(np.mean(hits))
 
 
@@ -257,23 +273,30 @@ class Runs:
 
     @torch.no_grad()
     def exchange(
-        self, owners: Tensor, inputs: Tensor, position: int, candidates: Tensor | None
+        self,
+        owners: Tensor,
+        inputs: Tensor,
+        position: int,
+        candidates: Tensor | None,
+        k: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """The best candidate for one position of each input.
+        """The `k` best candidates for one position of each input.
 
         Args:
             owners: the index of each input's feature `[r]`.
             inputs: token ids `[r, n]`.
             position: where to exchange the token.
-            candidates: token ids `[r, c]`; all tokens if None.
+            candidates: token ids `[r, c]`, at least `k` different ones; all tokens if None.
+            k: how many to return.
 
         Returns:
-            Tokens, int64, and their scores, float32, both `[r]`; of equal scores the lowest id.
+            Tokens, int64, and their scores, float32, both `[r, k]`, best first; of equal scores the
+            lowest id.
         """
         contexts = self._contexts(owners, inputs, position, candidates)
         tokens = torch.cat([context.tokens for context in contexts])
         ends = np.cumsum([len(context.tokens) for context in contexts]).tolist()
-        best = torch.full((len(inputs),), torch.iinfo(torch.int64).min)
+        best: list[Tensor | None] = [None] * len(inputs)
         for first in range(0, len(tokens), BATCH):
             ids = tokens[first : first + BATCH]
             spans = [
@@ -283,9 +306,9 @@ class Runs:
                 for context, end in zip(contexts, ends, strict=True)
                 if end > first and end - len(context.tokens) < first + len(ids)
             ]
-            self._rank(spans, ids, owners, best)
+            self._rank(spans, ids, owners, best, k)
             self.ran(len(ids))
-        return unpack(best)
+        return unpack(torch.cat([keys for keys in best if keys is not None]))
 
     def _contexts(
         self, owners: Tensor, inputs: Tensor, position: int, candidates: Tensor | None
@@ -307,8 +330,15 @@ class Runs:
         ]
         return sorted(contexts, key=lambda context: context.block)
 
-    def _rank(self, spans: list["_Span"], ids: Tensor, owners: Tensor, best: Tensor) -> None:
-        """Run candidates `[b]`, each in its span's context, and update the rows' best keys."""
+    def _rank(
+        self,
+        spans: list["_Span"],
+        ids: Tensor,
+        owners: Tensor,
+        best: list[Tensor | None],
+        k: int,
+    ) -> None:
+        """Run candidates `[b]`, each in its span's context, and update the rows' `k` best keys."""
         device = self.table.device
         place = torch.cat(
             [torch.full((span.end - span.begin,), number) for number, span in enumerate(spans)]
@@ -335,7 +365,7 @@ class Runs:
                         scores + earlier[feature.block][number, :, feature.neuron].float().sum()
                     )
                 keys = pack(scores[None].cpu(), ids[span.begin : span.end, 0].cpu(), str(feature))
-                best[row] = torch.maximum(best[row], keys.max())
+                best[row] = merge(best[row], keys, k)
 
     def gains(self, owners: Tensor, inputs: Tensor) -> Tensor:
         """The first-order change of scores by exchanging a token, up to a constant of the position.

@@ -35,8 +35,7 @@ SEARCHES: dict[str, SearchInfo] = {
     "ascent": SearchInfo(
         "Ascent",
         "exchange single tokens until none is better",
-        "about 10 passes of the vocabulary per feature; with --candidates N about N / 2 % of one "
-        "per start",
+        "8 to 10 passes of the vocabulary per feature; with --candidates N about 50 N inputs",
         ("neurons", "notation", "tokens", "bos", "candidates", "positions", "starts", "fluent")
         + ("steps",),
     ),

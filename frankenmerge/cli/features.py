@@ -140,7 +140,10 @@ def _help(text: str, option: str) -> str:
 @click.option(
     "--starts",
     type=click.IntRange(1),
-    help=_help("Number of inputs to begin from, the first that of greedy search", "starts")[:-1]
+    help=_help(
+        "Number of inputs to begin from; without --candidates the first is that of greedy search",
+        "starts",
+    )[:-1]
     + ". [default: 8]",
 )
 @click.option(
@@ -444,7 +447,10 @@ def _print_front(feature: "FeatureRecord") -> None:
 
 def _print_examples(feature: "FeatureRecord") -> None:
     assert feature.examples is not None
-    rows = table(f"Examples of {feature.name}", "place", "activation")
+    title = f"Examples of {feature.name}"
+    if feature.activation is not None:
+        title += f"; of what it likes most {feature.activation:.3f}"
+    rows = table(title, "place", "activation")
     for example in feature.examples:
         rows.add_row(_highlighted(example), f"{example.activation:.3f}")
     out().print(rows)

@@ -197,6 +197,8 @@ def search(
     if texts:
         need_language(checkpoint)
         check_single(features, WHY_EXAMPLES)
+    if method == "ascent" and options.steps and not options.fluent:
+        raise fail("--steps", "--fluent, whose generations they are", "none", "add it")
     if options.fluent and options.isolated:
         expected, remedy = "blocks in their order, for its cross-entropy", "leave one of them out"
         raise fail("--fluent", expected, "--isolated", remedy)

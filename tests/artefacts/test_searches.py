@@ -16,5 +16,5 @@ def test_options_of_searches_are_fields_of_their_options():
 
 
 def test_searches_with_an_option():
-    assert searches_with("bos") == ("complete", "greedy")
+    assert searches_with("bos") == ("complete", "greedy", "ascent")
     assert searches_with("layers") == ()

@@ -15,7 +15,7 @@ from frankenmerge.analysis.prior import prior_search
 from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.models.loading import Placement, load_model, untrained_model
 
-METHODS = ("complete", "greedy", "gradient", "softmax-prior")
+METHODS = ("complete", "greedy", "ascent", "gradient", "softmax-prior")
 LETTERS = "\0abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -214,7 +214,7 @@ def test_beam_and_positions_reach_the_greedy_search(donors, run):
     assert list(rows(run, donors["g"], *options).values()) != expected
 
 
-@pytest.mark.parametrize("method", ["complete", "greedy"])
+@pytest.mark.parametrize("method", ["complete", "greedy", "ascent"])
 @pytest.mark.parametrize(
     ("notation", "found"), [("[:, :, 0:2]", "several neurons"), ("[:, 1, 3]", "chosen positions")]
 )
@@ -239,6 +239,10 @@ def test_positions_beyond_the_input_are_a_mistake(donors, run):
         ("complete", ("--positions", "last"), "--positions"),
         ("greedy", ("--decode", "hidden"), "--decode"),
         ("greedy", ("--mask-special",), "--mask-special"),
+        ("greedy", ("--fluent",), "--fluent"),
+        ("greedy", ("--starts", "2"), "--starts"),
+        ("ascent", ("--steps", "2"), "--steps"),
+        ("inversion", ("--input", "a", "--separator", "b"), "--separator"),
         ("gradient", ("--bos",), "--bos"),
         ("softmax-prior", ("--optimizer", "adam"), "--optimizer"),
         ("gradient", ("--input", "abc"), "--input"),

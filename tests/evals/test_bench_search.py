@@ -19,6 +19,7 @@ PROMISED = {
     },
     "greedy": {"speedup_over_uncached", "recall"},
     "gradient": {"speedup_over_single"},
+    "strength": {"greedy", "beam_16", "plain_ascent", "ascent", "random", "gradient"},
 }
 TIMES = {
     "complete": {
@@ -87,6 +88,15 @@ def test_what_is_timed_finds_the_same(measured):
     assert (
         measured["complete"]["peak_extra_mb"] is None or measured["complete"]["peak_extra_mb"] >= 0
     )
+
+
+def test_what_searches_find_is_compared(measured):
+    found = measured["strength"]
+    assert found["ascent"]["activation"] >= found["greedy"]["activation"]
+    assert found["plain_ascent"]["activation"] >= found["greedy"]["activation"]
+    assert found["ascent"]["over_plain"] > 0.95
+    assert found["random"]["passes"] == found["ascent"]["passes"]
+    assert 0 <= found["ascent_16_candidates"]["recall"] <= 1
 
 
 def test_rescoring_corrects_the_screen(measured):
