@@ -78,7 +78,8 @@ def plan_sweep(
         found, remedy = f"{len(donors)}", "sweep one donor after the other"
         raise fail("plan --sweep", "one donor", found, remedy)
     on = gains_on(options["on"], options["separator"])
-    chosen = SweepOptions(on, options["seed"], Placement(dtype, device))
+    scales = tuple(dict.fromkeys(options["scales"])) or None
+    chosen = SweepOptions(on, options["seed"], Placement(dtype, device), scales)
     made, recipe = sweep(open_donor(str(donors[0])), chosen, output, progress=progress)
     write_file(output, recipe.dump().encode())
     if as_json:
