@@ -21,7 +21,7 @@ def evidence(cache: Path, data: Path) -> list[Step]:
     atlases = ("--atlas", folder.atlas(base), folder.atlas(code))
     pair = ("--donor-a", base, "--donor-b", code)
     texts = [word for text in folder.text() for word in ("--text", text)]
-    short = [word for text in folder.text("-short") for word in ("--text", text)]
+    short = ("--text", folder.short)
     limits = ("--characters", CHARACTERS, "--context", 256, *HALF, "--json")
     count = ("--splices", SPLICES, "--several", SEVERAL)
     random = ("--depth", 36, "--random", RANDOM, "--no-regret")
@@ -43,7 +43,11 @@ def evidence(cache: Path, data: Path) -> list[Step]:
             script_command("plan_quality", *pair, *texts, *random, *atlases, *limits),
             donors,
         ),
-        Step("gain", script_command("gain", *pair, *short, *aligned), (folder.pair, *donors)),
+        Step(
+            "gain",
+            script_command("gain", *pair, *short, *aligned),
+            (folder.pair, folder.short, *donors),
+        ),
         Step(
             "heal",
             frankenmerge_command("heal", planned, healed, *on, *judged, *how),
@@ -53,7 +57,7 @@ def evidence(cache: Path, data: Path) -> list[Step]:
         Step(
             "sweep-cost",
             script_command("bench_sweep", "--donor", base, *short, "--every", 10),
-            (base, *folder.text("-short")),
+            (base, folder.short),
         ),
     ]
     for items in folder.all_items:

@@ -47,6 +47,7 @@ class Folder:
     def __init__(self, cache: Path, data: Path) -> None:
         self.cache, self.data = cache, data
         self.texts = cache / "texts"
+        self.short = self.texts / "short.txt"
         self.run = cache / "run"
         self.base, self.other = cache / BASE, cache / OTHER_FAMILY
         self.tuned = {kind: cache / f"{BASE}-{kind}" for kind in KINDS}
@@ -57,9 +58,9 @@ class Folder:
             [self.texts / f"{name}.jsonl"] if there else [] for name in ("piqa-100", "piqa")
         )
 
-    def text(self, suffix: str = "") -> list[Path]:
-        """The held-out texts, or their beginnings."""
-        return [self.texts / f"{name}{suffix}.txt" for name in self.names]
+    def text(self) -> list[Path]:
+        """The held-out texts."""
+        return [self.texts / f"{name}.txt" for name in self.names]
 
     def training(self) -> list[Path]:
         """Excerpts of what the fine-tunes were trained on."""
@@ -72,7 +73,7 @@ class Folder:
     def donors(self) -> list[Step]:
         """The models of the package index, two fine-tunes of the first, and texts."""
         data = [self.data / WIKITEXT, self.data / PIQA]
-        files = [*self.text(), *self.text("-short"), *self.items, *self.all_items]
+        files = [*self.text(), self.short, *self.items, *self.all_items]
         files += self.training()
         files += [self.texts / f"train-{kind}.txt" for kind in KINDS]
         steps = [
@@ -142,12 +143,10 @@ class Folder:
     def splices(self) -> list[Step]:
         """Plans, what is built of one, and what it is worth."""
         base, run, pair, code = self.base, self.run, self.pair, self.tuned["code"]
-        short = self.text("-short")
         planned, damped, repeated = (run / f"{name}.yaml" for name in ("plan", "damped", "repeat"))
         merged, copied = run / "merged", self.cache / "copy.safetensors"
         models = (merged, base, code)
-        on = [word for text in short for word in ("--on", text)]
-        sweep = ("plan", base, "--sweep", *on, *HALF, "-o", repeated)
+        sweep = ("plan", base, "--sweep", "--scale", 1, "--on", self.short, *HALF, "-o", repeated)
         plan = ("plan", pair, "--depth", DEPTH, "-o")
         return [
             Step("plan", frankenmerge_command(*plan, planned), (pair,), (planned,)),
@@ -166,7 +165,7 @@ class Folder:
             ),
             Step("copy", ("cp", str(merged / WEIGHTS), str(copied)), (merged,), (copied,)),
             *self.evaluations(models),
-            Step("sweep", frankenmerge_command(*sweep), (base, *short), (repeated,)),
+            Step("sweep", frankenmerge_command(*sweep), (base, self.short), (repeated,)),
             *self.second_family(),
         ]
 

@@ -2,7 +2,7 @@
 
 `python -m evals.real.repeats DONOR SWEEP --items FILE --text FILE`: of the sweep's windows, each
 with its best scale, the best forty on text, and twenty others at random as controls, answer the
-first items. The best three of each kind by that, and the best three by text, answer the other items
+first items. The best two of each kind by that, and the best two by text, answer the other items
 and predict the rest of the texts: nothing was chosen by these. All three times the donor is
 measured alike, and differences are paired: exact McNemar tests with Holm's correction, and
 intervals that hold for all finalists together.
@@ -36,8 +36,8 @@ from frankenmerge.planning.candidates import repeated_window
 from frankenmerge.splicing.resolve import resolve
 from frankenmerge.workflows.gaining import domains_on, parts_of
 
-BEST, CONTROLS, FINALISTS = 40, 20, 3
-FIRST = 80
+BEST, CONTROLS, FINALISTS = 40, 20, 2
+FIRST = 60
 """Items that finalists are chosen by."""
 
 
@@ -46,7 +46,7 @@ FIRST = 80
 @click.argument("swept", type=click.Path(path_type=Path))
 @click.option("--items", "file", required=True, type=click.Path(path_type=Path))
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path))
-@click.option("--characters", default=12_000, show_default=True, help="Of each text.")
+@click.option("--characters", default=8_000, show_default=True, help="Of each text.")
 @click.option("--dtype", default="float32", show_default=True, help="To compute in.")
 def main(
     donor: str, swept: Path, file: Path, texts: tuple[Path, ...], characters: int, dtype: str

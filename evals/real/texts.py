@@ -14,7 +14,7 @@ import numpy as np
 from evals.zoo.corpus import KINDS, Document, documents, of_kind
 
 CHARACTERS, SHORT, EXCERPT = 40_000, 1_500, 4_000
-"""Of each held-out text, of the beginning that sweeps are on, and of any single file."""
+"""Of each held-out text, of its beginning in `short.txt`, and of any single file in a text."""
 WIKITEXT, PIQA = Path("text/wikitext2-valid.txt"), Path("tasks/piqa-valid-400.jsonl")
 
 
@@ -22,7 +22,7 @@ WIKITEXT, PIQA = Path("text/wikitext2-valid.txt"), Path("tasks/piqa-valid-400.js
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path))
 def main(out: Path, data: Path) -> None:
-    """Write `train-KIND*.txt`, `NAME.txt`, `NAME-short.txt` and `piqa*.jsonl` to the folder OUT."""
+    """Write `train-KIND*.txt`, `NAME.txt`, `short.txt` and `piqa*.jsonl` to the folder OUT."""
     out.mkdir(parents=True, exist_ok=True)
     found = documents()
     held_out = {}
@@ -37,7 +37,8 @@ def main(out: Path, data: Path) -> None:
         held_out["wikitext"] = (data / WIKITEXT).read_text("utf-8")[:CHARACTERS].strip()
     for name, text in held_out.items():
         (out / f"{name}.txt").write_text(text, "utf-8")
-        (out / f"{name}-short.txt").write_text(text[:SHORT], "utf-8")
+    short = "\n\n".join(text[:SHORT] for text in held_out.values())
+    (out / "short.txt").write_text(short, "utf-8")
     if (data / PIQA).exists():
         items = piqa_items(data / PIQA)
         for name, part in (("piqa", items), ("piqa-100", items[:100])):

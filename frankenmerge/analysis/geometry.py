@@ -16,7 +16,7 @@ MOST_PROBES = 512
 """Probes for scores of pairs of probes, whose cost grows with the square of their number."""
 ROUNDS = 4
 """Permutations for each null; every one is averaged over hundreds of probes."""
-NEURONS_AT_ONCE = 256
+NEURONS_AT_ONCE, PROBES_AT_ONCE = 256, 64
 BLIND = frozenset(
     {"cka", "neighbours", "norm_ratio", "influence", "distance", "relative_depth", "gauge"}
 )
@@ -131,10 +131,9 @@ def angular(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """
 
     def detail(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        chord = np.linalg.norm(
-            _directions(x) - _directions(y), axis=1
-        )  # arccos would lose small angles to rounding
-        return 1 - 2 * np.arcsin(np.minimum(1, chord / 2)) / np.pi
+        chords, _ = _distances(_directions(x), _directions(y))
+        # arccos would lose small angles to rounding
+        return 1 - 2 * np.arcsin(np.minimum(1, chords / 2)) / np.pi
 
     return _pairwise(a, b, width, detail)
 
@@ -143,10 +142,8 @@ def relative_error(a: Atlas, b: Atlas, context: str, width: int) -> Score:
     """`1 - |x - y| / sqrt(|x| |y|)`, mean over probes: one minus the relative error."""
 
     def detail(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        size = np.sqrt(np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
-        return 1 - np.divide(
-            np.linalg.norm(x - y, axis=1), size, out=np.ones_like(size), where=size > 0
-        )
+        distances, sizes = _distances(x, y)
+        return 1 - np.divide(distances, sizes, out=np.ones_like(sizes), where=sizes > 0)
 
     return _pairwise(a, b, width, detail)
 
@@ -154,11 +151,24 @@ def relative_error(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 def _pairwise(
     a: Atlas, b: Atlas, width: int, detail: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> Score:
-    """A score of `detail` for each probe's two states, with both permutation nulls."""
+    """A score `[l_a, l_b, n]` of `detail` for all pairs of states of `n` probes.
+
+    `detail` takes A's states `[n, l_a, d]` and B's `[n, l_b, d]`, float64, some probes at a time.
+    Both permutation nulls are computed alike.
+    """
     left, right, generator = states_of(a, width), states_of(b, width), np.random.default_rng(0)
 
     def table(states: np.ndarray) -> np.ndarray:
-        return np.stack([np.stack([detail(x, y) for y in states]) for x in left])
+        parts = [
+            detail(
+                *(
+                    each[:, start : start + PROBES_AT_ONCE].transpose(1, 0, 2).astype(np.float64)
+                    for each in (left, states)
+                )
+            )
+            for start in range(0, left.shape[1], PROBES_AT_ONCE)
+        ]
+        return np.concatenate(parts).transpose(1, 2, 0)
 
     nulls = {
         "permuted_probes": mean_over(
@@ -169,6 +179,19 @@ def _pairwise(
         ),
     }
     return _mean_score(table(right), nulls)
+
+
+def _distances(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distances of all pairs, and the square roots of the products of their norms, `[n, l_a, l_b]`.
+
+    As one product of matrices for each probe: of `x` `[n, l_a, d]` and `y` `[n, l_b, d]`, float64.
+    Distances below 1e-7 of the norms are rounding errors, and 0.
+    """
+    own_x, own_y = (np.einsum("nld,nld->nl", each, each) for each in (x, y))
+    sums = own_x[:, :, None] + own_y[:, None]
+    squares = sums - 2 * np.matmul(x, y.transpose(0, 2, 1))
+    squares[squares <= 1e-14 * sums] = 0
+    return np.sqrt(squares), (own_x[:, :, None] * own_y[:, None]) ** 0.25
 
 
 def norm_ratio(a: Atlas, b: Atlas, context: str, width: int) -> Score:

@@ -79,7 +79,8 @@ def plan_sweep(
         found, remedy = f"{len(donors)}", "sweep one donor after the other"
         raise fail("plan --sweep", "one donor", found, remedy)
     on = gains_on(options["on"], options["separator"], download=options["download"])
-    chosen = SweepOptions(on, options["seed"], Placement(dtype, device))
+    scales = tuple(dict.fromkeys(options["scales"])) or None
+    chosen = SweepOptions(on, options["seed"], Placement(dtype, device), scales)
     donor = open_donor(str(donors[0]), download=options["download"])
     made, recipe = sweep(donor, chosen, output, progress=progress)
     write_file(output, recipe.dump().encode())

@@ -177,6 +177,14 @@ _OF_DAMAGE = ("use", "avoid", "shares", "differ", "calibrate", "verify", "damp")
     "gain on --on.",
 )
 @click.option(
+    "--scale",
+    "scales",
+    multiple=True,
+    type=click.FloatRange(0, min_open=True),
+    help="With --sweep, what the second pass of a window is scaled by. May be repeated. [default: "
+    "0.1, 0.5 and 1]",
+)
+@click.option(
     "--random",
     type=click.IntRange(1),
     metavar="N",

@@ -48,6 +48,8 @@ class SweepOptions:
     seed: int = 0
     """Of resamples."""
     placement: Placement = CPU
+    scales: tuple[float, ...] | None = None
+    """Of what the second pass writes; by default `REPEATED`, or 1 where it cannot be scaled."""
 
 
 class _Cell(NamedTuple):
@@ -64,13 +66,17 @@ def sweep(
     Returns the sweep, and the recipe of the window that was selected.
 
     Raises:
-        FrankenmergeError: for tokens that the donor generates, and texts that are too short.
+        FrankenmergeError: for tokens that the donor generates, texts that are too short, and scales
+            where a norm follows what blocks write.
     """
     bench = Bench((), {donor.name: donor}, placement=options.placement)
     domains = domains_on(options.on, bench, [donor.name], options.seed, progress)
     selection, confirmation = split(domains, 2)
     writes = parts_of({donor.name: donor}, None).writes
-    scales = REPEATED if writes else (1.0,)
+    scales = options.scales or (REPEATED if writes else (1.0,))
+    if not writes and set(scales) != {1.0}:
+        expected = "1: a norm follows what its blocks write"
+        raise fail(f"{donor.name}: --scale", expected, ", ".join(map(str, scales)), "leave it out")
     cells = [_Cell(*each, scale) for each in windows(donor.blocks) for scale in scales]
     model = {donor.name: bench.load(donor.name).model}
     alone = donor_losses(model, selection)[0][donor.name]
@@ -78,7 +84,9 @@ def sweep(
     def splice(cell: _Cell) -> Splice:
         return resolve(_recipe(donor, cell, writes), bench.checkpoints)
 
-    journal = _Journal(output.with_suffix(".sweep.journal"), _identity(donor, domains, options))
+    journal = _Journal(
+        output.with_suffix(".sweep.journal"), _identity(donor, domains, scales, options)
+    )
     with progress("sweeping windows", len(cells), "windows") as advance:
         advance(len(journal.done))
         for stop in range(1, donor.blocks + 1):
@@ -139,9 +147,12 @@ def _difference(donor: Sums, window: Sums) -> tuple[float, float]:
     return gain, float(np.sqrt(count / (count - 1) * (spread**2).sum()) / tokens)
 
 
-def _identity(donor: Checkpoint, domains: Sequence[Domain], options: SweepOptions) -> str:
+def _identity(
+    donor: Checkpoint, domains: Sequence[Domain], scales: Sequence[float], options: SweepOptions
+) -> str:
     """What a journal must agree in to be continued."""
-    digest = hashlib.sha256(f"{donor.fingerprint} {options.placement.dtype}".encode())
+    described = f"{donor.fingerprint} {options.placement.dtype} {sorted(scales)}"
+    digest = hashlib.sha256(described.encode())
     for domain in domains:
         digest.update(domain.ids.numpy().tobytes())
         digest.update(domain.counted.numpy().tobytes())

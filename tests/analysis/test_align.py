@@ -377,3 +377,26 @@ def test_real_models_that_grew_apart_agree_no_more_than_chance(real):
         chance = across[name].nulls["permuted_neurons"][1:, 1:]
         assert np.abs(across[name].matrix[1:, 1:] - chance).max() < 0.1
         assert own[name].matrix.diagonal().min() > 0.999
+
+
+def test_angles_and_errors_are_those_of_every_pair_of_states(pair):
+    a, b = pair
+    width = min(a.width, b.width)
+    scores = align(a, b).scores
+    for i, j in np.ndindex(a.blocks + 1, b.blocks + 1):
+        x, y = (
+            atlas.activations(block)[:, :width].astype(np.float64)
+            for atlas, block in ((a, i), (b, j))
+        )
+        norms = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
+        cosines = (x * y).sum(axis=1) / (norms[0] * norms[1])
+        angles = 1 - np.arccos(np.clip(cosines, -1, 1)) / np.pi
+        errors = 1 - np.linalg.norm(x - y, axis=1) / np.sqrt(norms[0] * norms[1])
+        assert scores["angular"].matrix[i, j] == pytest.approx(angles.mean(), abs=1e-6)
+        assert scores["relative_error"].matrix[i, j] == pytest.approx(errors.mean(), abs=1e-6)
+
+
+def test_a_donor_agrees_with_itself_exactly(atlases):
+    scores = align(atlases["a"], atlases["a"]).scores
+    for name in ("angular", "relative_error"):
+        assert (scores[name].matrix.diagonal() == 1).all()

@@ -13,11 +13,14 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+from splices import sample
+
 from evals.real import finetune, repeats, texts, wheels
 from evals.real.evidence import evidence
 from evals.real.pipeline import pipeline
 from evals.real.steps import Record, Step, output_of, run
 from evals.real.table import table
+from frankenmerge.artefacts.recipe import Block, recipe_of
 from frankenmerge.artefacts.sweep import Sweep, WindowRecord
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,6 +206,14 @@ def test_controls_are_other_windows_than_the_best():
     assert all(each.gain == gains[each.start, each.stop] for each in [*best, *controls])
     others = {(each.start, each.stop) for each in controls}
     assert len(others) == repeats.CONTROLS and others <= set(ranked[repeats.BEST :])
+
+
+def test_a_sample_of_recipes_is_seeded_and_in_order():
+    recipes = {number: recipe_of([Block("a", 0)] * (number + 1)) for number in range(20)}
+    taken = [sample(recipes, 6, seed=seed) for seed in (0, 0, 1)]
+    assert list(taken[0]) == list(taken[1]) == sorted(taken[0]) != list(taken[2])
+    assert len(taken[0]) == 6 and taken[0].items() <= recipes.items()
+    assert sample(recipes, None) == sample(recipes, 20) == recipes
 
 
 SMOLLM2 = ROOT / "build" / "real" / "smollm2"

@@ -99,6 +99,20 @@ def test_what_is_printed(planted, written_text, run, tmp_path):
     assert "A gain is confirmed" in out and "[1, 2)" in out
 
 
+def test_only_the_scales_that_were_asked_for(planted, written_text, run, tmp_path):
+    def swept_with(*scales):
+        options = [word for scale in scales for word in ("--scale", scale)]
+        command = ("plan", planted["donor"], "--sweep", "--on", written_text, *options)
+        code, out, err = run(*command, "-o", tmp_path / "recipe.yaml", "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    every, one = swept_with(), swept_with("1")
+    assert one["scales"] == [1.0]
+    assert one["windows"] == [each for each in every["windows"] if each["scale"] == 1]
+    assert swept_with("0.3", "1", "0.3")["scales"] == [0.3, 1.0]
+
+
 class Interrupted(Exception):
     """What ends a sweep in the middle."""
 
