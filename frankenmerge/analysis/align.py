@@ -388,7 +388,10 @@ FUNCTIONS: dict[str, Callable[[Atlas, Atlas, str, int], Score]] = {
     "distance": geometry.distance,
     "relative_depth": geometry.relative_depth,
     "gauge": gauge_agreement,
-    **{method: partial(input_agreement, method=method) for method in ("greedy", "gradient")},
+    **{
+        method: partial(input_agreement, method=method)
+        for method in ("greedy", "ascent", "gradient")
+    },
     "pixels": picture_agreement,
 }
 """From two atlases, the context and the number of shared neurons to a score; words for each are in
