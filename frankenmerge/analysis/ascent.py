@@ -1,4 +1,4 @@
-"""Ascent: exchange single tokens of an input for better ones, until none is better.
+"""Ascent: exchange single tokens of an input for better ones.
 
 Coordinate ascent over the positions of an input. From several starts (greedy search's input and
 random ones; only these where the vocabulary is large) each position is given the best of some
@@ -84,7 +84,7 @@ def ascent_search(
     start: Tokens = (),
     advance: Advance = ignore,
 ) -> AscentResult:
-    """Find for each feature an input of `n` tokens whose activation is the highest near it.
+    """Find for each feature an input of `n` tokens that hardly an exchange of one improves.
 
     Args:
         model: the donor; activations are compared in float32.

@@ -34,7 +34,7 @@ SEARCHES: dict[str, SearchInfo] = {
     ),
     "ascent": SearchInfo(
         "Ascent",
-        "exchange single tokens until none is better",
+        "exchange single tokens of inputs for better ones",
         "8 to 10 passes of the vocabulary per feature; with --candidates N about 50 N inputs",
         ("neurons", "notation", "tokens", "bos", "candidates", "positions", "starts", "fluent")
         + ("steps",),
