@@ -73,7 +73,8 @@ class ModuleScores(NamedTuple):
     @property
     def transposed(self) -> "ModuleScores":
         """The same with A and B exchanged."""
-        return ModuleScores(self.names, self.replacement[::-1])
+        of_a, of_b = self.replacement
+        return ModuleScores(self.names, (of_b, of_a))
 
 
 @dataclass(frozen=True)
