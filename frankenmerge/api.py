@@ -89,6 +89,7 @@ def analyze(
     dtype: str = "float32",
     device: str = "cpu",
     untrained: int | None = None,
+    images: Path | None = None,
     progress: Progress = silent,
 ) -> Atlas:
     """Find the top-activating tokens of every neuron of every block; cached.
@@ -98,6 +99,7 @@ def analyze(
         dtype: the type to compute in: `float32`, `bfloat16` or `float16`.
         device: a torch device.
         untrained: analyze random weights of this seed in the donor's shape, as a control.
+        images: a folder of images that a vision transformer is shown; images of noise by default.
         progress: reports inputs times blocks.
 
     Raises:
@@ -106,7 +108,12 @@ def analyze(
     from frankenmerge.workflows.atlases import atlas_of
 
     return atlas_of(
-        _opened(donor), dtype=dtype, device=device, untrained=untrained, progress=progress
+        _opened(donor),
+        dtype=dtype,
+        device=device,
+        untrained=untrained,
+        images=images,
+        progress=progress,
     )
 
 

@@ -8,7 +8,7 @@ import json
 import platform
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from frankenmerge.artefacts.atlas import SUFFIX, Atlas, TopTokens, load_atlas, s
 from frankenmerge.distributed import Rank, gathered, own_rank
 from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.donors.config import quantity
+from frankenmerge.donors.images import image_shape
 from frankenmerge.errors import FrankenmergeError, fail
 from frankenmerge.models.images import ImageSet
 from frankenmerge.models.loading import Placement, load_model, load_tokenizer
@@ -274,7 +275,7 @@ def cached_path(
         frankenmerge.__version__,
         torch.__version__,
         transformers.__version__,
-        *([images.identity, images.names] if images else []),
+        *([images.identity, images.names, asdict(image_shape(checkpoint))] if images else []),
     ]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     return cache / f"{name}{SUFFIX}"

@@ -6,6 +6,7 @@ image's patches; special tokens such as CLS are left out.
 
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -131,6 +132,7 @@ def analyze_images(
             "untrained": untrained,
             "k": k,
             "probes": {"images": count, "content": images.identity},
+            "image_shape": asdict(shape),
         },
         thumbnails=Thumbnails(shown.astype(np.int32), np.stack(small)),
     )

@@ -125,7 +125,7 @@ def _images(images: dict[str, int] | None) -> str:
     """What a vision transformer is shown."""
     if images is None:
         return "none: a language model"
-    return "{height} x {width}, {channels} channels, patches of {patch}".format(**images)
+    return "{height} x {width} x {channels}, patches of {patch}".format(**images)
 
 
 def _describe(donor: "Checkpoint") -> dict[str, Any]:

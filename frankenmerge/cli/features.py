@@ -286,6 +286,8 @@ def features(
     if result.pictures is not None:
         from frankenmerge.cli.pictures import ShownPictures, write_sheet
 
+        del record["context"]
+        title = title.replace(", plain", "")
         if output:
             write_sheet(result.pictures, output)
             record["output"] = str(output)
@@ -293,8 +295,7 @@ def features(
             pictures = ShownPictures(result, result.pictures, title, record)
             print_json(pictures.json()) if as_json else pictures.print()
             return
-        del record["context"]
-        title, vocabulary = title.replace(", plain", ""), result.pictures.names
+        vocabulary = result.pictures.names
     shown = _Shown(result, vocabulary, title, record)
     if as_json:
         print_json(shown.json())

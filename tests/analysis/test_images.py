@@ -13,6 +13,7 @@ from frankenmerge.donors.checkpoint import open_checkpoint
 from frankenmerge.donors.images import image_shape
 from frankenmerge.models.images import images_in, noise_images
 from frankenmerge.models.loading import load_model
+from frankenmerge.workflows.atlases import atlas_of
 
 
 def activations(folder, kind: str, files) -> torch.Tensor:
@@ -95,3 +96,13 @@ def test_noise_is_the_same_in_every_size(tmp_path):
     together = torch.corrcoef(torch.stack([halves.ravel(), noise.read(2, small).ravel()]))
     assert together[0, 1] > 0.9
     assert not torch.equal(noise.read(0, small), noise.read(1, small))
+
+
+def test_other_preprocessing_is_another_atlas(tmp_path):
+    folder, images = write_vision(tmp_path / "donor"), write_images(tmp_path / "images")
+    arguments = {"images": images, "cache": tmp_path / "cache"}
+    first = atlas_of(str(folder), **arguments)
+    assert np.array_equal(atlas_of(str(folder), **arguments).probes, first.probes)
+    settings = folder / "preprocessor_config.json"
+    settings.write_text(settings.read_text().replace("0.6", "0.2"))
+    assert not np.array_equal(atlas_of(str(folder), **arguments).probes, first.probes)

@@ -26,7 +26,7 @@ def as_json(run, *arguments: object) -> dict:
 def test_inspect_says_what_it_is(folder, run):
     (row,) = as_json(run, "inspect", folder / "a")["donors"]
     assert row["images"] == {"height": 8, "width": 8, "channels": 1, "patch": 2}
-    assert "8 x 8, 1 channels, patches of 2" in run("inspect", folder / "a")[1]
+    assert "8 x 8 x 1, patches of 2" in run("inspect", folder / "a")[1]
 
 
 def test_features_ranks_the_images_of_a_folder(folder, run, tmp_path):
