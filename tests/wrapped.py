@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from families import SIZES, tiny_config
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
@@ -21,6 +22,8 @@ TEXTS = {
     "qwen3_vl": "qwen3_vl_text",
 }
 """Wrappers, and the family of the language model in each."""
+QUICK = ("gemma3", "llava", "mllama", "qwen3_vl")
+"""Those that every run of the tests has; the others are slow."""
 VISION = {
     **dict.fromkeys(("num_hidden_layers", "depth", "num_attention_heads", "num_heads"), 2),
     **dict.fromkeys(("num_key_value_heads", "attention_heads"), 2),
@@ -83,3 +86,8 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def wrappers(names):
+    """Parameters of a fixture: all these wrappers, those marked as slow that are."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]

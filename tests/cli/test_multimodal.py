@@ -1,10 +1,10 @@
 """The command line on multimodal donors."""
 
 import pytest
-from wrapped import TEXTS, config_of, write_wrapped
+from wrapped import TEXTS, config_of, wrappers, write_wrapped
 
 
-@pytest.fixture(params=TEXTS)
+@pytest.fixture(params=wrappers(TEXTS))
 def wrapper(request, tmp_path):
     """A wrapper's name; the folder `donor` has one."""
     write_wrapped(tmp_path / "donor", config_of(request.param), 0)

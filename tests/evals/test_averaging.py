@@ -18,6 +18,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "evals" / "averaging.py"
 WAYS = ("raw", "gauge", "matched", "gauge_matched")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_averages_are_measured_raw_and_aligned(tied, text, tmp_path):
     a, b = (

@@ -20,7 +20,12 @@ def verdicts(family):
     return found
 
 
-@pytest.mark.parametrize("family", ["opt", "gptj", "gpt_oss", "lfm2", "bert"])
+SLOW = ("gptj", "gpt_oss", "lfm2", "bert")
+
+
+@pytest.mark.parametrize(
+    "family", ["opt", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_a_family_beyond_the_table_is_right(family):
     assert {each.verdict for each in verdicts(family)} == {"right"}
 

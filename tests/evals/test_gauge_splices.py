@@ -19,6 +19,7 @@ from frankenmerge.splicing.resolve import resolve
 SCRIPT = Path(__file__).resolve().parents[2] / "evals" / "gauge.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effort", [("--refine", "0"), ("--refine", "2", "--maps", "linear")])
 def test_every_splice_is_measured_raw_and_rotated(donors, text, effort):
     a, b = str(donors["a"]), str(donors["deep"])

@@ -17,6 +17,7 @@ from frankenmerge.splicing.resolve import resolve
 SCRIPT = Path(__file__).resolve().parents[2] / "evals" / "splice_prediction.py"
 
 
+@pytest.mark.slow
 def test_every_single_seam_splice_is_measured_and_ranked(donors, text):
     a, b = str(donors["a"]), str(donors["deep"])
     arguments = ["--donor-a", a, "--donor-b", b, "--text", str(text), "--several", "20", "--json"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import RECIPES, recipe_for, spliced_logits
 from safetensors.torch import load_file
-from wrapped import TEXTS, config_of, write_wrapped
+from wrapped import TEXTS, config_of, wrappers, write_wrapped
 
 import frankenmerge as fm
 from frankenmerge.artefacts.recipe import Recipe
@@ -14,7 +14,7 @@ from frankenmerge.errors import FrankenmergeError
 IDS = torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", params=TEXTS)
+@pytest.fixture(scope="module", params=wrappers(TEXTS))
 def wrapped(request, tmp_path_factory):
     """Two donors of one wrapper, as they are in memory and on disk."""
     folder, config = tmp_path_factory.mktemp(request.param), config_of(request.param)

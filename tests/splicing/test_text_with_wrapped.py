@@ -7,7 +7,7 @@ import torch
 from families import BLOCKS, RECIPES, block_list, recipe_for, spliced_logits
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from wrapped import TEXTS, config_of, write_tokenizer, write_wrapped
+from wrapped import TEXTS, config_of, wrappers, write_tokenizer, write_wrapped
 
 import frankenmerge as fm
 from frankenmerge.errors import FrankenmergeError
@@ -38,7 +38,7 @@ def write_text(folder, wrapper, config, **changes):
     return type(model).from_pretrained(folder).eval()
 
 
-@pytest.fixture(scope="module", params=PAIRS)
+@pytest.fixture(scope="module", params=wrappers(PAIRS))
 def pair(request, tmp_path_factory):
     """A wrapper and a text-only donor, as they are in memory and on disk."""
     folder, config = tmp_path_factory.mktemp(request.param), config_of(request.param)

@@ -25,7 +25,7 @@ def text(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("on", ["sampled", "text"])
+@pytest.mark.parametrize("on", [pytest.param("sampled", marks=pytest.mark.slow), "text"])
 @pytest.mark.parametrize("steps", [("calibrate",), ("verify",), ("damp",), ("calibrate", "damp")])
 def test_the_api_writes_what_the_command_line_writes(alignment, text, run, tmp_path, on, steps):
     value = text if on == "text" else "sampled"
