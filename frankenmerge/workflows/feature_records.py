@@ -36,8 +36,8 @@ def features_file(
 
 
 def feature_records(result: SearchResult, vocabulary: Sequence[str]) -> list[FeatureRecord]:
-    """The features of a result; `vocabulary` is the text of every token."""
-    tokens = result.tokens.reshape(len(result.features), -1).tolist()
+    """The features of a result, none of an inversion; `vocabulary` is the text of every token."""
+    tokens = result.tokens.reshape(-1, result.tokens.shape[-1]).tolist()
     records = []
     for number, feature in enumerate(result.features):
         further: dict[str, Any] = {}

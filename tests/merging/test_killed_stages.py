@@ -43,6 +43,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_merge_of_stages_killed_in_any_of_them_is_finished_with_the_same_bytes(donors, tmp_path):
     path, changed_path = tmp_path / "r.yaml", tmp_path / "s.yaml"
     text = STAGES.replace("A", str(donors["a"])).replace("B", str(donors["b"]))

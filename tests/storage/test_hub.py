@@ -196,6 +196,7 @@ def test_a_lora_on_the_hub_is_known_by_its_header_alone(call, hub, folders, tmp_
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_on_the_hub_is_measured_on_the_base_that_it_names(call, hub, tmp_path):
     source = {"model": "org/sharded@v1", "layer_range": [0, 4]}
     recipe, text = tmp_path / "self.yaml", tmp_path / "text.txt"

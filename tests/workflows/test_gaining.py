@@ -111,6 +111,7 @@ def test_the_plan_that_is_printed_says_what_is_won(planted, run, tmp_path):
     assert "ensemble" in out and "uniform average" in out
 
 
+@pytest.mark.slow
 def test_one_seed_writes_the_same_bytes(planted, run, tmp_path):
     options = ("--on", planted["text"], "--depth", 4, "--seed", 3)
     for name in ("one", "two"):

@@ -147,6 +147,7 @@ def test_repeated_blocks_take_no_memory(run, donor, tmp_path):
     assert sizes[1] < 1.05 * sizes[0]
 
 
+@pytest.mark.slow
 def test_a_lora_alone_is_evaluated_on_its_base(run, donor, tmp_path):
     recipe = recipe_of(tmp_path, donor)
     assert run("merge", recipe, tmp_path / "merged")[0] == 0

@@ -26,7 +26,7 @@ def test_the_complete_search_by_name_is_the_complete_search(donors):
     ]
 
 
-@pytest.mark.parametrize("method", list(SEARCHES))
+@pytest.mark.parametrize("method", [name for name in SEARCHES if name != "pixels"])
 def test_every_search_reports_its_progress(donors, method):
     opened, done = [], []
 
@@ -35,7 +35,8 @@ def test_every_search_reports_its_progress(donors, method):
         opened.append((what, total, unit))
         yield done.append
 
-    options = SearchOptions(layers=[1, 2], neurons=[0, 1], tokens=2, steps=2, text="fox")
+    steps = None if method == "ascent" else 2
+    options = SearchOptions(layers=[1, 2], neurons=[0, 1], tokens=2, steps=steps, text="fox")
     search(open_checkpoint(str(donors["a"])), method, options, progress=progress)
     ((what, total, _),) = opened
     assert what == SEARCHES[method].title
