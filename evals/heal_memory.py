@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 from big_donor import make_donor
-from large_donors import SHAPES
+from large_donors import SHAPES, folder_option
 from rich.console import Console
 from rich.table import Table
 
@@ -32,12 +32,7 @@ def tall(a: Path, b: Path, blocks: int) -> Recipe:
 
 
 @click.command()
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder for the donors' headers; removed at the end.",
-)
+@folder_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(folder: Path, as_json: bool) -> None:
     """Plan the memory of every scope, of each of 1, 2, 4 and 8 devices."""

@@ -28,6 +28,12 @@ SHAPES = {
 }
 RATES = {"A100": 312e12, "H100": 989e12}
 """Dense bfloat16 peaks of the data sheets."""
+folder_option = click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for the donors' headers; removed at the end.",
+)
 TEXT = Path(__file__).parents[1] / "frankenmerge/demo/text/code.txt"
 
 
@@ -59,12 +65,7 @@ def planned(folder: Path, llama: Llama, dtype: str) -> Iterator[dict[str, Any]]:
 
 
 @click.command()
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder for the donors' headers; removed at the end.",
-)
+@folder_option
 @click.option("--dtype", default="bfloat16", show_default=True, help="Type to compute in.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(folder: Path, dtype: str, as_json: bool) -> None:

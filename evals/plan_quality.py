@@ -17,7 +17,7 @@ import click
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from splices import Bank, excerpts, single_seams
+from splices import Bank, atlas_option, cache_option, dtype_option, excerpts, single_seams
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
@@ -73,19 +73,9 @@ EVALUATIONS = 16
     show_default=True,
     help="Whether every single-seam recipe is measured, too.",
 )
-@click.option(
-    "--atlas",
-    "files",
-    nargs=2,
-    type=click.Path(path_type=Path),
-    help="The donors' atlases, where `analyze` has written them.",
-)
-@click.option("--dtype", default="float32", show_default=True, help="To compute losses in.")
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    help="A file that keeps measurements, to continue from after an interruption.",
-)
+@atlas_option
+@dtype_option
+@cache_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     donor_a: str,

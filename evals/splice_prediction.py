@@ -18,7 +18,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
-from splices import Bank, excerpts, random_seams, sample, single_seams
+from splices import (
+    Bank,
+    atlas_option,
+    cache_option,
+    dtype_option,
+    excerpts,
+    random_seams,
+    sample,
+    single_seams,
+)
 
 from frankenmerge.analysis.align import INPUT_METHODS, align
 from frankenmerge.analysis.analyze import analyze
@@ -74,19 +83,9 @@ KINDS = {"predicted": "predicted", "from_probes": "from probes", "drawn": "sampl
     type=click.Choice(INPUT_METHODS),
     help="A search whose inputs are compared, too, for 16 neurons of every block; may be repeated.",
 )
-@click.option(
-    "--atlas",
-    "files",
-    nargs=2,
-    type=click.Path(path_type=Path),
-    help="The donors' atlases, where `analyze` has written them.",
-)
-@click.option("--dtype", default="float32", show_default=True, help="To compute losses in.")
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    help="A file that keeps measurements, to continue from after an interruption.",
-)
+@atlas_option
+@dtype_option
+@cache_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     donor_a: str,

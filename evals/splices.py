@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import click
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -20,6 +21,21 @@ from frankenmerge.models.loading import Placement
 from frankenmerge.splicing.resolve import Splice, resolve
 
 T = TypeVar("T")
+atlas_option = click.option(
+    "--atlas",
+    "files",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    help="The donors' atlases, where `analyze` has written them.",
+)
+dtype_option = click.option(
+    "--dtype", default="float32", show_default=True, help="To compute losses in."
+)
+cache_option = click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="A file that keeps measurements, to continue from after an interruption.",
+)
 CHUNK = 64
 """Recipes measured between two saves."""
 

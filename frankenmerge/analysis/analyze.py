@@ -5,7 +5,6 @@ An interrupted analysis continues after the last block that it finished.
 
 import hashlib
 import json
-import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ import frankenmerge
 from frankenmerge.analysis.complete import Ranked, searched
 from frankenmerge.analysis.images import analyze_images
 from frankenmerge.analysis.probes import LENGTH, SEED, probe_hash, probe_states, random_probes
+from frankenmerge.analysis.provenance import analysis_provenance, analyzed_name
 from frankenmerge.analysis.ranking import top_tokens
 from frankenmerge.artefacts.atlas import SUFFIX, Atlas, TopTokens, load_atlas, save_atlas
 from frankenmerge.distributed import Rank, gathered, own_rank
@@ -116,23 +116,19 @@ def analyze(
     if under_way:
         shutil.rmtree(under_way, ignore_errors=True)
     return Atlas(
-        donor=_name(checkpoint, untrained),
+        donor=analyzed_name(checkpoint, untrained),
         fingerprint=checkpoint.fingerprint,
         top=top,
         probes=run.activations,
         probe_scale=run.scales,
         vocabulary=vocabulary,
-        provenance={
-            "frankenmerge": frankenmerge.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "dtype": dtype,
-            "untrained": untrained,
-            "k": k,
-            "probes": {"shape": list(probes.shape), "sha256": probe_hash(probes), "seed": SEED},
-            "tokenizer": checkpoint.tokenizer_hash,
-        }
+        provenance=analysis_provenance(
+            dtype=dtype,
+            untrained=untrained,
+            k=k,
+            probes={"shape": list(probes.shape), "sha256": probe_hash(probes), "seed": SEED},
+            tokenizer=checkpoint.tokenizer_hash,
+        )
         | ({"skipped_blocks": skipped} if (skipped := run.probes.skipped_blocks) else {}),
     )
 
@@ -299,7 +295,7 @@ def cached_analyze(
     path = cached_path(checkpoint, cache, images=images, untrained=untrained, dtype=dtype)
     rank = own_rank()
     if path.exists():
-        return replace(load_atlas(path), donor=_name(checkpoint, untrained))
+        return replace(load_atlas(path), donor=analyzed_name(checkpoint, untrained))
     name = path.name.removesuffix(SUFFIX)
     if images:
         atlas = analyze_images(
@@ -326,14 +322,6 @@ def cached_analyze(
     if rank.first:
         save_atlas(atlas, path)
     return atlas
-
-
-def _name(checkpoint: Checkpoint, untrained: int | None) -> str:
-    return (
-        checkpoint.name
-        if untrained is None
-        else f"{checkpoint.name}, random weights (seed {untrained})"
-    )
 
 
 def contexts_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

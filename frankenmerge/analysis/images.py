@@ -4,18 +4,16 @@ A neuron is one index of the residual stream, and its activation by an image is 
 image's patches; special tokens such as CLS are left out.
 """
 
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import PreTrainedModel
 
-import frankenmerge
+from frankenmerge.analysis.provenance import analysis_provenance, analyzed_name
 from frankenmerge.analysis.ranking import merge, pack, top_tokens
 from frankenmerge.artefacts.atlas import Atlas, Thumbnails, TopTokens
 from frankenmerge.donors.checkpoint import Checkpoint
@@ -115,25 +113,19 @@ def analyze_images(
     shown = np.unique(top.tokens[:, :SHOWN_NEURONS, :SHOWN_IMAGES])
     small = [thumbnail(images.read(index, shape)) for index in shown.tolist()]
     return Atlas(
-        donor=checkpoint.name
-        if untrained is None
-        else f"{checkpoint.name}, random weights (seed {untrained})",
+        donor=analyzed_name(checkpoint, untrained),
         fingerprint=checkpoint.fingerprint,
         top={"plain": top},
         probes=(states / scales[:, None]).astype(np.float16),
         probe_scale=scales,
         vocabulary=list(images.names),
-        provenance={
-            "frankenmerge": frankenmerge.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "dtype": dtype,
-            "untrained": untrained,
-            "k": k,
-            "probes": {"images": count, "content": images.identity},
-            "image_shape": asdict(shape),
-        },
+        provenance=analysis_provenance(
+            dtype=dtype,
+            untrained=untrained,
+            k=k,
+            probes={"images": count, "content": images.identity},
+            image_shape=asdict(shape),
+        ),
         thumbnails=Thumbnails(shown.astype(np.int32), np.stack(small)),
     )
 

@@ -58,8 +58,9 @@ class HealOptions:
     micro: int = ROWS
     """Most rows in one pass."""
     checkpointing: bool = False
-    offload: bool = False
     """Compute activations again instead of keeping them."""
+    offload: bool = False
+    """Keep the optimiser, the best weights and activations in the memory of the CPU."""
     memory: int | None = None
     """Bytes that may be used; what is free if None."""
     seed: int = 0

@@ -157,6 +157,11 @@ class _Search:
         by_block = tokens.reshape(len(self.blocks), -1, self.options.tokens)
         return SearchResult(self.blocks, self.features, by_block, by_block, record)
 
+    def searched(self, ranked: np.ndarray) -> np.ndarray:
+        """Of what is ranked for every block and neuron `[l+1, d, k]`, that of the features."""
+        of_one_block = self.features[: len(self.features) // len(self.blocks)]
+        return ranked[self.blocks][:, [feature.neuron for feature in of_one_block]]
+
     def by_block(self, values: np.ndarray) -> np.ndarray:
         """Values of all features `[blocks, m]`."""
         return values.reshape(len(self.blocks), -1)
@@ -294,10 +299,9 @@ def _complete(search: _Search, model: PreTrainedModel, advance: Advance) -> Sear
         advance=advance,
     )
     advance(len(masked))
-    of_one_block = search.features[: len(search.features) // len(search.blocks)]
-    tokens = top.tokens[search.blocks][:, [feature.neuron for feature in of_one_block]]
+    tokens = search.searched(top.tokens)
     record = {"masked_tokens": masked} if options.mask_special else {}
-    values = top.values[search.blocks][:, [feature.neuron for feature in of_one_block], 0]
+    values = search.searched(top.values)[:, :, 0]
     result = SearchResult(search.blocks, search.features, tokens, tokens[:, :, :1], record)
     return replace(result, activations=values)
 
@@ -408,8 +412,7 @@ def _ranked_images(search: _Search, model: PreTrainedModel, advance: Advance) ->
         bottom=options.bottom,
         advance=advance,
     )
-    of_one_block = search.features[: len(search.features) // len(search.blocks)]
-    found = top.tokens[search.blocks][:, [feature.neuron for feature in of_one_block]]
+    found = search.searched(top.tokens)
     small = np.stack([thumbnail(images.read(index, shape)) for index in found.ravel().tolist()])
     pictures = FoundPictures(
         list(images.names), small.reshape(*found.shape, *small.shape[1:]), None
