@@ -1,13 +1,16 @@
-"""Fit the planner's default weights on some of the package's donors: `python evals/fit_planner.py`.
+"""Fit the planner's default weights.
 
-Writes `frankenmerge/planning/prediction.json`. The weights are fitted on the donors `FITTED`, each
-with itself, and on the demo's texts from character `START`; `splice_prediction.py` tests on others
-and, by default, on the characters before. The spreads are the expected errors for a donor of
+`python evals/fit_planner.py --real build/real/smollm2 --data ../shared/data` writes
+`frankenmerge/planning/prediction.json`. The weights are fitted on three of the package's donors,
+two small models of TinyStories and SmolLM2, which `make real` fetches, each with itself, on
+characters from `START` of the demo's texts, or of TinyStories. `splice_prediction.py` tests on
+others and, by default, on the characters before. The spreads are the expected errors for a donor of
 another family.
 """
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,35 +20,37 @@ import click
 import numpy as np
 import torch
 import transformers
-from splices import Bank, excerpts, random_seams, single_seams
+from splices import Bank, excerpts, random_seams, sample, single_seams
 
 import frankenmerge
-from frankenmerge.analysis.align import align
-from frankenmerge.analysis.analyze import analyze
+from frankenmerge.analysis.geometry import gram
 from frankenmerge.evaluation.documents import Text, read_text
 from frankenmerge.models.sampling import states_on_sampled
 from frankenmerge.planning.prediction import (
     FLOOR,
     SAMPLED_FLOOR,
     DamageModel,
+    States,
     donor_loss,
     features,
     fitted,
     new_family,
 )
-from frankenmerge.planning.states import states_of
 from frankenmerge.storage.atomic import write_file
 
 PACKAGE = Path(frankenmerge.__file__).parent
 FITTED = ("stranger", "gpt2", "wide")
-"""Donors of different random weights, shapes and families; none is related to those that are
-reported.
+"""Donors of different random weights, shapes and families; none is related to the package's others.
 """
-START, CHARACTERS, CONTEXT, SEVERAL, SEED = 25_000, 2_500, 128, 100, 0
+STORIES = ("stories260K", "llama2xs-281K")
+"""Models of TinyStories."""
+START, CHARACTERS, CONTEXT, SPLICES, SEVERAL, SEED = 25_000, 2_500, 128, 100, 100, 0
 DOMAIN_SHARE = 0.1
 """Not fitted here, where every donor is spliced with itself: see `evals/plan_intervals.py`."""
 MOST_SEVERAL = {"wide": 60}
 """There are fewer recipes of donors of four blocks."""
+REAL_DTYPE = "bfloat16"
+"""Of SmolLM2, as it is stored."""
 
 
 class Measured(NamedTuple):
@@ -61,23 +66,33 @@ class Measured(NamedTuple):
 
 
 @click.command()
+@click.option("--real", required=True, help="SmolLM2's folder, as `make real` writes it.")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The folder of models/stories260K, models/llama2xs-281K and text/tinystories.txt.",
+)
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),
     help="A folder that keeps measurements, to continue from after an interruption.",
 )
-def main(cache: Path | None) -> None:
+def main(real: str, data: Path, cache: Path | None) -> None:
     """Measure the splices of the donors, fit, and write the weights with their origin."""
-    texts = excerpts(
-        [read_text(PACKAGE / "demo" / "text" / f"{name}.txt") for name in ("code", "prose")],
-        START,
-        CHARACTERS,
-    )
-    measured = {name: _measured(name, texts, cache) for name in FITTED}
+    demo = [read_text(PACKAGE / "demo" / "text" / f"{name}.txt") for name in ("code", "prose")]
+    demo = excerpts(demo, START, CHARACTERS)
+    stories = excerpts([read_text(data / "text" / "tinystories.txt")], START, 2 * CHARACTERS)
+    jobs = [
+        *((PACKAGE / "demo" / "donors" / name, demo, "float32") for name in FITTED),
+        *((data / "models" / name, stories, "float32") for name in STORIES),
+        (Path(real), demo, REAL_DTYPE),
+    ]
+    measured = {path.name: _measured(path, texts, cache, dtype) for path, texts, dtype in jobs}
     off = []
     for name, own in measured.items():
-        intercept, weights = _fit([other for key, other in measured.items() if key != name])
-        model = DamageModel(intercept, tuple(weights), (0, 0), (0, 0))
+        weights = _fit([other for key, other in measured.items() if key != name])
+        model = DamageModel(math.log(FLOOR), tuple(weights), (0, 0), (0, 0))
         off.append(_off(model.damage(own.features), own.damage))
         mean, deviation = off[-1].mean(), off[-1].std()
         click.echo(
@@ -85,14 +100,14 @@ def main(cache: Path | None) -> None:
             f"standard deviation {deviation:.2f}",
             err=True,
         )
-    intercept, weights = _fit(list(measured.values()))
+    weights = _fit(list(measured.values()))
     sampled = [_off(own.sampled, own.damage, SAMPLED_FLOOR) for own in measured.values()]
     model = DamageModel(
-        intercept,
+        math.log(FLOOR),
         tuple(float(weight) for weight in weights),
         new_family(off),
         new_family(sampled),
-        _origin(measured, texts),
+        _origin(measured, [*demo, *stories]),
         DOMAIN_SHARE,
     )
     content = json.dumps(model.as_json(), indent=1) + "\n"
@@ -105,12 +120,12 @@ def _origin(measured: Mapping[str, Measured], texts: Sequence[Text]) -> dict[str
     content = "\0".join(text.content for text in texts)
     return {
         "script": "evals/fit_planner.py",
-        "donors": list(FITTED),
+        "donors": list(measured),
         "splices": sum(len(own.damage) for own in measured.values()),
         "spread": "a Student interval over the donors, each left out of the fit",
         "domain_share": "chosen on plans of code, prose, base, code and base, prose",
         "text": {
-            "names": ["code", "prose"],
+            "names": [text.name for text in texts],
             "start": START,
             "characters": CHARACTERS,
             "context": CONTEXT,
@@ -127,22 +142,22 @@ def _origin(measured: Mapping[str, Measured], texts: Sequence[Text]) -> dict[str
     }
 
 
-def _measured(name: str, texts: Sequence[Text], cache: Path | None) -> Measured:
-    """Features and damage of every splice of a donor with itself that has a seam."""
-    path = str(PACKAGE / "demo" / "donors" / name)
-    bank = Bank(texts, [path], cache and cache / f"{name}.json", context=CONTEXT)
+def _measured(folder: Path, texts: Sequence[Text], cache: Path | None, dtype: str) -> Measured:
+    """Features and damage of splices of a donor with itself that have a seam."""
+    path, file = str(folder), cache and cache / f"{folder.name}.json"
+    bank = Bank(texts, [path], file, context=CONTEXT, dtype=dtype)
     donor = bank.checkpoints[path]
     blocks = donor.blocks, donor.blocks
     recipes = [
-        *single_seams(path, path, blocks).values(),
-        *random_seams(path, path, blocks, MOST_SEVERAL.get(name, SEVERAL), seed=SEED),
+        *sample(single_seams(path, path, blocks), SPLICES, seed=SEED).values(),
+        *random_seams(path, path, blocks, MOST_SEVERAL.get(folder.name, SEVERAL), seed=SEED),
     ]
     recipes = [recipe for recipe in recipes if recipe.seams]
     damage = np.array(bank.losses(recipes)) - donor_loss(
         recipes[0].blocks, {path: bank.donor(path)}
     )
-    atlas = analyze(donor)
-    states = states_of([align(atlas, atlas, states=states_on_sampled(bank.models))])
+    shown, count = states_on_sampled(bank.models)[path], donor.blocks + 1
+    states = States({path: 0}, {path: donor.blocks}, gram(shown, shown)[:count, :count])
     sampled = bank.damage_on_sampled(recipes)
     return Measured(
         features([recipe.blocks for recipe in recipes], states), damage, sampled, donor.fingerprint
@@ -153,7 +168,7 @@ def _off(predicted: np.ndarray, damage: np.ndarray, floor: float = FLOOR) -> np.
     return np.log(floor + np.maximum(0, damage)) - np.log(floor + np.maximum(0, predicted))
 
 
-def _fit(measured: Sequence[Measured]) -> tuple[float, np.ndarray]:
+def _fit(measured: Sequence[Measured]) -> np.ndarray:
     """Fit with the same weight for every donor."""
     found, damage = (
         np.concatenate([own.features for own in measured]),

@@ -14,6 +14,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from splices import excerpts
 
 from frankenmerge.analysis.align import align
 from frankenmerge.analysis.analyze import analyze
@@ -45,6 +46,7 @@ from frankenmerge.workflows.tuning import TuneOptions, tune
     type=click.Path(path_type=Path),
     help="A held-out text; may be repeated.",
 )
+@click.option("--characters", type=int, help="Number of characters of each text. [default: all]")
 @click.option(
     "--tune",
     "tuned",
@@ -65,6 +67,7 @@ def main(
     donor_b: str,
     base: str | None,
     texts: tuple[Path, ...],
+    characters: int | None,
     tuned: tuple[Per, ...],
     dtype: str,
     alignment: Path | None,
@@ -87,7 +90,7 @@ def main(
     plans = plan_gains([aligned], options, opened=donors)
 
     bench = Bench((), donors, placement=placement)
-    domains = domains_on([read_text(text) for text in texts], bench, names, seed)
+    domains = domains_on(excerpts(map(read_text, texts), 0, characters), bench, names, seed)
     models = {name: bench.load(name).model for name in names}
     alone, ensemble = donor_losses(models, domains)
     listed = candidates([aligned], parts_of(donors, base), constraints, any_depth=True)

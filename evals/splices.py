@@ -97,9 +97,10 @@ def random_seams(
     return list(found.values())
 
 
-def excerpts(texts: Iterable[Text], start: int, characters: int) -> list[Text]:
-    """A part of every text."""
-    return [Text(text.name, text.content[start : start + characters]) for text in texts]
+def excerpts(texts: Iterable[Text], start: int, characters: int | None) -> list[Text]:
+    """A part of every text; all that follows `start` without a number of characters."""
+    stop = None if characters is None else start + characters
+    return [Text(text.name, text.content[start:stop]) for text in texts]
 
 
 class Bank:

@@ -10,6 +10,10 @@ from evals.real.pipeline import HALF, Folder, frankenmerge_command, module_comma
 from evals.real.steps import Step
 
 SPLICES, SEVERAL, RANDOM, CHARACTERS = 60, 20, 60, 1_000
+GAIN_CHARACTERS = 4_000
+"""Of each text that gains are measured on."""
+CHECKED = 6_000
+"""Tokens of each text on which the best window of the sweep is measured again."""
 HEALING = 25
 """Steps of healing."""
 
@@ -17,27 +21,40 @@ HEALING = 25
 def evidence(cache: Path, data: Path) -> list[Step]:
     """Every step, in an order in which each finds its inputs."""
     folder = Folder(cache, data)
-    base, code = folder.base, folder.tuned["code"]
+    base, code, prose = folder.base, folder.tuned["code"], folder.tuned["prose"]
     atlases = ("--atlas", folder.atlas(base), folder.atlas(code))
     pair = ("--donor-a", base, "--donor-b", code)
     texts = [word for text in folder.text() for word in ("--text", text)]
-    short = ("--text", folder.short)
     limits = ("--characters", CHARACTERS, "--context", 256, *HALF, "--json")
     count = ("--splices", SPLICES, "--several", SEVERAL)
     random = ("--depth", 36, "--random", RANDOM, "--no-regret")
-    aligned = ("--alignment", folder.pair, *HALF, "--json")
+    gains = (*texts, "--characters", GAIN_CHARACTERS, *HALF, "--json")
+    tuned = ("--donor-a", code, "--donor-b", prose, "--base", base)
+    other, other_atlas = folder.other, cache / "gemma.atlas.safetensors"
+    both = folder.run / "tuned.alignment.safetensors"
+
+    def prediction(name: str, a: Path, b: Path, *atlases: Path) -> Step:
+        pair = ("--donor-a", a, "--donor-b", b, "--atlas", *atlases)
+        command = script_command("splice_prediction", *pair, *texts, *count, *limits)
+        return Step(name, command, (a, b, *atlases, *folder.text()))
+
     on = [word for text in folder.training() for word in ("--on", text)]
     judged = [word for text in folder.text()[:2] for word in ("--text", text)]
     how = ("--steps", HEALING, "--control", *HALF, "--json")
     planned, swept = folder.run / "plan.yaml", folder.run / "repeat.sweep.json"
-    healed = folder.run / "healed"
+    healed, scaled = folder.run / "healed", folder.run / "scaled.yaml"
+    scales = ("--sweep", "--scale", 0.1, "--scale", 0.5, "--on", folder.short)
     donors, measured = (base, code, *folder.text()), (base, swept, *folder.text())
     steps = [
+        prediction("prediction-itself", base, base, folder.atlas(base), folder.atlas(base)),
+        prediction("prediction", base, code, folder.atlas(base), folder.atlas(code)),
         Step(
-            "prediction",
-            script_command("splice_prediction", *pair, *texts, *count, *atlases, *limits),
-            donors,
+            "analyze-gemma",
+            frankenmerge_command("analyze", other, *HALF, "-o", other_atlas),
+            (other,),
+            (other_atlas,),
         ),
+        prediction("prediction-gemma", other, other, other_atlas, other_atlas),
         Step(
             "quality",
             script_command("plan_quality", *pair, *texts, *random, *atlases, *limits),
@@ -45,8 +62,25 @@ def evidence(cache: Path, data: Path) -> list[Step]:
         ),
         Step(
             "gain",
-            script_command("gain", *pair, *short, *aligned),
-            (folder.pair, folder.short, *donors),
+            script_command("gain", *pair, "--alignment", folder.pair, *gains),
+            (folder.pair, *donors),
+        ),
+        Step(
+            "analyze-prose",
+            frankenmerge_command("analyze", prose, *HALF, "-o", folder.atlas(prose)),
+            (prose,),
+            (folder.atlas(prose),),
+        ),
+        Step(
+            "align-tuned",
+            frankenmerge_command("align", folder.atlas(code), folder.atlas(prose), "-o", both),
+            (folder.atlas(code), folder.atlas(prose)),
+            (both,),
+        ),
+        Step(
+            "gain-tuned",
+            script_command("gain", *tuned, "--alignment", both, *gains),
+            (both, prose, *donors),
         ),
         Step(
             "heal",
@@ -55,8 +89,19 @@ def evidence(cache: Path, data: Path) -> list[Step]:
             (healed,),
         ),
         Step(
+            "sweep-scales",
+            frankenmerge_command("plan", base, *scales, *HALF, "-o", scaled),
+            (base, folder.short),
+            (scaled,),
+        ),
+        Step(
+            "sweep-check",
+            frankenmerge_command("evaluate", scaled, base, *texts, "--tokens", CHECKED, *HALF),
+            (scaled, base, *folder.text()),
+        ),
+        Step(
             "sweep-cost",
-            script_command("bench_sweep", "--donor", base, *short, "--every", 10),
+            script_command("bench_sweep", "--donor", base, "--text", folder.short, "--every", 10),
             (base, folder.short),
         ),
     ]

@@ -16,7 +16,7 @@ MOST_PROBES = 512
 """Probes for scores of pairs of probes, whose cost grows with the square of their number."""
 ROUNDS = 4
 """Permutations for each null; every one is averaged over hundreds of probes."""
-NEURONS_AT_ONCE, PROBES_AT_ONCE = 256, 64
+PROBES_AT_ONCE = 64
 BLIND = frozenset(
     {"cka", "neighbours", "norm_ratio", "influence", "distance", "relative_depth", "gauge"}
 )
@@ -247,18 +247,16 @@ def relative_depth(a: Atlas, b: Atlas, context: str, width: int) -> Score:
 def gram(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Inner products `[l_a+l_b+2, l_a+l_b+2]`, float64, of all states, averaged over the probes.
 
-    The states are A's `[l_a+1, n, d]`, then B's. Every state is centred over the probes: its mean
-    does not distinguish them, and may be many times longer than what does (massive activations).
-    Every neuron is divided by its root mean square over both donors' states, as neurons have no
-    common unit.
+    The states are A's `[l_a+1, n, d]`, then B's. Those of every probe are divided by their mean
+    norm, so that all probes count alike: where a model has massive activations, a few tokens have
+    states hundreds of times as long as all others.
     """
     total = np.zeros((len(a) + len(b),) * 2)
-    for start in range(0, a.shape[2], NEURONS_AT_ONCE):
+    for start in range(0, a.shape[1], PROBES_AT_ONCE):
         states = np.concatenate(
-            [part[:, :, start : start + NEURONS_AT_ONCE] for part in (a, b)]
+            [part[:, start : start + PROBES_AT_ONCE] for part in (a, b)]
         ).astype(np.float64)
-        states -= states.mean(axis=1, keepdims=True)
-        size = np.sqrt((states**2).mean(axis=(0, 1)))
+        size = np.linalg.norm(states, axis=2).mean(axis=0)[:, None]
         flat = np.divide(states, size, out=np.zeros_like(states), where=size > 0).reshape(
             len(states), -1
         )

@@ -91,8 +91,8 @@ class Alignment:
     vocabulary: list[str]
     provenance: dict[str, Any] = field(default_factory=dict)
     gram: np.ndarray | None = None
-    """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, standardised, a
-    mean over the inputs; absent from older files.
+    """`[l_a+l_b+2, l_a+l_b+2]` float64: inner products of A's states, then B's, each input's
+    divided by their mean norm, a mean over the inputs; absent from older files.
     """
     rotated_gram: np.ndarray | None = None
     """The same with B's states rotated to A's basis, on probes that the rotation was not fitted on;
@@ -144,7 +144,7 @@ def save_alignment(alignment: Alignment, path: str | Path) -> None:
         arrays |= {f"score.{name}": score.matrix, f"detail.{name}": score.detail}
         arrays |= {} if score.interval is None else {f"interval.{name}": score.interval}
         arrays |= {f"null.{name}.{null}": matrix for null, matrix in score.nulls.items()}
-    grams = {"standard_gram": alignment.gram, "turned_gram": alignment.rotated_gram}
+    grams = {"state_gram": alignment.gram, "rotated_state_gram": alignment.rotated_gram}
     arrays |= {name: gram for name, gram in grams.items() if gram is not None}
     for name, (of_a, of_b) in (
         {} if alignment.exchange is None else alignment.exchange._asdict().items()
@@ -214,7 +214,7 @@ def load_alignment(path: str | Path) -> Alignment:
         modules = None
         if "modules" in metadata:
             modules = ModuleScores(metadata["modules"], (arrays["modules.a"], arrays["modules.b"]))
-        grams = arrays.get("standard_gram"), arrays.get("turned_gram")
+        grams = arrays.get("state_gram"), arrays.get("rotated_state_gram")
         return Alignment(
             (a, b),
             prints,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from frankenmerge.artefacts.bootstrap import percentile_interval, resample_counts
+from frankenmerge.artefacts.bootstrap import expanded_interval, resample_counts
 from frankenmerge.evaluation.domains import Domain
 from frankenmerge.evaluation.paired import ItemResults
 from frankenmerge.evaluation.prefix_sharing import Assemble, splices_together
@@ -196,13 +196,15 @@ def gain_of(sums: Sums, donors: Mapping[str, Sums], *, seed: int, coverage: floa
         for place, (name, each) in enumerate(sums.items())
     }
     drawn = np.min([_resampled(each, counts) for each in donors.values()], axis=0)
-    low, high = percentile_interval(drawn - _resampled(sums, counts), coverage)
+    units = sum(each.shape[1] for each in counts.values())
+    gains = drawn - _resampled(sums, counts)
+    interval = expanded_interval(gains, units, len(counts), coverage)
     alone = {
         name: min(mean_loss({name: each[name]}) for each in donors.values())
         - mean_loss({name: sums[name]})
         for name in sums
     }
-    return Gain(best - mean_loss(sums), (float(low), float(high)), alone)
+    return Gain(best - mean_loss(sums), interval, alone)
 
 
 def _resampled(sums: Sums, counts: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 
 from frankenmerge.artefacts.recipe import Block
 
-FEATURES = ("final", "kept", "third", "skipped")
+FEATURES = ("final", "kept", "skipped")
 """The predictors of damage, see `features`."""
 FLOOR = 0.02
 """Nats per token below which differences are noise; the model predicts `log(FLOOR + damage)`."""
@@ -27,7 +27,7 @@ SAMPLED_FLOOR = 0.05
 on sampled tokens deviates from that on a text by as much.
 """
 RIDGE = 0.1
-"""Ridge penalty on the weights of standardised features, towards zero or the weights before."""
+"""Ridge penalty on the weights of features of unit size, towards zero or the weights before."""
 
 
 class States(NamedTuple):
@@ -102,9 +102,8 @@ def features(stacks: Sequence[Sequence[Block]], states: States) -> np.ndarray:
 
     `final`: root of `1 - cos` with the donors' last states after the last block, in lossy
         superposition. `kept`: mean over the blocks of the root of `1 - cos` at their inputs, in
-        plain superposition. `third`: passes of a block from its third on, over the number of
-        blocks of the deepest donor. `skipped`: summed influence of blocks that are left out,
-        counted from the deepest block so far.
+        plain superposition. `skipped`: summed influence of blocks that are left out, counted from
+        the deepest block so far.
     """
     longest = max(len(stack) for stack in stacks)
     inputs = np.full((len(stacks), longest), -1)
@@ -120,8 +119,8 @@ def features(stacks: Sequence[Sequence[Block]], states: States) -> np.ndarray:
             for stack in stacks
         ]
     )
-    counted = np.array([_counted(stack, states) for stack in stacks])
-    return np.column_stack([_drifts(states.gram, entered, inputs, ends, depth), counted])
+    skipped = [_skipped(stack, states) for stack in stacks]
+    return np.column_stack([_drifts(states.gram, entered, inputs, ends, depth), skipped])
 
 
 def _ends(taken: Mapping[str, int], states: States) -> np.ndarray:
@@ -140,16 +139,14 @@ def _drifts(
     return np.column_stack([np.sqrt(lost.final), kept.roots / depth])
 
 
-def _counted(stack: Sequence[Block], states: States) -> tuple[float, float]:
-    """`third` and `skipped` of one stack."""
-    times: dict[int, int] = {}
+def _skipped(stack: Sequence[Block], states: States) -> float:
+    """`skipped` of one stack."""
     influence, deepest, skipped = _influence(states), 0.0, 0.0
     for block in stack:
-        times[block.index] = times.get(block.index, 0) + 1
         state = states.first[block.model] + block.index
         skipped += max(0.0, influence[state] - deepest)
         deepest = max(deepest, influence[state + 1])
-    return sum(max(0, count - 2) for count in times.values()) / max(states.blocks.values()), skipped
+    return skipped
 
 
 def _influence(states: States) -> list[float]:
@@ -223,24 +220,22 @@ class DamageModel:
         }
 
 
-def fitted(
-    values: np.ndarray, damage: np.ndarray, importance: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """Fit the ridge regression: intercept, and weights `[FEATURES]`.
+def fitted(values: np.ndarray, damage: np.ndarray, importance: np.ndarray) -> np.ndarray:
+    """Fit the weights `[FEATURES]` of the ridge regression.
+
+    Its intercept is `log(FLOOR)`: where nothing is out of place, nothing is lost.
 
     Args:
         values: features `[r, FEATURES]`.
         damage: measured damage `[r]` in nats per token.
         importance: weight of each measurement, `[r]`.
     """
-    share, target = importance / importance.sum(), np.log(FLOOR + np.maximum(0, damage))
-    mean = share @ values
-    scale = np.sqrt(share @ (values - mean) ** 2) + 1e-9
-    standard = (values - mean) / scale
+    share, target = importance / importance.sum(), np.log1p(np.maximum(0, damage) / FLOOR)
+    scale = np.sqrt(share @ values**2) + 1e-9
+    standard = values / scale
     weighted = (standard * share[:, None]).T
-    penalised = weighted @ standard + RIDGE * np.eye(len(mean))
-    weights = np.linalg.solve(penalised, weighted @ (target - share @ target)) / scale
-    return float(share @ target - mean @ weights), weights
+    penalised = weighted @ standard + RIDGE * np.eye(len(scale))
+    return np.linalg.solve(penalised, weighted @ target) / scale
 
 
 def refined(
@@ -316,7 +311,7 @@ def seam_damage(model: DamageModel, states: States, left: str, entered: str) -> 
             ]
         )
         drifts = _drifts(states.gram, begin, inputs, ends, np.arange(rows + 1) + places - j)
-        result[:, j] = model.damage(np.column_stack([drifts, np.zeros(rows + 1), skipped]))
+        result[:, j] = model.damage(np.column_stack([drifts, skipped]))
     return result
 
 

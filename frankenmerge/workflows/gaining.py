@@ -75,6 +75,8 @@ from frankenmerge.workflows.planning import recipe_paths
 
 CONTEXT = 128
 """Most tokens in a row of a text."""
+FEWEST_ROWS = 4
+"""Fewest rows of a text."""
 FEWEST_ITEMS = 40
 """Fewest items of a task."""
 SHARES = (1 / 6, 1 / 3, 1 / 2)
@@ -440,7 +442,11 @@ def _domain(
         found if isinstance(document, Chat) else found.ids[skipped:]
         for document, found in zip(each.documents, encoded, strict=True)
     ]
-    return text_domain(each.name, documents, start, context)
+    domain = text_domain(each.name, documents, start, context)
+    if domain.size < FEWEST_ROWS:
+        expected = f"at least {FEWEST_ROWS} rows of up to {context} tokens, half to confirm with"
+        raise fail(each.name, expected, str(domain.size), "give a longer text")
+    return domain
 
 
 def parts_of(donors: Mapping[str, Checkpoint], base: str | None) -> Donors:

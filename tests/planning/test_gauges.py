@@ -55,7 +55,7 @@ def test_a_plan_of_twins_rotates_one_into_the_other_s_basis(atlases, twins, text
         )
     )
     assert sum(measured) == 2  # each recipe once on the one text: fitting a gauge is costly
-    assert best.predicted_damage < 0.05  # the default model predicts 0.03 for any seam
+    assert best.predicted_damage < 0.05
     assert rotated == pytest.approx(alone, abs=1e-3)
     # Untrained donors predict little either way; rotated, the loss is fifty times smaller.
     assert abs(raw - alone) > 0.05
