@@ -45,7 +45,7 @@ FITTED = ("stranger", "gpt2", "wide")
 STORIES = ("stories260K", "llama2xs-281K")
 """Models of TinyStories."""
 START, CHARACTERS, CONTEXT, SPLICES, SEVERAL, SEED = 25_000, 2_500, 128, 100, 100, 0
-DOMAIN_SHARE = 0.1
+DOMAIN_SHARE = 0.15
 """Not fitted here, where every donor is spliced with itself: see `evals/plan_intervals.py`."""
 MOST_SEVERAL = {"wide": 60}
 """There are fewer recipes of donors of four blocks."""

@@ -6,7 +6,16 @@ in small donors is measured of SmolLM2 and a fine-tune of it, on fewer splices a
 
 from pathlib import Path
 
-from evals.real.pipeline import HALF, Folder, frankenmerge_command, module_command, script_command
+from evals.real.pipeline import (
+    CONTEXT,
+    DEPTH,
+    HALF,
+    TOKENS,
+    Folder,
+    frankenmerge_command,
+    module_command,
+    script_command,
+)
 from evals.real.steps import Step
 
 SPLICES, SEVERAL, RANDOM, CHARACTERS = 60, 20, 60, 1_000
@@ -27,11 +36,13 @@ def evidence(cache: Path, data: Path) -> list[Step]:
     texts = [word for text in folder.text() for word in ("--text", text)]
     limits = ("--characters", CHARACTERS, "--context", 256, *HALF, "--json")
     count = ("--splices", SPLICES, "--several", SEVERAL)
-    random = ("--depth", 36, "--random", RANDOM, "--no-regret")
+    random = ("--depth", DEPTH, "--random", RANDOM, "--no-regret")
     gains = (*texts, "--characters", GAIN_CHARACTERS, *HALF, "--json")
     tuned = ("--donor-a", code, "--donor-b", prose, "--base", base)
     other, other_atlas = folder.other, cache / "gemma.atlas.safetensors"
     both = folder.run / "tuned.alignment.safetensors"
+    alone, itself = folder.run / "alone.yaml", folder.run / "itself.alignment.safetensors"
+    limits_of_text = ("--tokens", TOKENS, "--context", CONTEXT)
 
     def prediction(name: str, a: Path, b: Path, *atlases: Path) -> Step:
         pair = ("--donor-a", a, "--donor-b", b, "--atlas", *atlases)
@@ -55,6 +66,17 @@ def evidence(cache: Path, data: Path) -> list[Step]:
             (other_atlas,),
         ),
         prediction("prediction-gemma", other, other, other_atlas, other_atlas),
+        Step(
+            "plan-itself",
+            frankenmerge_command("plan", itself, "--depth", DEPTH, "-o", alone),
+            (itself,),
+            (alone,),
+        ),
+        Step(
+            "evaluate-itself",
+            frankenmerge_command("evaluate", planned, alone, base, *texts, *limits_of_text),
+            (planned, alone, *donors),
+        ),
         Step(
             "quality",
             script_command("plan_quality", *pair, *texts, *random, *atlases, *limits),
