@@ -5,7 +5,8 @@
 two small models of TinyStories and SmolLM2, which `make real` fetches, each with itself, on
 characters from `START` of the demo's texts, or of TinyStories. `splice_prediction.py` tests on
 others and, by default, on the characters before. The spreads are the expected errors for a donor of
-another family.
+another family; `--further RESULT.json`, what `splice_prediction.py --json` has printed of a model
+that is not fitted on, counts for them as one more family.
 """
 
 import hashlib
@@ -74,11 +75,17 @@ class Measured(NamedTuple):
     help="The folder of models/stories260K, models/llama2xs-281K and text/tinystories.txt.",
 )
 @click.option(
+    "--further",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="splice_prediction.py's JSON on another family, made with these weights; may be repeated.",
+)
+@click.option(
     "--cache",
     type=click.Path(path_type=Path),
     help="A folder that keeps measurements, to continue from after an interruption.",
 )
-def main(real: str, data: Path, cache: Path | None) -> None:
+def main(real: str, data: Path, further: tuple[Path, ...], cache: Path | None) -> None:
     """Measure the splices of the donors, fit, and write the weights with their origin."""
     demo = [read_text(PACKAGE / "demo" / "text" / f"{name}.txt") for name in ("code", "prose")]
     demo = excerpts(demo, START, CHARACTERS)
@@ -101,7 +108,11 @@ def main(real: str, data: Path, cache: Path | None) -> None:
             err=True,
         )
     weights = _fit(list(measured.values()))
+    results = [json.loads(path.read_text("utf-8"))["damage"] for path in further]
+    others = [{kind: np.array(values) for kind, values in each.items()} for each in results]
+    off += [_off(each["predicted"], each["measured"]) for each in others]
     sampled = [_off(own.sampled, own.damage, SAMPLED_FLOOR) for own in measured.values()]
+    sampled += [_off(each["drawn"], each["measured"], SAMPLED_FLOOR) for each in others]
     model = DamageModel(
         math.log(FLOOR),
         tuple(float(weight) for weight in weights),
@@ -122,7 +133,7 @@ def _origin(measured: Mapping[str, Measured], texts: Sequence[Text]) -> dict[str
         "script": "evals/fit_planner.py",
         "donors": list(measured),
         "splices": sum(len(own.damage) for own in measured.values()),
-        "spread": "a Student interval over the donors, each left out of the fit",
+        "spread": "a Student interval over the donors, each left out of the fit, and over others",
         "domain_share": "chosen on plans of code, prose, base, code and base, prose",
         "text": {
             "names": [text.name for text in texts],

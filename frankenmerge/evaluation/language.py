@@ -21,7 +21,7 @@ from frankenmerge.progress import Advance, ignore
 
 POSITIONS = 4096
 """Most positions in one forward pass, unless a window is longer; halved if memory is short."""
-LOGITS_BYTES = 1 << 30
+LOGITS_BYTES = 1 << 29
 """Most memory for the logits of one pass, in float32: of large vocabularies fewer positions."""
 
 PARTS = 16

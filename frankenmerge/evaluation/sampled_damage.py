@@ -41,12 +41,10 @@ def damage_on_sampled(
     damage = np.zeros(len(splices))
     for model in models.values():
         ids = sample_unprompted(model).to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits
-        target = logits.float().softmax(-1)
-        own = []
-        for other in models.values():
-            again = logits if other is model else other(input_ids=ids, use_cache=False).logits
-            own.append(_loss(target, again))
+        target = model(input_ids=ids, use_cache=False).logits.float().softmax(-1)
+        own = [
+            _loss(target, other(input_ids=ids, use_cache=False).logits) for other in models.values()
+        ]
         for index, predicted in _logits(splices, models, assemble, ids):
             damage[index] += (_loss(target, predicted) - shares[index] @ own) / len(models)
             advance(1)
@@ -79,8 +77,15 @@ def disagreement(cross: np.ndarray) -> float:
 
 
 def _loss(target: Tensor, logits: Tensor) -> float:
-    """Mean cross-entropy of the probabilities `target` `[n, s, v]` with what logits predict."""
-    return -float((target * logits.float().log_softmax(-1)).sum(-1).double().mean())
+    """Mean cross-entropy of the probabilities `target` `[n, s, v]` with what logits predict.
+
+    Row by row: of a large vocabulary each copy of all rows takes a gigabyte.
+    """
+    rows = [
+        (given * row.float().log_softmax(-1)).sum(-1).double().mean()
+        for given, row in zip(target, logits, strict=True)
+    ]
+    return -float(torch.stack(rows).mean())
 
 
 def _logits(

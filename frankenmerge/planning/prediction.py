@@ -21,7 +21,11 @@ from frankenmerge.artefacts.recipe import Block
 FEATURES = ("final", "kept", "skipped")
 """The predictors of damage, see `features`."""
 FLOOR = 0.02
-"""Nats per token below which differences are noise; the model predicts `log(FLOOR + damage)`."""
+"""Nats per token below which differences are noise."""
+MOST = 10.0
+"""Nats per token that predictions approach: a model that knows nothing loses no more than the
+logarithm of its vocabulary.
+"""
 SAMPLED_FLOOR = 0.05
 """Nats per token below which damage on sampled tokens is noise: the difference between two donors
 on sampled tokens deviates from that on a text by as much.
@@ -167,11 +171,23 @@ INTERVAL_COVERAGE = 0.9
 """Of the intervals of a `DamageModel`."""
 
 
+def _bounded(free: np.ndarray) -> np.ndarray:
+    """Damage from what the regression predicts, both in nats per token."""
+    return free / (1 + free / MOST)
+
+
+def _unbounded(damage: np.ndarray) -> np.ndarray:
+    """What the regression is to predict for a damage, or for nine tenths of `MOST`."""
+    held = np.clip(damage, 0, 0.9 * MOST)
+    return held / (1 - held / MOST)
+
+
 @dataclass(frozen=True)
 class DamageModel:
-    """A ridge regression of `log(FLOOR + damage)` on `features`.
+    """A ridge regression of the logarithm of damage on `features`.
 
-    Damage is in nats per token above the donors' own losses.
+    Damage `d` is in nats per token above the donors' own losses; what is predicted is
+    `log(FLOOR + d / (1 - d / MOST))`.
     """
 
     intercept: float
@@ -190,7 +206,11 @@ class DamageModel:
 
     def damage(self, values: np.ndarray) -> np.ndarray:
         """Predicted damage `[r]` in nats per token, from features `[r, FEATURES]`."""
-        return np.maximum(0, np.exp(self.intercept + values @ np.array(self.weights)) - FLOOR)
+        return _bounded(np.exp(self.logarithm(values)) - FLOOR)
+
+    def logarithm(self, values: np.ndarray) -> np.ndarray:
+        """What the regression predicts, `[r]`; at least `log(FLOOR)`."""
+        return np.maximum(self.intercept + values @ np.array(self.weights), math.log(FLOOR))
 
     def interval(
         self, damage: float, *, sampled: bool = False, disagreement: float = 0.0
@@ -230,7 +250,7 @@ def fitted(values: np.ndarray, damage: np.ndarray, importance: np.ndarray) -> np
         damage: measured damage `[r]` in nats per token.
         importance: weight of each measurement, `[r]`.
     """
-    share, target = importance / importance.sum(), np.log1p(np.maximum(0, damage) / FLOOR)
+    share, target = importance / importance.sum(), np.log1p(_unbounded(damage) / FLOOR)
     scale = np.sqrt(share @ values**2) + 1e-9
     standard = values / scale
     weighted = (standard * share[:, None]).T
@@ -244,7 +264,7 @@ def refined(
     """Calibrate the model on measured splices by scaling and shifting its logarithm.
 
     The relative weights of the features stay the same, because a handful of splices does not
-    determine four weights. The spread becomes that of leave-one-out predictions.
+    determine the weights. The spread becomes that of leave-one-out predictions.
 
     Args:
         model: before calibration.
@@ -252,7 +272,7 @@ def refined(
         damage: their measured damage `[r]` in nats per token.
         origin: donors, texts, seeds, versions, hashes.
     """
-    predicted, target = np.log(FLOOR + model.damage(values)), np.log(FLOOR + np.maximum(0, damage))
+    predicted, target = model.logarithm(values), np.log(FLOOR + _unbounded(damage))
 
     def line(chosen: np.ndarray) -> tuple[float, float]:
         x, y = predicted[chosen], target[chosen]
@@ -264,12 +284,11 @@ def refined(
         return middle + slope * (x - predicted[chosen].mean())
 
     everyone = np.arange(len(target))
-    errors = np.array(
-        [
-            target[left] - applied(np.delete(everyone, left), predicted[[left]])[0]
-            for left in everyone
-        ]
+    without = np.concatenate(
+        [applied(np.delete(everyone, left), predicted[[left]]) for left in everyone]
     )
+    expected = _bounded(np.maximum(0, np.exp(without) - FLOOR))
+    errors = np.log(FLOOR + np.maximum(0, damage)) - np.log(FLOOR + expected)
     slope, middle = line(everyone)
     intercept = middle + slope * (model.intercept - predicted.mean())
     low, high = np.quantile(errors, [0.05, 0.95])

@@ -135,7 +135,7 @@ def test_batches_are_all_rows_in_order_within_the_most_positions():
 
 
 def test_batches_are_smaller_where_logits_would_be_large():
-    assert positions_for(49_152) == POSITIONS
+    assert positions_for(32_000) == POSITIONS
     assert 4 * 262_144 * positions_for(262_144) == LOGITS_BYTES
     domain = numbered(8 * 100)._replace(positions=20)  # two rows of 9
     (half,) = split([domain], 2)[0]

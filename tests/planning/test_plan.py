@@ -12,7 +12,7 @@ from frankenmerge.artefacts.recipe import Block
 from frankenmerge.errors import FrankenmergeError
 from frankenmerge.planning.gauges import rotated_where_needed
 from frankenmerge.planning.plan import front, plan
-from frankenmerge.planning.prediction import FLOOR, default_model, features, seam_damage
+from frankenmerge.planning.prediction import FLOOR, MOST, default_model, features, seam_damage
 from frankenmerge.planning.search import Constraints
 from frankenmerge.planning.states import states_of
 
@@ -85,12 +85,12 @@ def test_predicted_damage_is_the_model_s_of_the_whole_recipe(case):
     for entry in plans:
         assert [seam.seam for seam in entry.seams] == entry.recipe.seams
         x = features([entry.recipe.blocks], states)[0]
-        expected = max(
+        free = max(
             0,
             np.exp(model.intercept + sum(w * v for w, v in zip(model.weights, x, strict=True)))
             - FLOOR,
         )
-        assert entry.predicted_damage == pytest.approx(expected)
+        assert entry.predicted_damage == pytest.approx(1 / (1 / free + 1 / MOST))
         low, high = entry.interval
         assert 0 <= low <= entry.predicted_damage <= high
         for seam in entry.seams:

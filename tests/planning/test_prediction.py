@@ -7,6 +7,7 @@ from frankenmerge.artefacts.recipe import Block
 from frankenmerge.planning.prediction import (
     FEATURES,
     FLOOR,
+    MOST,
     RIDGE,
     DamageModel,
     States,
@@ -137,11 +138,11 @@ def test_the_ridge_regression_minimises_its_objective():
     damage = np.exp(found @ np.arange(1, len(FEATURES) + 1) - 3) + 0.1 * generator.random(60)
     weights = fitted(found, damage, share)
     share = share / share.sum()
-    size = np.sqrt(share @ found**2)
+    size, free = np.sqrt(share @ found**2), damage / (1 - damage / MOST)
 
     def objective(slopes):
         return (
-            share @ (np.log(FLOOR + damage) - np.log(FLOOR) - found @ slopes) ** 2
+            share @ (np.log(1 + free / FLOOR) - found @ slopes) ** 2
             + RIDGE * ((slopes * size) ** 2).sum()
         )
 
@@ -153,11 +154,19 @@ def test_the_ridge_regression_minimises_its_objective():
 def test_calibration_finds_a_scale_and_keeps_the_order():
     model = DamageModel(-3.0, (1.0, 0.5, 1.0), (-1.0, 1.0), (-0.2, 0.2))
     found = np.random.default_rng(2).random((16, len(FEATURES)))
-    damage = 3 * (FLOOR + model.damage(found)) - FLOOR  # three times as much everywhere
+    free = 3 * np.exp(-3 + found @ [1.0, 0.5, 1.0]) - FLOOR  # three times as much everywhere
+    damage = free / (1 + free / MOST)
     new = refined(model, found, damage, {"texts": ["t"]})
-    np.testing.assert_allclose(FLOOR + new.damage(found), FLOOR + damage, rtol=1e-6)
+    np.testing.assert_allclose(new.damage(found), damage, rtol=1e-6)
     assert new.spread == pytest.approx((0, 0), abs=1e-6) and new.origin == {"texts": ["t"]}
     assert (np.argsort(new.damage(found)) == np.argsort(model.damage(found))).all()
+
+
+def test_predictions_of_what_is_lost_approach_a_bound():
+    model = DamageModel(np.log(FLOOR), (5.0, 5.0, 2.0), (-1.0, 1.0), (-0.2, 0.2))
+    damage = model.damage(np.array([[x, x, x] for x in (0, 0.1, 0.5, 1, 1.4)]))
+    assert damage[0] == 0 and (np.diff(damage) > 0).all() and damage[-1] < MOST
+    assert damage[1] == pytest.approx(FLOOR * np.expm1(1.2), rel=0.01)
 
 
 def test_a_whole_donor_is_predicted_no_damage(states):
