@@ -240,7 +240,7 @@ def print_seams(console: Console, seams: "Sequence[SeamEvidence]") -> None:
             )
         elif seam.by_chance:
             console.print(
-                "  [bold red]Agreement is at chance level:[/] these donors share no basis here; "
-                "expect noise after this seam.",
+                "  [bold red]Agreement is at chance level:[/] the same neurons like other tokens "
+                "on both sides. Measure this plan first: --verify sampled.",
                 markup=True,
             )
