@@ -41,7 +41,7 @@ def damage_on_sampled(
     damage = np.zeros(len(splices))
     for model in models.values():
         ids = sample_unprompted(model).to(model.device)
-        target = model(input_ids=ids, use_cache=False).logits.float().softmax(-1)
+        target = _probabilities(model, ids)
         own = [
             _loss(target, other(input_ids=ids, use_cache=False).logits) for other in models.values()
         ]
@@ -57,7 +57,7 @@ def cross_losses(models: Mapping[str, PreTrainedModel]) -> np.ndarray:
     rows = []
     for model in models.values():
         ids = sample_unprompted(model).to(model.device)
-        target = model(input_ids=ids, use_cache=False).logits.float().softmax(-1)
+        target = _probabilities(model, ids)
         readers = (other(input_ids=ids, use_cache=False).logits for other in models.values())
         rows.append([_loss(target, logits) for logits in readers])
     return np.array(rows)
@@ -76,11 +76,20 @@ def disagreement(cross: np.ndarray) -> float:
     return float(excess / (count * (count - 1))) if count > 1 else 0.0
 
 
-def _loss(target: Tensor, logits: Tensor) -> float:
-    """Mean cross-entropy of the probabilities `target` `[n, s, v]` with what logits predict.
+def _probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """What a model predicts, `[n, s, v]` in float32.
 
-    Row by row: of a large vocabulary each copy of all rows takes a gigabyte.
+    Row by row, as in `_loss`: of a large vocabulary each copy of all rows takes a gigabyte.
     """
+    logits = model(input_ids=ids, use_cache=False).logits
+    target = torch.empty_like(logits, dtype=torch.float32)
+    for row, given in zip(target, logits, strict=True):
+        row.copy_(given.float().softmax(-1))
+    return target
+
+
+def _loss(target: Tensor, logits: Tensor) -> float:
+    """Mean cross-entropy of the probabilities `target` `[n, s, v]` with what logits predict."""
     rows = [
         (given * row.float().log_softmax(-1)).sum(-1).double().mean()
         for given, row in zip(target, logits, strict=True)
