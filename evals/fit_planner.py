@@ -108,8 +108,10 @@ def main(real: str, data: Path, further: tuple[Path, ...], cache: Path | None) -
             err=True,
         )
     weights = _fit(list(measured.values()))
-    results = [json.loads(path.read_text("utf-8"))["damage"] for path in further]
-    others = [{kind: np.array(values) for kind, values in each.items()} for each in results]
+    results = [json.loads(path.read_text("utf-8")) for path in further]
+    others = [
+        {kind: np.array(values) for kind, values in each["damage"].items()} for each in results
+    ]
     off += [_off(each["predicted"], each["measured"]) for each in others]
     sampled = [_off(own.sampled, own.damage, SAMPLED_FLOOR) for own in measured.values()]
     sampled += [_off(each["drawn"], each["measured"], SAMPLED_FLOOR) for each in others]
@@ -118,7 +120,7 @@ def main(real: str, data: Path, further: tuple[Path, ...], cache: Path | None) -
         tuple(float(weight) for weight in weights),
         new_family(off),
         new_family(sampled),
-        _origin(measured, [*demo, *stories]),
+        _origin(measured, [*demo, *stories], results),
         DOMAIN_SHARE,
     )
     content = json.dumps(model.as_json(), indent=1) + "\n"
@@ -126,7 +128,9 @@ def main(real: str, data: Path, further: tuple[Path, ...], cache: Path | None) -
     click.echo(json.dumps(model.as_json()))
 
 
-def _origin(measured: Mapping[str, Measured], texts: Sequence[Text]) -> dict[str, Any]:
+def _origin(
+    measured: Mapping[str, Measured], texts: Sequence[Text], further: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     """What the weights were fitted on, and by which versions."""
     content = "\0".join(text.content for text in texts)
     return {
@@ -136,11 +140,16 @@ def _origin(measured: Mapping[str, Measured], texts: Sequence[Text]) -> dict[str
         "spread": "a Student interval over the donors, each left out of the fit, and over others",
         "domain_share": "chosen on plans of code, prose, base, code and base, prose",
         "text": {
-            "names": [text.name for text in texts],
+            "names": [Path(text.name).stem for text in texts],
             "start": START,
             "characters": CHARACTERS,
             "context": CONTEXT,
             "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        },
+        "further": {
+            Path(name).name: fingerprint
+            for each in further
+            for name, fingerprint in zip(each["donors"], each["fingerprints"], strict=False)
         },
         "seed": SEED,
         "fingerprints": {name: own.fingerprint for name, own in measured.items()},
