@@ -386,7 +386,7 @@ def facts(
 def _plan_facts(plan: PlanRecord) -> list[tuple[str, str]]:
     rows = [("Blocks", str(plan.depth)), ("Seams", str(len(plan.seams)))]
     if chance := sum(seam.by_chance for seam in plan.seams):
-        rows.append(("Seams at chance level", f"{chance}: these donors share no basis there"))
+        rows.append(("Seams at chance level", str(chance)))
     low, high = plan.interval
     damage = f"{plan.predicted_damage:z.2f} nats ({low:z.2f} to {high:z.2f})"
     return [*rows, ("Predicted damage", damage)]
