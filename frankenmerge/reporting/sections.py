@@ -242,6 +242,12 @@ def _mean(matrix: np.ndarray) -> float:
     )
 
 
+def constraints(run: Run) -> list[dict[str, Any]]:
+    """The constraints of the plans in the folder, those of several plans once."""
+    found = [evidence.constraints.as_json() for evidence in run.evidence.values()]
+    return [each for place, each in enumerate(found) if each not in found[:place]]
+
+
 def features(run: Run) -> tuple[list[str], list[Table]]:
     """Donors and their tables of features, from atlases or else from alignments."""
     donors = list(run.features)

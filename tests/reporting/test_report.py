@@ -102,6 +102,12 @@ def test_everything_in_a_folder_is_shown(report, folder):
     )
 
 
+def test_plans_with_the_same_constraints_name_them_once(report, folder):
+    for name in ("recipe", "another"):
+        invented.write(folder / f"{name}.evidence.json", invented.evidence())
+    assert report(folder).text.count("max seams 4") == 1
+
+
 def test_a_search_on_a_task_shows_its_items_and_what_was_not_possible(report, folder):
     tested = invented.evaluation(donors=("x/one", "y/two"))["task_differences"][1]
     found = invented.gain() | {
