@@ -35,6 +35,7 @@ from frankenmerge.planning.prediction import (
     donor_loss,
     features,
     fitted,
+    log_error,
     new_family,
 )
 from frankenmerge.storage.atomic import write_file
@@ -100,7 +101,7 @@ def main(real: str, data: Path, further: tuple[Path, ...], cache: Path | None) -
     for name, own in measured.items():
         weights = _fit([other for key, other in measured.items() if key != name])
         model = DamageModel(math.log(FLOOR), tuple(weights), (0, 0), (0, 0))
-        off.append(_off(model.damage(own.features), own.damage))
+        off.append(log_error(own.damage, model.damage(own.features)))
         mean, deviation = off[-1].mean(), off[-1].std()
         click.echo(
             f"Without {name}: mean error of its prediction {mean:+.2f} (log), "
@@ -112,9 +113,9 @@ def main(real: str, data: Path, further: tuple[Path, ...], cache: Path | None) -
     others = [
         {kind: np.array(values) for kind, values in each["damage"].items()} for each in results
     ]
-    off += [_off(each["predicted"], each["measured"]) for each in others]
-    sampled = [_off(own.sampled, own.damage, SAMPLED_FLOOR) for own in measured.values()]
-    sampled += [_off(each["drawn"], each["measured"], SAMPLED_FLOOR) for each in others]
+    off += [log_error(each["measured"], each["predicted"]) for each in others]
+    sampled = [log_error(own.damage, own.sampled, SAMPLED_FLOOR) for own in measured.values()]
+    sampled += [log_error(each["measured"], each["drawn"], SAMPLED_FLOOR) for each in others]
     model = DamageModel(
         math.log(FLOOR),
         tuple(float(weight) for weight in weights),
@@ -182,10 +183,6 @@ def _measured(folder: Path, texts: Sequence[Text], cache: Path | None, dtype: st
     return Measured(
         features([recipe.blocks for recipe in recipes], states), damage, sampled, donor.fingerprint
     )
-
-
-def _off(predicted: np.ndarray, damage: np.ndarray, floor: float = FLOOR) -> np.ndarray:
-    return np.log(floor + np.maximum(0, damage)) - np.log(floor + np.maximum(0, predicted))
 
 
 def _fit(measured: Sequence[Measured]) -> np.ndarray:

@@ -41,7 +41,7 @@ from frankenmerge.donors.checkpoint import Checkpoint
 from frankenmerge.evaluation.documents import read_text
 from frankenmerge.models.hooks import blocks_of
 from frankenmerge.models.sampling import states_on_sampled
-from frankenmerge.planning.prediction import FLOOR, default_model, donor_loss, features
+from frankenmerge.planning.prediction import default_model, donor_loss, features, log_error
 from frankenmerge.planning.states import states_of
 from frankenmerge.storage.atomic import cache_folder
 
@@ -218,7 +218,7 @@ def _errors(
         low <= value <= high
         for (low, high), value in zip(ends, measured[seamed].tolist(), strict=True)
     ]
-    off = (np.log(FLOOR + np.maximum(0, measured)) - np.log(FLOOR + np.maximum(0, damage)))[seamed]
+    off = log_error(measured, damage)[seamed]
     return {
         "within_interval": float(np.mean(held)),
         "off_mean": float(off.mean()),

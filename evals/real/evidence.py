@@ -7,13 +7,14 @@ in small donors is measured of SmolLM2 and a fine-tune of it, on fewer splices a
 from pathlib import Path
 
 from evals.real.pipeline import (
-    CONTEXT,
     DEPTH,
     HALF,
-    TOKENS,
     Folder,
+    align_step,
+    analyze_step,
     frankenmerge_command,
     module_command,
+    repeated,
     script_command,
 )
 from evals.real.steps import Step
@@ -33,7 +34,7 @@ def evidence(cache: Path, data: Path) -> list[Step]:
     base, code, prose = folder.base, folder.tuned["code"], folder.tuned["prose"]
     atlases = ("--atlas", folder.atlas(base), folder.atlas(code))
     pair = ("--donor-a", base, "--donor-b", code)
-    texts = [word for text in folder.text() for word in ("--text", text)]
+    texts = repeated("--text", folder.text())
     limits = ("--characters", CHARACTERS, "--context", 256, *HALF, "--json")
     count = ("--splices", SPLICES, "--several", SEVERAL)
     random = ("--depth", DEPTH, "--random", RANDOM, "--no-regret")
@@ -42,15 +43,13 @@ def evidence(cache: Path, data: Path) -> list[Step]:
     other, other_atlas = folder.other, cache / "gemma.atlas.safetensors"
     both = folder.run / "tuned.alignment.safetensors"
     alone, itself = folder.run / "alone.yaml", folder.run / "itself.alignment.safetensors"
-    limits_of_text = ("--tokens", TOKENS, "--context", CONTEXT)
 
-    def prediction(name: str, a: Path, b: Path, *atlases: Path) -> Step:
-        pair = ("--donor-a", a, "--donor-b", b, "--atlas", *atlases)
-        command = script_command("splice_prediction", *pair, *texts, *count, *limits)
-        return Step(name, command, (a, b, *atlases, *folder.text()))
+    def prediction(name: str, a: Path, b: Path, *files: Path) -> Step:
+        options = ("--donor-a", a, "--donor-b", b, "--atlas", *files)
+        command = script_command("splice_prediction", *options, *texts, *count, *limits)
+        return Step(name, command, (a, b, *files, *folder.text()))
 
-    on = [word for text in folder.training() for word in ("--on", text)]
-    judged = [word for text in folder.text()[:2] for word in ("--text", text)]
+    on, judged = repeated("--on", folder.training()), repeated("--text", folder.text()[:2])
     how = ("--steps", HEALING, "--control", *HALF, "--json")
     planned, swept = folder.run / "plan.yaml", folder.run / "repeat.sweep.json"
     healed, scaled = folder.run / "healed", folder.run / "scaled.yaml"
@@ -59,12 +58,7 @@ def evidence(cache: Path, data: Path) -> list[Step]:
     steps = [
         prediction("prediction-itself", base, base, folder.atlas(base), folder.atlas(base)),
         prediction("prediction", base, code, folder.atlas(base), folder.atlas(code)),
-        Step(
-            "analyze-gemma",
-            frankenmerge_command("analyze", other, *HALF, "-o", other_atlas),
-            (other,),
-            (other_atlas,),
-        ),
+        analyze_step("analyze-gemma", other, other_atlas),
         prediction("prediction-gemma", other, other, other_atlas, other_atlas),
         Step(
             "plan-itself",
@@ -74,7 +68,7 @@ def evidence(cache: Path, data: Path) -> list[Step]:
         ),
         Step(
             "evaluate-itself",
-            frankenmerge_command("evaluate", planned, alone, base, *texts, *limits_of_text),
+            frankenmerge_command("evaluate", planned, alone, base, *folder.measured_text()),
             (planned, alone, *donors),
         ),
         Step(
@@ -87,18 +81,8 @@ def evidence(cache: Path, data: Path) -> list[Step]:
             script_command("gain", *pair, "--alignment", folder.pair, *gains),
             (folder.pair, *donors),
         ),
-        Step(
-            "analyze-prose",
-            frankenmerge_command("analyze", prose, *HALF, "-o", folder.atlas(prose)),
-            (prose,),
-            (folder.atlas(prose),),
-        ),
-        Step(
-            "align-tuned",
-            frankenmerge_command("align", folder.atlas(code), folder.atlas(prose), "-o", both),
-            (folder.atlas(code), folder.atlas(prose)),
-            (both,),
-        ),
+        analyze_step("analyze-prose", prose, folder.atlas(prose)),
+        align_step("align-tuned", folder.atlas(code), folder.atlas(prose), both),
         Step(
             "gain-tuned",
             script_command("gain", *tuned, "--alignment", both, *gains),

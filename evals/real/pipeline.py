@@ -1,6 +1,7 @@
 """The steps of `make real`: from wheels to a report, each beside its floor."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from evals.real.steps import Step
@@ -35,6 +36,23 @@ def script_command(name: str, *arguments: object) -> tuple[str, ...]:
     return (sys.executable, str(EVALS / f"{name}.py"), *map(str, arguments))
 
 
+def repeated(option: str, values: Iterable[object]) -> list[object]:
+    """An option once for every value."""
+    return [word for value in values for word in (option, value)]
+
+
+def analyze_step(name: str, donor: Path, atlas: Path, floor: str | None = None) -> Step:
+    """Analyze a donor."""
+    command = frankenmerge_command("analyze", donor, *HALF, "-o", atlas)
+    return Step(name, command, (donor,), (atlas,), floor)
+
+
+def align_step(name: str, first: Path, second: Path, output: Path) -> Step:
+    """Align two atlases, or one with itself."""
+    command = frankenmerge_command("align", first, second, "-o", output)
+    return Step(name, command, tuple(dict.fromkeys((first, second))), (output,))
+
+
 def pipeline(cache: Path, data: Path) -> list[Step]:
     """Every step, in an order in which each finds its inputs."""
     folder = Folder(cache, data)
@@ -61,6 +79,10 @@ class Folder:
     def text(self) -> list[Path]:
         """The held-out texts."""
         return [self.texts / f"{name}.txt" for name in self.names]
+
+    def measured_text(self) -> list[object]:
+        """The options by which `evaluate` measures on a part of them."""
+        return [*repeated("--text", self.text()), "--tokens", TOKENS, "--context", CONTEXT]
 
     def training(self) -> list[Path]:
         """Excerpts of what the fine-tunes were trained on."""
@@ -110,33 +132,11 @@ class Folder:
         floor = "forward-vocabulary"
         return [
             Step("inspect", frankenmerge_command("inspect", *everyone), everyone),
-            Step(
-                "analyze",
-                frankenmerge_command("analyze", base, *HALF, "-o", first),
-                (base,),
-                (first,),
-                floor,
-            ),
+            analyze_step("analyze", base, first, floor),
             Step(floor, module_command("evals.real.floors", "vocabulary", base, *HALF), (base,)),
-            Step(
-                "analyze-code",
-                frankenmerge_command("analyze", code, *HALF, "-o", second),
-                (code,),
-                (second,),
-                floor,
-            ),
-            Step(
-                "align-itself",
-                frankenmerge_command("align", first, first, "-o", itself),
-                (first,),
-                (itself,),
-            ),
-            Step(
-                "align",
-                frankenmerge_command("align", first, second, "-o", self.pair),
-                (first, second),
-                (self.pair,),
-            ),
+            analyze_step("analyze-code", code, second, floor),
+            align_step("align-itself", first, first, itself),
+            align_step("align", first, second, self.pair),
             Step("features", frankenmerge_command(*shown), (base,)),
         ]
 
@@ -171,8 +171,7 @@ class Folder:
 
     def evaluations(self, models: tuple[Path, ...]) -> list[Step]:
         """The merged checkpoint and its donors on texts and on a task."""
-        texts = [word for text in self.text() for word in ("--text", text)]
-        limits = (*texts, "--tokens", TOKENS, "--context", CONTEXT)
+        limits = self.measured_text()
         written = self.run / "text.evaluation.json"
         inputs = (*models, *self.text())
         steps = [
@@ -208,8 +207,7 @@ class Folder:
 
     def second_family(self) -> list[Step]:
         """Gemma 3, whose vocabulary is five times as large."""
-        other, texts = self.other, [word for text in self.text() for word in ("--text", text)]
-        limits = (*texts, "--tokens", TOKENS, "--context", CONTEXT)
+        other, limits = self.other, self.measured_text()
         aligned = self.cache / "gemma.alignment.safetensors"
         align = ("align", other, other, *HALF, "-o", aligned)
         return [

@@ -1,6 +1,7 @@
 """The damage of splices on tokens that their donors generated: no text is needed."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,11 +41,7 @@ def damage_on_sampled(
     ).reshape(len(splices), len(models))
     damage = np.zeros(len(splices))
     for model in models.values():
-        ids = sample_unprompted(model).to(model.device)
-        target = _probabilities(model, ids)
-        own = [
-            _loss(target, other(input_ids=ids, use_cache=False).logits) for other in models.values()
-        ]
+        ids, target, own = _generated(model, models)
         for index, predicted in _logits(splices, models, assemble, ids):
             damage[index] += (_loss(target, predicted) - shares[index] @ own) / len(models)
             advance(1)
@@ -54,13 +51,7 @@ def damage_on_sampled(
 @torch.no_grad()
 def cross_losses(models: Mapping[str, PreTrainedModel]) -> np.ndarray:
     """What each donor loses on what each one generated, nats per token `[generating, reading]`."""
-    rows = []
-    for model in models.values():
-        ids = sample_unprompted(model).to(model.device)
-        target = _probabilities(model, ids)
-        readers = (other(input_ids=ids, use_cache=False).logits for other in models.values())
-        rows.append([_loss(target, logits) for logits in readers])
-    return np.array(rows)
+    return np.array([_generated(model, models).losses for model in models.values()])
 
 
 def disagreement(cross: np.ndarray) -> float:
@@ -76,12 +67,36 @@ def disagreement(cross: np.ndarray) -> float:
     return float(excess / (count * (count - 1))) if count > 1 else 0.0
 
 
-def _probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What a model predicts, `[n, s, v]` in float32.
+class _Generated(NamedTuple):
+    """Tokens that a model generated."""
+
+    ids: Tensor
+    """`[n, s]`"""
+    target: Tensor
+    """The model's probabilities on them, `[n, s, v]`."""
+    losses: list[float]
+    """What every donor loses on them, nats per token."""
+
+
+def _generated(model: PreTrainedModel, models: Mapping[str, PreTrainedModel]) -> _Generated:
+    ids = sample_unprompted(model).to(model.device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    target = _probabilities(logits)
+    losses = [
+        _loss(
+            target,
+            logits if reader is model else reader(input_ids=ids, use_cache=False).logits,
+        )
+        for reader in models.values()
+    ]
+    return _Generated(ids, target, losses)
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    """The probabilities of logits, `[n, s, v]` in float32.
 
     Row by row, as in `_loss`: of a large vocabulary each copy of all rows takes a gigabyte.
     """
-    logits = model(input_ids=ids, use_cache=False).logits
     target = torch.empty_like(logits, dtype=torch.float32)
     for row, given in zip(target, logits, strict=True):
         row.copy_(given.float().softmax(-1))

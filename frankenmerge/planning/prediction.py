@@ -171,15 +171,24 @@ INTERVAL_COVERAGE = 0.9
 """Of the intervals of a `DamageModel`."""
 
 
-def _bounded(free: np.ndarray) -> np.ndarray:
-    """Damage from what the regression predicts, both in nats per token."""
+def _damage_of(logarithm: np.ndarray) -> np.ndarray:
+    """Damage in nats per token from what the regression predicts."""
+    free = np.maximum(0, np.exp(logarithm) - FLOOR)
     return free / (1 + free / MOST)
 
 
 def _unbounded(damage: np.ndarray) -> np.ndarray:
-    """What the regression is to predict for a damage, or for nine tenths of `MOST`."""
+    """The exponential of what the regression is to predict for a damage, less `FLOOR`.
+
+    Above nine tenths of `MOST` it is that of nine tenths.
+    """
     held = np.clip(damage, 0, 0.9 * MOST)
     return held / (1 - held / MOST)
+
+
+def log_error(measured: np.ndarray, predicted: np.ndarray, floor: float = FLOOR) -> np.ndarray:
+    """By how much the logarithm of predicted damage is too small, `[r]`; damage below 0 is as 0."""
+    return np.log(floor + np.maximum(0, measured)) - np.log(floor + np.maximum(0, predicted))
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,7 @@ class DamageModel:
 
     def damage(self, values: np.ndarray) -> np.ndarray:
         """Predicted damage `[r]` in nats per token, from features `[r, FEATURES]`."""
-        return _bounded(np.exp(self.logarithm(values)) - FLOOR)
+        return _damage_of(self.logarithm(values))
 
     def logarithm(self, values: np.ndarray) -> np.ndarray:
         """What the regression predicts, `[r]`; at least `log(FLOOR)`."""
@@ -287,8 +296,7 @@ def refined(
     without = np.concatenate(
         [applied(np.delete(everyone, left), predicted[[left]]) for left in everyone]
     )
-    expected = _bounded(np.maximum(0, np.exp(without) - FLOOR))
-    errors = np.log(FLOOR + np.maximum(0, damage)) - np.log(FLOOR + expected)
+    errors = log_error(damage, _damage_of(without))
     slope, middle = line(everyone)
     intercept = middle + slope * (model.intercept - predicted.mean())
     low, high = np.quantile(errors, [0.05, 0.95])
